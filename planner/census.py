@@ -1,0 +1,472 @@
+"""Counts the references of every host cluster.
+
+Everything that adds to a cluster's reference count is here: the walk over L2 tables, in batches and
+in host order, and the regions of all other structures. Comparing the counts with the stored
+refcounts is the business of `planner.check`. Source: docs/interop/qcow2.txt; check_refcounts_l2 and
+qcow2_inc_refcounts_imrt for what counts when an entry is damaged.
+
+The counts do not depend on the order of counting (a full counter stays full, and each reference too
+many is one finding), so tables may be read in the order in which they lie in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask
+from planner.counts import ClusterCounts, ClusterIndex
+from planner.findings import NONE, FindingKind, FindingsBuilder, Structure
+from planner.qcow2 import entries
+from planner.qcow2.entries import ClusterType
+from planner.qcow2.layout import Layout, sector_end
+from planner.source import Source, read_tables
+from planner.stored import StoredRefcounts
+from planner.tables import Batch, L2Tables
+
+MAX_SIBLING_LAG = 64
+"""With how many tables before it in a batch an L2 table is compared, to find what they share."""
+
+
+@dataclass(slots=True)
+class GuestCounters:
+    """QEMU's BlockFragInfo, for the active disk."""
+
+    allocated: int = 0
+    fragmented: int = 0
+    compressed: int = 0
+
+
+@dataclass(slots=True)
+class Census:
+    """The counts, as they grow.
+
+    ``references``: what QEMU counts, one a slot. ``mapped``: how many different guest clusters have
+    their data in a cluster; as long as that comes to the same, the same object as ``references``.
+    ``compressed``: clusters that hold compressed data; None while there are none.
+    """
+
+    layout: Layout
+    index: ClusterIndex
+    references: ClusterCounts
+    mapped: ClusterCounts
+    compressed: Mask | None
+    findings: FindingsBuilder
+    guest: GuestCounters = field(default_factory=GuestCounters)
+
+    @property
+    def file_end(self) -> int:
+        return sector_end(self.layout.file_size)
+
+    def separate_mapped(self) -> None:
+        """From here on references and mapped differ."""
+        if self.mapped is self.references:
+            self.mapped = self.references.copy()
+
+
+class Walker:
+    """Walks L2 tables and counts what their entries refer to."""
+
+    def __init__(
+        self, source: Source, census: Census, stored: StoredRefcounts, tables: L2Tables
+    ) -> None:
+        self._source, self._census, self._stored, self._tables = source, census, stored, tables
+        self._geometry = census.layout.geometry
+        self._external = self._geometry.external_data
+        cluster_mask = self._geometry.cluster_size - 1
+        plain = entries.COPIED | (entries.L2_OFFSET & ~cluster_mask)
+        self._unusual = np.uint64(~plain & ((1 << 64) - 1))
+
+    def walk(self, which: I64, tick: Callable[[int], None]) -> None:
+        """Count the tables at positions *which* of `L2Tables`. *tick* is told of the bytes read."""
+        size, tables = self._geometry.cluster_size, self._tables
+        for group in tables.classes(which):
+            for part, rows in read_tables(self._source, tables.offset[group.ids], size):
+                self._count_batch(replace(group, ids=group.ids[part]), decode_words(rows))
+                tick(rows.size)
+
+    def walk_siblings(self, which: I64, tick: Callable[[int], None]) -> None:
+        """Count into ``mapped`` what tables at the same L1 index map, once for what they share."""
+        size, tables = self._geometry.cluster_size, self._tables
+        which = which[np.lexsort((tables.offset[which], tables.l1_index[which]))]
+        for part, rows in read_tables(self._source, tables.offset[which], size):
+            words, _ = split_entries(decode_words(rows), self._geometry.extended_l2)
+            types = entries.cluster_types(words, self._geometry)
+            data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+            clusters = np.where(
+                data, entries.l2_offsets(words) >> self._geometry.cluster_bits, NONE
+            )
+            _drop_shared(clusters, tables.l1_index[which[part]])
+            slots, known = self._census.index.find(clusters[clusters >= 0])
+            self._census.mapped.add(slots[known], 1)
+            tick(rows.size)
+
+    def _count_batch(self, batch: Batch, words: U64) -> None:
+        bits = np.bitwise_or.reduce(words, axis=None)
+        if not bits:
+            return
+        values, bitmaps = split_entries(words, self._geometry.extended_l2)
+        if bitmaps is not None:
+            bits = np.bitwise_or.reduce(values, axis=None)
+            regular = _regular_bitmaps(values, bitmaps)
+        else:
+            regular = True
+        if regular and not self._external and not bits & self._unusual:
+            clusters = self._clusters(values)
+            if int(clusters.max()) < self._census.layout.host_clusters:
+                self._count_plain(batch, values, clusters)
+                return
+        self._count_any(batch, values, bitmaps)
+
+    def _clusters(self, values: U64) -> I64:
+        """Cluster numbers of plain entries; 0 where unallocated."""
+        clusters = values << np.uint64(1)
+        clusters >>= np.uint64(self._geometry.cluster_bits + 1)
+        return clusters.view(np.int64)
+
+    def _count_plain(self, batch: Batch, values: U64, clusters: I64) -> None:
+        """Every entry is unallocated, or a whole aligned data cluster inside the file."""
+        width = values.shape[1]
+        flat, positions = clusters.reshape(-1), None
+        if np.count_nonzero(flat) != flat.size:
+            positions = np.flatnonzero(flat)
+            flat = flat[positions]
+        if not flat.size:
+            return
+        steps = np.diff(flat)
+        jumps = steps != 1
+        total = int(np.count_nonzero(jumps))
+        if batch.active:
+            if positions is None:
+                between = int(np.count_nonzero(jumps[width - 1 :: width]))
+            else:
+                rows = positions // width
+                between = int(np.count_nonzero(jumps & (rows[1:] != rows[:-1])))
+            self._census.guest.allocated += batch.active * flat.size
+            self._census.guest.fragmented += batch.active * (total - between)
+        self._add(batch, flat, contiguous=not total, ascending=not total or bool((steps > 0).all()))
+        if batch.copied:
+            self._check_plain_copied(batch, values, flat, positions, contiguous=not total)
+
+    def _add(self, batch: Batch, clusters: I64, *, contiguous: bool, ascending: bool) -> None:
+        """Count whole clusters: *contiguous* is one run, *ascending* has no duplicates."""
+        census = self._census
+        targets = [(census.references, batch.weight)]
+        if census.mapped is not census.references and not batch.sibling:
+            targets.append((census.mapped, 1))
+        if contiguous:
+            first = int(census.index.slots_of(clusters[:1])[0])
+            for counts, amount in targets:
+                counts.add_run(first, len(clusters), amount)
+            return
+        slots = census.index.slots_of(clusters)
+        for counts, amount in targets:
+            (counts.add_distinct if ascending else counts.add)(slots, amount)
+
+    def _check_plain_copied(
+        self, batch: Batch, values: U64, clusters: I64, positions: I64 | None, *, contiguous: bool
+    ) -> None:
+        stored = self._stored
+        if contiguous:
+            first = int(stored.index.slots_of(clusters[:1])[0])
+            one: Mask = stored.values[first : first + len(clusters)] == 1
+        else:
+            one = stored.values[stored.index.slots_of(clusters)] == 1
+        flat = values.reshape(-1)
+        copied = (flat if positions is None else flat[positions]) >= np.uint64(entries.COPIED)
+        wrong = np.flatnonzero(one != copied)
+        if len(wrong):
+            unreadable = stored.unreadable(clusters[wrong])
+            if unreadable is not None:
+                wrong = wrong[~unreadable]
+            at = wrong if positions is None else positions[wrong]
+            self._report_copied(batch, at, copied[wrong], values.shape[1])
+
+    def _report_copied(self, batch: Batch, positions: I64, copied: Mask, width: int) -> None:
+        """One finding for each run of neighbours in a table with the same wrong flag."""
+        if not len(positions):
+            return
+        new = np.ones(len(positions), dtype=np.bool_)
+        new[1:] = (np.diff(positions) != 1) | (copied[1:] != copied[:-1])
+        new |= positions % width == 0
+        starts = np.flatnonzero(new)
+        lengths = np.diff(starts, append=len(positions))
+        self._report(
+            FindingKind.L2_COPIED,
+            batch,
+            positions[starts],
+            width,
+            entries_each=lengths,
+            count=lengths * batch.copied,
+            found=copied[starts],
+            expected=~copied[starts],
+        )
+
+    def _count_any(self, batch: Batch, values: U64, bitmaps: U64 | None) -> None:
+        """Count entries of every type and judge them one by one."""
+        width = values.shape[1]
+        flat = values.reshape(-1)
+        bitmap = np.zeros(1, dtype=np.uint64) if bitmaps is None else bitmaps.reshape(-1)
+        positions = np.flatnonzero(flat | bitmap)
+        word = flat[positions]
+        bitmap = np.broadcast_to(bitmap, flat.shape)[positions]
+        types = entries.cluster_types(word, self._geometry)
+        entry = _Entries(positions, width, word, bitmap, types)
+        self._judge_words(batch, entry)
+        self._count_compressed(batch, entry)
+        self._count_data(batch, entry)
+
+    def _judge_words(self, batch: Batch, entry: _Entries) -> None:
+        """Reserved bits, and subclusters of entries without a host cluster."""
+        reserved = np.uint64(entries.L2_RESERVED)
+        bad = np.flatnonzero(
+            (entry.types != ClusterType.COMPRESSED) & ((entry.word & reserved) != 0)
+        )
+        self._report(
+            FindingKind.L2_ENTRY_RESERVED,
+            batch,
+            entry.positions[bad],
+            entry.width,
+            found=entry.word[bad],
+            expected=entry.word[bad] & ~reserved,
+        )
+        allocated = (entry.bitmap & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
+        bad = np.flatnonzero((entry.types == ClusterType.UNALLOCATED) & allocated)
+        self._report(
+            FindingKind.UNALLOCATED_SUBCLUSTERS,
+            batch,
+            entry.positions[bad],
+            entry.width,
+            found=entry.bitmap[bad],
+        )
+
+    def _count_compressed(self, batch: Batch, entry: _Entries) -> None:
+        chosen = np.flatnonzero(entry.types == ClusterType.COMPRESSED)
+        if not len(chosen):
+            return
+        word, positions, width = entry.word[chosen], entry.positions[chosen], entry.width
+        copied = np.flatnonzero(word >= np.uint64(entries.COPIED))
+        self._report(
+            FindingKind.COMPRESSED_COPIED,
+            batch,
+            positions[copied],
+            width,
+            found=word[copied],
+            expected=word[copied] & ~np.uint64(entries.COPIED),
+        )
+        if self._external:
+            self._report(FindingKind.COMPRESSED_WITH_DATA_FILE, batch, positions, width, found=word)
+            return
+        bitmap = entry.bitmap[chosen]
+        broken = bitmap != 0
+        self._report(
+            FindingKind.COMPRESSED_SUBCLUSTERS,
+            batch,
+            positions[broken],
+            width,
+            found=bitmap[broken],
+        )
+        word, positions = word[~broken], positions[~broken]
+        guest = self._census.guest
+        guest.allocated += batch.active * len(word)
+        guest.compressed += batch.active * len(word)
+        guest.fragmented += batch.active * len(word)
+        self._census.separate_mapped()
+        offset, size = entries.compressed_ranges(word, self._geometry)
+        slots = self._count_ranges(
+            batch, Structure.COMPRESSED, offset, size, positions=positions, width=width
+        )
+        self._mark_compressed(slots)
+
+    def _mark_compressed(self, slots: I64) -> None:
+        census = self._census
+        if census.compressed is None:
+            census.compressed = np.zeros(census.index.slots, dtype=np.bool_)
+        census.compressed[slots] = True
+
+    def _count_data(self, batch: Batch, entry: _Entries) -> None:
+        data = (entry.types == ClusterType.NORMAL) | (entry.types == ClusterType.ZERO_ALLOC)
+        chosen = np.flatnonzero(data)
+        if not len(chosen):
+            return
+        word, positions, width = entry.word[chosen], entry.positions[chosen], entry.width
+        offset = entries.l2_offsets(word)
+        self._judge_data(batch, entry, chosen, offset)
+        size = self._geometry.cluster_size
+        rows = positions // width
+        jumps = (np.diff(offset) != size) & (rows[1:] == rows[:-1])
+        self._census.guest.allocated += batch.active * len(chosen)
+        self._census.guest.fragmented += batch.active * int(np.count_nonzero(jumps))
+        if not self._external:
+            sizes = np.full(len(offset), size)
+            slots = self._count_ranges(
+                batch, Structure.DATA, offset, sizes, positions=positions, width=width
+            )
+            census = self._census
+            if census.mapped is not census.references and not batch.sibling:
+                census.mapped.add(slots, 1)
+        if batch.copied:
+            self._check_copied(batch, word, offset, positions, width)
+
+    def _judge_data(self, batch: Batch, entry: _Entries, chosen: I64, offset: I64) -> None:
+        bitmap, positions = entry.bitmap[chosen], entry.positions[chosen]
+        both = np.flatnonzero((bitmap >> np.uint64(32)) & bitmap)
+        self._report(
+            FindingKind.SUBCLUSTER_CONFLICT, batch, positions[both], entry.width, found=bitmap[both]
+        )
+        misaligned = (offset & (self._geometry.cluster_size - 1)) != 0
+        if self._geometry.extended_l2:
+            holds_data = (bitmap & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
+        else:
+            holds_data = entry.types[chosen] == ClusterType.NORMAL
+        for kind, mask in (
+            (FindingKind.DATA_MISALIGNED, misaligned & holds_data),
+            (FindingKind.ZERO_MISALIGNED, misaligned & ~holds_data),
+        ):
+            self._report(kind, batch, positions[mask], entry.width, found=offset[mask])
+
+    def _check_copied(
+        self, batch: Batch, word: U64, offset: I64, positions: I64, width: int
+    ) -> None:
+        copied = word >= np.uint64(entries.COPIED)
+        if self._external:
+            wrong = ~copied
+        else:
+            clusters = offset >> self._geometry.cluster_bits
+            wrong = self._stored.is_one(clusters) != copied
+            unreadable = self._stored.unreadable(clusters)
+            if unreadable is not None:
+                wrong &= ~unreadable
+        self._report_copied(batch, positions[wrong], copied[wrong], width)
+
+    def _count_ranges(
+        self,
+        batch: Batch,
+        structure: Structure,
+        offset: I64,
+        size: I64,
+        *,
+        positions: I64,
+        width: int,
+    ) -> I64:
+        """Count byte ranges that may straddle clusters; the slots that they touch, with repeats."""
+        census, bits = self._census, self._geometry.cluster_bits
+        beyond = offset + size - census.file_end >= self._geometry.cluster_size
+        if beyond.any():
+            self._report(
+                FindingKind.PAST_END,
+                batch,
+                positions[beyond],
+                width,
+                structure=structure,
+                found=offset[beyond],
+            )
+            offset, size = offset[~beyond], size[~beyond]
+        clusters = expand_ranges(offset >> bits, (offset + size - 1) >> bits)
+        slots = census.index.slots_of(clusters)
+        census.references.add(slots, batch.weight)
+        return slots
+
+    def _report(
+        self,
+        kind: FindingKind,
+        batch: Batch,
+        positions: I64,
+        width: int,
+        *,
+        structure: Structure = Structure.L2_TABLE,
+        entries_each: I64 | int = 1,
+        **columns: object,
+    ) -> None:
+        """Report entries at flat *positions* in a batch of tables of *width* entries."""
+        if not len(positions):
+            return
+        table = batch.ids[positions // width]
+        inside = positions % width
+        guest = (self._tables.l1_index[table] * width + inside) << self._geometry.cluster_bits
+        columns.setdefault("count", batch.weight)
+        self._census.findings.add(
+            kind,
+            structure=structure,
+            host_offset=self._tables.offset[table] + inside * self._geometry.l2_entry_size,
+            length=np.asarray(entries_each) * self._geometry.l2_entry_size,
+            snapshot=self._tables.snapshot[table],
+            l1_index=self._tables.l1_index[table],
+            l2_index=inside,
+            guest_offset=guest,
+            guest_length=np.asarray(entries_each) << self._geometry.cluster_bits,
+            **columns,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """The entries of a batch that are not zero, by flat position in tables of *width* entries."""
+
+    positions: I64
+    width: int
+    word: U64
+    bitmap: U64
+    types: U8
+
+
+def decode_words(rows: U8) -> U64:
+    """Big-endian tables, uint8 (tables, bytes), as native words, uint64 (tables, bytes / 8)."""
+    return rows.view(">u8").astype(np.uint64)
+
+
+def split_entries(words: U64, extended: bool) -> tuple[U64, U64 | None]:
+    """L2 entries and, where they are extended, their subcluster bitmaps."""
+    if not extended:
+        return words, None
+    return np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
+
+
+def expand_ranges(first: I64, last: I64) -> I64:
+    """All numbers of the ranges first[i]..last[i], inclusive, in order."""
+    lengths = last - first + 1
+    if (lengths == 1).all():
+        return first
+    starts = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+    return starts + np.arange(int(lengths.sum()))
+
+
+def _regular_bitmaps(values: U64, bitmaps: U64) -> bool:
+    """Whether no subcluster bitmap of entries that are not compressed contradicts anything."""
+    if ((bitmaps >> np.uint64(32)) & bitmaps).any():
+        return False
+    allocated = (bitmaps & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
+    return not ((values & np.uint64(entries.L2_OFFSET) == 0) & allocated).any()
+
+
+def referenced_clusters(rows: U8, layout: Layout) -> I64:
+    """Every cluster inside the file that the entries of L2 tables refer to, with repeats."""
+    geometry = layout.geometry
+    word, _ = split_entries(decode_words(rows), geometry.extended_l2)
+    word = word[word != 0]
+    types = entries.cluster_types(word, geometry)
+    packed = types == ClusterType.COMPRESSED
+    offset, size = entries.compressed_ranges(word[packed], geometry)
+    data = entries.l2_offsets(
+        word[(types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)]
+    )
+    offset = np.concatenate((offset, data))
+    size = np.concatenate((size, np.full(len(data), geometry.cluster_size)))
+    inside = offset + size - sector_end(layout.file_size) < geometry.cluster_size
+    offset, size = offset[inside], size[inside]
+    return expand_ranges(
+        offset >> geometry.cluster_bits, (offset + size - 1) >> geometry.cluster_bits
+    )
+
+
+def _drop_shared(clusters: I64, l1_index: I64) -> None:
+    """Set to NONE what a table shares, entry by entry, with one before it at the same L1 index."""
+    for lag in range(1, min(len(l1_index), MAX_SIBLING_LAG + 1)):
+        same = np.flatnonzero(l1_index[lag:] == l1_index[:-lag])
+        if not len(same):
+            return
+        later = clusters[same + lag]
+        later[later == clusters[same]] = NONE
+        clusters[same + lag] = later

@@ -1,0 +1,648 @@
+"""The check: reads an image's metadata, counts, compares, and returns a `Report`.
+
+The order of questions is here; counting is `planner.census`, stored refcounts are
+`planner.stored`. Which finding each damage gives follows qcow2_check_refcounts in QEMU's
+block/qcow2-refcount.c; where QEMU stops, this goes on with what can still be known and says that
+it is incomplete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+from planner.census import Census, Walker, expand_ranges, referenced_clusters
+from planner.counts import ClusterCounts, ClusterIndex
+from planner.errors import Cancelled, ImageError
+from planner.findings import (
+    ACTIVE,
+    KINDS,
+    NONE,
+    FindingKind,
+    Findings,
+    FindingsBuilder,
+    Owners,
+    Severity,
+    Structure,
+    no_owners,
+)
+from planner.mismatch import Mismatches
+from planner.owners import OwnersFinder, contested_clusters
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
+from planner.regions import (
+    Regions,
+    RegionsBuilder,
+    count_regions,
+    join_regions,
+    make_regions,
+    overlapping_clusters,
+)
+from planner.report import CheckCounters, Report
+from planner.source import READABLE_END, Source, nonzero_words, present_tables, read_tables
+from planner.stored import Reftable, StoredRefcounts
+from planner.tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
+
+DENSE_CLUSTERS = 1 << 24
+"""Up to so many clusters, or while the metadata is as large, one counter a cluster is cheap."""
+
+OWNED_LOW_CLUSTERS = 1 << 12
+"""For so many clusters with too low a refcount their owners are looked up."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def check_image(
+    source: Source,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Report:
+    """Check all metadata of a qcow2 image. Never writes.
+
+    *progress* is called with (stage, bytes done, bytes in all). When *cancelled* turns true,
+    `Cancelled` is raised soon. A header that cannot be interpreted gives a report whose ``error``
+    says why.
+    """
+    try:
+        layout = Layout.read(source)
+    except ImageError as error:
+        return Report(layout=None, error=error)
+    return _Check(source, layout, _Ticker(progress, cancelled)).run()
+
+
+class _Ticker:
+    """Turns bytes read into progress, and a wish to stop into `Cancelled`."""
+
+    def __init__(self, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
+        self._progress, self._cancelled = progress, cancelled
+        self._stage, self._done, self._total = "census", 0, 1
+
+    def begin(self, stage: str, total: int) -> None:
+        self._stage, self._done, self._total = stage, 0, max(1, total)
+        self(0)
+
+    def __call__(self, amount: int) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled
+        self._done = min(self._done + amount, self._total)
+        if self._progress is not None:
+            self._progress(self._stage, self._done, self._total)
+
+
+@dataclass(slots=True)
+class _Guest:
+    """What maps guest clusters: L1 entries, their L2 tables, and which of these to read."""
+
+    l1: L1Entries
+    tables: L2Tables
+    present: I64
+
+
+class _Check:
+    """One check. Each method is one question; `run` is their order."""
+
+    def __init__(self, source: Source, layout: Layout, tick: _Ticker) -> None:
+        self._source, self._layout, self._tick = source, layout, tick
+        self._geometry = layout.geometry
+        self._findings = FindingsBuilder()
+        self._regions = RegionsBuilder(layout, self._findings)
+        self._stopped: list[ImageError] = []
+
+    def run(self) -> Report:
+        self._tick(0)
+        self._judge_header()
+        snapshots = self._read_snapshots()
+        reftable = Reftable(self._source, self._layout)
+        stored = StoredRefcounts(self._source, self._layout, reftable)
+        guest = self._read_guest(snapshots, stored)
+        self._locate(snapshots, guest)
+        self._judge_reftable(reftable)
+        regions = self._regions.build()
+        every_region = join_regions(regions, self._refblock_regions(reftable))
+        index = self._load_refcounts(stored, guest, every_region)
+        census = self._take_census(stored, guest, index)
+        contested = self._contested(census, guest, every_region)
+        count_regions(regions, self._geometry.cluster_bits, index, census.references)
+        clusters = self._count_refblocks(census, reftable)
+        self._clip(census)
+        mismatches = self._compare(census, stored, clusters)
+        self._check_l1_copied(guest, stored)
+        owners = self._find_owners(contested, mismatches, guest, every_region)
+        return self._report(snapshots, census, mismatches, owners)
+
+    # -- what is there -------------------------------------------------------------------------
+
+    def _stop(self, error: ImageError, **where: int) -> None:
+        """QEMU ends its check here; what follows is still worth knowing."""
+        self._stopped.append(error)
+        found = error.value if isinstance(error.value, int) else 0
+        self._findings.add(
+            FindingKind.CHECK_STOPPED, found=np.uint64(found & ((1 << 64) - 1)), **where
+        )
+
+    def _judge_header(self) -> None:
+        header, extensions = self._layout.header, self._layout.extensions
+        for kind, there in (
+            (FindingKind.CORRUPT_BIT, header.corrupt),
+            (FindingKind.DIRTY_BIT, header.dirty),
+            (FindingKind.STALE_BITMAPS, extensions.stale_bitmaps),
+        ):
+            if there:
+                self._findings.add(kind, structure=Structure.HEADER, host_offset=72, found=1)
+
+    def _read_snapshots(self) -> SnapshotTable:
+        try:
+            table = read_snapshots(self._source, self._layout.header, self._geometry)
+        except ImageError as error:
+            self._stop(error, structure=Structure.SNAPSHOT_TABLE)
+            return SnapshotTable()
+        for number, snapshot in enumerate(table.snapshots):
+            if self._geometry.version >= 3 and len(snapshot.extra_data) < REQUIRED_EXTRA_DATA:
+                self._findings.add(
+                    FindingKind.SNAPSHOT_EXTRA_DATA,
+                    structure=Structure.SNAPSHOT_TABLE,
+                    host_offset=snapshot.offset,
+                    length=40,
+                    index=number,
+                    found=len(snapshot.extra_data),
+                    expected=REQUIRED_EXTRA_DATA,
+                )
+        if table.snapshots and self._geometry.external_data:
+            self._findings.add(
+                FindingKind.SNAPSHOTS_WITH_DATA_FILE,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=table.offset,
+                length=table.length,
+                found=len(table.snapshots),
+            )
+        return table
+
+    def _read_guest(self, snapshots: SnapshotTable, stored: StoredRefcounts) -> _Guest:
+        header = self._layout.header
+        l1_tables = [(ACTIVE, header.l1_table_offset, header.l1_size)]
+        for number, snapshot in enumerate(snapshots.snapshots):
+            if self._l1_is_readable(number, snapshot):
+                l1_tables.append((number, snapshot.l1_table_offset, snapshot.l1_size))
+        for number, offset, size in l1_tables:
+            self._regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
+        l1 = read_l1_tables(self._source, l1_tables)
+        self._judge_l1(l1)
+        followed = l1.active & (l1.offset != 0)
+        unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
+        if unreadable is not None:
+            followed &= ~unreadable
+        tables = distinct_l2_tables(l1, followed)
+        present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
+        return _Guest(l1, tables, np.flatnonzero(present))
+
+    def _l1_is_readable(self, number: int, snapshot: Snapshot) -> bool:
+        offset, size = snapshot.l1_table_offset, snapshot.l1_size
+        where = {
+            "structure": Structure.SNAPSHOT_TABLE,
+            "host_offset": snapshot.offset,
+            "length": 40,
+            "index": number,
+        }
+        if offset % self._geometry.cluster_size:
+            self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
+            return False
+        if size > MAX_L1_BYTES // 8:
+            self._findings.add(
+                FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
+            )
+            return False
+        if size and offset + size * 8 > READABLE_END:
+            problem = "past the end of any file"
+            self._stop(
+                ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
+            )
+            return False
+        return True
+
+    def _judge_l1(self, l1: L1Entries) -> None:
+        geometry = self._geometry
+        reserved = np.uint64(entries.L1_RESERVED)
+        offset = l1.offset
+        for kind, mask, found, expected in (
+            (
+                FindingKind.L1_ENTRY_RESERVED,
+                (l1.word & reserved) != 0,
+                l1.word,
+                l1.word & ~reserved,
+            ),
+            (
+                FindingKind.L2_TABLE_MISALIGNED,
+                (offset & (geometry.cluster_size - 1)) != 0,
+                offset,
+                0,
+            ),
+        ):
+            at = np.flatnonzero(mask)
+            self._findings.add(
+                kind,
+                structure=Structure.L1_TABLE,
+                host_offset=l1.host_offset[at],
+                snapshot=l1.snapshot[at],
+                l1_index=l1.l1_index[at],
+                guest_offset=l1.l1_index[at] * geometry.l2_coverage,
+                guest_length=geometry.l2_coverage,
+                found=found[at],
+                expected=expected[at] if isinstance(expected, np.ndarray) else expected,
+            )
+
+    def _locate(self, snapshots: SnapshotTable, guest: _Guest) -> None:
+        """Where all structures lie, but for the L1 tables."""
+        header, size = self._layout.header, self._geometry.cluster_size
+        add = self._regions.add
+        add(Structure.HEADER, 0, size)
+        tables = guest.tables
+        self._regions.add_many(
+            Structure.L2_TABLE,
+            tables.offset,
+            size,
+            weight=tables.weight,
+            snapshot=tables.snapshot,
+            l1_index=tables.l1_index,
+        )
+        add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
+        add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
+        crypto = self._layout.extensions.crypto
+        if crypto is not None:
+            add(Structure.LUKS, crypto.offset, crypto.length)
+        self._locate_bitmaps()
+
+    def _locate_bitmaps(self) -> None:
+        pointer = self._layout.extensions.bitmaps
+        if pointer is None:
+            return
+        offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+        self._regions.add(Structure.BITMAP_DIRECTORY, offset, size)
+        try:
+            bitmaps = read_bitmaps(self._source, pointer, self._geometry)
+        except ImageError as error:
+            where = {
+                "structure": Structure.BITMAP_DIRECTORY,
+                "host_offset": min(offset, READABLE_END),
+            }
+            self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
+            self._stop(error, **where)
+            return
+        for number, bitmap in enumerate(bitmaps):
+            self._locate_bitmap(number, bitmap.bitmap_table_offset, bitmap.bitmap_table_size)
+
+    def _locate_bitmap(self, number: int, offset: int, size: int) -> None:
+        self._regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
+        if offset + size * 8 > READABLE_END:
+            error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
+            self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
+            return
+        position, word = nonzero_words(self._source, offset, size)
+        bad = entries.bad_bitmap_entries(word, self._geometry)
+        self._findings.add(
+            FindingKind.BITMAP_ENTRY_INVALID,
+            structure=Structure.BITMAP_TABLE,
+            host_offset=offset + position[bad] * 8,
+            index=number,
+            found=word[bad],
+        )
+        if bad.any():
+            first = int(word[bad][0])
+            error = ImageError(f"table of bitmap {number}", f"{first:#x}", "an invalid entry")
+            self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
+        data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        data = data[data != 0]
+        self._regions.add_many(
+            Structure.BITMAP_DATA, data, self._geometry.cluster_size, index=number
+        )
+
+    def _judge_reftable(self, reftable: Reftable) -> None:
+        """What is wrong with refcount table entries in themselves."""
+        base = self._layout.header.refcount_table_offset
+        reserved = np.uint64(entries.REFTABLE_RESERVED)
+        misaligned = reftable.misaligned & ~reftable.reserved
+        for kind, mask, expected in (
+            (FindingKind.REFTABLE_ENTRY_RESERVED, reftable.reserved, reftable.word & ~reserved),
+            (FindingKind.REFBLOCK_MISALIGNED, misaligned, np.zeros_like(reftable.word)),
+        ):
+            self._findings.add(
+                kind,
+                structure=Structure.REFTABLE,
+                host_offset=base + reftable.index[mask] * 8,
+                index=reftable.index[mask],
+                found=reftable.word[mask],
+                expected=expected[mask],
+            )
+
+    def _refblock_regions(self, reftable: Reftable) -> Regions:
+        """The refcount blocks inside the file; they are counted last, so not with the others."""
+        bits = self._geometry.cluster_bits
+        at = reftable.blocks()
+        at = at[~reftable.reserved[at] & (reftable.offset[at] >> bits < self._layout.host_clusters)]
+        return make_regions(
+            Structure.REFBLOCK, reftable.offset[at], 1 << bits, index=reftable.index[at]
+        )
+
+    # -- counting ------------------------------------------------------------------------------
+
+    def _load_refcounts(
+        self, stored: StoredRefcounts, guest: _Guest, regions: Regions
+    ) -> ClusterIndex:
+        """Read all stored refcounts; one counter a cluster, or only for those that matter."""
+        size = self._geometry.cluster_size
+        slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
+        blocks = np.unique(stored.reftable.offset[stored.reftable.blocks()])
+        metadata = len(guest.present) * self._geometry.l2_entries
+        metadata += len(blocks) * self._geometry.refblock_entries
+        self._tick.begin("refcounts", len(blocks) * size)
+        if slots <= max(DENSE_CLUSTERS, 2 * metadata):
+            stored.load_dense(slots, self._tick)
+            return stored.index
+        cluster, refcount = stored.nonzero_sparse(slots, self._tick)
+        bits = self._geometry.cluster_bits
+        spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
+        known = [cluster, expand_ranges(*spans)]
+        for _, rows in read_tables(self._source, guest.tables.offset[guest.present], size):
+            known.append(np.unique(referenced_clusters(rows, self._layout)))
+            self._tick(0)
+        keys = np.unique(np.concatenate(known))
+        index = ClusterIndex(slots, keys[keys < slots])
+        stored.set_sparse(index, cluster, refcount)
+        return index
+
+    def _take_census(self, stored: StoredRefcounts, guest: _Guest, index: ClusterIndex) -> Census:
+        tables, present = guest.tables, guest.present
+        siblings = present[tables.sibling[present]]
+        references = ClusterCounts(index.slots)
+        census = Census(self._layout, index, references, references, None, self._findings)
+        if len(siblings) or (tables.weight[present] != 1).any():
+            census.separate_mapped()
+        size = self._geometry.cluster_size
+        self._tick.begin("census", (len(present) + len(siblings)) * size)
+        walker = Walker(self._source, census, stored, tables)
+        walker.walk(present, self._tick)
+        if not self._geometry.external_data:
+            walker.walk_siblings(siblings, self._tick)
+        return census
+
+    def _contested(self, census: Census, guest: _Guest, regions: Regions) -> Mask:
+        """Slots of clusters that may have two owners: a superset, before metadata is counted."""
+        bits, index = self._geometry.cluster_bits, census.index
+        mapped = census.mapped.values
+        contested: Mask = mapped > 1
+        used = mapped > 0
+        if census.compressed is not None:
+            contested |= used & census.compressed
+            used |= census.compressed
+        first, last = regions.first(bits), regions.last(bits)
+        single = first == last
+        slots = index.slots_of(first[single])
+        contested[slots[used[slots]]] = True
+        for low, high in zip(first[~single].tolist(), last[~single].tolist(), strict=True):
+            slot = int(index.slots_of(np.array([low]))[0])
+            contested[slot : slot + high - low + 1] |= used[slot : slot + high - low + 1]
+        contested[index.slots_of(overlapping_clusters(regions, bits))] = True
+        shared = guest.tables.offset[_at_several_places(guest)] >> bits
+        slots, known = index.find(shared)
+        contested[slots[known]] = True
+        return contested
+
+    def _count_refblocks(self, census: Census, reftable: Reftable) -> int:
+        """Count refcount blocks, last of all, and judge them; the number of clusters to compare."""
+        bits, index, counts = self._geometry.cluster_bits, census.index, census.references
+        clusters = self._layout.host_clusters
+        slot, known = index.find(np.array([clusters]))
+        if known[0] and counts.values[slot[0]]:
+            clusters += 1
+        sound = np.flatnonzero(~reftable.reserved & ~reftable.misaligned & (reftable.offset != 0))
+        cluster = reftable.offset[sound] >> bits
+        beyond = (cluster >= clusters) | reftable.too_far[sound]
+        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, reftable, sound[beyond])
+        sound, cluster = sound[~beyond], cluster[~beyond]
+        slots = index.slots_of(cluster)
+        limit = self._geometry.refcount_max
+        rank = _rank_among_equals(slots)
+        seen = np.minimum(counts.values[slots].astype(np.uint64) + rank + 1, np.uint64(limit))
+        shared = seen != 1
+        self._report_refblocks(
+            FindingKind.REFBLOCK_SHARED, reftable, sound[shared], found=seen[shared], expected=1
+        )
+        counts.add(slots, 1)
+        return clusters
+
+    def _report_refblocks(
+        self, kind: FindingKind, reftable: Reftable, at: I64, **columns: object
+    ) -> None:
+        columns.setdefault("found", reftable.word[at])
+        base = self._layout.header.refcount_table_offset
+        self._findings.add(
+            kind,
+            structure=Structure.REFTABLE,
+            host_offset=base + reftable.index[at] * 8,
+            index=reftable.index[at],
+            **columns,
+        )
+
+    def _clip(self, census: Census) -> None:
+        """No counter goes past the refcount width; each reference too many is a finding."""
+        counts, limit = census.references, self._geometry.refcount_max
+        if limit >= int(np.iinfo(counts.values.dtype).max):
+            return
+        over = np.flatnonzero(counts.values > limit)
+        if not len(over):
+            return
+        bits = self._geometry.cluster_bits
+        self._findings.add(
+            FindingKind.REFCOUNT_OVERFLOW,
+            count=counts.values[over].astype(np.int64) - limit,
+            host_offset=census.index.clusters_of(over) << bits,
+            length=1 << bits,
+            found=counts.values[over],
+            expected=limit,
+        )
+        counts.values[over] = limit
+
+    # -- comparing -----------------------------------------------------------------------------
+
+    def _compare(self, census: Census, stored: StoredRefcounts, clusters: int) -> Mismatches:
+        """Pair stored and counted, leaving out what could not be looked up."""
+        index, per_block, block = census.index, stored.entries_per_block, stored.unreadable_blocks
+        low, high = (
+            np.minimum(block + more, -(-clusters // per_block)) * per_block for more in (0, 1)
+        )
+        low, high = np.minimum(low, clusters), np.minimum(high, clusters)
+        lost = high > low
+        self._findings.add(
+            FindingKind.REFCOUNT_UNREADABLE,
+            structure=Structure.REFTABLE,
+            count=(high - low)[lost],
+            host_offset=self._layout.header.refcount_table_offset + block[lost] * 8,
+            index=block[lost],
+            found=stored.reftable.word[np.searchsorted(stored.reftable.index, block[lost])],
+        )
+        starts = [0, *high[lost].tolist()]
+        ends = [*low[lost].tolist(), clusters]
+        spans = [
+            (_slots_before(index, start), _slots_before(index, end))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return Mismatches(
+            self._geometry,
+            index,
+            stored.values,
+            census.references.values,
+            tuple(span for span in spans if span[0] < span[1]),
+        )
+
+    def _check_l1_copied(self, guest: _Guest, stored: StoredRefcounts) -> None:
+        l1, bits = guest.l1, self._geometry.cluster_bits
+        at = np.flatnonzero(l1.active & (l1.offset != 0))
+        cluster = l1.offset[at] >> bits
+        copied = l1.word[at] >= np.uint64(entries.COPIED)
+        wrong = stored.is_one(cluster) != copied
+        unreadable = stored.unreadable(cluster)
+        if unreadable is not None:
+            wrong &= ~unreadable
+        at, copied = at[wrong], copied[wrong]
+        self._findings.add(
+            FindingKind.L1_COPIED,
+            structure=Structure.L1_TABLE,
+            host_offset=l1.host_offset[at],
+            snapshot=ACTIVE,
+            l1_index=l1.l1_index[at],
+            guest_offset=l1.l1_index[at] * self._geometry.l2_coverage,
+            guest_length=self._geometry.l2_coverage,
+            found=copied,
+            expected=~copied,
+        )
+
+    def _find_owners(
+        self, contested: Mask, mismatches: Mismatches, guest: _Guest, regions: Regions
+    ) -> Owners | None:
+        """Owners of clusters that may be contested, and of those with too low a refcount."""
+        wanted, index = contested, mismatches.index
+        for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
+            wanted[index.slots_of(mismatches.clusters(kind, OWNED_LOW_CLUSTERS))] = True
+        if not wanted.any():
+            return None
+        finder = OwnersFinder(self._geometry, index, wanted, guest.l1, guest.tables)
+        finder.add_regions(regions)
+        self._tick.begin("owners", len(guest.present) * self._geometry.cluster_size)
+        finder.add_entries(self._source, guest.present, self._tick)
+        owners = finder.result()
+        cluster, number = contested_clusters(owners, self._geometry.l2_entries)
+        at = np.searchsorted(owners.cluster, cluster)
+        is_guest = np.isin(owners.structure[at], (Structure.DATA, Structure.COMPRESSED))
+        position = owners.l1_index[at] * self._geometry.l2_entries + owners.l2_index[at]
+        bits = self._geometry.cluster_bits
+        self._findings.add(
+            FindingKind.MULTIPLE_OWNERS,
+            host_offset=cluster << bits,
+            length=1 << bits,
+            guest_offset=np.where(is_guest, position << bits, NONE),
+            guest_length=np.where(is_guest, 1 << bits, 0),
+            found=number,
+            expected=1,
+        )
+        return owners
+
+    # -- the answer ----------------------------------------------------------------------------
+
+    def _report(
+        self,
+        snapshots: SnapshotTable,
+        census: Census,
+        mismatches: Mismatches,
+        owners: Owners | None,
+    ) -> Report:
+        totals, highest = mismatches.totals()
+        findings = self._findings.build()
+        counts = findings.counts() | totals
+        by_severity = dict.fromkeys(Severity, 0)
+        for kind, number in counts.items():
+            by_severity[KINDS[kind].severity] += number
+        guest = census.guest
+        counters = CheckCounters(
+            check_errors=by_severity[Severity.CHECK_ERROR],
+            corruptions=by_severity[Severity.CORRUPTION],
+            leaks=by_severity[Severity.LEAK],
+            image_end_offset=(highest + 1) * self._geometry.cluster_size,
+            total_clusters=self._geometry.guest_clusters,
+            allocated_clusters=guest.allocated,
+            fragmented_clusters=guest.fragmented,
+            compressed_clusters=guest.compressed,
+        )
+        return Report(
+            layout=self._layout,
+            counters=counters,
+            findings=findings,
+            mismatches=mismatches,
+            totals=totals,
+            owners=owners or no_owners(),
+            snapshots=snapshots.snapshots,
+            stopped=tuple(self._stopped),
+            needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
+            complete=not self._stopped and not _hides_references(findings),
+        )
+
+
+_NEEDS_REBUILD = (
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.REFCOUNT_UNREADABLE,
+    FindingKind.REFCOUNT_MISSING,
+)
+
+
+def _hides_references(findings: Findings) -> bool:
+    """Whether a table that could hold references could not be read where it should be."""
+    kinds = findings.counts()
+    if any(
+        kind in kinds
+        for kind in (
+            FindingKind.L2_TABLE_MISALIGNED,
+            FindingKind.SNAPSHOT_L1_MISALIGNED,
+            FindingKind.SNAPSHOT_L1_TOO_LARGE,
+        )
+    ):
+        return True
+    lost = findings.of(FindingKind.PAST_END).structure
+    tables = (
+        Structure.L1_TABLE,
+        Structure.L2_TABLE,
+        Structure.SNAPSHOT_TABLE,
+        Structure.BITMAP_DIRECTORY,
+        Structure.BITMAP_TABLE,
+    )
+    return bool(np.isin(lost, tables).any())
+
+
+def _at_several_places(guest: _Guest) -> Mask:
+    """L2 tables that stand at more than one index of the L1 tables."""
+    tables, l1 = guest.tables, guest.l1
+    result = np.zeros(len(tables), dtype=np.bool_)
+    result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
+    return result
+
+
+def _rank_among_equals(values: I64) -> np.ndarray:
+    """For each value how many equal ones stand before it."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.searchsorted(ordered, ordered)
+    rank = np.empty(len(values), dtype=np.uint64)
+    rank[order] = np.arange(len(values)) - first
+    return rank
+
+
+def _slots_before(index: ClusterIndex, cluster: int) -> int:
+    """How many slots belong to clusters below *cluster*."""
+    if index.keys is None:
+        return min(cluster, index.slots)
+    return int(np.searchsorted(index.keys, cluster))

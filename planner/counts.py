@@ -1,0 +1,111 @@
+"""Counters over host clusters: growable in width, dense or sparse in extent.
+
+A `ClusterIndex` maps cluster numbers to slots, so that a file that claims to be huge costs what is
+in it; `ClusterCounts` holds one number a slot in the narrowest dtype that fits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.arrays import I64, Counts, Mask
+
+_WIDTHS: tuple[type[np.unsignedinteger], ...] = (np.uint8, np.uint16, np.uint32, np.uint64)
+
+
+class ClusterIndex:
+    """Which slot a cluster has.
+
+    Dense: slot = cluster, for clusters below *size*. Sparse: slots number the ascending *keys*, the
+    only clusters that matter. Runs of adjacent known clusters are runs of adjacent slots in both.
+    """
+
+    def __init__(self, size: int, keys: I64 | None = None) -> None:
+        self.clusters = size
+        self.keys = keys
+        self.slots = size if keys is None else len(keys)
+
+    def slots_of(self, clusters: I64) -> I64:
+        """Slots of clusters that are known to have one."""
+        if self.keys is None:
+            return clusters
+        return np.searchsorted(self.keys, clusters)
+
+    def find(self, clusters: I64) -> tuple[I64, Mask]:
+        """Slots of any clusters, and which of them have one; the others' slots are 0."""
+        if self.keys is None:
+            known = clusters < self.slots
+        else:
+            slots = np.searchsorted(self.keys, clusters)
+            known = slots < self.slots
+            known[known] = self.keys[slots[known]] == clusters[known]
+            clusters = slots
+        return np.where(known, clusters, 0), known
+
+    def clusters_of(self, slots: I64) -> I64:
+        """The inverse of `slots_of`."""
+        return slots if self.keys is None else self.keys[slots]
+
+
+class ClusterCounts:
+    """One unsigned number a slot. Starts at one byte each and widens before anything can wrap."""
+
+    def __init__(self, slots: int) -> None:
+        self.values: Counts = np.zeros(slots, dtype=np.uint8)
+        self._bound = 0  # No value is above this.
+
+    def copy(self) -> ClusterCounts:
+        """The same counts, to be counted on separately."""
+        twin = ClusterCounts(0)
+        twin.values, twin._bound = self.values.copy(), self._bound
+        return twin
+
+    def add_run(self, first: int, count: int, amount: int) -> None:
+        """Add *amount* to the slots first..first+count-1."""
+        self._make_room(amount)
+        self.values[first : first + count] += self.values.dtype.type(amount)
+
+    def add_distinct(self, slots: npt.NDArray[np.integer[Any]], amount: int) -> None:
+        """Add *amount* to slots that are all different."""
+        self._make_room(amount)
+        self.values[slots] += self.values.dtype.type(amount)
+
+    def add(self, slots: I64, amount: int) -> None:
+        """Add *amount* to each of *slots*, as often as it occurs."""
+        if not len(slots):
+            return
+        # Half the width sorts in half the time.
+        narrow = slots.astype(np.uint32) if len(self.values) < 1 << 32 else slots
+        ordered: npt.NDArray[np.integer[Any]] = np.sort(narrow)
+        first = np.empty(len(ordered), dtype=np.bool_)
+        first[0] = True
+        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+        if first.all():
+            self.add_distinct(ordered, amount)
+            return
+        starts = np.flatnonzero(first)
+        times = np.diff(starts, append=len(ordered)) * amount
+        self._make_room(int(times.max()))
+        self.values[ordered[starts]] += times.astype(self.values.dtype)
+
+    def _make_room(self, amount: int) -> None:
+        """Widen where adding *amount* to the largest value could wrap."""
+        limit = int(np.iinfo(self.values.dtype).max)
+        if self._bound + amount > limit:
+            self._bound = int(self.values.max(initial=0))
+            while self._bound + amount > int(np.iinfo(self.values.dtype).max):
+                width = _WIDTHS[[np.dtype(w) for w in _WIDTHS].index(self.values.dtype) + 1]
+                self.values = self.values.astype(width)
+        self._bound += amount
+
+
+def fill_rows(values: Counts, rows: I64, part: Counts) -> Counts:
+    """Set values[rows] = part in a 2-D array, which widens where *part* does not fit its dtype."""
+    top = int(part.max(initial=0))
+    if top > int(np.iinfo(values.dtype).max):
+        values = values.astype(next(w for w in _WIDTHS if top <= int(np.iinfo(w).max)))
+    values[rows] = part
+    return values

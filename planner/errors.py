@@ -1,0 +1,58 @@
+"""Every error that leaves the planner, and nothing else.
+
+An error is a class with structured fields; its sentence is made in one place, here. ``exit_code``
+is what a command ends with, ``errno`` what a read in the mount answers.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class PlannerError(Exception):
+    """Base of what the planner raises."""
+
+    exit_code = 1
+    errno = _errno.EUCLEAN
+
+
+class ImageError(PlannerError):
+    """The image cannot be interpreted: one field, its value, and one sentence why.
+
+    ``field`` is the name that QEMU's specification gives it, ``value`` what was found there.
+    """
+
+    def __init__(self, field: str, value: int | str, problem: str) -> None:
+        super().__init__(field, value, problem)
+        self.field = field
+        self.value = value
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.value}: {self.problem}"
+
+
+class NotQcow2(ImageError):
+    """The file is not a qcow2 image at all."""
+
+    exit_code = 63
+    errno = _errno.EMEDIUMTYPE
+
+    def __str__(self) -> str:
+        return f"not a qcow2 image: {self.problem}"
+
+
+class HeaderCutOff(ImageError):
+    """The file begins like a qcow2 image and ends before its header does."""
+
+    def __str__(self) -> str:
+        return f"the file is cut off inside the qcow2 header: {self.problem}"
+
+
+class Cancelled(PlannerError):
+    """The caller asked for the check to end before it was done."""
+
+    errno = _errno.EINTR
+
+    def __str__(self) -> str:
+        return "cancelled"

@@ -1,0 +1,509 @@
+"""What can be found in an image: the closed list of kinds, and findings in columns.
+
+Nothing is decided here and nothing rendered. A finding is a row of numpy columns, never an object
+of its own until somebody reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask
+
+NONE = -1
+"""In a column: does not apply."""
+
+ACTIVE = -1
+"""In the ``snapshot`` column: the active disk. `NOWHERE` where no L1 table is involved."""
+
+NOWHERE = -2
+
+
+class Structure(IntEnum):
+    """What a host cluster, or a word in it, is part of."""
+
+    HEADER = 0
+    L1_TABLE = 1
+    L2_TABLE = 2
+    DATA = 3
+    COMPRESSED = 4
+    SNAPSHOT_TABLE = 5
+    REFTABLE = 6
+    REFBLOCK = 7
+    LUKS = 8
+    BITMAP_DIRECTORY = 9
+    BITMAP_TABLE = 10
+    BITMAP_DATA = 11
+    CLUSTER = 12
+
+    @property
+    def label(self) -> str:
+        return _STRUCTURES[self]
+
+    @property
+    def is_guest(self) -> bool:
+        """Holds bytes of a guest disk, rather than metadata."""
+        return self in (Structure.DATA, Structure.COMPRESSED)
+
+
+_STRUCTURES = {
+    Structure.HEADER: "header",
+    Structure.L1_TABLE: "L1 table",
+    Structure.L2_TABLE: "L2 table",
+    Structure.DATA: "data cluster",
+    Structure.COMPRESSED: "compressed cluster",
+    Structure.SNAPSHOT_TABLE: "snapshot table",
+    Structure.REFTABLE: "refcount table",
+    Structure.REFBLOCK: "refcount block",
+    Structure.LUKS: "LUKS header",
+    Structure.BITMAP_DIRECTORY: "bitmap directory",
+    Structure.BITMAP_TABLE: "bitmap table",
+    Structure.BITMAP_DATA: "bitmap data",
+    Structure.CLUSTER: "host cluster",
+}
+
+
+class Severity(IntEnum):
+    """What a finding counts as. A NOTICE is in none of QEMU's counters."""
+
+    NOTICE = 0
+    LEAK = 1
+    CORRUPTION = 2
+    CHECK_ERROR = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+class FindingKind(IntEnum):
+    """Every kind of thing that a check can find. Closed: each has a row in `KINDS`."""
+
+    CHECK_STOPPED = 0
+    REFCOUNT_UNREADABLE = 1
+    MULTIPLE_OWNERS = 2
+    PAST_END = 3
+    REFCOUNT_OVERFLOW = 4
+    L1_ENTRY_RESERVED = 5
+    L2_TABLE_MISALIGNED = 6
+    L2_ENTRY_RESERVED = 7
+    DATA_MISALIGNED = 8
+    ZERO_MISALIGNED = 9
+    COMPRESSED_COPIED = 10
+    COMPRESSED_WITH_DATA_FILE = 11
+    COMPRESSED_SUBCLUSTERS = 12
+    SUBCLUSTER_CONFLICT = 13
+    UNALLOCATED_SUBCLUSTERS = 14
+    SNAPSHOTS_WITH_DATA_FILE = 15
+    SNAPSHOT_L1_MISALIGNED = 16
+    SNAPSHOT_L1_TOO_LARGE = 17
+    SNAPSHOT_EXTRA_DATA = 18
+    BITMAP_DIRECTORY_INVALID = 19
+    BITMAP_ENTRY_INVALID = 20
+    REFTABLE_ENTRY_RESERVED = 21
+    REFBLOCK_MISALIGNED = 22
+    REFBLOCK_PAST_END = 23
+    REFBLOCK_SHARED = 24
+    REFCOUNT_MISSING = 25
+    REFCOUNT_LOW = 26
+    L1_COPIED = 27
+    L2_COPIED = 28
+    LEAK = 29
+    CORRUPT_BIT = 30
+    DIRTY_BIT = 31
+    STALE_BITMAPS = 32
+
+    @property
+    def label(self) -> str:
+        return self.name.lower().replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class KindInfo:
+    """What there is to say of a kind of finding, once for all of them.
+
+    ``found`` and ``expected`` say what those columns hold; ``expected`` is empty where nothing in
+    the image determines it. ``tier`` is the repair tier that mends it; where none does, ``left``
+    says why.
+    """
+
+    severity: Severity
+    meaning: str
+    found: str
+    expected: str = ""
+    tier: str | None = None
+    left: str = ""
+
+
+_S = Severity
+KINDS: dict[FindingKind, KindInfo] = {
+    FindingKind.CHECK_STOPPED: KindInfo(
+        _S.CHECK_ERROR,
+        "a table cannot be read, so what it refers to is not known",
+        "value",
+        left="what the table listed is not known",
+    ),
+    FindingKind.REFCOUNT_UNREADABLE: KindInfo(
+        _S.CHECK_ERROR,
+        "the refcount cannot be looked up: its refcount block is not where one can be",
+        "refcount table entry",
+        tier="all",
+    ),
+    FindingKind.MULTIPLE_OWNERS: KindInfo(
+        _S.NOTICE,
+        "the cluster is used twice for different things: at least one of them reads wrong bytes",
+        "owners",
+        "1",
+        left="the image does not say which owner is right",
+    ),
+    FindingKind.PAST_END: KindInfo(
+        _S.CORRUPTION,
+        "it lies past the end of the file: its content is lost and reads as zeros",
+        "offset",
+        left="what was there is not in the file",
+    ),
+    FindingKind.REFCOUNT_OVERFLOW: KindInfo(
+        _S.CORRUPTION,
+        "more references than the refcount width can hold",
+        "references",
+        "maximum",
+        left="wider refcounts need a new image (qemu-img amend or convert)",
+    ),
+    FindingKind.L1_ENTRY_RESERVED: KindInfo(
+        _S.CORRUPTION, "reserved bits are set in an L1 entry", "entry", "entry", tier="all"
+    ),
+    FindingKind.L2_TABLE_MISALIGNED: KindInfo(
+        _S.CORRUPTION,
+        "an L1 entry points at an offset that is not cluster aligned: what it maps is unreadable",
+        "offset",
+        left="the image does not say where the L2 table is",
+    ),
+    FindingKind.L2_ENTRY_RESERVED: KindInfo(
+        _S.CORRUPTION, "reserved bits are set in an L2 entry", "entry", "entry", tier="all"
+    ),
+    FindingKind.DATA_MISALIGNED: KindInfo(
+        _S.CORRUPTION,
+        "a data cluster is not cluster aligned: the guest cannot read it",
+        "offset",
+        left="the image does not say where the data is",
+    ),
+    FindingKind.ZERO_MISALIGNED: KindInfo(
+        _S.CORRUPTION,
+        "a preallocated cluster that reads as zeros is not cluster aligned",
+        "offset",
+        tier="all",
+    ),
+    FindingKind.COMPRESSED_COPIED: KindInfo(
+        _S.CORRUPTION,
+        "a compressed cluster has the COPIED flag, which it must not",
+        "entry",
+        "entry",
+        tier="all",
+    ),
+    FindingKind.COMPRESSED_WITH_DATA_FILE: KindInfo(
+        _S.CORRUPTION,
+        "a compressed cluster in an image with an external data file",
+        "entry",
+        left="compressed data cannot be in a data file",
+    ),
+    FindingKind.COMPRESSED_SUBCLUSTERS: KindInfo(
+        _S.CORRUPTION,
+        "a compressed cluster has a subcluster bitmap",
+        "subcluster bitmap",
+        left="either the entry or its bitmap is wrong",
+    ),
+    FindingKind.SUBCLUSTER_CONFLICT: KindInfo(
+        _S.CORRUPTION,
+        "a subcluster is marked both as allocated and as zeros",
+        "subcluster bitmap",
+        left="the image does not say which of the two is right",
+    ),
+    FindingKind.UNALLOCATED_SUBCLUSTERS: KindInfo(
+        _S.CORRUPTION,
+        "an unallocated cluster has allocated subclusters",
+        "subcluster bitmap",
+        left="the image does not say where the subclusters are",
+    ),
+    FindingKind.SNAPSHOTS_WITH_DATA_FILE: KindInfo(
+        _S.CORRUPTION,
+        "internal snapshots in an image with an external data file",
+        "snapshots",
+        "0",
+        left="the data file keeps no old clusters",
+    ),
+    FindingKind.SNAPSHOT_L1_MISALIGNED: KindInfo(
+        _S.CORRUPTION,
+        "a snapshot's L1 table is not cluster aligned: the snapshot is unreadable",
+        "offset",
+        left="the image does not say where the L1 table is",
+    ),
+    FindingKind.SNAPSHOT_L1_TOO_LARGE: KindInfo(
+        _S.CORRUPTION,
+        "a snapshot's L1 table is larger than any may be: the snapshot is unreadable",
+        "entries",
+        "at most",
+        left="the image does not say how large the L1 table is",
+    ),
+    FindingKind.SNAPSHOT_EXTRA_DATA: KindInfo(
+        _S.CORRUPTION,
+        "a snapshot table entry lacks the extra data that version 3 requires",
+        "bytes",
+        "bytes",
+        tier="all",
+    ),
+    FindingKind.BITMAP_DIRECTORY_INVALID: KindInfo(
+        _S.CORRUPTION,
+        "the bitmap directory cannot be interpreted, so the clusters of the bitmaps are not known",
+        "value",
+        left="what the directory listed is not known",
+    ),
+    FindingKind.BITMAP_ENTRY_INVALID: KindInfo(
+        _S.CORRUPTION,
+        "a bitmap table entry is invalid",
+        "entry",
+        left="the image does not say where this part of the bitmap is",
+    ),
+    FindingKind.REFTABLE_ENTRY_RESERVED: KindInfo(
+        _S.CORRUPTION,
+        "reserved bits are set in a refcount table entry",
+        "entry",
+        "entry",
+        tier="all",
+    ),
+    FindingKind.REFBLOCK_MISALIGNED: KindInfo(
+        _S.CORRUPTION, "a refcount block is not cluster aligned", "offset", tier="all"
+    ),
+    FindingKind.REFBLOCK_PAST_END: KindInfo(
+        _S.CORRUPTION, "a refcount block lies past the end of the file", "offset", tier="all"
+    ),
+    FindingKind.REFBLOCK_SHARED: KindInfo(
+        _S.CORRUPTION,
+        "a refcount block's cluster is used for something else too",
+        "references",
+        "1",
+        tier="all",
+    ),
+    FindingKind.REFCOUNT_MISSING: KindInfo(
+        _S.CORRUPTION,
+        "used clusters are counted as free: the next write may overwrite them",
+        "refcount",
+        "references",
+        tier="all",
+    ),
+    FindingKind.REFCOUNT_LOW: KindInfo(
+        _S.CORRUPTION,
+        "clusters have more users than their refcount says: they may be freed too early",
+        "refcount",
+        "references",
+        tier="all",
+    ),
+    FindingKind.L1_COPIED: KindInfo(
+        _S.CORRUPTION,
+        "the COPIED flag of an L1 entry contradicts the refcount of its L2 table",
+        "flag",
+        "flag",
+        tier="all",
+    ),
+    FindingKind.L2_COPIED: KindInfo(
+        _S.CORRUPTION,
+        "the COPIED flag of L2 entries contradicts the refcount of their clusters",
+        "flag",
+        "flag",
+        tier="all",
+    ),
+    FindingKind.LEAK: KindInfo(
+        _S.LEAK,
+        "clusters are counted as used and nothing refers to them: wasted space, or something lost",
+        "refcount",
+        "references",
+        tier="leaks",
+    ),
+    FindingKind.CORRUPT_BIT: KindInfo(
+        _S.NOTICE,
+        "the image is marked corrupt: QEMU opens it read-only",
+        "bit",
+        "0",
+        tier="all",
+    ),
+    FindingKind.DIRTY_BIT: KindInfo(
+        _S.NOTICE,
+        "the image was not closed properly: its refcounts may be out of date",
+        "bit",
+        "0",
+        tier="all",
+    ),
+    FindingKind.STALE_BITMAPS: KindInfo(
+        _S.NOTICE,
+        "a program without support for bitmaps has written to the image: they are void now",
+        "bitmaps",
+        left="the bitmaps no longer describe the disk",
+    ),
+}
+
+_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+    "kind": (np.uint8, 0),
+    "structure": (np.uint8, Structure.CLUSTER),
+    "count": (np.int64, 1),
+    "host_offset": (np.int64, 0),
+    "length": (np.int64, 8),
+    "snapshot": (np.int32, NOWHERE),
+    "l1_index": (np.int32, NONE),
+    "l2_index": (np.int32, NONE),
+    "index": (np.int64, NONE),
+    "guest_offset": (np.int64, NONE),
+    "guest_length": (np.int64, 0),
+    "found": (np.uint64, 0),
+    "expected": (np.uint64, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One row of `Findings`, for reading. See there for the units."""
+
+    kind: FindingKind
+    structure: Structure
+    count: int
+    host_offset: int
+    length: int
+    snapshot: int
+    l1_index: int
+    l2_index: int
+    index: int
+    guest_offset: int
+    guest_length: int
+    found: int
+    expected: int
+
+    @property
+    def info(self) -> KindInfo:
+        return KINDS[self.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Findings in columns of equal length: the worst severity first, then by kind and host offset.
+
+    ``kind``, ``structure``: uint8, `FindingKind` and `Structure`. ``count``: how often it counts in
+    QEMU's counters: the clusters of a run, or how many L1 entries lead to the table it is in.
+    ``host_offset``, ``length``: the damaged word or the run of clusters, bytes. ``snapshot``,
+    ``l1_index``, ``l2_index``: where the word is; `ACTIVE`, `NOWHERE`, `NONE`. ``index``: of a
+    refcount table entry, a snapshot or a bitmap. ``guest_offset``, ``guest_length``: the guest
+    bytes it touches; `NONE`. ``found``, ``expected``: as `KINDS` says.
+    """
+
+    kind: U8
+    structure: U8
+    count: I64
+    host_offset: I64
+    length: I64
+    snapshot: I64
+    l1_index: I64
+    l2_index: I64
+    index: I64
+    guest_offset: I64
+    guest_length: I64
+    found: U64
+    expected: U64
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def select(self, mask: Mask) -> Findings:
+        """The rows where *mask* (bool, one a row) is true."""
+        return Findings(*(getattr(self, name)[mask] for name in _COLUMNS))
+
+    def of(self, *kinds: FindingKind) -> Findings:
+        """The rows of these kinds, in their order."""
+        return self.select(np.isin(self.kind, np.array(kinds, dtype=np.uint8)))
+
+    def with_severity(self, severity: Severity) -> Findings:
+        return self.of(*(kind for kind, info in KINDS.items() if info.severity is severity))
+
+    def rows(self) -> Iterator[Finding]:
+        """One object a row; converts a bounded part of the columns at a time."""
+        for start in range(0, len(self), 4096):
+            part = [getattr(self, name)[start : start + 4096].tolist() for name in _COLUMNS]
+            for kind, structure, *rest in zip(*part, strict=True):
+                yield Finding(FindingKind(kind), Structure(structure), *rest)
+
+    def counts(self) -> dict[FindingKind, int]:
+        """How often each kind that is there counts."""
+        present = np.unique(self.kind)
+        return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
+
+
+class FindingsBuilder:
+    """Collects rows, many a call, and orders them once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray[tuple[int], np.dtype[np.generic]]]] = {
+            name: [] for name in _COLUMNS
+        }
+
+    def add(self, kind: FindingKind, **columns: object) -> None:
+        """Add rows. Columns are scalars or arrays that broadcast; `_COLUMNS` has the defaults."""
+        given = {name: np.atleast_1d(np.asarray(value)) for name, value in columns.items()}
+        length = max((len(value) for value in given.values()), default=1)
+        if any(len(value) == 0 for value in given.values()):
+            return
+        given["kind"] = np.array([kind])
+        for name, (dtype, default) in _COLUMNS.items():
+            value = given.get(name, np.array([default])).astype(dtype)
+            self._parts[name].append(np.broadcast_to(value, (length,)))
+
+    def build(self) -> Findings:
+        columns = {
+            name: np.concatenate(parts) if parts else np.zeros(0, dtype=_COLUMNS[name][0])
+            for name, parts in self._parts.items()
+        }
+        badness = np.array([-int(KINDS[kind].severity) for kind in FindingKind])
+        order = np.lexsort((columns["host_offset"], columns["kind"], badness[columns["kind"]]))
+        return Findings(**{name: column[order] for name, column in columns.items()})
+
+
+def no_findings() -> Findings:
+    """Columns without rows."""
+    return FindingsBuilder().build()
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One user of a cluster. ``snapshot``, indices: as in `Findings`."""
+
+    structure: Structure
+    snapshot: int
+    l1_index: int
+    l2_index: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Who uses the clusters that findings are about; columns, sorted by ``cluster``."""
+
+    cluster: I64
+    structure: U8
+    snapshot: I64
+    l1_index: I64
+    l2_index: I64
+    index: I64
+    truncated: bool = False
+
+    def of(self, first: int, count: int = 1, limit: int = 64) -> list[Owner]:
+        """Owners of *count* clusters from *first* on, at most *limit*."""
+        low, high = np.searchsorted(self.cluster, [first, first + count])
+        high = min(int(high), int(low) + limit)
+        columns = (self.structure, self.snapshot, self.l1_index, self.l2_index, self.index)
+        rows = zip(*(column[low:high].tolist() for column in columns), strict=True)
+        return [Owner(Structure(structure), *rest) for structure, *rest in rows]
+
+
+def no_owners() -> Owners:
+    """Columns without rows."""
+    empty = np.zeros(0, dtype=np.int64)
+    return Owners(empty, empty.astype(np.uint8), empty, empty, empty, empty)

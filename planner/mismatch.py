@@ -1,0 +1,110 @@
+"""Stored refcounts against counted references, cluster by cluster, told in runs.
+
+The two arrays are kept as they are; runs are made when somebody reads them, a bounded part at a
+time, so that sixteen million scattered leaks cost no more than sixteen million clusters without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U8, Counts
+from planner.counts import ClusterIndex
+from planner.findings import FindingKind, Findings, FindingsBuilder, Structure
+from planner.qcow2.geometry import Geometry
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatches:
+    """``stored``, ``counted``: one number a slot of ``index``. ``spans``: (first, end) slots whose
+    stored refcount could be looked up, ascending.
+    """
+
+    geometry: Geometry
+    index: ClusterIndex
+    stored: Counts
+    counted: Counts
+    spans: tuple[tuple[int, int], ...]
+
+    def totals(self) -> tuple[dict[FindingKind, int], int]:
+        """How many clusters there are of each kind, and the highest one in use (0: none)."""
+        totals = dict.fromkeys((FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW), 0)
+        totals[FindingKind.LEAK] = 0
+        highest = 0
+        for first, stored, counted in self._chunks():
+            used = np.flatnonzero(stored.astype(np.bool_) | counted.astype(np.bool_))
+            if len(used):
+                last = np.array([first + int(used[-1])])
+                highest = int(self.index.clusters_of(last)[0])
+            if np.array_equal(stored, counted):
+                continue
+            missing = int(np.count_nonzero((stored == 0) & (counted > 0)))
+            totals[FindingKind.LEAK] += int(np.count_nonzero(stored > counted))
+            totals[FindingKind.REFCOUNT_MISSING] += missing
+            totals[FindingKind.REFCOUNT_LOW] += int(np.count_nonzero(stored < counted)) - missing
+        return totals, highest
+
+    def runs(self, *kinds: FindingKind) -> Iterator[Findings]:
+        """Findings of these kinds, in file order, a bounded number at a time.
+
+        A run of neighbours with the same two numbers is one finding; runs end at chunk borders.
+        """
+        for first, stored, counted in self._chunks():
+            kind = _kinds_of(stored, counted)
+            at = np.flatnonzero(np.isin(kind, np.array(kinds, dtype=np.uint8)))
+            if not len(at):
+                continue
+            cluster = self.index.clusters_of(first + at)
+            yield self._findings(cluster, kind[at], stored[at], counted[at])
+
+    def clusters(self, kind: FindingKind, limit: int) -> I64:
+        """The first clusters of a kind, at most *limit*."""
+        found: list[I64] = []
+        for first, stored, counted in self._chunks():
+            at = np.flatnonzero(_kinds_of(stored, counted) == kind)
+            found.append(self.index.clusters_of(first + at))
+            limit -= len(at)
+            if limit <= 0:
+                break
+        return np.concatenate(found)[: limit or None] if found else np.zeros(0, dtype=np.int64)
+
+    def _chunks(self) -> Iterator[tuple[int, Counts, Counts]]:
+        for low, high in self.spans:
+            for first in range(low, high, CHUNK):
+                end = min(high, first + CHUNK)
+                yield first, self.stored[first:end], self.counted[first:end]
+
+    def _findings(self, cluster: I64, kind: U8, stored: Counts, counted: Counts) -> Findings:
+        new = np.ones(len(cluster), dtype=np.bool_)
+        new[1:] = np.diff(cluster) != 1
+        for column in (kind, stored, counted):
+            new[1:] |= column[1:] != column[:-1]
+        start = np.flatnonzero(new)
+        length = np.diff(start, append=len(cluster))
+        builder = FindingsBuilder()
+        for each in np.unique(kind[start]).tolist():
+            mine = kind[start] == each
+            builder.add(
+                FindingKind(each),
+                structure=Structure.CLUSTER,
+                count=length[mine],
+                host_offset=cluster[start[mine]] << self.geometry.cluster_bits,
+                length=length[mine] << self.geometry.cluster_bits,
+                found=stored[start[mine]],
+                expected=counted[start[mine]],
+            )
+        return builder.build()
+
+
+def _kinds_of(stored: Counts, counted: Counts) -> U8:
+    """The finding kind of each pair of numbers; 255 where they agree."""
+    kind = np.full(len(stored), 255, dtype=np.uint8)
+    kind[stored > counted] = FindingKind.LEAK
+    kind[stored < counted] = FindingKind.REFCOUNT_LOW
+    kind[(stored == 0) & (counted > 0)] = FindingKind.REFCOUNT_MISSING
+    return kind

@@ -1,0 +1,165 @@
+"""The bitmap directory and its tables.
+
+Source: docs/interop/qcow2.txt, "Bitmaps"; for what QEMU refuses, bitmap_list_load and
+check_dir_entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
+
+from planner.errors import ImageError
+from planner.qcow2.extensions import BitmapsPointer
+from planner.qcow2.geometry import Geometry
+from planner.source import Source, read_bytes
+
+IN_USE = 1 << 0
+AUTO = 1 << 1
+EXTRA_DATA_COMPATIBLE = 1 << 2
+RESERVED_FLAGS = 0xFFFF_FFFC
+
+TYPE_DIRTY = 1
+GRANULARITY_BITS = range(9, 32)
+MAX_TABLE_ENTRIES = 0x800_0000
+MAX_BITMAP_BYTES = 0x2000_0000
+MAX_NAME = 1023
+
+ENTRY = Struct(
+    "bitmap_table_offset" / Int64ub,
+    "bitmap_table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+ENTRY_BYTES = ENTRY.sizeof()
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """One entry of the bitmap directory; ``offset`` is where it stands in the file, bytes."""
+
+    offset: int
+    bitmap_table_offset: int
+    bitmap_table_size: int
+    flags: int
+    type: int
+    granularity_bits: int
+    extra_data: bytes
+    name: bytes
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes that one bit stands for."""
+        return 1 << self.granularity_bits
+
+
+def encode_bitmap(bitmap: Bitmap) -> bytes:
+    """One directory entry, padded to eight bytes: the inverse of decoding."""
+    raw: bytes = ENTRY.build(
+        {
+            "bitmap_table_offset": bitmap.bitmap_table_offset,
+            "bitmap_table_size": bitmap.bitmap_table_size,
+            "flags": bitmap.flags,
+            "type": bitmap.type,
+            "granularity_bits": bitmap.granularity_bits,
+            "name_size": len(bitmap.name),
+            "extra_data_size": len(bitmap.extra_data),
+        }
+    )
+    raw += bitmap.extra_data + bitmap.name
+    return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
+
+
+def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> tuple[Bitmap, ...]:
+    """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
+    start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+    if not size:
+        raise ImageError("bitmap_directory_size", size, "a directory cannot be empty")
+    if start + size > source.size + geometry.cluster_size:
+        # Zeros past the end of the file are no valid entry: refuse before reading so many.
+        raise ImageError(
+            "bitmap_directory_offset", start, "the directory runs past the end of the file"
+        )
+    directory = read_bytes(source, start, size)
+    bitmaps: list[Bitmap] = []
+    names: set[bytes] = set()
+    position = 0
+    while position < size:
+        if len(bitmaps) == pointer.nb_bitmaps:
+            raise ImageError("nb_bitmaps", pointer.nb_bitmaps, "the bitmap directory lists more")
+        bitmap, position = _decode_entry(directory, position, start)
+        _check_entry(bitmap, geometry)
+        if not bitmap.flags & IN_USE and bitmap.name in names:
+            raise ImageError(
+                f"name of the bitmap at {bitmap.offset}", repr(bitmap.name), "not unique"
+            )
+        names.add(bitmap.name)
+        bitmaps.append(bitmap)
+    if len(bitmaps) != pointer.nb_bitmaps:
+        raise ImageError("nb_bitmaps", pointer.nb_bitmaps, f"the directory lists {len(bitmaps)}")
+    return tuple(bitmaps)
+
+
+def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, int]:
+    """The entry at *position*, and where the next one begins."""
+    broken = ImageError("bitmap directory", start + position, "its last entry is cut off")
+    if position + ENTRY_BYTES > len(directory):
+        raise broken
+    fixed = ENTRY.parse(directory[position : position + ENTRY_BYTES])
+    extra = position + ENTRY_BYTES
+    name = extra + fixed.extra_data_size
+    end = name + fixed.name_size
+    following = position + ((end - position + 7) & ~7)
+    if following > len(directory):
+        raise broken
+    bitmap = Bitmap(
+        offset=start + position,
+        bitmap_table_offset=fixed.bitmap_table_offset,
+        bitmap_table_size=fixed.bitmap_table_size,
+        flags=fixed.flags,
+        type=fixed.type,
+        granularity_bits=fixed.granularity_bits,
+        extra_data=directory[extra:name],
+        name=directory[name:end],
+    )
+    return bitmap, following
+
+
+def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
+    """check_dir_entry: raises `ImageError`."""
+    bits, entries = bitmap.granularity_bits, bitmap.bitmap_table_size
+    table_at = bitmap.bitmap_table_offset
+    needed = -(-geometry.virtual_size // (geometry.cluster_size * 8 << bits))
+    rules: list[tuple[bool, str, int, str]] = [
+        (bool(bitmap.extra_data), "extra_data_size", len(bitmap.extra_data), "not supported"),
+        (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),
+        (
+            table_at == 0 or table_at % geometry.cluster_size != 0,
+            "bitmap_table_offset",
+            table_at,
+            "zero or not cluster aligned",
+        ),
+        (bits not in GRANULARITY_BITS, "granularity_bits", bits, "must be 9 to 31"),
+        (bool(bitmap.flags & RESERVED_FLAGS), "flags", bitmap.flags, "reserved bits are set"),
+        (len(bitmap.name) > MAX_NAME, "name_size", len(bitmap.name), "over 1023 bytes"),
+        (bitmap.type != TYPE_DIRTY, "type", bitmap.type, "only 1 (dirty tracking) is known"),
+        (
+            entries * geometry.cluster_size > MAX_BITMAP_BYTES,
+            "bitmap_table_size",
+            entries,
+            "the bitmap would have over 512 MiB",
+        ),
+        (
+            not bitmap.flags & IN_USE and entries != needed,
+            "bitmap_table_size",
+            entries,
+            f"the disk needs {needed} entries",
+        ),
+    ]
+    for broken, field, value, problem in rules:
+        if broken:
+            raise ImageError(f"{field} of the bitmap at {bitmap.offset}", value, problem)

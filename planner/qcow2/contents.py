@@ -1,0 +1,64 @@
+"""All that an image says of itself without its tables: layout, snapshots, bitmaps, LUKS header.
+
+For showing, not for counting: beyond the layout each part is read on its own, and what stops one
+of them is kept beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from planner.errors import ImageError
+from planner.qcow2.bitmaps import Bitmap, read_bitmaps
+from planner.qcow2.header import MAGIC, V3_LENGTH, Header, decode_header
+from planner.qcow2.layout import Layout
+from planner.qcow2.luks import LuksHeader, read_luks
+from planner.qcow2.snapshots import Snapshot, read_snapshots
+from planner.source import Source, read_bytes
+
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The layout and the parts that could be read; ``errors``: why not, for each of the others."""
+
+    layout: Layout
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
+    luks: LuksHeader | None = None
+    errors: tuple[tuple[str, ImageError], ...] = ()
+
+    @classmethod
+    def read(cls, source: Source) -> Contents:
+        """Raises `ImageError` where there is no layout; any other part ends up in ``errors``."""
+        layout = Layout.read(source)
+        errors: list[tuple[str, ImageError]] = []
+
+        def attempt(part: str, read: Callable[[], _Part]) -> _Part | None:
+            try:
+                return read()
+            except ImageError as error:
+                errors.append((part, error))
+                return None
+
+        header, geometry = layout.header, layout.geometry
+        table = attempt("snapshots", lambda: read_snapshots(source, header, geometry))
+        bitmaps: tuple[Bitmap, ...] | None = None
+        if pointer := layout.extensions.bitmaps:
+            bitmaps = attempt("bitmaps", lambda: read_bitmaps(source, pointer, geometry))
+        luks: LuksHeader | None = None
+        if crypto := layout.extensions.crypto:
+            luks = attempt("encrypt", lambda: read_luks(source, crypto))
+        return cls(layout, table.snapshots if table else (), bitmaps or (), luks, tuple(errors))
+
+
+def bare_header(source: Source) -> Header | None:
+    """The fixed fields of a qcow2 header, sensible or not, zeros where the file ends before them.
+
+    For showing what stands where no layout could be read; None where not even the magic is there.
+    """
+    header = decode_header(read_bytes(source, 0, V3_LENGTH))
+    return header if header.magic == MAGIC else None

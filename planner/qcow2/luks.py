@@ -1,0 +1,213 @@
+"""The LUKS header inside an encrypted image: its fields, and what QEMU refuses in them.
+
+No key is ever derived and no key material read. Source: LUKS On-Disk Format Specification,
+version 1.2.3, section 3; for what QEMU refuses, qcrypto_block_luks_open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from construct import Array, Bytes, Int16ub, Int32ub, Struct
+
+from planner.errors import ImageError
+from planner.qcow2.extensions import CryptoPointer
+from planner.source import Source, read_bytes
+
+MAGIC = b"LUKS\xba\xbe"
+SECTOR = 512
+KEY_SLOTS = 8
+STRIPES = 4000
+HEADER_AREA = 4096
+"""Bytes before the first key material; key material is aligned to them as well."""
+
+ENABLED, DISABLED = 0x00AC_71F3, 0x0000_DEAD
+
+KEY_SLOT = Struct(
+    "active" / Int32ub,
+    "iterations" / Int32ub,
+    "salt" / Bytes(32),
+    "key_material_offset" / Int32ub,
+    "stripes" / Int32ub,
+)
+LUKS_HEADER = Struct(
+    "magic" / Bytes(6),
+    "version" / Int16ub,
+    "cipher_name" / Bytes(32),
+    "cipher_mode" / Bytes(32),
+    "hash_spec" / Bytes(32),
+    "payload_offset" / Int32ub,
+    "key_bytes" / Int32ub,
+    "mk_digest" / Bytes(20),
+    "mk_digest_salt" / Bytes(32),
+    "mk_digest_iter" / Int32ub,
+    "uuid" / Bytes(40),
+    "key_slots" / Array(KEY_SLOTS, KEY_SLOT),
+)
+LUKS_BYTES = LUKS_HEADER.sizeof()
+
+CIPHER_KEY_BYTES = {
+    "aes": (16, 24, 32),
+    "cast5": (16,),
+    "serpent": (16, 24, 32),
+    "twofish": (16, 24, 32),
+}
+MODES = ("ecb", "cbc", "xts", "ctr")
+IV_GENERATORS = ("plain", "plain64", "essiv")
+HASHES = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
+
+
+@dataclass(frozen=True, slots=True)
+class KeySlot:
+    """One key slot. ``key_material_offset`` counts sectors from the LUKS header's beginning."""
+
+    active: int
+    iterations: int
+    salt: bytes
+    key_material_offset: int
+    stripes: int
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it holds a key."""
+        return self.active == ENABLED
+
+
+@dataclass(frozen=True, slots=True)
+class Cipher:
+    """What the names in a LUKS header stand for; ``key_bits`` as the cipher itself sees them."""
+
+    algorithm: str
+    key_bits: int
+    mode: str
+    iv_generator: str
+    iv_hash: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LuksHeader:
+    """The header's fields under the specification's names; ``payload_offset`` counts sectors."""
+
+    magic: bytes
+    version: int
+    cipher_name: bytes
+    cipher_mode: bytes
+    hash_spec: bytes
+    payload_offset: int
+    key_bytes: int
+    mk_digest: bytes
+    mk_digest_salt: bytes
+    mk_digest_iter: int
+    uuid: bytes
+    key_slots: tuple[KeySlot, ...]
+
+    @property
+    def hash_name(self) -> str:
+        """The hash of key derivation and anti-forensic splitter."""
+        return _text(self.hash_spec)
+
+    @property
+    def uuid_text(self) -> str:
+        """The UUID as text, which is how it is stored."""
+        return _text(self.uuid)
+
+    @property
+    def key_material_sectors(self) -> int:
+        """Sectors that the material of one key slot takes."""
+        sectors = -(-self.key_bytes * STRIPES // SECTOR)
+        alignment = HEADER_AREA // SECTOR
+        return -(-sectors // alignment) * alignment
+
+
+def decode_luks(raw: bytes) -> LuksHeader:
+    """Decode a header from its 592 bytes, whatever they are."""
+    values = LUKS_HEADER.parse(raw)
+    slots = [
+        KeySlot(s.active, s.iterations, s.salt, s.key_material_offset, s.stripes)
+        for s in values.key_slots
+    ]
+    names = [sub.name for sub in LUKS_HEADER.subcons if sub.name != "key_slots"]
+    return LuksHeader(**{name: values[name] for name in names}, key_slots=tuple(slots))
+
+
+def encode_luks(header: LuksHeader) -> bytes:
+    """The inverse of `decode_luks`."""
+    slots = [{name: getattr(s, name) for name in KeySlot.__slots__} for s in header.key_slots]
+    values = {name: getattr(header, name) for name in LuksHeader.__slots__}
+    raw: bytes = LUKS_HEADER.build(values | {"key_slots": slots})
+    return raw
+
+
+def read_luks(source: Source, pointer: CryptoPointer) -> LuksHeader:
+    """The LUKS header of an image. Raises `ImageError` for the first thing that QEMU refuses."""
+    if pointer.length < LUKS_BYTES:
+        raise ImageError("crypto header length", pointer.length, f"LUKS needs {LUKS_BYTES} bytes")
+    header = decode_luks(read_bytes(source, pointer.offset, LUKS_BYTES))
+    check_luks(header)
+    return header
+
+
+def check_luks(header: LuksHeader) -> None:
+    """Judge a header as QEMU does before it asks for a key. Raises `ImageError`."""
+    if header.magic != MAGIC:
+        raise ImageError("LUKS magic", header.magic.hex(), f"must be {MAGIC.hex()}")
+    if header.version != 1:
+        raise ImageError("LUKS version", header.version, "only version 1 is known")
+    for field in ("cipher_name", "cipher_mode", "hash_spec"):
+        value = getattr(header, field)
+        if b"\0" not in value:
+            raise ImageError(f"LUKS {field}", value.hex(), "the name has no end")
+    if header.payload_offset < HEADER_AREA // SECTOR:
+        raise ImageError("LUKS payload_offset", header.payload_offset, "inside the LUKS header")
+    if header.mk_digest_iter == 0:
+        raise ImageError("LUKS mk_digest_iter", 0, "a digest takes at least one iteration")
+    for index in range(KEY_SLOTS):
+        _check_slot(header, index)
+    cipher_of(header)
+    if header.hash_name not in HASHES:
+        raise ImageError("LUKS hash_spec", repr(header.hash_name), "not a known hash")
+
+
+def _check_slot(header: LuksHeader, index: int) -> None:
+    slot, length = header.key_slots[index], header.key_material_sectors
+    start = slot.key_material_offset
+    name = f"of LUKS key slot {index}"
+    if slot.stripes != STRIPES:
+        raise ImageError(f"stripes {name}", slot.stripes, f"must be {STRIPES}")
+    if start < HEADER_AREA // SECTOR:
+        raise ImageError(f"key_material_offset {name}", start, "inside the LUKS header")
+    if slot.active not in (ENABLED, DISABLED):
+        raise ImageError(f"active {name}", f"{slot.active:#x}", "neither enabled nor disabled")
+    if slot.enabled and slot.iterations == 0:
+        raise ImageError(f"iterations {name}", 0, "a key takes at least one iteration")
+    if start + length > header.payload_offset:
+        raise ImageError(f"key_material_offset {name}", start, "reaches into the payload")
+    for other, later in enumerate(header.key_slots[index + 1 :], index + 1):
+        if abs(start - later.key_material_offset) < length:
+            raise ImageError(f"key_material_offset {name}", start, f"overlaps key slot {other}")
+
+
+def cipher_of(header: LuksHeader) -> Cipher:
+    """The cipher that the header names. Raises `ImageError` for one that QEMU does not know."""
+    algorithm, specification = _text(header.cipher_name), _text(header.cipher_mode)
+    mode, dash, generator = specification.partition("-")
+    generator, colon, iv_hash = generator.partition(":")
+    if not dash or mode not in MODES or generator not in IV_GENERATORS:
+        raise ImageError("LUKS cipher_mode", repr(specification), "not a known cipher mode")
+    if colon and iv_hash not in HASHES:
+        raise ImageError("LUKS cipher_mode", repr(specification), "not a known hash")
+    if generator == "essiv" and not colon:
+        raise ImageError("LUKS cipher_mode", repr(specification), "essiv needs a hash")
+    key_bytes = header.key_bytes
+    if mode == "xts":  # two keys in one
+        if key_bytes % 2:
+            raise ImageError("LUKS key_bytes", key_bytes, "two keys of one length are needed")
+        key_bytes //= 2
+    if key_bytes not in CIPHER_KEY_BYTES.get(algorithm, ()):
+        problem = f"not a cipher with keys of {key_bytes} bytes"
+        raise ImageError("LUKS cipher_name", repr(algorithm), problem)
+    return Cipher(algorithm, key_bytes * 8, mode, generator, iv_hash if colon else None)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("ascii", errors="backslashreplace")

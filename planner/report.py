@@ -1,0 +1,120 @@
+"""The answer of a check, as a value: counters, findings, and the verdict.
+
+Nothing is decided here but the verdict, and nothing is rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from planner.errors import ImageError
+from planner.findings import (
+    KINDS,
+    Finding,
+    FindingKind,
+    Findings,
+    Owners,
+    Severity,
+    no_findings,
+    no_owners,
+)
+from planner.mismatch import Mismatches
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.layout import Layout
+from planner.qcow2.snapshots import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class CheckCounters:
+    """The counters of ``qemu-img check --output=json``."""
+
+    check_errors: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The answer of a check.
+
+    ``error``: the header cannot be read, and nothing else is known. ``stopped``: tables that could
+    not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
+    refcount structure itself is damaged. ``complete``: every table that could hold a reference was
+    walked. ``in_use``, ``changed``: a writer had the image, or it changed, while it was read.
+    ``mismatches``, ``totals``: stored against counted refcounts, which `rows` and `counts` join in.
+    """
+
+    layout: Layout | None
+    error: ImageError | None = None
+    counters: CheckCounters = field(default_factory=CheckCounters)
+    findings: Findings = field(default_factory=no_findings)
+    mismatches: Mismatches | None = None
+    totals: dict[FindingKind, int] = field(default_factory=dict)
+    owners: Owners = field(default_factory=no_owners)
+    snapshots: tuple[Snapshot, ...] = ()
+    stopped: tuple[ImageError, ...] = ()
+    needs_rebuild: bool = False
+    complete: bool = False
+    in_use: bool = False
+    changed: bool = False
+
+    def counts(self) -> dict[FindingKind, int]:
+        """How often each kind that is there counts; for refcounts, clusters."""
+        return self.findings.counts() | {k: n for k, n in self.totals.items() if n}
+
+    def rows(self, *kinds: FindingKind) -> Iterator[Finding]:
+        """All findings of these kinds (none given: of every kind), worst severity first."""
+        chosen = kinds or tuple(FindingKind)
+        for severity in reversed(Severity):
+            mine = [kind for kind in chosen if KINDS[kind].severity is severity]
+            yield from self.findings.of(*mine).rows()
+            of_clusters = [kind for kind in mine if self.totals.get(kind)]
+            if of_clusters and self.mismatches is not None:
+                for part in self.mismatches.runs(*of_clusters):
+                    yield from part.rows()
+
+    @property
+    def geometry(self) -> Geometry:
+        """The image's shape. Raises ``error`` where it is not known."""
+        if self.layout is None:
+            raise self.error or ImageError("header", "unknown", "it was not read")
+        return self.layout.geometry
+
+    @property
+    def torn(self) -> bool:
+        return self.in_use or self.changed
+
+    @property
+    def verdict(self) -> str:
+        """One word: what a person should believe of this image."""
+        kinds = self.counts()
+        corrupt = self.counters.corruptions or FindingKind.MULTIPLE_OWNERS in kinds
+        for applies, verdict in (
+            (self.error is not None, "unreadable"),
+            (self.torn, "torn"),
+            (self.counters.check_errors, "incomplete"),
+            (corrupt, "corrupt"),
+            (FindingKind.CORRUPT_BIT in kinds, "marked-corrupt"),
+            (self.counters.leaks, "leaks"),
+            (FindingKind.DIRTY_BIT in kinds, "dirty"),
+        ):
+            if applies:
+                return verdict
+        return "clean"
+
+    @property
+    def exit_code(self) -> int:
+        """That of ``qemu-img check``."""
+        if self.error is not None:
+            return self.error.exit_code
+        if self.counters.check_errors:
+            return 1
+        if self.counters.corruptions:
+            return 2
+        return 3 if self.counters.leaks else 0

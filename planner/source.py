@@ -1,0 +1,158 @@
+"""What a planner reads from: the Source protocol, an in-memory Source, and batched table reads.
+
+A source may be sparse, cut off, or say that it is 8 EiB long. Nothing here believes that it is
+small or dense; bytes past the end are zeros, as QEMU reads them. Files are opened elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask
+
+BATCH_BYTES = 2 << 20
+"""Bytes of tables a batch aims at: fits a level-2 cache with its derived arrays nearby."""
+
+GAP_BYTES = 16 << 10
+"""Tables nearer to each other than this are fetched in one read: a request costs more."""
+
+
+READ_ANYWAY_BYTES = 256 << 20
+"""Below this, reading zeros out of holes is cheaper than asking where the holes are."""
+
+READABLE_END = (1 << 63) - (1 << 30)
+"""No file reaches further (QEMU's BDRV_MAX_LENGTH): a read there is an error, not zeros."""
+
+
+class Source(Protocol):
+    """Random access to the bytes of an image."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole of *buffer* from *offset* on; bytes past the end are zeros."""
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """Ascending (start, end) within the range that may hold bytes other than zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """A source in memory."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        part = self.data[offset : offset + len(buffer)]
+        buffer[: len(part)] = part
+        buffer[len(part) :] = bytes(len(buffer) - len(part))
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        end = min(offset + length, len(self.data))
+        return [(offset, end)] if offset < end else []
+
+
+def read_bytes(source: Source, offset: int, length: int) -> bytes:
+    """*length* bytes from *offset*; zeros past the end."""
+    buffer = bytearray(length)
+    source.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def read_present(source: Source, offset: int, length: int) -> bytes:
+    """As `read_bytes`, cut at the end of the file: what a header claims costs nothing."""
+    return read_bytes(source, offset, max(0, min(length, source.size - offset)))
+
+
+def nonzero_words(source: Source, offset: int, count: int) -> tuple[I64, U64]:
+    """The words of a big-endian 64-bit table that are not zero: their indices, and their values.
+
+    Holes and what lies past the end of the file are not read: a table costs what is there of it,
+    whatever *count* claims.
+    """
+    end = min(offset + count * 8, source.size)
+    indices, values = [], []
+    buffer = np.empty(BATCH_BYTES // 8, dtype=">u8")
+    for low, high in source.data_extents(offset, max(0, end - offset)):
+        for start in range(low - (low - offset) % 8, high, BATCH_BYTES):
+            # Whole words: one that the end of the file cuts through is completed with zeros.
+            words = buffer[: -(-(min(high, start + BATCH_BYTES) - start) // 8)]
+            source.read_into(start, words.view(np.uint8).data)
+            found = np.flatnonzero(words)
+            indices.append(found + (start - offset) // 8)
+            values.append(words[found].astype(np.uint64))
+    if not indices:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64)
+    return np.concatenate(indices), np.concatenate(values)
+
+
+def present_tables(source: Source, offsets: I64, table_bytes: int) -> Mask:
+    """Which of the tables (ascending *offsets*) may hold anything but zeros; bool, one a table.
+
+    Tables in holes and past the end are all zeros and need not be read: so the work of a check is
+    bounded by the bytes that are there, not by what a table claims. Leaps from table to extent to
+    table, so that neither many tables nor many extents cost more than the fewer of the two.
+    """
+    count = len(offsets)
+    if count * table_bytes <= READ_ANYWAY_BYTES:
+        return np.ones(count, dtype=np.bool_)
+    present = np.zeros(count, dtype=np.bool_)
+    end_of_last = int(offsets[-1]) + table_bytes
+    index = 0
+    while index < count:
+        position = int(offsets[index])
+        extent = next(iter(source.data_extents(position, end_of_last - position)), None)
+        if extent is None:
+            break
+        low = max(index, int(np.searchsorted(offsets, extent[0] - table_bytes, side="right")))
+        index = max(low, int(np.searchsorted(offsets, extent[1], side="left")))
+        present[low:index] = True
+    return present
+
+
+def read_tables(
+    source: Source, offsets: I64, table_bytes: int, batch_bytes: int = BATCH_BYTES
+) -> Iterator[tuple[slice, U8]]:
+    """Read equally sized tables, many a batch, through one reused buffer.
+
+    *offsets* are host offsets in the order wanted (ascending reads best). Yields the slice of
+    *offsets* that a batch holds and its bytes, shape (tables, table_bytes); the bytes are valid
+    until the next batch.
+    """
+    per_batch = max(1, batch_bytes // table_bytes)
+    buffer = np.empty((min(per_batch, max(1, len(offsets))), table_bytes), dtype=np.uint8)
+    for first in range(0, len(offsets), per_batch):
+        wanted = offsets[first : first + per_batch]
+        rows = buffer[: len(wanted)]
+        _fetch(source, wanted, rows)
+        yield slice(first, first + len(wanted)), rows
+
+
+def _fetch(source: Source, offsets: I64, rows: U8) -> None:
+    """Fill rows[i] from offsets[i], neighbours in one request."""
+    table_bytes = rows.shape[1]
+    steps = np.diff(offsets)
+    breaks = np.flatnonzero((steps < 0) | (steps > table_bytes + GAP_BYTES)) + 1
+    for group in np.split(np.arange(len(offsets)), breaks):
+        start, end = int(offsets[group[0]]), int(offsets[group[-1]]) + table_bytes
+        low, high = int(group[0]), int(group[-1]) + 1
+        if (
+            end - start == (high - low) * table_bytes
+            and (steps[low : high - 1] == table_bytes).all()
+        ):
+            source.read_into(start, rows[low:high].reshape(-1).data)
+            continue
+        span = np.empty(end - start, dtype=np.uint8)
+        source.read_into(start, span.data)
+        windows = np.lib.stride_tricks.sliding_window_view(span, table_bytes)
+        rows[low:high] = windows[offsets[low:high] - start]
