@@ -133,8 +133,13 @@ class _Check:
         self._clip(census)
         mismatches = self._compare(census, stored, clusters)
         self._check_l1_copied(guest, stored)
-        owners = self._find_owners(contested, mismatches, guest, every_region)
-        return self._report(snapshots, census, mismatches, owners)
+        totals = mismatches.totals()
+        for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
+            if totals[kind]:
+                some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
+                contested[index.slots_of(some)] = True
+        owners = self._find_owners(contested, index, guest, every_region)
+        return self._report(snapshots, census, mismatches, totals, owners)
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -522,12 +527,9 @@ class _Check:
         )
 
     def _find_owners(
-        self, contested: Mask, mismatches: Mismatches, guest: _Guest, regions: Regions
+        self, wanted: Mask, index: ClusterIndex, guest: _Guest, regions: Regions
     ) -> Owners | None:
-        """Owners of clusters that may be contested, and of those with too low a refcount."""
-        wanted, index = contested, mismatches.index
-        for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
-            wanted[index.slots_of(mismatches.clusters(kind, OWNED_LOW_CLUSTERS))] = True
+        """Owners of the clusters in *wanted*; reports those that cannot all be right."""
         if not wanted.any():
             return None
         finder = OwnersFinder(self._geometry, index, wanted, guest.l1, guest.tables)
@@ -558,9 +560,9 @@ class _Check:
         snapshots: SnapshotTable,
         census: Census,
         mismatches: Mismatches,
+        totals: dict[FindingKind, int],
         owners: Owners | None,
     ) -> Report:
-        totals, highest = mismatches.totals()
         findings = self._findings.build()
         counts = findings.counts() | totals
         by_severity = dict.fromkeys(Severity, 0)
@@ -571,7 +573,7 @@ class _Check:
             check_errors=by_severity[Severity.CHECK_ERROR],
             corruptions=by_severity[Severity.CORRUPTION],
             leaks=by_severity[Severity.LEAK],
-            image_end_offset=(highest + 1) * self._geometry.cluster_size,
+            image_end_offset=(mismatches.highest() + 1) * self._geometry.cluster_size,
             total_clusters=self._geometry.guest_clusters,
             allocated_clusters=guest.allocated,
             fragmented_clusters=guest.fragmented,

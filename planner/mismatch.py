@@ -31,23 +31,31 @@ class Mismatches:
     counted: Counts
     spans: tuple[tuple[int, int], ...]
 
-    def totals(self) -> tuple[dict[FindingKind, int], int]:
-        """How many clusters there are of each kind, and the highest one in use (0: none)."""
-        totals = dict.fromkeys((FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW), 0)
-        totals[FindingKind.LEAK] = 0
-        highest = 0
-        for first, stored, counted in self._chunks():
-            used = np.flatnonzero(stored.astype(np.bool_) | counted.astype(np.bool_))
-            if len(used):
-                last = np.array([first + int(used[-1])])
-                highest = int(self.index.clusters_of(last)[0])
+    def totals(self) -> dict[FindingKind, int]:
+        """How many clusters there are of each kind."""
+        leaks = low = missing = 0
+        for _, stored, counted in self._chunks():
             if np.array_equal(stored, counted):
                 continue
-            missing = int(np.count_nonzero((stored == 0) & (counted > 0)))
-            totals[FindingKind.LEAK] += int(np.count_nonzero(stored > counted))
-            totals[FindingKind.REFCOUNT_MISSING] += missing
-            totals[FindingKind.REFCOUNT_LOW] += int(np.count_nonzero(stored < counted)) - missing
-        return totals, highest
+            leaks += int(np.count_nonzero(stored > counted))
+            low += int(np.count_nonzero(stored < counted))
+            missing += int(np.count_nonzero((stored == 0) & (counted > 0)))
+        return {
+            FindingKind.LEAK: leaks,
+            FindingKind.REFCOUNT_LOW: low - missing,
+            FindingKind.REFCOUNT_MISSING: missing,
+        }
+
+    def highest(self) -> int:
+        """The last cluster that has a refcount or a reference; 0 where none has."""
+        for low, high in reversed(self.spans):
+            for end in range(high, low, -CHUNK):
+                part = slice(max(low, end - CHUNK), end)
+                used = np.flatnonzero((self.stored[part] != 0) | (self.counted[part] != 0))
+                if len(used):
+                    last = np.array([part.start + int(used[-1])])
+                    return int(self.index.clusters_of(last)[0])
+        return 0
 
     def runs(self, *kinds: FindingKind) -> Iterator[Findings]:
         """Findings of these kinds, in file order, a bounded number at a time.

@@ -1,0 +1,417 @@
+"""A check's `Report` as JSON, text and TSV: the files of ``check/``, what `instarfs check` prints.
+
+What a kind of finding means is said in `planner.findings.KINDS`; here it becomes sentences.
+Numbers are decimal, offsets and lengths in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+
+from instarfs.render.text import decode_name, json_bytes, printable
+from planner.errors import ImageError
+from planner.findings import (
+    ACTIVE,
+    KINDS,
+    NONE,
+    NOWHERE,
+    Finding,
+    FindingKind,
+    Owner,
+    Severity,
+    Structure,
+)
+from planner.report import Report
+from planner.wire import CheckResult
+
+REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
+HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}
+LISTED = 10
+"""Findings of one kind that a text for reading lists; the rest are in the files it names."""
+
+
+# ---- JSON ----
+
+
+def result_json(report: Report, filename: str) -> bytes:
+    """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed."""
+    counters = report.counters
+    value: dict[str, object] = {
+        "filename": filename,
+        "format": "qcow2",
+        "check-errors": counters.check_errors or int(report.error is not None),
+        "corruptions": counters.corruptions,
+        "leaks": counters.leaks,
+        "corruptions-fixed": 0,
+        "leaks-fixed": 0,
+        "image-end-offset": counters.image_end_offset,
+        "total-clusters": counters.total_clusters,
+        "allocated-clusters": counters.allocated_clusters,
+        "fragmented-clusters": counters.fragmented_clusters,
+        "compressed-clusters": counters.compressed_clusters,
+        "verdict": report.verdict,
+        "exit-code": report.exit_code,
+        "dirty": report.layout is not None and report.layout.header.dirty,
+        "corrupt": report.layout is not None and report.layout.header.corrupt,
+        "image-in-use": report.in_use,
+        "changed-during-check": report.changed,
+        "complete": report.complete,
+        "refcount-rebuild-needed": report.needs_rebuild,
+        "counts": {kind.label: number for kind, number in sorted(report.counts().items())},
+    }
+    if report.error is not None:
+        value["error"] = _error_value(report.error)
+    if report.stopped:
+        value["stopped"] = [_error_value(error) for error in report.stopped]
+    return json_bytes(value)
+
+
+def _error_value(error: ImageError) -> dict[str, object]:
+    return {"field": error.field, "value": error.value, "message": printable(str(error))}
+
+
+def result_bin(report: Report) -> bytes:
+    """The `CheckResult`, 80 bytes."""
+    return CheckResult.of(report).to_bytes()
+
+
+def findings_jsonl(report: Report) -> bytes:
+    """One JSON object a finding, worst first."""
+    return "".join(
+        json.dumps(finding_value(report, finding)) + "\n" for finding in report.rows()
+    ).encode("ascii")
+
+
+def finding_value(report: Report, finding: Finding) -> dict[str, object]:
+    """A finding as an object of ``findings.jsonl``; what does not apply is left out."""
+    info = finding.info
+    value: dict[str, object] = {
+        "kind": finding.kind.label,
+        "severity": info.severity.label,
+        "structure": finding.structure.label,
+        "host-offset": finding.host_offset,
+        "length": finding.length,
+        "count": finding.count,
+    }
+    if finding.snapshot != NOWHERE:
+        value["snapshot"] = None if finding.snapshot == ACTIVE else finding.snapshot
+    places = {
+        "l1-index": finding.l1_index,
+        "l2-index": finding.l2_index,
+        "index": finding.index,
+    }
+    value |= {name: number for name, number in places.items() if number != NONE}
+    if finding.guest_offset != NONE:
+        value["guest-offset"] = finding.guest_offset
+        value["guest-length"] = finding.guest_length
+    value["found"] = _number(info.found, finding.found)
+    if info.expected:
+        value["expected"] = _number(info.expected, finding.expected)
+    value["repaired-by"] = info.tier
+    if info.left:
+        value["left-because"] = info.left
+    owners = owners_of(report, finding)
+    if owners:
+        value["owners"] = [_owner_value(report, owner) for owner in owners]
+    value["message"] = sentence(report, finding)
+    return value
+
+
+def _owner_value(report: Report, owner: Owner) -> dict[str, object]:
+    value: dict[str, object] = {
+        "structure": owner.structure.label,
+        "class": "guest" if owner.structure.is_guest else "metadata",
+    }
+    if owner.snapshot != NOWHERE:
+        value["snapshot"] = None if owner.snapshot == ACTIVE else owner.snapshot
+    if owner.l1_index != NONE:
+        value["l1-index"] = owner.l1_index
+    if owner.l2_index != NONE:
+        value["l2-index"] = owner.l2_index
+        value["guest-offset"] = _guest_offset(report, owner)
+    if owner.index != NONE:
+        value["index"] = owner.index
+    return value
+
+
+def _number(column: str, value: int) -> int | str:
+    return f"{value:#018x}" if column in HEX_COLUMNS else value
+
+
+def _guest_offset(report: Report, owner: Owner) -> int:
+    geometry = report.geometry
+    return owner.l1_index * geometry.l2_coverage + owner.l2_index * geometry.cluster_size
+
+
+# ---- TSV ----
+
+
+def leaks_tsv(report: Report) -> bytes:
+    """Leaked runs: offset, length, stored refcount, references."""
+    header = ("offset", "length", "refcount", "references")
+    return _tsv(
+        header,
+        ((f.host_offset, f.length, f.found, f.expected) for f in report.rows(FindingKind.LEAK)),
+    )
+
+
+def refcounts_tsv(report: Report) -> bytes:
+    """Every run of clusters whose stored refcount is not its number of references."""
+    header = ("offset", "length", "refcount", "references", "kind")
+    rows = report.rows(*REFCOUNT_KINDS)
+    return _tsv(
+        header, ((f.host_offset, f.length, f.found, f.expected, f.kind.label) for f in rows)
+    )
+
+
+def corruptions_tsv(report: Report) -> bytes:
+    """Everything that is, or may become, wrong: what QEMU counts, and clusters with two owners."""
+    kinds = [
+        kind
+        for kind, info in KINDS.items()
+        if info.severity in (Severity.CORRUPTION, Severity.CHECK_ERROR)
+        or kind is FindingKind.MULTIPLE_OWNERS
+    ]
+    header = (
+        "offset",
+        "length",
+        "kind",
+        "count",
+        "structure",
+        "snapshot",
+        "l1_index",
+        "l2_index",
+        "guest_offset",
+        "guest_length",
+        "found",
+        "expected",
+    )
+    return _tsv(header, (_corruption_row(finding) for finding in report.rows(*kinds)))
+
+
+def _corruption_row(finding: Finding) -> tuple[object, ...]:
+    info, guest = finding.info, finding.guest_offset != NONE
+    where = {NOWHERE: "-", ACTIVE: "active"}
+    return (
+        finding.host_offset,
+        finding.length,
+        finding.kind.label,
+        finding.count,
+        finding.structure.label,
+        where.get(finding.snapshot, finding.snapshot),
+        _or_dash(finding.l1_index),
+        _or_dash(finding.l2_index),
+        finding.guest_offset if guest else "-",
+        finding.guest_length if guest else "-",
+        _number(info.found, finding.found),
+        _number(info.expected, finding.expected) if info.expected else "-",
+    )
+
+
+def _or_dash(number: int) -> int | str:
+    return "-" if number == NONE else number
+
+
+def _tsv(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> bytes:
+    lines = ["#" + "\t".join(header)]
+    lines.extend("\t".join(map(str, row)) for row in rows)
+    return ("\n".join(lines) + "\n").encode("ascii")
+
+
+# ---- sentences ----
+
+
+def sentence(report: Report, finding: Finding) -> str:
+    """One line: where, what was found, what was expected."""
+    info, kind = finding.info, finding.kind
+    if kind in REFCOUNT_KINDS:
+        clusters = "cluster" if finding.count == 1 else "clusters"
+        facts = f"refcount {finding.found}, {finding.expected} references"
+        return f"{finding.count} {clusters} at host offset {finding.host_offset}: {facts}"
+    where = _place(report, finding)
+    if kind is FindingKind.CHECK_STOPPED:
+        return f"{where}: {info.meaning}"
+    if kind is FindingKind.MULTIPLE_OWNERS:
+        owners = "; ".join(_owner_phrase(report, owner) for owner in owners_of(report, finding))
+        return f"host cluster at {finding.host_offset} has {finding.found} owners: {owners}"
+    fact = f"{info.found} {_number(info.found, finding.found)}"
+    if info.expected:
+        fact += f", expected {_number(info.expected, finding.expected)}"
+    text = f"{where}: {info.meaning} ({fact})"
+    return text if finding.count == 1 else f"{text}, {finding.count} times"
+
+
+def _place(report: Report, finding: Finding) -> str:
+    """Which structure, and where in it."""
+    at = f"at host offset {finding.host_offset}"
+    if finding.l2_index != NONE:
+        place = f"L2 entry {finding.l2_index} of L1 entry {finding.l1_index}"
+        if finding.structure.is_guest:
+            place = f"{finding.structure.label} of {place}"
+        place += f" (guest offset {finding.guest_offset})"
+    elif finding.l1_index != NONE:
+        what = "L2 table of L1 entry" if finding.structure is Structure.L2_TABLE else "L1 entry"
+        place = f"{what} {finding.l1_index}"
+    elif finding.structure is Structure.REFTABLE and finding.index != NONE:
+        return f"refcount table entry {finding.index}"
+    elif finding.structure is Structure.SNAPSHOT_TABLE and finding.index != NONE:
+        return f"snapshot table entry {finding.index}"
+    elif finding.structure in (Structure.BITMAP_TABLE, Structure.BITMAP_DATA):
+        return f"{finding.structure.label} of bitmap {finding.index} {at}"
+    else:
+        place = f"{finding.structure.label} {at}"
+    if finding.snapshot >= 0:
+        place += f" in {_snapshot_name(report, finding.snapshot)}"
+    return place
+
+
+def _snapshot_name(report: Report, number: int) -> str:
+    name = report.snapshots[number].name if number < len(report.snapshots) else b""
+    return f"snapshot {number} ({printable(decode_name(name))})" if name else f"snapshot {number}"
+
+
+def _owner_phrase(report: Report, owner: Owner) -> str:
+    label = owner.structure.label
+    if owner.structure.is_guest:
+        text = f"guest offset {_guest_offset(report, owner)}"
+        if owner.structure is Structure.COMPRESSED:
+            text += ", compressed"
+    elif owner.structure is Structure.L2_TABLE:
+        text = f"{label} of L1 entry {owner.l1_index}"
+    elif owner.structure is Structure.L1_TABLE and owner.snapshot == ACTIVE:
+        return "active L1 table"
+    elif owner.index != NONE and owner.snapshot == NOWHERE:
+        text = f"{label} {owner.index}"
+    else:
+        text = label
+    if owner.snapshot >= 0:
+        text += f" in {_snapshot_name(report, owner.snapshot)}"
+    return text
+
+
+def owners_of(report: Report, finding: Finding) -> list[Owner]:
+    """Who uses the clusters of a finding about host clusters, where that was looked up."""
+    if finding.structure is not Structure.CLUSTER:
+        return []
+    bits = report.geometry.cluster_bits
+    return report.owners.of(finding.host_offset >> bits, max(1, finding.length >> bits))
+
+
+# ---- texts ----
+
+_VERDICTS = {
+    "clean": "No errors were found: the metadata of this image is consistent.",
+    "dirty": "The metadata is consistent, but the image was not closed properly (dirty bit).",
+    "marked-corrupt": (
+        "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
+        " earlier and refuses to write to it."
+    ),
+    "leaks": "Only leaks: space is wasted, no data is at risk. A leak can be what is left of"
+    " something lost, so look before you reclaim it.",
+    "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
+    "incomplete": "The check could not look at everything: what follows is not the whole truth.",
+    "torn": "The image was written to while it was checked: nothing below can be relied on.",
+    "unreadable": "The header cannot be interpreted, so nothing else is known.",
+}
+
+
+def report_txt(report: Report, filename: str) -> bytes:
+    """The report for a reader: the verdict, what it means, then the findings, the worst first."""
+    lines = [f"{printable(filename)}: {report.verdict}", "", _VERDICTS[report.verdict]]
+    if report.error is not None:
+        lines += ["", printable(str(report.error))]
+        return _text(lines)
+    if report.torn:
+        lines.append(
+            "A program has the image open for writing; check again when it has ended."
+            if report.in_use
+            else "It changed during the check; check again."
+        )
+    lines += [""] + [printable(str(error)) for error in report.stopped]
+    counters = report.counters
+    lines += [
+        (
+            f"{counters.corruptions} corruptions, {counters.leaks} leaked clusters,"
+            f" {counters.check_errors} check errors."
+        ),
+        (
+            f"{counters.allocated_clusters} of {counters.total_clusters} guest clusters are"
+            f" allocated; the last used cluster ends at offset {counters.image_end_offset}."
+        ),
+    ]
+    for kind, number in _worst_first(report.counts()):
+        lines += ["", *_section(report, kind, number)]
+    return _text(lines)
+
+
+def _worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]:
+    """What loses data before what risks it, and that before what wastes space."""
+
+    def rank(kind: FindingKind) -> tuple[int, int]:
+        severity = KINDS[kind].severity
+        if kind is FindingKind.MULTIPLE_OWNERS:
+            severity = Severity.CORRUPTION
+        return -severity, kind
+
+    return sorted(counts.items(), key=lambda item: rank(item[0]))
+
+
+def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
+    info = KINDS[kind]
+    lines = [f"{kind.label} ({number}): {info.meaning}."]
+    if info.left:
+        lines.append(f"  Cannot be repaired: {info.left}.")
+    for shown, finding in enumerate(report.rows(kind)):
+        if shown == LISTED:
+            lines.append("  ... the rest is in check/findings.jsonl")
+            break
+        lines.append(f"  - {sentence(report, finding)}")
+    return lines
+
+
+def _text(lines: list[str]) -> bytes:
+    return ("\n".join(lines) + "\n").encode()
+
+
+def check_messages(report: Report) -> Iterator[str]:
+    """What `instarfs check` says on stderr: the findings, at most a few of each kind."""
+    for kind, number in _worst_first(report.counts()):
+        word = {Severity.LEAK: "Leaked", Severity.NOTICE: "NOTE"}.get(KINDS[kind].severity, "ERROR")
+        if kind is FindingKind.MULTIPLE_OWNERS:
+            word = "ERROR"
+        for listed, finding in enumerate(report.rows(kind)):
+            if listed == LISTED:
+                yield f"{word} {kind.label}: {number} in all; mount the image to list them"
+                break
+            yield f"{word} {sentence(report, finding)}"
+
+
+def check_human(report: Report) -> str:
+    """What ``qemu-img check`` prints on stdout, in its words."""
+    counters = report.counters
+    lines = []
+    if not counters.check_errors and not counters.corruptions and not counters.leaks:
+        lines.append("No errors were found on the image.")
+    if counters.corruptions:
+        lines.append(
+            f"\n{counters.corruptions} errors were found on the image.\n"
+            "Data may be corrupted, or further writes to the image may corrupt it."
+        )
+    if counters.leaks:
+        lines.append(
+            f"\n{counters.leaks} leaked clusters were found on the image.\n"
+            "This means waste of disk space, but no harm to data."
+        )
+    if counters.check_errors:
+        lines.append(f"\n{counters.check_errors} internal errors have occurred during the check.")
+    total, allocated = counters.total_clusters, counters.allocated_clusters
+    if total and allocated:
+        lines.append(
+            f"{allocated}/{total} = {allocated * 100 / total:.2f}% allocated,"
+            f" {counters.fragmented_clusters * 100 / allocated:.2f}% fragmented,"
+            f" {counters.compressed_clusters * 100 / allocated:.2f}% compressed clusters"
+        )
+    if counters.image_end_offset:
+        lines.append(f"Image end offset: {counters.image_end_offset}")
+    return "\n".join(lines) + "\n"
