@@ -226,7 +226,7 @@ class Walker:
         wrong: Mask,
         width: int,
     ) -> None:
-        """Report the entries whose COPIED flag is *wrong*, but for refcounts that cannot be read."""
+        """Report entries whose COPIED flag is *wrong*, where their refcount can be read."""
         unreadable = self._stored.unreadable(clusters)
         if unreadable is not None:
             wrong = wrong & ~unreadable

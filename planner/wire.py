@@ -100,7 +100,7 @@ class CheckConfig:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """80 bytes. ``clusters_*`` are guest clusters, ``fragmentation`` a percentage of those in use."""
+    """80 bytes. ``clusters_*`` are guest clusters; ``fragmentation`` is in percent."""
 
     format: int = FORMAT_QCOW2
     total_errors: int = 0
