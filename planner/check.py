@@ -567,7 +567,7 @@ class _Check:
         counts = findings.counts() | totals
         by_severity = dict.fromkeys(Severity, 0)
         for kind, number in counts.items():
-            by_severity[KINDS[kind].severity] += number
+            by_severity[KINDS[kind].severity] += number if KINDS[kind].counted else 0
         guest = census.guest
         counters = CheckCounters(
             check_errors=by_severity[Severity.CHECK_ERROR],

@@ -68,7 +68,7 @@ _STRUCTURES = {
 
 
 class Severity(IntEnum):
-    """What a finding counts as. A NOTICE is in none of QEMU's counters."""
+    """What a finding counts as; a NOTICE is neither damage nor waste."""
 
     NOTICE = 0
     LEAK = 1
@@ -128,7 +128,7 @@ class KindInfo:
 
     ``found`` and ``expected`` say what those columns hold; ``expected`` is empty where nothing in
     the image determines it. ``tier`` is the repair tier that mends it; where none does, ``left``
-    says why.
+    says why. ``counted``: whether it is in QEMU's counters.
     """
 
     severity: Severity
@@ -137,6 +137,7 @@ class KindInfo:
     expected: str = ""
     tier: str | None = None
     left: str = ""
+    counted: bool = True
 
 
 _S = Severity
@@ -154,11 +155,12 @@ KINDS: dict[FindingKind, KindInfo] = {
         tier="all",
     ),
     FindingKind.MULTIPLE_OWNERS: KindInfo(
-        _S.NOTICE,
+        _S.CORRUPTION,
         "the cluster is used twice for different things: at least one of them reads wrong bytes",
         "owners",
         "1",
         left="the image does not say which owner is right",
+        counted=False,
     ),
     FindingKind.PAST_END: KindInfo(
         _S.CORRUPTION,
@@ -328,6 +330,7 @@ KINDS: dict[FindingKind, KindInfo] = {
         "bit",
         "0",
         tier="all",
+        counted=False,
     ),
     FindingKind.DIRTY_BIT: KindInfo(
         _S.NOTICE,
@@ -335,12 +338,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         "bit",
         "0",
         tier="all",
+        counted=False,
     ),
     FindingKind.STALE_BITMAPS: KindInfo(
         _S.NOTICE,
         "a program without support for bitmaps has written to the image: they are void now",
         "bitmaps",
         left="the bitmaps no longer describe the disk",
+        counted=False,
     ),
 }
 
@@ -432,7 +437,7 @@ class Findings:
                 yield Finding(FindingKind(kind), Structure(structure), *rest)
 
     def counts(self) -> dict[FindingKind, int]:
-        """How often each kind that is there counts."""
+        """How often each kind that is there occurs."""
         present = np.unique(self.kind)
         return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
 

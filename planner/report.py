@@ -94,7 +94,7 @@ class Report:
     def verdict(self) -> str:
         """One word: what a person should believe of this image."""
         kinds = self.counts()
-        corrupt = self.counters.corruptions or FindingKind.MULTIPLE_OWNERS in kinds
+        corrupt = any(KINDS[kind].severity is Severity.CORRUPTION for kind in kinds)
         for applies, verdict in (
             (self.error is not None, "unreadable"),
             (self.torn, "torn"),

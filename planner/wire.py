@@ -165,11 +165,10 @@ class CheckResult:
 
 def _flags_of(report: Report, kinds: set[FindingKind]) -> ResultFlag:
     severities = {KINDS[kind].severity for kind in kinds}
-    corrupt = Severity.CORRUPTION in severities or FindingKind.MULTIPLE_OWNERS in kinds
     flags = {
         ResultFlag.VALID: report.error is None and not report.torn,
         ResultFlag.HAS_LEAKS: Severity.LEAK in severities,
-        ResultFlag.HAS_CORRUPTIONS: corrupt,
+        ResultFlag.HAS_CORRUPTIONS: Severity.CORRUPTION in severities,
         ResultFlag.DIRTY: FindingKind.DIRTY_BIT in kinds,
         ResultFlag.CORRUPT_BIT: FindingKind.CORRUPT_BIT in kinds,
         ResultFlag.INCOMPLETE: bool(report.error is not None or report.counters.check_errors),

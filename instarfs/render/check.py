@@ -166,12 +166,11 @@ def refcounts_tsv(report: Report) -> bytes:
 
 
 def corruptions_tsv(report: Report) -> bytes:
-    """Everything that is, or may become, wrong: what QEMU counts, and clusters with two owners."""
+    """Everything that is, or may become, wrong."""
     kinds = [
         kind
         for kind, info in KINDS.items()
         if info.severity in (Severity.CORRUPTION, Severity.CHECK_ERROR)
-        or kind is FindingKind.MULTIPLE_OWNERS
     ]
     header = (
         "offset",
@@ -223,22 +222,29 @@ def _tsv(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> bytes:
 
 
 def sentence(report: Report, finding: Finding) -> str:
-    """One line: where, what was found, what was expected."""
+    """One line that stands for itself: where, what it means, what was found and expected."""
+    if finding.kind in REFCOUNT_KINDS or finding.kind is FindingKind.MULTIPLE_OWNERS:
+        return _fact(report, finding)
+    return f"{_fact(report, finding)}: {finding.info.meaning}"
+
+
+def _fact(report: Report, finding: Finding) -> str:
+    """Where, what was found, what was expected; the kind's meaning is said elsewhere."""
     info, kind = finding.info, finding.kind
+    owners = "; ".join(_owner_phrase(report, owner) for owner in owners_of(report, finding))
     if kind in REFCOUNT_KINDS:
         clusters = "cluster" if finding.count == 1 else "clusters"
         facts = f"refcount {finding.found}, {finding.expected} references"
+        facts += f" ({owners})" if owners else ""
         return f"{finding.count} {clusters} at host offset {finding.host_offset}: {facts}"
-    where = _place(report, finding)
-    if kind is FindingKind.CHECK_STOPPED:
-        return f"{where}: {info.meaning}"
     if kind is FindingKind.MULTIPLE_OWNERS:
-        owners = "; ".join(_owner_phrase(report, owner) for owner in owners_of(report, finding))
         return f"host cluster at {finding.host_offset} has {finding.found} owners: {owners}"
+    if kind is FindingKind.CHECK_STOPPED:
+        return _place(report, finding)
     fact = f"{info.found} {_number(info.found, finding.found)}"
     if info.expected:
         fact += f", expected {_number(info.expected, finding.expected)}"
-    text = f"{where}: {info.meaning} ({fact})"
+    text = f"{_place(report, finding)}: {fact}"
     return text if finding.count == 1 else f"{text}, {finding.count} times"
 
 
@@ -346,15 +352,8 @@ def report_txt(report: Report, filename: str) -> bytes:
 
 
 def _worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]:
-    """What loses data before what risks it, and that before what wastes space."""
-
-    def rank(kind: FindingKind) -> tuple[int, int]:
-        severity = KINDS[kind].severity
-        if kind is FindingKind.MULTIPLE_OWNERS:
-            severity = Severity.CORRUPTION
-        return -severity, kind
-
-    return sorted(counts.items(), key=lambda item: rank(item[0]))
+    """By severity, then in the order of the kinds: what loses data before what risks it."""
+    return sorted(counts.items(), key=lambda item: (-KINDS[item[0]].severity, item[0]))
 
 
 def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
@@ -366,7 +365,7 @@ def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
         if shown == LISTED:
             lines.append("  ... the rest is in check/findings.jsonl")
             break
-        lines.append(f"  - {sentence(report, finding)}")
+        lines.append(f"  - {_fact(report, finding)}")
     return lines
 
 
@@ -378,8 +377,6 @@ def check_messages(report: Report) -> Iterator[str]:
     """What `instarfs check` says on stderr: the findings, at most a few of each kind."""
     for kind, number in _worst_first(report.counts()):
         word = {Severity.LEAK: "Leaked", Severity.NOTICE: "NOTE"}.get(KINDS[kind].severity, "ERROR")
-        if kind is FindingKind.MULTIPLE_OWNERS:
-            word = "ERROR"
         for listed, finding in enumerate(report.rows(kind)):
             if listed == LISTED:
                 yield f"{word} {kind.label}: {number} in all; mount the image to list them"
