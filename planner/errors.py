@@ -49,6 +49,50 @@ class HeaderCutOff(ImageError):
         return f"the file is cut off inside the qcow2 header: {self.problem}"
 
 
+class RepairError(PlannerError):
+    """A repair is refused: nothing is written. ``reason`` says why, ``wayout`` what can be done."""
+
+    kind = "REFUSED"
+
+    def __init__(self, reason: str, wayout: str = "") -> None:
+        super().__init__(reason, wayout)
+        self.reason = reason
+        self.wayout = wayout
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.wayout}" if self.wayout else self.reason
+
+
+class RefcountExhausted(RepairError):
+    """A cluster has more references than the image's refcounts can count."""
+
+    kind = "REFCOUNT_EXHAUSTED"
+
+
+class AmbiguousCorruption(RepairError):
+    """More than one outcome is possible, or what looks like waste may be something lost."""
+
+    kind = "AMBIGUOUS_CORRUPTION"
+
+
+class UnsupportedRepair(RepairError):
+    """The image asks for something that a repair in place cannot do."""
+
+    kind = "UNSUPPORTED"
+
+
+class MisalignedAccess(RepairError):
+    """A structure that would have to be written is not where one can be."""
+
+    kind = "MISALIGNED_ACCESS"
+
+
+class ParseFailed(RepairError):
+    """A structure that would have to be understood cannot be."""
+
+    kind = "PARSE_FAILED"
+
+
 class Cancelled(PlannerError):
     """The caller asked for the check to end before it was done."""
 

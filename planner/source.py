@@ -1,4 +1,4 @@
-"""What a planner reads from: the Source protocol, an in-memory Source, and batched table reads.
+"""What a planner reads from: the Source protocol, Bytes, Overlay, and batched table reads.
 
 A source may be sparse, cut off, or say that it is 8 EiB long. Nothing here believes that it is
 small or dense; bytes past the end are zeros, as QEMU reads them. Files are opened elsewhere.
@@ -6,13 +6,17 @@ small or dense; bytes past the end are zeros, as QEMU reads them. Files are open
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
+
+SECTOR = 512
+"""What a disk writes whole."""
 
 BATCH_BYTES = 2 << 20
 """Bytes of tables a batch aims at: fits a level-2 cache with its derived arrays nearby."""
@@ -60,6 +64,87 @@ class Bytes:
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         end = min(offset + length, len(self.data))
         return [(offset, end)] if offset < end else []
+
+
+class _StagedSectors(Protocol):
+    """A stage of a plan, as far as reading its outcome goes."""
+
+    @property
+    def sectors(self) -> I64: ...
+
+    @property
+    def after(self) -> U8: ...
+
+
+class _Staged(Protocol):
+    """A plan, as far as reading its outcome goes."""
+
+    @property
+    def stages(self) -> Sequence[_StagedSectors]: ...
+
+    @property
+    def size_after(self) -> int: ...
+
+
+class Overlay:
+    """A source with a plan laid on it: what the file will be when all stages are written."""
+
+    def __init__(self, source: Source, plan: _Staged) -> None:
+        self._source = source
+        self._size = plan.size_after
+        stages = list(reversed(plan.stages))
+        every = [stage.sectors for stage in stages] or [np.zeros(0, dtype=np.int64)]
+        # Of sectors that several stages change, the last stage's content holds.
+        self._sectors, first = np.unique(np.concatenate(every), return_index=True)
+        content = [stage.after for stage in stages] or [np.zeros((0, SECTOR), dtype=np.uint8)]
+        self._content: U8 = np.concatenate(content)[first]
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        first = offset // SECTOR * SECTOR
+        length = -(-(offset + len(buffer) - first) // SECTOR) * SECTOR
+        if (first, length) != (offset, len(buffer)):
+            whole = memoryview(bytearray(length))
+            self.read_into(first, whole)
+            buffer[:] = whole[offset - first : offset - first + len(buffer)]
+            return
+        self._source.read_into(offset, buffer)
+        low, high = np.searchsorted(self._sectors, [offset // SECTOR, (offset + length) // SECTOR])
+        rows = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, SECTOR)
+        rows[self._sectors[low:high] - offset // SECTOR] = self._content[low:high]
+        if offset + length > self._size:
+            buffer[max(0, self._size - offset) :] = bytes(min(length, offset + length - self._size))
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        end = min(offset + length, self._size)
+        low, high = np.searchsorted(self._sectors, [offset // SECTOR, -(-end // SECTOR)])
+        inside = self._sectors[low:high]
+        breaks = np.flatnonzero(np.diff(inside) != 1) + 1
+        runs = (
+            (max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR))
+            for run in np.split(inside, breaks)
+            if len(run)
+        )
+        beneath = self._source.data_extents(offset, max(0, end - offset))
+        return _join_extents(heapq.merge(beneath, runs))
+
+
+def _join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ascending extents that may overlap, as ascending ones that do not touch."""
+    current: tuple[int, int] | None = None
+    for start, end in extents:
+        if current is None:
+            current = start, end
+        elif start <= current[1]:
+            current = current[0], max(current[1], end)
+        else:
+            yield current
+            current = start, end
+    if current is not None and current[0] < current[1]:
+        yield current
 
 
 def read_bytes(source: Source, offset: int, length: int) -> bytes:

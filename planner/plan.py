@@ -1,0 +1,256 @@
+"""A repair as a value: stages of patches, its inverse and its identity; and the draft it grows from.
+
+Nothing here decides what to repair, and nothing writes. Bytes are held by sector, before and after:
+a disk writes whole sectors, so a crash leaves each as it was or as it will be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+
+import numpy as np
+
+from planner.arrays import I64, U8
+from planner.findings import FindingKind, Structure
+from planner.source import SECTOR, Overlay, Source, read_tables
+
+MAX_EDITS = 1 << 16
+"""Edits that a plan lists one by one; it counts all of them."""
+
+ID_LENGTH = 12
+SHORTEST_QUOTE = 6
+
+
+class RepairTier(StrEnum):
+    """How far a repair may go; the words of ``qemu-img check -r``."""
+
+    LEAKS = "leaks"
+    ALL = "all"
+
+
+class StageKind(IntEnum):
+    """The stages of a repair, in their order. Between two of them the disk is flushed."""
+
+    GUARD = 0
+    PREPARE = 1
+    SWITCH = 2
+    CORRECT = 3
+    RELEASE = 4
+
+    @property
+    def meaning(self) -> str:
+        """What the stage does, in a sentence."""
+        return _STAGES[self]
+
+
+_STAGES = {
+    StageKind.GUARD: "the corrupt bit is set, so that no one writes to a half-repaired image",
+    StageKind.PREPARE: "new structures are written where nothing points; refcounts are raised",
+    StageKind.SWITCH: "the header is pointed at the new structures",
+    StageKind.CORRECT: "entries and flags are corrected in place; refcounts are lowered",
+    StageKind.RELEASE: "the corrupt and dirty bits are cleared",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A run of bytes that change, every one of them. ``offset`` in the file."""
+
+    offset: int
+    before: bytes
+    after: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Why bytes change: the ``count`` entries at ``offset`` answer findings of ``kind``."""
+
+    stage: StageKind
+    structure: Structure
+    kind: FindingKind
+    offset: int
+    length: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """Sectors that may reach the disk in any order.
+
+    ``sectors``: ascending sector numbers, int64 (n,). ``before``, ``after``: uint8 (n, 512); in every
+    sector at least one byte differs.
+    """
+
+    kind: StageKind
+    sectors: I64
+    before: U8
+    after: U8
+
+    def patches(self) -> Iterator[Patch]:
+        """The runs of bytes that change, ascending."""
+        for at in range(len(self.sectors)):
+            before, after = self.before[at], self.after[at]
+            changed = np.flatnonzero(before != after)
+            starts = np.flatnonzero(np.diff(changed, prepend=-2) != 1)
+            ends = np.append(starts[1:], len(changed)) - 1
+            for low, high in zip(changed[starts].tolist(), changed[ends].tolist(), strict=True):
+                offset = int(self.sectors[at]) * SECTOR + low
+                part = slice(low, high + 1)
+                yield Patch(offset, before[part].tobytes(), after[part].tobytes())
+
+    def changed_bytes(self) -> int:
+        """How many bytes the stage changes."""
+        return int(np.count_nonzero(self.before != self.after))
+
+    def bytes_at(self, offset: int, length: int) -> tuple[bytes, bytes]:
+        """The bytes of a range before and after; where no sector changes they are empty."""
+        first, last = offset // SECTOR, (offset + length - 1) // SECTOR
+        low, high = np.searchsorted(self.sectors, [first, last + 1])
+        if high - low != last - first + 1:
+            return b"", b""
+        skip = offset - first * SECTOR
+        part = slice(skip, skip + length)
+        return self.before[low:high].tobytes()[part], self.after[low:high].tobytes()[part]
+
+    def inverse(self) -> Stage:
+        """The stage that takes this one back."""
+        return replace(self, before=self.after, after=self.before)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A repair: its stages in order, and the file's length before and after.
+
+    ``edits``: why, at most `MAX_EDITS` of ``edit_count``. Two plans are equal when they do the same
+    to the same bytes.
+    """
+
+    tier: RepairTier
+    stages: tuple[Stage, ...]
+    size_before: int
+    size_after: int
+    edits: tuple[Edit, ...] = ()
+    edit_count: int = 0
+
+    @property
+    def id(self) -> str:
+        """A short hash of everything that the plan does."""
+        return self._digest()[:ID_LENGTH]
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether there is nothing to repair."""
+        return not self.stages and self.size_before == self.size_after
+
+    def is_quoted_by(self, quote: str) -> bool:
+        """Whether *quote* names this plan: its id, or at least its first six digits."""
+        return len(quote) >= SHORTEST_QUOTE and self.id.startswith(quote.lower())
+
+    def patches(self) -> Iterator[tuple[StageKind, Patch]]:
+        """All patches in the order of their stages."""
+        for stage in self.stages:
+            for patch in stage.patches():
+                yield stage.kind, patch
+
+    def inverse(self) -> Plan:
+        """The plan that takes this one back: stages in reverse, before and after exchanged."""
+        return replace(
+            self,
+            stages=tuple(stage.inverse() for stage in reversed(self.stages)),
+            size_before=self.size_after,
+            size_after=self.size_before,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._digest() == other._digest()
+
+    def __hash__(self) -> int:
+        return hash(self._digest())
+
+    def _digest(self) -> str:
+        whole = hashlib.sha256()
+        whole.update(f"{self.tier} {self.size_before} {self.size_after}".encode())
+        for stage in self.stages:
+            whole.update(f" {int(stage.kind)} {len(stage.sectors)} ".encode())
+            for column in (stage.sectors.astype("<i8"), stage.before, stage.after):
+                whole.update(np.ascontiguousarray(column).data)
+        return whole.hexdigest()
+
+
+@dataclass(slots=True)
+class _Writes:
+    """What a draft wants in one stage, in the order in which it was asked for."""
+
+    tables: list[tuple[I64, U8]] = field(default_factory=list)
+
+
+class Draft:
+    """A plan in the making: writes by stage, on top of a source.
+
+    Whole sectors are written: `write` completes them from what the draft says so far.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._writes: dict[StageKind, _Writes] = {}
+        self._edits: list[Edit] = []
+        self._edit_count = 0
+        self.size = source.size
+
+    def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
+        """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
+        if len(offsets):
+            self._writes.setdefault(kind, _Writes()).tables.append((offsets, rows))
+
+    def write(self, kind: StageKind, offset: int, data: bytes) -> None:
+        """Any bytes anywhere."""
+        first = offset // SECTOR * SECTOR
+        length = -(-(offset + len(data) - first) // SECTOR) * SECTOR
+        buffer = bytearray(length)
+        self.overlay().read_into(first, memoryview(buffer))
+        buffer[offset - first : offset - first + len(data)] = data
+        rows = np.frombuffer(bytes(buffer), dtype=np.uint8).reshape(1, -1)
+        self.write_tables(kind, np.array([first]), rows)
+
+    def explain(self, edit: Edit) -> None:
+        """Say why something changes."""
+        self._edit_count += 1
+        if len(self._edits) < MAX_EDITS:
+            self._edits.append(edit)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was asked for."""
+        return not self._writes and self.size == self._source.size
+
+    def overlay(self) -> Overlay:
+        """The source as it would be after everything drafted so far."""
+        return Overlay(self._source, self.plan(RepairTier.ALL))
+
+    def plan(self, tier: RepairTier) -> Plan:
+        """What was drafted, as a plan; sectors that would stay as they are are dropped."""
+        plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
+        for kind in sorted(self._writes):
+            stage = self._stage(kind, Overlay(self._source, plan))
+            if len(stage.sectors):
+                plan = replace(plan, stages=(*plan.stages, stage))
+        return plan
+
+    def _stage(self, kind: StageKind, base: Source) -> Stage:
+        tables = self._writes[kind].tables
+        touched = [
+            ((offsets // SECTOR)[:, None] + np.arange(rows.shape[1] // SECTOR)).reshape(-1)
+            for offsets, rows in tables
+        ]
+        sectors = np.unique(np.concatenate(touched))
+        before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+        for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
+            before[part] = rows
+        after = before.copy()
+        for place, (_, rows) in zip(touched, tables, strict=True):
+            after[np.searchsorted(sectors, place)] = rows.reshape(-1, SECTOR)
+        differs = (before != after).any(axis=1)
+        return Stage(kind, sectors[differs], before[differs], after[differs])
