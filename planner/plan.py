@@ -1,4 +1,4 @@
-"""A repair as a value: stages of patches, its inverse and its identity; and the draft it grows from.
+"""A repair as a value: stages of patches, its inverse, its identity; the draft it grows from.
 
 Nothing here decides what to repair, and nothing writes. Bytes are held by sector, before and after:
 a disk writes whole sectors, so a crash leaves each as it was or as it will be.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 
 import numpy as np
@@ -80,8 +80,8 @@ class Edit:
 class Stage:
     """Sectors that may reach the disk in any order.
 
-    ``sectors``: ascending sector numbers, int64 (n,). ``before``, ``after``: uint8 (n, 512); in every
-    sector at least one byte differs.
+    ``sectors``: ascending sector numbers, int64 (n,). ``before``, ``after``: uint8 (n, 512); in
+    every sector at least one byte differs.
     """
 
     kind: StageKind
@@ -180,22 +180,13 @@ class Plan:
         return whole.hexdigest()
 
 
-@dataclass(slots=True)
-class _Writes:
-    """What a draft wants in one stage, in the order in which it was asked for."""
-
-    tables: list[tuple[I64, U8]] = field(default_factory=list)
-
-
 class Draft:
-    """A plan in the making: writes by stage, on top of a source.
-
-    Whole sectors are written: `write` completes them from what the draft says so far.
-    """
+    """A plan in the making: writes by stage, in any order of stages, on top of a source."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._writes: dict[StageKind, _Writes] = {}
+        self._tables: dict[StageKind, list[tuple[I64, U8]]] = {}
+        self._words: dict[StageKind, list[tuple[int, bytes]]] = {}
         self._edits: list[Edit] = []
         self._edit_count = 0
         self.size = source.size
@@ -203,17 +194,11 @@ class Draft:
     def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
         """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
         if len(offsets):
-            self._writes.setdefault(kind, _Writes()).tables.append((offsets, rows))
+            self._tables.setdefault(kind, []).append((offsets, rows))
 
     def write(self, kind: StageKind, offset: int, data: bytes) -> None:
-        """Any bytes anywhere."""
-        first = offset // SECTOR * SECTOR
-        length = -(-(offset + len(data) - first) // SECTOR) * SECTOR
-        buffer = bytearray(length)
-        self.overlay().read_into(first, memoryview(buffer))
-        buffer[offset - first : offset - first + len(data)] = data
-        rows = np.frombuffer(bytes(buffer), dtype=np.uint8).reshape(1, -1)
-        self.write_tables(kind, np.array([first]), rows)
+        """Any bytes anywhere; within a stage they come after its whole tables."""
+        self._words.setdefault(kind, []).append((offset, data))
 
     def explain(self, edit: Edit) -> None:
         """Say why something changes."""
@@ -224,7 +209,7 @@ class Draft:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was asked for."""
-        return not self._writes and self.size == self._source.size
+        return not self._tables and not self._words and self.size == self._source.size
 
     def overlay(self) -> Overlay:
         """The source as it would be after everything drafted so far."""
@@ -233,24 +218,33 @@ class Draft:
     def plan(self, tier: RepairTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
         plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
-        for kind in sorted(self._writes):
+        for kind in sorted(self._tables.keys() | self._words.keys()):
             stage = self._stage(kind, Overlay(self._source, plan))
             if len(stage.sectors):
                 plan = replace(plan, stages=(*plan.stages, stage))
         return plan
 
     def _stage(self, kind: StageKind, base: Source) -> Stage:
-        tables = self._writes[kind].tables
+        tables, words = self._tables.get(kind, []), self._words.get(kind, [])
         touched = [
             ((offsets // SECTOR)[:, None] + np.arange(rows.shape[1] // SECTOR)).reshape(-1)
             for offsets, rows in tables
         ]
-        sectors = np.unique(np.concatenate(touched))
+        spans = [
+            np.arange(offset // SECTOR, (offset + len(data) - 1) // SECTOR + 1)
+            for offset, data in words
+        ]
+        sectors = np.unique(np.concatenate((*touched, *spans)))
         before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
         for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
             before[part] = rows
         after = before.copy()
         for place, (_, rows) in zip(touched, tables, strict=True):
             after[np.searchsorted(sectors, place)] = rows.reshape(-1, SECTOR)
+        flat = after.reshape(-1)
+        for span, (offset, data) in zip(spans, words, strict=True):
+            # The sectors of a span are neighbours in *sectors* too: none lies between them.
+            start = int(np.searchsorted(sectors, span[0])) * SECTOR + offset % SECTOR
+            flat[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
         differs = (before != after).any(axis=1)
         return Stage(kind, sectors[differs], before[differs], after[differs])
