@@ -30,7 +30,7 @@ from planner.findings import (
     no_owners,
 )
 from planner.mismatch import Mismatches
-from planner.owners import OwnersFinder, contested_clusters
+from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
@@ -139,7 +139,14 @@ class _Check:
                 some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
                 contested[index.slots_of(some)] = True
         owners = self._find_owners(contested, index, guest, every_region)
-        return self._report(snapshots, census, mismatches, totals, owners)
+        return self._report(
+            snapshots.snapshots,
+            census,
+            mismatches=mismatches,
+            totals=totals,
+            owners=owners,
+            regions=every_region,
+        )
 
     # -- what is there -------------------------------------------------------------------------
 
@@ -493,7 +500,7 @@ class _Check:
         starts = [0, *high[lost].tolist()]
         ends = [*low[lost].tolist(), clusters]
         spans = [
-            (_slots_before(index, start), _slots_before(index, end))
+            (index.slots_before(start), index.slots_before(end))
             for start, end in zip(starts, ends, strict=True)
         ]
         return Mismatches(
@@ -538,16 +545,14 @@ class _Check:
         finder.add_entries(self._source, guest.present, self._tick)
         owners = finder.result()
         cluster, number = contested_clusters(owners, self._geometry.l2_entries)
-        at = np.searchsorted(owners.cluster, cluster)
-        is_guest = np.isin(owners.structure[at], (Structure.DATA, Structure.COMPRESSED))
-        position = owners.l1_index[at] * self._geometry.l2_entries + owners.l2_index[at]
+        position = first_guest_owners(owners, cluster, self._geometry.l2_entries)
         bits = self._geometry.cluster_bits
         self._findings.add(
             FindingKind.MULTIPLE_OWNERS,
             host_offset=cluster << bits,
             length=1 << bits,
-            guest_offset=np.where(is_guest, position << bits, NONE),
-            guest_length=np.where(is_guest, 1 << bits, 0),
+            guest_offset=np.where(position == NONE, NONE, position << bits),
+            guest_length=np.where(position == NONE, 0, 1 << bits),
             found=number,
             expected=1,
         )
@@ -557,11 +562,13 @@ class _Check:
 
     def _report(
         self,
-        snapshots: SnapshotTable,
+        snapshots: tuple[Snapshot, ...],
         census: Census,
+        *,
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
+        regions: Regions,
     ) -> Report:
         findings = self._findings.build()
         counts = findings.counts() | totals
@@ -586,7 +593,8 @@ class _Check:
             mismatches=mismatches,
             totals=totals,
             owners=owners or no_owners(),
-            snapshots=snapshots.snapshots,
+            regions=regions,
+            snapshots=snapshots,
             stopped=tuple(self._stopped),
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             complete=not self._stopped and not _hides_references(findings),
@@ -641,10 +649,3 @@ def _rank_among_equals(values: I64) -> np.ndarray:
     rank = np.empty(len(values), dtype=np.uint64)
     rank[order] = np.arange(len(values)) - first
     return rank
-
-
-def _slots_before(index: ClusterIndex, cluster: int) -> int:
-    """How many slots belong to clusters below *cluster*."""
-    if index.keys is None:
-        return min(cluster, index.slots)
-    return int(np.searchsorted(index.keys, cluster))

@@ -45,6 +45,12 @@ class ClusterIndex:
             clusters = slots
         return np.where(known, clusters, 0), known
 
+    def slots_before(self, cluster: int) -> int:
+        """How many slots belong to clusters below *cluster*."""
+        if self.keys is None:
+            return min(cluster, self.slots)
+        return int(np.searchsorted(self.keys, cluster))
+
     def clusters_of(self, slots: I64) -> I64:
         """The inverse of `slots_of`."""
         return slots if self.keys is None else self.keys[slots]

@@ -418,8 +418,8 @@ class Findings:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def select(self, mask: Mask) -> Findings:
-        """The rows where *mask* (bool, one a row) is true."""
+    def select(self, mask: Mask | I64) -> Findings:
+        """The rows where *mask* (bool, one a row) is true, or at these positions."""
         return Findings(*(getattr(self, name)[mask] for name in _COLUMNS))
 
     def of(self, *kinds: FindingKind) -> Findings:

@@ -17,6 +17,7 @@ from planner.findings import FindingKind, Findings, FindingsBuilder, Structure
 from planner.qcow2.geometry import Geometry
 
 CHUNK = 1 << 20
+NO_KIND = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,30 @@ class Mismatches:
                 break
         return np.concatenate(found)[: limit or None] if found else np.zeros(0, dtype=np.int64)
 
+    def blocks(self, per_block: int, *kinds: FindingKind) -> I64:
+        """Indices of the refcount blocks, of *per_block* clusters, with clusters of these kinds."""
+        wanted = np.array(kinds, dtype=np.uint8)
+        found = [np.zeros(0, dtype=np.int64)]
+        for first, stored, counted in self._chunks():
+            if not np.array_equal(stored, counted):
+                at = np.flatnonzero(np.isin(_kinds_of(stored, counted), wanted))
+                found.append(np.unique(self.index.clusters_of(first + at) // per_block))
+        return np.unique(np.concatenate(found))
+
+    def between(self, first: int, end: int) -> tuple[I64, U8, Counts, Counts]:
+        """The wrong clusters in [first, end): cluster, kind, stored, counted."""
+        low, high = self.index.slots_before(first), self.index.slots_before(end)
+        stored, counted = self.stored[low:high], self.counted[low:high]
+        kind = _kinds_of(stored, counted)
+        wrong = kind != NO_KIND
+        if self.spans != ((0, self.index.slots),):
+            readable = np.zeros(high - low, dtype=np.bool_)
+            for start, stop in self.spans:
+                readable[max(0, start - low) : max(0, stop - low)] = True
+            wrong &= readable
+        at = np.flatnonzero(wrong)
+        return self.index.clusters_of(low + at), kind[at], stored[at], counted[at]
+
     def _chunks(self) -> Iterator[tuple[int, Counts, Counts]]:
         for low, high in self.spans:
             for first in range(low, high, CHUNK):
@@ -110,8 +135,8 @@ class Mismatches:
 
 
 def _kinds_of(stored: Counts, counted: Counts) -> U8:
-    """The finding kind of each pair of numbers; 255 where they agree."""
-    kind = np.full(len(stored), 255, dtype=np.uint8)
+    """The finding kind of each pair of numbers; `NO_KIND` where they agree."""
+    kind = np.full(len(stored), NO_KIND, dtype=np.uint8)
     kind[stored > counted] = FindingKind.LEAK
     kind[stored < counted] = FindingKind.REFCOUNT_LOW
     kind[(stored == 0) & (counted > 0)] = FindingKind.REFCOUNT_MISSING

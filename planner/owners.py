@@ -166,3 +166,17 @@ def contested_clusters(owners: Owners, width: int) -> tuple[I64, I64]:
     plain = np.logical_or.reduceat(distinct[1] != Structure.COMPRESSED, start)
     contested = (number > 1) & plain
     return clusters[contested], number[contested]
+
+
+def first_guest_owners(owners: Owners, clusters: I64, width: int) -> I64:
+    """The guest cluster that the first guest owner of each cluster is; `NONE` where none is one.
+
+    *width*: entries of an L2 table.
+    """
+    result = np.full(len(clusters), NONE)
+    guest = np.flatnonzero(np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED)))
+    owned, first = np.unique(owners.cluster[guest], return_index=True)
+    _, here, there = np.intersect1d(clusters, owned, assume_unique=True, return_indices=True)
+    at = guest[first[there]]
+    result[here] = owners.l1_index[at] * width + owners.l2_index[at]
+    return result

@@ -7,7 +7,8 @@ a disk writes whole sectors, so a crash leaves each as it was or as it will be.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 
@@ -185,8 +186,7 @@ class Draft:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._tables: dict[StageKind, list[tuple[I64, U8]]] = {}
-        self._words: dict[StageKind, list[tuple[int, bytes]]] = {}
+        self._writes: dict[StageKind, list[tuple[I64, U8] | tuple[int, bytes]]] = {}
         self._edits: list[Edit] = []
         self._edit_count = 0
         self.size = source.size
@@ -194,22 +194,21 @@ class Draft:
     def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
         """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
         if len(offsets):
-            self._tables.setdefault(kind, []).append((offsets, rows))
+            self._writes.setdefault(kind, []).append((offsets, rows))
 
     def write(self, kind: StageKind, offset: int, data: bytes) -> None:
-        """Any bytes anywhere; within a stage they come after its whole tables."""
-        self._words.setdefault(kind, []).append((offset, data))
+        """Any bytes anywhere. In a stage, what is drafted later holds."""
+        self._writes.setdefault(kind, []).append((offset, data))
 
-    def explain(self, edit: Edit) -> None:
-        """Say why something changes."""
-        self._edit_count += 1
-        if len(self._edits) < MAX_EDITS:
-            self._edits.append(edit)
+    def explain(self, edits: Iterable[Edit], count: int) -> None:
+        """Say why *count* things change; *edits* is read only as far as a plan lists them."""
+        self._edit_count += count
+        self._edits.extend(itertools.islice(edits, MAX_EDITS - len(self._edits)))
 
     @property
-    def is_empty(self) -> bool:
-        """Whether nothing was asked for."""
-        return not self._tables and not self._words and self.size == self._source.size
+    def writes(self) -> int:
+        """How many writes were drafted so far."""
+        return sum(len(writes) for writes in self._writes.values())
 
     def overlay(self) -> Overlay:
         """The source as it would be after everything drafted so far."""
@@ -218,33 +217,35 @@ class Draft:
     def plan(self, tier: RepairTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
         plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
-        for kind in sorted(self._tables.keys() | self._words.keys()):
+        for kind in sorted(self._writes):
             stage = self._stage(kind, Overlay(self._source, plan))
             if len(stage.sectors):
                 plan = replace(plan, stages=(*plan.stages, stage))
         return plan
 
     def _stage(self, kind: StageKind, base: Source) -> Stage:
-        tables, words = self._tables.get(kind, []), self._words.get(kind, [])
-        touched = [
-            ((offsets // SECTOR)[:, None] + np.arange(rows.shape[1] // SECTOR)).reshape(-1)
-            for offsets, rows in tables
-        ]
-        spans = [
-            np.arange(offset // SECTOR, (offset + len(data) - 1) // SECTOR + 1)
-            for offset, data in words
-        ]
-        sectors = np.unique(np.concatenate((*touched, *spans)))
+        writes = self._writes[kind]
+        places = [_sectors_of(where, what) for where, what in writes]
+        sectors = np.unique(np.concatenate(places))
         before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
         for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
             before[part] = rows
         after = before.copy()
-        for place, (_, rows) in zip(touched, tables, strict=True):
-            after[np.searchsorted(sectors, place)] = rows.reshape(-1, SECTOR)
         flat = after.reshape(-1)
-        for span, (offset, data) in zip(spans, words, strict=True):
-            # The sectors of a span are neighbours in *sectors* too: none lies between them.
-            start = int(np.searchsorted(sectors, span[0])) * SECTOR + offset % SECTOR
-            flat[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        for place, (where, what) in zip(places, writes, strict=True):
+            if isinstance(what, bytes):
+                # The sectors of one write are neighbours in *sectors* too: none lies between them.
+                start = int(np.searchsorted(sectors, place[0])) * SECTOR + int(where) % SECTOR
+                flat[start : start + len(what)] = np.frombuffer(what, dtype=np.uint8)
+            else:
+                after[np.searchsorted(sectors, place)] = what.reshape(-1, SECTOR)
         differs = (before != after).any(axis=1)
         return Stage(kind, sectors[differs], before[differs], after[differs])
+
+
+def _sectors_of(where: I64 | int, what: U8 | bytes) -> I64:
+    """The sectors that a write touches, in the order of its bytes."""
+    if isinstance(what, bytes):
+        return np.arange(int(where) // SECTOR, (int(where) + len(what) - 1) // SECTOR + 1)
+    first = np.asarray(where) // SECTOR
+    return (first[:, None] + np.arange(what.shape[1] // SECTOR)).reshape(-1)

@@ -75,6 +75,11 @@ def join_regions(*parts: Regions) -> Regions:
     )
 
 
+def no_regions() -> Regions:
+    """Columns without rows."""
+    return make_regions(Structure.HEADER, np.zeros(0, dtype=np.int64), 0)
+
+
 class RegionsBuilder:
     """Collects structures, and reports those that do not lie in the file."""
 

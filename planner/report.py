@@ -23,6 +23,7 @@ from planner.mismatch import Mismatches
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import Snapshot
+from planner.regions import Regions, no_regions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Report:
     ``error``: the header cannot be read, and nothing else is known. ``stopped``: tables that could
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
     refcount structure itself is damaged. ``complete``: every table that could hold a reference was
-    walked. ``in_use``, ``changed``: a writer had the image, or it changed, while it was read.
+    walked. ``regions``: where all metadata lies. ``in_use``, ``changed``: a writer had the image,
+    or it changed, while it was read.
     ``mismatches``, ``totals``: stored against counted refcounts, which `rows` and `counts` join in.
     """
 
@@ -57,6 +59,7 @@ class Report:
     mismatches: Mismatches | None = None
     totals: dict[FindingKind, int] = field(default_factory=dict)
     owners: Owners = field(default_factory=no_owners)
+    regions: Regions = field(default_factory=no_regions)
     snapshots: tuple[Snapshot, ...] = ()
     stopped: tuple[ImageError, ...] = ()
     needs_rebuild: bool = False

@@ -12,7 +12,7 @@ from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError
 from planner.qcow2.extensions import BitmapsPointer
-from planner.qcow2.geometry import Geometry
+from planner.qcow2.geometry import SECTOR, Geometry
 from planner.source import Source, read_bytes
 
 IN_USE = 1 << 0
@@ -133,7 +133,8 @@ def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
     """check_dir_entry: raises `ImageError`."""
     bits, entries = bitmap.granularity_bits, bitmap.bitmap_table_size
     table_at = bitmap.bitmap_table_offset
-    needed = -(-geometry.virtual_size // (geometry.cluster_size * 8 << bits))
+    size = geometry.virtual_size // SECTOR * SECTOR
+    needed = -(-size // (geometry.cluster_size * 8 << bits))
     rules: list[tuple[bool, str, int, str]] = [
         (bool(bitmap.extra_data), "extra_data_size", len(bitmap.extra_data), "not supported"),
         (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),

@@ -20,7 +20,7 @@ from planner.qcow2.header import (
     check_header,
     read_header,
 )
-from planner.source import Source, read_bytes
+from planner.source import READABLE_END, Source, read_bytes
 
 MAX_REFTABLE_BYTES = 8 << 20
 MAX_L1_BYTES = 32 << 20
@@ -103,5 +103,5 @@ def _check_table(name: str, offset: int, size: int, limit: int, geometry: Geomet
         raise ImageError(f"{name} size", size, f"over the limit of {limit >> 20} MiB")
     if offset % geometry.cluster_size:
         raise ImageError(f"{name}_offset", offset, "not cluster aligned")
-    if offset > SIGNED_MAX - size:
-        raise ImageError(f"{name}_offset", offset, "past 2^63")
+    if offset > (READABLE_END if size else SIGNED_MAX) - size:
+        raise ImageError(f"{name}_offset", offset, "further than any file can reach")

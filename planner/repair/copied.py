@@ -1,0 +1,70 @@
+"""COPIED flags of the active L1 and its L2 tables, made to say what the refcounts say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.arrays import Mask
+from planner.census import expand_ranges
+from planner.findings import FindingKind, Findings, Structure
+from planner.plan import StageKind
+from planner.repair.scope import Scope
+from planner.source import read_bytes, read_tables
+
+COPIED_BYTE = 0x80
+"""Bit 63 of a big-endian word, in its first byte."""
+
+
+def update_copied_flags_for_l1(scope: Scope, known: Findings | None = None) -> None:
+    """Correct the flags that the report finds wrong; those of *known* are left as they are."""
+    for kind, flip in (
+        (FindingKind.L1_COPIED, _flip_l1_entries),
+        (FindingKind.L2_COPIED, _flip_l2_entries),
+    ):
+        wrong = scope.report.findings.of(kind)
+        if known is not None:
+            wrong = wrong.select(_is_new(wrong, known.of(kind)) & (wrong.expected == 1))
+        cluster = wrong.host_offset >> scope.geometry.cluster_bits
+        wrong = wrong.select(~scope.contested(cluster))
+        if len(wrong):
+            flip(scope, wrong)
+
+
+def _is_new(wrong: Findings, known: Findings) -> Mask:
+    """Which runs contain no entry that was known to be wrong before."""
+    low = np.searchsorted(np.sort(known.host_offset + known.length), wrong.host_offset, "right")
+    high = np.searchsorted(np.sort(known.host_offset), wrong.host_offset + wrong.length, "left")
+    return low >= high
+
+
+def _flip_l1_entries(scope: Scope, wrong: Findings) -> None:
+    places = []
+    for offset in wrong.host_offset.tolist():
+        byte = read_bytes(scope.source, offset, 1)[0] ^ COPIED_BYTE
+        scope.draft.write(StageKind.CORRECT, offset, bytes([byte]))
+        places.append((offset, 8, 1))
+    scope.explain(StageKind.CORRECT, Structure.L1_TABLE, FindingKind.L1_COPIED, places)
+
+
+def _flip_l2_entries(scope: Scope, wrong: Findings) -> None:
+    size, step = scope.geometry.cluster_size, scope.geometry.l2_entry_size
+    table = wrong.host_offset - wrong.l2_index.astype(np.int64) * step
+    order = np.argsort(table, kind="stable")
+    table, wrong = table[order], wrong.select(order)
+    offsets, start = np.unique(table, return_index=True)
+    end = np.append(start[1:], len(table))
+    for part, rows in read_tables(scope.source, offsets, size):
+        rows = rows.copy()  # noqa: PLW2901 - the buffer is reused, the draft keeps these
+        low, high = int(start[part][0]), int(end[part][-1])
+        runs = wrong.l2_index[low:high].astype(np.int64)
+        count = wrong.length[low:high] // step
+        row = np.repeat(np.searchsorted(offsets[part], table[low:high]), count)
+        rows[row, expand_ranges(runs, runs + count - 1) * step] ^= COPIED_BYTE
+        scope.draft.write_tables(StageKind.CORRECT, offsets[part], rows)
+    places = zip(
+        wrong.host_offset.tolist(),
+        wrong.length.tolist(),
+        (wrong.length // step).tolist(),
+        strict=True,
+    )
+    scope.explain(StageKind.CORRECT, Structure.L2_TABLE, FindingKind.L2_COPIED, list(places))

@@ -1,0 +1,147 @@
+"""What a plan must show before it may be written: better in some way, worse in none.
+
+The overlay's own check is compared with the check before, the plan's bytes with what may be
+touched at all. A plan that fails is a defect of a planner, or an image stranger than
+foreseen: it is refused, either way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.arrays import I64, U64
+from planner.errors import AmbiguousCorruption
+from planner.findings import FindingKind, Structure
+from planner.plan import Plan, Stage
+from planner.qcow2 import entries
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.header import Header, read_header
+from planner.report import Report
+from planner.source import SECTOR, Overlay, Source
+
+_MAY_CHANGE = {
+    "refcount_table_offset",
+    "refcount_table_clusters",
+    "snapshots_offset",
+    "incompatible_features",
+}
+
+
+def require_proof(source: Source, plan: Plan, before: Report, after: Report) -> None:
+    """Raise `AmbiguousCorruption` unless *after*, the check of the overlay, bears the plan out."""
+    _require_nothing_worse(before, after)
+    _require_same_header(source, plan)
+    geometry = before.geometry
+    contested = before.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    tables = _L2Words(before, geometry)
+    for stage in plan.stages:
+        cluster = stage.sectors * SECTOR >> geometry.cluster_bits
+        if np.isin(cluster, contested >> geometry.cluster_bits).any():
+            raise _Unproven("it would write to a cluster with two owners")
+        _require_metadata(cluster, before, plan)
+        tables.require_same_mapping(stage, cluster)
+
+
+class _Unproven(AmbiguousCorruption):
+    """The proof fails."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the repair was planned and then not proven: {what}",
+            "nothing was written; copy the disk out with qemu-img convert, and report the image",
+        )
+
+
+def _require_nothing_worse(before: Report, after: Report) -> None:
+    if after.error is not None:
+        raise _Unproven(f"the image could not be opened afterwards: {after.error}")
+    for name in ("check_errors", "corruptions", "leaks"):
+        was, would_be = getattr(before.counters, name), getattr(after.counters, name)
+        if would_be > was:
+            raise _Unproven(f"{name} would go from {was} to {would_be}")
+    counts = before.counts()
+    for kind, number in after.counts().items():
+        if number > counts.get(kind, 0):
+            raise _Unproven(f"{kind.label} would go from {counts.get(kind, 0)} to {number}")
+
+
+def _require_same_header(source: Source, plan: Plan) -> None:
+    was, would_be = read_header(source), read_header(Overlay(source, plan))
+    for name in Header.__slots__:
+        if name not in _MAY_CHANGE and getattr(was, name) != getattr(would_be, name):
+            raise _Unproven(f"the header field {name} would change")
+
+
+def _require_metadata(cluster: I64, before: Report, plan: Plan) -> None:
+    """Every sector lies in a known metadata structure, or past what the file was."""
+    bits = before.geometry.cluster_bits
+    regions = before.regions
+    order = np.argsort(regions.first(bits))
+    first, last = regions.first(bits)[order], np.maximum.accumulate(regions.last(bits)[order])
+    at = np.searchsorted(first, cluster, side="right") - 1
+    inside = (at >= 0) & (last[np.maximum(at, 0)] >= cluster)
+    new = cluster << bits >= plan.size_before
+    if not (inside | new).all():
+        raise _Unproven("it would write where no metadata is")
+    guest = before.mismatches
+    if guest is not None and (cluster[new] < guest.highest() + 1).any():
+        raise _Unproven("it would write where something is in use")
+
+
+class _L2Words:
+    """The L1 and L2 tables of an image, to compare what entries map before and after."""
+
+    def __init__(self, report: Report, geometry: Geometry) -> None:
+        regions, bits = report.regions, geometry.cluster_bits
+        self._geometry = geometry
+        l2 = regions.select(regions.structure == Structure.L2_TABLE)
+        l1 = regions.select(regions.structure == Structure.L1_TABLE)
+        self._l2 = np.unique(np.concatenate((l2.first(bits), l2.last(bits))))
+        spans = zip(l1.first(bits).tolist(), l1.last(bits).tolist(), strict=True)
+        ranges = [np.arange(first, last + 1) for first, last in spans]
+        self._l1 = np.unique(np.concatenate([*ranges, np.zeros(0, dtype=np.int64)]))
+
+    def require_same_mapping(self, stage: Stage, cluster: I64) -> None:
+        """Raise unless every entry that changes maps what it mapped."""
+        for tables, meaning in ((self._l2, self._l2_meaning), (self._l1, _l1_meaning)):
+            inside = np.isin(cluster, tables)
+            before, after = (
+                meaning(rows[inside].view(">u8").astype(np.uint64))
+                for rows in (stage.before, stage.after)
+            )
+            if not np.array_equal(before, after):
+                raise _Unproven("an entry would map something else")
+
+    def _l2_meaning(self, words: U64) -> U64:
+        """Words of standard and extended L2 entries without what a repair may change."""
+        misaligned = np.uint64((self._geometry.cluster_size - 1) & entries.L2_OFFSET)
+        if self._geometry.extended_l2:
+            return _extended_meaning(words, misaligned)
+        packed = (words & np.uint64(entries.COMPRESSED)) != 0
+        meaning = np.where(
+            packed,
+            words & ~np.uint64(entries.COPIED),
+            words & ~np.uint64(entries.COPIED | entries.L2_RESERVED),
+        )
+        zero = ~packed & ((words & np.uint64(entries.ZERO)) != 0) & ((words & misaligned) != 0)
+        return np.where(zero, np.uint64(entries.ZERO), meaning)
+
+
+def _extended_meaning(words: U64, misaligned: np.uint64) -> U64:
+    """The same for pairs of an entry and its subcluster bitmap."""
+    pairs = words.reshape(-1, 2)
+    entry, bitmap = pairs[:, 0], pairs[:, 1]
+    packed = (entry & np.uint64(entries.COMPRESSED)) != 0
+    meaning = np.where(
+        packed,
+        entry & ~np.uint64(entries.COPIED),
+        entry & ~np.uint64(entries.COPIED | entries.L2_RESERVED),
+    )
+    allocated = bitmap & np.uint64(entries.SUBCLUSTERS_ALLOCATED)
+    zero = ~packed & (allocated == 0) & ((entry & misaligned) != 0)
+    return np.stack((np.where(zero, np.uint64(0), meaning), bitmap), axis=1).reshape(-1)
+
+
+def _l1_meaning(words: U64) -> U64:
+    kept: U64 = words & np.uint64(entries.L1_OFFSET)
+    return kept

@@ -1,0 +1,132 @@
+"""A new refcount structure, past the end of the file, for an image whose own is damaged.
+
+Refcounts come from the census alone. The old table and blocks are left as they are and become
+free. Follows rebuild_refcount_structure in what it computes, not in where it writes: QEMU takes the
+first free clusters, which may be evidence.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64
+from planner.errors import RefcountExhausted, UnsupportedRepair
+from planner.findings import FindingKind, Structure
+from planner.plan import StageKind
+from planner.qcow2.layout import MAX_REFTABLE_BYTES
+from planner.qcow2.refcounts import pack_refcounts
+from planner.repair.scope import Scope
+from planner.source import READABLE_END
+
+REFTABLE_OFFSET_AT = 48
+"""Where the header holds refcount_table_offset, and after it refcount_table_clusters."""
+
+
+def rebuild_refcount_structure(scope: Scope, *, lower: bool) -> None:
+    """Draft a new refcount table with all its blocks; without *lower* leaks keep their refcount."""
+    cluster, refcount = _wanted_refcounts(scope, lower=lower)
+    size, per_block = scope.geometry.cluster_size, scope.geometry.refblock_entries
+    first = max(-(-scope.draft.size // size), scope.mismatches.highest() + 1)
+    used = np.unique(cluster // per_block)
+    blocks, table_clusters = _allocate(used, first, size, per_block)
+    new = np.arange(first, first + len(blocks) + table_clusters)
+    cluster = np.concatenate((cluster, new))
+    refcount = np.concatenate((refcount, np.ones(len(new), dtype=np.uint64)))
+    offsets = (first + np.arange(len(blocks))) * size
+    table_offset = (first + len(blocks)) * size
+    scope.draft.size = (first + len(new)) * size
+    _draft_blocks(scope, blocks, offsets, cluster, refcount)
+    words = np.zeros(table_clusters * size // 8, dtype=">u8")
+    words[blocks] = offsets
+    rows = words.view(np.uint8).reshape(1, -1)
+    scope.draft.write_tables(StageKind.PREPARE, np.array([table_offset]), rows)
+    pointer = struct.pack(">QI", table_offset, table_clusters)
+    scope.draft.write(StageKind.SWITCH, REFTABLE_OFFSET_AT, pointer)
+    _explain(scope, offsets, table_offset, rows.size)
+
+
+def _wanted_refcounts(scope: Scope, *, lower: bool) -> tuple[I64, U64]:
+    """The refcount of every cluster that has one, without the old refcount structure."""
+    mismatches, report = scope.mismatches, scope.report
+    counted = mismatches.counted.astype(np.uint64)
+    over = report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
+    slots, _ = mismatches.index.find(over.host_offset >> scope.geometry.cluster_bits)
+    counted[slots] += over.count.astype(np.uint64)
+    bits = scope.geometry.cluster_bits
+    old = np.isin(report.regions.structure, (Structure.REFTABLE, Structure.REFBLOCK))
+    regions = report.regions.select(old)
+    for first, last in zip(regions.first(bits).tolist(), regions.last(bits).tolist(), strict=True):
+        slot = mismatches.index.slots_before(first)
+        counted[slot : slot + last - first + 1] -= np.uint64(1)
+    if not lower:
+        np.maximum(counted, mismatches.stored.astype(np.uint64), out=counted)
+    limit = scope.geometry.refcount_max
+    at = np.flatnonzero(counted)
+    if len(at) and int(counted[at].max()) > limit:
+        raise RefcountExhausted(
+            f"a cluster has {int(counted[at].max())} references, and the refcounts of this image"
+            f" end at {limit}",
+            "make a copy with wider ones: qemu-img convert -O qcow2 -o refcount_bits=64",
+        )
+    return mismatches.index.clusters_of(at), counted[at]
+
+
+def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, int]:
+    """Which blocks a new table has, and its clusters, when all go to *first* and what follows.
+
+    The new clusters need refcounts too: repeated until table and blocks cover themselves.
+    """
+    blocks, table_clusters = used, 1
+    while True:
+        end = first + len(blocks) + table_clusters
+        own = np.arange(first // per_block, (end - 1) // per_block + 1)
+        more = np.union1d(used, own)
+        needed = -(-(int(more[-1]) + 1) * 8 // size)
+        if needed * size > MAX_REFTABLE_BYTES or end * size > READABLE_END:
+            raise UnsupportedRepair(
+                f"a refcount table of {needed * size} bytes would be needed;"
+                f" QEMU allows {MAX_REFTABLE_BYTES}",
+                "copy the disk out with qemu-img convert",
+            )
+        if len(more) == len(blocks) and needed == table_clusters:
+            return more, needed
+        blocks, table_clusters = more, needed
+
+
+def _draft_blocks(scope: Scope, blocks: I64, offsets: I64, cluster: I64, refcount: U64) -> None:
+    """Fill the new blocks, some at a time."""
+    per_block, order = scope.geometry.refblock_entries, scope.geometry.refcount_order
+    batch = max(1, (8 << 20) // (per_block * 8))
+    for low in range(0, len(blocks), batch):
+        part = blocks[low : low + batch]
+        start, end = np.searchsorted(cluster, [part[0] * per_block, (part[-1] + 1) * per_block])
+        values = np.zeros((len(part), per_block), dtype=np.uint64)
+        row = np.searchsorted(part, cluster[start:end] // per_block)
+        values[row, cluster[start:end] % per_block] = refcount[start:end]
+        rows: U8 = pack_refcounts(values, order)
+        scope.draft.write_tables(StageKind.PREPARE, offsets[low : low + batch], rows)
+
+
+def _explain(scope: Scope, offsets: I64, table_offset: int, table_bytes: int) -> None:
+    """A rebuild answers whatever is wrong with the old structure; the worst of it is named."""
+    counts = scope.report.counts()
+    reasons = (
+        FindingKind.REFBLOCK_MISALIGNED,
+        FindingKind.REFTABLE_ENTRY_RESERVED,
+        FindingKind.REFBLOCK_PAST_END,
+        FindingKind.REFBLOCK_SHARED,
+        FindingKind.REFCOUNT_UNREADABLE,
+        FindingKind.PAST_END,
+        FindingKind.REFCOUNT_MISSING,
+        FindingKind.REFCOUNT_LOW,
+    )
+    kind = next(each for each in reasons if each in counts)
+    size = scope.geometry.cluster_size
+    blocks = [(offset, size, 1) for offset in offsets.tolist()]
+    scope.explain(StageKind.PREPARE, Structure.REFBLOCK, kind, blocks)
+    table = [(table_offset, table_bytes, 1)]
+    scope.explain(StageKind.PREPARE, Structure.REFTABLE, kind, table)
+    pointer = [(REFTABLE_OFFSET_AT, 12, 1)]
+    scope.explain(StageKind.SWITCH, Structure.HEADER, kind, pointer)

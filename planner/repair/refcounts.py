@@ -1,0 +1,114 @@
+"""Refcounts corrected in place, in the refcount blocks that are sound.
+
+Raising comes in an earlier stage than lowering: at no moment is a cluster in use protected less
+than before. Which clusters, and to what, the report's comparison says.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.arrays import I64, U8, Counts
+from planner.findings import FindingKind, Structure
+from planner.plan import StageKind
+from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
+from planner.repair.scope import Scope
+from planner.source import read_tables
+from planner.stored import Reftable
+
+RAISED = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW)
+
+
+def reclaim_leaks_in_refblocks(scope: Scope) -> None:
+    """Lower the refcount of every leaked cluster to its references."""
+    _Corrector(scope, (FindingKind.LEAK,)).run()
+
+
+def correct_refcounts_in_refblocks(scope: Scope, *, lower: bool) -> None:
+    """Set every wrong refcount to the number of references; without *lower* only upwards."""
+    _Corrector(scope, (*RAISED, FindingKind.LEAK) if lower else RAISED).run()
+
+
+def refblocks_cover(scope: Scope, *kinds: FindingKind) -> bool:
+    """Whether all clusters of these kinds have a refcount block that may be written."""
+    blocks = scope.mismatches.blocks(scope.geometry.refblock_entries, *kinds)
+    return len(writable_refblocks(scope, blocks)[0]) == len(blocks)
+
+
+def writable_refblocks(scope: Scope, blocks: I64) -> tuple[I64, I64]:
+    """Those of *blocks* (refcount table indices) that may be written, and their host offsets.
+
+    A block may be written that can be read, lies in the file, and has no other owner.
+    """
+    table = Reftable(scope.source, scope.layout)
+    sound = table.blocks()
+    cluster = table.offset[sound] >> scope.geometry.cluster_bits
+    keep = ~table.reserved[sound] & (cluster < scope.layout.host_clusters)
+    sound = sound[keep & ~scope.contested(cluster)]
+    at = np.searchsorted(table.index[sound], blocks)
+    there = np.flatnonzero(at < len(sound))
+    there = there[table.index[sound[at[there]]] == blocks[there]]
+    return blocks[there], table.offset[sound[at[there]]]
+
+
+def set_refcounts_in_block(refcounts: Counts, indices: I64, values: Counts) -> None:
+    """Set refcounts[indices] = values; the values must fit the width."""
+    refcounts[indices] = values.astype(refcounts.dtype)
+
+
+class _Corrector:
+    """Drafts new contents of refcount blocks for the wrong clusters of some kinds."""
+
+    def __init__(self, scope: Scope, kinds: tuple[FindingKind, ...]) -> None:
+        self._scope, self._kinds = scope, kinds
+        self._order = scope.geometry.refcount_order
+        self._per_block = scope.geometry.refblock_entries
+
+    def run(self) -> None:
+        wanted = self._scope.mismatches.blocks(self._per_block, *self._kinds)
+        blocks, offsets = writable_refblocks(self._scope, wanted)
+        order = np.argsort(offsets)
+        blocks, offsets = blocks[order], offsets[order]
+        size = self._scope.geometry.cluster_size
+        for part, rows in read_tables(self._scope.source, offsets, size):
+            self._correct(blocks[part], offsets[part], rows)
+
+    def _correct(self, blocks: I64, offsets: I64, rows: U8) -> None:
+        """Draft the blocks of one batch: first only what rises, then everything."""
+        refcounts = unpack_refcounts(rows, self._order).copy()
+        final = refcounts.copy()
+        for row, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
+            first = block * self._per_block
+            cluster, kind, _, counted = self._scope.mismatches.between(
+                first, first + self._per_block
+            )
+            chosen = np.isin(kind, np.array(self._kinds, dtype=np.uint8))
+            index, kind, counted = cluster[chosen] - first, kind[chosen], counted[chosen]
+            rising = kind != FindingKind.LEAK
+            set_refcounts_in_block(refcounts[row], index[rising], counted[rising])
+            set_refcounts_in_block(final[row], index, counted)
+            self._explain(offset, index, kind)
+        draft = self._scope.draft
+        if set(self._kinds) & set(RAISED):
+            draft.write_tables(StageKind.PREPARE, offsets, pack_refcounts(refcounts, self._order))
+        draft.write_tables(StageKind.CORRECT, offsets, pack_refcounts(final, self._order))
+
+    def _explain(self, offset: int, index: I64, kind: U8) -> None:
+        """One edit for each run of neighbours of one kind."""
+        new = np.ones(len(index), dtype=np.bool_)
+        new[1:] = (np.diff(index) != 1) | (kind[1:] != kind[:-1])
+        starts = np.flatnonzero(new)
+        lengths = np.diff(starts, append=len(index))
+        bits = 1 << self._order
+        for each in self._kinds:
+            runs = np.flatnonzero(kind[starts] == each)
+            first = index[starts[runs]] * bits
+            last = first + lengths[runs] * bits - 1
+            places = zip(
+                (offset + first // 8).tolist(),
+                (last // 8 - first // 8 + 1).tolist(),
+                lengths[runs].tolist(),
+                strict=True,
+            )
+            stage = StageKind.CORRECT if each is FindingKind.LEAK else StageKind.PREPARE
+            self._scope.explain(stage, Structure.REFBLOCK, each, list(places))

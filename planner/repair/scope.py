@@ -1,0 +1,65 @@
+"""What every planner is given: the draft, the image as drafted so far, what must not be touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+from planner.errors import ParseFailed
+from planner.findings import FindingKind, Structure
+from planner.mismatch import Mismatches
+from planner.plan import Draft, Edit, StageKind
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.layout import Layout
+from planner.report import Report
+from planner.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """One step of planning: *source* is the image after all steps before, *report* its check.
+
+    ``writes``: how many writes had been drafted by then.
+    """
+
+    draft: Draft
+    source: Source
+    report: Report
+    writes: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        """Of an image whose header could be read; raises `ParseFailed` for another."""
+        if self.report.layout is None:
+            raise ParseFailed(str(self.report.error))
+        return self.report.layout
+
+    @property
+    def geometry(self) -> Geometry:
+        """The image's shape."""
+        return self.layout.geometry
+
+    @property
+    def mismatches(self) -> Mismatches:
+        """Stored against counted refcounts; raises `ParseFailed` where there was no census."""
+        if self.report.mismatches is None:
+            raise ParseFailed(str(self.report.error))
+        return self.report.mismatches
+
+    def contested(self, clusters: I64) -> Mask:
+        """Which clusters have two owners: nothing in them is written."""
+        found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
+        return np.isin(clusters, found.host_offset >> self.geometry.cluster_bits)
+
+    def explain(
+        self,
+        stage: StageKind,
+        structure: Structure,
+        kind: FindingKind,
+        places: list[tuple[int, int, int]],
+    ) -> None:
+        """Say why things change; *places* are (offset, length, count) in the file."""
+        edits = (Edit(stage, structure, kind, *place) for place in places)
+        self.draft.explain(edits, len(places))

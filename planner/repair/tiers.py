@@ -1,0 +1,321 @@
+"""A tier's planners joined into one proposal, and the proof that it keeps its promise.
+
+Each planner sees the image as the ones before it leave it, checked anew. Nothing is proposed that
+the proof does not bear out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.check import Progress, check_image
+from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
+from planner.findings import KINDS, FindingKind, Severity, Structure
+from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.qcow2.header import Incompatible
+from planner.repair.copied import update_copied_flags_for_l1
+from planner.repair.entries import correct_entries
+from planner.repair.proof import require_proof
+from planner.repair.rebuild import rebuild_refcount_structure
+from planner.repair.refcounts import (
+    correct_refcounts_in_refblocks,
+    reclaim_leaks_in_refblocks,
+    refblocks_cover,
+)
+from planner.repair.scope import Scope
+from planner.repair.snapshot_table import rewrite_snapshot_table
+from planner.report import Report
+from planner.source import Overlay, Source
+from planner.triage import Suspect, Triage, triage_leaks
+
+FEATURES_AT = 72
+"""Where the header holds incompatible_features."""
+
+_DAMAGED_STRUCTURE = (
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.REFBLOCK_PAST_END,
+    FindingKind.REFCOUNT_UNREADABLE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Findings that stay after a repair, and why."""
+
+    kind: FindingKind
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RepairCounters:
+    """What a repair mends: leaks, wrong refcounts, the rest; and whether anything is left."""
+
+    leaks: int
+    refcounts: int
+    corruptions: int
+    incomplete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A plan with its reason and its proof.
+
+    ``before``: the check that it was made from. ``after``: the check of the image with the plan
+    laid on it. ``triage``: leaked clusters that look like something lost.
+    """
+
+    tier: RepairTier
+    plan: Plan
+    before: Report
+    after: Report
+    triage: Triage
+    left: tuple[Left, ...]
+
+    @property
+    def suspects(self) -> tuple[Suspect, ...]:
+        """Leaked clusters that look like something lost."""
+        return self.triage.suspects
+
+    @property
+    def found(self) -> int:
+        """How many things the check finds."""
+        return total(self.before)
+
+    @property
+    def left_count(self) -> int:
+        """How many of them stay."""
+        return total(self.after)
+
+    @property
+    def planned(self) -> int:
+        """How many of them the plan mends."""
+        return self.found - self.left_count
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tier's promise is kept in full: no leaks, or nothing at all left."""
+        if self.tier is RepairTier.LEAKS:
+            return not self.after.counters.leaks
+        return not self.left_count
+
+    @property
+    def needs_quote(self) -> bool:
+        """Whether it would bury something lost, so that its id must be quoted."""
+        return bool(self.suspects) and self.tier is RepairTier.LEAKS
+
+    @property
+    def counters(self) -> RepairCounters:
+        """What it mends, by sort."""
+        before, after = self.before.counts(), self.after.counts()
+        refcounts = (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING)
+        mended = {kind: before[kind] - after.get(kind, 0) for kind in before}
+        leaks = mended.get(FindingKind.LEAK, 0)
+        wrong = sum(mended.get(kind, 0) for kind in refcounts)
+        return RepairCounters(leaks, wrong, self.planned - leaks - wrong, not self.complete)
+
+
+def total(report: Report) -> int:
+    """How many things a repair could be about: all findings but notices that none mends."""
+    return sum(
+        number
+        for kind, number in report.counts().items()
+        if KINDS[kind].tier or KINDS[kind].severity > Severity.NOTICE
+    )
+
+
+def same_outcome(one: Report, other: Report) -> bool:
+    """Whether two checks say the same: every counter, and how often each kind occurs."""
+    return one.counters == other.counters and one.counts() == other.counts()
+
+
+def plan_repair(source: Source, report: Report, tier: RepairTier) -> Plan:
+    """The plan of `propose` alone."""
+    return propose(source, report, tier).plan
+
+
+def propose(
+    source: Source,
+    report: Report,
+    tier: RepairTier,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Proposal:
+    """What a repair would do to an image whose check gave *report*, proven on an overlay.
+
+    Raises a `RepairError` where the tier refuses.
+    """
+
+    def check(image: Source) -> Report:
+        return check_image(image, progress=progress, cancelled=cancelled)
+
+    _require_sound_basis(report)
+    triage = triage_leaks(source, report)
+    if tier is RepairTier.LEAKS:
+        draft = _draft_leaks(source, report, check)
+    else:
+        draft = _draft_all(source, report, check, keep_leaks=bool(triage.suspects))
+    plan = draft.plan(tier)
+    after = check(Overlay(source, plan)) if not plan.changes_nothing else report
+    if tier is RepairTier.ALL:
+        plan, after = _with_flags(draft, source, report, after, check)
+    require_proof(source, plan, report, after)
+    return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
+
+
+def _require_sound_basis(report: Report) -> None:
+    if report.error is not None:
+        raise ParseFailed(f"the header cannot be interpreted: {report.error}")
+    if report.torn:
+        raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
+
+
+def _draft_leaks(source: Source, report: Report, check: Callable[[Source], Report]) -> Draft:
+    draft = Draft(source)
+    if not report.counters.leaks:
+        return draft
+    if not report.complete:
+        raise AmbiguousCorruption(
+            "a table that could refer to the leaked clusters cannot be read, so that they are not"
+            " proven to be free",
+            "check/report.txt names it",
+        )
+    counts = report.counts()
+    if any(kind in counts for kind in _DAMAGED_STRUCTURE):
+        raise UnsupportedRepair(
+            "the refcount structure itself is damaged", "the tier `all` rebuilds it"
+        )
+    reclaim_leaks_in_refblocks(Scope(draft, source, report))
+    image = draft.overlay()
+    lowered = check(image)
+    # Lowered to one reference, an entry gets its COPIED flag back.
+    update_copied_flags_for_l1(Scope(draft, image, lowered), known=report.findings)
+    return draft
+
+
+def _draft_all(
+    source: Source, report: Report, check: Callable[[Source], Report], *, keep_leaks: bool
+) -> Draft:
+    draft = Draft(source)
+    _require_writable_header(report)
+    lower = report.complete and not keep_leaks
+    scope = Scope(draft, source, report)
+    for planner in (correct_entries, rewrite_snapshot_table):
+        planner(scope)
+        scope = _checked_anew(scope, check)
+    _draft_refcounts(scope, lower=lower)
+    scope = _checked_anew(scope, check)
+    update_copied_flags_for_l1(scope)
+    return draft
+
+
+def _checked_anew(scope: Scope, check: Callable[[Source], Report]) -> Scope:
+    """The scope after what was drafted; the same where nothing was added."""
+    if scope.draft.writes == scope.writes:
+        return scope
+    image = scope.draft.overlay()
+    return Scope(scope.draft, image, check(image), scope.draft.writes)
+
+
+def _draft_refcounts(scope: Scope, *, lower: bool) -> None:
+    """In place where every block that must change is sound, else anew."""
+    counts = scope.report.counts()
+    wrong = [FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW]
+    if lower:
+        wrong.append(FindingKind.LEAK)
+    lost = scope.report.findings.of(FindingKind.PAST_END).structure
+    damaged = any(kind in counts for kind in _DAMAGED_STRUCTURE)
+    damaged |= bool((lost == Structure.REFTABLE).any())
+    if damaged or not refblocks_cover(scope, *wrong):
+        rebuild_refcount_structure(scope, lower=lower)
+    else:
+        correct_refcounts_in_refblocks(scope, lower=lower)
+
+
+def _require_writable_header(report: Report) -> None:
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    if (contested == 0).any():
+        raise AmbiguousCorruption(
+            "something else refers to the header's cluster, so that it is not written to",
+            "`leaks` does not write there; or copy the disk out with qemu-img convert",
+        )
+    if report.owners.truncated:
+        raise AmbiguousCorruption(
+            "more clusters have two owners than can be listed", "copy the disk out first"
+        )
+
+
+def _with_flags(
+    draft: Draft,
+    source: Source,
+    report: Report,
+    after: Report,
+    check: Callable[[Source], Report],
+) -> tuple[Plan, Report]:
+    """Put the corrupt bit around the repair, and clear both bits where the outcome is clean."""
+    header = report.layout.header if report.layout else None
+    plan = draft.plan(RepairTier.ALL)
+    if header is None or header.version < 3:
+        return plan, after
+    bits = header.incompatible_features
+    marks = int(Incompatible.DIRTY | Incompatible.CORRUPT)
+    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in after.counts())
+    final = bits & ~marks if clean else bits
+    if plan.changes_nothing and final == bits:
+        return plan, after
+    if not plan.changes_nothing:
+        guarded = bits | int(Incompatible.CORRUPT)
+        draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
+    draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
+    for kind, bit in (
+        (FindingKind.CORRUPT_BIT, Incompatible.CORRUPT),
+        (FindingKind.DIRTY_BIT, Incompatible.DIRTY),
+    ):
+        if bits & bit and not final & bit:
+            place = [(FEATURES_AT, 8, 1)]
+            Scope(draft, source, report).explain(StageKind.RELEASE, Structure.HEADER, kind, place)
+    plan = draft.plan(RepairTier.ALL)
+    return plan, check(Overlay(source, plan))
+
+
+def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:
+    """What stays, worst first, each kind with its reason."""
+    left = []
+    for kind, number in sorted(after.counts().items(), key=lambda item: -KINDS[item[0]].severity):
+        info = KINDS[kind]
+        if not info.tier and info.severity is Severity.NOTICE:
+            continue
+        left.append(Left(kind, number, _reason(tier, kind, after, triage)))
+    return tuple(left)
+
+
+def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) -> str:
+    info = KINDS[kind]
+    is_leak = kind is FindingKind.LEAK
+    for applies, reason in (
+        (bool(info.left), info.left),
+        (
+            tier is RepairTier.LEAKS and not is_leak,
+            "the tier `leaks` only lowers refcounts; `all` looks at this",
+        ),
+        (
+            is_leak and not after.complete,
+            "a table that could refer to these clusters cannot be read",
+        ),
+        (
+            is_leak and bool(triage.suspects),
+            "something among them looks lost; `leaks` with its plan id reclaims them",
+        ),
+        (kind in (FindingKind.CORRUPT_BIT, FindingKind.DIRTY_BIT), "the image is not clean"),
+        (
+            FindingKind.MULTIPLE_OWNERS in after.counts(),
+            "it lies in, or leads to, a cluster with two owners, which is not written to",
+        ),
+    ):
+        if applies:
+            return reason
+    return "what it should be is not determined by the rest of the image"
