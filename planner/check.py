@@ -33,6 +33,7 @@ from planner.mismatch import Mismatches
 from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.header import SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
 from planner.regions import (
@@ -285,7 +286,8 @@ class _Check:
         add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
         add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
         crypto = self._layout.extensions.crypto
-        if crypto is not None:
+        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
+        if crypto is not None and crypto.length <= SIGNED_MAX:
             add(Structure.LUKS, crypto.offset, crypto.length)
         self._locate_bitmaps()
 
@@ -597,7 +599,7 @@ class _Check:
             snapshots=snapshots,
             stopped=tuple(self._stopped),
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
-            complete=not self._stopped and not _hides_references(findings),
+            hidden=_hide_references(findings),
         )
 
 
@@ -610,18 +612,19 @@ _NEEDS_REBUILD = (
 )
 
 
-def _hides_references(findings: Findings) -> bool:
-    """Whether a table that could hold references could not be read where it should be."""
+def _hide_references(findings: Findings) -> tuple[FindingKind, ...]:
+    """Kinds of findings because of which a table that could hold references was not walked."""
     kinds = findings.counts()
-    if any(
-        kind in kinds
+    hiding: list[FindingKind] = [
+        kind
         for kind in (
+            FindingKind.CHECK_STOPPED,
             FindingKind.L2_TABLE_MISALIGNED,
             FindingKind.SNAPSHOT_L1_MISALIGNED,
             FindingKind.SNAPSHOT_L1_TOO_LARGE,
         )
-    ):
-        return True
+        if kind in kinds
+    ]
     lost = findings.of(FindingKind.PAST_END).structure
     tables = (
         Structure.L1_TABLE,
@@ -630,7 +633,9 @@ def _hides_references(findings: Findings) -> bool:
         Structure.BITMAP_DIRECTORY,
         Structure.BITMAP_TABLE,
     )
-    return bool(np.isin(lost, tables).any())
+    if np.isin(lost, tables).any():
+        hiding.append(FindingKind.PAST_END)
+    return tuple(hiding)
 
 
 def _at_several_places(guest: _Guest) -> Mask:

@@ -50,14 +50,19 @@ class HeaderCutOff(ImageError):
 
 
 class RepairError(PlannerError):
-    """A repair is refused: nothing is written. ``reason`` says why, ``wayout`` what can be done."""
+    """A repair is refused: nothing is written.
+
+    ``reason`` says why, ``wayout`` what can be done, ``finding`` which kind of finding is in the
+    way.
+    """
 
     kind = "REFUSED"
 
-    def __init__(self, reason: str, wayout: str = "") -> None:
-        super().__init__(reason, wayout)
+    def __init__(self, reason: str, wayout: str = "", finding: str = "") -> None:
+        super().__init__(reason, wayout, finding)
         self.reason = reason
         self.wayout = wayout
+        self.finding = finding
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.wayout}" if self.wayout else self.reason

@@ -46,10 +46,10 @@ class Report:
 
     ``error``: the header cannot be read, and nothing else is known. ``stopped``: tables that could
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
-    refcount structure itself is damaged. ``complete``: every table that could hold a reference was
-    walked. ``regions``: where all metadata lies. ``in_use``, ``changed``: a writer had the image,
-    or it changed, while it was read.
-    ``mismatches``, ``totals``: stored against counted refcounts, which `rows` and `counts` join in.
+    refcount structure itself is damaged. ``hidden``: the kinds of findings because of which a table
+    that could hold references was not walked. ``regions``: where all metadata lies. ``in_use``,
+    ``changed``: a writer had the image, or it changed, while it was read. ``mismatches``,
+    ``totals``: stored against counted refcounts, which `rows` and `counts` join in.
     """
 
     layout: Layout | None
@@ -63,9 +63,14 @@ class Report:
     snapshots: tuple[Snapshot, ...] = ()
     stopped: tuple[ImageError, ...] = ()
     needs_rebuild: bool = False
-    complete: bool = False
+    hidden: tuple[FindingKind, ...] = ()
     in_use: bool = False
     changed: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every table that could hold a reference was walked."""
+        return self.error is None and not self.hidden
 
     def counts(self) -> dict[FindingKind, int]:
         """How often each kind that is there counts; for refcounts, clusters."""

@@ -44,6 +44,8 @@ def read_l1_tables(source: Source, tables: list[tuple[int, int, int]]) -> L1Entr
     """Read the L1 tables given as (snapshot, offset, number of entries)."""
     snapshots, indices, words, positions = [], [], [], []
     for snapshot, offset, size in tables:
+        if not size:
+            continue  # Wherever it claims to be: nothing is read there.
         index, word = nonzero_words(source, offset, size)
         snapshots.append(np.full(len(index), snapshot, dtype=np.int32))
         indices.append(index)

@@ -36,20 +36,12 @@ LISTED = 10
 
 def result_json(report: Report, filename: str) -> bytes:
     """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed."""
-    counters = report.counters
     value: dict[str, object] = {
         "filename": filename,
         "format": "qcow2",
-        "check-errors": counters.check_errors or int(report.error is not None),
-        "corruptions": counters.corruptions,
-        "leaks": counters.leaks,
+        **counters_value(report),
         "corruptions-fixed": 0,
         "leaks-fixed": 0,
-        "image-end-offset": counters.image_end_offset,
-        "total-clusters": counters.total_clusters,
-        "allocated-clusters": counters.allocated_clusters,
-        "fragmented-clusters": counters.fragmented_clusters,
-        "compressed-clusters": counters.compressed_clusters,
         "verdict": report.verdict,
         "exit-code": report.exit_code,
         "dirty": report.layout is not None and report.layout.header.dirty,
@@ -65,6 +57,21 @@ def result_json(report: Report, filename: str) -> bytes:
     if report.stopped:
         value["stopped"] = [_error_value(error) for error in report.stopped]
     return json_bytes(value)
+
+
+def counters_value(report: Report) -> dict[str, int]:
+    """The counters under QEMU's keys."""
+    counters = report.counters
+    return {
+        "check-errors": counters.check_errors or int(report.error is not None),
+        "corruptions": counters.corruptions,
+        "leaks": counters.leaks,
+        "image-end-offset": counters.image_end_offset,
+        "total-clusters": counters.total_clusters,
+        "allocated-clusters": counters.allocated_clusters,
+        "fragmented-clusters": counters.fragmented_clusters,
+        "compressed-clusters": counters.compressed_clusters,
+    }
 
 
 def _error_value(error: ImageError) -> dict[str, object]:

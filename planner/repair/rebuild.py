@@ -12,7 +12,7 @@ import struct
 import numpy as np
 
 from planner.arrays import I64, U8, U64
-from planner.errors import RefcountExhausted, UnsupportedRepair
+from planner.errors import UnsupportedRepair
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
 from planner.qcow2.layout import MAX_REFTABLE_BYTES
@@ -25,7 +25,14 @@ REFTABLE_OFFSET_AT = 48
 
 
 def rebuild_refcount_structure(scope: Scope, *, lower: bool) -> None:
-    """Draft a new refcount table with all its blocks; without *lower* leaks keep their refcount."""
+    """Draft a new refcount table and its blocks; without *lower* leaks keep their refcount."""
+    if not scope.may_grow:
+        raise UnsupportedRepair(
+            "new refcounts would make the file grow over offsets past its end that the image"
+            " refers to: what is lost would look as if it were there",
+            "copy the disk out with qemu-img convert",
+            FindingKind.PAST_END.label,
+        )
     cluster, refcount = _wanted_refcounts(scope, lower=lower)
     size, per_block = scope.geometry.cluster_size, scope.geometry.refblock_entries
     first = max(-(-scope.draft.size // size), scope.mismatches.highest() + 1)
@@ -51,6 +58,7 @@ def _wanted_refcounts(scope: Scope, *, lower: bool) -> tuple[I64, U64]:
     """The refcount of every cluster that has one, without the old refcount structure."""
     mismatches, report = scope.mismatches, scope.report
     counted = mismatches.counted.astype(np.uint64)
+    stored = mismatches.stored.astype(np.uint64)
     over = report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
     slots, _ = mismatches.index.find(over.host_offset >> scope.geometry.cluster_bits)
     counted[slots] += over.count.astype(np.uint64)
@@ -60,16 +68,12 @@ def _wanted_refcounts(scope: Scope, *, lower: bool) -> tuple[I64, U64]:
     for first, last in zip(regions.first(bits).tolist(), regions.last(bits).tolist(), strict=True):
         slot = mismatches.index.slots_before(first)
         counted[slot : slot + last - first + 1] -= np.uint64(1)
+        stored[slot : slot + last - first + 1] = 0
     if not lower:
-        np.maximum(counted, mismatches.stored.astype(np.uint64), out=counted)
-    limit = scope.geometry.refcount_max
+        np.maximum(counted, stored, out=counted)
+    # A cluster with more references than the width can count stays full, and stays named.
+    np.minimum(counted, np.uint64(scope.geometry.refcount_max), out=counted)
     at = np.flatnonzero(counted)
-    if len(at) and int(counted[at].max()) > limit:
-        raise RefcountExhausted(
-            f"a cluster has {int(counted[at].max())} references, and the refcounts of this image"
-            f" end at {limit}",
-            "make a copy with wider ones: qemu-img convert -O qcow2 -o refcount_bits=64",
-        )
     return mismatches.index.clusters_of(at), counted[at]
 
 

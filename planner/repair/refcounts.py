@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U8, Counts
+from planner.errors import RefcountExhausted
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
+from planner.qcow2.geometry import Geometry
 from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
 from planner.repair.scope import Scope
 from planner.source import read_tables
@@ -51,8 +53,17 @@ def writable_refblocks(scope: Scope, blocks: I64) -> tuple[I64, I64]:
     return blocks[there], table.offset[sound[at[there]]]
 
 
-def set_refcounts_in_block(refcounts: Counts, indices: I64, values: Counts) -> None:
-    """Set refcounts[indices] = values; the values must fit the width."""
+def set_refcounts_in_block(
+    refcounts: Counts, indices: I64, values: Counts, geometry: Geometry
+) -> None:
+    """Set refcounts[indices] = values. Raises `RefcountExhausted` where one does not fit."""
+    highest = int(values.max(initial=0))
+    if highest > geometry.refcount_max:
+        raise RefcountExhausted(
+            f"a cluster has {highest} references, and the refcounts of this image end at"
+            f" {geometry.refcount_max}",
+            "make a copy with wider ones: qemu-img convert -O qcow2 -o refcount_bits=64",
+        )
     refcounts[indices] = values.astype(refcounts.dtype)
 
 
@@ -76,7 +87,7 @@ class _Corrector:
     def _correct(self, blocks: I64, offsets: I64, rows: U8) -> None:
         """Draft the blocks of one batch: first only what rises, then everything."""
         refcounts = unpack_refcounts(rows, self._order).copy()
-        final = refcounts.copy()
+        final, geometry = refcounts.copy(), self._scope.geometry
         for row, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
             first = block * self._per_block
             cluster, kind, _, counted = self._scope.mismatches.between(
@@ -85,8 +96,8 @@ class _Corrector:
             chosen = np.isin(kind, np.array(self._kinds, dtype=np.uint8))
             index, kind, counted = cluster[chosen] - first, kind[chosen], counted[chosen]
             rising = kind != FindingKind.LEAK
-            set_refcounts_in_block(refcounts[row], index[rising], counted[rising])
-            set_refcounts_in_block(final[row], index, counted)
+            set_refcounts_in_block(refcounts[row], index[rising], counted[rising], geometry)
+            set_refcounts_in_block(final[row], index, counted, geometry)
             self._explain(offset, index, kind)
         draft = self._scope.draft
         if set(self._kinds) & set(RAISED):

@@ -48,6 +48,11 @@ class Scope:
             raise ParseFailed(str(self.report.error))
         return self.report.mismatches
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether the file may grow: not where the image refers to what lies past its end."""
+        return FindingKind.PAST_END not in self.report.counts()
+
     def contested(self, clusters: I64) -> Mask:
         """Which clusters have two owners: nothing in them is written."""
         found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)

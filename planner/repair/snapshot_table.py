@@ -21,7 +21,7 @@ SNAPSHOTS_OFFSET_AT = 64
 def rewrite_snapshot_table(scope: Scope) -> None:
     """Draft a new table where entries lack extra data."""
     wrong = scope.report.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
-    if not len(wrong):
+    if not len(wrong) or not scope.may_grow:
         return
     layout = scope.layout
     virtual_size = layout.header.size // 512 * 512

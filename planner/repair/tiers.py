@@ -183,11 +183,13 @@ def _draft_leaks(source: Source, report: Report, check: Callable[[Source], Repor
             "a table that could refer to the leaked clusters cannot be read, so that they are not"
             " proven to be free",
             "check/report.txt names it",
+            report.hidden[0].label,
         )
     counts = report.counts()
-    if any(kind in counts for kind in _DAMAGED_STRUCTURE):
+    damaged = [kind.label for kind in _DAMAGED_STRUCTURE if kind in counts]
+    if damaged:
         raise UnsupportedRepair(
-            "the refcount structure itself is damaged", "the tier `all` rebuilds it"
+            "the refcount structure itself is damaged", "the tier `all` rebuilds it", damaged[0]
         )
     reclaim_leaks_in_refblocks(Scope(draft, source, report))
     image = draft.overlay()
@@ -242,10 +244,13 @@ def _require_writable_header(report: Report) -> None:
         raise AmbiguousCorruption(
             "something else refers to the header's cluster, so that it is not written to",
             "`leaks` does not write there; or copy the disk out with qemu-img convert",
+            FindingKind.MULTIPLE_OWNERS.label,
         )
     if report.owners.truncated:
         raise AmbiguousCorruption(
-            "more clusters have two owners than can be listed", "copy the disk out first"
+            "more clusters have two owners than can be listed",
+            "copy the disk out with qemu-img convert",
+            FindingKind.MULTIPLE_OWNERS.label,
         )
 
 

@@ -1,0 +1,1 @@
+"""Values to JSON, text and TSV. Nothing here opens, computes or waits."""

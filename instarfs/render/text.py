@@ -1,0 +1,28 @@
+"""Bytes and names of an image as text that no terminal obeys and no JSON reader chokes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+
+def decode_name(raw: bytes) -> str:
+    """A name from the image. Bytes that are not UTF-8 become lone surrogates: nothing is lost."""
+    return raw.decode(errors="surrogateescape")
+
+
+def printable(text: str) -> str:
+    r"""*text* on one line for a terminal: what does not print becomes \n, \x1b, \u202e, \xff."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def json_bytes(value: Mapping[str, object]) -> bytes:
+    """*value* as ASCII JSON, indented as by QEMU, one newline at the end."""
+    return (json.dumps(value, indent=4) + "\n").encode("ascii")
