@@ -14,7 +14,7 @@ from planner.findings import KINDS
 from planner.plan import Edit, Plan, RepairTier
 from planner.repair.tiers import Left, Proposal
 
-SHOWN_BYTES = 32
+SHOWN_BYTES = 16
 """Bytes of an edit that are shown before and after; longer ones are cut and say so."""
 
 LISTED_EDITS = 20

@@ -1,0 +1,46 @@
+"""`instarfs plan`: the dry run of a repair."""
+
+from __future__ import annotations
+
+import click
+
+from instarfs import locks
+from instarfs.cli.progress import progress_bar
+from instarfs.image import Image
+from instarfs.render.repair import plan_human, plan_json, refusal_json
+from planner.check import check_image
+from planner.errors import RepairError
+from planner.plan import RepairTier
+from planner.repair.tiers import propose
+
+
+@click.command(name="plan")
+@click.option(
+    "--output",
+    type=click.Choice(["human", "json"]),
+    default="human",
+    help="Text for a reader (the default), or JSON with every change.",
+)
+@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@click.argument("tier", type=click.Choice([tier.value for tier in RepairTier]))
+@click.argument("path", metavar="IMAGE", type=click.Path())
+def command(output: str, tier: str, path: str, *, progress: bool) -> None:
+    """Show what a repair of the tier `leaks` or `all` would do to IMAGE. Nothing is written.
+
+    The plan is proven: laid over the image in memory, it was checked like an image. Its id can be
+    quoted to `instarfs check -r`, which then does exactly this or nothing.
+    """
+    with Image.open(path) as image, locks.held(image.fileno(), path):
+        source = image.source()
+        with progress_bar(shown=progress) as tell:
+            report = check_image(source, progress=tell)
+            try:
+                proposal = propose(source, report, RepairTier(tier), progress=tell)
+            except RepairError as error:
+                if output == "json":
+                    click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
+                raise
+    if output == "json":
+        click.echo(plan_json(proposal, path), nl=False)
+    else:
+        click.echo(plan_human(proposal, path), nl=False)
