@@ -175,17 +175,19 @@ class _Check:
         except ImageError as error:
             self._stop(error, structure=Structure.SNAPSHOT_TABLE)
             return SnapshotTable()
-        for number, snapshot in enumerate(table.snapshots):
-            if self._geometry.version >= 3 and len(snapshot.extra_data) < REQUIRED_EXTRA_DATA:
-                self._findings.add(
-                    FindingKind.SNAPSHOT_EXTRA_DATA,
-                    structure=Structure.SNAPSHOT_TABLE,
-                    host_offset=snapshot.offset,
-                    length=40,
-                    index=number,
-                    found=len(snapshot.extra_data),
-                    expected=REQUIRED_EXTRA_DATA,
-                )
+        extra = np.array([len(snapshot.extra_data) for snapshot in table.snapshots], dtype=np.int64)
+        lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
+        if self._geometry.version >= 3 and len(lacking):
+            offset = np.array([snapshot.offset for snapshot in table.snapshots])
+            self._findings.add(
+                FindingKind.SNAPSHOT_EXTRA_DATA,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=offset[lacking],
+                length=40,
+                index=lacking,
+                found=extra[lacking],
+                expected=REQUIRED_EXTRA_DATA,
+            )
         if table.snapshots and self._geometry.external_data:
             self._findings.add(
                 FindingKind.SNAPSHOTS_WITH_DATA_FILE,

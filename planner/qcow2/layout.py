@@ -68,8 +68,8 @@ class Layout:
 
 
 def sector_end(size: int) -> int:
-    """A file's length as QEMU sees it: rounded up to 512 bytes."""
-    return (size + 511) & ~511
+    """A file's length as QEMU sees it: rounded up to 512 bytes, and no longer than any file."""
+    return min((size + 511) & ~511, READABLE_END)
 
 
 def _feature_names(source: Source, header: Header) -> dict[tuple[int, int], str]:

@@ -100,9 +100,10 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
 
 def decode_snapshot(source: Source, offset: int) -> Snapshot:
     """The entry at *offset*. Raises `ImageError` where its extra data is over the limit."""
-    if offset >= source.size:
+    raw = read_bytes(source, offset, ENTRY_BYTES) if offset < source.size else b""
+    if not any(raw):  # Past the end or in a hole, where a header can claim very many.
         return Snapshot(offset, 0, 0, 0, 0, 0, 0, b"", b"", b"")
-    fixed = ENTRY.parse(read_bytes(source, offset, ENTRY_BYTES))
+    fixed = ENTRY.parse(raw)
     if fixed.extra_data_size > MAX_EXTRA_DATA:
         raise ImageError(
             "extra_data_size",

@@ -1,1 +1,1 @@
-"""What the check costs, beside its peers: run it with ``make bench``. Nothing here asserts a time."""
+"""What the check costs, beside its peers: ``make bench``. Nothing here asserts a time."""

@@ -1,0 +1,54 @@
+"""`instarfs mount`: what can be refused at once, and which process does the rest."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from instarfs.errors import FuseMissing
+from instarfs.image import Image
+from instarfs.mount.mountpoint import check_fuse, check_mountpoint
+from instarfs.mount.options import MountOptions
+
+
+@click.command(name="mount")
+@click.option(
+    "-o",
+    "words",
+    multiple=True,
+    metavar="OPT[,OPT...]",
+    help="Mount options. allow_other lets other users read the mount; ro as --read-only;"
+    " what mount(8) and fstab pass is understood.",
+)
+@click.option("-f", "foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
+@click.option("--read-only", is_flag=True, help="Refuse writing to control files, too.")
+@click.argument("image", type=click.Path(readable=False))
+@click.argument("directory", metavar="DIR", type=click.Path(readable=False))
+def command(
+    words: tuple[str, ...], image: str, directory: str, *, foreground: bool, read_only: bool
+) -> None:
+    """Mount the qcow2 image IMAGE on the empty directory DIR.
+
+    Returns when the mount answers; a process in the background serves it until it is unmounted,
+    and logs to syslog. The image is not changed.
+    """
+    options = MountOptions.parse(words, read_only=read_only)
+    # Opened before the mount could hide it.
+    opened = Image.open(image)
+    check_mountpoint(directory)
+    check_fuse(directory)
+    try:
+        from instarfs.mount import daemon  # noqa: PLC0415 - its absence is a message, not a crash
+    except ImportError as error:
+        raise FuseMissing(str(error)) from error
+    if foreground:
+        daemon.log_to_stderr()
+        ready = daemon.nobody_waits
+    else:
+        ready = daemon.to_background()
+        daemon.log_to_syslog()
+    # Not before the fork: numpy starts threads, and a fork takes only the calling one along.
+    from instarfs.mount.session import serve  # noqa: PLC0415
+
+    sys.exit(serve(opened, directory, options, ready))

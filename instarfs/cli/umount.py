@@ -1,0 +1,17 @@
+"""`instarfs umount`."""
+
+from __future__ import annotations
+
+import click
+
+from instarfs.mount.mountpoint import unmount
+
+
+@click.command(name="umount")
+@click.argument("directory", metavar="DIR", type=click.Path(readable=False))
+def command(directory: str) -> None:
+    """Unmount the image that is mounted on the directory DIR.
+
+    A check that somebody waits for is ended; if the mount is in use otherwise, nothing happens.
+    """
+    unmount(directory)

@@ -1,0 +1,142 @@
+"""A value that takes long to compute, once for all who ask for it.
+
+Everything about sharing such a value lives here: one worker thread for any number of readers,
+how long the value stays good, and ending the work when nobody waits for it. What is computed,
+and what it depends on, comes from outside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import trio
+
+from instarfs.errors import DOMAIN_ERRORS, ReadCancelled
+from planner.errors import Cancelled
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Edition(Generic[T]):
+    """One outcome of the computation; another computation gives another edition."""
+
+    value: T
+
+
+class Computed(Generic[T]):
+    """A value that is computed when it is first asked for, and again when its key has changed.
+
+    *key* says what the value depends on. It is called often, in the event loop, and may raise a
+    domain error, which readers get. *compute* runs in a worker thread and is handed a function
+    that turns true when it should stop; what it raises goes to those who wait, and is not kept.
+    Neither is a value whose key changed while it was computed.
+    """
+
+    def __init__(
+        self, key: Callable[[], Hashable], compute: Callable[[Callable[[], bool]], T]
+    ) -> None:
+        self._key = key
+        self._compute = compute
+        self._run: _Run[T] | None = None
+        self._kept: tuple[Hashable, Edition[T]] | None = None
+
+    def peek(self) -> Edition[T] | None:
+        """The value if it is known and still good. Never computes, never raises."""
+        if self._kept is None:
+            return None
+        key, edition = self._kept
+        try:
+            return edition if key == self._key() else None
+        except DOMAIN_ERRORS:
+            return None
+
+    async def get(self) -> Edition[T]:
+        """The value, computed first where need be.
+
+        A computation ends with its last reader: one that nobody waits for is cancelled.
+        """
+        while True:
+            edition = self.peek()
+            if edition is not None:
+                return edition
+            if self._run is None:
+                self._run = _Run()
+                # Not the reader's own task: the reader may leave and others still wait.
+                trio.lowlevel.spawn_system_task(self._execute, self._run)
+            elif self._run.is_cancelled:
+                # Two at a time would share the image's locks, and the first would drop them.
+                await self._run.wait()
+                continue
+            return await self._run.join()
+
+    def cancel(self) -> None:
+        """End the computation under way, if any; its readers get `ReadCancelled`."""
+        if self._run is not None:
+            self._run.scope.cancel()
+
+    async def _execute(self, run: _Run[T]) -> None:
+        try:
+            with run.scope:
+                key = self._key()
+                edition = Edition(await trio.to_thread.run_sync(self._compute, _should_stop))
+                self._kept = (key, edition) if key == self._key() else None
+                run.edition = edition
+        except Cancelled:
+            pass  # run.edition stays None
+        except Exception as error:  # noqa: BLE001 - it is raised again in every reader
+            if isinstance(error, DOMAIN_ERRORS):
+                log.warning("%s", error)
+            run.error = error
+        finally:
+            self._run = None
+            run.finish()
+
+
+class _Run(Generic[T]):
+    """One computation and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.edition: Edition[T] | None = None
+        self.error: Exception | None = None
+        self._done = trio.Event()
+        self._readers = 0
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.scope.cancel_called
+
+    def finish(self) -> None:
+        self._done.set()
+
+    async def wait(self) -> None:
+        await self._done.wait()
+
+    async def join(self) -> Edition[T]:
+        self._readers += 1
+        try:
+            await self._done.wait()
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self.scope.cancel()
+        if self.error is not None:
+            raise self.error
+        if self.edition is None:
+            raise ReadCancelled
+        return self.edition
+
+
+def _should_stop() -> bool:
+    """Whether the scope that the calling worker thread belongs to was cancelled."""
+    try:
+        trio.from_thread.check_cancelled()
+    except trio.Cancelled:
+        return True
+    return False

@@ -1,0 +1,437 @@
+"""Every error that instarfs can explain. What is not here, nor in `planner.errors`, is a bug.
+
+The docstring of a class is its message: what, where, and the way out, with the fields of the
+instance filled in. ``exit_code`` is what a command ends with, ``errno`` what a read in the mount
+answers. Nothing here is raised here, and nothing here knows how an error is shown.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+from dataclasses import dataclass
+from typing import ClassVar
+
+from planner.errors import PlannerError
+
+
+class InstarfsError(Exception):
+    """Base of the errors of this package; its subclasses are dataclasses of their fields."""
+
+    exit_code: ClassVar[int] = 1
+    errno: ClassVar[int] = _errno.EIO
+
+    def __str__(self) -> str:
+        # Joined before the fields come in, so that a long message may be wrapped in the source.
+        return " ".join((self.__doc__ or type(self).__name__).split()).format_map(vars(self))
+
+
+DOMAIN_ERRORS = (InstarfsError, PlannerError)
+"""What is shown in one line, or as an errno, wherever it ends up: each has both as attributes."""
+
+
+NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT})
+"""The errno of a disk that is full."""
+
+
+def reason_of(error: OSError) -> str:
+    """The system's own words for what failed, without the path that Python adds."""
+    return error.strerror or str(error)
+
+
+# ---- the image ----
+
+
+@dataclass(eq=False)
+class ImageMissing(InstarfsError):
+    """{path}: no such file; check the path"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ENOENT
+
+
+@dataclass(eq=False)
+class ImageForbidden(InstarfsError):
+    """{path}: no permission to read it; run as its owner, or as root"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EACCES
+
+
+@dataclass(eq=False)
+class ImageIsDirectory(InstarfsError):
+    """{path}: is a directory; name the image file in it"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EISDIR
+
+
+@dataclass(eq=False)
+class ImageIsNoFile(InstarfsError):
+    """{path}: is a {kind}; an image is a regular file or a block device"""
+
+    path: str
+    kind: str
+    errno: ClassVar[int] = _errno.EINVAL
+
+
+@dataclass(eq=False)
+class ImageOpenFailed(InstarfsError):
+    """{path}: cannot be opened: {reason}"""
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ImageReadFailed(InstarfsError):
+    """{path}: reading at offset {offset} failed: {reason}; look at the disk beneath it (dmesg)"""
+
+    path: str
+    offset: int
+    reason: str
+
+
+@dataclass(eq=False)
+class ImageInUse(InstarfsError):
+    """{path}: Failed to get {lock} lock: another process has the image open; stop it, or check
+    it all the same with -U
+    """
+
+    path: str
+    lock: str
+    errno: ClassVar[int] = _errno.EBUSY
+
+
+@dataclass(eq=False)
+class ReadCancelled(InstarfsError):
+    """cancelled before it was done; read again to start over"""
+
+    errno: ClassVar[int] = _errno.ECANCELED
+
+
+@dataclass(eq=False)
+class ImageUnreadable(InstarfsError):
+    """{path}: {reason}"""
+
+    path: str
+    reason: str
+
+
+class ImageNotQcow2(ImageUnreadable):
+    """{path}: {reason}"""
+
+    exit_code: ClassVar[int] = 63
+
+
+# ---- the mount ----
+
+
+@dataclass(eq=False)
+class RepairNotOffered(InstarfsError):
+    """this mount does not repair"""
+
+    errno: ClassVar[int] = _errno.EROFS
+
+
+@dataclass(eq=False)
+class FuseMissing(InstarfsError):
+    """FUSE is not usable here: {reason}; install fuse3, and load the module with: modprobe fuse"""
+
+    reason: str
+
+
+@dataclass(eq=False)
+class FusermountMissing(InstarfsError):
+    """{directory}: fusermount3 is not installed, and without it only root may mount; install
+    fuse3
+    """
+
+    directory: str
+
+
+@dataclass(eq=False)
+class UnknownMountOption(InstarfsError):
+    """-o {option}: not an option of this mount; see: instarfs mount --help"""
+
+    option: str
+
+
+@dataclass(eq=False)
+class MountpointMissing(InstarfsError):
+    """{directory}: no such directory; make it with: mkdir {directory}"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountpointForbidden(InstarfsError):
+    """{directory}: no permission to mount there; mount on a directory of your own"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountpointIsNoDirectory(InstarfsError):
+    """{directory}: not a directory; mount on an empty directory"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountpointNotEmpty(InstarfsError):
+    """{directory}: not empty; mount on an empty directory"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountpointBusy(InstarfsError):
+    """{directory}: something is mounted there already; unmount it, or mount elsewhere"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountpointDead(InstarfsError):
+    """{directory}: a mount whose process has died is still there; clear it with: instarfs
+    umount {directory}
+    """
+
+    directory: str
+
+
+@dataclass(eq=False)
+class MountFailed(InstarfsError):
+    """{directory}: cannot be mounted: {reason}"""
+
+    directory: str
+    reason: str
+
+
+@dataclass(eq=False)
+class NotMounted(InstarfsError):
+    """{directory}: no instarfs mount is there; see: findmnt -t fuse.instarfs"""
+
+    directory: str
+
+
+@dataclass(eq=False)
+class UnmountBusy(InstarfsError):
+    """{directory}: in use; leave the directory and close its files (fuser -vm {directory}),
+    then unmount again
+    """
+
+    directory: str
+
+
+@dataclass(eq=False)
+class UnmountFailed(InstarfsError):
+    """{directory}: cannot be unmounted: {reason}"""
+
+    directory: str
+    reason: str
+
+
+# ---- the repair ----
+
+
+@dataclass(eq=False)
+class ImageReadOnly(InstarfsError):
+    """{path}: cannot be opened for writing: {reason}; check its permissions, chattr, and whether
+    its file system is mounted read-only
+    """
+
+    path: str
+    reason: str
+    errno: ClassVar[int] = _errno.EROFS
+
+
+@dataclass(eq=False)
+class ImageReplaced(InstarfsError):
+    """{path}: another file has taken its place; look at the new one, then try again"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class ImageChanged(InstarfsError):
+    """{path}: {what}; nothing was written; check it again"""
+
+    path: str
+    what: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class PlanStale(InstarfsError):
+    """{path}: plan {quote} is not what would be done now, that is {plan_id}; review that one"""
+
+    path: str
+    quote: str
+    plan_id: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class RepairWriteFailed(InstarfsError):
+    """{path}: writing failed: {reason}; the image has been put back as it was; look at the disk
+    beneath it (dmesg)
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class RepairNoSpace(InstarfsError):
+    """{path}: writing failed: {reason}; the image has been put back as it was; make space, then
+    try again
+    """
+
+    path: str
+    reason: str
+    errno: ClassVar[int] = _errno.ENOSPC
+
+
+@dataclass(eq=False)
+class RepairUnproven(InstarfsError):
+    """{path}: after the repair the image was not what had been proven; it has been put back as it
+    was; look at the disk beneath it (dmesg)
+    """
+
+    path: str
+
+
+@dataclass(eq=False)
+class RepairCancelled(InstarfsError):
+    """{path}: the repair was cancelled; the image is as it was before"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ECANCELED
+
+
+@dataclass(eq=False)
+class RepairIncomplete(InstarfsError):
+    """{path}: {left} of {found} findings are left; see repair/result.json, or the output of
+    check -r
+    """
+
+    path: str
+    found: int
+    left: int
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class PutBackFailed(InstarfsError):
+    """{path}: the repair ended early ({reason}), and putting the image back failed
+    ({put_back_reason}): it is half-repaired; do not use it; {wayout}
+    """
+
+    path: str
+    reason: str
+    put_back_reason: str
+    wayout: str = "its undo file is kept: when the disk works again, run instarfs undo"
+
+
+@dataclass(eq=False)
+class TrimUnsupported(InstarfsError):
+    """{path}: cannot be trimmed: {reason}"""
+
+    path: str
+    reason: str
+    errno: ClassVar[int] = _errno.EOPNOTSUPP
+
+
+@dataclass(eq=False)
+class TrimRefused(InstarfsError):
+    """{path}: not trimmed, for its check is not clean: {verdict}; repair it first"""
+
+    path: str
+    verdict: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class TrimFailed(InstarfsError):
+    """{path}: trimming failed: {reason}; only free clusters were touched"""
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class TrimCancelled(InstarfsError):
+    """{path}: cancelled before everything was trimmed; only free clusters were touched"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ECANCELED
+
+
+@dataclass(eq=False)
+class RepairInterrupted(InstarfsError):
+    """{path}: a repair of it was interrupted; take it back first: instarfs undo"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+# ---- the undo file ----
+
+
+@dataclass(eq=False)
+class UndoFileMissing(InstarfsError):
+    """{path}: there is nothing to undo: no file {undo_file}"""
+
+    path: str
+    undo_file: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class UndoFileDamaged(InstarfsError):
+    """{undo_file}: {problem}; move it away if it is of no use to you"""
+
+    undo_file: str
+    problem: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class UndoFileImpossible(InstarfsError):
+    """{undo_file}: the undo file cannot be made: {reason}; nothing was written; make it possible,
+    or repair with --no-undo
+    """
+
+    undo_file: str
+    reason: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+class UndoFileNoSpace(UndoFileImpossible):
+    """{undo_file}: there is no space for the undo file: {reason}; nothing was written; make space,
+    or repair with --no-undo
+    """
+
+    errno: ClassVar[int] = _errno.ENOSPC
+
+
+@dataclass(eq=False)
+class UndoFileFailed(InstarfsError):
+    """{undo_file}: the undo file cannot be brought up to date: {reason}; look at the disk beneath
+    it (dmesg)
+    """
+
+    undo_file: str
+    reason: str
+
+
+@dataclass(eq=False)
+class UndoStale(InstarfsError):
+    """{path}: {what}, so that {undo_file} no longer fits it; nothing was written"""
+
+    path: str
+    what: str
+    undo_file: str
+    errno: ClassVar[int] = _errno.ESTALE

@@ -1,0 +1,270 @@
+"""An opened image: its descriptor, its bytes as a `Source`, and when it became another.
+
+Opened read-only, always: nothing here can write. What the bytes mean is the planner's business,
+who else has the image open that of `instarfs.locks`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from instarfs.errors import (
+    ImageForbidden,
+    ImageIsDirectory,
+    ImageIsNoFile,
+    ImageMissing,
+    ImageOpenFailed,
+    ImageReadFailed,
+    InstarfsError,
+)
+
+# O_NONBLOCK: should a FIFO take the path's place after it was looked at, opening must not wait.
+_OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+BLOCK_STATISTICS = Path("/sys/dev/block")
+"""Where the kernel counts what is written to each block device: its mtime says nothing."""
+
+_SECTORS_WRITTEN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What changes when an image does. Equal generations: the same file, not written to since.
+
+    ``written`` counts the sectors that went to a block device; it is 0 for a file.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    written: int = 0
+
+
+class FileSource:
+    """The bytes of an open image as a `planner.source.Source`, *size* of them.
+
+    The size is that of the moment it was made: a source does not grow while it is read. Usable
+    from any thread, also from several at a time.
+    """
+
+    def __init__(self, image: Image, size: int) -> None:
+        # Holds the image, not the bare descriptor: it must not be closed while something reads.
+        self._image = image
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer* from *offset* on; zeros past the end. Raises `ImageReadFailed`."""
+        view = buffer.cast("B")
+        wanted = max(0, min(len(view), self._size - offset))
+        filled = 0
+        while filled < wanted:
+            try:
+                count = os.preadv(self._image.fileno(), [view[filled:wanted]], offset + filled)
+            except OSError as error:
+                raise self._failed(offset + filled, error) from error
+            if not count:  # cut off since the size was taken
+                break
+            filled += count
+        view[filled:] = bytes(len(view) - filled)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of what may hold data, from the file system. Raises `ImageReadFailed`."""
+        end = min(offset + length, self._size)
+        while offset < end:
+            try:
+                start = os.lseek(self._image.fileno(), offset, os.SEEK_DATA)
+                hole = os.lseek(self._image.fileno(), start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # a hole up to the end
+                    return
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise self._failed(offset, error) from error
+                start, hole = offset, end  # the file system keeps no account of holes
+            if start >= end:
+                return
+            yield start, min(hole, end)
+            offset = hole
+
+    def _failed(self, offset: int, error: OSError) -> ImageReadFailed:
+        return ImageReadFailed(self._image.path, offset, _reason(error))
+
+
+class Image:
+    """An image file or block device, open for reading. Use `Image.open`.
+
+    The descriptor is closed by `close`, and otherwise with the last reference to the image, so
+    that replacing an image never takes the descriptor from a thread that still reads it.
+    """
+
+    def __init__(self, path: str, fd: int, directory: int, *, is_device: bool) -> None:
+        self.path = path
+        self._name = Path(path).name
+        self._fd = fd
+        self._directory = directory
+        self._is_device = is_device
+        self._close = weakref.finalize(self, _close_all, fd, directory)
+
+    @classmethod
+    def open(cls, path: str) -> Image:
+        """Open the regular file or block device at *path*.
+
+        Raises an error for whatever else is there, and for what cannot be read.
+        """
+        absolute = str(Path(path).absolute())
+        try:
+            # Looked at before it is opened: opening some devices, or a FIFO, has effects.
+            _refuse_other_kinds(path, Path(path).stat().st_mode)
+            fd = os.open(path, _OPEN_FLAGS)
+        except OSError as error:
+            raise _open_error(path, error) from error
+        try:
+            mode = os.fstat(fd).st_mode
+            _refuse_other_kinds(path, mode)
+            directory = os.open(str(Path(absolute).parent), os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            os.close(fd)
+            raise _open_error(path, error) from error
+        except InstarfsError:
+            os.close(fd)
+            raise
+        return cls(absolute, fd, directory, is_device=stat.S_ISBLK(mode))
+
+    def fileno(self) -> int:
+        """The descriptor, open for reading only."""
+        return self._fd
+
+    @property
+    def name(self) -> str:
+        """Its name in `directory`; may be that of a link to it."""
+        return self._name
+
+    @property
+    def directory(self) -> int:
+        """The directory that its path leads to: an O_PATH descriptor, closed with the image."""
+        return self._directory
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device rather than a file."""
+        return self._is_device
+
+    def source(self) -> FileSource:
+        """Its bytes, as many as there are now."""
+        return FileSource(self, self.generation().size)
+
+    def generation(self) -> Generation:
+        """What it is now; to be compared with what it was. Raises `ImageReadFailed`."""
+        try:
+            status = os.fstat(self._fd)
+            size = os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else status.st_size
+        except OSError as error:
+            raise ImageReadFailed(self.path, 0, _reason(error)) from error
+        return Generation(
+            device=status.st_rdev if self._is_device else status.st_dev,
+            inode=status.st_ino,
+            size=size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+            written=_sectors_written(status.st_rdev) if self._is_device else 0,
+        )
+
+    def allocated_size(self) -> int:
+        """Bytes that the file system has set aside for it; holes take none."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def is_replaced(self) -> bool:
+        """Whether its path names another file by now; one that names nothing does not."""
+        try:
+            # Through the directory as it was opened: the path may lead over a mount of our own by
+            # now, and a process that asks its own mount waits for itself.
+            named = os.stat(self._name, dir_fd=self._directory)
+            opened = os.fstat(self._fd)
+        except OSError:
+            return False
+        return (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino)
+
+    def reopen(self) -> Image:
+        """The file that its path names now. Raises as `open` does."""
+        try:
+            fd = os.open(self._name, _OPEN_FLAGS, dir_fd=self._directory)
+        except OSError as error:
+            raise _open_error(self.path, error) from error
+        mode = os.fstat(fd).st_mode
+        try:
+            _refuse_other_kinds(self.path, mode)
+        except InstarfsError:
+            os.close(fd)
+            raise
+        return Image(self.path, fd, os.dup(self._directory), is_device=stat.S_ISBLK(mode))
+
+    def close(self) -> None:
+        """Close it now; nothing may read from it any more."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _close_all(*descriptors: int) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _sectors_written(device: int) -> int:
+    """Sectors written to a block device since it appeared; 0 where the kernel does not count."""
+    name = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        return int((BLOCK_STATISTICS / name / "stat").read_text().split()[_SECTORS_WRITTEN])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+_KINDS = {
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+}
+
+
+def _refuse_other_kinds(path: str, mode: int) -> None:
+    kind = stat.S_IFMT(mode)
+    if kind == stat.S_IFDIR:
+        raise ImageIsDirectory(path)
+    if kind not in (stat.S_IFREG, stat.S_IFBLK):
+        raise ImageIsNoFile(path, _KINDS.get(kind, "special file"))
+
+
+def _open_error(path: str, error: OSError) -> InstarfsError:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            return ImageMissing(path)
+        case errno.EACCES | errno.EPERM:
+            return ImageForbidden(path)
+        case _:
+            return ImageOpenFailed(path, _reason(error))
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

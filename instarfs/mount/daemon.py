@@ -1,0 +1,215 @@
+"""The process behind a mount: to the background, readiness, signals, the log, and the end.
+
+Everything about the life of that process lives here. What it serves is handed to it; this file
+does not know what an image is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import syslog
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import pyfuse3
+import trio
+
+from instarfs.errors import MountFailed
+from instarfs.mount.mountpoint import STOP_COMPUTING
+from instarfs.mount.operations import Operations
+
+log = logging.getLogger(__name__)
+
+_STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+# A reader that waits for a check keeps a task; by default the hundredth would stop the whole mount.
+_MAX_TASKS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What is served: the handlers, and how to end whatever they are computing."""
+
+    operations: Operations
+    cancel: Callable[[], None]
+
+
+def run(
+    make_service: Callable[[], Service],
+    directory: str,
+    options: set[str],
+    *,
+    ready: Callable[[], None],
+) -> int:
+    """Mount on *directory* and serve until it is unmounted or a signal comes: the exit code.
+
+    *make_service* runs in the event loop. *ready* is called once the mount answers; when nobody
+    is left to hear that (BrokenPipeError), the mount ends. Raises `MountFailed`.
+    """
+    return trio.run(_serve, make_service, directory, options, ready)
+
+
+async def _serve(
+    make_service: Callable[[], Service],
+    directory: str,
+    options: set[str],
+    ready: Callable[[], None],
+) -> int:
+    # From before the mount on: a signal in between must not leave a dead mount behind.
+    with trio.open_signal_receiver(*_STOP, STOP_COMPUTING) as signals:
+        service = make_service()
+        with _mounted(service.operations, directory, options):
+            os.chdir("/")  # whatever the caller's directory is on can be unmounted
+            try:
+                async with trio.open_nursery() as nursery:
+                    stop = nursery.cancel_scope.cancel
+                    nursery.start_soon(_obey, signals, service.cancel, stop)
+                    nursery.start_soon(_announce, service.operations.answering, ready, stop)
+                    nursery.start_soon(service.operations.watch_readers)
+                    await pyfuse3.main(max_tasks=_MAX_TASKS)
+                    stop()
+            except Exception:
+                log.exception("the mount ended unexpectedly")
+                return 1
+    return 0
+
+
+async def _obey(
+    signals: AsyncIterator[int], cancel: Callable[[], None], stop: Callable[[], None]
+) -> None:
+    async for number in signals:
+        if number == STOP_COMPUTING:
+            cancel()
+        else:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            stop()
+
+
+async def _announce(
+    answering: trio.Event, ready: Callable[[], None], stop: Callable[[], None]
+) -> None:
+    await answering.wait()
+    try:
+        ready()
+    except BrokenPipeError:
+        log.info("whoever asked for the mount has gone: unmounting")
+        stop()
+    else:
+        log.info("mounted")
+
+
+@contextlib.contextmanager
+def _mounted(operations: Operations, directory: str, options: set[str]) -> Iterator[None]:
+    with _captured_stderr() as said:
+        try:
+            pyfuse3.init(operations, directory, options)
+        except RuntimeError as error:
+            raise MountFailed(directory, said() or str(error)) from error
+        warning = said()
+    if warning:
+        log.warning("%s", warning)
+    try:
+        yield
+    finally:
+        pyfuse3.close()
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """What libfuse and fusermount3 say on stderr goes into an error's one line instead."""
+    saved = os.dup(2)
+    captured = os.memfd_create("stderr")
+
+    def said() -> str:
+        text = os.pread(captured, 4096, 0).decode(errors="replace")
+        return " ".join(text.split())
+
+    try:
+        os.dup2(captured, 2)
+        yield said
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(captured)
+
+
+def nobody_waits() -> None:
+    """What a mount in the foreground calls when it is ready."""
+
+
+# ---- to the background ----
+
+
+def to_background() -> Callable[[], None]:
+    """Fork. Returns in the child only, with what the child calls once it is ready.
+
+    The parent waits for that and exits with 0, or with the child's exit code should it end first;
+    until then the child's stderr is the caller's. To be called before there are threads.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        _wait_for(child, reader)
+    os.close(reader)
+    return functools.partial(_detach, writer)
+
+
+def _wait_for(child: int, reader: int) -> NoReturn:
+    if os.read(reader, 1):
+        sys.exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _detach(writer: int) -> None:
+    """Leave the caller's session and terminal, and tell it that all is well.
+
+    Raises BrokenPipeError when the caller has gone.
+    """
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(null, standard)
+    os.close(null)
+    os.write(writer, b"\0")
+    os.close(writer)
+
+
+# ---- the log ----
+
+
+def log_to_stderr() -> None:
+    """For a mount in the foreground."""
+    _log_to(logging.StreamHandler(), "instarfs: %(message)s")
+
+
+def log_to_syslog() -> None:
+    """For a mount in the background."""
+    syslog.openlog("instarfs", syslog.LOG_PID, syslog.LOG_DAEMON)
+    _log_to(_SyslogHandler(), "%(message)s")
+
+
+def _log_to(handler: logging.Handler, line: str) -> None:
+    logging.basicConfig(level=logging.INFO, format=line, handlers=[handler], force=True)
+
+
+class _SyslogHandler(logging.Handler):
+    """By syslog(3), which needs no socket to be there; one message a line of a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        priority = (
+            syslog.LOG_ERR
+            if record.levelno >= logging.ERROR
+            else syslog.LOG_WARNING
+            if record.levelno >= logging.WARNING
+            else syslog.LOG_INFO
+        )
+        for line in self.format(record).splitlines():
+            syslog.syslog(priority, line)

@@ -1,0 +1,214 @@
+"""The directory that is mounted on: whether it can be, what is there, and taking it off again.
+
+Everything about mount tables, and about finding the process behind a mount, lives here. What the
+mount shows does not matter here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from instarfs.errors import (
+    FuseMissing,
+    FusermountMissing,
+    MountpointBusy,
+    MountpointDead,
+    MountpointForbidden,
+    MountpointIsNoDirectory,
+    MountpointMissing,
+    MountpointNotEmpty,
+    NotMounted,
+    UnmountBusy,
+    UnmountFailed,
+)
+from instarfs.mount.options import FILESYSTEM_TYPE
+
+DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
+"""Extended attribute of a mount's root: the identity of the process behind it."""
+
+STOP_COMPUTING = signal.SIGUSR1
+"""Tells that process to end what it computes, so that those who wait for it let go."""
+
+_DEVICE = Path("/dev/fuse")
+_PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
+
+# Readers close their files within milliseconds of an error; the process unmounts and ends as fast.
+_RELEASE_SECONDS = 2.0
+_POLL_SECONDS = 0.02
+_END_SECONDS = 10.0
+
+
+# ---- before mounting ----
+
+
+def check_mountpoint(directory: str) -> None:
+    """Raise the error that says why nothing can be mounted on *directory*, if there is one."""
+    is_mounted = _find_mount(directory) is not None
+    try:
+        mode = Path(directory).stat().st_mode
+        if not stat.S_ISDIR(mode):
+            raise MountpointIsNoDirectory(directory)
+        if is_mounted:
+            raise MountpointBusy(directory)
+        with os.scandir(directory) as entries:
+            if any(entries):
+                raise MountpointNotEmpty(directory)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MountpointMissing(directory) from error
+    except PermissionError as error:
+        raise MountpointForbidden(directory) from error
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountpointDead(directory) from error
+        raise
+    if not os.access(directory, os.W_OK):
+        raise MountpointForbidden(directory)
+
+
+def check_fuse(directory: str) -> None:
+    """Raise the error that says what FUSE lacks here, if anything."""
+    try:
+        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise FuseMissing(f"{_DEVICE}: {error.strerror}") from error
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise FusermountMissing(directory)
+
+
+# ---- the process behind a mount ----
+
+
+def identity() -> bytes:
+    """Names the calling process, also once its number has been given to another."""
+    pid = os.getpid()
+    return f"{pid} {_start_time(pid)}".encode()
+
+
+@contextlib.contextmanager
+def _daemon_of(directory: str, user: int | None) -> Iterator[int | None]:
+    """A pidfd of the process behind the mount on *directory*; None where it cannot be found.
+
+    Any filesystem may call itself instarfs and name any process: only one of the *user* who
+    mounted it, as the kernel says, is believed.
+    """
+    with contextlib.ExitStack() as stack:
+        pidfd = None
+        with contextlib.suppress(OSError, ValueError):
+            pid, started = os.getxattr(directory, DAEMON_ATTRIBUTE).decode().split()
+            candidate = os.pidfd_open(int(pid))
+            stack.callback(os.close, candidate)
+            # In another PID namespace the number would be that of a stranger.
+            if _start_time(int(pid)) == started and Path(f"/proc/{pid}").stat().st_uid == user:
+                pidfd = candidate
+        yield pidfd
+
+
+def _start_time(pid: int) -> str:
+    # The name of the program, in parentheses, may contain anything.
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+
+
+def _has_ended(pidfd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(int(timeout * 1000)))
+
+
+# ---- unmounting ----
+
+
+def unmount(directory: str) -> None:
+    """Unmount the instarfs on *directory*, and wait for its process to end.
+
+    A computation that somebody waits for is ended; any other use makes it `UnmountBusy`.
+    """
+    mount = _find_mount(directory)
+    if mount is None or mount.filesystem != FILESYSTEM_TYPE:
+        raise NotMounted(directory)
+    target = os.path.realpath(directory)
+    with _daemon_of(target, mount.user) as daemon:
+        complaint = _try_to_unmount(target)
+        if _is_busy(complaint) and daemon is not None:
+            with contextlib.suppress(OSError):  # it has ended, or is not ours to signal
+                signal.pidfd_send_signal(daemon, STOP_COMPUTING)
+            deadline = time.monotonic() + _RELEASE_SECONDS
+            while _is_busy(complaint) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+                complaint = _try_to_unmount(target)
+        if _is_busy(complaint):
+            raise UnmountBusy(directory)
+        if complaint:
+            raise UnmountFailed(directory, complaint)
+        if daemon is not None and not _has_ended(daemon, _END_SECONDS):
+            raise UnmountFailed(directory, "it is unmounted, but its process has not ended")
+
+
+def _try_to_unmount(target: str) -> str:
+    """The complaint of the last program that tried; empty once one of them succeeded."""
+    complaint = "neither fusermount3 nor umount is installed"
+    for program, *arguments in _PROGRAMS:
+        path = shutil.which(program)
+        if path is None:
+            continue
+        outcome = subprocess.run(  # noqa: S603 - the user's own directory, no shell
+            [path, *arguments, "--", target],
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        if outcome.returncode == 0:
+            return ""
+        complaint = " ".join(outcome.stderr.split()) or f"{program} failed"
+        if _is_busy(complaint):
+            break
+    return complaint
+
+
+def _is_busy(complaint: str) -> bool:
+    return "busy" in complaint
+
+
+# ---- the mount table ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    """A line of the mount table. ``user``: who made a FUSE mount."""
+
+    filesystem: str
+    user: int | None
+
+
+def _find_mount(directory: str) -> _Mount | None:
+    """What is mounted on *directory*, the topmost if several; None: nothing.
+
+    From the kernel's list: a mount whose process died, or hangs, answers nothing itself.
+    """
+    target = os.fsencode(os.path.realpath(directory))
+    found = None
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        mount, _, rest = line.partition(b" - ")
+        if _unescaped(mount.split()[4]) == target:
+            filesystem, _, options = rest.split(b" ", 2)
+            user = re.search(rb"\buser_id=(\d+)", options)
+            found = _Mount(filesystem.decode(), int(user[1]) if user else None)
+    return found
+
+
+def _unescaped(field: bytes) -> bytes:
+    r"""The kernel writes blanks, tabs, newlines and backslashes as ``\ooo``."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)

@@ -1,0 +1,393 @@
+"""Between the kernel and the nodes: inode numbers and attributes in, bytes and errnos out.
+
+Everything that pyfuse3 wants lives here; this file does not know what an image is, nor what
+stands in the tree. pyfuse3 survives no exception but FUSEError: `_guarded` sees to that.
+"""
+
+# The arguments of a handler are what pyfuse3 passes.
+# ruff: noqa: ARG002
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import os
+import stat
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from instarfs.errors import DOMAIN_ERRORS
+from instarfs.mount.interrupts import is_interrupted
+from instarfs.mount.nodes import ControlFile, Directory, File, Handle, Node
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = 4096
+
+# Names never change what they stand for; sizes and times may at any moment.
+_ENTRY_TIMEOUT = 60.0
+_ATTR_TIMEOUT = 0.0
+
+INTERRUPT_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the whole mount shares at a moment: the size and the time of what it shows."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """Whom the mount belongs to, and whether others may read it."""
+
+    uid: int
+    gid: int
+    for_others: bool = False
+
+    def mode(self, node: Node) -> int:
+        """Type and permissions of *node*."""
+        if isinstance(node, ControlFile):
+            return stat.S_IFREG | 0o600
+        if isinstance(node, Directory):
+            return stat.S_IFDIR | (0o555 if self.for_others else 0o500)
+        return stat.S_IFREG | (0o444 if self.for_others else 0o400)
+
+    def may_open(self, node: Node, uid: int) -> bool:
+        """Whether *uid*, whom the kernel has let in, may open *node*."""
+        return not isinstance(node, ControlFile) or uid in (self.uid, 0)
+
+
+def _guarded(
+    handler: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Turn what *handler* raises into what pyfuse3 understands; any other exception ends a mount.
+
+    Domain errors carry their errno. Anything else is a bug of ours: logged, and EIO. Cancellation
+    is neither, and passes.
+    """
+
+    @functools.wraps(handler)
+    async def guard(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(*args, **kwargs)
+        except FUSEError:
+            raise
+        except DOMAIN_ERRORS as error:
+            raise FUSEError(error.errno) from error
+        except Exception as error:
+            log.exception("unexpected error in %s", handler.__name__)
+            raise FUSEError(errno.EIO) from error
+
+    return guard
+
+
+@dataclass(slots=True)
+class _Known:
+    """A node that the kernel holds *lookups* references to."""
+
+    node: Node
+    lookups: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """An open file. ``pid`` opened it, and most probably reads it."""
+
+    node: File
+    handle: Handle
+    pid: int
+
+
+class Operations(pyfuse3.Operations):
+    """The tree below *root*, read-only but for its control files.
+
+    *facts* is called for every answer with attributes in it. *attributes* are extended attributes
+    of the root directory; they are not listed, so that nothing copies them.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        root: Directory,
+        facts: Callable[[], Facts],
+        ownership: Ownership,
+        attributes: dict[bytes, bytes] | None = None,
+    ) -> None:
+        super().__init__()
+        self._root = root
+        self._facts = facts
+        self._ownership = ownership
+        self._attributes = attributes or {}
+        self._known: dict[int, _Known] = {pyfuse3.ROOT_INODE: _Known(root, 1)}
+        self._numbers: weakref.WeakKeyDictionary[Node, int] = weakref.WeakKeyDictionary()
+        self._numbers[root] = pyfuse3.ROOT_INODE
+        self._next_inode = itertools.count(pyfuse3.ROOT_INODE + 1)
+        self._next_handle = itertools.count(1)
+        self._files: dict[int, _Opened] = {}
+        self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
+        self._waiting: dict[trio.CancelScope, int] = {}
+        self._somebody_waits = trio.Event()
+        self.answering = trio.Event()
+        """Set once the kernel has begun to talk to us."""
+
+    def init(self) -> None:
+        self.answering.set()
+
+    async def watch_readers(self) -> None:
+        """End the reads of processes that were killed while they wait; runs as long as the mount.
+
+        pyfuse3 does not pass the kernel's FUSE_INTERRUPT on, and without an answer the kernel
+        lets no reader go: ^C on a `cat` would wait for the check to end.
+        """
+        while True:
+            if not self._waiting:
+                self._somebody_waits = trio.Event()
+                await self._somebody_waits.wait()
+            await trio.sleep(INTERRUPT_POLL_SECONDS)
+            for scope, pid in self._waiting.items():
+                if is_interrupted(pid):
+                    scope.cancel()
+
+    # ---- inodes and attributes ----
+
+    def _node(self, inode: int) -> Node:
+        known = self._known.get(inode)
+        if known is None:
+            raise FUSEError(errno.ESTALE)
+        return known.node
+
+    def _directory(self, inode: int) -> Directory:
+        node = self._node(inode)
+        if not isinstance(node, Directory):
+            raise FUSEError(errno.ENOTDIR)
+        return node
+
+    def _number(self, node: Node) -> int:
+        """The inode number of *node*: the same for as long as the node lives."""
+        if node not in self._numbers:
+            self._numbers[node] = next(self._next_inode)
+        return self._numbers[node]
+
+    def _remember(self, node: Node) -> None:
+        """Count a reference that the kernel now holds."""
+        self._known.setdefault(self._number(node), _Known(node, 0)).lookups += 1
+
+    def _attributes_of(self, node: Node) -> EntryAttributes:
+        facts = self._facts()
+        entry = EntryAttributes()
+        entry.st_ino = self._number(node)
+        entry.entry_timeout = _ENTRY_TIMEOUT
+        entry.attr_timeout = _ATTR_TIMEOUT
+        entry.st_mode = self._ownership.mode(node)
+        entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = facts.mtime_ns
+        entry.st_blksize = BLOCK_SIZE
+        if isinstance(node, Directory):
+            entry.st_nlink = 2 + node.subdirectories
+        else:
+            entry.st_size = node.size()
+            entry.st_blocks = -(-entry.st_size // 512)
+        return entry
+
+    @_guarded
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        child = self._directory(parent_inode).children.get(os.fsdecode(name))
+        if child is None:
+            raise FUSEError(errno.ENOENT)
+        entry = self._attributes_of(child)
+        self._remember(child)
+        return entry
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for inode, count in inode_list:
+            known = self._known.get(inode)
+            if known is None or inode == pyfuse3.ROOT_INODE:
+                continue
+            known.lookups -= count
+            if known.lookups <= 0:
+                del self._known[inode]
+
+    @_guarded
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._attributes_of(self._node(inode))
+
+    @_guarded
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        # `echo > control` truncates first; there is nothing to cut, and nothing to complain about.
+        only_size = fields.update_size and not (
+            fields.update_mode or fields.update_uid or fields.update_gid
+        )
+        if not (isinstance(node, ControlFile) and only_size):
+            raise _read_only()
+        if not self._ownership.may_open(node, ctx.uid):
+            raise FUSEError(errno.EACCES)
+        return self._attributes_of(node)
+
+    @_guarded
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        node = self._node(inode)
+        if mode & os.W_OK and not isinstance(node, ControlFile):
+            raise _read_only()
+        if mode & os.X_OK and not isinstance(node, Directory):
+            return False
+        return self._ownership.may_open(node, ctx.uid)
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        statistics = StatvfsData()
+        statistics.f_bsize = statistics.f_frsize = BLOCK_SIZE
+        # As of a squashfs: as large as what it shows, and full.
+        statistics.f_blocks = -(-self._facts().size // BLOCK_SIZE)
+        statistics.f_files = _count(self._root)
+        statistics.f_namemax = 255
+        return statistics
+
+    # ---- directories ----
+
+    @_guarded
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        directory = self._directory(inode)
+        number = next(self._next_handle)
+        self._listings[number] = [
+            (".", directory),
+            ("..", self._root),  # the kernel knows the parent, and takes only the name from here
+            *directory.children.items(),
+        ]
+        return number
+
+    @_guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        for position, (name, node) in enumerate(self._listings[fh][start_id:], start_id + 1):
+            entry = self._attributes_of(node)
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
+                return
+            if name not in (".", ".."):
+                self._remember(node)
+
+    @_guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    # ---- files ----
+
+    @_guarded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        node = self._node(inode)
+        if isinstance(node, Directory):
+            raise FUSEError(errno.EISDIR)
+        if not self._ownership.may_open(node, ctx.uid):
+            raise FUSEError(errno.EACCES)
+        is_writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
+        if is_writing and not isinstance(node, ControlFile):
+            raise _read_only()
+        number = next(self._next_handle)
+        self._files[number] = _Opened(node, node.open(), ctx.pid)
+        # Past the page cache: the size is not known before the first read, and content changes.
+        return FileInfo(fh=number, direct_io=True, keep_cache=False)
+
+    @_guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        opened = self._files[fh]
+        with trio.CancelScope() as scope:
+            self._waiting[scope] = opened.pid
+            self._somebody_waits.set()
+            try:
+                return await opened.handle.read(off, size)
+            finally:
+                del self._waiting[scope]
+        raise FUSEError(errno.EINTR)
+
+    @_guarded
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        node = self._files[fh].node
+        if not isinstance(node, ControlFile):
+            raise _read_only()
+        await node.act(buf)
+        return len(buf)
+
+    @_guarded
+    async def flush(self, fh: FileHandleT) -> None:
+        """Nothing is held back: `write` has said all there was to say."""
+
+    @_guarded
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """As `flush`."""
+
+    @_guarded
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """As `flush`."""
+
+    @_guarded
+    async def release(self, fh: FileHandleT) -> None:
+        del self._files[fh]
+
+    # ---- extended attributes ----
+
+    @_guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        if inode == pyfuse3.ROOT_INODE and name in self._attributes:
+            return self._attributes[name]
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    @_guarded
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return []
+
+    # ---- what a read-only filesystem refuses ----
+
+    async def _refused(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """Whatever would change the tree."""
+        raise _read_only()
+
+    setxattr = removexattr = _refused
+    create = mknod = mkdir = symlink = link = rename = unlink = rmdir = _refused
+
+
+def _read_only() -> FUSEError:
+    return FUSEError(errno.EROFS)
+
+
+def _count(directory: Directory) -> int:
+    """Nodes in the tree, *directory* included."""
+    return 1 + sum(
+        _count(node) if isinstance(node, Directory) else 1 for node in directory.children.values()
+    )

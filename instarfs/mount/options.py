@@ -1,0 +1,68 @@
+"""The options behind ``-o``: which there are, which the kernel gets, which mean nothing here.
+
+Everything about their spelling lives here, that of what libfuse is handed included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from instarfs.errors import UnknownMountOption
+
+FILESYSTEM_TYPE = "fuse.instarfs"
+
+_PASSED_ON = frozenset(
+    "allow_other allow_root auto_unmount default_permissions"  # noqa: SIM905
+    " ro nosuid nodev noexec noatime nodiratime sync dirsync".split()
+)
+
+# What mount(8) and fstab hand to every filesystem: meant for others, or the default here. `dev` and
+# `suid` too: there is no device and no set-user-ID file in the tree, and none shall ever matter.
+_IGNORED = frozenset(
+    "defaults rw suid dev exec async atime diratime relatime norelatime strictatime"  # noqa: SIM905
+    " nostrictatime lazytime nolazytime auto noauto user nouser users owner group nofail"
+    " _netdev".split()
+)
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What was asked for with ``-o``, sorted and judged."""
+
+    passed_on: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, words: Iterable[str], *, read_only: bool = False) -> MountOptions:
+        """From the values of all ``-o``, each a comma-separated list.
+
+        Raises `UnknownMountOption`.
+        """
+        options = {option for word in words for option in word.split(",") if option}
+        for option in sorted(options - _PASSED_ON - _IGNORED):
+            if not option.startswith(_IGNORED_PREFIXES):
+                raise UnknownMountOption(option)
+        return cls(frozenset((options & _PASSED_ON) | ({"ro"} if read_only else set())))
+
+    @property
+    def for_others(self) -> bool:
+        """Whether other users may read the mount."""
+        return "allow_other" in self.passed_on
+
+    def for_fuse(self, source: str) -> set[str]:
+        """As libfuse takes them; *source* is the path that `df` and `findmnt` show."""
+        return {*self.passed_on, f"fsname={_escaped(source)}", "subtype=instarfs"}
+
+
+def _escaped(path: str) -> str:
+    """In ASCII, as libfuse's option parser reads it back: commas and backslashes are its own."""
+    return "".join(
+        f"\\{character}"
+        if character in b",\\".decode()
+        else character
+        if "!" <= character <= "~"
+        else f"\\{ord(character):03o}"
+        for character in os.fsencode(path).decode("latin-1")
+    )

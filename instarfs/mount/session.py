@@ -1,0 +1,61 @@
+"""One image, mounted: puts the image, its inspector, the tree and the daemon together.
+
+Everything about the order in which a mount comes about lives here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from instarfs.errors import ImageNotQcow2, ImageUnreadable
+from instarfs.image import Image
+from instarfs.inspector import Check, Inspector
+from instarfs.mount import daemon, mountpoint, tree
+from instarfs.mount.operations import Operations, Ownership
+from instarfs.mount.options import MountOptions
+from planner.check import check_image
+from planner.errors import HeaderCutOff, ImageError, NotQcow2
+from planner.qcow2.layout import Layout
+
+
+def serve(
+    image: Image,
+    directory: str,
+    options: MountOptions,
+    ready: Callable[[], None],
+    *,
+    check: Check = check_image,
+) -> int:
+    """Mount *image* on *directory* and serve it until the end: the exit code.
+
+    *ready* is called once the mount answers. Raises before that, with nothing mounted, when the
+    image is not qcow2, or cannot be read, or mounting fails.
+    """
+    _require_qcow2(image)
+
+    def make_service() -> daemon.Service:
+        inspector = Inspector(image, check=check)
+        ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
+        operations = Operations(
+            tree.build_tree(inspector),
+            partial(tree.facts, inspector),
+            ownership,
+            {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
+        )
+        return daemon.Service(operations, inspector.cancel)
+
+    return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
+
+
+def _require_qcow2(image: Image) -> None:
+    """Refuse what is no qcow2 image at all. One that is damaged is what a mount is for."""
+    try:
+        Layout.read(image.source())
+    except NotQcow2 as error:
+        raise ImageNotQcow2(image.path, str(error)) from error
+    except HeaderCutOff as error:
+        raise ImageUnreadable(image.path, str(error)) from error
+    except ImageError:
+        pass  # shown in the mount

@@ -1,0 +1,48 @@
+"""Options and settings that every test shares.
+
+Fixtures live beside the tests that use them; here stands only what all levels need.
+"""
+
+import os
+
+import hypothesis
+import pytest
+
+CASES = 300
+SEED = 1
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Size and seed of the seeded campaigns: `make test ARGS="--cases 5000 --seed 7"`."""
+    group = parser.getgroup("instarfs")
+    group.addoption(
+        "--cases",
+        type=int,
+        default=CASES,
+        metavar="N",
+        help=f"cases of each seeded campaign (default {CASES})",
+    )
+    group.addoption(
+        "--seed", type=int, default=SEED, metavar="N", help=f"their first seed (default {SEED})"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes runs repeatable, in any locale."""
+    # qemu-img prints sizes and dates by locale and time zone; the differential tests compare text.
+    os.environ["LC_ALL"] = "C.UTF-8"
+    # A slow machine is not a failure, and a failure must come back on the next run.
+    hypothesis.settings.register_profile("instarfs", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("instarfs")
+
+
+@pytest.fixture(scope="session")
+def cases(request: pytest.FixtureRequest) -> int:
+    """How many cases a seeded campaign runs."""
+    return int(request.config.getoption("--cases"))
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """The first seed of a campaign."""
+    return int(request.config.getoption("--seed"))

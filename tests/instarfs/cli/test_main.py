@@ -1,0 +1,72 @@
+"""instarfs.cli.main: what it loads, and how a command line ends that goes wrong."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+INSTARFS = (sys.executable, "-m", "instarfs")
+HEAVY = ("numpy", "construct", "trio", "pyfuse3", "rich")
+
+
+def instarfs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*INSTARFS, *arguments], check=False, capture_output=True, text=True, timeout=20
+    )
+
+
+@pytest.mark.parametrize(
+    "module", ["instarfs.cli.main", "instarfs.cli.mount", "instarfs.cli.umount"]
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(module: str) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+
+
+def test_version() -> None:
+    done = instarfs("--version")
+    assert (done.returncode, done.stdout) == (0, f"instarfs {version('instarfs')}\n")
+
+
+def test_help_names_every_command() -> None:
+    done = instarfs("--help")
+    assert done.returncode == 0
+    for command in ("mount", "umount", "check", "info"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_without_a_command_it_helps_and_fails() -> None:
+    done = instarfs()
+    assert done.returncode == 1
+    assert "Usage: instarfs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'. (see: instarfs --help)"),
+        (["--frob"], "No such option '--frob'. (see: instarfs --help)"),
+        (["mount"], "Missing argument 'IMAGE'. (see: instarfs mount --help)"),
+        (["mount", "image"], "Missing argument 'DIR'. (see: instarfs mount --help)"),
+        (["mount", "--frob"], "No such option '--frob'. (see: instarfs mount --help)"),
+        (["umount"], "Missing argument 'DIR'. (see: instarfs umount --help)"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_not_the_exit_code_of_corruption(
+    arguments: list[str], message: str
+) -> None:
+    done = instarfs(*arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"instarfs: {message}\n"
+
+
+def test_a_domain_error_is_one_line(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    done = instarfs("mount", str(missing), str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"instarfs: {missing}: no such file; check the path\n"

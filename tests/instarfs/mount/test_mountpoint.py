@@ -1,0 +1,175 @@
+"""instarfs.mount.mountpoint: what may be mounted on, and how unmounting goes on."""
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from instarfs import errors
+from instarfs.mount import mountpoint
+
+
+def with_a_file(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "file").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda path: None, errors.MountpointMissing),
+        (lambda path: path.symlink_to("nowhere"), errors.MountpointMissing),
+        (Path.touch, errors.MountpointIsNoDirectory),
+        (with_a_file, errors.MountpointNotEmpty),
+        (lambda path: path.symlink_to("/proc"), errors.MountpointBusy),
+    ],
+    ids=["nothing", "dangling", "file", "not-empty", "mounted"],
+)
+def test_refuses_what_cannot_be_mounted_on(
+    tmp_path: Path, make: Callable[[Path], None], kind: type[errors.InstarfsError]
+) -> None:
+    directory = tmp_path / "mnt"
+    make(directory)
+    with pytest.raises(kind, match=f"^{directory}: ") as caught:
+        mountpoint.check_mountpoint(str(directory))
+    assert caught.value.exit_code != 0
+
+
+def test_takes_an_empty_directory(tmp_path: Path) -> None:
+    mountpoint.check_mountpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EACCES, errors.MountpointForbidden),
+        (errno.ENOTCONN, errors.MountpointDead),
+    ],
+)
+def test_what_the_kernel_says_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[errors.InstarfsError]
+) -> None:
+    def fail(path: Path) -> os.stat_result:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(kind):
+        mountpoint.check_mountpoint(str(tmp_path))
+
+
+def test_a_directory_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(errors.MountpointForbidden):
+        mountpoint.check_mountpoint(str(tmp_path))
+
+
+def test_no_fuse_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mountpoint, "_DEVICE", tmp_path / "fuse")
+    with pytest.raises(errors.FuseMissing, match="No such file or directory"):
+        mountpoint.check_fuse("/mnt")
+
+
+def test_no_fusermount(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mountpoint, "_DEVICE", Path(os.devnull))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(errors.FusermountMissing, match=r"^/mnt: "):
+        mountpoint.check_fuse("/mnt")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    mountpoint.check_fuse("/mnt")
+
+
+# ---- unmounting ----
+
+
+class Programs:
+    """Stands in for the programs that unmount: which are there, and what each complains of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, complaints: dict[str, str]) -> None:
+        self.called: list[list[str]] = []
+        self.complaints = complaints
+        monkeypatch.setattr(shutil, "which", lambda name: name if name in complaints else None)
+        monkeypatch.setattr(subprocess, "run", self.run)
+        found = mountpoint._Mount("fuse.instarfs", os.getuid())
+        monkeypatch.setattr(mountpoint, "_find_mount", lambda directory: found)
+        monkeypatch.setattr(mountpoint, "_RELEASE_SECONDS", 0.0)
+
+    def run(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        self.called.append(command)
+        complaint = self.complaints[command[0]]
+        return subprocess.CompletedProcess(command, int(bool(complaint)), "", complaint)
+
+
+def test_fusermount3_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(monkeypatch, {"fusermount3": "", "fusermount": "", "umount": ""})
+    mountpoint.unmount(str(tmp_path))
+    assert programs.called == [["fusermount3", "-u", "--", str(tmp_path)]]
+
+
+def test_the_next_one_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(monkeypatch, {"fusermount": "entry not found in /etc/mtab", "umount": ""})
+    mountpoint.unmount(str(tmp_path))
+    assert [command[0] for command in programs.called] == ["fusermount", "umount"]
+
+
+def test_busy_is_busy_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = "fusermount3: failed to unmount /mnt: Device or resource busy"
+    programs = Programs(monkeypatch, {"fusermount3": busy, "umount": ""})
+    with pytest.raises(errors.UnmountBusy, match="fuser -vm"):
+        mountpoint.unmount(str(tmp_path))
+    assert [command[0] for command in programs.called] == ["fusermount3"]
+
+
+def test_the_last_complaint_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(monkeypatch, {"fusermount3": "not yours\n", "umount": "umount: must be superuser\n"})
+    with pytest.raises(errors.UnmountFailed, match=r"must be superuser$"):
+        mountpoint.unmount(str(tmp_path))
+
+
+def test_nothing_to_unmount_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Programs(monkeypatch, {})
+    with pytest.raises(errors.UnmountFailed, match="neither fusermount3 nor umount"):
+        mountpoint.unmount(str(tmp_path))
+
+
+@pytest.mark.parametrize("directory", ["/proc", "/nowhere/at/all", "/tmp/../usr"])  # noqa: S108
+def test_other_mounts_and_no_mounts_are_left_alone(directory: str) -> None:
+    with pytest.raises(errors.NotMounted, match=f"^{directory}: "):
+        mountpoint.unmount(directory)
+
+
+def test_the_mount_table_is_read_unescaped() -> None:
+    assert mountpoint._unescaped(rb"/mnt/a\040b\134c") == b"/mnt/a b\\c"
+    found = mountpoint._find_mount("/proc")
+    assert found is not None
+    assert (found.filesystem, found.user) == ("proc", None)
+
+
+def test_an_identity_names_a_process_and_when_it_began() -> None:
+    pid, started = mountpoint.identity().split()
+    assert int(pid) == os.getpid()
+    assert int(started) > 0
+
+
+def test_a_mount_is_believed_only_about_its_own_users_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pid, started = mountpoint.identity().decode().split()
+    claims: list[tuple[str, int | None]] = [
+        (f"{pid} {started}", os.getuid()),
+        (f"{pid} {started}", os.getuid() + 1),
+        (f"{pid} {started}", None),
+        (f"{pid} {int(started) + 1}", os.getuid()),
+        (f"{1 << 22} 1", os.getuid()),
+        ("nonsense", os.getuid()),
+    ]
+    believed = []
+    for claim, user in claims:
+        monkeypatch.setattr(os, "getxattr", lambda path, name, claim=claim: claim.encode())
+        with mountpoint._daemon_of("/mnt", user) as daemon:
+            believed.append(daemon is not None)
+    assert believed == [True, False, False, False, False, False]

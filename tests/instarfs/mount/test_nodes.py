@@ -1,0 +1,151 @@
+"""instarfs.mount.nodes: snapshots, sizes, and what is fresh when."""
+
+import gc
+import threading
+
+import pytest
+import trio
+
+from instarfs.computed import Edition
+from instarfs.mount.nodes import ControlFile, GeneratedFile, LiveFile
+
+
+class FakeValue:
+    """A value that is known after the first `get`, until a test replaces it."""
+
+    def __init__(self, value: str) -> None:
+        self.known = False
+        self.edition = Edition(value)
+
+    def replace(self, value: str) -> None:
+        self.known = False
+        self.edition = Edition(value)
+
+    def peek(self) -> Edition[str] | None:
+        return self.edition if self.known else None
+
+    async def get(self) -> Edition[str]:
+        await trio.lowlevel.checkpoint()
+        self.known = True
+        return self.edition
+
+
+@pytest.fixture
+def value() -> FakeValue:
+    return FakeValue("0123456789")
+
+
+async def test_nothing_is_rendered_before_the_first_read(value: FakeValue) -> None:
+    rendered: list[str] = []
+
+    def render(text: str) -> bytes:
+        rendered.append(text)
+        return text.encode()
+
+    node = GeneratedFile(value, render)
+    handle = node.open()
+    assert node.size() == 0
+    assert rendered == []
+    assert await handle.read(0, 4) == b"0123"
+    assert await handle.read(4, 100) == b"456789"
+    assert await handle.read(10, 100) == b""
+    assert await handle.read(1 << 62, 100) == b""
+    assert rendered == ["0123456789"]
+
+
+async def test_the_size_is_known_as_long_as_the_value_is_good(value: FakeValue) -> None:
+    node = GeneratedFile(value, str.encode)
+    await node.open().read(0, 1)
+    assert node.size() == 10
+    value.replace("other")
+    assert node.size() == 0
+    value.known = True
+    assert node.size() == 0
+    await node.open().read(0, 1)
+    assert node.size() == 5
+
+
+async def test_a_handle_stays_what_it_was(value: FakeValue) -> None:
+    node = GeneratedFile(value, str.encode)
+    early = node.open()
+    assert await early.read(0, 2) == b"01"
+    value.replace("abcdefghij")
+    assert await early.read(2, 2) == b"23"
+    assert await node.open().read(2, 2) == b"cd"
+
+
+async def test_handles_share_one_rendering_even_at_the_same_time(value: FakeValue) -> None:
+    threads: list[threading.Thread] = []
+
+    def render(text: str) -> bytes:
+        threads.append(threading.current_thread())
+        return text.encode()
+
+    node = GeneratedFile(value, render)
+    handles = [node.open() for _ in range(20)]
+    async with trio.open_nursery() as nursery:
+        for handle in handles:
+            nursery.start_soon(handle.read, 0, 10)
+    assert len(threads) == 1
+    assert threads[0] is not threading.main_thread()
+
+
+async def test_content_is_gone_with_its_last_handle(value: FakeValue) -> None:
+    node = GeneratedFile(value, str.encode)
+    handle = node.open()
+    await handle.read(0, 1)
+    snapshot = node._snapshot
+    assert snapshot is not None
+    assert snapshot() is not None
+    del handle
+    gc.collect()
+    assert snapshot() is None
+    assert node.size() == 10
+
+
+async def test_what_is_no_bytes_fails_before_the_kernel_sees_it(value: FakeValue) -> None:
+    node = GeneratedFile(value, str.upper)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        await node.open().read(0, 1)
+
+
+async def test_a_failed_read_can_be_tried_again(value: FakeValue) -> None:
+    errors = [ZeroDivisionError()]
+
+    def render(text: str) -> bytes:
+        while errors:
+            raise errors.pop()
+        return text.encode()
+
+    handle = GeneratedFile(value, render).open()
+    with pytest.raises(ZeroDivisionError):
+        await handle.read(0, 1)
+    assert await handle.read(0, 1) == b"0"
+
+
+async def test_a_live_file_is_fresh_at_each_beginning() -> None:
+    now = [b"idle\n"]
+    node = LiveFile(lambda: now[0])
+    handle = node.open()
+    assert node.size() == 5
+    assert await handle.read(0, 3) == b"idl"
+    now[0] = b"census 43%\n"
+    assert await handle.read(3, 100) == b"e\n"
+    assert await handle.read(0, 100) == b"census 43%\n"
+    assert node.size() == 11
+
+
+async def test_a_live_file_may_be_read_from_the_middle() -> None:
+    assert await LiveFile(lambda: b"census 43%\n").open().read(7, 100) == b"43%\n"
+
+
+async def test_a_control_file_acts_on_what_it_is_handed() -> None:
+    commands: list[bytes] = []
+
+    async def act(command: bytes) -> None:
+        commands.append(command)
+
+    node = ControlFile(lambda: b"[none] leaks all\n", act)
+    await node.act(b"leaks\n")
+    assert commands == [b"leaks\n"]
+    assert await node.open().read(0, 100) == b"[none] leaks all\n"

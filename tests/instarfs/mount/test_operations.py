@@ -1,0 +1,414 @@
+"""instarfs.mount.operations, on a tree of ten lines and without a kernel."""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Awaitable
+from typing import Any
+
+import pyfuse3
+import pytest
+import trio
+from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
+
+from instarfs.computed import Edition
+from instarfs.errors import ImageReadFailed, RepairNotOffered
+from instarfs.mount import operations as module
+from instarfs.mount.nodes import ControlFile, Directory, GeneratedFile, LiveFile
+from instarfs.mount.operations import Facts, Operations, Ownership
+
+ROOT = pyfuse3.ROOT_INODE
+DEADLINE = 10
+
+
+class Value:
+    """What a generated file shows: raises, or waits, where a test says so."""
+
+    def __init__(self, error: BaseException | None = None, *, waits: bool = False) -> None:
+        self.error = error
+        self.waits = waits
+        self.edition = Edition(b"content")
+
+    def peek(self) -> Edition[bytes] | None:
+        return None
+
+    async def get(self) -> Edition[bytes]:
+        if self.waits:
+            await trio.sleep_forever()
+        if self.error is not None:
+            raise self.error
+        return self.edition
+
+
+async def refuse(command: bytes) -> None:
+    raise RepairNotOffered
+
+
+def make_tree(value: Value) -> Directory:
+    return Directory(
+        {
+            "README.txt": LiveFile(lambda: b"read me\n"),
+            "check": Directory({"leaks": GeneratedFile(value, bytes)}),
+            "repair": Directory({"tier": ControlFile(lambda: b"[none]\n", refuse)}),
+        }
+    )
+
+
+def make_operations(value: Value | None = None, *, for_others: bool = False) -> Operations:
+    return Operations(
+        make_tree(value or Value()),
+        lambda: Facts(size=10_000, mtime_ns=1_234_567_890_123_456_789),
+        Ownership(uid=1000, gid=100, for_others=for_others),
+        {b"user.instarfs.daemon": b"1 2"},
+    )
+
+
+class Caller:
+    """Stands in for a RequestContext, whose fields only pyfuse3 can set."""
+
+    def __init__(self, uid: int = 1000, pid: int = 0) -> None:
+        self.uid = uid
+        self.pid = pid
+
+
+def caller(uid: int = 1000, pid: int = 0) -> RequestContext:
+    context: Any = Caller(uid, pid)
+    return context
+
+
+async def walk(operations: Operations, path: str) -> EntryAttributes:
+    entry = await operations.getattr(ROOT, caller())
+    for name in path.split("/"):
+        entry = await operations.lookup(entry.st_ino, name.encode(), caller())
+    return entry
+
+
+async def open_file(operations: Operations, path: str, flags: int = os.O_RDONLY) -> int:
+    inode = (await walk(operations, path)).st_ino
+    info = await operations.open(inode, flags, caller())
+    assert info.direct_io
+    return info.fh
+
+
+async def errno_of(answer: Awaitable[object]) -> int:
+    with pytest.raises(FUSEError) as caught:
+        await answer
+    return caught.value.errno
+
+
+# ---- attributes ----
+
+
+async def test_attributes_of_the_owners_mount() -> None:
+    operations = make_operations()
+    root = await operations.getattr(ROOT, caller())
+    assert (root.st_mode, root.st_nlink) == (stat.S_IFDIR | 0o500, 4)
+    assert (root.st_uid, root.st_gid) == (1000, 100)
+    assert root.st_mtime_ns == root.st_ctime_ns == 1_234_567_890_123_456_789
+    assert root.attr_timeout == 0
+    assert (await walk(operations, "check")).st_nlink == 2
+    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o400
+    tier = await walk(operations, "repair/tier")
+    assert (tier.st_mode, tier.st_size, tier.st_blocks) == (stat.S_IFREG | 0o600, 7, 1)
+
+
+async def test_attributes_of_a_mount_for_others() -> None:
+    operations = make_operations(for_others=True)
+    assert (await walk(operations, "check")).st_mode == stat.S_IFDIR | 0o555
+    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o444
+    assert (await walk(operations, "repair/tier")).st_mode == stat.S_IFREG | 0o600
+
+
+async def test_a_node_keeps_its_inode_number_also_after_it_was_forgotten() -> None:
+    operations = make_operations()
+    first = (await walk(operations, "check/leaks")).st_ino
+    again = (await walk(operations, "check/leaks")).st_ino
+    assert first == again
+    assert first not in (ROOT, (await walk(operations, "check")).st_ino)
+    await operations.forget([(first, 1)])
+    await operations.getattr(first, caller())
+    await operations.forget([(first, 1)])
+    assert await errno_of(operations.getattr(first, caller())) == errno.ESTALE
+    assert (await walk(operations, "check/leaks")).st_ino == first
+
+
+async def test_forgetting_is_never_an_error() -> None:
+    operations = make_operations()
+    await operations.forget([(ROOT, 1), (4711, 3)])
+    await operations.getattr(ROOT, caller())
+
+
+async def test_what_is_not_there_and_what_is_no_directory() -> None:
+    operations = make_operations()
+    assert await errno_of(operations.lookup(ROOT, b"nothing", caller())) == errno.ENOENT
+    assert await errno_of(operations.lookup(ROOT, b"\xff", caller())) == errno.ENOENT
+    readme = (await walk(operations, "README.txt")).st_ino
+    assert await errno_of(operations.lookup(readme, b"x", caller())) == errno.ENOTDIR
+    assert await errno_of(operations.opendir(readme, caller())) == errno.ENOTDIR
+    assert await errno_of(operations.open(ROOT, os.O_RDONLY, caller())) == errno.EISDIR
+
+
+async def test_the_filesystem_is_as_large_as_its_image_and_full() -> None:
+    statistics = await make_operations().statfs(caller())
+    assert (statistics.f_frsize, statistics.f_blocks, statistics.f_bfree) == (4096, 3, 0)
+    assert (statistics.f_files, statistics.f_ffree) == (6, 0)
+
+
+# ---- directories ----
+
+
+async def list_directory(
+    operations: Operations, inode: int, monkeypatch: pytest.MonkeyPatch, room: int
+) -> list[tuple[bytes, int]]:
+    """All entries and their inodes, *room* entries a reply."""
+    found: list[tuple[bytes, int]] = []
+    replies: list[tuple[bytes, EntryAttributes, int]] = []
+
+    def reply(token: object, name: bytes, entry: EntryAttributes, next_id: int) -> bool:
+        if len(replies) == room:
+            return False
+        replies.append((name, entry, next_id))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+    token: Any = None
+    handle = await operations.opendir(inode, caller())
+    start = 0
+    while True:
+        replies.clear()
+        await operations.readdir(handle, start, token)
+        if not replies:
+            break
+        found += [(name, entry.st_ino) for name, entry, _ in replies]
+        start = replies[-1][2]
+    await operations.releasedir(handle)
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 2, 100])
+async def test_a_listing_is_whole_however_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    operations = make_operations()
+    names = [name for name, _ in await list_directory(operations, ROOT, monkeypatch, room)]
+    assert names == [b".", b"..", b"README.txt", b"check", b"repair"]
+
+
+async def test_a_listing_is_a_lookup_of_each_name_but_the_dots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operations = make_operations()
+    listed = dict(await list_directory(operations, ROOT, monkeypatch, 2))
+    assert listed[b"."] == ROOT
+    check = listed[b"check"]
+    assert (await walk(operations, "check")).st_ino == check
+    await operations.forget([(check, 1)])
+    await operations.getattr(check, caller())
+    await operations.forget([(check, 1)])
+    assert await errno_of(operations.getattr(check, caller())) == errno.ESTALE
+
+
+# ---- files ----
+
+
+async def test_reading() -> None:
+    operations = make_operations()
+    handle = await open_file(operations, "check/leaks")
+    assert await operations.read(handle, 3, 100) == b"tent"
+    await operations.flush(handle)
+    await operations.fsync(handle, datasync=False)
+    await operations.release(handle)
+    assert await errno_of(operations.read(handle, 0, 1)) == errno.EIO
+
+
+async def test_many_handles_and_none_left_behind() -> None:
+    operations = make_operations()
+    handles = [await open_file(operations, "check/leaks") for _ in range(1000)]
+    assert len(set(handles)) == 1000
+    for handle in handles:
+        assert await operations.read(handle, 0, 3) == b"con"
+    for handle in handles:
+        await operations.release(handle)
+    assert not operations._files
+    assert not operations._waiting
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_TRUNC, os.O_WRONLY | os.O_APPEND])
+async def test_only_control_files_are_opened_for_writing(flags: int) -> None:
+    operations = make_operations()
+    for path in ("README.txt", "check/leaks"):
+        assert await errno_of(open_file(operations, path, flags)) == errno.EROFS
+    await open_file(operations, "repair/tier", flags)
+
+
+async def test_what_a_control_file_refuses_comes_from_write() -> None:
+    operations = make_operations()
+    handle = await open_file(operations, "repair/tier", os.O_WRONLY | os.O_TRUNC)
+    assert await errno_of(operations.write(handle, 0, b"leaks\n")) == errno.EROFS
+    await operations.flush(handle)
+    await operations.release(handle)
+
+
+async def test_what_a_control_file_takes_it_takes_whole() -> None:
+    commands: list[bytes] = []
+
+    async def act(command: bytes) -> None:
+        commands.append(command)
+
+    root = Directory({"tier": ControlFile(lambda: b"", act)})
+    operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
+    handle = await open_file(operations, "tier", os.O_WRONLY)
+    assert await operations.write(handle, 0, b"leaks 3f9a2c\n") == 13
+    assert commands == [b"leaks 3f9a2c\n"]
+
+
+async def test_others_keep_out_of_control_files() -> None:
+    operations = make_operations(for_others=True)
+    tier = (await walk(operations, "repair/tier")).st_ino
+    leaks = (await walk(operations, "check/leaks")).st_ino
+    for flags in (os.O_RDONLY, os.O_WRONLY):
+        assert await errno_of(operations.open(tier, flags, caller(uid=1001))) == errno.EACCES
+        await operations.open(tier, flags, caller(uid=1000))
+        await operations.open(tier, flags, caller(uid=0))
+    await operations.open(leaks, os.O_RDONLY, caller(uid=1001))
+    assert not await operations.access(tier, os.R_OK, caller(uid=1001))
+    assert await operations.access(tier, os.R_OK | os.W_OK, caller(uid=1000))
+    assert await operations.access(leaks, os.R_OK, caller(uid=1001))
+    assert not await operations.access(leaks, os.X_OK, caller())
+    assert await operations.access(ROOT, os.R_OK | os.X_OK, caller())
+    assert await errno_of(operations.access(leaks, os.W_OK, caller())) == errno.EROFS
+
+
+class Fields:
+    """Stands in for SetattrFields, whose fields only pyfuse3 can set."""
+
+    update_size = update_mode = update_uid = update_gid = False
+
+    def __init__(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, True)
+
+
+def fields(*names: str) -> SetattrFields:
+    made: Any = Fields(*names)
+    return made
+
+
+async def test_truncating_means_nothing_to_a_control_file_and_is_refused_elsewhere() -> None:
+    operations = make_operations()
+    tier = (await walk(operations, "repair/tier")).st_ino
+    new = EntryAttributes()
+
+    async def set_attributes(inode: int, *names: str, uid: int = 1000) -> EntryAttributes:
+        return await operations.setattr(inode, new, fields(*names), None, caller(uid=uid))
+
+    assert (await set_attributes(tier, "update_size")).st_size == 7
+    assert await errno_of(set_attributes(tier, "update_size", uid=1001)) == errno.EACCES
+    assert await errno_of(set_attributes(tier, "update_mode")) == errno.EROFS
+    assert await errno_of(set_attributes(tier, "update_size", "update_mode")) == errno.EROFS
+    assert await errno_of(set_attributes(ROOT, "update_uid")) == errno.EROFS
+    readme = (await walk(operations, "README.txt")).st_ino
+    assert await errno_of(set_attributes(readme, "update_size")) == errno.EROFS
+
+
+CHANGES: dict[str, tuple[object, ...]] = {
+    "create": (ROOT, b"x", 0o600, os.O_RDWR),
+    "mknod": (ROOT, b"x", 0o600, 0),
+    "mkdir": (ROOT, b"x", 0o700),
+    "symlink": (ROOT, b"x", b"y"),
+    "link": (ROOT, ROOT, b"x"),
+    "rename": (ROOT, b"check", ROOT, b"x", 0),
+    "unlink": (ROOT, b"README.txt"),
+    "rmdir": (ROOT, b"check"),
+    "setxattr": (ROOT, b"user.x", b"y"),
+    "removexattr": (ROOT, b"user.x"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_every_change_is_refused_as_by_a_read_only_filesystem(change: str) -> None:
+    handler = getattr(make_operations(), change)
+    assert await errno_of(handler(*CHANGES[change], caller())) == errno.EROFS
+
+
+async def test_extended_attributes_are_found_but_not_listed() -> None:
+    operations = make_operations()
+    assert await operations.getxattr(ROOT, b"user.instarfs.daemon", caller()) == b"1 2"
+    assert await operations.listxattr(ROOT, caller()) == []
+    for name in (b"security.capability", b"system.posix_acl_access"):
+        assert await errno_of(operations.getxattr(ROOT, name, caller())) == pyfuse3.ENOATTR
+    readme = (await walk(operations, "README.txt")).st_ino
+    answer = operations.getxattr(readme, b"user.instarfs.daemon", caller())
+    assert await errno_of(answer) == pyfuse3.ENOATTR
+
+
+# ---- the guard ----
+
+
+async def read_of(value: Value) -> bytes:
+    operations = make_operations(value)
+    return await operations.read(await open_file(operations, "check/leaks"), 0, 100)
+
+
+async def test_a_domain_error_is_its_errno(caplog: pytest.LogCaptureFixture) -> None:
+    error = ImageReadFailed("image", 0, "Input/output error")
+    assert await errno_of(read_of(Value(error))) == errno.EIO
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("bug"), OSError(errno.ENOSPC, "x"), KeyError()]
+)
+async def test_anything_else_is_logged_and_eio(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert await errno_of(read_of(Value(error))) == errno.EIO
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+async def test_cancellation_passes_through() -> None:
+    with trio.move_on_after(0) as scope:
+        await read_of(Value(waits=True))
+    assert scope.cancelled_caught
+
+
+def test_every_handler_that_may_raise_is_guarded() -> None:
+    refused = Operations._refused
+    for name, handler in vars(Operations).items():
+        if name in vars(pyfuse3.Operations) and not name.startswith("__") and callable(handler):
+            guarded = hasattr(handler, "__wrapped__")
+            assert guarded or handler is refused or name in ("forget", "init"), name
+
+
+# ---- interrupted readers ----
+
+
+async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INTERRUPT_POLL_SECONDS", 0.001)
+    killed: set[int] = set()
+    monkeypatch.setattr(module, "is_interrupted", killed.__contains__)
+    operations = make_operations(Value(waits=True))
+    inode = (await walk(operations, "check/leaks")).st_ino
+    ended: list[int] = []
+
+    async def read_as(pid: int) -> None:
+        info = await operations.open(inode, os.O_RDONLY, caller(pid=pid))
+        assert await errno_of(operations.read(info.fh, 0, 100)) == errno.EINTR
+        ended.append(pid)
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as watchers, trio.open_nursery() as readers:
+            watchers.start_soon(operations.watch_readers)
+            for pid in (1, 2):
+                readers.start_soon(read_as, pid)
+            for pid in (2, 1):
+                killed.add(pid)
+                while pid not in ended:
+                    await trio.sleep(0.001)
+            watchers.cancel_scope.cancel()
+    assert ended == [2, 1]
+    assert not operations._waiting

@@ -1,0 +1,47 @@
+"""instarfs.mount.options: what -o understands, and how libfuse is told."""
+
+import pytest
+
+from instarfs.errors import UnknownMountOption
+from instarfs.mount.options import MountOptions
+
+
+def test_passes_on_what_fuse_knows_and_drops_what_is_for_others() -> None:
+    options = MountOptions.parse(["allow_other,rw,nosuid", "", "_netdev,x-systemd.automount,,ro"])
+    assert options.passed_on == {"allow_other", "nosuid", "ro"}
+    assert options.for_others
+
+
+@pytest.mark.parametrize("option", ["dev", "suid", "exec", "defaults", "comment=x", "user=me"])
+def test_some_mean_nothing_here(option: str) -> None:
+    assert MountOptions.parse([option]) == MountOptions()
+
+
+@pytest.mark.parametrize("option", ["bogus", "fsname=x", "subtype=y", "uid=0", "allow_other=1"])
+def test_an_unknown_one_is_named(option: str) -> None:
+    with pytest.raises(UnknownMountOption, match=f"^-o {option}: "):
+        MountOptions.parse([f"ro,{option}"])
+
+
+def test_read_only_is_an_option() -> None:
+    assert MountOptions.parse([], read_only=True) == MountOptions.parse(["ro"])
+
+
+def test_others_are_kept_out_unless_invited() -> None:
+    assert not MountOptions.parse(["allow_root"]).for_others
+
+
+@pytest.mark.parametrize(
+    ("path", "escaped"),
+    [
+        ("/a/b.qcow2", "/a/b.qcow2"),
+        ("/a,b", "/a\\,b"),
+        ("/a\\b", "/a\\\\b"),
+        ("/a b", "/a\\040b"),
+        ("/ä", "/\\303\\244"),
+        ("/\udcff", "/\\377"),
+        ("/a\nb", "/a\\012b"),
+    ],
+)
+def test_a_path_survives_libfuses_option_parser(path: str, escaped: str) -> None:
+    assert MountOptions().for_fuse(path) == {f"fsname={escaped}", "subtype=instarfs"}

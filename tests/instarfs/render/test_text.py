@@ -1,0 +1,39 @@
+"""Names from an image as text: nothing lost, nothing that a terminal obeys."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instarfs.render.text import decode_name, json_bytes, printable
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b"plain name", "plain name"),
+        ("bäck 日本".encode(), "bäck 日本"),
+        (b"a\nb\tc", r"a\nb\tc"),
+        (b"\x1b[31m", r"\x1b[31m"),
+        (b"nul\0", r"nul\x00"),
+        ("\u202egnp".encode(), r"\u202egnp"),
+        ("\x9b31m".encode(), r"\x9b31m"),
+        (b"\xff\xfe", r"\xff\xfe"),
+    ],
+)
+def test_printable(raw: bytes, shown: str) -> None:
+    assert printable(decode_name(raw)) == shown
+
+
+@given(st.binary())
+def test_a_name_survives_json(raw: bytes) -> None:
+    text = json.loads(json_bytes({"name": decode_name(raw)}))["name"]
+    assert text.encode(errors="surrogateescape") == raw
+
+
+@given(st.binary())
+def test_nothing_that_a_terminal_obeys_is_left(raw: bytes) -> None:
+    assert printable(decode_name(raw)).isprintable()

@@ -1,0 +1,264 @@
+"""instarfs.inspector: locks, generations and progress around a check that is not one."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from instarfs import locks
+from instarfs.errors import ImageIsNoFile, ImageReadFailed
+from instarfs.image import FileSource, Image
+from instarfs.inspector import IDLE, Inspector
+from instarfs.locks import Access, Permission
+from planner.errors import Cancelled, NotQcow2
+from planner.report import Report
+
+DEADLINE = 10
+WRITER = Access((Permission.CONSISTENT_READ, Permission.WRITE), ())
+
+
+def backdate(path: Path) -> None:
+    """A file just written may be written again within the same tick of the clock; this one not."""
+    os.utime(path, ns=(10**18, 10**18))
+
+
+class FakeCheck:
+    """Stands in for `check_image`: counts, waits at a gate, runs a hook in the middle."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.hook: Callable[[], None] = lambda: None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(
+        self,
+        source: FileSource,
+        *,
+        progress: Callable[[str, int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> Report:
+        self.sizes.append(source.size)
+        progress("census", 43, 100)
+        while not self.gate.wait(0.001):
+            if cancelled():
+                raise Cancelled
+        self.hook()
+        return Report(layout=None, error=None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 1000)
+    backdate(path)
+    return path
+
+
+@pytest.fixture
+def check() -> FakeCheck:
+    return FakeCheck()
+
+
+@pytest.fixture
+def inspector(path: Path, check: FakeCheck) -> Inspector:
+    return Inspector(Image.open(str(path)), check=check)
+
+
+@pytest.fixture
+def stranger(path: Path) -> Iterator[int]:
+    """Somebody else's open file description of the image."""
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+async def report(inspector: Inspector) -> Report:
+    with trio.fail_after(DEADLINE):
+        return (await inspector.report.get()).value
+
+
+async def test_checks_once_while_nothing_changes(inspector: Inspector, check: FakeCheck) -> None:
+    first = await report(inspector)
+    assert await report(inspector) is first
+    assert (first.in_use, first.changed) == (False, False)
+    assert check.sizes == [1000]
+
+
+async def test_checks_again_after_writing_in_place(
+    inspector: Inspector, check: FakeCheck, path: Path
+) -> None:
+    first = await report(inspector)
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert inspector.report.peek() is None
+    second = await report(inspector)
+    assert second is not first
+    assert not second.changed
+    assert check.sizes == [1000, 1004]
+
+
+async def test_checks_the_file_that_took_the_path(
+    inspector: Inspector, check: FakeCheck, path: Path
+) -> None:
+    await report(inspector)
+    other = path.with_name("other")
+    other.write_bytes(b"y" * 7)
+    backdate(other)
+    other.rename(path)
+    assert inspector.generation().size == 7
+    assert not (await report(inspector)).changed
+    await report(inspector)
+    assert check.sizes == [1000, 7]
+
+
+async def test_a_file_written_a_moment_ago_is_not_trusted_to_stay(
+    inspector: Inspector, check: FakeCheck, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = path.stat().st_mtime_ns
+    monkeypatch.setattr("time.time_ns", lambda: now + 10**6)
+    await report(inspector)
+    await report(inspector)
+    assert len(check.sizes) == 2
+    monkeypatch.setattr("time.time_ns", lambda: now + 10**9)
+    await report(inspector)
+    await report(inspector)
+    assert len(check.sizes) == 3
+
+
+async def test_a_change_during_the_check_tears_the_report(
+    inspector: Inspector, check: FakeCheck, path: Path
+) -> None:
+    def write() -> None:
+        with path.open("ab") as file:
+            file.write(b"more")
+        backdate(path)
+
+    check.hook = write
+    torn = await report(inspector)
+    assert torn.changed
+    assert torn.verdict == "torn"
+    assert inspector.report.peek() is None
+    check.hook = lambda: None
+    assert not (await report(inspector)).changed
+    assert check.sizes == [1000, 1004]
+
+
+async def test_holds_the_locks_of_a_reader_while_it_checks(
+    inspector: Inspector, check: FakeCheck, stranger: int
+) -> None:
+    seen: list[set[int]] = []
+    check.hook = lambda: seen.append({b for b in range(90, 260) if locks._is_held(stranger, b)})
+    await report(inspector)
+    check.hook()
+    assert seen == [{100, 201, 203}, set()]
+
+
+async def test_an_image_in_use_is_checked_and_says_so(
+    inspector: Inspector, check: FakeCheck, stranger: int
+) -> None:
+    with locks.held(stranger, "image", WRITER):
+        torn = await report(inspector)
+        assert torn.in_use
+        assert torn.verdict == "torn"
+        assert await report(inspector) is torn
+    assert not (await report(inspector)).in_use
+    with locks.held(stranger, "image", WRITER):
+        # The bytes are the same, but a writer may hold others back: no "clean" from before.
+        assert (await report(inspector)).in_use
+    assert len(check.sizes) == 3
+
+
+async def test_says_how_far_it_is(inspector: Inspector, check: FakeCheck) -> None:
+    assert inspector.progress() == IDLE
+    check.gate.clear()
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inspector.report.get)
+            while inspector.progress() in (IDLE, "opening 0%"):
+                await trio.sleep(0.001)
+            assert inspector.progress() == "census 43%"
+            check.gate.set()
+    assert inspector.progress() == IDLE
+
+
+async def test_a_cancelled_check_lets_everything_go(
+    inspector: Inspector, check: FakeCheck, stranger: int
+) -> None:
+    check.gate.clear()
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inspector.report.get)
+            while not check.sizes:
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        while inspector.progress() != IDLE:
+            await trio.sleep(0.001)
+    with locks.held(stranger, "image", WRITER):
+        pass
+
+
+async def test_a_read_error_is_that_readers_only(
+    inspector: Inspector, check: FakeCheck, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ImageReadFailed("image", 4096, "Input/output error")
+
+    check.hook = fail
+    with pytest.raises(ImageReadFailed) as caught:
+        await report(inspector)
+    assert caught.value.errno == errno.EIO
+    assert "reading at offset 4096 failed" in caplog.text
+    assert inspector.progress() == IDLE
+    check.hook = lambda: None
+    await report(inspector)
+
+
+async def test_what_is_no_image_any_more_is_an_error_until_it_is_one(
+    inspector: Inspector, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await report(inspector)
+    before = inspector.generation()
+    path.rename(path.with_name("away"))
+    os.mkfifo(path)
+    assert inspector.report.peek() is None
+    assert inspector.generation() == before
+    with pytest.raises(ImageIsNoFile):
+        await report(inspector)
+    assert "FIFO" in caplog.text
+    path.unlink()
+    path.with_name("away").rename(path)
+    await report(inspector)
+
+
+async def test_describes_what_is_there(inspector: Inspector, path: Path) -> None:
+    first = await inspector.description.get()
+    assert isinstance(first.value.contents, NotQcow2)
+    assert first.value.header is None
+    assert first.value.file_size == 1000
+    assert await inspector.description.get() is first
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert (await inspector.description.get()).value.file_size == 1004
+
+
+def test_inspecting_changes_nothing(path: Path) -> None:
+    before = path.stat(), path.read_bytes()
+
+    async def main() -> None:
+        inspector = Inspector(Image.open(str(path)))
+        await inspector.report.get()
+        await inspector.description.get()
+
+    trio.run(main)
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ctime_ns) == (
+        before[0].st_size,
+        before[0].st_mtime_ns,
+        before[0].st_ctime_ns,
+    )
+    assert path.read_bytes() == before[1]

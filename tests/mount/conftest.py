@@ -1,0 +1,58 @@
+"""Mounts of sample images: one for all tests that only read, and makers for the others."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounts import INSTARFS, Gate, MakeMount, Mount, leak, make_image, mounted
+
+
+@pytest.fixture(scope="session")
+def leaky_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with three leaked clusters, for tests that do not change it."""
+    image = make_image(tmp_path_factory.mktemp("leaky") / "leaky image.qcow2")
+    leak(image, 3)
+    return image
+
+
+@pytest.fixture(scope="session")
+def shared(leaky_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount of `leaky_image` for tests that leave it as it is."""
+    directory = tmp_path_factory.mktemp("shared") / "mnt"
+    with mounted([*INSTARFS, "mount", "-f", leaky_image, directory], leaky_image, directory) as it:
+        yield it
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A clean image of the test's own."""
+    return make_image(tmp_path / "image.qcow2")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[MakeMount]:
+    """Mounts an image in the foreground, with further arguments."""
+    numbers = itertools.count()
+    with contextlib.ExitStack() as stack:
+
+        def make(image: Path, *arguments: str) -> Mount:
+            directory = tmp_path / f"mnt{next(numbers)}"
+            command = [*INSTARFS, "mount", "-f", *arguments, image, directory]
+            return stack.enter_context(mounted(command, image, directory))
+
+        yield make
+
+
+@pytest.fixture
+def gated(image: Path, tmp_path: Path) -> Iterator[Gate]:
+    """A mount of `image` whose check waits at a gate."""
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    directory = tmp_path / "gated"
+    command = [sys.executable, Path(__file__).with_name("gated.py"), image, directory, folder]
+    with mounted(command, image, directory) as it:
+        yield Gate(it, folder)

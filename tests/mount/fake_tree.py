@@ -1,0 +1,62 @@
+"""Mounts a tree without an image, whose files fail in every way: fake_tree.py DIR"""
+
+import os
+import sys
+from typing import NoReturn
+
+from instarfs.computed import Edition
+from instarfs.errors import ImageReadFailed
+from instarfs.mount import daemon
+from instarfs.mount.nodes import ControlFile, Directory, GeneratedFile, LiveFile
+from instarfs.mount.operations import Facts, Operations, Ownership
+
+
+class Known:
+    """A value that is always known."""
+
+    def peek(self) -> Edition[str]:
+        return Edition("content")
+
+    async def get(self) -> Edition[str]:
+        return self.peek()
+
+
+def fail(*_: object) -> NoReturn:
+    raise ZeroDivisionError("a bug")
+
+
+def fail_as_expected(_: str) -> bytes:
+    raise ImageReadFailed("image", 512, "Input/output error")
+
+
+async def fail_to_act(_: bytes) -> None:
+    fail()
+
+
+class UnknownSize(LiveFile):
+    """Fails already when its attributes are asked for."""
+
+    def size(self) -> int:
+        fail()
+
+
+ROOT = Directory(
+    {
+        "good": GeneratedFile(Known(), str.encode),
+        "bug": GeneratedFile(Known(), fail),
+        "error": GeneratedFile(Known(), fail_as_expected),
+        "text": GeneratedFile(Known(), str.upper),  # type: ignore[arg-type]
+        "large": GeneratedFile(Known(), lambda _: bytes(range(256)) * 20_000),
+        "control": ControlFile(lambda: b"state\n", fail_to_act),
+        "below": Directory({"unknown": UnknownSize(lambda: b"")}),
+        "empty": Directory({}),
+        "many": Directory({f"{n:0200}": LiveFile(str(n).encode) for n in range(2000)}),
+    }
+)
+
+daemon.log_to_stderr()
+operations = Operations(
+    ROOT, lambda: Facts(size=0, mtime_ns=0), Ownership(os.getuid(), os.getgid())
+)
+service = daemon.Service(operations, cancel=lambda: None)
+sys.exit(daemon.run(lambda: service, sys.argv[1], set(), ready=daemon.nobody_waits))

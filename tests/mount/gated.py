@@ -1,0 +1,48 @@
+"""A mount whose check waits until a test lets it go on: gated.py IMAGE DIR FOLDER
+
+In FOLDER the check adds a line to `count` when it begins, and waits for `gate` to appear. Then it
+ends with an I/O error if there is a file `fail`, with a bug if there is a `crash`, and else checks.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from instarfs.errors import ImageReadFailed
+from instarfs.image import FileSource, Image
+from instarfs.mount import daemon, session
+from instarfs.mount.options import MountOptions
+from planner.check import check_image
+from planner.errors import Cancelled
+from planner.report import Report
+
+IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+
+
+def check(
+    source: FileSource,
+    *,
+    progress: Callable[[str, int, int], None],
+    cancelled: Callable[[], bool],
+) -> Report:
+    """`check_image`, held up."""
+    with (FOLDER / "count").open("a") as count:
+        count.write("check\n")
+    progress("census", 43, 100)
+    while not (FOLDER / "gate").exists():
+        if cancelled():
+            raise Cancelled
+        time.sleep(0.005)
+    if (FOLDER / "fail").exists():
+        raise ImageReadFailed(IMAGE, 65536, os.strerror(5))
+    if (FOLDER / "crash").exists():
+        raise ZeroDivisionError("a bug")
+    return check_image(source, progress=progress, cancelled=cancelled)
+
+
+daemon.log_to_stderr()
+sys.exit(
+    session.serve(Image.open(IMAGE), DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
+)

@@ -1,0 +1,129 @@
+"""An image that changes beneath its mount, or that another program has open."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounts import MakeMount, Mount, leak, make_image, run, settle, until
+
+
+@pytest.fixture
+def mounted(mount: MakeMount, image: Path) -> Mount:
+    return mount(image)
+
+
+def result(mounted: Mount) -> dict[str, object]:
+    value: dict[str, object] = json.loads(mounted.read("check/result.json"))
+    return value
+
+
+def replace(path: Path, size: str, leaks: int) -> None:
+    """Put another image in the place of *path*, as editors and `mv` do."""
+    other = make_image(path.with_name("other"), size)
+    leak(other, leaks)
+    other.rename(path)
+
+
+def test_written_in_place(mounted: Mount) -> None:
+    assert result(mounted)["verdict"] == "clean"
+    leak(mounted.image, 2)
+    # Of the new state nothing is known yet: no size either.
+    assert (mounted / "check/result.json").stat().st_size == 0
+    assert (mounted / "check/result.json").stat().st_mtime_ns == mounted.image.stat().st_mtime_ns
+    assert result(mounted)["leaks"] == 2
+
+
+def test_replaced(mounted: Mount) -> None:
+    assert result(mounted)["verdict"] == "clean"
+    replace(mounted.image, "32M", 4)
+    assert result(mounted)["leaks"] == 4
+    assert json.loads(mounted.read("image/info.json"))["virtual-size"] == 32 << 20
+    assert (mounted / "README.txt").stat().st_mtime_ns == mounted.image.stat().st_mtime_ns
+
+
+def test_every_file_shows_the_new_state(mounted: Mount) -> None:
+    names = ["check/result.json", "check/leaks", "check/report.txt", "image/info.json"]
+    before = [mounted.read(name) for name in names]
+    replace(mounted.image, "32M", 1)
+    after = [mounted.read(name) for name in names]
+    assert all(old != new for old, new in zip(before, after, strict=True))
+
+
+def test_an_open_file_stays_one_snapshot(mounted: Mount) -> None:
+    with (mounted / "check/result.json").open() as early:
+        first = early.read()
+        replace(mounted.image, "32M", 1)
+        early.seek(0)
+        assert early.read() == first
+        assert mounted.read("check/result.json") != first
+        early.seek(0)
+        assert early.read() == first
+
+
+def test_resized_by_qemu(mounted: Mount) -> None:
+    mounted.read("image/info.json")
+    run("qemu-img", "resize", "-q", mounted.image, "1G")
+    assert json.loads(mounted.read("image/info.json"))["virtual-size"] == 1 << 30
+    settle(mounted.image)
+    assert result(mounted)["total-clusters"] == 1 << 14
+
+
+def test_replaced_by_something_else_and_put_back(mounted: Mount) -> None:
+    assert result(mounted)["verdict"] == "clean"
+    kept = shutil.copy2(mounted.image, mounted.image.with_name("kept"))
+    mounted.image.write_bytes(b"not qcow2 any more")
+    assert "not a qcow2 image" in mounted.read("check/report.txt")
+    assert "not a qcow2 image" in mounted.read("image/header.json")
+    Path(kept).rename(mounted.image)
+    assert result(mounted)["verdict"] == "clean"
+
+
+def test_deleted_is_still_readable(mounted: Mount) -> None:
+    mounted.image.unlink()
+    assert result(mounted)["verdict"] == "clean"
+    run("ls", "-lR", mounted.path)
+
+
+# ---- in use ----
+
+
+@pytest.fixture
+def vm(image: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that has `image` open for writing, as a virtual machine has."""
+    node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}"
+    socket = f"addr.type=unix,addr.path={image}.sock"
+    export = f"type=vhost-user-blk,id=export,node-name=disk,writable=on,{socket}"
+    program = subprocess.Popen(
+        ["qemu-storage-daemon", "--blockdev", node, "--export", export], text=True
+    )
+    is_open = image.with_name(f"{image.name}.sock").exists
+    until(lambda: is_open() or program.poll() is not None, "the image was open")
+    assert program.poll() is None
+    yield program
+    program.terminate()
+    program.wait()
+
+
+def test_an_image_in_use_is_checked_and_never_clean(
+    mount: MakeMount, image: Path, vm: subprocess.Popen[str]
+) -> None:
+    mounted = mount(image)
+    torn = result(mounted)
+    assert (torn["verdict"], torn["image-in-use"]) == ("torn", True)
+    assert ": torn\n" in mounted.read("check/report.txt")
+    assert json.loads(mounted.read("image/info.json"))["virtual-size"] == 64 << 20
+    vm.terminate()
+    vm.wait()
+    settle(image)
+    clean = result(mounted)
+    assert (clean["verdict"], clean["image-in-use"]) == ("clean", False)
+
+
+def test_a_vm_starts_beside_an_idle_mount(mounted: Mount, request: pytest.FixtureRequest) -> None:
+    assert result(mounted)["verdict"] == "clean"
+    request.getfixturevalue("vm")
+    assert result(mounted)["verdict"] == "torn"

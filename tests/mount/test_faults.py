@@ -1,0 +1,73 @@
+"""A tree whose files fail: what the caller sees, and that the mount goes on."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounts import Mount, mounted
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    directory = tmp_path_factory.mktemp("fake") / "mnt"
+    command = [sys.executable, Path(__file__).with_name("fake_tree.py"), directory]
+    with mounted(command, Path(os.devnull), directory) as it:
+        it.unexpected = ("the mount ended",)
+        yield it
+        assert it.read("good") == "content"
+
+
+@pytest.mark.parametrize("name", ["bug", "error", "text"])
+def test_a_file_that_fails_fails_alone(fake: Mount, name: str) -> None:
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            fake.read(name)
+    assert fake.read("good") == "content"
+
+
+def test_what_is_expected_has_no_traceback(fake: Mount) -> None:
+    before = fake.log
+    with pytest.raises(OSError, match="Input/output error"):
+        fake.read("error")
+    assert fake.log == before
+
+
+def test_what_is_not_has_one(fake: Mount) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        fake.read("bug")
+    assert "unexpected error in read" in fake.log
+    assert "ZeroDivisionError: a bug" in fake.log
+
+
+def test_a_write_that_fails(fake: Mount) -> None:
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        (fake / "control").open("w") as control,
+    ):
+        control.write("go\n")
+    assert fake.read("control") == "state\n"
+
+
+def test_attributes_that_fail(fake: Mount) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        (fake / "below/unknown").stat()
+    with pytest.raises(OSError, match="Input/output error"):
+        list((fake / "below").iterdir())
+    assert list((fake / "empty").iterdir()) == []
+
+
+def test_a_directory_of_many_reads(fake: Mount) -> None:
+    names = sorted(entry.name for entry in os.scandir(fake / "many"))
+    assert names == [f"{n:0200}" for n in range(2000)]
+
+
+def test_a_file_of_many_reads(fake: Mount) -> None:
+    whole = bytes(range(256)) * 20_000
+    assert (fake / "large").read_bytes() == whole
+    with (fake / "large").open("rb") as file:
+        assert os.pread(file.fileno(), 1000, 3_000_001) == whole[3_000_001:3_001_001]
+        assert os.pread(file.fileno(), 1000, len(whole)) == b""
+        assert os.pread(file.fileno(), 1000, 1 << 60) == b""

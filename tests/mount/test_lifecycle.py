@@ -1,0 +1,185 @@
+"""From `instarfs mount` to the end of its process, in the background as users run it."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mounts import (
+    DEADLINE,
+    INSTARFS,
+    MakeMount,
+    environment,
+    instarfs,
+    mounted_type,
+    run,
+    until,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory to mount on, which is no mountpoint any more when the test has ended."""
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    yield directory
+    left = mounted_type(directory) is not None
+    if left:
+        subprocess.run(["fusermount3", "-u", "-z", directory], check=True)
+    assert not left
+
+
+def daemon_of(directory: Path) -> int:
+    return int(os.getxattr(directory, "user.instarfs.daemon").split()[0])
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        # A process whose new parent does not wait for it stays as a zombie; it has ended.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_mount_and_umount(image: Path, directory: Path) -> None:
+    done = instarfs("mount", image, directory)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert mounted_type(directory) == "fuse.instarfs"
+    assert '"clean"' in (directory / "check/result.json").read_text()
+    pid = daemon_of(directory)
+    assert not has_ended(pid)
+    done = instarfs("umount", directory)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert mounted_type(directory) is None
+    assert has_ended(pid)
+    assert list(directory.iterdir()) == []
+
+
+def test_the_daemon_holds_on_to_nothing_of_its_caller(image: Path, directory: Path) -> None:
+    # Relative paths, and a pipe that is at its end only when nobody holds it any more.
+    done = instarfs("mount", image.name, directory.name, cwd=directory.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    pid = daemon_of(directory)
+    assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+    assert os.getsid(pid) == pid
+    for standard in range(3):
+        assert Path(f"/proc/{pid}/fd/{standard}").readlink() == Path(os.devnull)
+    assert instarfs("umount", directory.name, cwd=directory.parent).returncode == 0
+
+
+def test_closed_standard_descriptors_are_not_taken_for_the_image(
+    image: Path, directory: Path
+) -> None:
+    command = " ".join([*INSTARFS, "mount", '"$0"', '"$1"', "<&-", ">&-", "2>&-"])
+    subprocess.run(
+        ["bash", "-c", command, image, directory], check=True, env=environment(), timeout=DEADLINE
+    )
+    assert '"clean"' in (directory / "check/result.json").read_text()
+    assert instarfs("umount", directory).returncode == 0
+
+
+def stop_by_signal(number: signal.Signals) -> Callable[[Path], None]:
+    return lambda directory: os.kill(daemon_of(directory), number)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        stop_by_signal(signal.SIGTERM),
+        stop_by_signal(signal.SIGINT),
+        lambda directory: run("fusermount3", "-u", directory),
+        lambda directory: run("fusermount3", "-u", "-z", directory),
+    ],
+    ids=["SIGTERM", "SIGINT", "fusermount3", "lazily"],
+)
+def test_every_way_to_the_end(image: Path, directory: Path, stop: Callable[[Path], object]) -> None:
+    assert instarfs("mount", image, directory).returncode == 0
+    (directory / "check/leaks").read_text()
+    pid = daemon_of(directory)
+    stop(directory)
+    until(lambda: has_ended(pid), "the daemon had ended")
+    assert mounted_type(directory) is None
+
+
+def test_in_the_foreground(mount: MakeMount, image: Path) -> None:
+    it = mount(image)
+    until(lambda: it.log == "instarfs: mounted\n", "it said so")
+    assert instarfs("umount", it.path).returncode == 0
+    assert it.wait_for_end() == 0
+
+
+def test_a_caller_that_was_killed_gets_no_mount(image: Path, directory: Path) -> None:
+    with subprocess.Popen(
+        [*INSTARFS, "mount", image, directory],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+    ) as caller:
+        caller.kill()
+        assert caller.stdout is not None
+        # At its end once the last process that the caller left behind has ended or gone on.
+        caller.stdout.read()
+    until(lambda: mounted_type(directory) is None, "nothing was mounted")
+
+
+def test_mounting_below_the_folder_of_the_image(image: Path) -> None:
+    directory = image.parent / "inside"
+    directory.mkdir()
+    for path in (image, directory / ".." / image.name):
+        assert instarfs("mount", path, directory).returncode == 0
+        assert '"clean"' in (directory / "check/result.json").read_text()
+        run("ls", "-lR", image.parent)
+        assert instarfs("umount", directory).returncode == 0
+
+
+def test_a_busy_mount_stays(image: Path, directory: Path) -> None:
+    assert instarfs("mount", image, directory).returncode == 0
+    with (directory / "README.txt").open() as file:
+        done = instarfs("umount", directory)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"instarfs: {directory}: in use; leave the directory and close its files"
+            f" (fuser -vm {directory}), then unmount again\n"
+        )
+        assert file.read().startswith("This is the inside")
+    assert instarfs("umount", directory).returncode == 0
+
+
+def test_a_dead_mount_is_named_and_cleared(image: Path, directory: Path) -> None:
+    assert instarfs("mount", image, directory).returncode == 0
+    pid = daemon_of(directory)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: has_ended(pid), "it was dead")
+    done = instarfs("mount", image, directory)
+    assert done.returncode == 1
+    assert "instarfs umount" in done.stderr
+    done = instarfs("umount", directory)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_no_mount_of_ours_is_not_unmounted(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "nothing", Path("/proc")):
+        done = instarfs("umount", directory)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"instarfs: {directory}: no instarfs mount is there; see: findmnt -t fuse.instarfs\n"
+        )
+
+
+def test_two_mounts_of_one_image(mount: MakeMount, image: Path) -> None:
+    first, second = mount(image), mount(image)
+    assert first.read("check/result.json") == second.read("check/result.json")
+
+
+def test_a_copy_of_the_image_may_be_unmounted_from_anywhere(
+    mount: MakeMount, image: Path, tmp_path: Path
+) -> None:
+    # The daemon must keep no directory busy but the one that its image is in.
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    it = mount(Path(shutil.copy(image, other)))
+    assert Path(f"/proc/{it.process.pid}/cwd").readlink() == Path("/")
