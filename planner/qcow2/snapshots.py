@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from construct import Bytes, Int16ub, Int32ub, Int64ub, Struct
+from construct import Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError
 from planner.qcow2.geometry import Geometry
@@ -110,12 +110,9 @@ def decode_snapshot(source: Source, offset: int) -> Snapshot:
             fixed.extra_data_size,
             f"the snapshot table entry at {offset} may have at most {MAX_EXTRA_DATA} bytes",
         )
-    variable = Struct(
-        "extra_data" / Bytes(fixed.extra_data_size),
-        "id_str" / Bytes(fixed.id_str_size),
-        "name" / Bytes(fixed.name_size),
-    )
-    rest = variable.parse(read_bytes(source, offset + ENTRY_BYTES, variable.sizeof()))
+    id_at = fixed.extra_data_size
+    name_at = id_at + fixed.id_str_size
+    rest = read_bytes(source, offset + ENTRY_BYTES, name_at + fixed.name_size)
     return Snapshot(
         offset=offset,
         l1_table_offset=fixed.l1_table_offset,
@@ -124,9 +121,9 @@ def decode_snapshot(source: Source, offset: int) -> Snapshot:
         date_nsec=fixed.date_nsec,
         vm_clock_nsec=fixed.vm_clock_nsec,
         vm_state_size_32=fixed.vm_state_size,
-        extra_data=rest.extra_data,
-        id_str=rest.id_str,
-        name=rest.name,
+        extra_data=rest[:id_at],
+        id_str=rest[id_at:name_at],
+        name=rest[name_at:],
     )
 
 

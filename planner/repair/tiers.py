@@ -232,10 +232,25 @@ def _draft_refcounts(scope: Scope, *, lower: bool) -> None:
     lost = scope.report.findings.of(FindingKind.PAST_END).structure
     damaged = any(kind in counts for kind in _DAMAGED_STRUCTURE)
     damaged |= bool((lost == Structure.REFTABLE).any())
-    if damaged or not refblocks_cover(scope, *wrong):
+    if (damaged or not refblocks_cover(scope, *wrong)) and not _rebuild_would_hide_loss(scope):
         rebuild_refcount_structure(scope, lower=lower)
     else:
         correct_refcounts_in_refblocks(scope, lower=lower)
+
+
+def _rebuild_would_hide_loss(scope: Scope) -> bool:
+    """Whether something else lies in a cluster of the refcount structure.
+
+    One of the two has overwritten the other. Were the refcounts moved away, nothing would show it.
+    """
+    contested = scope.report.findings.of(FindingKind.MULTIPLE_OWNERS)
+    own = {Structure.REFTABLE, Structure.REFBLOCK}
+    for offset in contested.host_offset.tolist():
+        owners = scope.report.owners.of(offset >> scope.geometry.cluster_bits)
+        structures = {owner.structure for owner in owners}
+        if structures & own and structures - own:
+            return True
+    return False
 
 
 def _require_writable_header(report: Report) -> None:

@@ -1,0 +1,47 @@
+# Every target sets up what it needs (.ci/setup) and then runs; nothing is installed twice.
+# Only relative paths below, so that a checkout path with spaces works.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench clean
+
+# The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
+PYTHON ?=
+# More arguments for the command behind a target: make test ARGS="-k leaks --cases 5000"
+ARGS ?=
+
+setup := PYTHON='$(PYTHON)' .ci/setup
+python := .venv/bin/python
+
+help:
+	@echo 'make demo    mount a damaged sample image and print what the check finds'
+	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
+	@echo 'make lint    ruff format, ruff lint, mypy strict'
+	@echo 'make bench   measure the check against qemu-img'
+	@echo 'make clean   remove .venv and everything else that make made'
+	@echo
+	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
+	@echo 'interpreter when .venv is made; without it the first Python >= 3.11 on PATH is taken.'
+
+demo:
+	@test -c /dev/fuse || { echo 'make demo: /dev/fuse is missing: load the fuse module (modprobe fuse), or give it to this container (--device /dev/fuse)' >&2; exit 1; }
+	@$(setup) run
+	@examples/demo.sh
+
+test:
+	@$(setup) test
+	@$(python) -m pytest --durations=5 $(ARGS)
+
+lint:
+	@$(setup) dev
+	@$(python) -m ruff format --check --quiet .
+	@$(python) -m ruff check --quiet .
+	@$(python) -m mypy
+
+bench:
+	@$(setup) test
+	@$(python) -m tests.bench $(ARGS)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,125 @@
+"""Every kind of damage under every tier: mended and proven, or named as left, or refused.
+
+The images are the corpus of the check's rules, one for each; what a plan may never do is asserted
+for all of them.
+"""
+
+import numpy as np
+import pytest
+
+from planner.check import check_image
+from planner.errors import RepairError
+from planner.findings import KINDS, FindingKind
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, propose, same_outcome
+from planner.report import Report
+from planner.source import SECTOR, Bytes, Overlay, read_bytes
+from tests.planner.corpus import RULES
+
+CASES = [(name, tier) for name in RULES for tier in RepairTier]
+
+
+def proposed(name: str, tier: RepairTier) -> tuple[Bytes, Report, Proposal | RepairError]:
+    source = Bytes(bytes(RULES[name]().image.data))
+    report = check_image(source)
+    try:
+        return source, report, propose(source, report, tier)
+    except RepairError as error:
+        return source, report, error
+
+
+def applied(source: Bytes, proposal: Proposal) -> Bytes:
+    """The file as it is when the plan has been written."""
+    return Bytes(read_bytes(Overlay(source, proposal.plan), 0, proposal.plan.size_after))
+
+
+@pytest.mark.parametrize(("name", "tier"), CASES)
+def test_what_is_found_is_mended_or_named(name, tier):
+    source, report, answer = proposed(name, tier)
+    if isinstance(answer, RepairError):
+        assert answer.reason
+        assert answer.kind
+        return
+    after = check_image(applied(source, answer))
+    assert same_outcome(after, answer.after)
+    assert answer.found == answer.planned + answer.left_count
+    named = {left.kind: left.count for left in answer.left}
+    assert all(left.reason for left in answer.left)
+    for kind, number in after.counts().items():
+        if kind is not FindingKind.STALE_BITMAPS:
+            assert named[kind] == number
+    for name_of_counter in ("check_errors", "corruptions", "leaks"):
+        was = getattr(report.counters, name_of_counter)
+        assert getattr(after.counters, name_of_counter) <= was
+
+
+@pytest.mark.parametrize(("name", "tier"), CASES)
+def test_a_second_repair_changes_nothing(name, tier):
+    source, _, answer = proposed(name, tier)
+    if isinstance(answer, Proposal):
+        repaired = applied(source, answer)
+        again = propose(repaired, check_image(repaired), tier)
+        assert again.plan.changes_nothing
+
+
+@pytest.mark.parametrize(("name", "tier"), CASES)
+def test_the_inverse_restores_every_byte(name, tier):
+    source, _, answer = proposed(name, tier)
+    if isinstance(answer, Proposal):
+        inverse = answer.plan.inverse()
+        back = Overlay(applied(source, answer), inverse)
+        assert back.size == source.size
+        assert read_bytes(back, 0, back.size) == source.data
+        assert inverse.inverse() == answer.plan
+
+
+@pytest.mark.parametrize(("name", "tier"), CASES)
+def test_patches_change_every_byte_that_they_touch_and_nothing_twice(name, tier):
+    _, report, answer = proposed(name, tier)
+    if isinstance(answer, RepairError):
+        return
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    bits = report.geometry.cluster_bits
+    for stage in answer.plan.stages:
+        assert (np.diff(stage.sectors) > 0).all()
+        end = 0
+        for patch in stage.patches():
+            assert patch.offset >= end
+            end = patch.offset + len(patch.after)
+            assert all(b != a for b, a in zip(patch.before, patch.after, strict=True))
+        touched = stage.sectors * SECTOR >> bits
+        assert not np.isin(touched, contested >> bits).any()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_leaks_never_touches_the_header_or_raises_a_refcount(name):
+    source, report, answer = proposed(name, RepairTier.LEAKS)
+    if isinstance(answer, RepairError):
+        return
+    assert answer.plan.size_after == source.size
+    for stage in answer.plan.stages:
+        assert stage.sectors[0] > 0
+    if not report.counters.leaks:
+        assert answer.plan.changes_nothing
+
+
+def test_every_kind_that_a_tier_mends_is_mended_somewhere():
+    mended = set()
+    for name, tier in CASES:
+        _, report, answer = proposed(name, tier)
+        if isinstance(answer, Proposal):
+            after = answer.after.counts()
+            counts = report.counts().items()
+            mended |= {(kind, tier) for kind, number in counts if after.get(kind, 0) < number}
+    promised = {(kind, RepairTier(info.tier)) for kind, info in KINDS.items() if info.tier}
+    assert promised <= mended
+
+
+def test_kinds_without_a_tier_stay_and_are_named():
+    # A refcount block that is listed twice has itself as its other owner: a rebuild loses nothing.
+    for name in RULES.keys() - {"refblock_listed_twice"}:
+        _, report, answer = proposed(name, RepairTier.ALL)
+        if isinstance(answer, Proposal):
+            for kind, number in report.counts().items():
+                if not KINDS[kind].tier:
+                    assert answer.after.counts()[kind] == number, (name, kind)
