@@ -13,6 +13,7 @@ from construct import Const, Int32ul, Int64ul, Padding, Struct
 
 from planner.errors import ImageError
 from planner.findings import KINDS, FindingKind, Severity
+from planner.repair.tiers import RepairCounters
 from planner.report import Report
 
 CONFIG_MAGIC = 0x4348_4543
@@ -139,8 +140,8 @@ class CheckResult:
         return cls(**values | {"flags": ResultFlag(parsed.flags)})
 
     @classmethod
-    def of(cls, report: Report) -> CheckResult:
-        """The answer that a report amounts to."""
+    def of(cls, report: Report, mended: RepairCounters | None = None) -> CheckResult:
+        """The answer that a report amounts to; with what the repair before it *mended*, if any."""
         counters, counts = report.counters, report.counts()
         refcounts = (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING, FindingKind.LEAK)
         subclusters = (
@@ -149,6 +150,9 @@ class CheckResult:
             FindingKind.COMPRESSED_SUBCLUSTERS,
         )
         allocated = counters.allocated_clusters
+        flags = _flags_of(report, set(counts))
+        if mended is not None and mended.incomplete:
+            flags |= ResultFlag.REPAIR_INCOMPLETE
         return cls(
             total_errors=counters.check_errors + counters.corruptions + counters.leaks,
             corruptions=counters.corruptions,
@@ -159,7 +163,10 @@ class CheckResult:
             clusters_checked=counters.total_clusters,
             clusters_allocated=allocated,
             fragmentation=100 * counters.fragmented_clusters // allocated if allocated else 0,
-            flags=_flags_of(report, set(counts)),
+            flags=flags,
+            repaired_leaks=mended.leaks if mended else 0,
+            repaired_refcounts=mended.refcounts if mended else 0,
+            repaired_corruptions=mended.corruptions if mended else 0,
         )
 
 

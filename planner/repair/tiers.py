@@ -26,7 +26,7 @@ from planner.repair.refcounts import (
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import rewrite_snapshot_table
 from planner.report import Report
-from planner.source import Overlay, Source
+from planner.source import Source
 from planner.triage import Suspect, Triage, triage_leaks
 
 FEATURES_AT = 72
@@ -155,14 +155,13 @@ def propose(
 
     _require_sound_basis(report)
     triage = triage_leaks(source, report)
+    scope = Scope(Draft(source), source, report)
     if tier is RepairTier.LEAKS:
-        draft = _draft_leaks(source, report, check)
+        scope = _draft_leaks(scope, check)
     else:
-        draft = _draft_all(source, report, check, keep_leaks=bool(triage.suspects))
-    plan = draft.plan(tier)
-    after = check(Overlay(source, plan)) if not plan.changes_nothing else report
-    if tier is RepairTier.ALL:
-        plan, after = _with_flags(draft, source, report, after, check)
+        scope = _draft_all(scope, check, keep_leaks=bool(triage.suspects))
+        _draft_flags(scope, report)
+    plan, after = scope.draft.plan(tier), _checked_anew(scope, check).report
     require_proof(source, plan, report, after)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
 
@@ -174,10 +173,10 @@ def _require_sound_basis(report: Report) -> None:
         raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
 
 
-def _draft_leaks(source: Source, report: Report, check: Callable[[Source], Report]) -> Draft:
-    draft = Draft(source)
+def _draft_leaks(scope: Scope, check: Callable[[Source], Report]) -> Scope:
+    report = scope.report
     if not report.counters.leaks:
-        return draft
+        return scope
     if not report.complete:
         raise AmbiguousCorruption(
             "a table that could refer to the leaked clusters cannot be read, so that they are not"
@@ -191,28 +190,23 @@ def _draft_leaks(source: Source, report: Report, check: Callable[[Source], Repor
         raise UnsupportedRepair(
             "the refcount structure itself is damaged", "the tier `all` rebuilds it", damaged[0]
         )
-    reclaim_leaks_in_refblocks(Scope(draft, source, report))
-    image = draft.overlay()
-    lowered = check(image)
+    reclaim_leaks_in_refblocks(scope)
+    scope = _checked_anew(scope, check)
     # Lowered to one reference, an entry gets its COPIED flag back.
-    update_copied_flags_for_l1(Scope(draft, image, lowered), known=report.findings)
-    return draft
+    update_copied_flags_for_l1(scope, known=report.findings)
+    return scope
 
 
-def _draft_all(
-    source: Source, report: Report, check: Callable[[Source], Report], *, keep_leaks: bool
-) -> Draft:
-    draft = Draft(source)
-    _require_writable_header(report)
-    lower = report.complete and not keep_leaks
-    scope = Scope(draft, source, report)
+def _draft_all(scope: Scope, check: Callable[[Source], Report], *, keep_leaks: bool) -> Scope:
+    _require_writable_header(scope.report)
+    lower = scope.report.complete and not keep_leaks
     for planner in (correct_entries, rewrite_snapshot_table):
         planner(scope)
         scope = _checked_anew(scope, check)
     _draft_refcounts(scope, lower=lower)
     scope = _checked_anew(scope, check)
     update_copied_flags_for_l1(scope)
-    return draft
+    return _checked_anew(scope, check)
 
 
 def _checked_anew(scope: Scope, check: Callable[[Source], Report]) -> Scope:
@@ -269,37 +263,28 @@ def _require_writable_header(report: Report) -> None:
         )
 
 
-def _with_flags(
-    draft: Draft,
-    source: Source,
-    report: Report,
-    after: Report,
-    check: Callable[[Source], Report],
-) -> tuple[Plan, Report]:
-    """Put the corrupt bit around the repair, and clear both bits where the outcome is clean."""
-    header = report.layout.header if report.layout else None
-    plan = draft.plan(RepairTier.ALL)
-    if header is None or header.version < 3:
-        return plan, after
-    bits = header.incompatible_features
+def _draft_flags(scope: Scope, before: Report) -> None:
+    """Put the corrupt bit around the repair; clear both bits where the outcome is clean."""
+    header = scope.layout.header
+    if header.version < 3 or before.layout is None:
+        return
+    bits = before.layout.header.incompatible_features
     marks = int(Incompatible.DIRTY | Incompatible.CORRUPT)
-    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in after.counts())
+    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
     final = bits & ~marks if clean else bits
-    if plan.changes_nothing and final == bits:
-        return plan, after
-    if not plan.changes_nothing:
+    if scope.draft.writes:
         guarded = bits | int(Incompatible.CORRUPT)
-        draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
-    draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
+        scope.draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
+    elif final == bits:
+        return
+    scope.draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
     for kind, bit in (
         (FindingKind.CORRUPT_BIT, Incompatible.CORRUPT),
         (FindingKind.DIRTY_BIT, Incompatible.DIRTY),
     ):
         if bits & bit and not final & bit:
             place = [(FEATURES_AT, 8, 1)]
-            Scope(draft, source, report).explain(StageKind.RELEASE, Structure.HEADER, kind, place)
-    plan = draft.plan(RepairTier.ALL)
-    return plan, check(Overlay(source, plan))
+            scope.explain(StageKind.RELEASE, Structure.HEADER, kind, place)
 
 
 def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:

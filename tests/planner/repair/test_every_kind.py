@@ -4,6 +4,8 @@ The images are the corpus of the check's rules, one for each; what a plan may ne
 for all of them.
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from tests.planner.corpus import RULES
 CASES = [(name, tier) for name in RULES for tier in RepairTier]
 
 
+@functools.cache
 def proposed(name: str, tier: RepairTier) -> tuple[Bytes, Report, Proposal | RepairError]:
     source = Bytes(bytes(RULES[name]().image.data))
     report = check_image(source)
