@@ -17,6 +17,9 @@ from planner.source import READABLE_END, Source, read_bytes
 MAX_SNAPSHOTS = 65536
 MAX_TABLE_BYTES = MAX_SNAPSHOTS * 1024
 MAX_EXTRA_DATA = 1024
+KNOWN_EXTRA_DATA = 24
+"""Bytes of extra data that have a meaning: VM state size, disk size, icount."""
+
 REQUIRED_EXTRA_DATA = 16
 """Bytes of extra data that every entry of a version 3 image must have."""
 
@@ -36,7 +39,10 @@ ENTRY_BYTES = ENTRY.sizeof()
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One entry of the snapshot table; ``offset`` is where it stands in the file, bytes."""
+    """One entry of the snapshot table; ``offset`` is where it stands in the file, bytes.
+
+    ``cut``: how many bytes of extra data it has beyond ``extra_data``, where there are too many.
+    """
 
     offset: int
     l1_table_offset: int
@@ -48,6 +54,7 @@ class Snapshot:
     extra_data: bytes
     id_str: bytes
     name: bytes
+    cut: int = 0
 
     @property
     def vm_state_size(self) -> int:
@@ -98,21 +105,28 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
 
 
-def decode_snapshot(source: Source, offset: int) -> Snapshot:
-    """The entry at *offset*. Raises `ImageError` where its extra data is over the limit."""
+def decode_snapshot(source: Source, offset: int, *, may_cut: bool = False) -> Snapshot:
+    """The entry at *offset*.
+
+    Raises `ImageError` where its extra data is over the limit; with *may_cut* what is known of it
+    is kept.
+    """
     raw = read_bytes(source, offset, ENTRY_BYTES) if offset < source.size else b""
     if not any(raw):  # Past the end or in a hole, where a header can claim very many.
         return Snapshot(offset, 0, 0, 0, 0, 0, 0, b"", b"", b"")
     fixed = ENTRY.parse(raw)
-    if fixed.extra_data_size > MAX_EXTRA_DATA:
+    extra = fixed.extra_data_size
+    if extra > MAX_EXTRA_DATA and not may_cut:
         raise ImageError(
             "extra_data_size",
             fixed.extra_data_size,
             f"the snapshot table entry at {offset} may have at most {MAX_EXTRA_DATA} bytes",
         )
-    id_at = fixed.extra_data_size
-    name_at = id_at + fixed.id_str_size
-    rest = read_bytes(source, offset + ENTRY_BYTES, name_at + fixed.name_size)
+    kept = extra if extra <= MAX_EXTRA_DATA else KNOWN_EXTRA_DATA
+    names_at = offset + ENTRY_BYTES + extra
+    if names_at > READABLE_END:
+        raise ImageError("extra_data_size", extra, "past the end of any file")
+    names = read_bytes(source, names_at, fixed.id_str_size + fixed.name_size)
     return Snapshot(
         offset=offset,
         l1_table_offset=fixed.l1_table_offset,
@@ -121,13 +135,16 @@ def decode_snapshot(source: Source, offset: int) -> Snapshot:
         date_nsec=fixed.date_nsec,
         vm_clock_nsec=fixed.vm_clock_nsec,
         vm_state_size_32=fixed.vm_state_size,
-        extra_data=rest[:id_at],
-        id_str=rest[id_at:name_at],
-        name=rest[name_at:],
+        extra_data=read_bytes(source, offset + ENTRY_BYTES, kept),
+        id_str=names[: fixed.id_str_size],
+        name=names[fixed.id_str_size :],
+        cut=extra - kept,
     )
 
 
-def read_snapshots(source: Source, header: Header, geometry: Geometry) -> SnapshotTable:
+def read_snapshots(
+    source: Source, header: Header, geometry: Geometry, *, may_cut: bool = False
+) -> SnapshotTable:
     """The whole snapshot table. Raises `ImageError` where a check cannot go on.
 
     Entries past the end of the file are zeros, as for QEMU: snapshots of nothing.
@@ -144,9 +161,9 @@ def read_snapshots(source: Source, header: Header, geometry: Geometry) -> Snapsh
         position = (position + 7) & ~7
         if position > READABLE_END - ENTRY_BYTES:
             raise ImageError("snapshots_offset", offset, "past the end of any file")
-        snapshot = decode_snapshot(source, position)
+        snapshot = decode_snapshot(source, position, may_cut=may_cut)
         snapshots.append(snapshot)
-        position += ENTRY_BYTES + len(snapshot.extra_data)
+        position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
         position += len(snapshot.id_str) + len(snapshot.name)
         if position - offset > MAX_TABLE_BYTES:
             raise ImageError("snapshot table", position - offset, "over 64 MiB")

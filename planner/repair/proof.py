@@ -10,12 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U64
-from planner.errors import AmbiguousCorruption
+from planner.errors import AmbiguousCorruption, ImageError
 from planner.findings import FindingKind, Structure
 from planner.plan import Plan, Stage
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
+from planner.qcow2.snapshots import read_snapshots
 from planner.report import Report
 from planner.source import SECTOR, Overlay, Source
 
@@ -31,6 +32,7 @@ def require_proof(source: Source, plan: Plan, before: Report, after: Report) -> 
     """Raise `AmbiguousCorruption` unless *after*, the check of the overlay, bears the plan out."""
     _require_nothing_worse(before, after)
     _require_same_header(source, plan)
+    _require_same_snapshots(source, plan)
     geometry = before.geometry
     contested = before.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     tables = _L2Words(before, geometry)
@@ -70,6 +72,25 @@ def _require_same_header(source: Source, plan: Plan) -> None:
     for name in Header.__slots__:
         if name not in _MAY_CHANGE and getattr(was, name) != getattr(would_be, name):
             raise _Unproven(f"the header field {name} would change")
+
+
+def _require_same_snapshots(source: Source, plan: Plan) -> None:
+    was, would_be = (_snapshots(image) for image in (source, Overlay(source, plan)))
+    if was != would_be:
+        raise _Unproven("the list of snapshots would change")
+
+
+def _snapshots(source: Source) -> list[tuple[object, ...]] | str:
+    """What the snapshot table says of each snapshot, but for its extra data."""
+    header = read_header(source)
+    try:
+        table = read_snapshots(source, header, header.geometry, may_cut=True)
+    except ImageError as error:
+        return str(error)
+    return [
+        (s.l1_table_offset, s.l1_size, s.id_str, s.name, s.date_sec, s.date_nsec, s.vm_state_size)
+        for s in table.snapshots
+    ]
 
 
 def _require_metadata(cluster: I64, before: Report, plan: Plan) -> None:

@@ -9,9 +9,16 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
+from planner.errors import ImageError
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
-from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, encode_snapshot
+from planner.qcow2.snapshots import (
+    REQUIRED_EXTRA_DATA,
+    Snapshot,
+    SnapshotTable,
+    encode_snapshot,
+    read_snapshots,
+)
 from planner.repair.scope import Scope
 
 SNAPSHOTS_OFFSET_AT = 64
@@ -19,25 +26,50 @@ SNAPSHOTS_OFFSET_AT = 64
 
 
 def rewrite_snapshot_table(scope: Scope) -> None:
-    """Draft a new table where entries lack extra data."""
+    """Draft a new table where entries lack extra data, or have more than QEMU reads."""
     wrong = scope.report.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
-    if not len(wrong) or not scope.may_grow:
+    over_long = any(error.field == "extra_data_size" for error in scope.report.stopped)
+    if not (len(wrong) or over_long) or not scope.may_grow:
         return
-    layout = scope.layout
-    virtual_size = layout.header.size // 512 * 512
-    snapshots = [complete_extra_data(each, virtual_size) for each in scope.report.snapshots]
+    old = _readable_table(scope)
+    if old is None:
+        return
+    virtual_size = scope.layout.header.size // 512 * 512
+    snapshots = [complete_extra_data(each, virtual_size) for each in old.snapshots]
     table = b"".join(encode_snapshot(each) for each in snapshots)
+    kind = FindingKind.CHECK_STOPPED if over_long else FindingKind.SNAPSHOT_EXTRA_DATA
     size = scope.geometry.cluster_size
     offset = -(-scope.draft.size // size) * size
     scope.draft.size = offset + -(-len(table) // size) * size
     scope.draft.write(StageKind.PREPARE, offset, table)
     pointer = struct.pack(">Q", offset)
     scope.draft.write(StageKind.SWITCH, SNAPSHOTS_OFFSET_AT, pointer)
-    kind = FindingKind.SNAPSHOT_EXTRA_DATA
-    places = [(offset, len(table), len(wrong))]
+    places = [(offset, len(table), len(snapshots))]
     scope.explain(StageKind.PREPARE, Structure.SNAPSHOT_TABLE, kind, places)
     places = [(SNAPSHOTS_OFFSET_AT, len(pointer), 1)]
     scope.explain(StageKind.SWITCH, Structure.HEADER, kind, places)
+
+
+def _readable_table(scope: Scope) -> SnapshotTable | None:
+    """The table, over-long extra data cut as QEMU cuts it; None where it is not to be trusted.
+
+    Where the length of the extra data is what is damaged, the entries behind it are read from a
+    wrong place, and would come out as nonsense: each must have a whole L1 table in the file.
+    """
+    layout = scope.layout
+    try:
+        table = read_snapshots(scope.source, layout.header, layout.geometry, may_cut=True)
+    except ImageError:
+        return None
+    end, size = layout.file_size, layout.geometry.cluster_size
+    if table.offset + table.length > end:
+        return None
+    cut = any(each.cut for each in table.snapshots)
+    for each in table.snapshots:
+        offset, length = each.l1_table_offset, each.l1_size * 8
+        if cut and (offset % size or not offset or not length or offset + length > end):
+            return None
+    return table
 
 
 def complete_extra_data(snapshot: Snapshot, virtual_size: int) -> Snapshot:

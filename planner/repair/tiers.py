@@ -154,12 +154,12 @@ def propose(
         return check_image(image, progress=progress, cancelled=cancelled)
 
     _require_sound_basis(report)
-    triage = triage_leaks(source, report)
     scope = Scope(Draft(source), source, report)
     if tier is RepairTier.LEAKS:
+        triage = triage_leaks(source, report)
         scope = _draft_leaks(scope, check)
     else:
-        scope = _draft_all(scope, check, keep_leaks=bool(triage.suspects))
+        scope, triage = _draft_all(scope, check)
         _draft_flags(scope, report)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, check).report
     require_proof(source, plan, report, after)
@@ -197,16 +197,17 @@ def _draft_leaks(scope: Scope, check: Callable[[Source], Report]) -> Scope:
     return scope
 
 
-def _draft_all(scope: Scope, check: Callable[[Source], Report], *, keep_leaks: bool) -> Scope:
+def _draft_all(scope: Scope, check: Callable[[Source], Report]) -> tuple[Scope, Triage]:
     _require_writable_header(scope.report)
-    lower = scope.report.complete and not keep_leaks
     for planner in (correct_entries, rewrite_snapshot_table):
         planner(scope)
         scope = _checked_anew(scope, check)
-    _draft_refcounts(scope, lower=lower)
+    # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
+    triage = triage_leaks(scope.source, scope.report)
+    _draft_refcounts(scope, lower=scope.report.complete and not triage.suspects)
     scope = _checked_anew(scope, check)
     update_copied_flags_for_l1(scope)
-    return _checked_anew(scope, check)
+    return _checked_anew(scope, check), triage
 
 
 def _checked_anew(scope: Scope, check: Callable[[Source], Report]) -> Scope:

@@ -120,7 +120,8 @@ def test_every_kind_that_a_tier_mends_is_mended_somewhere():
 
 def test_kinds_without_a_tier_stay_and_are_named():
     # A refcount block that is listed twice has itself as its other owner: a rebuild loses nothing.
-    for name in RULES.keys() - {"refblock_listed_twice"}:
+    # Extra data that only its length makes unreadable is cut, as QEMU does.
+    for name in RULES.keys() - {"refblock_listed_twice", "snapshot_extra_data_too_long"}:
         _, report, answer = proposed(name, RepairTier.ALL)
         if isinstance(answer, Proposal):
             for kind, number in report.counts().items():
