@@ -35,6 +35,7 @@ from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.luks import SECTOR, read_luks
 from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
 from planner.regions import (
     Regions,
@@ -287,11 +288,29 @@ class _Check:
         )
         add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
         add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
-        crypto = self._layout.extensions.crypto
-        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
-        if crypto is not None and crypto.length <= SIGNED_MAX:
-            add(Structure.LUKS, crypto.offset, crypto.length)
+        self._locate_luks()
         self._locate_bitmaps()
+
+    def _locate_luks(self) -> None:
+        """The LUKS header; its own word on how long it is must fit what the image says."""
+        crypto = self._layout.extensions.crypto
+        if crypto is None:
+            return
+        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
+        if crypto.length <= SIGNED_MAX:
+            self._regions.add(Structure.LUKS, crypto.offset, crypto.length)
+        try:
+            sound = read_luks(self._source, crypto).payload_offset * SECTOR <= crypto.length
+        except ImageError:
+            sound = False
+        if not sound or crypto.length > SIGNED_MAX:
+            self._findings.add(
+                FindingKind.LUKS_HEADER_INVALID,
+                structure=Structure.LUKS,
+                host_offset=min(crypto.offset, SIGNED_MAX),
+                length=self._geometry.cluster_size,
+                found=np.uint64(crypto.length),
+            )
 
     def _locate_bitmaps(self) -> None:
         pointer = self._layout.extensions.bitmaps
@@ -624,18 +643,15 @@ def _hide_references(findings: Findings) -> tuple[FindingKind, ...]:
             FindingKind.L2_TABLE_MISALIGNED,
             FindingKind.SNAPSHOT_L1_MISALIGNED,
             FindingKind.SNAPSHOT_L1_TOO_LARGE,
+            FindingKind.LUKS_HEADER_INVALID,
         )
         if kind in kinds
     ]
     lost = findings.of(FindingKind.PAST_END).structure
-    tables = (
-        Structure.L1_TABLE,
-        Structure.L2_TABLE,
-        Structure.SNAPSHOT_TABLE,
-        Structure.BITMAP_DIRECTORY,
-        Structure.BITMAP_TABLE,
-    )
-    if np.isin(lost, tables).any():
+    # A single cluster past the end hides nothing. Of anything larger a part may lie in the file: it
+    # was not counted, looks leaked, and is not.
+    single = (Structure.DATA, Structure.BITMAP_DATA)
+    if not np.isin(lost, single).all():
         hiding.append(FindingKind.PAST_END)
     return tuple(hiding)
 

@@ -116,6 +116,7 @@ class FindingKind(IntEnum):
     CORRUPT_BIT = 30
     DIRTY_BIT = 31
     STALE_BITMAPS = 32
+    LUKS_HEADER_INVALID = 33
 
     @property
     def label(self) -> str:
@@ -268,6 +269,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a bitmap table entry is invalid",
         "entry",
         left="the image does not say where this part of the bitmap is",
+    ),
+    FindingKind.LUKS_HEADER_INVALID: KindInfo(
+        _S.CORRUPTION,
+        "the LUKS header makes no sense, or is longer than the image says: parts of it may look"
+        " leaked",
+        "length",
+        left="without its LUKS header the disk cannot be decrypted; keep what is there of it",
+        counted=False,
     ),
     FindingKind.REFTABLE_ENTRY_RESERVED: KindInfo(
         _S.CORRUPTION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.qcow2.luks import DISABLED, ENABLED, MAGIC, STRIPES, KeySlot, LuksHeader
+from planner.qcow2.luks import DISABLED, ENABLED, MAGIC, STRIPES, KeySlot, LuksHeader, encode_luks
 
 SLOT_SECTORS = 504  # 64 bytes of key x 4000 stripes, rounded up to 4096 bytes
 
@@ -50,7 +50,21 @@ def _spread(header: LuksHeader) -> LuksHeader:
     return replace(header, key_slots=tuple(slots), payload_offset=8 + 8 * 1024)
 
 
+def small_luks_header() -> LuksHeader:
+    """As short as one gets: 128-bit keys, their slots close together."""
+    header = luks_header(cipher_mode=_name("cbc-plain"), key_bytes=16)
+    slots = [replace(s, key_material_offset=8 + 128 * n) for n, s in enumerate(header.key_slots)]
+    return replace(header, key_slots=tuple(slots), payload_offset=8 + 128 * len(slots))
+
+
+def luks_bytes() -> bytes:
+    """The whole header area of a small LUKS header, its key material all alike."""
+    header = small_luks_header()
+    return encode_luks(header).ljust(header.payload_offset * 512, b"k")
+
+
 ACCEPTED = {
+    "small": small_luks_header(),
     "plain": luks_header(),
     "cbc-essiv": luks_header(cipher_mode=_name("cbc-essiv:sha256"), key_bytes=32),
     "cbc-plain": luks_header(cipher_mode=_name("cbc-plain"), key_bytes=16),

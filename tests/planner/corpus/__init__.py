@@ -1,0 +1,10 @@
+"""Damaged images, one for every rule of the check, each with the findings that it must give.
+
+A module a chapter: ``guest`` (L1 and L2), ``refcounts``, ``snapshots``, ``others`` (header, LUKS,
+bitmaps). What is common to them is in ``rule``.
+"""
+
+from tests.planner.corpus import guest, others, refcounts, snapshots
+from tests.planner.corpus.rule import RULES, Rule
+
+__all__ = ["RULES", "Rule", "guest", "others", "refcounts", "snapshots"]

@@ -1,0 +1,163 @@
+"""The bitmap directory: entries there and back, and each thing that QEMU refuses in one."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.make_image import ImageBuilder
+from planner.errors import ImageError
+from planner.qcow2 import bitmaps
+from planner.qcow2.bitmaps import IN_USE, Bitmap, encode_bitmap, read_bitmaps
+from planner.qcow2.extensions import BitmapsPointer
+from planner.qcow2.geometry import Geometry
+from planner.source import Bytes
+from tests.planner.answers import refusal
+
+GEOMETRY = Geometry(3, 16, 4, 1 << 30)
+GOOD = Bitmap(
+    offset=0,
+    bitmap_table_offset=0x50000,
+    bitmap_table_size=1,
+    flags=0,
+    type=1,
+    granularity_bits=16,
+    extra_data=b"",
+    name=b"backup",
+)
+names = st.binary(max_size=40)
+good_bitmaps = st.builds(
+    replace,
+    st.just(GOOD),
+    bitmap_table_offset=st.integers(1, 1 << 47).map(lambda n: n << 16),
+    flags=st.integers(0, 3).map(lambda bits: bits << 1),
+    granularity_bits=st.integers(11, 31),
+    name=names,
+)
+
+
+def read(raw: bytes, count: int, *, size: int | None = None) -> tuple[Bitmap, ...]:
+    pointer = BitmapsPointer(count, len(raw) if size is None else size, 0)
+    return read_bitmaps(Bytes(raw), pointer, GEOMETRY)
+
+
+def test_entry_is_24_bytes():
+    assert bitmaps.ENTRY_BYTES == 24
+
+
+@given(found=st.lists(good_bitmaps, min_size=1, max_size=5, unique_by=lambda b: b.name))
+def test_directory_comes_back_the_same(found):
+    found = [replace(bitmap, flags=bitmap.flags & bitmaps.AUTO) for bitmap in found]
+    raw = b"".join(encode_bitmap(bitmap) for bitmap in found)
+    again = read(raw, len(found))
+    assert [replace(bitmap, offset=0) for bitmap in again] == found
+    assert b"".join(encode_bitmap(bitmap) for bitmap in again) == raw
+    for bitmap in again:
+        assert bitmap.offset % 8 == 0
+
+
+@given(raw=st.binary(min_size=1, max_size=120), count=st.integers(0, 4))
+def test_any_directory_is_read_or_refused(raw, count):
+    error = refusal(read, raw, count)
+    if error is None:
+        assert len(read(raw, count)) == count
+    else:
+        assert "\n" not in str(error)
+
+
+def test_granularity_is_in_bytes():
+    assert GOOD.granularity == 65536
+
+
+def test_bitmaps_of_an_image():
+    builder = ImageBuilder(size=1 << 28)
+    builder.add_bitmap("first", {0, 4095}, granularity_bits=16)
+    builder.add_bitmap("second", set(), granularity_bits=20)
+    image = builder.build()
+    first, second = image.bitmaps
+    assert (first.name, first.granularity, first.bitmap_table_size) == (b"first", 1 << 16, 1)
+    assert (second.name, second.granularity) == (b"second", 1 << 20)
+    assert image.word(second.bitmap_table_offset) == 0
+    data = image.word(first.bitmap_table_offset)
+    assert image.data[data : data + 512] == b"\x01" + bytes(510) + b"\x80"
+
+
+RULES = {
+    "extra data": ({"extra_data": b"x"}, "extra_data_size"),
+    "table without entries": ({"bitmap_table_size": 0}, "bitmap_table_size"),
+    "table with too many entries": ({"bitmap_table_size": 0x800_0001}, "bitmap_table_size"),
+    "table nowhere": ({"bitmap_table_offset": 0}, "bitmap_table_offset"),
+    "table misaligned": ({"bitmap_table_offset": 0x50200}, "bitmap_table_offset"),
+    "granularity below 9": ({"granularity_bits": 8}, "granularity_bits"),
+    "granularity above 31": ({"granularity_bits": 32}, "granularity_bits"),
+    "granularity of 2^255": ({"granularity_bits": 255}, "granularity_bits"),
+    "reserved flags": ({"flags": 8}, "flags"),
+    "highest flag": ({"flags": 1 << 31}, "flags"),
+    "name of 1024 bytes": ({"name": b"n" * 1024}, "name_size"),
+    "unknown type": ({"type": 0}, "type"),
+    "over 512 MiB": ({"bitmap_table_size": 8193, "flags": IN_USE}, "bitmap_table_size"),
+    "table too small for the disk": ({"granularity_bits": 9}, "bitmap_table_size"),
+    "table too large for the disk": ({"bitmap_table_size": 2}, "bitmap_table_size"),
+}
+
+
+@pytest.mark.parametrize(("changes", "field"), RULES.values(), ids=RULES)
+def test_entry_that_qemu_refuses_is_refused(changes, field):
+    with pytest.raises(ImageError) as caught:
+        read(encode_bitmap(replace(GOOD, **changes)), 1)
+    assert caught.value.field == f"{field} of the bitmap at 0"
+
+
+ACCEPTED = {
+    "good": {},
+    "automatic": {"flags": bitmaps.AUTO},
+    "in use, of another size": {"bitmap_table_size": 2, "flags": IN_USE},
+    "name of 1023 bytes": {"name": b"n" * 1023},
+    "coarsest granularity": {"granularity_bits": 31},
+}
+
+
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
+def test_entry_that_qemu_takes_is_taken(changes):
+    assert read(encode_bitmap(replace(GOOD, **changes)), 1) == (replace(GOOD, **changes),)
+
+
+def test_names_are_unique():
+    other = replace(GOOD, bitmap_table_offset=0x60000)
+    with pytest.raises(ImageError, match="not unique"):
+        read(encode_bitmap(GOOD) + encode_bitmap(other), 2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 65535])
+def test_count_of_the_extension_must_be_that_of_the_directory(count):
+    raw = encode_bitmap(GOOD) + encode_bitmap(replace(GOOD, name=b"other"))
+    with pytest.raises(ImageError) as caught:
+        read(raw, count)
+    assert caught.value.field == "nb_bitmaps"
+
+
+@pytest.mark.parametrize("cut", [1, 8, 16, 31])
+def test_entry_cut_off_by_the_end_of_the_directory_is_refused(cut):
+    raw = encode_bitmap(GOOD)
+    with pytest.raises(ImageError, match="cut off"):
+        read(raw, 1, size=len(raw) - cut)
+
+
+def test_name_that_runs_past_the_directory_is_refused():
+    raw = bytearray(encode_bitmap(GOOD))
+    raw[18:20] = b"\xff\xff"
+    with pytest.raises(ImageError, match="cut off"):
+        read(bytes(raw), 1)
+
+
+def test_empty_directory_is_refused():
+    with pytest.raises(ImageError) as caught:
+        read(b"", 0)
+    assert caught.value.field == "bitmap_directory_size"
+
+
+def test_directory_past_the_end_of_the_file_is_refused():
+    with pytest.raises(ImageError) as caught:
+        read_bitmaps(Bytes(bytes(1024)), BitmapsPointer(1, 64 << 20, 0), GEOMETRY)
+    assert caught.value.field == "bitmap_directory_offset"

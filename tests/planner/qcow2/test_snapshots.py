@@ -1,0 +1,181 @@
+"""The snapshot table: entries there and back, their accessors, and where reading must stop."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.make_image import ImageBuilder
+from planner.errors import ImageError
+from planner.qcow2 import snapshots as snapshots_module
+from planner.qcow2.snapshots import (
+    ENTRY_BYTES,
+    MAX_SNAPSHOTS,
+    Snapshot,
+    SnapshotTable,
+    decode_snapshot,
+    encode_snapshot,
+    read_snapshots,
+)
+from planner.source import Bytes
+from tests.planner.answers import refusal
+
+u16 = st.integers(0, (1 << 16) - 1)
+u32 = st.integers(0, (1 << 32) - 1)
+u64 = st.integers(0, (1 << 64) - 1)
+snapshots = st.builds(
+    Snapshot,
+    offset=st.just(0),
+    l1_table_offset=u64,
+    l1_size=u32,
+    date_sec=u32,
+    date_nsec=u32,
+    vm_clock_nsec=u64,
+    vm_state_size_32=u32,
+    extra_data=st.binary(max_size=32),
+    id_str=st.binary(max_size=12),
+    name=st.binary(max_size=12),
+)
+EMPTY = Snapshot(0, 0, 0, 0, 0, 0, 0, b"", b"", b"")
+
+
+def image_with(*names: str):
+    builder = ImageBuilder(cluster_bits=9, size=1 << 15)
+    for name in names:
+        builder.take_snapshot(name)
+    return builder.build()
+
+
+def table_of(image) -> SnapshotTable:
+    return read_snapshots(image.source, image.header, image.geometry)
+
+
+def test_entry_is_40_bytes():
+    assert ENTRY_BYTES == 40
+
+
+@given(snapshot=snapshots, before=st.integers(0, 9).map(lambda n: n * 8))
+def test_entry_comes_back_the_same(snapshot, before):
+    raw = encode_snapshot(snapshot)
+    assert len(raw) % 8 == 0
+    source = Bytes(bytes(before) + raw)
+    assert decode_snapshot(source, before) == replace(snapshot, offset=before)
+
+
+@given(raw=st.binary(max_size=80))
+def test_any_bytes_decode_and_come_back_the_same_or_are_refused(raw):
+    error = refusal(decode_snapshot, Bytes(raw), 0)
+    if error is not None:
+        assert error.field == "extra_data_size"
+        return
+    snapshot = decode_snapshot(Bytes(raw), 0)
+    end = ENTRY_BYTES + len(snapshot.extra_data) + len(snapshot.id_str) + len(snapshot.name)
+    assert encode_snapshot(snapshot)[: min(end, len(raw))] == raw[:end]
+
+
+@pytest.mark.parametrize(
+    ("extra", "vm_state", "disk", "icount"),
+    [
+        (b"", 7, None, None),
+        (bytes(7), 7, None, None),
+        ((1 << 33).to_bytes(8, "big"), 1 << 33, None, None),
+        (bytes(8) + (1 << 40).to_bytes(8, "big"), 0, 1 << 40, None),
+        (bytes(16) + (5).to_bytes(8, "big"), 0, 0, 5),
+        (bytes(16) + b"\xff" * 8, 0, 0, None),
+        (bytes(16) + (5).to_bytes(8, "big") + b"unknown more", 0, 0, 5),
+    ],
+)
+def test_extra_data_says_as_much_as_it_has(extra, vm_state, disk, icount):
+    snapshot = replace(EMPTY, vm_state_size_32=7, extra_data=extra)
+    assert (snapshot.vm_state_size, snapshot.disk_size, snapshot.icount) == (
+        vm_state, disk, icount,
+    )  # fmt: skip
+
+
+def test_table_lists_snapshots_in_order():
+    table = table_of(image_with("one", "second", "third one"))
+    assert [snapshot.name for snapshot in table.snapshots] == [b"one", b"second", b"third one"]
+    assert [snapshot.id_str for snapshot in table.snapshots] == [b"1", b"2", b"3"]
+    offsets = [snapshot.offset - table.offset for snapshot in table.snapshots]
+    assert offsets == [0, 64, 128]  # 40 + 16 of extra data + id + name, padded to 8
+
+
+def test_length_of_the_table_leaves_out_the_last_padding():
+    assert table_of(image_with("one")).length == 40 + 16 + 1 + 3
+
+
+def test_no_snapshots_is_an_empty_table():
+    table = table_of(image_with())
+    assert (table.length, table.snapshots) == (0, ())
+
+
+def test_entries_past_the_end_of_the_file_are_snapshots_of_nothing():
+    image = image_with("one")
+    image.change_header(nb_snapshots=3, snapshots_offset=len(image.data))
+    table = table_of(image)
+    assert [snapshot.l1_size for snapshot in table.snapshots] == [0, 0, 0]
+    assert table.length == 3 * ENTRY_BYTES
+
+
+def with_snapshots_offset(offset: int):
+    image = image_with("one")
+    image.change_header(snapshots_offset=offset)
+    return image
+
+
+def with_count(count: int):
+    image = image_with("one")
+    image.change_header(nb_snapshots=count)
+    return image
+
+
+def with_extra_data_size(size: int):
+    image = image_with("one", "two")
+    at = image.snapshots[1].offset + 36
+    image.data[at : at + 4] = size.to_bytes(4, "big")
+    return image
+
+
+def test_table_over_its_limit_is_refused(monkeypatch):
+    assert snapshots_module.MAX_TABLE_BYTES == 64 << 20
+    monkeypatch.setattr(snapshots_module, "MAX_TABLE_BYTES", 200)
+    assert len(table_of(image_with("one", "two", "three")).snapshots) == 3  # 189 bytes
+    with pytest.raises(ImageError, match="over 64 MiB") as caught:
+        table_of(image_with("one", "two", "three", "four"))
+    assert caught.value.field == "snapshot table"
+
+
+STOPS = {
+    "one snapshot too many": (lambda: with_count(MAX_SNAPSHOTS + 1), "nb_snapshots"),
+    "as many as the field holds": (lambda: with_count((1 << 32) - 1), "nb_snapshots"),
+    "table misaligned": (lambda: with_snapshots_offset(520), "snapshots_offset"),
+    "table past 2^63": (lambda: with_snapshots_offset(1 << 63), "snapshots_offset"),
+    "table at the end of any file": (
+        lambda: with_snapshots_offset((1 << 63) - 512),
+        "snapshots_offset",
+    ),
+    "extra data over 1024 bytes": (lambda: with_extra_data_size(1025), "extra_data_size"),
+    "extra data of 4 GiB": (lambda: with_extra_data_size((1 << 32) - 1), "extra_data_size"),
+}
+
+
+@pytest.mark.parametrize(("make", "field"), STOPS.values(), ids=STOPS)
+def test_table_that_cannot_be_read_is_refused(make, field):
+    with pytest.raises(ImageError) as caught:
+        table_of(make())
+    assert caught.value.field == field
+    assert "\n" not in str(caught.value)
+
+
+def test_extra_data_of_1024_bytes_is_read():
+    builder = ImageBuilder(cluster_bits=9, size=1 << 15)
+    builder.take_snapshot("x", extra_data=b"e" * 1024)
+    assert table_of(builder.build()).snapshots[0].extra_data == b"e" * 1024
+
+
+def test_extra_data_over_the_limit_is_cut_where_it_may_be():
+    long = replace(EMPTY, extra_data=bytes(range(200)) * 6, id_str=b"1", name=b"long")
+    source = Bytes(encode_snapshot(long))
+    found = decode_snapshot(source, 0, may_cut=True)
+    assert found == replace(long, extra_data=bytes(range(24)), cut=1176)

@@ -1,0 +1,252 @@
+"""The check as a whole: what it asks of a source, what a file may claim, and how it is stopped."""
+
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.make_image import Image, ImageBuilder
+from planner import check as check_module
+from planner.census import Walker
+from planner.check import check_image
+from planner.errors import Cancelled
+from planner.findings import Finding
+from planner.report import Report
+from planner.source import Bytes, Source
+from tests.planner.corpus import RULES
+from tests.planner.corpus.rule import builder, fill, plain
+from tests.planner.sources import Sparse
+
+MIB = 1 << 20
+EIB = 1 << 60
+
+
+def answers(report: Report) -> list[object]:
+    """All that a report says, for comparison."""
+    stopped = [str(error) for error in report.stopped]
+    return [report.counters, stopped, report.complete, *report.rows()]
+
+
+class CarefulWalker(Walker):
+    """Judges every entry one by one, never a run at once."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.fast = False
+
+
+def check_carefully(source: Source) -> Report:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_module, "Walker", CarefulWalker)
+        return check_image(source)
+
+
+def check_sparsely(source: Source) -> Report:
+    """Check with counters for the clusters that matter only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_module, "DENSE_CLUSTERS", 0)
+        return check_image(source)
+
+
+# Any image
+
+
+def rich() -> Image:
+    """Small clusters, so that damage hits metadata: two snapshots, compression, zeros, a bitmap."""
+    made = ImageBuilder(cluster_bits=9, size=1 << 17, refcount_order=3)
+    made.write(0, b"a" * 512 * 5)
+    made.write(70, b"b" * 512 * 3)
+    made.write_compressed(6, b"c")
+    made.write_compressed(7, b"d")
+    made.write_zeros(8)
+    made.write_zeros(9, allocated=True)
+    made.take_snapshot("one")
+    made.write(1, b"e")
+    made.take_snapshot("two")
+    made.write(71, b"f")
+    made.skip(2)
+    made.add_bitmap("bits", {0, 1}, granularity_bits=16)
+    return made.build()
+
+
+RICH = rich()
+ALL_BITS = (1 << 64) - 1
+words = st.one_of(
+    st.sampled_from([0, 1, 1 << 62, 1 << 63, ALL_BITS, 512, 1 << 61, 1 << 55, (1 << 63) - 512]),
+    st.integers(0, RICH.host_clusters + 2).map(lambda cluster: cluster << 9 | 1 << 63),
+    st.integers(0, RICH.host_clusters + 2).map(lambda cluster: cluster << 9),
+    st.integers(0, ALL_BITS),
+)
+damages = st.lists(
+    st.tuples(st.integers(0, len(RICH.data) // 8 - 1), words), min_size=1, max_size=4
+)
+
+
+def damaged(changes: list[tuple[int, int]], end: int | None = None) -> Bytes:
+    image = Image(bytearray(RICH.data))
+    for index, word in changes:
+        image.set_word(index * 8, word)
+    return Bytes(bytes(image.data[:end]))
+
+
+@given(changes=damages, end=st.none() | st.integers(0, len(RICH.data)))
+def test_any_damage_is_reported(changes, end):
+    report = check_image(damaged(changes, end))
+    rows = list(report.rows())
+    assert all(isinstance(row, Finding) and row.count > 0 for row in rows)
+    assert report.exit_code in (0, 1, 2, 3, 63)
+    assert report.verdict
+
+
+@given(changes=damages)
+def test_runs_and_single_entries_count_alike(changes):
+    source = damaged(changes)
+    assert answers(check_image(source)) == answers(check_carefully(source))
+
+
+@given(data=st.binary(max_size=400))
+def test_any_bytes_are_reported(data):
+    assert check_image(Bytes(data)).exit_code in (1, 63)
+
+
+@given(data=st.binary(min_size=1, max_size=600))
+def test_any_bytes_behind_a_sound_header_are_reported(data):
+    image = plain()
+    image.data[4096:] = data
+    assert list(check_image(image.source).rows())
+
+
+# What a file claims
+
+
+HUGE = 64 * MIB
+"""A hole this long behind an image makes the check count sparsely, if it may."""
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "refblock_listed_twice"])
+def test_sparse_counters_find_the_same(name):
+    image = RULES[name]().image
+    source = Sparse.of(bytes(image.data), len(image.data) + HUGE)
+    assert answers(check_sparsely(source)) == answers(check_image(source))
+
+
+def claiming(**fields: int) -> Image:
+    image = plain()
+    image.change_header(**fields)
+    return image
+
+
+CLAIMS: dict[str, dict[str, int]] = {
+    "2^60 bytes of disk": {"size": EIB, "l1_size": 1 << 22},
+    "longest tables": {"l1_size": 1 << 22, "refcount_table_clusters": 2048},
+    "2^32 snapshots": {"nb_snapshots": 0xFFFF_FFFF, "snapshots_offset": 1 << 40},
+    "snapshots far away": {"nb_snapshots": 200, "snapshots_offset": 1 << 40},
+    "snapshots in place of clusters": {"nb_snapshots": 200, "snapshots_offset": 4096},
+    "tables far away": {
+        "l1_size": 1 << 22,
+        "l1_table_offset": 1 << 62,
+        "refcount_table_offset": 1 << 62,
+        "refcount_table_clusters": 2048,
+    },
+}
+
+
+def peak_of(source: Source) -> int:
+    """The most memory that a check of *source* holds, in bytes."""
+    tracemalloc.start()
+    report = check_image(source)
+    list(report.rows())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("length", [200, 4096, None], ids=["200 bytes", "one cluster", "whole"])
+@pytest.mark.parametrize("fields", CLAIMS.values(), ids=CLAIMS)
+def test_what_a_short_file_claims_costs_nothing(fields, length):
+    data = bytes(claiming(**fields).data[:length])
+    assert peak_of(Bytes(data)) < 64 * MIB
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 50, (1 << 63) - (1 << 30), (1 << 63) - 1])
+@pytest.mark.parametrize("fields", CLAIMS.values(), ids=CLAIMS)
+def test_what_a_sparse_file_claims_costs_nothing(fields, size):
+    source = Sparse.of(bytes(claiming(**fields).data), size)
+    assert peak_of(source) < 64 * MIB
+    assert source.bytes_read < 64 * MIB
+
+
+def test_as_many_snapshots_as_can_be_claimed_cost_few_reads():
+    source = Sparse.of(bytes(claiming(nb_snapshots=65536, snapshots_offset=1 << 40).data), EIB)
+    assert check_image(source).counters.corruptions >= 65536
+    assert source.bytes_read < 4 * MIB
+    assert len(source.asked) < 10
+
+
+def test_clusters_far_apart_are_counted_where_they_are():
+    image = plain()
+    far = (1 << 55) + 4096
+    image.set_word(image.l2_at(1), far | 1 << 63)
+    source = Sparse.of(bytes(image.data), 1 << 60)
+    report = check_image(source)
+    assert report.counters.corruptions == 2
+    assert {row.kind.label: row.host_offset for row in report.rows()} == {
+        "refcount-missing": far,
+        "l2-copied": image.l2_at(1),
+        "leak": 3 * 4096,
+    }
+    assert report.counters.image_end_offset == far + 4096
+
+
+def test_metadata_in_holes_is_not_read():
+    made = builder(size=1 << 40)
+    image = made.build()
+    source = Sparse.of(bytes(image.data), 1 << 50)
+    check_image(source)
+    # The L1 table of 4 MiB is a hole, and so is nearly all of the file.
+    assert source.bytes_read < MIB
+
+
+# Progress, and the wish to stop
+
+
+def test_progress_is_told_stage_by_stage_and_never_goes_back():
+    told: list[tuple[str, int, int]] = []
+    check_image(
+        RULES["two_entries_on_one_cluster"]().image.source,
+        progress=lambda stage, done, total: told.append((stage, done, total)),
+    )
+    assert all(0 <= done <= total and total > 0 for _, done, total in told)
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages[0] == "census"
+    last = {stage: (done, total) for stage, done, total in told}
+    assert last["refcounts"][0] == last["refcounts"][1]
+    assert last["census"][0] == last["census"][1]
+    for stage in stages[1:]:
+        done = [at for name, at, _ in told if name == stage]
+        assert done == sorted(done) or stage == "census"
+
+
+def test_check_can_be_stopped_whenever_it_asks():
+    source = RULES["two_entries_on_one_cluster"]().image.source
+    asked = 0
+
+    def count() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    check_image(source, cancelled=count)
+    assert asked > 3
+    for limit in range(asked):
+        patience = iter(range(limit))
+        with pytest.raises(Cancelled):
+            check_image(source, cancelled=lambda patience=patience: next(patience, None) is None)
+
+
+def test_check_reads_and_nothing_else():
+    data = bytes(fill(builder()).build().data)
+    source = Bytes(data)
+    check_image(source)
+    assert source.data is data

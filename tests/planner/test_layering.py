@@ -1,0 +1,137 @@
+"""The arrows between modules: read off their imports, so that no module is run for it.
+
+The planner is pure. Above it `cli` knows `mount`, `mount` knows the inspector, the inspector knows
+what opens, locks and writes; none of them is known from below. `render` knows values only, those of
+the planner and the outcome of a repair, and what stands between FUSE and the nodes knows nothing of
+qcow2.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("planner", "instarfs")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+PLANNER = [name for name in MODULES if name.startswith("planner")]
+INSTARFS = [name for name in MODULES if name.startswith("instarfs")]
+
+PURE = {
+    "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "errno",
+    "functools", "hashlib", "heapq", "itertools", "math", "operator", "struct", "typing", "zlib",
+    "construct", "numpy",
+}  # fmt: skip
+"""What the planner may use besides itself: nothing that reaches a file, a clock or a process."""
+
+IMPURE_BUILTINS = {"open", "print", "input", "exec", "eval", "compile", "__import__", "breakpoint"}
+IMPURE_METHODS = {"fromfile", "tofile", "memmap", "load", "loadtxt", "genfromtxt", "save", "savez"}
+
+LEVELS = {"__main__": 4, "cli": 3, "mount": 2, "inspector": 1}
+"""Who may know whom: a module knows its own level and those below; all others are at 0."""
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imports_of(module: str) -> set[str]:
+    """Absolute names of what a module imports: of ours the module, of others as it stands there."""
+    found: set[str] = set()
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            name = node.module or ""
+            inside = {f"{name}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inside or {name}
+    return found
+
+
+def ours(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name.split(".")[0] in ("planner", "instarfs")}
+
+
+def unit_of(module: str) -> str:
+    """The part of instarfs that a module belongs to: ``instarfs.mount.tree`` to ``mount``."""
+    return [*module.split("."), ""][1]
+
+
+def impure_calls_of(module: str) -> Iterator[str]:
+    for node in ast.walk(tree_of(module)):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in IMPURE_BUILTINS:
+                yield name
+            case ast.Call(func=ast.Attribute(attr=name)) if name in IMPURE_METHODS:
+                yield name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_says_what_it_is_for(module):
+    assert ast.get_docstring(tree_of(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_of_ours_exist(module):
+    assert ours(module) <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", PLANNER)
+def test_planner_imports_only_what_is_pure(module):
+    outside = {name.split(".")[0] for name in imports_of(module)} - {"planner"}
+    assert outside <= PURE
+
+
+@pytest.mark.parametrize("module", PLANNER)
+def test_planner_calls_nothing_that_reads_or_writes_the_world(module):
+    assert not list(impure_calls_of(module))
+
+
+@pytest.mark.parametrize("module", [name for name in PLANNER if name.startswith("planner.qcow2")])
+def test_format_knows_only_itself_and_what_it_reads_from(module):
+    base = {"planner.errors", "planner.arrays", "planner.source"}
+    assert {name for name in ours(module) if not name.startswith("planner.qcow2")} <= base
+
+
+@pytest.mark.parametrize("module", INSTARFS)
+def test_no_module_knows_one_above_it(module):
+    level = LEVELS.get(unit_of(module), 0)
+    known = {name for name in ours(module) if name.startswith("instarfs")}
+    assert {name for name in known if LEVELS.get(unit_of(name), 0) > level} == set()
+
+
+@pytest.mark.parametrize("module", [name for name in INSTARFS if unit_of(name) == "render"])
+def test_render_takes_values(module):
+    known = {name for name in ours(module) if name.startswith("instarfs")}
+    assert {unit_of(name) for name in known} <= {"render", "outcome"}
+
+
+def test_an_outcome_is_a_value_too():
+    known = {name for name in ours("instarfs.outcome") if name.startswith("instarfs")}
+    assert known == {"instarfs.errors"}
+
+
+@pytest.mark.parametrize("name", ["operations", "nodes"])
+def test_what_speaks_fuse_knows_nothing_of_qcow2(name):
+    module = f"instarfs.mount.{name}"
+    assert not {known for known in ours(module) if known.startswith("planner")}
+
+
+@pytest.mark.parametrize("module", INSTARFS)
+def test_only_the_mount_speaks_fuse(module):
+    assert unit_of(module) == "mount" or "pyfuse3" not in imports_of(module)
+
+
+def test_no_two_modules_import_each_other():
+    known = {module: ours(module) - {module} for module in MODULES}
+    while leaves := [module for module, others in known.items() if not others]:
+        for leaf in leaves:
+            del known[leaf]
+        for others in known.values():
+            others.difference_update(leaves)
+    assert not known, f"import each other, directly or not: {sorted(known)}"

@@ -1,0 +1,148 @@
+"""Reading tables from a source: batches, holes, ends, and reads that many tables share."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner import source as source_module
+from planner.source import (
+    Bytes,
+    nonzero_words,
+    present_tables,
+    read_bytes,
+    read_present,
+    read_tables,
+)
+from tests.planner.sources import Sparse
+
+contents = st.binary(max_size=60)
+
+
+@given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
+def test_bytes_past_the_end_are_zeros(data, offset, length):
+    assert read_bytes(Bytes(data), offset, length) == (data + bytes(200))[offset : offset + length]
+
+
+@given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
+def test_present_bytes_end_with_the_file(data, offset, length):
+    assert read_present(Bytes(data), offset, length) == data[offset : offset + length]
+
+
+def test_present_bytes_of_a_huge_claim_cost_what_is_there():
+    assert read_present(Bytes(b"abc"), 1, 1 << 62) == b"bc"
+
+
+@given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
+def test_extents_of_bytes_are_clipped(data, offset, length):
+    extents = list(Bytes(data).data_extents(offset, length))
+    inside = range(offset, min(offset + length, len(data)))
+    assert [at for start, end in extents for at in range(start, end)] == list(inside)
+
+
+words = st.lists(st.sampled_from([0, 0, 1, 1 << 63, (1 << 64) - 1]), max_size=40)
+
+
+@given(values=words, before=st.integers(0, 20), cut=st.integers(0, 9))
+def test_nonzero_words_are_found_wherever_the_table_stands(values, before, cut):
+    table = np.array(values, dtype=">u8").tobytes()
+    data = bytes(before) + table[: max(0, len(table) - cut)]
+    index, word = nonzero_words(Bytes(data), before, len(values))
+    whole = np.frombuffer(data[before:].ljust(len(table), b"\0"), dtype=">u8")
+    assert index.tolist() == np.flatnonzero(whole).tolist()
+    assert word.tolist() == [value for value in whole.tolist() if value]
+    assert word.dtype == np.uint64
+
+
+def test_nonzero_words_across_batches(monkeypatch):
+    monkeypatch.setattr(source_module, "BATCH_BYTES", 64)
+    values = list(range(100))
+    index, word = nonzero_words(Bytes(np.array(values, dtype=">u8").tobytes()), 0, 100)
+    assert index.tolist() == word.tolist() == values[1:]
+
+
+def test_nonzero_words_of_a_table_that_claims_more_than_the_file():
+    data = (7).to_bytes(8, "big")
+    index, word = nonzero_words(Bytes(data), 0, 1 << 58)
+    assert (index.tolist(), word.tolist()) == ([0], [7])
+
+
+def test_nonzero_words_skip_holes():
+    source = Sparse({3: b"\1" * 8, 1 << 40: b"\2" * 8}, size=1 << 60)
+    index, word = nonzero_words(source, 0, 1 << 57)
+    assert index.tolist() == [3 * 64, (1 << 40) * 64]
+    assert word.tolist() == [0x0101010101010101, 0x0202020202020202]
+    assert source.bytes_read == 1024
+
+
+def test_nonzero_words_where_data_begins_inside_a_word():
+    source = Sparse({1: b"\xff" * 4, 2: b"\xee" * 4}, size=1 << 20, block=4)
+    index, word = nonzero_words(source, 0, 2)
+    assert word.tolist() == [0x0000_0000_FFFF_FFFF, 0xEEEE_EEEE_0000_0000]
+    assert index.tolist() == [0, 1]
+
+
+@given(
+    data=st.binary(min_size=1, max_size=400),
+    numbers=st.lists(st.integers(0, 30), max_size=20),
+    table=st.sampled_from([8, 16, 64]),
+    batch=st.sampled_from([1, 64, 100, 1 << 20]),
+)
+def test_tables_are_read_in_the_order_asked_for(data, numbers, table, batch):
+    offsets = np.array([number * 16 for number in numbers], dtype=np.int64)
+    got: list[bytes] = []
+    for part, rows in read_tables(Bytes(data), offsets, table, batch):
+        assert part.start == len(got)
+        assert rows.shape == (part.stop - part.start, table)
+        got += [row.tobytes() for row in rows]
+    padded = data + bytes(1000)
+    assert got == [padded[number * 16 : number * 16 + table] for number in numbers]
+
+
+def test_neighbouring_tables_are_one_request():
+    source = Sparse({}, size=1 << 30)
+    requests = []
+    source.read_into = lambda offset, buffer: requests.append((offset, len(buffer)))  # type: ignore[method-assign]
+    offsets = np.array([0, 512, 1024, 1 << 20, (1 << 20) + 1024], dtype=np.int64)
+    list(read_tables(source, offsets, 512))
+    assert requests == [(0, 1536), (1 << 20, 1536)]
+
+
+def test_tables_are_all_read_while_that_is_cheap():
+    source = Sparse({}, size=1 << 30)
+    present = present_tables(source, np.arange(4, dtype=np.int64) * 512, 512)
+    assert present.all()
+    assert not source.asked
+
+
+@pytest.mark.parametrize("reach", [1, 511, 512])
+def test_tables_in_holes_are_left_out(monkeypatch, reach):
+    monkeypatch.setattr(source_module, "READ_ANYWAY_BYTES", 0)
+    source = Sparse({2: b"x", 3: b"x", 9: b"x"}, size=1 << 30)
+    offsets = np.arange(12, dtype=np.int64) * 512
+    assert np.flatnonzero(present_tables(source, offsets, 512)).tolist() == [2, 3, 9]
+    assert np.flatnonzero(present_tables(source, offsets + 512 - reach, 512)).tolist() == (
+        [1, 2, 3, 8, 9] if reach < 512 else [2, 3, 9]
+    )
+
+
+@given(
+    there=st.sets(st.integers(0, 40), max_size=12),
+    wanted=st.sets(st.integers(0, 40), min_size=1, max_size=12),
+)
+def test_no_table_with_data_is_left_out(there, wanted):
+    source = Sparse(dict.fromkeys(there, b"x"), size=1 << 30)
+    offsets = np.array(sorted(wanted), dtype=np.int64) * 512
+    before, source_module.READ_ANYWAY_BYTES = source_module.READ_ANYWAY_BYTES, 0
+    try:
+        present = present_tables(source, offsets, 512)
+    finally:
+        source_module.READ_ANYWAY_BYTES = before
+    assert set((offsets[present] // 512).tolist()) == there & wanted
+
+
+def test_a_million_tables_in_a_hole_are_one_question(monkeypatch):
+    monkeypatch.setattr(source_module, "READ_ANYWAY_BYTES", 0)
+    source = Sparse({}, size=1 << 62)
+    assert not present_tables(source, np.arange(1 << 20, dtype=np.int64) << 16, 1 << 16).any()
+    assert len(source.asked) == 1
