@@ -14,7 +14,7 @@ setup := PYTHON='$(PYTHON)' .ci/setup
 python := .venv/bin/python
 
 help:
-	@echo 'make demo    mount a damaged sample image and print what the check finds'
+	@echo 'make demo    mount a damaged sample image, show what is wrong, repair it, undo'
 	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
 	@echo 'make lint    ruff format, ruff lint, mypy strict'
 	@echo 'make bench   measure the check against qemu-img'

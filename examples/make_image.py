@@ -784,20 +784,21 @@ def sample(seed: int = 1, size: int = 2 * GIB, cluster_bits: int = 16) -> ImageB
         raise ValueError(f"the disk needs two L2 tables: {2 * builder.geometry.l2_coverage} bytes")
     per_table, one = builder.geometry.l2_entries, builder.geometry.cluster_size
     partition, log_at = max(1, MIB // one), per_table // 2
+    upgraded = partition + max(1, MIB // 4 // one)
     builder.write(0, _boot_sector(size))
     builder.write(partition, rng.randbytes(max(2 * one, MIB)))
-    builder.write(log_at, _log(rng, 24_000))
+    builder.write(log_at, _log(rng, 24_576))
     for cluster in range(per_table - 8, per_table):
-        builder.write_compressed(cluster, _log(rng, 800)[:one])
+        builder.write_compressed(cluster, _log(rng, 819)[:one])
     builder.take_snapshot("before upgrade")
     builder.skip(3)
-    builder.write(partition + 1, rng.randbytes(max(one, MIB // 2)))
+    builder.write(upgraded, rng.randbytes(max(one, MIB // 2)))
     builder.skip(1)
-    builder.write(per_table, _log(rng, 12_000))
+    builder.write(per_table, _log(rng, 12_288))
     builder.skip(5)
     builder.write_zeros(log_at + 2)
     builder.write_zeros(log_at + 3, allocated=True)
-    changed = (partition + 1) * one >> 16
+    changed = upgraded * one >> 16
     builder.add_bitmap("backup-monday", set(range(changed, changed + 8)))
     builder.skip(2)
     return builder

@@ -84,7 +84,7 @@ class Computed(Generic[T]):
         try:
             with run.scope:
                 key = self._key()
-                edition = Edition(await trio.to_thread.run_sync(self._compute, _should_stop))
+                edition = Edition(await trio.to_thread.run_sync(self._compute, should_stop))
                 self._kept = (key, edition) if key == self._key() else None
                 run.edition = edition
         except Cancelled:
@@ -133,8 +133,8 @@ class _Run(Generic[T]):
         return self.edition
 
 
-def _should_stop() -> bool:
-    """Whether the scope that the calling worker thread belongs to was cancelled."""
+def should_stop() -> bool:
+    """Whether whoever waits for the calling worker thread was cancelled."""
     try:
         trio.from_thread.check_cancelled()
     except trio.Cancelled:

@@ -128,9 +128,26 @@ class ImageNotQcow2(ImageUnreadable):
 
 @dataclass(eq=False)
 class RepairNotOffered(InstarfsError):
-    """this mount does not repair"""
+    """this mount is read-only; to repair, mount without --read-only"""
 
     errno: ClassVar[int] = _errno.EROFS
+
+
+@dataclass(eq=False)
+class RepairRunning(InstarfsError):
+    """{path}: a repair is running; see repair/progress, and try again when it has ended"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EBUSY
+
+
+@dataclass(eq=False)
+class NoSuchCommand(InstarfsError):
+    """{command!r} means nothing here; write {grammar}"""
+
+    command: bytes
+    grammar: str
+    errno: ClassVar[int] = _errno.EINVAL
 
 
 @dataclass(eq=False)
@@ -428,8 +445,18 @@ class UndoFileFailed(InstarfsError):
 
 
 @dataclass(eq=False)
+class UndoneAlready(InstarfsError):
+    """{path}: its last repair has been taken back already; there is nothing more to undo"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
 class UndoStale(InstarfsError):
-    """{path}: {what}, so that {undo_file} no longer fits it; nothing was written"""
+    """{path}: {what}, so that {undo_file} no longer fits it; nothing was written; move that file
+    away to go on without it
+    """
 
     path: str
     what: str

@@ -1,7 +1,8 @@
-"""One image under inspection: what it says of itself and its check, computed when first read.
+"""One image under inspection: what it says of itself, its check, and what repairs would do.
 
 Everything about when an image is read, under which locks, and what still holds after it changed
-lives here. How the results look is `instarfs.render`'s business, where they appear the tree's.
+lives here. Repairing it is `instarfs.repairs`' business; how results look is `instarfs.render`'s,
+and where they appear the tree's.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import contextlib
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
+
+import trio
 
 from instarfs import locks
 from instarfs.computed import Computed
-from instarfs.errors import ImageInUse, InstarfsError
+from instarfs.errors import ImageReplaced, InstarfsError
 from instarfs.image import FileSource, Generation, Image
+from instarfs.journal import Summary
+from instarfs.outcome import Pending, RepairOutcome
+from instarfs.repairer import Repairer, pending
+from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentage
+from instarfs.sharing import Sharing
 from planner.check import check_image
-from planner.errors import ImageError
+from planner.errors import AmbiguousCorruption, ImageError, RepairError
+from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
+from planner.repair.tiers import Proposal, propose
 from planner.report import Report
-
-IDLE = "idle"
 
 # A second write within one tick of the file system's clock (10 ms at 100 Hz) leaves no trace in
 # the times: what was read of a file that young is not kept.
@@ -42,6 +51,19 @@ class Description:
     allocated_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """The check of an image, and what is known of its repairs.
+
+    ``repaired``: the repair that left the image as it was checked. ``pending``: one that was
+    interrupted and comes first.
+    """
+
+    report: Report
+    repaired: RepairOutcome | None = None
+    pending: Pending | None = None
+
+
 class Check(Protocol):
     """`planner.check.check_image`, or what stands in for it in a test."""
 
@@ -55,19 +77,28 @@ class Check(Protocol):
 
 
 class Inspector:
-    """One image: its `report` and its `description`, computed in worker threads.
+    """One image: its `description`, its `checkup` and its `proposals`, computed in worker threads.
 
-    A report stays good until the image is written to, replaced under its path, or opened or
-    closed by a writer; a description until one of the first two.
+    A checkup stays good until the image is written to, replaced under its path, or opened or closed
+    by a writer; so does a proposal, which is the refusal where a tier refuses. A description lasts
+    until one of the first two. ``repairs``: what changes the image.
     """
 
-    def __init__(self, image: Image, *, check: Check = check_image) -> None:
+    def __init__(
+        self, image: Image, *, check: Check = check_image, make_repairer: MakeRepairer = Repairer
+    ) -> None:
         self._image = image
         self._check = check
         self._generation = image.generation()
-        self._progress = IDLE
-        self.report = Computed(self._state, self._run_check)
+        self._reviewed = _file_of(self._generation)
+        self._progress = self._planning = IDLE
+        self._sharing = Sharing()
         self.description = Computed(self._settled_generation, self._describe)
+        self.checkup = Computed(self._state, self._run_check)
+        self.proposals = {
+            tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
+        }
+        self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
     @property
     def path(self) -> str:
@@ -84,10 +115,27 @@ class Inspector:
         """What the check is doing: `IDLE`, or its stage and percentage."""
         return self._progress
 
+    def repair_progress(self) -> str:
+        """What a repair, or the planning of one, is doing."""
+        return self.repairs.progress() if self.repairs.is_running else self._planning
+
+    def pending(self) -> Pending | None:
+        """The repair of the image that was interrupted, if there is one."""
+        return pending(self._image)
+
+    def last_repair(self) -> Summary | Exception | None:
+        """What its undo file says of itself, or why that cannot be known; None where none is."""
+        return last_repair(self._image)
+
     def cancel(self) -> None:
         """End whatever is being computed; those who wait for it get an error."""
-        self.report.cancel()
+        self.repairs.cancel()
         self.description.cancel()
+        self.checkup.cancel()
+        for proposal in self.proposals.values():
+            proposal.cancel()
+
+    # ---- what it is now ----
 
     def _look(self) -> Generation:
         """The generation of the file that the path names now."""
@@ -102,9 +150,17 @@ class Inspector:
         return object() if 0 <= age < _CLOCK_TICK_NS else generation
 
     def _state(self) -> Hashable:
-        """What a report depends on: also on whether somebody writes, as it then is no verdict."""
+        """What a check depends on: also on whether somebody writes, as it then is no verdict."""
         generation = self._settled_generation()
-        return generation, locks.is_written(self._image.fileno())
+        return generation, locks.is_written(self._image.fileno()), self.pending()
+
+    def _reviewed_image(self) -> Image:
+        """The image, to be repaired. Raises `ImageReplaced` for one that nobody has looked at."""
+        if _file_of(self._look()) != self._reviewed:
+            raise ImageReplaced(self.path)
+        return self._image
+
+    # ---- what is computed ----
 
     def _describe(self, _cancelled: Callable[[], bool]) -> Description:
         image = self._image
@@ -116,23 +172,51 @@ class Inspector:
             contents = error
         return Description(contents, bare_header(source), source.size, image.allocated_size())
 
-    def _run_check(self, cancelled: Callable[[], bool]) -> Report:
+    def _run_check(self, cancelled: Callable[[], bool]) -> Checkup:
         image = self._image
-        before = image.generation()
+        before, interrupted = image.generation(), pending(image)
         self._set_progress("opening", 0, 0)
         try:
-            with contextlib.ExitStack() as stack:
-                in_use = False
-                try:
-                    stack.enter_context(locks.held(image.fileno(), image.path))
-                except ImageInUse:
-                    in_use = True
+            with self._sharing.reading(image) as is_kept:
                 report = self._check(
                     image.source(), progress=self._set_progress, cancelled=cancelled
                 )
         finally:
             self._progress = IDLE
-        return replace(report, in_use=in_use, changed=image.generation() != before)
+        self._reviewed = _file_of(before)
+        report = replace(report, in_use=not is_kept, changed=image.generation() != before)
+        return Checkup(report, self.repairs.standing(before), interrupted)
+
+    def _propose(self, tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
+        image = self._image
+        before = image.generation()
+        checkup = trio.from_thread.run(self.checkup.get).value
+        if checkup.pending is not None:
+            return RepairError(checkup.pending.sentence)
+        try:
+            with self._sharing.reading(image):
+                proposal = propose(
+                    image.source(),
+                    checkup.report,
+                    tier,
+                    progress=self._set_planning,
+                    cancelled=cancelled,
+                )
+        except RepairError as error:
+            return error
+        finally:
+            self._planning = IDLE
+        if image.generation() != before:
+            return AmbiguousCorruption("the image changed while it was planned", "read again")
+        return proposal
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
-        self._progress = f"{stage} {100 * done // total if total else 0}%"
+        self._progress = percentage(stage, done, total)
+
+    def _set_planning(self, stage: str, done: int, total: int) -> None:
+        self._planning = percentage(stage, done, total)
+
+
+def _file_of(generation: Generation) -> tuple[int, int]:
+    """Which file it is, whatever became of it."""
+    return generation.device, generation.inode

@@ -144,7 +144,9 @@ class Walker:
             return False
         guest = self._census.guest
         guest.allocated += batch.active * flat.size
-        guest.fragmented += batch.active * int(np.count_nonzero(start % width))
+        # A run also ends where only the COPIED flag changes: that is no gap.
+        gap = (start[1:] % width != 0) & (np.diff(offset) != length[:-1] << bits)
+        guest.fragmented += batch.active * int(np.count_nonzero(gap))
         copied = head >= np.uint64(entries.COPIED)
         for at, cluster, count, flag in zip(
             start.tolist(), (offset >> bits).tolist(), length.tolist(), copied.tolist(), strict=True

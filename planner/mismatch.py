@@ -58,6 +58,18 @@ class Mismatches:
                     return int(self.index.clusters_of(last)[0])
         return 0
 
+    def first_unused(self) -> int:
+        """The first cluster that neither it nor any behind it has a reference or a refcount.
+
+        Unlike `highest` it believes references also where no refcount can be looked up.
+        """
+        for end in range(len(self.counted), 0, -CHUNK):
+            low = max(0, end - CHUNK)
+            referenced = np.flatnonzero(self.counted[low:end])[-1:]
+            if len(referenced):
+                return max(self.highest(), int(self.index.clusters_of(low + referenced)[0])) + 1
+        return self.highest() + 1
+
     def runs(self, *kinds: FindingKind) -> Iterator[Findings]:
         """Findings of these kinds, in file order, a bounded number at a time.
 

@@ -29,7 +29,7 @@ def transcript() -> list[tuple[str, str]]:
 def run(command: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["sh", "-c", command],
+        ["bash", "-c", command],
         cwd=folder,
         env={**os.environ, "PATH": path},
         stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from planner.qcow2.contents import Contents
 @click.option(
     "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
 )
-@click.argument("path", metavar="IMAGE", type=click.Path())
+@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(output: str, path: str, *, force_share: bool) -> None:
     """Show what the qcow2 image IMAGE says of itself: sizes, features, snapshots, bitmaps.
 

@@ -22,6 +22,8 @@ _MODULES = {
     "umount": "instarfs.cli.umount",
     "check": "instarfs.cli.check",
     "plan": "instarfs.cli.plan",
+    "undo": "instarfs.cli.undo",
+    "trim": "instarfs.cli.trim",
     "info": "instarfs.cli.info",
 }
 
@@ -46,7 +48,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name=_NAME, message="%(prog)s %(version)s")
 def commands() -> None:
-    """Mount a qcow2 image and read what is inside it: its header, its tables, its health."""
+    """Mount a qcow2 image, read what is inside it, and repair it where that can be proven."""
 
 
 def main() -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import click
 
@@ -22,16 +23,25 @@ from instarfs.mount.options import MountOptions
     " what mount(8) and fstab pass is understood.",
 )
 @click.option("-f", "foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
-@click.option("--read-only", is_flag=True, help="Refuse writing to control files, too.")
+@click.option(
+    "--read-only", is_flag=True, help="Refuse to repair: control files cannot be written."
+)
+@click.option("--no-undo", is_flag=True, help="Keep no undo file of repairs beside the image.")
 @click.argument("image", type=click.Path(readable=False))
 @click.argument("directory", metavar="DIR", type=click.Path(readable=False))
 def command(
-    words: tuple[str, ...], image: str, directory: str, *, foreground: bool, read_only: bool
+    words: tuple[str, ...],
+    image: str,
+    directory: str,
+    *,
+    foreground: bool,
+    read_only: bool,
+    no_undo: bool,
 ) -> None:
     """Mount the qcow2 image IMAGE on the empty directory DIR.
 
     Returns when the mount answers; a process in the background serves it until it is unmounted,
-    and logs to syslog. The image is not changed.
+    and logs to syslog. The image is not changed, unless somebody writes to a file in repair/.
     """
     options = MountOptions.parse(words, read_only=read_only)
     # Opened before the mount could hide it.
@@ -50,5 +60,7 @@ def command(
         daemon.log_to_syslog()
     # Not before the fork: numpy starts threads, and a fork takes only the calling one along.
     from instarfs.mount.session import serve  # noqa: PLC0415
+    from instarfs.repairer import Repairer  # noqa: PLC0415
 
-    sys.exit(serve(opened, directory, options, ready))
+    make_repairer = partial(Repairer, keep_undo=not no_undo)
+    sys.exit(serve(opened, directory, options, ready, make_repairer=make_repairer))

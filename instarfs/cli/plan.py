@@ -6,8 +6,11 @@ import click
 
 from instarfs import locks
 from instarfs.cli.progress import progress_bar
+from instarfs.cli.repairing import named
+from instarfs.errors import RepairInterrupted
 from instarfs.image import Image
 from instarfs.render.repair import plan_human, plan_json, refusal_json
+from instarfs.repairer import pending
 from planner.check import check_image
 from planner.errors import RepairError
 from planner.plan import RepairTier
@@ -23,7 +26,7 @@ from planner.repair.tiers import propose
 )
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.argument("tier", type=click.Choice([tier.value for tier in RepairTier]))
-@click.argument("path", metavar="IMAGE", type=click.Path())
+@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(output: str, tier: str, path: str, *, progress: bool) -> None:
     """Show what a repair of the tier `leaks` or `all` would do to IMAGE. Nothing is written.
 
@@ -31,6 +34,8 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
     quoted to `instarfs check -r`, which then does exactly this or nothing.
     """
     with Image.open(path) as image, locks.held(image.fileno(), path):
+        if pending(image) is not None:
+            raise RepairInterrupted(path)
         source = image.source()
         with progress_bar(shown=progress) as tell:
             report = check_image(source, progress=tell)
@@ -39,7 +44,7 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
             except RepairError as error:
                 if output == "json":
                     click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
-                raise
+                raise named(error, path) from error
     if output == "json":
         click.echo(plan_json(proposal, path), nl=False)
     else:

@@ -71,7 +71,7 @@ async def _serve(
                     stop = nursery.cancel_scope.cancel
                     nursery.start_soon(_obey, signals, service.cancel, stop)
                     nursery.start_soon(_announce, service.operations.answering, ready, stop)
-                    nursery.start_soon(service.operations.watch_readers)
+                    nursery.start_soon(service.operations.watch_callers)
                     await pyfuse3.main(max_tasks=_MAX_TASKS)
                     stop()
             except Exception:

@@ -140,11 +140,12 @@ def unmount(directory: str) -> None:
     target = os.path.realpath(directory)
     with _daemon_of(target, mount.user) as daemon:
         complaint = _try_to_unmount(target)
-        if _is_busy(complaint) and daemon is not None:
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to signal
-                signal.pidfd_send_signal(daemon, STOP_COMPUTING)
+        if daemon is not None:
             deadline = time.monotonic() + _RELEASE_SECONDS
             while _is_busy(complaint) and time.monotonic() < deadline:
+                # Each time anew: some programs write once more what has failed.
+                with contextlib.suppress(OSError):  # it has ended, or is not ours to signal
+                    signal.pidfd_send_signal(daemon, STOP_COMPUTING)
                 time.sleep(_POLL_SECONDS)
                 complaint = _try_to_unmount(target)
         if _is_busy(complaint):

@@ -151,8 +151,17 @@ class ControlFile(LiveFile):
     """A live file that the owner of the mount may write to.
 
     ``act`` is handed what one write brought, whatever its offset: a command, as in sysfs.
+    ``begin_writing`` is called when it is opened for writing and raises a domain error where that
+    is of no use: the kernel makes writers of one file wait for each other, and the second is to be
+    told at once.
     """
 
-    def __init__(self, show: Callable[[], bytes], act: Callable[[bytes], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        show: Callable[[], bytes],
+        act: Callable[[bytes], Awaitable[None]],
+        begin_writing: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(show)
         self.act = act
+        self.begin_writing = begin_writing

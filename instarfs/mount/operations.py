@@ -9,6 +9,7 @@ stands in the tree. pyfuse3 survives no exception but FUSEError: `_guarded` sees
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -16,7 +17,7 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -162,11 +163,12 @@ class Operations(pyfuse3.Operations):
     def init(self) -> None:
         self.answering.set()
 
-    async def watch_readers(self) -> None:
-        """End the reads of processes that were killed while they wait; runs as long as the mount.
+    async def watch_callers(self) -> None:
+        """End what processes wait for that were killed meanwhile; runs as long as the mount.
 
         pyfuse3 does not pass the kernel's FUSE_INTERRUPT on, and without an answer the kernel
-        lets no reader go: ^C on a `cat` would wait for the check to end.
+        lets nobody go: ^C on a `cat` would wait for the check to end, and on an `echo` for the
+        repair.
         """
         while True:
             if not self._waiting:
@@ -316,9 +318,10 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EISDIR)
         if not self._ownership.may_open(node, ctx.uid):
             raise FUSEError(errno.EACCES)
-        is_writing = flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC
-        if is_writing and not isinstance(node, ControlFile):
-            raise _read_only()
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            if not isinstance(node, ControlFile):
+                raise _read_only()
+            node.begin_writing()
         number = next(self._next_handle)
         self._files[number] = _Opened(node, node.open(), ctx.pid)
         # Past the page cache: the size is not known before the first read, and content changes.
@@ -327,22 +330,30 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         opened = self._files[fh]
-        with trio.CancelScope() as scope:
-            self._waiting[scope] = opened.pid
-            self._somebody_waits.set()
-            try:
-                return await opened.handle.read(off, size)
-            finally:
-                del self._waiting[scope]
+        with self._interruptible(opened.pid):
+            return await opened.handle.read(off, size)
         raise FUSEError(errno.EINTR)
 
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        node = self._files[fh].node
-        if not isinstance(node, ControlFile):
+        opened = self._files[fh]
+        if not isinstance(opened.node, ControlFile):
             raise _read_only()
-        await node.act(buf)
-        return len(buf)
+        with self._interruptible(opened.pid):
+            await opened.node.act(buf)
+            return len(buf)
+        raise FUSEError(errno.EINTR)
+
+    @contextlib.contextmanager
+    def _interruptible(self, pid: int) -> Iterator[None]:
+        """What is done for the process *pid*, and ends early should that be killed."""
+        with trio.CancelScope() as scope:
+            self._waiting[scope] = pid
+            self._somebody_waits.set()
+            try:
+                yield
+            finally:
+                del self._waiting[scope]
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:

@@ -47,6 +47,11 @@ class MountOptions:
         return cls(frozenset((options & _PASSED_ON) | ({"ro"} if read_only else set())))
 
     @property
+    def read_only(self) -> bool:
+        """Whether control files refuse to be written to."""
+        return "ro" in self.passed_on
+
+    @property
     def for_others(self) -> bool:
         """Whether other users may read the mount."""
         return "allow_other" in self.passed_on

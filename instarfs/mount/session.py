@@ -5,6 +5,7 @@ Everything about the order in which a mount comes about lives here, and nothing 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,13 @@ from instarfs.inspector import Check, Inspector
 from instarfs.mount import daemon, mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
+from instarfs.repairer import Repairer
+from instarfs.repairs import MakeRepairer
 from planner.check import check_image
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
 from planner.qcow2.layout import Layout
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -27,6 +32,7 @@ def serve(
     ready: Callable[[], None],
     *,
     check: Check = check_image,
+    make_repairer: MakeRepairer = Repairer,
 ) -> int:
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
@@ -36,10 +42,13 @@ def serve(
     _require_qcow2(image)
 
     def make_service() -> daemon.Service:
-        inspector = Inspector(image, check=check)
+        inspector = Inspector(image, check=check, make_repairer=make_repairer)
+        pending = inspector.pending()
+        if pending is not None:
+            log.warning("%s: %s", image.path, pending.sentence)
         ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
         operations = Operations(
-            tree.build_tree(inspector),
+            tree.build_tree(inspector, read_only=options.read_only),
             partial(tree.facts, inspector),
             ownership,
             {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},

@@ -5,18 +5,21 @@ What a file contains is made in `instarfs.render`, when it is computed is up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
-from instarfs.errors import RepairNotOffered
-from instarfs.inspector import Description, Inspector
-from instarfs.mount.nodes import ControlFile, Directory, File, GeneratedFile, LiveFile, Node
+from instarfs.inspector import Checkup, Description, Inspector
+from instarfs.mount.controls import Controls
+from instarfs.mount.nodes import Directory, File, GeneratedFile, LiveFile, Node
 from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import info as render_info
+from instarfs.render import repair as render_repair
 from instarfs.render.text import printable
-from planner.errors import ImageError
-from planner.report import Report
+from planner.errors import ImageError, RepairError
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,29 @@ class _Entry:
     file: File
 
 
-def build_tree(inspector: Inspector) -> Directory:
-    """The root directory of the mount of one image."""
-    entries = [*_image_files(inspector), *_check_files(inspector), *_repair_files()]
-    root: dict[str, Node] = {"README.txt": LiveFile(lambda: _readme(inspector.path, entries))}
-    folders: dict[str, dict[str, Node]] = {}
-    for entry in entries:
-        folder, _, name = entry.path.partition("/")
-        folders.setdefault(folder, {})[name] = entry.file
-    return Directory(root | {name: Directory(files) for name, files in folders.items()})
+def build_tree(inspector: Inspector, *, read_only: bool = False) -> Directory:
+    """The root directory of the mount of one image; *read_only*: one that does not repair."""
+    controls = Controls(inspector, read_only=read_only)
+    entries = [
+        *_image_files(inspector),
+        *_check_files(inspector),
+        *_repair_files(inspector, controls),
+    ]
+    readme = LiveFile(lambda: _readme(inspector.path, entries))
+    files = [(["README.txt"], readme), *((entry.path.split("/"), entry.file) for entry in entries)]
+    return _directory(files)
+
+
+def _directory(files: Iterable[tuple[list[str], File]]) -> Directory:
+    """The directory of *files*, each with the names that lead to it, in their order."""
+    children: dict[str, Node] = {}
+    below: dict[str, list[tuple[list[str], File]]] = {}
+    for (name, *rest), file in files:
+        if rest:
+            below.setdefault(name, []).append((rest, file))
+        else:
+            children[name] = file
+    return Directory(children | {name: _directory(inside) for name, inside in below.items()})
 
 
 def facts(inspector: Inspector) -> Facts:
@@ -80,39 +97,52 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
 
 
 def _check_files(inspector: Inspector) -> list[_Entry]:
-    def generated(name: str, what: str, render: Callable[[Report], bytes]) -> _Entry:
-        return _Entry(f"check/{name}", what, GeneratedFile(inspector.report, render))
+    def result(it: Checkup) -> bytes:
+        return render_check.result_json(it.report, inspector.path, it.repaired, it.pending)
+
+    def report(it: Checkup) -> bytes:
+        return render_check.report_txt(it.report, inspector.path, it.pending)
 
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
 
-    return [
-        generated(
+    files: list[tuple[str, str, Callable[[Checkup], bytes]]] = [
+        (
             "result.json",
             "the result under the keys of `qemu-img check --output=json`, and a verdict",
-            lambda report: render_check.result_json(report, inspector.path),
+            result,
         ),
-        generated("result.bin", "the same as a CheckResult, 80 bytes", render_check.result_bin),
-        generated(
-            "report.txt",
-            "the same for a reader: what is wrong, the worst first",
-            lambda report: render_check.report_txt(report, inspector.path),
+        (
+            "result.bin",
+            "the same as a CheckResult, 80 bytes",
+            lambda it: render_check.result_bin(it.report, it.repaired),
         ),
-        generated(
+        ("report.txt", "the same for a reader: what is wrong, the worst first", report),
+        (
             "leaks",
             "clusters that are counted as used and that nothing refers to",
-            render_check.leaks_tsv,
+            lambda it: render_check.leaks_tsv(it.report),
         ),
-        generated(
-            "corruptions", "what is, or may become, wrong data", render_check.corruptions_tsv
+        (
+            "corruptions",
+            "what is, or may become, wrong data",
+            lambda it: render_check.corruptions_tsv(it.report),
         ),
-        generated(
+        (
             "refcounts",
             "reference counts that differ from the references",
-            render_check.refcounts_tsv,
+            lambda it: render_check.refcounts_tsv(it.report),
         ),
-        generated(
-            "findings.jsonl", "all findings, one JSON object a line", render_check.findings_jsonl
+        (
+            "findings.jsonl",
+            "all findings, one JSON object a line",
+            lambda it: render_check.findings_jsonl(it.report),
+        ),
+    ]
+    return [
+        *(
+            _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, render))
+            for name, what, render in files
         ),
         _Entry(
             "check/progress",
@@ -125,15 +155,48 @@ def _check_files(inspector: Inspector) -> list[_Entry]:
 # ---- repair/ ----
 
 
-def _repair_files() -> list[_Entry]:
-    async def refuse(_command: bytes) -> None:
-        raise RepairNotOffered
+def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
+    def plan(tier: RepairTier, proposal: Proposal | RepairError) -> bytes:
+        if isinstance(proposal, RepairError):
+            return render_repair.refusal_json(proposal, tier, inspector.path)
+        return render_repair.plan_json(proposal, inspector.path)
+
+    def result() -> bytes:
+        outcome, pending = inspector.repairs.outcome, inspector.pending()
+        return render_repair.outcome_json(outcome, inspector.path, pending)
+
+    def progress() -> bytes:
+        return f"{inspector.repair_progress()}\n".encode()
 
     return [
         _Entry(
             "repair/tier",
-            "the repair tier last applied, in brackets; this mount does not repair",
-            ControlFile(lambda: b"[none] leaks all\n", refuse),
+            "write `leaks` or `all` to repair; shows the tier last applied, in brackets",
+            controls.tier_file(),
+        ),
+        *(
+            _Entry(
+                f"repair/plan/{tier}.json",
+                f"what `{tier}` would do, change by change, or why it refuses; writes nothing",
+                GeneratedFile(inspector.proposals[tier], partial(plan, tier)),
+            )
+            for tier in RepairTier
+        ),
+        _Entry(
+            "repair/result.json",
+            "what the last repair did: found, planned, repaired, left, and why",
+            LiveFile(result),
+        ),
+        _Entry(
+            "repair/progress",
+            "how far a running repair is: `idle`, or its stage and percentage",
+            LiveFile(progress),
+        ),
+        _Entry("repair/undo", "write `undo` to take the last repair back", controls.undo_file()),
+        _Entry(
+            "repair/trim",
+            "write `trim` to give the disk space of free clusters back",
+            controls.trim_file(),
         ),
     ]
 
@@ -145,10 +208,10 @@ This is the inside of a qcow2 image, shown as files by instarfs:
 
     {image}
 
-Nothing here can change the image. Nothing is computed before it is read: the first read of
-a file in check/ checks the whole image, which may take a while; every other file answers
-meanwhile. When the image changes, the files show its new state the next time they are opened.
-The size of a file is shown as 0 until it has been read once.
+Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothing is computed
+before it is read: the first read of a file in check/ checks the whole image, which may take a
+while; every other file answers meanwhile. When the image changes, the files show its new state
+the next time they are opened. The size of a file is shown as 0 until it has been read once.
 
 {files}
 
@@ -157,6 +220,15 @@ offsets and lengths are decimal bytes.
 
 If a program has the image open for writing, or it changes while it is checked, the verdict
 is `torn`: what was read may belong to no single moment. Stop that program and read again.
+
+To repair, read check/report.txt and repair/plan/leaks.json, and then:
+
+    echo leaks > repair/tier
+
+or, to have exactly the plan carried out that you have read, or nothing, its id with it. The
+command ends when the repair has; should it fail, repair/result.json says why. Each write is one
+command. What a repair changes is kept beside the image until the next one, unless mounted with
+--no-undo: `echo undo > repair/undo` takes it back.
 
 To unmount: instarfs umount DIRECTORY
 """

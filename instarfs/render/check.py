@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
+from instarfs.outcome import Pending, RepairOutcome
+from instarfs.render.outcome import pending_value, repair_value
 from instarfs.render.text import decode_name, json_bytes, printable
 from planner.errors import ImageError
 from planner.findings import (
@@ -34,14 +36,22 @@ LISTED = 10
 # ---- JSON ----
 
 
-def result_json(report: Report, filename: str) -> bytes:
-    """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed."""
+def result_json(
+    report: Report,
+    filename: str,
+    repair: RepairOutcome | None = None,
+    pending: Pending | None = None,
+) -> bytes:
+    """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed.
+
+    *repair*: the one that the check belongs to, if any. *pending*: one that was interrupted.
+    """
     value: dict[str, object] = {
         "filename": filename,
         "format": "qcow2",
         **counters_value(report),
-        "corruptions-fixed": 0,
-        "leaks-fixed": 0,
+        "corruptions-fixed": repair.corruptions_fixed if repair else 0,
+        "leaks-fixed": repair.leaks_fixed if repair else 0,
         "verdict": report.verdict,
         "exit-code": report.exit_code,
         "dirty": report.layout is not None and report.layout.header.dirty,
@@ -56,6 +66,10 @@ def result_json(report: Report, filename: str) -> bytes:
         value["error"] = _error_value(report.error)
     if report.stopped:
         value["stopped"] = [_error_value(error) for error in report.stopped]
+    if repair is not None:
+        value |= {"repair-status": repair.status.value, **repair_value(repair)}
+    if pending is not None:
+        value["interrupted-repair"] = pending_value(pending)
     return json_bytes(value)
 
 
@@ -78,9 +92,9 @@ def _error_value(error: ImageError) -> dict[str, object]:
     return {"field": error.field, "value": error.value, "message": printable(str(error))}
 
 
-def result_bin(report: Report) -> bytes:
-    """The `CheckResult`, 80 bytes."""
-    return CheckResult.of(report).to_bytes()
+def result_bin(report: Report, repair: RepairOutcome | None = None) -> bytes:
+    """The `CheckResult`, 80 bytes; with what the *repair* that it belongs to has mended."""
+    return CheckResult.of(report, repair.counters if repair else None).to_bytes()
 
 
 def findings_jsonl(report: Report) -> bytes:
@@ -324,22 +338,24 @@ _VERDICTS = {
     " something lost, so look before you reclaim it.",
     "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
     "incomplete": "The check could not look at everything: what follows is not the whole truth.",
-    "torn": "The image was written to while it was checked: nothing below can be relied on.",
+    "torn": "What was read belongs to no single moment: nothing below can be relied on.",
     "unreadable": "The header cannot be interpreted, so nothing else is known.",
 }
 
 
-def report_txt(report: Report, filename: str) -> bytes:
+def report_txt(report: Report, filename: str, pending: Pending | None = None) -> bytes:
     """The report for a reader: the verdict, what it means, then the findings, the worst first."""
     lines = [f"{printable(filename)}: {report.verdict}", "", _VERDICTS[report.verdict]]
+    if pending is not None:
+        lines += ["", f"Not finished: {printable(pending.sentence)}."]
     if report.error is not None:
         lines += ["", printable(str(report.error))]
         return _text(lines)
     if report.torn:
         lines.append(
-            "A program has the image open for writing; check again when it has ended."
+            "The image is in use: a program has it open for writing; check again when it has ended."
             if report.in_use
-            else "It changed during the check; check again."
+            else "It was written to during the check; check again."
         )
     lines += [""] + [printable(str(error)) for error in report.stopped]
     counters = report.counters

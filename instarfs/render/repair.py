@@ -5,9 +5,11 @@ The same four numbers everywhere: found, planned, repaired, left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
 
+from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
+from instarfs.render.outcome import left_values, pending_value, repair_value
 from instarfs.render.text import json_bytes, printable
 from planner.errors import RepairError
 from planner.findings import KINDS
@@ -73,11 +75,6 @@ def refusal_json(error: RepairError, tier: RepairTier, filename: str) -> bytes:
             "way-out": error.wayout or None,
         }
     )
-
-
-def left_values(left: Iterable[Left]) -> list[dict[str, object]]:
-    """What stays, and why."""
-    return [{"kind": each.kind.label, "count": each.count, "reason": each.reason} for each in left]
 
 
 def _edit_value(plan: Plan, edit: Edit) -> dict[str, object]:
@@ -150,3 +147,75 @@ def _left_lines(left: tuple[Left, ...]) -> list[str]:
         return []
     worst = sorted(left, key=lambda each: -KINDS[each.kind].severity)
     return ["", "Left:", *(f"  {each.count} x {each.kind.label}: {each.reason}" for each in worst)]
+
+
+# ---- what became of it ----
+
+
+def outcome_json(outcome: RepairOutcome | None, filename: str, pending: Pending | None) -> bytes:
+    """What the last repair, undo or trim did; *pending*: a repair that was interrupted."""
+    value: dict[str, object] = {"filename": filename, "status": "none"}
+    if outcome is not None:
+        error, after = outcome.error, outcome.after
+        refusal = error if isinstance(error, RepairError) else None
+        value |= {
+            "status": outcome.status.value,
+            "errno": errno.errorcode.get(error.errno) if error else None,
+            "refusal": refusal.kind if refusal else None,
+            "finding": (refusal.finding or None) if refusal else None,
+            **repair_value(outcome),
+            "leaks-fixed": outcome.leaks_fixed,
+            "corruptions-fixed": outcome.corruptions_fixed,
+            "interrupted-repair-taken-back": outcome.recovered,
+            "trimmed-bytes": outcome.trimmed,
+            "verdict": after.verdict if after else None,
+            "counters": counters_value(after) if after else None,
+        }
+    if pending is not None:
+        value |= {"interrupted-repair": pending_value(pending)}
+        if outcome is None:
+            value["status"] = Status.INTERRUPTED.value
+    return json_bytes(value)
+
+
+def outcome_human(outcome: RepairOutcome, filename: str) -> str:
+    """What a repair, an undo or a trim did, for a reader; after the check that followed it."""
+    lines = [outcome_line(outcome)]
+    if outcome.recovered and outcome.status is not Status.UNDONE:
+        lines.insert(0, "A repair that had been interrupted was taken back first.")
+    lines += _left_lines(outcome.left)
+    if outcome.undo_file and outcome.stands:
+        lines.append(f"To take it back: instarfs undo {printable(filename)}")
+    return "\n".join(lines) + "\n"
+
+
+def fixed_human(outcome: RepairOutcome) -> str:
+    """What ``qemu-img check -r`` prints before the check that follows; empty if nothing changed."""
+    if not outcome.leaks_fixed and not outcome.corruptions_fixed:
+        return ""
+    return (
+        "The following inconsistencies were found and repaired:\n\n"
+        f"    {outcome.leaks_fixed} leaked clusters\n"
+        f"    {outcome.corruptions_fixed} corruptions\n\n"
+        "Double checking the fixed image now...\n"
+    )
+
+
+def outcome_line(outcome: RepairOutcome) -> str:
+    """The same in one line, for a log."""
+    plan = f"tier {outcome.tier}" if outcome.tier else ""
+    plan += f", plan {outcome.plan_id}" if plan and outcome.plan_id else ""
+    line = outcome.status.value.replace("-", " ")
+    match outcome.status:
+        case Status.UNDONE:
+            line += f": {plan or 'what an interrupted repair had written'}"
+        case Status.TRIMMED:
+            line += f": {outcome.trimmed} bytes given back"
+        case _ if plan:
+            line += (
+                f": {plan}: found {outcome.found}, planned {outcome.planned},"
+                f" repaired {outcome.repaired}, left {outcome.left_count}"
+            )
+    if outcome.reason and outcome.status is not Status.INCOMPLETE:
+        line += f": {outcome.reason}"
+    return printable(line)

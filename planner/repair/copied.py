@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 
-from planner.arrays import Mask
+from planner.arrays import I64, Mask
 from planner.census import expand_ranges
 from planner.findings import FindingKind, Findings, Structure
 from planner.plan import StageKind
+from planner.qcow2 import entries
 from planner.repair.scope import Scope
+from planner.report import Report
 from planner.source import read_bytes, read_tables
 
 COPIED_BYTE = 0x80
@@ -28,6 +32,29 @@ def update_copied_flags_for_l1(scope: Scope, known: Findings | None = None) -> N
         wrong = wrong.select(~scope.contested(cluster))
         if len(wrong):
             flip(scope, wrong)
+
+
+def unfollowed_targets(before: Report, scope: Scope) -> I64:
+    """Clusters whose refcount must stay: a flag would have to follow, and cannot be written.
+
+    Those are the targets of entries whose flag is wrong now and was not *before*.
+    """
+    new = np.setdiff1d(_wrong_entries(scope.report), _wrong_entries(before))
+    words = [struct.unpack(">Q", read_bytes(scope.source, at, 8))[0] for at in new.tolist()]
+    targets = np.array([word & entries.L2_OFFSET for word in words], dtype=np.int64)
+    return np.unique(targets >> scope.geometry.cluster_bits)
+
+
+def _wrong_entries(report: Report) -> I64:
+    """File offsets of all entries with a wrong flag."""
+    l1 = report.findings.of(FindingKind.L1_COPIED).host_offset
+    runs = report.findings.of(FindingKind.L2_COPIED)
+    step = report.geometry.l2_entry_size
+    if not len(runs):
+        return np.unique(l1)
+    first = runs.host_offset // step
+    l2 = expand_ranges(first, first + runs.length // step - 1) * step
+    return np.unique(np.concatenate((l1, l2)))
 
 
 def _is_new(wrong: Findings, known: Findings) -> Mask:

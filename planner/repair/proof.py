@@ -105,7 +105,7 @@ def _require_metadata(cluster: I64, before: Report, plan: Plan) -> None:
     if not (inside | new).all():
         raise _Unproven("it would write where no metadata is")
     guest = before.mismatches
-    if guest is not None and (cluster[new] < guest.highest() + 1).any():
+    if guest is not None and (cluster[new] < guest.first_unused()).any():
         raise _Unproven("it would write where something is in use")
 
 

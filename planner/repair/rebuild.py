@@ -24,8 +24,8 @@ REFTABLE_OFFSET_AT = 48
 """Where the header holds refcount_table_offset, and after it refcount_table_clusters."""
 
 
-def rebuild_refcount_structure(scope: Scope, *, lower: bool) -> None:
-    """Draft a new refcount table and its blocks; without *lower* leaks keep their refcount."""
+def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
+    """Draft a new refcount table and its blocks; clusters that *stay* keep their refcount."""
     if not scope.may_grow:
         raise UnsupportedRepair(
             "new refcounts would make the file grow over offsets past its end that the image"
@@ -33,9 +33,9 @@ def rebuild_refcount_structure(scope: Scope, *, lower: bool) -> None:
             "copy the disk out with qemu-img convert",
             FindingKind.PAST_END.label,
         )
-    cluster, refcount = _wanted_refcounts(scope, lower=lower)
+    cluster, refcount = _wanted_refcounts(scope, stay)
     size, per_block = scope.geometry.cluster_size, scope.geometry.refblock_entries
-    first = max(-(-scope.draft.size // size), scope.mismatches.highest() + 1)
+    first = scope.first_new_cluster
     used = np.unique(cluster // per_block)
     blocks, table_clusters = _allocate(used, first, size, per_block)
     new = np.arange(first, first + len(blocks) + table_clusters)
@@ -54,7 +54,7 @@ def rebuild_refcount_structure(scope: Scope, *, lower: bool) -> None:
     _explain(scope, offsets, table_offset, rows.size)
 
 
-def _wanted_refcounts(scope: Scope, *, lower: bool) -> tuple[I64, U64]:
+def _wanted_refcounts(scope: Scope, stay: I64) -> tuple[I64, U64]:
     """The refcount of every cluster that has one, without the old refcount structure."""
     mismatches, report = scope.mismatches, scope.report
     counted = mismatches.counted.astype(np.uint64)
@@ -69,8 +69,8 @@ def _wanted_refcounts(scope: Scope, *, lower: bool) -> tuple[I64, U64]:
         slot = mismatches.index.slots_before(first)
         counted[slot : slot + last - first + 1] -= np.uint64(1)
         stored[slot : slot + last - first + 1] = 0
-    if not lower:
-        np.maximum(counted, stored, out=counted)
+    slots, known = mismatches.index.find(stay)
+    counted[slots[known]] = stored[slots[known]]
     # A cluster with more references than the width can count stays full, and stays named.
     np.minimum(counted, np.uint64(scope.geometry.refcount_max), out=counted)
     at = np.flatnonzero(counted)

@@ -21,20 +21,25 @@ from planner.stored import Reftable
 RAISED = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW)
 
 
-def reclaim_leaks_in_refblocks(scope: Scope) -> None:
-    """Lower the refcount of every leaked cluster to its references."""
-    _Corrector(scope, (FindingKind.LEAK,)).run()
+def reclaim_leaks_in_refblocks(scope: Scope, stay: I64) -> None:
+    """Lower the refcount of every leaked cluster to its references, but for those that *stay*."""
+    _Corrector(scope, (FindingKind.LEAK,), stay).run()
 
 
-def correct_refcounts_in_refblocks(scope: Scope, *, lower: bool) -> None:
-    """Set every wrong refcount to the number of references; without *lower* only upwards."""
-    _Corrector(scope, (*RAISED, FindingKind.LEAK) if lower else RAISED).run()
+def correct_refcounts_in_refblocks(scope: Scope, stay: I64) -> None:
+    """Set every wrong refcount to the number of references, but for the clusters that *stay*."""
+    _Corrector(scope, (*RAISED, FindingKind.LEAK), stay).run()
 
 
-def refblocks_cover(scope: Scope, *kinds: FindingKind) -> bool:
-    """Whether all clusters of these kinds have a refcount block that may be written."""
-    blocks = scope.mismatches.blocks(scope.geometry.refblock_entries, *kinds)
-    return len(writable_refblocks(scope, blocks)[0]) == len(blocks)
+def refblocks_cover(scope: Scope, stay: I64) -> bool:
+    """Whether all wrong clusters but those that *stay* have a block that may be written."""
+    per_block = scope.geometry.refblock_entries
+    blocks = scope.mismatches.blocks(per_block, *RAISED, FindingKind.LEAK)
+    for block in np.setdiff1d(blocks, writable_refblocks(scope, blocks)[0]).tolist():
+        wrong = scope.mismatches.between(block * per_block, (block + 1) * per_block)[0]
+        if not np.isin(wrong, stay).all():
+            return False
+    return True
 
 
 def writable_refblocks(scope: Scope, blocks: I64) -> tuple[I64, I64]:
@@ -70,8 +75,8 @@ def set_refcounts_in_block(
 class _Corrector:
     """Drafts new contents of refcount blocks for the wrong clusters of some kinds."""
 
-    def __init__(self, scope: Scope, kinds: tuple[FindingKind, ...]) -> None:
-        self._scope, self._kinds = scope, kinds
+    def __init__(self, scope: Scope, kinds: tuple[FindingKind, ...], stay: I64) -> None:
+        self._scope, self._kinds, self._stay = scope, kinds, stay
         self._order = scope.geometry.refcount_order
         self._per_block = scope.geometry.refblock_entries
 
@@ -88,21 +93,28 @@ class _Corrector:
         """Draft the blocks of one batch: first only what rises, then everything."""
         refcounts = unpack_refcounts(rows, self._order).copy()
         final, geometry = refcounts.copy(), self._scope.geometry
+        touched = np.zeros(len(blocks), dtype=np.bool_)
         for row, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
             first = block * self._per_block
             cluster, kind, _, counted = self._scope.mismatches.between(
                 first, first + self._per_block
             )
             chosen = np.isin(kind, np.array(self._kinds, dtype=np.uint8))
+            chosen &= ~np.isin(cluster, self._stay)
+            touched[row] = chosen.any()
             index, kind, counted = cluster[chosen] - first, kind[chosen], counted[chosen]
             rising = kind != FindingKind.LEAK
             set_refcounts_in_block(refcounts[row], index[rising], counted[rising], geometry)
             set_refcounts_in_block(final[row], index, counted, geometry)
             self._explain(offset, index, kind)
-        draft = self._scope.draft
+        if not touched.any():
+            return
+        draft, offsets = self._scope.draft, offsets[touched]
         if set(self._kinds) & set(RAISED):
-            draft.write_tables(StageKind.PREPARE, offsets, pack_refcounts(refcounts, self._order))
-        draft.write_tables(StageKind.CORRECT, offsets, pack_refcounts(final, self._order))
+            raised = pack_refcounts(refcounts[touched], self._order)
+            draft.write_tables(StageKind.PREPARE, offsets, raised)
+        final = pack_refcounts(final[touched], self._order)
+        draft.write_tables(StageKind.CORRECT, offsets, final)
 
     def _explain(self, offset: int, index: I64, kind: U8) -> None:
         """One edit for each run of neighbours of one kind."""

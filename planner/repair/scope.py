@@ -53,6 +53,27 @@ class Scope:
         """Whether the file may grow: not where the image refers to what lies past its end."""
         return FindingKind.PAST_END not in self.report.counts()
 
+    @property
+    def first_new_cluster(self) -> int:
+        """Where the file may grow: behind its end, and behind all that reaches over it."""
+        end = -(-self.draft.size // self.geometry.cluster_size)
+        return max(end, self.mismatches.first_unused())
+
+    @property
+    def refcounts_are_shared(self) -> bool:
+        """Whether something else lies in a cluster of the refcount structure.
+
+        One of the two has overwritten the other.
+        """
+        contested = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
+        own = {Structure.REFTABLE, Structure.REFBLOCK}
+        for offset in contested.host_offset.tolist():
+            owners = self.report.owners.of(offset >> self.geometry.cluster_bits)
+            structures = {owner.structure for owner in owners}
+            if structures & own and structures - own:
+                return True
+        return False
+
     def contested(self, clusters: I64) -> Mask:
         """Which clusters have two owners: nothing in them is written."""
         found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)

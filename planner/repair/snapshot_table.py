@@ -29,7 +29,7 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     """Draft a new table where entries lack extra data, or have more than QEMU reads."""
     wrong = scope.report.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
     over_long = any(error.field == "extra_data_size" for error in scope.report.stopped)
-    if not (len(wrong) or over_long) or not scope.may_grow:
+    if not (len(wrong) or over_long) or not scope.may_grow or scope.refcounts_are_shared:
         return
     old = _readable_table(scope)
     if old is None:
@@ -39,7 +39,7 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     table = b"".join(encode_snapshot(each) for each in snapshots)
     kind = FindingKind.CHECK_STOPPED if over_long else FindingKind.SNAPSHOT_EXTRA_DATA
     size = scope.geometry.cluster_size
-    offset = -(-scope.draft.size // size) * size
+    offset = scope.first_new_cluster * size
     scope.draft.size = offset + -(-len(table) // size) * size
     scope.draft.write(StageKind.PREPARE, offset, table)
     pointer = struct.pack(">Q", offset)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from planner.arrays import I64
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import KINDS, FindingKind, Severity, Structure
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.qcow2.header import Incompatible
-from planner.repair.copied import update_copied_flags_for_l1
-from planner.repair.entries import correct_entries
+from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
+from planner.repair.entries import clear_reserved_bits, correct_entries
 from planner.repair.proof import require_proof
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (
@@ -31,6 +34,9 @@ from planner.triage import Suspect, Triage, triage_leaks
 
 FEATURES_AT = 72
 """Where the header holds incompatible_features."""
+
+MAX_DRAFTS = 4
+"""Drafts of a plan: what one shows not to work, the next leaves alone."""
 
 _DAMAGED_STRUCTURE = (
     FindingKind.REFTABLE_ENTRY_RESERVED,
@@ -118,6 +124,10 @@ class Proposal:
         return RepairCounters(leaks, wrong, self.planned - leaks - wrong, not self.complete)
 
 
+_Check = Callable[[Source], Report]
+_Drafted = tuple[Scope, Triage]
+
+
 def total(report: Report) -> int:
     """How many things a repair could be about: all findings but notices that none mends."""
     return sum(
@@ -154,12 +164,8 @@ def propose(
         return check_image(image, progress=progress, cancelled=cancelled)
 
     _require_sound_basis(report)
-    scope = Scope(Draft(source), source, report)
-    if tier is RepairTier.LEAKS:
-        triage = triage_leaks(source, report)
-        scope = _draft_leaks(scope, check)
-    else:
-        scope, triage = _draft_all(scope, check)
+    scope, triage = _draft_tier(source, report, tier, check)
+    if tier is RepairTier.ALL:
         _draft_flags(scope, report)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, check).report
     require_proof(source, plan, report, after)
@@ -168,15 +174,31 @@ def propose(
 
 def _require_sound_basis(report: Report) -> None:
     if report.error is not None:
-        raise ParseFailed(f"the header cannot be interpreted: {report.error}")
+        raise ParseFailed(
+            f"the header cannot be interpreted: {report.error}",
+            "everything follows from the header: restore it from another copy of the image",
+        )
     if report.torn:
         raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
 
 
-def _draft_leaks(scope: Scope, check: Callable[[Source], Report]) -> Scope:
-    report = scope.report
+def _draft_tier(source: Source, report: Report, tier: RepairTier, check: _Check) -> _Drafted:
+    """A tier's draft, repeated without the refcounts that COPIED flags could not follow."""
+    draft = _draft_leaks if tier is RepairTier.LEAKS else _draft_all
+    stay: I64 = np.zeros(0, dtype=np.int64)
+    for _ in range(MAX_DRAFTS - 1):
+        scope, triage = draft(Scope(Draft(source), source, report), check, stay)
+        more = np.union1d(stay, unfollowed_targets(report, scope))
+        if len(more) == len(stay):
+            return scope, triage
+        stay = more
+    return draft(Scope(Draft(source), source, report), check, stay)
+
+
+def _draft_leaks(scope: Scope, check: _Check, stay: I64) -> _Drafted:
+    report, triage = scope.report, triage_leaks(scope.source, scope.report)
     if not report.counters.leaks:
-        return scope
+        return scope, triage
     if not report.complete:
         raise AmbiguousCorruption(
             "a table that could refer to the leaked clusters cannot be read, so that they are not"
@@ -190,27 +212,39 @@ def _draft_leaks(scope: Scope, check: Callable[[Source], Report]) -> Scope:
         raise UnsupportedRepair(
             "the refcount structure itself is damaged", "the tier `all` rebuilds it", damaged[0]
         )
-    reclaim_leaks_in_refblocks(scope)
+    reclaim_leaks_in_refblocks(scope, stay)
     scope = _checked_anew(scope, check)
     # Lowered to one reference, an entry gets its COPIED flag back.
     update_copied_flags_for_l1(scope, known=report.findings)
-    return scope
+    return _checked_anew(scope, check), triage
 
 
-def _draft_all(scope: Scope, check: Callable[[Source], Report]) -> tuple[Scope, Triage]:
-    _require_writable_header(scope.report)
+def _draft_all(scope: Scope, check: _Check, stay: I64) -> _Drafted:
+    before = scope.report
+    _require_writable_header(before)
     for planner in (correct_entries, rewrite_snapshot_table):
         planner(scope)
         scope = _checked_anew(scope, check)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     triage = triage_leaks(scope.source, scope.report)
-    _draft_refcounts(scope, lower=scope.report.complete and not triage.suspects)
-    scope = _checked_anew(scope, check)
-    update_copied_flags_for_l1(scope)
+    if triage.suspects or not scope.report.complete:
+        # What the repair itself ceased to refer to is no such leak: that reference was known.
+        stay = np.union1d(stay, np.intersect1d(_leaked(before), _leaked(scope.report)))
+    _draft_refcounts(scope, stay)
+    for planner in (update_copied_flags_for_l1, clear_reserved_bits):
+        scope = _checked_anew(scope, check)
+        planner(scope)
     return _checked_anew(scope, check), triage
 
 
-def _checked_anew(scope: Scope, check: Callable[[Source], Report]) -> Scope:
+def _leaked(report: Report) -> I64:
+    """All leaked clusters."""
+    if report.mismatches is None:
+        return np.zeros(0, dtype=np.int64)
+    return report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+
+
+def _checked_anew(scope: Scope, check: _Check) -> Scope:
     """The scope after what was drafted; the same where nothing was added."""
     if scope.draft.writes == scope.writes:
         return scope
@@ -218,34 +252,17 @@ def _checked_anew(scope: Scope, check: Callable[[Source], Report]) -> Scope:
     return Scope(scope.draft, image, check(image), scope.draft.writes)
 
 
-def _draft_refcounts(scope: Scope, *, lower: bool) -> None:
-    """In place where every block that must change is sound, else anew."""
+def _draft_refcounts(scope: Scope, stay: I64) -> None:
+    """In place where every block that must change is sound, else anew; not of what must *stay*."""
     counts = scope.report.counts()
-    wrong = [FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW]
-    if lower:
-        wrong.append(FindingKind.LEAK)
     lost = scope.report.findings.of(FindingKind.PAST_END).structure
     damaged = any(kind in counts for kind in _DAMAGED_STRUCTURE)
     damaged |= bool((lost == Structure.REFTABLE).any())
-    if (damaged or not refblocks_cover(scope, *wrong)) and not _rebuild_would_hide_loss(scope):
-        rebuild_refcount_structure(scope, lower=lower)
+    # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
+    if (damaged or not refblocks_cover(scope, stay)) and not scope.refcounts_are_shared:
+        rebuild_refcount_structure(scope, stay)
     else:
-        correct_refcounts_in_refblocks(scope, lower=lower)
-
-
-def _rebuild_would_hide_loss(scope: Scope) -> bool:
-    """Whether something else lies in a cluster of the refcount structure.
-
-    One of the two has overwritten the other. Were the refcounts moved away, nothing would show it.
-    """
-    contested = scope.report.findings.of(FindingKind.MULTIPLE_OWNERS)
-    own = {Structure.REFTABLE, Structure.REFBLOCK}
-    for offset in contested.host_offset.tolist():
-        owners = scope.report.owners.of(offset >> scope.geometry.cluster_bits)
-        structures = {owner.structure for owner in owners}
-        if structures & own and structures - own:
-            return True
-    return False
+        correct_refcounts_in_refblocks(scope, stay)
 
 
 def _require_writable_header(report: Report) -> None:

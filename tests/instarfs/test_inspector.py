@@ -79,7 +79,7 @@ def stranger(path: Path) -> Iterator[int]:
 
 async def report(inspector: Inspector) -> Report:
     with trio.fail_after(DEADLINE):
-        return (await inspector.report.get()).value
+        return (await inspector.checkup.get()).value.report
 
 
 async def test_checks_once_while_nothing_changes(inspector: Inspector, check: FakeCheck) -> None:
@@ -95,7 +95,7 @@ async def test_checks_again_after_writing_in_place(
     first = await report(inspector)
     with path.open("ab") as file:
         file.write(b"more")
-    assert inspector.report.peek() is None
+    assert inspector.checkup.peek() is None
     second = await report(inspector)
     assert second is not first
     assert not second.changed
@@ -142,7 +142,7 @@ async def test_a_change_during_the_check_tears_the_report(
     torn = await report(inspector)
     assert torn.changed
     assert torn.verdict == "torn"
-    assert inspector.report.peek() is None
+    assert inspector.checkup.peek() is None
     check.hook = lambda: None
     assert not (await report(inspector)).changed
     assert check.sizes == [1000, 1004]
@@ -178,7 +178,7 @@ async def test_says_how_far_it_is(inspector: Inspector, check: FakeCheck) -> Non
     check.gate.clear()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(inspector.report.get)
+            nursery.start_soon(inspector.checkup.get)
             while inspector.progress() in (IDLE, "opening 0%"):
                 await trio.sleep(0.001)
             assert inspector.progress() == "census 43%"
@@ -192,7 +192,7 @@ async def test_a_cancelled_check_lets_everything_go(
     check.gate.clear()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(inspector.report.get)
+            nursery.start_soon(inspector.checkup.get)
             while not check.sizes:
                 await trio.sleep(0.001)
             nursery.cancel_scope.cancel()
@@ -225,7 +225,7 @@ async def test_what_is_no_image_any_more_is_an_error_until_it_is_one(
     before = inspector.generation()
     path.rename(path.with_name("away"))
     os.mkfifo(path)
-    assert inspector.report.peek() is None
+    assert inspector.checkup.peek() is None
     assert inspector.generation() == before
     with pytest.raises(ImageIsNoFile):
         await report(inspector)
@@ -251,7 +251,7 @@ def test_inspecting_changes_nothing(path: Path) -> None:
 
     async def main() -> None:
         inspector = Inspector(Image.open(str(path)))
-        await inspector.report.get()
+        await inspector.checkup.get()
         await inspector.description.get()
 
     trio.run(main)

@@ -2,13 +2,14 @@
 
 import contextlib
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import INSTARFS, Gate, MakeMount, Mount, leak, make_image, mounted
+from tests.mount.mounts import INSTARFS, Gate, MakeMount, Mount, leak, make_image, mounted, until
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +51,33 @@ def mount(tmp_path: Path) -> Iterator[MakeMount]:
 @pytest.fixture
 def gated(image: Path, tmp_path: Path) -> Iterator[Gate]:
     """A mount of `image` whose check waits at a gate."""
+    with gate("gated.py", image, tmp_path) as it:
+        yield it
+
+
+@contextlib.contextmanager
+def gate(program: str, image: Path, tmp_path: Path) -> Iterator[Gate]:
+    """A mount of *image* by one of the programs beside this file, which wait at a gate."""
     folder = tmp_path / "gate"
     folder.mkdir()
     directory = tmp_path / "gated"
-    command = [sys.executable, Path(__file__).with_name("gated.py"), image, directory, folder]
+    command = [sys.executable, Path(__file__).with_name(program), image, directory, folder]
     with mounted(command, image, directory) as it:
         yield Gate(it, folder)
+
+
+@pytest.fixture
+def vm(image: Path) -> Iterator[subprocess.Popen[str]]:
+    """A program that has `image` open for writing, as a virtual machine has."""
+    node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}"
+    socket = f"addr.type=unix,addr.path={image}.sock"
+    export = f"type=vhost-user-blk,id=export,node-name=disk,writable=on,{socket}"
+    program = subprocess.Popen(
+        ["qemu-storage-daemon", "--blockdev", node, "--export", export], text=True
+    )
+    is_open = image.with_name(f"{image.name}.sock").exists
+    until(lambda: is_open() or program.poll() is not None, "the image was open")
+    assert program.poll() is None
+    yield program
+    program.terminate()
+    program.wait()

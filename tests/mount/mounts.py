@@ -145,7 +145,7 @@ def mounted(command: Sequence[str | Path], image: Path, directory: Path) -> Iter
 
 @dataclass
 class Gate:
-    """Holds up the check of a mount; see `gated.py`."""
+    """Holds up the check of a mount, or its repairs; see `gated.py` and `gated_repair.py`."""
 
     mount: Mount
     folder: Path
@@ -159,6 +159,11 @@ class Gate:
     @property
     def checks(self) -> int:
         """How often a check has begun."""
+        return self.steps
+
+    @property
+    def steps(self) -> int:
+        """How often something came to the gate."""
         count = self.folder / "count"
         return len(count.read_text().splitlines()) if count.exists() else 0
 

@@ -3,12 +3,11 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import MakeMount, Mount, leak, make_image, run, settle, until
+from tests.mount.mounts import MakeMount, Mount, leak, make_image, run, settle
 
 
 @pytest.fixture
@@ -89,23 +88,6 @@ def test_deleted_is_still_readable(mounted: Mount) -> None:
 
 
 # ---- in use ----
-
-
-@pytest.fixture
-def vm(image: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that has `image` open for writing, as a virtual machine has."""
-    node = f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}"
-    socket = f"addr.type=unix,addr.path={image}.sock"
-    export = f"type=vhost-user-blk,id=export,node-name=disk,writable=on,{socket}"
-    program = subprocess.Popen(
-        ["qemu-storage-daemon", "--blockdev", node, "--export", export], text=True
-    )
-    is_open = image.with_name(f"{image.name}.sock").exists
-    until(lambda: is_open() or program.poll() is not None, "the image was open")
-    assert program.poll() is None
-    yield program
-    program.terminate()
-    program.wait()
 
 
 def test_an_image_in_use_is_checked_and_never_clean(

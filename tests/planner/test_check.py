@@ -105,6 +105,37 @@ def test_runs_and_single_entries_count_alike(changes):
     assert answers(check_image(source)) == answers(check_carefully(source))
 
 
+def filled() -> Image:
+    """Full L2 tables of adjacent clusters, one of them shared with a snapshot."""
+    made = ImageBuilder(cluster_bits=12, size=1 << 22)
+    made.write(0, b"f" * (1 << 22))
+    made.take_snapshot("full")
+    made.write(5, b"g")
+    return made.build()
+
+
+FILLED = filled()
+near = st.integers(0, FILLED.host_clusters + 2).map(lambda cluster: cluster << 12 | 1 << 63)
+
+
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 1023), near | words), min_size=1, max_size=3),
+    refcounts=st.lists(
+        st.tuples(st.integers(0, FILLED.host_clusters - 1), st.integers(0, 3)), max_size=2
+    ),
+)
+def test_runs_and_single_entries_of_full_tables_count_alike(changes, refcounts):
+    image = Image(bytearray(FILLED.data))
+    for cluster, word in changes:
+        image.set_word(FILLED_AT[cluster], word)
+    for cluster, refcount in refcounts:
+        image.set_refcount(cluster, refcount)
+    assert answers(check_image(image.source)) == answers(check_carefully(image.source))
+
+
+FILLED_AT = [FILLED.l2_table(cluster // 512) + cluster % 512 * 8 for cluster in range(1024)]
+
+
 @given(data=st.binary(max_size=400))
 def test_any_bytes_are_reported(data):
     assert check_image(Bytes(data)).exit_code in (1, 63)

@@ -76,6 +76,7 @@ def test_rule(make: Callable[[], Rule]):
     assert (counters.check_errors, counters.corruptions, counters.leaks) == (
         rule.check_errors, rule.corruptions, rule.leaks,
     )  # fmt: skip
+    assert {name: getattr(counters, name) for name in rule.counters} == rule.counters
     assert report.exit_code == exit_code(rule)
     assert report.needs_rebuild is rule.needs_rebuild
     assert report.complete is rule.complete

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from examples.make_image import Image
+from planner import owners as owners_module
 from planner.check import check_image
 from planner.findings import ACTIVE, NONE, NOWHERE, FindingKind, Owner, Structure
 from planner.qcow2.entries import COPIED
@@ -164,6 +165,17 @@ def test_owners_of_a_run_of_clusters():
     assert len(owners.of(1, 5)) == 10
     assert owners.of(1, 5, limit=3) == owners.of(1, 5)[:3]
     assert not owners.truncated
+
+
+@pytest.mark.parametrize("limit", range(1, 11))
+def test_no_more_owners_are_kept_than_a_report_can_hold(monkeypatch, limit):
+    source = RULES["l1_two_entries_on_one_table"]().image.source
+    everyone = check_image(source).owners.of(1, 5)
+    monkeypatch.setattr(owners_module, "MAX_OWNERS", limit)
+    owners = check_image(source).owners
+    assert len(owners.cluster) == limit
+    assert owners.truncated is (limit < len(everyone))
+    assert set(owners.of(1, 5)) <= set(everyone)
 
 
 @pytest.mark.parametrize("make", [plain, with_snapshot, rich], ids=lambda make: make.__name__)

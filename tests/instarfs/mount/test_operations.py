@@ -402,7 +402,7 @@ async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch
 
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as watchers, trio.open_nursery() as readers:
-            watchers.start_soon(operations.watch_readers)
+            watchers.start_soon(operations.watch_callers)
             for pid in (1, 2):
                 readers.start_soon(read_as, pid)
             for pid in (2, 1):

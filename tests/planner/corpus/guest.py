@@ -298,6 +298,24 @@ def l2_data_past_end() -> Rule:
 
 
 @rule
+def l2_data_past_end_that_is_counted_as_used() -> Rule:
+    """COPIED is judged by the stored refcount even where the file does not reach."""
+    image = plain()
+    old, beyond = image.host_offset(1), past_end(image)
+    image.set_refcount(beyond // SIZE, 1)
+    image.set_word(image.l2_at(1), beyond | COPIED)
+    return Rule(
+        image,
+        [
+            finding(Kind.PAST_END, structure=Structure.DATA, **in_guest(1, image), found=beyond),
+            leak(old // SIZE),
+        ],
+        corruptions=1,
+        leaks=1,
+    )
+
+
+@rule
 def l2_data_right_behind_the_end() -> Rule:
     """A cluster that begins at the end of the file reaches one whole cluster past it."""
     image = plain()
@@ -556,6 +574,80 @@ def zero_subclusters_of_an_unallocated_cluster() -> Rule:
 
 
 # COPIED
+
+
+def full() -> Image:
+    """The first L2 table is full: guest cluster 0 in host cluster 1, the others from 3 on."""
+    made = builder()
+    made.write(0, b"f" * COVERAGE)
+    return made.build()
+
+
+@rule
+def full_table_of_adjacent_clusters() -> Rule:
+    """Adjacent clusters are counted as one run, and come to the same."""
+    image = full()
+    counted = {"allocated_clusters": WIDTH, "fragmented_clusters": 1, "compressed_clusters": 0}
+    return Rule(image, [], counters=counted)
+
+
+@rule
+def full_table_with_a_leak_and_a_missing_flag() -> Rule:
+    """What is wrong inside a run of adjacent clusters is found where it is."""
+    image = full()
+    image.set_refcount(100, 2)
+    image.clear_bits(image.l2_at(200), COPIED)
+    counted = {"allocated_clusters": WIDTH, "fragmented_clusters": 1}
+    return Rule(
+        image,
+        [
+            finding(Kind.L2_COPIED, **in_guest(98, image), found=1, expected=0),
+            finding(Kind.L2_COPIED, **in_guest(200, image), found=0, expected=1),
+            leak(100, found=2, expected=1),
+        ],
+        corruptions=2,
+        leaks=1,
+        counters=counted,
+    )
+
+
+@rule
+def full_table_that_two_l1_entries_lead_to() -> Rule:
+    """A run counts as often as its table does."""
+    image = full()
+    image.set_word(image.l1_at(1), image.word(image.l1_at(0)))
+    return Rule(
+        image,
+        [low(1, WIDTH + 1), *(contested(cluster) for cluster in range(1, WIDTH + 2))],
+        corruptions=WIDTH + 1,
+        counters={"allocated_clusters": 2 * WIDTH, "fragmented_clusters": 2},
+    )
+
+
+@rule
+def full_table_that_runs_past_the_end() -> Rule:
+    """Only the clusters of a run that the file does not reach are lost."""
+    image = full()
+    word = image.word(image.l2_at(WIDTH - 1))
+    beyond = len(image.data) - SIZE
+    for number in range(8):
+        image.set_word(image.l2_at(WIDTH - 8 + number), (beyond + number * SIZE) | COPIED)
+    assert word == (WIDTH + 1) * SIZE | COPIED
+    last = beyond // SIZE
+    return Rule(
+        image,
+        [
+            *(finding(Kind.PAST_END, **in_guest(WIDTH - 7 + number, image)) for number in range(7)),
+            finding(Kind.L2_COPIED, l2_index=WIDTH - 7, count=7, found=1, expected=0),
+            finding(Kind.REFBLOCK_SHARED, index=0, found=2, expected=1),
+            low(last),
+            contested(last),
+            leak(WIDTH - 6, 8),
+        ],
+        corruptions=7 + 7 + 1 + 1,
+        leaks=8,
+        needs_rebuild=True,
+    )
 
 
 @rule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from examples.make_image import Image
 from planner.findings import FindingKind as Kind
 from planner.findings import Structure
+from planner.source import READABLE_END
 from tests.planner.corpus.rule import (
     COPIED,
     SIZE,
@@ -318,6 +319,50 @@ def refblock_past_end() -> Rule:
             finding(Kind.L2_COPIED, **in_guest(9, image), found=1, expected=0),
         ],
         corruptions=1 + len(behind) + 1,
+        needs_rebuild=True,
+    )
+
+
+def refblock_at(offset: int) -> Image:
+    """An image of which the second refcount block would be at *offset*."""
+    image = two_blocks()
+    image.set_word(image.reftable_at(1), offset)
+    return image
+
+
+@rule
+def refblock_at_the_end_of_any_file() -> Rule:
+    """Where the last block of the longest file would be, zeros are read."""
+    image = refblock_at(READABLE_END - SIZE)
+    return Rule(
+        image,
+        [
+            finding(Kind.REFBLOCK_PAST_END, **of_reftable(1, image), found=READABLE_END - SIZE),
+            missing(529, 4),
+            finding(Kind.L2_COPIED, **in_guest(9, image), found=1, expected=0),
+        ],
+        corruptions=6,
+        needs_rebuild=True,
+    )
+
+
+@rule
+def refblock_past_the_end_of_any_file() -> Rule:
+    """No file reaches there: every lookup in the block is a check error."""
+    image = refblock_at(READABLE_END)
+    return Rule(
+        image,
+        [
+            finding(
+                Kind.REFCOUNT_UNREADABLE,
+                **of_reftable(1, image),
+                count=image.host_clusters - 512,
+                found=READABLE_END,
+            ),
+            finding(Kind.REFBLOCK_PAST_END, **of_reftable(1, image), found=READABLE_END),
+        ],
+        check_errors=image.host_clusters - 512,
+        corruptions=1,
         needs_rebuild=True,
     )
 

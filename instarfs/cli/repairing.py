@@ -1,0 +1,49 @@
+"""What the commands that write to an image have in common: `check -r`, `undo` and `trim`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from instarfs.cli.progress import progress_bar
+from instarfs.cli.stopping import stoppable
+from instarfs.errors import ImageNotQcow2, ImageUnreadable, InstarfsError, RepairIncomplete
+from instarfs.image import Image
+from instarfs.outcome import RepairOutcome
+from instarfs.repairer import Repairer
+from planner.errors import NotQcow2, PlannerError
+
+
+def run(
+    path: str,
+    job: Callable[[Repairer], RepairOutcome],
+    *,
+    keep_undo: bool = True,
+    progress: bool = False,
+) -> RepairOutcome:
+    """Do *job* on the image at *path*. A signal that asks to stop rolls it back."""
+    with (
+        Image.open(path) as image,
+        stoppable() as asked_to_stop,
+        progress_bar(shown=progress) as tell,
+    ):
+        repairer = Repairer(
+            image, keep_undo=keep_undo, progress=tell or _tell_nobody, cancelled=asked_to_stop
+        )
+        return job(repairer)
+
+
+def raise_error(outcome: RepairOutcome, path: str) -> None:
+    """Raise what went wrong. That something is left is no error here: the check says so."""
+    if outcome.error is not None and not isinstance(outcome.error, RepairIncomplete):
+        raise named(outcome.error, path)
+
+
+def named(error: InstarfsError | PlannerError, path: str) -> InstarfsError | PlannerError:
+    """*error* with the image in its sentence: the planner does not know what that is called."""
+    if isinstance(error, NotQcow2):
+        return ImageNotQcow2(path, str(error))
+    return ImageUnreadable(path, str(error)) if isinstance(error, PlannerError) else error
+
+
+def _tell_nobody(_stage: str, _done: int, _total: int) -> None:
+    pass

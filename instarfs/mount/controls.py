@@ -1,0 +1,123 @@
+"""The control files of ``repair/``: what they accept, what they answer, what they show.
+
+As in sysfs each write is one command: a word that comes in several writes is several wrong ones,
+and where in the file a write goes means nothing. What a command does is the inspector's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+
+from instarfs.errors import NoSuchCommand, RepairNotOffered, RepairRunning
+from instarfs.inspector import Inspector
+from instarfs.journal import State, Summary
+from instarfs.mount.nodes import ControlFile
+from instarfs.outcome import RepairOutcome
+from instarfs.render.repair import outcome_line
+from planner.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
+
+log = logging.getLogger(__name__)
+
+_TIER = re.compile(
+    rb"[ \t]*(leaks|all)(?:[ \t]+([0-9a-fA-F]{%d,%d}))?[ \t]*\n?" % (SHORTEST_QUOTE, ID_LENGTH)
+)
+_TIER_GRAMMAR = "`leaks` or `all`, or either with the id of a plan"
+
+_UNDO_LINES = {
+    State.APPLYING: "a repair was interrupted: write `undo` to take it back",
+    State.APPLIED: "write `undo` to take the last repair back",
+    State.UNDONE: "nothing to take back: the last repair has been taken back already",
+}
+_TRIM_LINE = (
+    "write `trim` to give the disk space of all free clusters back, if a fresh check is clean;"
+    " what they held is gone then, also for undo\n"
+)
+
+
+def parse_tier(command: bytes) -> tuple[RepairTier, str]:
+    """The tier, and the quoted plan id or nothing. Raises `NoSuchCommand`."""
+    match = _TIER.fullmatch(command)
+    if match is None:
+        raise NoSuchCommand(command, _TIER_GRAMMAR)
+    return RepairTier(match[1].decode()), (match[2] or b"").decode()
+
+
+def parse_word(command: bytes, word: str) -> None:
+    """Raise `NoSuchCommand` unless *command* is *word*."""
+    if command.removesuffix(b"\n").strip(b" \t") != word.encode():
+        raise NoSuchCommand(command, f"`{word}`")
+
+
+class Controls:
+    """The control files of one mount."""
+
+    def __init__(self, inspector: Inspector, *, read_only: bool) -> None:
+        self._inspector = inspector
+        self._read_only = read_only
+
+    def tier_file(self) -> ControlFile:
+        """``repair/tier``"""
+        return self._file(self._show_tiers, self._repair)
+
+    def undo_file(self) -> ControlFile:
+        """``repair/undo``"""
+        return self._file(self._show_undo, self._undo)
+
+    def trim_file(self) -> ControlFile:
+        """``repair/trim``"""
+        return self._file(_TRIM_LINE.encode, self._trim)
+
+    def _file(
+        self, show: Callable[[], bytes], act: Callable[[bytes], Awaitable[RepairOutcome]]
+    ) -> ControlFile:
+        async def obey(command: bytes) -> None:
+            self._require_free()
+            outcome = await act(command)
+            # Not another await: when the mount ends, this is all that there is still time for.
+            log.info("%s: %s", command.decode("ascii").strip(), outcome_line(outcome))
+            if outcome.error is not None:
+                raise outcome.error
+
+        return ControlFile(show, obey, self._require_free)
+
+    def _require_free(self) -> None:
+        """Raise the error of whoever wants to write and cannot."""
+        if self._read_only:
+            raise RepairNotOffered
+        if self._inspector.repairs.is_running:
+            raise RepairRunning(self._inspector.path)
+
+    # ---- commands ----
+
+    async def _repair(self, command: bytes) -> RepairOutcome:
+        tier, quote = parse_tier(command)
+        return await self._inspector.repairs.repair(tier, quote)
+
+    async def _undo(self, command: bytes) -> RepairOutcome:
+        parse_word(command, "undo")
+        return await self._inspector.repairs.undo()
+
+    async def _trim(self, command: bytes) -> RepairOutcome:
+        parse_word(command, "trim")
+        return await self._inspector.repairs.trim()
+
+    # ---- what they show ----
+
+    def _show_tiers(self) -> bytes:
+        applied = self._inspector.repairs.applied
+        words = ["none", *RepairTier]
+        current = applied or "none"
+        return (" ".join(f"[{w}]" if w == current else w for w in words) + "\n").encode()
+
+    def _show_undo(self) -> bytes:
+        if self._inspector.repairs.is_running:
+            return b"a repair is running\n"
+        last = self._inspector.last_repair()
+        if last is None:
+            return b"nothing to take back\n"
+        if not isinstance(last, Summary):
+            return f"{last}\n".encode(errors="surrogateescape")
+        plan = f" (tier {last.tier}, plan {last.plan_id})"
+        return f"{_UNDO_LINES[last.status.state]}{plan}\n".encode()

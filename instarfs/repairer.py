@@ -1,0 +1,372 @@
+"""One repair, from a tier to its outcome; and taking it back, and giving free space back.
+
+The order of things is here: an interrupted repair taken back, a fresh check, the proposal, the undo
+file, the writing, the check again. What to write is decided in `planner.repair`; the locks and the
+undo file are kept in `instarfs.session`; `instarfs.execute` writes. Nothing here is rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from instarfs import locks
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    ImageChanged,
+    InstarfsError,
+    PlanStale,
+    PutBackFailed,
+    RepairCancelled,
+    RepairIncomplete,
+    RepairInterrupted,
+    RepairUnproven,
+    TrimRefused,
+    TrimUnsupported,
+    UndoFileDamaged,
+    UndoFileFailed,
+    UndoFileImpossible,
+    UndoFileMissing,
+    UndoneAlready,
+    UndoStale,
+)
+from instarfs.execute import Device, FileDevice, execute, punch, put_back
+from instarfs.free import free_runs, used_clusters
+from instarfs.image import Image
+from instarfs.journal import State, read_summary
+from instarfs.outcome import Pending, RepairOutcome, Status
+from instarfs.session import Session
+from instarfs.undo_place import UndoPlace
+from planner.arrays import I64
+from planner.check import Progress, check_image
+from planner.errors import AmbiguousCorruption, Cancelled, PlannerError
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, propose, same_outcome, total
+from planner.report import Report
+from planner.source import SECTOR, Source
+
+SUSPECTS_NAMED = 3
+
+
+class Check(Protocol):
+    """`planner.check.check_image`."""
+
+    def __call__(
+        self,
+        source: Source,
+        *,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Report: ...
+
+
+class Propose(Protocol):
+    """`planner.repair.tiers.propose`."""
+
+    def __call__(
+        self,
+        source: Source,
+        report: Report,
+        tier: RepairTier,
+        *,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Proposal: ...
+
+
+def pending(image: Image) -> Pending | None:
+    """The interrupted repair of *image*, if there is one. Changes nothing.
+
+    None while somebody writes to the image: then a repair may be under way.
+    """
+    if image.is_device or locks.is_written(image.fileno()):
+        return None
+    try:
+        with UndoPlace.beside(image) as place:
+            file, summary = place.file, read_summary(place)
+    except OSError:
+        return None
+    except UndoFileDamaged as error:
+        is_hidden = isinstance(error.__cause__, PermissionError)
+        return None if is_hidden else Pending(str(error), error.undo_file)
+    if summary is None or summary.status.state is not State.APPLYING:
+        return None
+    sentence = (
+        f"a repair (tier {summary.tier}, plan {summary.plan_id}) was interrupted; the next repair"
+        " takes it back first, and so does: instarfs undo"
+    )
+    return Pending(sentence, file, summary.tier, summary.plan_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Repairer:
+    """Repairs one image. Each method is one pass, runs in the calling thread, and never raises an
+    error that it can explain: it is in the outcome.
+
+    Without *keep_undo* no undo file is kept once the repair stands, and where none can be made the
+    repair goes on without: then an I/O error is still rolled back, but not a crash or a power
+    failure in the middle. *progress* is told of every check and of the writing; *cancelled* is
+    asked often, and what was written by then is rolled back.
+    """
+
+    image: Image
+    keep_undo: bool = True
+    progress: Progress = lambda _stage, _done, _total: None
+    cancelled: Callable[[], bool] = lambda: False
+    check: Check = check_image
+    propose: Propose = propose
+    device: Callable[[int, str], Device] = FileDevice
+
+    def repair(self, tier: RepairTier, quote: str = "") -> RepairOutcome:
+        """Repair as far as *tier* goes; with *quote*, exactly the plan of that id or nothing."""
+        return self._run(
+            RepairOutcome(tier=tier), lambda work, session: work.repair(session, tier, quote)
+        )
+
+    def undo(self) -> RepairOutcome:
+        """Take the last repair back, byte for byte; or finish taking back an interrupted one."""
+        return self._run(RepairOutcome(), _Pass.undo)
+
+    def trim(self) -> RepairOutcome:
+        """Give the disk space of all free clusters back, for good."""
+        return self._run(RepairOutcome(), _Pass.trim)
+
+    def _run(self, outcome: RepairOutcome, job: Callable[[_Pass, Session], None]) -> RepairOutcome:
+        work = _Pass(self, outcome)
+        try:
+            with Session.open(self.image, self.device, work.check) as session:
+                job(work, session)
+        except Cancelled:
+            work.fail(RepairCancelled(self.image.path))
+        except DOMAIN_ERRORS as error:
+            work.fail(error)
+        return work.outcome
+
+
+class _Pass:
+    """One pass over an image that is open for writing, and what has become of it so far."""
+
+    def __init__(self, repairer: Repairer, outcome: RepairOutcome) -> None:
+        self._repairer = repairer
+        self._path = repairer.image.path
+        self._is_writing = False
+        self.outcome = outcome
+
+    def check(self, source: Source) -> Report:
+        return self._repairer.check(
+            source, progress=self._repairer.progress, cancelled=self._repairer.cancelled
+        )
+
+    def fail(self, error: InstarfsError | PlannerError) -> None:
+        """Put *error* into the outcome: nothing that was asked for was done."""
+        status, after = Status.REFUSED, self.outcome.before
+        if isinstance(error, PutBackFailed):
+            status, after = Status.INTERRUPTED, None
+        elif self._is_writing and not isinstance(error, ImageChanged):
+            status = Status.ROLLED_BACK
+        self.outcome = replace(
+            self.outcome,
+            status=status,
+            left_count=total(after) if after else 0,
+            after=after,
+            reason=str(error),
+            error=error,
+        )
+
+    # ---- repair ----
+
+    def repair(self, session: Session, tier: RepairTier, quote: str) -> None:
+        self.outcome = replace(self.outcome, recovered=session.recover())
+        report = self._fresh_check(session)
+        proposal = self._repairer.propose(
+            session.source,
+            report,
+            tier,
+            progress=self._repairer.progress,
+            cancelled=self._repairer.cancelled,
+        )
+        plan = proposal.plan
+        self.outcome = replace(
+            self.outcome,
+            plan_id=plan.id,
+            planned=proposal.planned,
+            suspects=proposal.suspects,
+        )
+        self._require_quote(proposal, quote)
+        after = report if plan.changes_nothing else self._write(session, proposal)
+        self.outcome = replace(
+            self.outcome,
+            status=Status.NOTHING_TO_DO if plan.changes_nothing else Status.REPAIRED,
+            repaired=proposal.planned,
+            left_count=proposal.left_count,
+            left=proposal.left,
+            counters=proposal.counters,
+            after=after,
+        )
+        if not proposal.complete:
+            error = RepairIncomplete(self._path, proposal.found, proposal.left_count)
+            status = Status.INCOMPLETE
+            self.outcome = replace(self.outcome, status=status, reason=str(error), error=error)
+
+    def _fresh_check(self, session: Session) -> Report:
+        """The check that everything else follows from. Raises its error where it has one."""
+        report = self.check(session.source)
+        number = total(report)
+        self.outcome = replace(
+            self.outcome, before=report, after=report, found=number, left_count=number
+        )
+        if report.error is not None:
+            raise report.error
+        return report
+
+    def _require_quote(self, proposal: Proposal, quote: str) -> None:
+        plan = proposal.plan
+        if quote and not plan.is_quoted_by(quote):
+            raise PlanStale(self._path, quote, plan.id)
+        if proposal.needs_quote and not quote:
+            suspects = [suspect.sentence for suspect in proposal.suspects]
+            more = len(suspects) - SUSPECTS_NAMED
+            named = suspects[:SUSPECTS_NAMED] + ([f"and {more} more"] if more > 0 else [])
+            raise AmbiguousCorruption(
+                "; ".join(named),
+                f"if they are to go all the same, quote the plan: {plan.tier} {plan.id}",
+            )
+
+    def _write(self, session: Session, proposal: Proposal) -> Report:
+        """Carry the plan out and prove it again; or leave everything as it was, and raise."""
+        try:
+            session.start_journal(proposal.plan, proposal.before)
+        except UndoFileImpossible:
+            if self._repairer.keep_undo:
+                raise
+        self._is_writing = True
+        try:
+            execute(
+                session.device,
+                proposal.plan,
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+            after = self._proven(session, proposal)
+        except BaseException as error:
+            session.withdraw()
+            if isinstance(error, PutBackFailed) and session.journal is None:
+                error.wayout = "no undo file was kept: copy the disk out with qemu-img convert"
+            raise
+        self._is_writing = False
+        session.settle(keep_undo=self._repairer.keep_undo)
+        self.outcome = replace(
+            self.outcome, undo_file=session.journal.file if session.journal else ""
+        )
+        return after
+
+    def _proven(self, session: Session, proposal: Proposal) -> Report:
+        """The check of the image as it was written, which must be the proof."""
+        try:
+            after = self.check(session.source)
+            self._require_same(after, proposal.after)
+            if session.journal is not None:
+                session.journal.advance(State.APPLIED)
+        except BaseException as error:
+            put_back(session.device, proposal.plan, error)
+            raise
+        return after
+
+    def _require_same(self, after: Report, proof: Report) -> None:
+        if not same_outcome(after, proof):
+            raise RepairUnproven(self._path)
+
+    # ---- undo ----
+
+    def undo(self, session: Session) -> None:
+        recovered = session.recover()
+        self.outcome = replace(self.outcome, recovered=recovered)
+        if not recovered:
+            self._undo_applied(session)
+        self.outcome = replace(self.outcome, status=Status.UNDONE)
+        with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
+            after = self.check(session.source)
+            number = total(after)
+            self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
+
+    def _undo_applied(self, session: Session) -> None:
+        journal, _ = session.undoable()
+        plan = journal.plan
+        self.outcome = replace(
+            self.outcome, tier=plan.tier, plan_id=plan.id, undo_file=journal.file
+        )
+        journal.advance(State.APPLYING)
+        self._is_writing = True
+        try:
+            execute(
+                session.device,
+                plan.inverse(),
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+        except BaseException:
+            session.reinstate()
+            raise
+        self._is_writing = False
+        reason, trimmed = "", journal.status.trimmed
+        if trimmed:
+            reason = (
+                f"free clusters were trimmed after the repair ({trimmed} bytes of the file):"
+                " what they held is gone"
+            )
+        try:
+            journal.advance(State.UNDONE)
+        except UndoFileFailed as error:  # the next repair takes it back again: that changes nothing
+            reason = str(error)
+        self.outcome = replace(self.outcome, reason=reason)
+
+    # ---- trim ----
+
+    def trim(self, session: Session) -> None:
+        image = session.image
+        if image.is_device:
+            raise TrimUnsupported(image.path, "it is a block device")
+        if session.is_interrupted:
+            raise RepairInterrupted(image.path)
+        report = self._fresh_check(session)
+        if report.verdict != "clean" or not report.complete:
+            raise TrimRefused(image.path, report.verdict)
+        is_undoable, kept = self._needed_by_undo(session)
+        offset, length = free_runs(report, session.device.size, kept)
+        size, before = int(length.sum()), image.allocated_size()
+        if not size:
+            status = Status.NOTHING_TO_DO
+            self.outcome = replace(self.outcome, status=status, reason="no cluster is free")
+            return
+        if is_undoable and session.journal is not None:
+            session.journal.note_trim(size)
+        punch(
+            session.device,
+            zip(offset.tolist(), length.tolist(), strict=True),
+            size,
+            progress=self._repairer.progress,
+            cancelled=self._repairer.cancelled,
+        )
+        final = "what the free clusters held is gone"
+        if is_undoable:
+            final += "; undo still takes the last repair back, but does not bring that back"
+        given = max(0, before - image.allocated_size())
+        self.outcome = replace(self.outcome, status=Status.TRIMMED, trimmed=given, reason=final)
+
+    def _needed_by_undo(self, session: Session) -> tuple[bool, I64]:
+        """Whether the last repair can be undone, and the clusters that are in use then.
+
+        What the repair has replaced is free now, and would be metadata again. So would be the bytes
+        by which the undo file knows the image.
+        """
+        try:
+            journal, undone = session.undoable()
+        except (UndoFileMissing, UndoneAlready, UndoStale):
+            return False, np.zeros(0, dtype=np.int64)
+        bits = undone.geometry.cluster_bits
+        written = [stage.sectors * SECTOR >> bits for stage in journal.plan.stages]
+        return True, np.unique(np.concatenate([used_clusters(undone, stored=False), *written]))

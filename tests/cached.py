@@ -1,0 +1,44 @@
+"""`check_image` and `propose`, each run once for the same bytes: tests repair the same often."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from planner.check import Progress, check_image
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, propose
+from planner.report import Report
+from planner.source import Bytes, Source, read_bytes
+
+
+@lru_cache(maxsize=256)
+def check_bytes(content: bytes) -> Report:
+    """The check of an image in memory."""
+    return check_image(Bytes(content))
+
+
+@lru_cache(maxsize=256)
+def propose_bytes(content: bytes, tier: RepairTier) -> Proposal:
+    """What a repair would do to an image in memory. Raises `RepairError`."""
+    return propose(Bytes(content), check_bytes(content), tier)
+
+
+def cached_check(
+    source: Source,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Report:
+    """`planner.check.check_image`."""
+    return check_bytes(read_bytes(source, 0, source.size))
+
+
+def cached_propose(
+    source: Source,
+    report: Report,
+    tier: RepairTier,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Proposal:
+    """`planner.repair.tiers.propose`."""
+    return propose_bytes(read_bytes(source, 0, source.size), tier)

@@ -1,0 +1,54 @@
+"""A mount whose repairs wait after each flush until a test lets them go on:
+gated_repair.py IMAGE DIR FOLDER
+
+In FOLDER a repair adds a line to `count` with each flush, and then waits for `gate` to appear, or
+until it is cancelled.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from instarfs.execute import FileDevice
+from instarfs.image import Image
+from instarfs.mount import daemon, session
+from instarfs.mount.options import MountOptions
+from instarfs.repairer import Repairer
+from planner.check import Progress
+
+IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+
+
+class GatedDevice(FileDevice):
+    """A file that is held up whenever it has been flushed."""
+
+    def __init__(self, fd: int, name: str, cancelled: Callable[[], bool]) -> None:
+        super().__init__(fd, name)
+        self._cancelled = cancelled
+
+    def flush(self) -> None:
+        super().flush()
+        with (FOLDER / "count").open("a") as count:
+            count.write("flush\n")
+        while not (FOLDER / "gate").exists() and not self._cancelled():
+            time.sleep(0.005)
+
+
+def make_repairer(image: Image, *, progress: Progress, cancelled: Callable[[], bool]) -> Repairer:
+    def device(fd: int, name: str) -> GatedDevice:
+        return GatedDevice(fd, name, cancelled)
+
+    return Repairer(image, progress=progress, cancelled=cancelled, device=device)
+
+
+daemon.log_to_stderr()
+sys.exit(
+    session.serve(
+        Image.open(IMAGE),
+        DIRECTORY,
+        MountOptions(),
+        daemon.nobody_waits,
+        make_repairer=make_repairer,
+    )
+)

@@ -1,0 +1,117 @@
+"""Long campaigns: python -m tests.oracle [--repair] --cases 5000 --seed 1
+
+Prints every disagreement as it is met, and a summary. Exit code 1 where there was one.
+With --repair, every image is repaired under both tiers, by us and by qemu-img.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tests.oracle.campaign import GROUP_CASES, Case, groups, run_group
+from tests.oracle.damage import KINDS
+from tests.oracle.repair_campaign import RepairCase, run_repair_group
+
+
+def main() -> int:
+    """Run the campaign that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
+    parser.add_argument("--repair", action="store_true", help="judge repairs rather than checks")
+    parser.add_argument("--cases", type=int, default=5000, metavar="N")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
+    parser.add_argument("--only", type=int, metavar="CASE", help="run this case alone")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="with --only: keep its image here")
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        run_one = _repair_one if arguments.repair else _run_one
+        return run_one(arguments.seed, arguments.only, arguments.keep)
+    run_all = _repair_all if arguments.repair else _run_all
+    return run_all(arguments.seed, arguments.cases, arguments.jobs)
+
+
+def _run_one(seed: int, number: int, keep: Path | None) -> int:
+    for case in run_group(seed, number // GROUP_CASES, number + 1, only=number, keep=keep):
+        print(case)
+        return 0 if case.judgement.agreed else 1
+    return 1
+
+
+def _whole_group(group: int, seed: int, cases: int) -> list[Case]:
+    return list(run_group(seed, group, cases))
+
+
+def _run_all(seed: int, cases: int, jobs: int) -> int:
+    started = time.monotonic()
+    codes: Counter[int] = Counter()
+    kinds: Counter[str] = Counter()
+    exceptions: Counter[str] = Counter()
+    wrong = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        work = partial(_whole_group, seed=seed, cases=cases)
+        for done in pool.map(work, groups(cases)):
+            for case in done:
+                codes[case.judgement.qemu.exit_code] += 1
+                kinds.update(damage.partition(":")[0] for damage in case.damages)
+                exceptions.update(filter(None, [case.judgement.exception]))
+                if not case.judgement.agreed:
+                    wrong += 1
+                    print(case, flush=True)
+    seconds = time.monotonic() - started
+    print(f"{cases} cases of seed {seed} in {seconds:.0f} s: {wrong} disagreements")
+    print(f"exit codes of qemu-img: {dict(sorted(codes.items()))}")
+    print(f"{len(kinds)} of {len(KINDS)} kinds of damage, {kinds.total()} in all")
+    for name, count in exceptions.most_common():
+        print(f"exception {name}: {count}")
+    return 1 if wrong else 0
+
+
+def _repair_one(seed: int, number: int, keep: Path | None) -> int:
+    for case in run_repair_group(seed, number // GROUP_CASES, (number,), keep):
+        print(case)
+        return 0 if case.passed else 1
+    return 1
+
+
+def _repaired_group(group: int, seed: int, cases: int) -> list[RepairCase]:
+    return list(run_repair_group(seed, group, range(cases)))
+
+
+def _repair_all(seed: int, cases: int, jobs: int) -> int:
+    started = time.monotonic()
+    seen: dict[str, Counter[str]] = {
+        name: Counter() for name in ("damage", "outcome", "refusal", "purpose")
+    }
+    wrong = unread = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        work = partial(_repaired_group, seed=seed, cases=cases)
+        for case in itertools.chain.from_iterable(pool.map(work, groups(cases))):
+            seen["damage"].update(damage.partition(":")[0] for damage in case.damages)
+            for judged in case.judgements:
+                seen["outcome"][f"{judged.tier}: {judged.outcome}"] += 1
+                seen["refusal"].update(filter(None, [judged.refusal]))
+                seen["purpose"].update(judged.purposes)
+                unread += judged.unread
+            if not case.passed:
+                wrong += 1
+                print(case, flush=True)
+    seconds = time.monotonic() - started
+    print(f"{cases} cases of seed {seed}, two tiers each, in {seconds:.0f} s: {wrong} with faults")
+    print(f"{len(seen['damage'])} of {len(KINDS)} kinds of damage, {seen['damage'].total()} in all")
+    print(f"disks that could not be read before, and so were not compared: {unread}")
+    for what in ("outcome", "purpose", "refusal"):
+        for name, count in seen[what].most_common():
+            print(f"{what} {name}: {count}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

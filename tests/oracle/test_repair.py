@@ -1,0 +1,239 @@
+"""Seeded repairs, judged by QEMU: every second case of the campaign of checks, under both tiers.
+
+`make test ARGS="--cases 10000 --seed 7"` runs more; `python -m tests.oracle --repair` does so on
+every core. Below: one test for everything that QEMU makes clean and we leave, and the judge's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.make_image import Image
+from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
+from planner.source import Bytes
+from tests.oracle.campaign import groups, row_of
+from tests.oracle.guest_disks import Disk, faults_between, first_difference
+from tests.oracle.images import Row, run
+from tests.oracle.judge import Answer
+from tests.oracle.repair_campaign import run_repair_group
+from tests.oracle.repair_judge import (
+    PURPOSES,
+    Judgement,
+    faults_of_getting_worse,
+    judge_repairs,
+    write_out,
+)
+from tests.oracle.scene import Scene, dissect
+from tests.planner.corpus.rule import SIZE, plain, with_snapshot
+
+ROW = Row(cluster_bits=12)
+LEAKS, ALL = 0, 1
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a group of cases; its name says seed and row, its failure the damage."""
+    if "group" not in metafunc.fixturenames:
+        return
+    seed, cases = metafunc.config.getoption("--seed"), metafunc.config.getoption("--cases")
+    metafunc.parametrize(
+        "group",
+        [
+            pytest.param(group, id=f"seed{seed}-{group}-{row_of(seed, group).name}")
+            for group in groups(cases)
+        ],
+    )
+
+
+def test_repairs_are_safe_and_reach_what_qemu_reaches(group: int, seed: int, cases: int) -> None:
+    every_second = range(1, cases, 2)
+    wrong = [case for case in run_repair_group(seed, group, every_second) if not case.passed]
+    assert not wrong, "\n\n".join(map(str, wrong))
+
+
+# --- what we leave on purpose -----------------------------------------------------------------
+
+
+def judged(directory: Path, image: Image, tier: int) -> Judgement:
+    path = directory / "image.qcow2"
+    path.write_bytes(image.data)
+    return judge_repairs(ROW, path)[tier]
+
+
+def excused(judgement: Judgement, *names: str) -> None:
+    assert not judgement.faults, judgement
+    assert set(judgement.purposes) == set(names), judgement
+    assert judgement.outcome.endswith("qemu exit 0"), judgement
+
+
+def test_every_purpose_is_here_and_reasoned() -> None:
+    names = [one.name for one in PURPOSES]
+    assert len(set(names)) == len(names)
+    for one in PURPOSES:
+        assert one.reason.endswith(".")
+        assert f"test_{one.name.replace('-', '_')}" in globals(), one.name
+
+
+def _with_bitmaps(directory: Path, *, snapshot: bool) -> Path:
+    image = directory / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", image, "1M")
+    run("qemu-img", "bitmap", "--add", "-g", "4k", image, "one")
+    run("qemu-img", "bitmap", "--add", "-g", "4k", image, "other")
+    run("qemu-io", "-c", "write -q 0 64k", image)
+    if snapshot:
+        run("qemu-img", "snapshot", "-c", "snap", image)
+    return image
+
+
+def test_snapshots_deleted(tmp_path: Path) -> None:
+    """A refcount is too low; QEMU deletes the snapshot that shares the cluster, and is content."""
+    path = _with_bitmaps(tmp_path, snapshot=True)
+    anatomy = dissect(path)
+    with Scene(path, anatomy) as scene:
+        data = scene.get(anatomy.snapshot_l2[0].offset) % COPIED // SIZE
+        scene.put(anatomy.refblocks[0] + 2 * data, 1, 2)
+    excused(judge_repairs(ROW, path)[LEAKS], "snapshots-deleted")
+
+
+def test_bitmaps_rewritten(tmp_path: Path) -> None:
+    """Two bitmaps share their data; QEMU, opening for `leaks`, writes both somewhere else."""
+    path = _with_bitmaps(tmp_path, snapshot=False)
+    anatomy = dissect(path)
+    with Scene(path, anatomy) as scene:
+        one, other = anatomy.bitmap_tables
+        scene.put(one.offset, scene.get(other.offset))
+    excused(judge_repairs(ROW, path)[LEAKS], "bitmaps-rewritten")
+
+
+def test_copied_flags_left_to_all(tmp_path: Path) -> None:
+    image = plain()
+    image.clear_bits(image.l1_at(0), COPIED)
+    excused(judged(tmp_path, image, LEAKS), "copied-flags-left-to-all")
+    assert judged(tmp_path, image, ALL).outcome == "clean"
+
+
+def test_header_shared(tmp_path: Path) -> None:
+    """A compressed cluster that begins in the header."""
+    image = plain()
+    image.set_word(image.l2_at(7), COMPRESSED | 1)
+    excused(judged(tmp_path, image, ALL), "header-shared")
+
+
+def test_refcounts_shared(tmp_path: Path) -> None:
+    """The guest's data lies on the refcount block."""
+    image = plain()
+    image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
+    excused(judged(tmp_path, image, ALL), "refcounts-shared")
+
+
+def test_flags_shared(tmp_path: Path) -> None:
+    """The guest's data lies on the L2 table, in which a flag is wrong."""
+    image = plain()
+    image.set_word(image.l2_at(1), image.l2_table(0))
+    image.clear_bits(image.l2_at(2), COPIED)
+    excused(judged(tmp_path, image, ALL), "flags-shared")
+
+
+def test_refcounts_of_flags_shared(tmp_path: Path) -> None:
+    """The guest's data lies on the L2 table, and says that it is nobody else's."""
+    image = plain()
+    image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
+    excused(judged(tmp_path, image, ALL), "refcounts-of-flags-shared")
+
+
+def test_lost_among_leaks(tmp_path: Path) -> None:
+    image = plain()
+    image.set_word(image.l1_at(1), 0)
+    excused(judged(tmp_path, image, ALL), "lost-among-leaks")
+    assert judged(tmp_path, image, LEAKS).outcome == "clean"
+
+
+def test_past_end_not_grown(tmp_path: Path) -> None:
+    """The snapshot table is said to lie behind the end; QEMU makes one of nothing but zeros."""
+    image = plain()
+    image.change_header(nb_snapshots=1, snapshots_offset=len(image.data) + SIZE)
+    excused(judged(tmp_path, image, ALL), "past-end-not-grown")
+
+
+def test_snapshot_table_lost(tmp_path: Path) -> None:
+    """As above, but within a cluster of the end, which is not counted as past it."""
+    image = plain()
+    image.change_header(nb_snapshots=1, snapshots_offset=len(image.data))
+    excused(judged(tmp_path, image, ALL), "snapshot-table-lost")
+
+
+def test_snapshots_unreadable(tmp_path: Path) -> None:
+    """Another snapshot behind the one whose extra data seems to be too long is read from there."""
+    image = with_snapshot()
+    at = image.snapshots[0].offset
+    image.data[at + 36 : at + 40] = (1025).to_bytes(4, "big")
+    image.data[at : at + 12] = bytes(12)
+    excused(judged(tmp_path, image, ALL), "snapshots-unreadable", "census-incomplete")
+
+
+def test_census_incomplete(tmp_path: Path) -> None:
+    """The tables of a snapshot that cannot be read may refer to what looks leaked."""
+    image = with_snapshot()
+    at = image.snapshots[0].offset
+    image.data[at + 36 : at + 40] = (1025).to_bytes(4, "big")
+    image.data[at : at + 12] = bytes(12)
+    assert "census-incomplete" in judged(tmp_path, image, ALL).purposes
+
+
+def test_refused_where_mended_refcounts_would_bring_more_to_light(tmp_path: Path) -> None:
+    """No refcount can be looked up, and a flag in an L2 table that is also data would be wrong."""
+    image = plain()
+    image.set_word(image.reftable_at(0), image.refblock(0) + 512)
+    image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
+    judgement = judged(tmp_path, image, ALL)
+    assert not judgement.faults
+    assert judgement.outcome == "refused, qemu exit 1"
+    assert "not proven" in judgement.refusal
+
+
+# --- the judge --------------------------------------------------------------------------------
+
+
+def test_the_command_repairs_and_undoes(tmp_path: Path) -> None:
+    image = plain()
+    image.set_word(image.l1_at(1), 0)
+    image.set_word(image.l2_at(1), image.host_offset(1) + 512 | ZERO)
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(image.data)
+    for judgement in judge_repairs(ROW, path, command=True):
+        assert not judgement.faults, judgement
+
+
+def test_worse_is_seen() -> None:
+    before = Answer(3, {"check-errors": 0, "corruptions": 0, "leaks": 2})
+    same = Answer(3, {"check-errors": 0, "corruptions": 0, "leaks": 2})
+    more = Answer(3, {"check-errors": 0, "corruptions": 0, "leaks": 3})
+    worse = Answer(2, {"check-errors": 0, "corruptions": 1, "leaks": 0})
+    assert not [*faults_of_getting_worse(before, same)]
+    for after in (more, worse, Answer(1), Answer(-6)):
+        assert [*faults_of_getting_worse(before, after)]
+
+
+def test_another_byte_is_seen(tmp_path: Path) -> None:
+    content = bytes(3 << 20)
+    other = bytearray(content)
+    other[(2 << 20) + 700] = 1
+    assert first_difference(Bytes(content), Bytes(content)) is None
+    assert first_difference(Bytes(content), Bytes(bytes(other))) == (2 << 20) + 512
+    assert first_difference(Bytes(content), Bytes(content + b"\0")) == 3 << 20
+    sparse = tmp_path / "sparse"
+    write_out(Bytes(bytes(other)), sparse)
+    assert sparse.read_bytes() == other
+
+
+def test_a_lost_or_changed_guest_is_seen(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("was", "same", "other")]
+    for path, content in zip(paths, (b"a" * 1024, b"a" * 1024, b"a" * 1023 + b"b"), strict=True):
+        path.write_bytes(content)
+    was, same, other = (Disk(path, frozenset()) for path in paths)
+    assert not [*faults_between(was, same)]
+    assert [*faults_between(was, other)] == ["reads otherwise at 512"]
+    assert not [*faults_between(Disk(paths[0], frozenset({1})), other)]
+    assert [*faults_between(was, Disk(paths[1], frozenset({1})))]
+    assert [*faults_between(was, None)] == ["cannot be read any more"]

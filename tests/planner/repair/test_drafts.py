@@ -1,0 +1,145 @@
+"""Damage where one correction stands in the way of another: what is mended, what stays."""
+
+import pytest
+
+from examples.make_image import Image
+from planner.check import check_image
+from planner.errors import ParseFailed
+from planner.findings import FindingKind as Kind
+from planner.plan import RepairTier
+from planner.qcow2 import entries
+from planner.repair.tiers import Proposal, propose
+from planner.source import Bytes, Overlay, read_bytes
+from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot
+
+RESERVED = 1 << 60
+
+
+def settled(image: Image, tier: RepairTier = RepairTier.ALL) -> Proposal:
+    """The repair of an image; a second one must have nothing to do."""
+    source = Bytes(bytes(image.data))
+    first = propose(source, check_image(source), tier)
+    repaired = Bytes(read_bytes(Overlay(source, first.plan), 0, first.plan.size_after))
+    again = propose(repaired, check_image(repaired), tier)
+    assert again.plan.changes_nothing
+    return first
+
+
+def counts(proposal: Proposal) -> dict[Kind, int]:
+    return proposal.after.counts()
+
+
+def test_reserved_bits_go_with_the_first_repair_where_the_refcount_is_wrong_too():
+    image = plain()
+    image.set_bits(image.l2_at(1), RESERVED)
+    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    assert counts(settled(image)) == {}
+
+
+def test_reserved_bits_go_with_the_first_repair_where_the_copied_flag_is_wrong_too():
+    image = plain()
+    image.set_word(image.l2_at(1), image.host_offset(1) | RESERVED)
+    assert counts(settled(image)) == {}
+
+
+def test_reserved_bits_stay_where_the_target_is_lost():
+    image = plain()
+    image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | RESERVED)
+    assert counts(settled(image))[Kind.L1_ENTRY_RESERVED] == 1
+
+
+def misaligned_zero(image: Image) -> None:
+    """Guest cluster 1 reads as zeros, from between two host clusters."""
+    image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
+
+
+def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_lost():
+    image = plain()
+    misaligned_zero(image)
+    image.set_word(image.l1_at(1), 0)
+    proposal = settled(image)
+    assert proposal.suspects
+    assert proposal.before.counters.leaks == proposal.after.counters.leaks == 2
+    assert counts(proposal) == {Kind.LEAK: 2}
+
+
+def test_what_the_repair_frees_is_no_leak_where_the_census_is_not_complete():
+    image = plain()
+    misaligned_zero(image)
+    image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | COPIED)
+    proposal = settled(image)
+    assert not proposal.after.complete
+    assert proposal.before.counters.leaks == proposal.after.counters.leaks
+    assert Kind.ZERO_MISALIGNED not in counts(proposal)
+
+
+def test_a_refcount_stays_where_the_flag_that_tells_of_it_must_not_be_written():
+    """The L2 table is also the guest's data: the flag of that entry cannot be cleared."""
+    image = plain()
+    image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
+    proposal = settled(image)
+    table = image.l2_table(0) // SIZE
+    assert counts(proposal) == {Kind.MULTIPLE_OWNERS: 1, Kind.REFCOUNT_LOW: 1}
+    assert proposal.after.mismatches is not None
+    assert proposal.after.mismatches.between(table, table + 1)[2].tolist() == [1]
+    assert proposal.before.counters.leaks == 1
+
+
+def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written():
+    image = plain()
+    image.set_word(image.l2_at(1), image.l2_table(0))
+    image.set_refcount(image.l2_table(0) // SIZE, 2)
+    image.set_word(image.l1_at(0), image.l2_table(0))
+    data = image.host_offset(2)
+    image.set_word(image.l2_at(2), data)
+    image.set_refcount(data // SIZE, 2)
+    proposal = settled(image, RepairTier.LEAKS)
+    assert Kind.L2_COPIED not in counts(proposal)
+    assert counts(proposal)[Kind.LEAK] == 1
+
+
+def test_new_refcounts_go_behind_data_that_reaches_over_the_end():
+    """No refcount can be looked up, and a misaligned cluster is cut by the end of the file."""
+    image = plain()
+    image.data += bytes(SIZE)
+    image.set_word(image.reftable_at(0), image.refblock(0) + 512)
+    image.set_word(image.l2_at(1), len(image.data) - 512 | COPIED)
+    end = len(image.data) // SIZE
+    proposal = settled(image)
+    assert proposal.after.counters.check_errors == 0
+    assert proposal.plan.size_after == (end + 1 + 2) * SIZE
+    assert proposal.plan.size_before == end * SIZE
+
+
+def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
+    image = with_snapshot()
+    image.data += bytes(SIZE)
+    image.set_word(image.l2_at(1), len(image.data) - 512 | COPIED)
+    at = image.snapshots[0].offset + 36
+    image.data[at : at + 4] = (8).to_bytes(4, "big")
+    proposal = settled(image)
+    assert Kind.SNAPSHOT_EXTRA_DATA not in counts(proposal)
+    assert proposal.plan.size_after > proposal.plan.size_before + SIZE
+
+
+def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
+    """The guest's data lies on a refcount block: neither is written to."""
+    image = with_snapshot()
+    image.set_word(image.l2_at(2), image.refblock(0) | COPIED)
+    misaligned_zero(image)
+    at = image.snapshots[0].offset + 36
+    image.data[at : at + 4] = (8).to_bytes(4, "big")
+    left = counts(settled(image))
+    assert {Kind.ZERO_MISALIGNED, Kind.SNAPSHOT_EXTRA_DATA} <= left.keys()
+
+
+def test_an_unreadable_header_is_refused_with_a_way_out():
+    image = plain()
+    image.data[4:8] = (9).to_bytes(4, "big")
+    source = Bytes(bytes(image.data))
+    report = check_image(source)
+    for tier in RepairTier:
+        with pytest.raises(ParseFailed) as refused:
+            propose(source, report, tier)
+        assert "version" in refused.value.reason
+        assert refused.value.wayout
