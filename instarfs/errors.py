@@ -93,12 +93,11 @@ class ImageReadFailed(InstarfsError):
 
 @dataclass(eq=False)
 class ImageInUse(InstarfsError):
-    """{path}: Failed to get {lock} lock: another process has the image open; stop it, or check
-    it all the same with -U
-    """
+    """{path}: Failed to get {lock} lock: another process has the image open; {wayout}"""
 
     path: str
     lock: str
+    wayout: str = "stop it, or check it all the same with -U"
     errno: ClassVar[int] = _errno.EBUSY
 
 

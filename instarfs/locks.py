@@ -95,7 +95,7 @@ def _acquire(fd: int, path: str, access: Access) -> None:
             _set(fd, fcntl.F_RDLCK, byte)
         except OSError as error:
             if error.errno in _HELD_BY_OTHERS:
-                raise ImageInUse(path, f"byte {byte}") from error
+                raise _in_use(path, access, f"byte {byte}") from error
             raise
     _refuse_conflict(fd, path, access)
 
@@ -103,10 +103,16 @@ def _acquire(fd: int, path: str, access: Access) -> None:
 def _refuse_conflict(fd: int, path: str, access: Access) -> None:
     for permission in access.uses:
         if _is_held(fd, _DENIED + permission):
-            raise ImageInUse(path, f'"{permission.label}"')
+            raise _in_use(path, access, f'"{permission.label}"')
     for permission in access.denies:
         if _is_held(fd, _USED + permission):
-            raise ImageInUse(path, f'shared "{permission.label}"')
+            raise _in_use(path, access, f'shared "{permission.label}"')
+
+
+def _in_use(path: str, access: Access, lock: str) -> ImageInUse:
+    if Permission.WRITE in access.uses:
+        return ImageInUse(path, lock, "stop it first")
+    return ImageInUse(path, lock)
 
 
 def _is_held(fd: int, byte: int) -> bool:

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 
-from instarfs.errors import NoSuchCommand, RepairNotOffered, RepairRunning
+from instarfs.errors import NoSuchCommand, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.inspector import Inspector
 from instarfs.journal import State, Summary
 from instarfs.mount.nodes import ControlFile
@@ -50,6 +50,11 @@ def parse_word(command: bytes, word: str) -> None:
         raise NoSuchCommand(command, f"`{word}`")
 
 
+def _shown(command: bytes) -> str:
+    """A command that was understood, for the log."""
+    return command.decode("ascii").strip()
+
+
 class Controls:
     """The control files of one mount."""
 
@@ -74,9 +79,13 @@ class Controls:
     ) -> ControlFile:
         async def obey(command: bytes) -> None:
             self._require_free()
-            outcome = await act(command)
+            try:
+                outcome = await act(command)
+            except RepairCancelled as error:
+                log.info("%s: nothing was begun: %s", _shown(command), error)
+                raise
             # Not another await: when the mount ends, this is all that there is still time for.
-            log.info("%s: %s", command.decode("ascii").strip(), outcome_line(outcome))
+            log.info("%s: %s", _shown(command), outcome_line(outcome))
             if outcome.error is not None:
                 raise outcome.error
 

@@ -16,6 +16,16 @@ from planner.qcow2.layout import Layout
 from planner.report import Report
 from planner.source import Source
 
+_LONG_TABLES = (
+    Structure.L1_TABLE,
+    Structure.SNAPSHOT_TABLE,
+    Structure.REFTABLE,
+    Structure.LUKS,
+    Structure.BITMAP_DIRECTORY,
+    Structure.BITMAP_TABLE,
+)
+"""What can be longer than a cluster, and so begin in the file and end past it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scope:
@@ -50,8 +60,14 @@ class Scope:
 
     @property
     def may_grow(self) -> bool:
-        """Whether the file may grow: not where the image refers to what lies past its end."""
-        return FindingKind.PAST_END not in self.report.counts()
+        """Whether the file may grow: not where the image refers to what lies past its end.
+
+        Nor where it cuts the snapshot table, however little: zeros there would be entries.
+        """
+        regions = self.report.regions
+        table = regions.select(regions.structure == Structure.SNAPSHOT_TABLE)
+        cut = table.size[table.offset + table.size > self.layout.file_size]
+        return FindingKind.PAST_END not in self.report.counts() and not cut.any()
 
     @property
     def first_new_cluster(self) -> int:
@@ -75,9 +91,20 @@ class Scope:
         return False
 
     def contested(self, clusters: I64) -> Mask:
-        """Which clusters have two owners: nothing in them is written."""
+        """Which clusters have two owners: nothing in them is written.
+
+        A table that reaches past the end of the file is not counted where it lies: what else is
+        there does not count as shared, and may well be.
+        """
+        bits = self.geometry.cluster_bits
         found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
-        return np.isin(clusters, found.host_offset >> self.geometry.cluster_bits)
+        shared: Mask = np.isin(clusters, found.host_offset >> bits)
+        lost = self.report.findings.of(FindingKind.PAST_END)
+        tables = lost.select(np.isin(lost.structure, _LONG_TABLES))
+        first, end = tables.host_offset >> bits, tables.host_offset + tables.length
+        for low, high in zip(first.tolist(), end.tolist(), strict=True):
+            shared |= (clusters >= low) & (clusters << bits < high)
+        return shared
 
     def explain(
         self,

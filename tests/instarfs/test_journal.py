@@ -373,6 +373,29 @@ def test_without_one_before_removing_leaves_nothing(image: Path, place: UndoPlac
     assert read_summary(place) is None
 
 
+def test_its_bytes_are_durable_before_its_name_and_its_name_before_it_is_made(
+    image: Path, place: UndoPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(fd: int) -> None:
+        is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+        seen.append("directory" if is_directory else f"{os.fstat(fd).st_size} bytes")
+        fsync(fd)
+
+    def record_rename(*args: str, **kwargs: int) -> None:
+        seen.append(f"to {args[1].removeprefix(image.name)}")
+        rename(*args, **kwargs)
+
+    Journal.create(place, make_record()).close()
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    Journal.create(place, make_record()).close()
+    whole = f"{len(encoded())} bytes"
+    assert seen == [whole, f"to {SUFFIX}.old", f"to {SUFFIX}", "directory"]
+
+
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from instarfs import locks
 from instarfs.errors import ImageInUse
-from instarfs.locks import FORCE_SHARE, READ_ONLY, Access, Permission
+from instarfs.locks import FORCE_SHARE, READ_ONLY, READ_WRITE, Access, Permission
 
 
 @pytest.fixture
@@ -42,7 +42,12 @@ def held_bytes(fd: int) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    ("access", "expected"), [(READ_ONLY, {100, 201, 203}), (FORCE_SHARE, {100})]
+    ("access", "expected"),
+    [
+        (READ_ONLY, {100, 201, 203}),
+        (READ_WRITE, {100, 101, 103, 201, 203}),
+        (FORCE_SHARE, {100}),
+    ],
 )
 def test_holds_what_qemu_holds(fd: int, other: int, access: Access, expected: set[int]) -> None:
     with locks.held(fd, "image", access):

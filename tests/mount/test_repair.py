@@ -304,8 +304,7 @@ def test_without_undo(mount: MakeMount, tmp_path: Path) -> None:
 def test_a_read_only_mount_repairs_nothing(mount: MakeMount, tmp_path: Path) -> None:
     it = mount(make(tmp_path, *LEAKY), "--read-only")
     for name in ("tier", "undo", "trim"):
-        with pytest.raises(OSError, match="Read-only file system"):
-            tell(it / f"repair/{name}", b"leaks\n")
+        assert tell(it / f"repair/{name}", b"leaks\n") == errno.EROFS
     assert values(it, "repair/plan/all.json")["status"] == "planned"
     assert it.image.read_bytes() == content(*LEAKY)
 
@@ -383,9 +382,13 @@ def shell(script: str, *arguments: str | Path, program: str = "bash") -> str:
         'python3 -c \'import sys; open(sys.argv[1], "r+b", 0).write(b"all")\' "$1"',
     ],
 )
-@pytest.mark.parametrize("program", ["bash", "dash"])
-def test_every_way_to_write(tier: Path, script: str, program: str) -> None:
-    assert shell(script, tier, program=program) == ""
+def test_every_way_to_write(tier: Path, script: str) -> None:
+    assert shell(script, tier) == ""
+    assert is_applied(tier)
+
+
+def test_a_shell_that_is_not_bash(tier: Path) -> None:
+    assert shell('echo all > "$1"', tier, program="dash") == ""
     assert is_applied(tier)
 
 

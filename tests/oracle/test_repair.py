@@ -188,7 +188,7 @@ def test_refused_where_mended_refcounts_would_bring_more_to_light(tmp_path: Path
     image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
     judgement = judged(tmp_path, image, ALL)
     assert not judgement.faults
-    assert judgement.outcome == "refused, qemu exit 1"
+    assert judgement.outcome == "refused, qemu exit 3"
     assert "not proven" in judgement.refusal
 
 

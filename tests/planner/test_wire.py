@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from planner.check import check_image
 from planner.errors import ImageError
+from planner.repair.tiers import RepairCounters
 from planner.report import CheckCounters, Report
 from planner.source import Bytes
 from planner.wire import CheckConfig, CheckResult, ConfigFlag, ResultFlag
@@ -252,3 +253,15 @@ def test_image_that_cannot_be_read(data, flags):
 def test_empty_disk_is_not_fragmented():
     report = Report(layout=None, counters=CheckCounters(total_clusters=5))
     assert CheckResult.of(report).fragmentation == 0
+
+
+def test_what_a_repair_has_mended():
+    report = check_image(plain().source)
+    mended = RepairCounters(leaks=5, refcounts=1 << 40, corruptions=3, incomplete=True)
+    result = CheckResult.from_bytes(CheckResult.of(report, mended).to_bytes())
+    assert result.repaired_leaks == 5
+    assert result.repaired_refcounts == (1 << 32) - 1
+    assert result.repaired_corruptions == 3
+    assert result.flags == ResultFlag.VALID | ResultFlag.REPAIR_INCOMPLETE
+    complete = CheckResult.of(report, replace(mended, incomplete=False))
+    assert complete.flags == ResultFlag.VALID

@@ -13,7 +13,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from instarfs.computed import Edition
-from instarfs.errors import ImageReadFailed, RepairNotOffered
+from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.mount import operations as module
 from instarfs.mount.nodes import ControlFile, Directory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
@@ -263,6 +263,19 @@ async def test_what_a_control_file_takes_it_takes_whole() -> None:
     assert commands == [b"leaks 3f9a2c\n"]
 
 
+async def test_who_opens_a_control_file_to_write_may_be_told_no_at_once() -> None:
+    def refuse_to_begin() -> None:
+        raise RepairRunning("image")
+
+    root = Directory({"tier": ControlFile(lambda: b"busy\n", refuse, refuse_to_begin)})
+    operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC):
+        assert await errno_of(open_file(operations, "tier", flags)) == errno.EBUSY
+    assert not operations._files
+    handle = await open_file(operations, "tier", os.O_RDONLY)
+    assert await operations.read(handle, 0, 100) == b"busy\n"
+
+
 async def test_others_keep_out_of_control_files() -> None:
     operations = make_operations(for_others=True)
     tier = (await walk(operations, "repair/tier")).st_ino
@@ -384,7 +397,7 @@ def test_every_handler_that_may_raise_is_guarded() -> None:
             assert guarded or handler is refused or name in ("forget", "init"), name
 
 
-# ---- interrupted readers ----
+# ---- interrupted readers and writers ----
 
 
 async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,4 +424,44 @@ async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch
                     await trio.sleep(0.001)
             watchers.cancel_scope.cancel()
     assert ended == [2, 1]
+    assert not operations._waiting
+
+
+async def test_the_write_of_a_killed_process_is_cancelled_and_answered_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "INTERRUPT_POLL_SECONDS", 0.001)
+    killed: set[int] = set()
+    monkeypatch.setattr(module, "is_interrupted", killed.__contains__)
+
+    async def act(command: bytes) -> None:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            # As a repair, which is rolled back, and says so itself.
+            if command == b"explain":
+                raise RepairCancelled("image") from None
+            raise
+
+    root = Directory({"tier": ControlFile(lambda: b"", act)})
+    operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
+    inode = (await walk(operations, "tier")).st_ino
+    ended: list[bytes] = []
+
+    async def write_as(pid: int, command: bytes, expected: int) -> None:
+        info = await operations.open(inode, os.O_WRONLY, caller(pid=pid))
+        assert await errno_of(operations.write(info.fh, 0, command)) == expected
+        ended.append(command)
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as watchers, trio.open_nursery() as writers:
+            watchers.start_soon(operations.watch_callers)
+            writers.start_soon(write_as, 1, b"silent", errno.EINTR)
+            writers.start_soon(write_as, 2, b"explain", errno.ECANCELED)
+            for pid, count in ((2, 1), (1, 2)):
+                killed.add(pid)
+                while len(ended) < count:
+                    await trio.sleep(0.001)
+            watchers.cancel_scope.cancel()
+    assert ended == [b"explain", b"silent"]
     assert not operations._waiting

@@ -25,6 +25,8 @@ def test_an_unknown_one_is_named(option: str) -> None:
 
 def test_read_only_is_an_option() -> None:
     assert MountOptions.parse([], read_only=True) == MountOptions.parse(["ro"])
+    assert MountOptions.parse(["ro"]).read_only
+    assert not MountOptions.parse(["rw"]).read_only
 
 
 def test_others_are_kept_out_unless_invited() -> None:

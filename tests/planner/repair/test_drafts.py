@@ -4,7 +4,7 @@ import pytest
 
 from examples.make_image import Image
 from planner.check import check_image
-from planner.errors import ParseFailed
+from planner.errors import ParseFailed, UnsupportedRepair
 from planner.findings import FindingKind as Kind
 from planner.plan import RepairTier
 from planner.qcow2 import entries
@@ -120,6 +120,31 @@ def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
     proposal = settled(image)
     assert Kind.SNAPSHOT_EXTRA_DATA not in counts(proposal)
     assert proposal.plan.size_after > proposal.plan.size_before + SIZE
+
+
+def test_the_file_does_not_grow_over_the_rest_of_a_cut_snapshot_table():
+    image = with_snapshot()
+    image.change_header(snapshots_offset=len(image.data))
+    before = settled(image)
+    assert before.plan.size_before == before.plan.size_after
+    assert Kind.SNAPSHOT_EXTRA_DATA in counts(before)
+    image.set_word(image.reftable_at(0), 0)
+    source = Bytes(bytes(image.data))
+    with pytest.raises(UnsupportedRepair) as refused:
+        propose(source, check_image(source), RepairTier.ALL)
+    assert refused.value.finding == Kind.PAST_END.label
+
+
+def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end():
+    """With its size raised, the L1 table claims all that lies behind it: none of it is touched."""
+    image = with_snapshot()
+    image.set_refcount(image.host_offset(1) // SIZE, 1)
+    image.change_header(l1_size=1 << 16)
+    after_l1 = image.header.l1_table_offset
+    proposal = settled(image)
+    assert Kind.PAST_END in counts(proposal)
+    for stage in proposal.plan.stages:
+        assert (stage.sectors * 512 < after_l1).all()
 
 
 def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():

@@ -1,0 +1,484 @@
+"""One damaged image, repaired by us and by `qemu-img check -r`, and what QEMU makes of the two.
+
+A repair of ours must never make anything worse: not a counter, not a byte that the guest could
+read. Where QEMU reaches clean so must we, but for what `PURPOSES` lists, each with its reason.
+Nothing here makes or damages images.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from planner.check import check_image
+from planner.errors import RepairError
+from planner.findings import KINDS, FindingKind, Structure
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, propose, same_outcome
+from planner.report import Report
+from planner.source import Overlay, Source, read_bytes
+from tests.oracle.guest_disks import CHUNK, Disks, first_difference
+from tests.oracle.images import Row, copy, repair_command
+from tests.oracle.judge import COUNTERS, EXCEPTIONS, Answer, ask_qemu, compare, fingerprint
+from tests.oracle.scene import FileSource
+
+COMMAND_SECONDS = 60
+QEMU_REPAIR_SECONDS = 20
+"""On large sparse files QEMU's repair takes minutes: then there is nothing to compare with."""
+BADNESS = {0: 0, 3: 1, 2: 2, 1: 3, 63: 4}
+"""Of the exit codes of `qemu-img check`; a signal is worse than all of them."""
+DAMAGE_COUNTERS = ("check-errors", "corruptions", "leaks")
+NB_SNAPSHOTS_AT = 60
+"""Where the header holds nb_snapshots, 4 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What came of one tier.
+
+    ``faults``: what must not be. ``purposes``: what excuses us where QEMU reached clean and we did
+    not. ``unread``: disks that could not be compared.
+    """
+
+    tier: RepairTier
+    outcome: str
+    refusal: str = ""
+    faults: tuple[str, ...] = ()
+    purposes: tuple[str, ...] = ()
+    unread: int = 0
+
+    def __str__(self) -> str:
+        shown = [self.outcome, self.refusal, *(f"({name})" for name in self.purposes)]
+        lines = [f"  {self.tier}: {' '.join(filter(None, shown))}"]
+        return "\n".join([*lines, *(f"    fault: {fault}" for fault in self.faults)])
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The damaged image, and what is known of it before any repair."""
+
+    row: Row
+    image: Path
+    source: Source
+    report: Report
+    disks: Disks
+
+    @cached_property
+    def qemu(self) -> Answer:
+        """What QEMU says of it."""
+        return ask_qemu(self.row, self.image)
+
+    def beside(self, name: str) -> Path:
+        """Another file in its directory: the names in the image lead to the same files there."""
+        return self.image.with_name(name)
+
+
+def judge_repairs(row: Row, image: Path, command: bool = False) -> list[Judgement]:
+    """Both tiers, each on a copy; *command* repairs with `instarfs check -r` too."""
+    untouched = fingerprint(image)
+    with image.open("rb") as file:
+        source = FileSource(file.fileno())
+        report = check_image(source)
+        disks = Disks(row, image, report.snapshots)
+        patient = Patient(row, image, source, report, disks)
+        judged = [_judge_tier(patient, tier, command) for tier in RepairTier]
+    if fingerprint(image) != untouched:
+        judged.append(Judgement(RepairTier.ALL, "planned", faults=("planning changed the file",)))
+    return judged
+
+
+def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
+    answer: Proposal | RepairError
+    try:
+        answer = propose(patient.source, patient.report, tier)
+    except RepairError as error:
+        answer = error
+    except Exception:  # noqa: BLE001 -- whatever it is, it is a fault of this one case
+        return Judgement(tier, "raised", faults=(traceback.format_exc(),))
+    faults, unread, refusal = [], 0, ""
+    if isinstance(answer, RepairError):
+        refusal = f"{answer.kind} {answer.finding or answer.reason.split(':')[0]}"
+        faults += _faults_of_refusal(answer, patient.report)
+    else:
+        faults += _faults_of_promise(patient, answer)
+        if not answer.plan.changes_nothing:
+            faults += _faults_of_result(patient, answer)
+            unread = patient.disks.unread
+    if command:
+        faults += _faults_of_command(patient, tier, answer)
+    outcome, lag, purposes = _beside_qemu(patient, tier, answer)
+    return Judgement(tier, outcome, refusal, (*faults, *lag), purposes, unread)
+
+
+# --- our repair alone -------------------------------------------------------------------------
+
+
+def _faults_of_refusal(error: RepairError, before: Report) -> Iterator[str]:
+    if not error.reason or not (error.wayout or error.finding):
+        yield f"a refusal without a reason, a way out or a finding: {error!r}"
+    if "and then not proven" in error.reason and not _would_come_to_light(before):
+        yield str(error)
+
+
+def _would_come_to_light(before: Report) -> bool:
+    """Whether damage is behind refcounts that cannot be looked up: mended, they would show it.
+
+    In a cluster with two owners it could not be mended with them, so that a counter would go up.
+    """
+    hidden = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.MULTIPLE_OWNERS}
+    return hidden <= before.counts().keys()
+
+
+def _faults_of_promise(patient: Patient, proposal: Proposal) -> Iterator[str]:
+    """What a proposal says of itself must be true of its own proof."""
+    after = proposal.after
+    if proposal.found != proposal.planned + proposal.left_count:
+        yield f"found {proposal.found}: {proposal.planned} planned, {proposal.left_count} left"
+    if sum(left.count for left in proposal.left) != proposal.left_count:
+        yield f"{proposal.left_count} left, and named: {proposal.left}"
+    if not all(left.reason for left in proposal.left):
+        yield f"left without a reason: {proposal.left}"
+    unclean = after.counters.leaks if proposal.tier is RepairTier.LEAKS else after.exit_code
+    if proposal.complete and unclean:
+        yield f"called complete, and is not: {after.counters}"
+    if proposal.plan.changes_nothing and not same_outcome(patient.report, after):
+        yield "a plan that changes nothing has another outcome"
+
+
+def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
+    """The repaired file: what QEMU says and reads of it, a second repair, and the way back."""
+    repaired, after = patient.beside("repaired.qcow2"), proposal.after
+    write_out(Overlay(patient.source, proposal.plan), repaired)
+    qemu = ask_qemu(patient.row, repaired)
+    yield from faults_of_getting_worse(patient.qemu, qemu)
+    counters = {name: getattr(after.counters, name.replace("-", "_")) for name in COUNTERS}
+    ours = Answer(after.exit_code, counters)
+    differences = compare(qemu, ours)
+    if differences and not any(one.applies(qemu, ours) for one in EXCEPTIONS):
+        yield f"the proof is not what QEMU says: {'; '.join(differences)}; QEMU: {qemu}"
+    with repaired.open("rb") as file:
+        result = FileSource(file.fileno())
+        again = check_image(result)
+        if not same_outcome(again, after):
+            yield f"checked again: {again.counters}, proven: {after.counters}"
+        yield from _faults_of_second(result, again, proposal.tier)
+        at = first_difference(patient.source, Overlay(result, proposal.plan.inverse()))
+        if at is not None:
+            yield f"the inverse does not restore the bytes at {at}"
+    yield from patient.disks.faults_of(repaired)
+
+
+def faults_of_getting_worse(before: Answer, after: Answer) -> Iterator[str]:
+    """By what QEMU says: the exit code, and every counter of damage."""
+    if BADNESS.get(after.exit_code, 5) > BADNESS.get(before.exit_code, 5):
+        yield f"worse: QEMU said {before}; now {after}"
+    for name in DAMAGE_COUNTERS if before.counters else ():
+        if after.counters.get(name, 1) > before.counters[name]:
+            yield f"worse: {name} was {before.counters[name]}; QEMU now: {after}"
+
+
+def _faults_of_second(result: Source, report: Report, tier: RepairTier) -> Iterator[str]:
+    try:
+        again = propose(result, report, tier)
+    except Exception:  # noqa: BLE001 -- after a repair that was not refused nothing may go wrong
+        yield f"a second repair: {traceback.format_exc()}"
+        return
+    if not again.plan.changes_nothing:
+        stages = [(stage.kind.name, stage.changed_bytes()) for stage in again.plan.stages]
+        yield f"a second repair changes {stages}, and the size to {again.plan.size_after}"
+
+
+def write_out(source: Source, target: Path) -> None:
+    """Make a file of a source, holes and all."""
+    with target.open("wb") as file:
+        for start, end in source.data_extents(0, source.size):
+            for offset in range(start, end, CHUNK):
+                part = read_bytes(source, offset, min(CHUNK, end - offset))
+                os.pwrite(file.fileno(), part, offset)
+        file.truncate(source.size)
+
+
+# --- our command ------------------------------------------------------------------------------
+
+
+def _faults_of_command(
+    patient: Patient, tier: RepairTier, answer: Proposal | RepairError
+) -> Iterator[str]:
+    """`instarfs check -r` must do what was proposed, and `instarfs undo` take it back."""
+    image = patient.beside("by-command.qcow2")
+    image.with_name(f"{image.name}.instarfs-undo").unlink(missing_ok=True)
+    copy(patient.image, image)
+    repair = ["check", "-q", "-r", tier.value]
+    if isinstance(answer, RepairError) or answer.needs_quote:
+        refused = _run_command(*repair, str(image))
+        if refused.returncode not in (1, 63) or not refused.stderr.strip():
+            yield f"the command refused with {refused}"
+        yield from _faults_of_file("the refused command", image, patient.source)
+        if isinstance(answer, RepairError):
+            return
+    done = _run_command(*repair, "--plan", answer.plan.id, str(image))
+    if done.returncode != answer.after.exit_code:
+        yield f"the command ended with {done}, the proof with exit {answer.after.exit_code}"
+    result = Overlay(patient.source, answer.plan)
+    yield from _faults_of_file("the command", image, result)
+    if not answer.plan.changes_nothing:
+        undone = _run_command("undo", str(image))
+        if undone.returncode:
+            yield f"undo ended with {undone}"
+        yield from _faults_of_file("undo", image, patient.source)
+
+
+def _run_command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "instarfs", *words]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=COMMAND_SECONDS
+    )
+
+
+def _faults_of_file(who: str, image: Path, expected: Source) -> Iterator[str]:
+    with image.open("rb") as file:
+        at = first_difference(FileSource(file.fileno()), expected)
+    if at is not None:
+        yield f"{who} left other bytes at {at}"
+
+
+# --- beside QEMU's repair ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """One thing that stands between us and clean, where QEMU got there.
+
+    ``kind``: a kind of finding that we left; None where we refused, with ``error``. ``after``: our
+    check of what we leave. ``fewer_snapshots``: QEMU's result has lost some.
+    """
+
+    tier: RepairTier
+    kind: FindingKind | None
+    error: RepairError | None
+    before: Report
+    after: Report
+    suspects: int
+    fewer_snapshots: bool
+
+    def __str__(self) -> str:
+        if self.kind is None:
+            return f"refused: {self.error}"
+        return f"{self.kind.label} ({self.after.counts()[self.kind]}) left"
+
+
+def _beside_qemu(
+    patient: Patient, tier: RepairTier, answer: Proposal | RepairError
+) -> tuple[str, list[str], tuple[str, ...]]:
+    """The outcome in a word or two, faults, and the names of the purposes that excuse us."""
+    refused = isinstance(answer, RepairError)
+    after = patient.report if isinstance(answer, RepairError) else answer.after
+    if after.exit_code == 0:
+        return "refused, was clean" if refused else "clean", [], ()
+    ours = "refused" if refused else f"exit {after.exit_code}"
+    qemu, fewer_snapshots = repair_by_qemu(patient, tier)
+    outcome = f"{ours}, qemu exit {qemu.exit_code}"
+    if qemu.exit_code != 0:
+        return outcome, [], ()
+    faults, purposes = [], dict[str, None]()
+    for lag in _lags(patient, tier, answer, fewer_snapshots):
+        purpose = next((each.name for each in PURPOSES if each.applies(lag)), None)
+        if purpose is None:
+            faults.append(f"QEMU reached clean, we did not: {lag}")
+        else:
+            purposes[purpose] = None
+    return outcome, faults, tuple(purposes)
+
+
+def _lags(
+    patient: Patient, tier: RepairTier, answer: Proposal | RepairError, fewer_snapshots: bool
+) -> Iterator[Lag]:
+    before = patient.report
+    if isinstance(answer, RepairError):
+        yield Lag(tier, None, answer, before, before, 0, fewer_snapshots)
+        return
+    after, suspects = answer.after, len(answer.suspects)
+    for kind in after.counts():
+        if KINDS[kind].counted:
+            yield Lag(tier, kind, None, before, after, suspects, fewer_snapshots)
+
+
+def repair_by_qemu(patient: Patient, tier: RepairTier) -> tuple[Answer, bool]:
+    """What QEMU says of its own repair, and whether snapshots are gone."""
+    image = patient.beside("by-qemu.qcow2")
+    copy(patient.image, image)
+    try:
+        subprocess.run(
+            repair_command(patient.row, image, tier.value),
+            check=False,
+            capture_output=True,
+            cwd=image.parent,
+            timeout=QEMU_REPAIR_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(1, stderr="QEMU's repair did not end"), False
+    with image.open("rb") as file:
+        left = int.from_bytes(os.pread(file.fileno(), 4, NB_SNAPSHOTS_AT), "big")
+    named = read_bytes(patient.source, NB_SNAPSHOTS_AT, 4)
+    return ask_qemu(patient.row, image), left < int.from_bytes(named, "big")
+
+
+# --- what we leave on purpose -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """Something that QEMU makes clean and we leave: when, and why."""
+
+    name: str
+    reason: str
+    applies: Callable[[Lag], bool]
+
+
+_COPIED = (FindingKind.L1_COPIED, FindingKind.L2_COPIED)
+_REFCOUNTS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
+_REFCOUNT_STRUCTURE = {Structure.REFTABLE, Structure.REFBLOCK}
+_BY_REFCOUNTS = (
+    FindingKind.REFCOUNT_UNREADABLE,
+    FindingKind.REFCOUNT_OVERFLOW,
+    FindingKind.REFCOUNT_MISSING,
+    FindingKind.REFCOUNT_LOW,
+    FindingKind.LEAK,
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_PAST_END,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.PAST_END,
+    FindingKind.ZERO_MISALIGNED,
+    FindingKind.SNAPSHOT_EXTRA_DATA,
+)
+"""What lies in the refcount structure, or cannot be mended without changing a refcount."""
+
+
+def _sharing(report: Report) -> Iterator[set[Structure]]:
+    """Which structures are in each cluster with two owners."""
+    bits = report.geometry.cluster_bits
+    for offset in report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset.tolist():
+        yield {owner.structure for owner in report.owners.of(offset >> bits)}
+
+
+def _refcounts_share_a_cluster(report: Report) -> bool:
+    """Whether something else lies where a refcount table or block does."""
+    return any(
+        owners & _REFCOUNT_STRUCTURE and owners - _REFCOUNT_STRUCTURE for owners in _sharing(report)
+    )
+
+
+def _entries_share_a_cluster(report: Report) -> bool:
+    """Whether an L1 or L2 table lies in a cluster with two owners."""
+    return any(owners & {Structure.L1_TABLE, Structure.L2_TABLE} for owners in _sharing(report))
+
+
+def _flags_share_a_cluster(lag: Lag) -> bool:
+    """Whether every wrong flag that is left lies in a cluster with two owners."""
+    if lag.kind not in _COPIED:
+        return False
+    bits, findings = lag.after.geometry.cluster_bits, lag.after.findings
+    contested = findings.of(FindingKind.MULTIPLE_OWNERS).host_offset >> bits
+    return bool(np.isin(findings.of(lag.kind).host_offset >> bits, contested).all())
+
+
+def _snapshot_table_is_lost(lag: Lag) -> bool:
+    layout, wrong = lag.after.layout, lag.after.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
+    if lag.kind is not FindingKind.SNAPSHOT_EXTRA_DATA or layout is None:
+        return False
+    return bool((wrong.host_offset + wrong.length > layout.file_size).any())
+
+
+def _growth_would_hide_loss(lag: Lag) -> bool:
+    refused = lag.error is not None and lag.error.finding == FindingKind.PAST_END.label
+    return refused or FindingKind.PAST_END in lag.before.counts()
+
+
+def _snapshots_are_unreadable(lag: Lag) -> bool:
+    return lag.kind is FindingKind.CHECK_STOPPED and any(
+        error.field == "extra_data_size" for error in lag.after.stopped
+    )
+
+
+def _has_bitmaps(report: Report) -> bool:
+    return bool((report.regions.structure == Structure.BITMAP_DIRECTORY).any())
+
+
+def _header_is_contested(lag: Lag) -> bool:
+    found = lag.before.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    return lag.error is not None and bool((found == 0).any())
+
+
+PURPOSES: tuple[Purpose, ...] = (
+    Purpose(
+        "snapshots-deleted",
+        "QEMU deleted the snapshots of an image with bitmaps: clean, and the loss is for good.",
+        lambda lag: lag.fewer_snapshots,
+    ),
+    Purpose(
+        "bitmaps-rewritten",
+        "QEMU stored the bitmaps anew while it had the image open for `leaks`: not what was asked.",
+        lambda lag: lag.tier is RepairTier.LEAKS and _has_bitmaps(lag.before),
+    ),
+    Purpose(
+        "copied-flags-left-to-all",
+        "The tier `leaks` only lowers refcounts, and flags where it lowered one; `all` does more.",
+        lambda lag: lag.tier is RepairTier.LEAKS and lag.kind in _COPIED,
+    ),
+    Purpose(
+        "header-shared",
+        "Something else refers to the header's cluster: a write there may change what that holds.",
+        _header_is_contested,
+    ),
+    Purpose(
+        "refcounts-shared",
+        "Something else refers to a cluster of refcounts: moved away, nothing would show the loss.",
+        lambda lag: lag.kind in _BY_REFCOUNTS and _refcounts_share_a_cluster(lag.after),
+    ),
+    Purpose(
+        "flags-shared",
+        "A wrong COPIED flag lies in a cluster with two owners: it may be the other's data.",
+        _flags_share_a_cluster,
+    ),
+    Purpose(
+        "census-incomplete",
+        "A table cannot be read, and may refer to what looks leaked.",
+        lambda lag: lag.kind is FindingKind.LEAK and not lag.after.complete,
+    ),
+    Purpose(
+        "lost-among-leaks",
+        "Leaked clusters look like a lost table: `leaks` frees them, when its plan is quoted.",
+        lambda lag: (
+            lag.tier is RepairTier.ALL and lag.kind is FindingKind.LEAK and lag.suspects > 0
+        ),
+    ),
+    Purpose(
+        "refcounts-of-flags-shared",
+        "The refcount of what a COPIED flag is about cannot be mended where the flag must not be.",
+        lambda lag: lag.kind in _REFCOUNTS and _entries_share_a_cluster(lag.after),
+    ),
+    Purpose(
+        "past-end-not-grown",
+        "The image refers to what lies past its end; if it grew, what is lost would seem there.",
+        _growth_would_hide_loss,
+    ),
+    Purpose(
+        "snapshot-table-lost",
+        "The snapshot table lies past the end of the file: rewritten, it would list nonsense.",
+        _snapshot_table_is_lost,
+    ),
+    Purpose(
+        "snapshots-unreadable",
+        "Cut as QEMU cuts it, over-long extra data leaves a snapshot without a whole L1 table.",
+        _snapshots_are_unreadable,
+    ),
+)
