@@ -107,12 +107,20 @@ def _judge(found: list[tuple[int, I64]], leaked: I64, report: Report) -> tuple[S
     regions = report.regions
     known = regions.offset[regions.structure == Structure.L2_TABLE] >> bits
     likely = np.array([offset >> bits for offset, _ in found], dtype=np.int64)
-    tables = np.concatenate((known, likely))
+    tables = np.unique(np.concatenate((known, likely)))
     suspects = []
     for offset, targets in found:
-        hit = int(np.count_nonzero(np.isin(targets, leaked)))
+        hit = _count_in(targets, leaked)
         if hit * 2 < len(targets) and not report.geometry.external_data:
             continue
-        is_l1 = int(np.count_nonzero(np.isin(targets, tables))) * 2 > len(targets)
+        is_l1 = _count_in(targets, tables) * 2 > len(targets)
         suspects.append(Suspect(offset, len(targets), hit, is_l1))
     return tuple(suspects)
+
+
+def _count_in(values: I64, ascending: I64) -> int:
+    """How many of *values* are in *ascending*, which may be far longer."""
+    if not len(ascending):
+        return 0
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return int(np.count_nonzero(ascending[at] == values))

@@ -39,7 +39,10 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
 
     Those are the targets of entries whose flag is wrong now and was not *before*.
     """
-    new = np.setdiff1d(_wrong_entries(scope.report), _wrong_entries(before))
+    wrong = _wrong_entries(scope.report)
+    if not len(wrong):
+        return wrong
+    new = np.setdiff1d(wrong, _wrong_entries(before))
     words = [struct.unpack(">Q", read_bytes(scope.source, at, 8))[0] for at in new.tolist()]
     targets = np.array([word & entries.L2_OFFSET for word in words], dtype=np.int64)
     return np.unique(targets >> scope.geometry.cluster_bits)
