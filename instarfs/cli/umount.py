@@ -12,6 +12,7 @@ from instarfs.mount.mountpoint import unmount
 def command(directory: str) -> None:
     """Unmount the image that is mounted on the directory DIR.
 
-    A check that somebody waits for is ended; if the mount is in use otherwise, nothing happens.
+    A check or a repair that somebody waits for is ended, and what a repair has written by then is
+    put back; if the mount is in use otherwise, nothing happens.
     """
     unmount(directory)

@@ -345,6 +345,7 @@ class Purpose:
 
 _COPIED = (FindingKind.L1_COPIED, FindingKind.L2_COPIED)
 _REFCOUNTS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
+_OF_BITMAPS = {Structure.BITMAP_DIRECTORY, Structure.BITMAP_TABLE, Structure.BITMAP_DATA}
 _REFCOUNT_STRUCTURE = {Structure.REFTABLE, Structure.REFBLOCK}
 _BY_REFCOUNTS = (
     FindingKind.REFCOUNT_UNREADABLE,
@@ -409,8 +410,11 @@ def _snapshots_are_unreadable(lag: Lag) -> bool:
     )
 
 
-def _has_bitmaps(report: Report) -> bool:
-    return bool((report.regions.structure == Structure.BITMAP_DIRECTORY).any())
+def _bitmaps_are_in_the_way(lag: Lag) -> bool:
+    """For `leaks`, whether there are any; for `all`, whether one shares a cluster."""
+    if lag.tier is RepairTier.LEAKS:
+        return bool((lag.before.regions.structure == Structure.BITMAP_DIRECTORY).any())
+    return any(owners & _OF_BITMAPS for owners in _sharing(lag.before))
 
 
 def _header_is_contested(lag: Lag) -> bool:
@@ -426,8 +430,8 @@ PURPOSES: tuple[Purpose, ...] = (
     ),
     Purpose(
         "bitmaps-rewritten",
-        "QEMU stored the bitmaps anew while it had the image open for `leaks`: not what was asked.",
-        lambda lag: lag.tier is RepairTier.LEAKS and _has_bitmaps(lag.before),
+        "QEMU stored the bitmaps anew while it had the image open, which nobody asked for.",
+        _bitmaps_are_in_the_way,
     ),
     Purpose(
         "copied-flags-left-to-all",
