@@ -233,7 +233,8 @@ class _Pass:
             named = suspects[:SUSPECTS_NAMED] + ([f"and {more} more"] if more > 0 else [])
             raise AmbiguousCorruption(
                 "; ".join(named),
-                f"if they are to go all the same, quote the plan: {plan.tier} {plan.id}",
+                f"if they are to go all the same, quote the plan: {plan.tier} {plan.id}"
+                f" (check -r {plan.tier} --plan {plan.id})",
             )
 
     def _write(self, session: Session, proposal: Proposal) -> Report:

@@ -96,7 +96,7 @@ def _conclude_check(report: Report, left_over: Pending | None, path: str, shown:
         raise repairing.named(report.error, path)
     if shown == "human":
         if left_over is not None:
-            click.echo(left_over.sentence, err=True)
+            click.echo(f"NOTE {left_over.sentence}", err=True)
         _show_check(report)
     if report.torn:
         what = "it is in use" if report.in_use else "it was written to during the check"
