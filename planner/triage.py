@@ -61,7 +61,9 @@ def triage_leaks(source: Source, report: Report) -> Triage:
         return Triage()
     geometry, size = report.geometry, report.geometry.cluster_size
     leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    offsets = leaked << geometry.cluster_bits
+    # What is in use and only counted too high is not lost, whatever it looks like.
+    unused = mismatches.counted[mismatches.index.slots_of(leaked)] == 0
+    offsets = leaked[unused] << geometry.cluster_bits
     filled = offsets[present_tables(source, offsets, size)]
     step = max(1, -(-len(filled) * size // MAX_TRIAGED_BYTES))
     chosen = filled[::step]
