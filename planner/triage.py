@@ -61,9 +61,11 @@ def triage_leaks(source: Source, report: Report) -> Triage:
         return Triage()
     geometry, size = report.geometry, report.geometry.cluster_size
     leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    # What is in use and only counted too high is not lost, whatever it looks like.
+    # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
+    # may have lost one of the L1 entries that shared it.
     unused = mismatches.counted[mismatches.index.slots_of(leaked)] == 0
-    offsets = leaked[unused] << geometry.cluster_bits
+    shared = np.isin(leaked, _known_l2_tables(report))
+    offsets = leaked[unused | shared] << geometry.cluster_bits
     filled = offsets[present_tables(source, offsets, size)]
     step = max(1, -(-len(filled) * size // MAX_TRIAGED_BYTES))
     chosen = filled[::step]
@@ -105,9 +107,7 @@ def _judge(found: list[tuple[int, I64]], leaked: I64, report: Report) -> tuple[S
 
     With an external data file the targets are not in this file: there, looking like one is enough.
     """
-    bits = report.geometry.cluster_bits
-    regions = report.regions
-    known = regions.offset[regions.structure == Structure.L2_TABLE] >> bits
+    bits, known = report.geometry.cluster_bits, _known_l2_tables(report)
     likely = np.array([offset >> bits for offset, _ in found], dtype=np.int64)
     tables = np.unique(np.concatenate((known, likely)))
     suspects = []
@@ -118,6 +118,13 @@ def _judge(found: list[tuple[int, I64]], leaked: I64, report: Report) -> tuple[S
         is_l1 = _count_in(targets, tables) * 2 > len(targets)
         suspects.append(Suspect(offset, len(targets), hit, is_l1))
     return tuple(suspects)
+
+
+def _known_l2_tables(report: Report) -> I64:
+    """The clusters of all L2 tables that an L1 entry leads to."""
+    regions = report.regions
+    offset = regions.offset[regions.structure == Structure.L2_TABLE]
+    return offset >> report.geometry.cluster_bits
 
 
 def _count_in(values: I64, ascending: I64) -> int:
