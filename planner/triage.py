@@ -123,8 +123,8 @@ def _judge(found: list[tuple[int, I64]], leaked: I64, report: Report) -> tuple[S
 def _known_l2_tables(report: Report) -> I64:
     """The clusters of all L2 tables that an L1 entry leads to."""
     regions = report.regions
-    offset = regions.offset[regions.structure == Structure.L2_TABLE]
-    return offset >> report.geometry.cluster_bits
+    tables = regions.select(regions.structure == Structure.L2_TABLE)
+    return tables.first(report.geometry.cluster_bits)
 
 
 def _count_in(values: I64, ascending: I64) -> int:
