@@ -1,4 +1,4 @@
-"""The daemon of a mount, killed in the middle of a repair; `--cases 3000`: 200 times."""
+"""The daemon of a mount, killed at any moment of a repair; `--cases 12000`: 200 times."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ import pytest
 from examples.make_image import DAMAGES, sample
 from tests.mount.mounts import INSTARFS, instarfs, mounted_type, until
 
-CASES_A_KILL = 15
-LONGEST = 0.12
+CASES_A_KILL = 60
+LONGEST = 0.5
 """Seconds after which a repair of the sample has ended, on an idle machine."""
 
 
@@ -34,7 +34,13 @@ def kill_during_repair(image: Path, directory: Path, delay: float) -> None:
     """Mount, write `all`, and kill the daemon *delay* seconds later."""
     directory.mkdir(exist_ok=True)
     command = [*INSTARFS, "mount", "-f", image, directory]
-    with subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL) as daemon:
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(
+            subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
+        )
+        unmount = ["fusermount3", "-q", "-u", "-z", directory]
+        stack.callback(subprocess.run, unmount, check=False)
+        stack.callback(daemon.kill)
         until(lambda: mounted_type(directory) is not None, "it was mounted")
         control = os.open(directory / "repair" / "tier", os.O_WRONLY)
         killer = threading.Timer(delay, daemon.send_signal, [signal.SIGKILL])
@@ -46,7 +52,6 @@ def kill_during_repair(image: Path, directory: Path, delay: float) -> None:
         daemon.wait()
         with contextlib.suppress(OSError):
             os.close(control)
-    subprocess.run(["fusermount3", "-q", "-u", "-z", directory], check=False)
 
 
 def test_a_killed_daemon_leaves_what_can_be_put_back(damaged, tmp_path, cases):
@@ -55,18 +60,15 @@ def test_a_killed_daemon_leaves_what_can_be_put_back(damaged, tmp_path, cases):
     assert instarfs("check", "-r", "all", reference).returncode == 0
     repaired = reference.read_bytes()
     rng = random.Random(7)
-    interrupted = 0
     for number in range(max(5, cases // CASES_A_KILL)):
         image = Path(shutil.copy(damaged, tmp_path / "image.qcow2"))
         undo = image.with_name(f"{image.name}.instarfs-undo")
         undo.unlink(missing_ok=True)
         kill_during_repair(image, tmp_path / "mnt", rng.uniform(0, LONGEST))
         found = image.read_bytes()
-        interrupted += found not in (original, repaired)
         assert found == original or undo.exists(), number
         if undo.exists():
             instarfs("undo", image)
             assert image.read_bytes() == original, number
         assert instarfs("check", "-r", "all", image).returncode == 0, number
         assert image.read_bytes() == repaired, number
-    print(f"{interrupted} found in the middle")
