@@ -435,9 +435,6 @@ class Findings:
         """The rows of these kinds, in their order."""
         return self.select(np.isin(self.kind, np.array(kinds, dtype=np.uint8)))
 
-    def with_severity(self, severity: Severity) -> Findings:
-        return self.of(*(kind for kind, info in KINDS.items() if info.severity is severity))
-
     def rows(self) -> Iterator[Finding]:
         """One object a row; converts a bounded part of the columns at a time."""
         for start in range(0, len(self), 4096):

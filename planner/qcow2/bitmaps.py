@@ -17,7 +17,6 @@ from planner.source import Source, read_bytes
 
 IN_USE = 1 << 0
 AUTO = 1 << 1
-EXTRA_DATA_COMPATIBLE = 1 << 2
 RESERVED_FLAGS = 0xFFFF_FFFC
 
 TYPE_DIRTY = 1

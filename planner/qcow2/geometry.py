@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType
-
-HostOffset = NewType("HostOffset", int)
-GuestOffset = NewType("GuestOffset", int)
 
 SECTOR = 512
 SUBCLUSTERS_PER_CLUSTER = 32
