@@ -31,13 +31,19 @@ _LONG_TABLES = (
 class Scope:
     """One step of planning: *source* is the image after all steps before, *report* its check.
 
-    ``writes``: how many writes had been drafted by then.
+    ``writes``: how many writes had been drafted by then. ``formerly_used``: all clusters that an
+    earlier step found in use lie below it.
     """
 
     draft: Draft
     source: Source
     report: Report
     writes: int = 0
+    formerly_used: int = 0
+
+    def after(self, image: Source, report: Report) -> Scope:
+        """The next step: *image* with everything that was drafted by now, and its check."""
+        return Scope(self.draft, image, report, self.draft.writes, self._end_of_used)
 
     @property
     def layout(self) -> Layout:
@@ -71,9 +77,17 @@ class Scope:
 
     @property
     def first_new_cluster(self) -> int:
-        """Where the file may grow: behind its end, and behind all that reaches over it."""
+        """Where the file may grow: behind its end, and behind all that reaches over it.
+
+        Also behind what a reference reached that an earlier step has dropped: until that is
+        written, which comes later than what is new, the reference stands.
+        """
         end = -(-self.draft.size // self.geometry.cluster_size)
-        return max(end, self.mismatches.first_unused())
+        return max(end, self._end_of_used)
+
+    @property
+    def _end_of_used(self) -> int:
+        return max(self.formerly_used, self.mismatches.first_unused())
 
     @property
     def refcounts_are_shared(self) -> bool:

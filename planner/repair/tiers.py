@@ -249,7 +249,7 @@ def _checked_anew(scope: Scope, check: _Check) -> Scope:
     if scope.draft.writes == scope.writes:
         return scope
     image = scope.draft.overlay()
-    return Scope(scope.draft, image, check(image), scope.draft.writes)
+    return scope.after(image, check(image))
 
 
 def _draft_refcounts(scope: Scope, stay: I64) -> None:

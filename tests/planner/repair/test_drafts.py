@@ -111,6 +111,18 @@ def test_new_refcounts_go_behind_data_that_reaches_over_the_end():
     assert proposal.plan.size_before == end * SIZE
 
 
+def test_new_refcounts_go_behind_what_an_entry_reached_over_the_end_before_it_was_mended():
+    """The entry becomes plain zero, but only in a later stage than the new blocks are written."""
+    image = plain()
+    image.data += bytes(SIZE)
+    image.set_word(image.reftable_at(0), image.refblock(0) + 512)
+    image.set_word(image.l2_at(1), len(image.data) - 512 | COPIED | entries.ZERO)
+    end = len(image.data) // SIZE
+    proposal = settled(image)
+    assert Kind.ZERO_MISALIGNED not in counts(proposal)
+    assert proposal.plan.size_after == (end + 1 + 2) * SIZE
+
+
 def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
     image = with_snapshot()
     image.data += bytes(SIZE)
