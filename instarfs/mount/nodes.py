@@ -1,15 +1,17 @@
-"""What stands in a mounted tree: directories, and three kinds of file.
+"""What stands in a mounted tree: directories, and four kinds of file.
 
-A generated file is rendered from a computed value when it is first read; a live file shows what
-is true at the moment; a control file is a live file that may be written to. A node knows neither
-its name nor its inode number, and nothing here knows of FUSE or of images.
+A directory's names are fixed, or follow from a computed value, or are made as they are asked for. A
+generated file is rendered from a computed value when it is first read; a live file shows what is
+true at the moment; a control file is a live file that may be written to; a data file is read at
+any offset, and the kernel keeps what it has read. A node knows neither its name nor its inode
+number, and nothing here knows of FUSE or of images.
 """
 
 from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -18,6 +20,14 @@ import trio
 from instarfs.computed import Edition
 
 T = TypeVar("T")
+
+_Parts = Callable[[], Iterator[bytes]]
+
+SHARED_BYTES = 4 << 20
+"""Of a generated file: so much is held once for all who have it open. The rest is streamed."""
+
+BEHIND_BYTES = 1 << 20
+"""Of a streamed file: so much is held behind where it was read last."""
 
 
 class Value(Protocol[T]):
@@ -49,27 +59,80 @@ class File(ABC):
         """Open it; does not compute anything either."""
 
 
-@dataclass(frozen=True, eq=False)
-class Directory:
-    """Names and what they stand for, in the order of listing."""
+class Directory(ABC):
+    """Names and what they stand for."""
 
-    children: Mapping[str, Node]
+    subdirectories = 0
+    """How many of the names are directories, as far as that is known without looking."""
 
-    @property
-    def subdirectories(self) -> int:
-        return sum(isinstance(node, Directory) for node in self.children.values())
+    is_fixed = False
+    """Whether a name, once it stands for a node, always does."""
+
+    @abstractmethod
+    async def names(self) -> Sequence[str]:
+        """All names that a listing shows, in its order. May look them up, in a thread."""
+
+    @abstractmethod
+    async def child(self, name: str) -> Node | None:
+        """What *name* stands for; the same node for as long as anybody holds it."""
 
 
 Node = Directory | File
 
 
-class GeneratedFile(File, Generic[T]):
-    """A value, rendered. Every handle is one snapshot, shared by all handles of one edition.
+class FixedDirectory(Directory):
+    """The same children always."""
 
-    *render* runs in a worker thread, for it may take seconds where there are millions of findings.
+    is_fixed = True
+
+    def __init__(self, children: Mapping[str, Node]) -> None:
+        self.children = children
+        self.subdirectories = sum(isinstance(node, Directory) for node in children.values())
+
+    async def names(self) -> Sequence[str]:
+        return list(self.children)
+
+    async def child(self, name: str) -> Node | None:
+        return self.children.get(name)
+
+
+class MadeDirectory(Directory):
+    """Children that *make* makes when they are asked for: None for a name that stands for nothing.
+
+    *listed*: the names that a listing shows, which may be fewer than there are. *fixed*: children
+    that are always there, before the others.
     """
 
-    def __init__(self, value: Value[T], render: Callable[[T], bytes]) -> None:
+    def __init__(
+        self,
+        make: Callable[[str], Awaitable[Node | None]],
+        listed: Callable[[], Awaitable[Sequence[str]]] | None = None,
+        fixed: Mapping[str, Node] | None = None,
+    ) -> None:
+        self._make, self._listed = make, listed
+        self._fixed = dict(fixed or {})
+        self._made: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
+
+    async def names(self) -> Sequence[str]:
+        return [*self._fixed, *(await self._listed() if self._listed else ())]
+
+    async def child(self, name: str) -> Node | None:
+        known = self._fixed.get(name) or self._made.get(name)
+        node = await self._make(name) if known is None else known
+        if node is None:
+            return None
+        return node if name in self._fixed else self._made.setdefault(name, node)
+
+
+class GeneratedFile(File, Generic[T]):
+    """A value, rendered. Every handle is one snapshot of it.
+
+    *render* runs in a worker thread, for it may take seconds where there are millions of findings.
+    It returns the content, or its parts one after the other: then only the first `SHARED_BYTES` are
+    kept, once for all handles of one edition, and what follows is made as it is read.
+    """
+
+    def __init__(self, value: Value[T], render: Callable[[T], bytes | Iterable[bytes]]) -> None:
         self._value = value
         self._render = render
         self._lock = trio.Lock()
@@ -91,14 +154,37 @@ class GeneratedFile(File, Generic[T]):
         async with self._lock:
             snapshot = self._snapshot() if self._snapshot and self._is_rendered(edition) else None
             if snapshot is None:
-                content = await trio.to_thread.run_sync(
-                    self._render, edition.value, abandon_on_cancel=True
+                # Made here, not in the thread, which would hold it a while longer.
+                snapshot = _Snapshot(
+                    *await trio.to_thread.run_sync(self._begin, edition, abandon_on_cancel=True)
                 )
-                # bytes(): whatever else a renderer returned must fail here, where it is caught.
-                snapshot = _Snapshot(bytes(content))
+                known = self._is_rendered(edition)
                 self._edition, self._snapshot = weakref.ref(edition), weakref.ref(snapshot)
-                self._size = len(snapshot.content)
+                if snapshot.is_whole:
+                    self._size = len(snapshot.content)
+                elif not known:
+                    self._size = 0
         return snapshot
+
+    def _begin(self, edition: Edition[T]) -> tuple[bytes, bool, _Parts, Callable[[int], None]]:
+        """Render the part that is shared; in a worker thread. The fields of a `_Snapshot`."""
+
+        def parts() -> Iterator[bytes]:
+            content = self._render(edition.value)
+            return iter((content,) if isinstance(content, bytes | str) else content)
+
+        def at_end(size: int) -> None:
+            if self._is_rendered(edition):
+                self._size = size
+
+        stream = parts()
+        head = bytearray()
+        while len(head) < SHARED_BYTES:
+            part = next(stream, None)
+            if part is None:
+                return bytes(head), True, parts, at_end
+            head += part
+        return bytes(head), False, parts, at_end
 
     def _is_rendered(self, edition: Edition[T]) -> bool:
         return self._edition is not None and self._edition() is edition
@@ -106,7 +192,12 @@ class GeneratedFile(File, Generic[T]):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Snapshot:
+    """The beginning of a rendering, or all of it; ``parts`` makes it anew, whole."""
+
     content: bytes
+    is_whole: bool
+    parts: _Parts
+    at_end: Callable[[int], None]
 
 
 class _GeneratedHandle:
@@ -114,13 +205,83 @@ class _GeneratedHandle:
         self._take_snapshot = take_snapshot
         self._lock = trio.Lock()
         self._snapshot: _Snapshot | None = None
+        self._stream: _Stream | None = None
 
     async def read(self, offset: int, size: int) -> bytes:
-        if self._snapshot is None:
+        snapshot = self._snapshot
+        if snapshot is None:
             async with self._lock:
-                if self._snapshot is None:
-                    self._snapshot = await self._take_snapshot()
-        return self._snapshot.content[offset : offset + size]
+                snapshot = self._snapshot = self._snapshot or await self._take_snapshot()
+        if snapshot.is_whole or offset + size <= len(snapshot.content):
+            return snapshot.content[offset : offset + size]
+        async with self._lock:
+            if self._stream is None or offset < self._stream.start:
+                self._stream = _Stream(snapshot)
+            # Not abandoned on cancellation: the next read goes on where this one ended.
+            return await trio.to_thread.run_sync(self._stream.read, offset, size)
+
+
+class _Stream:
+    """A rendering that is made while it is read: a window that only moves forward."""
+
+    def __init__(self, snapshot: _Snapshot) -> None:
+        self._parts = snapshot.parts()
+        self._at_end = snapshot.at_end
+        self._window = bytearray()
+        self._ended = False
+        self.start = 0
+        """Offset of the first byte that can still be read."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        while not self._ended and self.start + len(self._window) < offset + size:
+            part = next(self._parts, None)
+            if part is None:
+                self._ended = True
+                self._at_end(self.start + len(self._window))
+                break
+            self._window += part
+            surplus = min(offset - self.start, len(self._window)) - BEHIND_BYTES
+            if surplus > BEHIND_BYTES:
+                del self._window[:surplus]
+                self.start += surplus
+        at = offset - self.start
+        return bytes(self._window[at : at + size])
+
+
+class DataFile(File):
+    """Bytes that are read where somebody wants them, as of a disk.
+
+    *length*: bytes there are now. *read* may raise a domain error, for the part that it was asked
+    for alone. *content*: changes when what the kernel may have kept of it is no longer good.
+    """
+
+    def __init__(
+        self,
+        length: Callable[[], int],
+        read: Callable[[int, int], Awaitable[bytes]],
+        content: Callable[[], Hashable],
+    ) -> None:
+        self._length, self._read, self._content = length, read, content
+        self._cached: Hashable = object()
+
+    def size(self) -> int:
+        return self._length()
+
+    def open(self) -> Handle:
+        return _DataHandle(self._read)
+
+    def may_keep_cache(self) -> bool:
+        """Whether what the kernel has kept since the last time this was asked is still good."""
+        before, self._cached = self._cached, self._content()
+        return before == self._cached
+
+
+class _DataHandle:
+    def __init__(self, read: Callable[[int, int], Awaitable[bytes]]) -> None:
+        self._read = read
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return await self._read(offset, size)
 
 
 class LiveFile(File):

@@ -41,7 +41,15 @@ from pyfuse3 import (
 
 from instarfs.errors import DOMAIN_ERRORS
 from instarfs.mount.interrupts import is_interrupted
-from instarfs.mount.nodes import ControlFile, Directory, File, Handle, Node
+from instarfs.mount.nodes import (
+    ControlFile,
+    DataFile,
+    Directory,
+    File,
+    FixedDirectory,
+    Handle,
+    Node,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,9 +58,11 @@ log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 4096
 
-# Names never change what they stand for; sizes and times may at any moment.
+# Fixed names never change what they stand for; sizes and times may at any moment.
 _ENTRY_TIMEOUT = 60.0
 _ATTR_TIMEOUT = 0.0
+
+_DOTS = (".", "..")
 
 INTERRUPT_POLL_SECONDS = 0.1
 
@@ -154,7 +164,7 @@ class Operations(pyfuse3.Operations):
         self._next_inode = itertools.count(pyfuse3.ROOT_INODE + 1)
         self._next_handle = itertools.count(1)
         self._files: dict[int, _Opened] = {}
-        self._listings: dict[int, Sequence[tuple[str, Node]]] = {}
+        self._listings: dict[int, tuple[Directory, Sequence[str]]] = {}
         self._waiting: dict[trio.CancelScope, int] = {}
         self._somebody_waits = trio.Event()
         self.answering = trio.Event()
@@ -203,11 +213,11 @@ class Operations(pyfuse3.Operations):
         """Count a reference that the kernel now holds."""
         self._known.setdefault(self._number(node), _Known(node, 0)).lookups += 1
 
-    def _attributes_of(self, node: Node) -> EntryAttributes:
+    def _attributes_of(self, node: Node, *, is_fixed: bool = True) -> EntryAttributes:
         facts = self._facts()
         entry = EntryAttributes()
         entry.st_ino = self._number(node)
-        entry.entry_timeout = _ENTRY_TIMEOUT
+        entry.entry_timeout = _ENTRY_TIMEOUT if is_fixed else 0
         entry.attr_timeout = _ATTR_TIMEOUT
         entry.st_mode = self._ownership.mode(node)
         entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
@@ -224,10 +234,11 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        child = self._directory(parent_inode).children.get(os.fsdecode(name))
+        directory = self._directory(parent_inode)
+        child = await directory.child(os.fsdecode(name))
         if child is None:
             raise FUSEError(errno.ENOENT)
-        entry = self._attributes_of(child)
+        entry = self._attributes_of(child, is_fixed=directory.is_fixed)
         self._remember(child)
         return entry
 
@@ -288,21 +299,31 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         directory = self._directory(inode)
-        number = next(self._next_handle)
-        self._listings[number] = [
-            (".", directory),
-            ("..", self._root),  # the kernel knows the parent, and takes only the name from here
-            *directory.children.items(),
-        ]
-        return number
+        with self._interruptible(ctx.pid):
+            names = await directory.names()
+            number = next(self._next_handle)
+            self._listings[number] = directory, names
+            return number
+        raise FUSEError(errno.EINTR)
 
     @_guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        for position, (name, node) in enumerate(self._listings[fh][start_id:], start_id + 1):
-            entry = self._attributes_of(node)
-            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position):
+        directory, names = self._listings[fh]
+        node: Node
+        for position in range(start_id, len(names) + len(_DOTS)):
+            if position < len(_DOTS):
+                # Of `..` the kernel knows the node, and takes only the name from here.
+                name, node = _DOTS[position], (directory, self._root)[position]
+            else:
+                name = names[position - len(_DOTS)]
+                child = await directory.child(name)
+                if child is None:  # gone since it was listed
+                    continue
+                node = child
+            entry = self._attributes_of(node, is_fixed=directory.is_fixed)
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
-            if name not in (".", ".."):
+            if position >= len(_DOTS):
                 self._remember(node)
 
     @_guarded
@@ -324,6 +345,8 @@ class Operations(pyfuse3.Operations):
             node.begin_writing()
         number = next(self._next_handle)
         self._files[number] = _Opened(node, node.open(), ctx.pid)
+        if isinstance(node, DataFile):
+            return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
         # Past the page cache: the size is not known before the first read, and content changes.
         return FileInfo(fh=number, direct_io=True, keep_cache=False)
 
@@ -397,8 +420,7 @@ def _read_only() -> FUSEError:
     return FUSEError(errno.EROFS)
 
 
-def _count(directory: Directory) -> int:
-    """Nodes in the tree, *directory* included."""
-    return 1 + sum(
-        _count(node) if isinstance(node, Directory) else 1 for node in directory.children.values()
-    )
+def _count(node: Node) -> int:
+    """Nodes in the tree that are always there, *node* included."""
+    children = node.children.values() if isinstance(node, FixedDirectory) else ()
+    return 1 + sum(map(_count, children))

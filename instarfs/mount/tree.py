@@ -11,7 +11,7 @@ from functools import partial
 
 from instarfs.inspector import Checkup, Description, Inspector
 from instarfs.mount.controls import Controls
-from instarfs.mount.nodes import Directory, File, GeneratedFile, LiveFile, Node
+from instarfs.mount.nodes import Directory, FixedDirectory, GeneratedFile, LiveFile, Node
 from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import info as render_info
@@ -24,11 +24,15 @@ from planner.repair.tiers import Proposal
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A file of the tree: its path, what it is in one line, and what stands behind it."""
+    """A node of the tree: its path, what it is in one line, and what stands behind it.
+
+    ``shown``: what README.txt calls a directory whose names are made as they are asked for.
+    """
 
     path: str
     what: str
-    file: File
+    node: Node
+    shown: str = ""
 
 
 def build_tree(inspector: Inspector, *, read_only: bool = False) -> Directory:
@@ -40,20 +44,21 @@ def build_tree(inspector: Inspector, *, read_only: bool = False) -> Directory:
         *_repair_files(inspector, controls),
     ]
     readme = LiveFile(lambda: _readme(inspector.path, entries))
-    files = [(["README.txt"], readme), *((entry.path.split("/"), entry.file) for entry in entries)]
-    return _directory(files)
+    nodes: list[tuple[list[str], Node]] = [(["README.txt"], readme)]
+    nodes += ((entry.path.split("/"), entry.node) for entry in entries)
+    return _directory(nodes)
 
 
-def _directory(files: Iterable[tuple[list[str], File]]) -> Directory:
-    """The directory of *files*, each with the names that lead to it, in their order."""
+def _directory(nodes: Iterable[tuple[list[str], Node]]) -> Directory:
+    """The directory of *nodes*, each with the names that lead to it, in their order."""
     children: dict[str, Node] = {}
-    below: dict[str, list[tuple[list[str], File]]] = {}
-    for (name, *rest), file in files:
+    below: dict[str, list[tuple[list[str], Node]]] = {}
+    for (name, *rest), node in nodes:
         if rest:
-            below.setdefault(name, []).append((rest, file))
+            below.setdefault(name, []).append((rest, node))
         else:
-            children[name] = file
-    return Directory(children | {name: _directory(inside) for name, inside in below.items()})
+            children[name] = node
+    return FixedDirectory(children | {name: _directory(inside) for name, inside in below.items()})
 
 
 def facts(inspector: Inspector) -> Facts:
@@ -235,6 +240,7 @@ To unmount: instarfs umount DIRECTORY
 
 
 def _readme(image: str, entries: list[_Entry]) -> bytes:
-    width = max(len(entry.path) for entry in entries)
-    files = "\n".join(f"    {entry.path:<{width}}  {entry.what}" for entry in entries)
+    lines = [(entry.shown or entry.path, entry.what) for entry in entries]
+    width = max(len(path) for path, _ in lines)
+    files = "\n".join(f"    {path:<{width}}  {what}" for path, what in lines)
     return _README.format(image=printable(image), files=files).encode()

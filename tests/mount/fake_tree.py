@@ -7,7 +7,7 @@ from typing import NoReturn
 from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed
 from instarfs.mount import daemon
-from instarfs.mount.nodes import ControlFile, Directory, GeneratedFile, LiveFile
+from instarfs.mount.nodes import ControlFile, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
 
 
@@ -40,7 +40,7 @@ class UnknownSize(LiveFile):
         fail()
 
 
-ROOT = Directory(
+ROOT = FixedDirectory(
     {
         "good": GeneratedFile(Known(), str.encode),
         "bug": GeneratedFile(Known(), fail),
@@ -48,9 +48,9 @@ ROOT = Directory(
         "text": GeneratedFile(Known(), str.upper),  # type: ignore[arg-type]
         "large": GeneratedFile(Known(), lambda _: bytes(range(256)) * 20_000),
         "control": ControlFile(lambda: b"state\n", fail_to_act),
-        "below": Directory({"unknown": UnknownSize(lambda: b"")}),
-        "empty": Directory({}),
-        "many": Directory({f"{n:0200}": LiveFile(str(n).encode) for n in range(2000)}),
+        "below": FixedDirectory({"unknown": UnknownSize(lambda: b"")}),
+        "empty": FixedDirectory({}),
+        "many": FixedDirectory({f"{n:0200}": LiveFile(str(n).encode) for n in range(2000)}),
     }
 )
 

@@ -2,12 +2,22 @@
 
 import gc
 import threading
+from collections.abc import Iterator
 
 import pytest
 import trio
 
 from instarfs.computed import Edition
-from instarfs.mount.nodes import ControlFile, GeneratedFile, LiveFile
+from instarfs.mount import nodes
+from instarfs.mount.nodes import (
+    ControlFile,
+    DataFile,
+    FixedDirectory,
+    GeneratedFile,
+    LiveFile,
+    MadeDirectory,
+    Node,
+)
 
 
 class FakeValue:
@@ -121,6 +131,124 @@ async def test_a_failed_read_can_be_tried_again(value: FakeValue) -> None:
     with pytest.raises(ZeroDivisionError):
         await handle.read(0, 1)
     assert await handle.read(0, 1) == b"0"
+
+
+# ---- what is made while it is read ----
+
+LINES = [f"{number:09}\n".encode() for number in range(1000)]
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "SHARED_BYTES", 100)
+    monkeypatch.setattr(nodes, "BEHIND_BYTES", 200)
+
+
+async def read_all(node: GeneratedFile[str], size: int = 64) -> bytes:
+    handle, parts = node.open(), [b""]
+    while len(parts) == 1 or parts[-1]:
+        parts.append(await handle.read(sum(map(len, parts)), size))
+    return b"".join(parts)
+
+
+@pytest.mark.usefixtures("small_windows")
+async def test_a_long_file_is_whole_and_has_its_size_when_it_was_read(value: FakeValue) -> None:
+    node = GeneratedFile(value, lambda _: iter(LINES))
+    assert await read_all(node) == b"".join(LINES)
+    assert node.size() == 10_000
+    assert await read_all(node, 7777) == b"".join(LINES)
+
+
+@pytest.mark.usefixtures("small_windows")
+async def test_of_a_long_file_no_more_is_made_than_is_read(value: FakeValue) -> None:
+    made: list[bytes] = []
+
+    def render(_: str) -> Iterator[bytes]:
+        for line in LINES:
+            made.append(line)
+            yield line
+
+    handle = GeneratedFile(value, render).open()
+    assert await handle.read(0, 50) == b"".join(LINES)[:50]
+    assert len(made) == 10
+    made.clear()
+    assert await handle.read(3000, 10) == LINES[300]
+    assert len(made) == 301
+
+
+@pytest.mark.usefixtures("small_windows")
+async def test_a_long_file_can_be_read_backwards(value: FakeValue) -> None:
+    handle = GeneratedFile(value, lambda _: iter(LINES)).open()
+    for line in (999, 500, 499, 998, 0, 20):
+        assert await handle.read(line * 10, 10) == LINES[line]
+    assert await handle.read(10_000, 10) == b""
+
+
+@pytest.mark.usefixtures("small_windows")
+async def test_the_size_of_a_long_file_is_not_that_of_the_one_before(value: FakeValue) -> None:
+    node = GeneratedFile(value, lambda text: iter(LINES[: int(text, 16) & 255]))
+    value.replace("20")
+    assert len(await read_all(node)) == 320
+    value.replace("ff")
+    await node.open().read(0, 1)
+    assert node.size() == 0
+    assert len(await read_all(node)) == node.size() == 2550
+
+
+# ---- directories ----
+
+
+async def test_a_made_directory_makes_a_node_once_as_long_as_it_is_held() -> None:
+    made: list[str] = []
+
+    async def make(name: str) -> Node | None:
+        made.append(name)
+        return LiveFile(name.encode) if name.isdigit() else None
+
+    directory = MadeDirectory(make, fixed={"README": LiveFile(lambda: b"")})
+    one = await directory.child("17")
+    assert await directory.child("17") is one
+    assert await directory.child("seventeen") is None
+    assert await directory.child("README") is not None
+    assert made == ["17", "seventeen"]
+    assert await directory.names() == ["README"]
+
+
+async def test_a_made_directory_lists_what_it_is_told_to() -> None:
+    async def nothing(_: str) -> Node | None:
+        return None
+
+    async def listed() -> list[str]:
+        return ["1", "2"]
+
+    directory = MadeDirectory(nothing, listed, {"all": LiveFile(lambda: b"")})
+    assert await directory.names() == ["all", "1", "2"]
+
+
+def test_a_fixed_directory_knows_how_many_directories_are_in_it() -> None:
+    below = FixedDirectory({})
+    assert FixedDirectory({"a": below, "b": LiveFile(lambda: b"")}).subdirectories == 1
+
+
+# ---- data files ----
+
+
+async def test_what_the_kernel_kept_of_a_data_file_is_good_until_the_content_changes() -> None:
+    content = ["first"]
+
+    async def read(offset: int, size: int) -> bytes:
+        return b"0123456789"[offset : offset + size]
+
+    node = DataFile(lambda: 10, read, lambda: content[0])
+    assert not node.may_keep_cache()
+    assert node.may_keep_cache()
+    content[0] = "second"
+    assert not node.may_keep_cache()
+    assert await node.open().read(3, 4) == b"3456"
+    assert node.size() == 10
+
+
+# ---- live and control files ----
 
 
 async def test_a_live_file_is_fresh_at_each_beginning() -> None:

@@ -15,7 +15,7 @@ from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
 from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.mount import operations as module
-from instarfs.mount.nodes import ControlFile, Directory, GeneratedFile, LiveFile
+from instarfs.mount.nodes import ControlFile, Directory, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
 
 ROOT = pyfuse3.ROOT_INODE
@@ -46,11 +46,11 @@ async def refuse(command: bytes) -> None:
 
 
 def make_tree(value: Value) -> Directory:
-    return Directory(
+    return FixedDirectory(
         {
             "README.txt": LiveFile(lambda: b"read me\n"),
-            "check": Directory({"leaks": GeneratedFile(value, bytes)}),
-            "repair": Directory({"tier": ControlFile(lambda: b"[none]\n", refuse)}),
+            "check": FixedDirectory({"leaks": GeneratedFile(value, bytes)}),
+            "repair": FixedDirectory({"tier": ControlFile(lambda: b"[none]\n", refuse)}),
         }
     )
 
@@ -256,7 +256,7 @@ async def test_what_a_control_file_takes_it_takes_whole() -> None:
     async def act(command: bytes) -> None:
         commands.append(command)
 
-    root = Directory({"tier": ControlFile(lambda: b"", act)})
+    root = FixedDirectory({"tier": ControlFile(lambda: b"", act)})
     operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
     handle = await open_file(operations, "tier", os.O_WRONLY)
     assert await operations.write(handle, 0, b"leaks 3f9a2c\n") == 13
@@ -267,7 +267,7 @@ async def test_who_opens_a_control_file_to_write_may_be_told_no_at_once() -> Non
     def refuse_to_begin() -> None:
         raise RepairRunning("image")
 
-    root = Directory({"tier": ControlFile(lambda: b"busy\n", refuse, refuse_to_begin)})
+    root = FixedDirectory({"tier": ControlFile(lambda: b"busy\n", refuse, refuse_to_begin)})
     operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC):
         assert await errno_of(open_file(operations, "tier", flags)) == errno.EBUSY
@@ -443,7 +443,7 @@ async def test_the_write_of_a_killed_process_is_cancelled_and_answered_when_it_e
                 raise RepairCancelled("image") from None
             raise
 
-    root = Directory({"tier": ControlFile(lambda: b"", act)})
+    root = FixedDirectory({"tier": ControlFile(lambda: b"", act)})
     operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
     inode = (await walk(operations, "tier")).st_ino
     ended: list[bytes] = []
