@@ -22,6 +22,9 @@ ACTIVE = -1
 
 NOWHERE = -2
 
+BATCH_ROWS = 1 << 12
+"""Rows of findings that are looked at together where all of them would be too many."""
+
 
 class Structure(IntEnum):
     """What a host cluster, or a word in it, is part of."""
@@ -427,7 +430,7 @@ class Findings:
     def __len__(self) -> int:
         return len(self.kind)
 
-    def select(self, mask: Mask | I64) -> Findings:
+    def select(self, mask: Mask | I64 | slice) -> Findings:
         """The rows where *mask* (bool, one a row) is true, or at these positions."""
         return Findings(*(getattr(self, name)[mask] for name in _COLUMNS))
 
@@ -437,15 +440,31 @@ class Findings:
 
     def rows(self) -> Iterator[Finding]:
         """One object a row; converts a bounded part of the columns at a time."""
-        for start in range(0, len(self), 4096):
-            part = [getattr(self, name)[start : start + 4096].tolist() for name in _COLUMNS]
+        for batch in self.batches():
+            part = [getattr(batch, name).tolist() for name in _COLUMNS]
             for kind, structure, *rest in zip(*part, strict=True):
                 yield Finding(FindingKind(kind), Structure(structure), *rest)
+
+    def batches(self) -> Iterator[Findings]:
+        """The rows in their order, at most `BATCH_ROWS` at a time."""
+        for start in range(0, len(self), BATCH_ROWS):
+            yield self.select(slice(start, start + BATCH_ROWS))
 
     def counts(self) -> dict[FindingKind, int]:
         """How often each kind that is there occurs."""
         present = np.unique(self.kind)
         return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
+
+
+def make_findings(**columns: object) -> Findings:
+    """Rows in the order in which they are given; columns as for `FindingsBuilder.add`."""
+    given = {name: np.asarray(value) for name, value in columns.items()}
+    shape = np.broadcast_shapes((1,), *(value.shape for value in given.values()))
+    whole = {}
+    for name, (dtype, default) in _COLUMNS.items():
+        value = given.get(name, np.array(default)).astype(dtype)
+        whole[name] = np.broadcast_to(value, shape)
+    return Findings(**whole)
 
 
 class FindingsBuilder:
@@ -458,14 +477,11 @@ class FindingsBuilder:
 
     def add(self, kind: FindingKind, **columns: object) -> None:
         """Add rows. Columns are scalars or arrays that broadcast; `_COLUMNS` has the defaults."""
-        given = {name: np.atleast_1d(np.asarray(value)) for name, value in columns.items()}
-        length = max((len(value) for value in given.values()), default=1)
-        if any(len(value) == 0 for value in given.values()):
+        if any(np.asarray(value).size == 0 for value in columns.values()):
             return
-        given["kind"] = np.array([kind])
-        for name, (dtype, default) in _COLUMNS.items():
-            value = given.get(name, np.array([default])).astype(dtype)
-            self._parts[name].append(np.broadcast_to(value, (length,)))
+        added = make_findings(kind=kind, **columns)
+        for name, parts in self._parts.items():
+            parts.append(getattr(added, name))
 
     def build(self) -> Findings:
         columns = {

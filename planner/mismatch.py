@@ -13,10 +13,10 @@ import numpy as np
 
 from planner.arrays import I64, U8, Counts
 from planner.counts import ClusterIndex
-from planner.findings import FindingKind, Findings, FindingsBuilder, Structure
+from planner.findings import FindingKind, Findings, Structure, make_findings
 from planner.qcow2.geometry import Geometry
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 NO_KIND = 255
 
 
@@ -73,15 +73,24 @@ class Mismatches:
     def runs(self, *kinds: FindingKind) -> Iterator[Findings]:
         """Findings of these kinds, in file order, a bounded number at a time.
 
-        A run of neighbours with the same two numbers is one finding; runs end at chunk borders.
+        A run of neighbours with the same two numbers is one finding.
         """
+        wanted = np.array(kinds, dtype=np.uint8)
+        held: list[np.ndarray] = []
         for first, stored, counted in self._chunks():
             kind = _kinds_of(stored, counted)
-            at = np.flatnonzero(np.isin(kind, np.array(kinds, dtype=np.uint8)))
+            at = np.flatnonzero(np.isin(kind, wanted))
             if not len(at):
                 continue
             cluster = self.index.clusters_of(first + at)
-            yield self._findings(cluster, kind[at], stored[at], counted[at])
+            columns = _runs_of(cluster, kind[at], stored[at], counted[at])
+            if held:
+                columns = _append_runs(held, columns)
+            # The next chunk may go on with the last run.
+            held = [column[-1:] for column in columns]
+            yield self._findings(*(column[:-1] for column in columns))
+        if held:
+            yield self._findings(*held)
 
     def clusters(self, kind: FindingKind, limit: int) -> I64:
         """The first clusters of a kind, at most *limit*."""
@@ -124,26 +133,39 @@ class Mismatches:
                 end = min(high, first + CHUNK)
                 yield first, self.stored[first:end], self.counted[first:end]
 
-    def _findings(self, cluster: I64, kind: U8, stored: Counts, counted: Counts) -> Findings:
-        new = np.ones(len(cluster), dtype=np.bool_)
-        new[1:] = np.diff(cluster) != 1
-        for column in (kind, stored, counted):
-            new[1:] |= column[1:] != column[:-1]
-        start = np.flatnonzero(new)
-        length = np.diff(start, append=len(cluster))
-        builder = FindingsBuilder()
-        for each in np.unique(kind[start]).tolist():
-            mine = kind[start] == each
-            builder.add(
-                FindingKind(each),
-                structure=Structure.CLUSTER,
-                count=length[mine],
-                host_offset=cluster[start[mine]] << self.geometry.cluster_bits,
-                length=length[mine] << self.geometry.cluster_bits,
-                found=stored[start[mine]],
-                expected=counted[start[mine]],
-            )
-        return builder.build()
+    def _findings(
+        self, cluster: I64, length: I64, kind: U8, stored: Counts, counted: Counts
+    ) -> Findings:
+        return make_findings(
+            kind=kind,
+            structure=Structure.CLUSTER,
+            count=length,
+            host_offset=cluster << self.geometry.cluster_bits,
+            length=length << self.geometry.cluster_bits,
+            found=stored,
+            expected=counted,
+        )
+
+
+def _runs_of(cluster: I64, *alike: np.ndarray) -> list[np.ndarray]:
+    """Runs of adjacent clusters that are alike: first cluster, length, and what they have alike."""
+    new = np.ones(len(cluster), dtype=np.bool_)
+    new[1:] = np.diff(cluster) != 1
+    for column in alike:
+        new[1:] |= column[1:] != column[:-1]
+    start = np.flatnonzero(new)
+    length = np.diff(start, append=len(cluster))
+    return [cluster[start], length, *(column[start] for column in alike)]
+
+
+def _append_runs(before: list[np.ndarray], runs: list[np.ndarray]) -> list[np.ndarray]:
+    """One run, and those behind it, of which the first may be its continuation."""
+    cluster, length, *alike = before
+    goes_on = cluster[0] + length[0] == runs[0][0]
+    if goes_on and all(old[0] == new[0] for old, new in zip(alike, runs[2:], strict=True)):
+        runs[0][0], runs[1][0] = cluster[0], length[0] + runs[1][0]
+        return runs
+    return [np.concatenate(pair) for pair in zip(before, runs, strict=True)]
 
 
 def _kinds_of(stored: Counts, counted: Counts) -> U8:

@@ -76,16 +76,27 @@ class Report:
         """How often each kind that is there counts; for refcounts, clusters."""
         return self.findings.counts() | {k: n for k, n in self.totals.items() if n}
 
-    def rows(self, *kinds: FindingKind) -> Iterator[Finding]:
-        """All findings of these kinds (none given: of every kind), worst severity first."""
+    def batches(self, *kinds: FindingKind) -> Iterator[Findings]:
+        """All findings of these kinds (none given: of every kind), worst severity first.
+
+        In columns, a bounded number of rows at a time: nothing is held of sixteen million leaks.
+        """
         chosen = kinds or tuple(FindingKind)
         for severity in reversed(Severity):
             mine = [kind for kind in chosen if KINDS[kind].severity is severity]
-            yield from self.findings.of(*mine).rows()
+            for batch in self.findings.batches():
+                found = batch.of(*mine)
+                if len(found):
+                    yield found
             of_clusters = [kind for kind in mine if self.totals.get(kind)]
             if of_clusters and self.mismatches is not None:
                 for part in self.mismatches.runs(*of_clusters):
-                    yield from part.rows()
+                    yield from part.batches()
+
+    def rows(self, *kinds: FindingKind) -> Iterator[Finding]:
+        """The same, one object a row."""
+        for batch in self.batches(*kinds):
+            yield from batch.rows()
 
     @property
     def geometry(self) -> Geometry:

@@ -111,7 +111,7 @@ def _check_files(inspector: Inspector) -> list[_Entry]:
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
 
-    files: list[tuple[str, str, Callable[[Checkup], bytes]]] = [
+    files: list[tuple[str, str, Callable[[Checkup], bytes | Iterable[bytes]]]] = [
         (
             "result.json",
             "the result under the keys of `qemu-img check --output=json`, and a verdict",

@@ -7,11 +7,24 @@ Numbers are decimal, offsets and lengths in bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+
+import numpy as np
 
 from instarfs.outcome import Pending, RepairOutcome
+from instarfs.render.columns import (
+    decimals,
+    either,
+    hexadecimals,
+    labels,
+    line_bytes,
+    same,
+    tsv,
+    tsv_lines,
+)
 from instarfs.render.outcome import pending_value, repair_value
 from instarfs.render.text import decode_name, json_bytes, printable
+from planner.arrays import U8, U64, Mask
 from planner.errors import ImageError
 from planner.findings import (
     ACTIVE,
@@ -20,6 +33,7 @@ from planner.findings import (
     NOWHERE,
     Finding,
     FindingKind,
+    Findings,
     Owner,
     Severity,
     Structure,
@@ -97,11 +111,65 @@ def result_bin(report: Report, repair: RepairOutcome | None = None) -> bytes:
     return CheckResult.of(report, repair.counters if repair else None).to_bytes()
 
 
-def findings_jsonl(report: Report) -> bytes:
-    """One JSON object a finding, worst first."""
-    return "".join(
-        json.dumps(finding_value(report, finding)) + "\n" for finding in report.rows()
-    ).encode("ascii")
+def findings_jsonl(report: Report) -> Iterator[bytes]:
+    """One JSON object a finding, worst first; in parts."""
+    for batch in report.batches():
+        plain = _are_plain_runs(report, batch)
+        border = np.flatnonzero(np.diff(plain)) + 1
+        for part in np.split(np.arange(len(batch)), border):
+            rows = batch.select(part)
+            yield _runs_jsonl(rows) if plain[part[0]] else _rows_jsonl(report, rows)
+
+
+def _rows_jsonl(report: Report, findings: Findings) -> bytes:
+    lines = (json.dumps(finding_value(report, finding)) + "\n" for finding in findings.rows())
+    return "".join(lines).encode("ascii")
+
+
+def _are_plain_runs(report: Report, findings: Findings) -> Mask:
+    """Which are runs of clusters that only differ in their numbers: nobody owns any of them."""
+    bits = report.geometry.cluster_bits if report.layout else 0
+    first = findings.host_offset >> bits
+    low, high = np.searchsorted(report.owners.cluster, [first, first + findings.count])
+    plain: Mask = np.isin(findings.kind, REFCOUNT_KINDS) & (low == high)
+    return plain
+
+
+def _runs_jsonl(findings: Findings) -> bytes:
+    """What `_rows_jsonl` makes of such runs, without an object each: there may be millions."""
+    offset, count = decimals(findings.host_offset), decimals(findings.count)
+    found, expected = decimals(findings.found), decimals(findings.expected)
+    pieces: list[str | U8] = [
+        '{"kind": "',
+        labels([kind.label for kind in FindingKind], findings.kind),
+        '", "severity": "',
+        labels([KINDS[kind].severity.label for kind in FindingKind], findings.kind),
+        f'", "structure": "{Structure.CLUSTER.label}", "host-offset": ',
+        offset,
+        ', "length": ',
+        decimals(findings.length),
+        ', "count": ',
+        count,
+        ', "found": ',
+        found,
+        ', "expected": ',
+        expected,
+        ', "repaired-by": "',
+        labels([KINDS[kind].tier or "" for kind in FindingKind], findings.kind),
+        '", "message": "',
+        count,
+        labels([" clusters", " cluster"], findings.count == 1),
+        " at host offset ",
+        offset,
+        ": refcount ",
+        found,
+        ", ",
+        expected,
+        ' references"}',
+    ]
+    return line_bytes(
+        *(same(piece.encode()) if isinstance(piece, str) else piece for piece in pieces)
+    )
 
 
 def finding_value(report: Report, finding: Finding) -> dict[str, object]:
@@ -168,25 +236,33 @@ def _guest_offset(report: Report, owner: Owner) -> int:
 # ---- TSV ----
 
 
-def leaks_tsv(report: Report) -> bytes:
+def leaks_tsv(report: Report) -> Iterator[bytes]:
     """Leaked runs: offset, length, stored refcount, references."""
     header = ("offset", "length", "refcount", "references")
-    return _tsv(
-        header,
-        ((f.host_offset, f.length, f.found, f.expected) for f in report.rows(FindingKind.LEAK)),
-    )
+    return tsv(header, map(_leak_lines, report.batches(FindingKind.LEAK)))
 
 
-def refcounts_tsv(report: Report) -> bytes:
+def _leak_lines(batch: Findings) -> bytes:
+    columns = (batch.host_offset, batch.length, batch.found, batch.expected)
+    return tsv_lines(*map(decimals, columns))
+
+
+def refcounts_tsv(report: Report) -> Iterator[bytes]:
     """Every run of clusters whose stored refcount is not its number of references."""
     header = ("offset", "length", "refcount", "references", "kind")
-    rows = report.rows(*REFCOUNT_KINDS)
-    return _tsv(
-        header, ((f.host_offset, f.length, f.found, f.expected, f.kind.label) for f in rows)
-    )
+    return tsv(header, map(_refcount_lines, report.batches(*REFCOUNT_KINDS)))
 
 
-def corruptions_tsv(report: Report) -> bytes:
+def _refcount_lines(batch: Findings) -> bytes:
+    columns = (batch.host_offset, batch.length, batch.found, batch.expected)
+    return tsv_lines(*map(decimals, columns), _kind_labels(batch))
+
+
+def _kind_labels(batch: Findings) -> U8:
+    return labels([kind.label for kind in FindingKind], batch.kind)
+
+
+def corruptions_tsv(report: Report) -> Iterator[bytes]:
     """Everything that is, or may become, wrong."""
     kinds = [
         kind
@@ -207,36 +283,36 @@ def corruptions_tsv(report: Report) -> bytes:
         "found",
         "expected",
     )
-    return _tsv(header, (_corruption_row(finding) for finding in report.rows(*kinds)))
+    return tsv(header, map(_corruption_lines, report.batches(*kinds)))
 
 
-def _corruption_row(finding: Finding) -> tuple[object, ...]:
-    info, guest = finding.info, finding.guest_offset != NONE
-    where = {NOWHERE: "-", ACTIVE: "active"}
-    return (
-        finding.host_offset,
-        finding.length,
-        finding.kind.label,
-        finding.count,
-        finding.structure.label,
-        where.get(finding.snapshot, finding.snapshot),
-        _or_dash(finding.l1_index),
-        _or_dash(finding.l2_index),
-        finding.guest_offset if guest else "-",
-        finding.guest_length if guest else "-",
-        _number(info.found, finding.found),
-        _number(info.expected, finding.expected) if info.expected else "-",
+def _corruption_lines(batch: Findings) -> bytes:
+    has_guest, snapshot = batch.guest_offset != NONE, batch.snapshot
+    nothing = np.array(_EXPECTED)[batch.kind] == ""
+    return tsv_lines(
+        decimals(batch.host_offset),
+        decimals(batch.length),
+        _kind_labels(batch),
+        decimals(batch.count),
+        labels([structure.label for structure in Structure], batch.structure),
+        either(snapshot == ACTIVE, same(b"active"), decimals(np.maximum(snapshot, NONE))),
+        decimals(batch.l1_index),
+        decimals(batch.l2_index),
+        decimals(batch.guest_offset),
+        decimals(np.where(has_guest, batch.guest_length, NONE)),
+        _number_cells(batch.found, batch.kind, _FOUND),
+        either(nothing, same(b"-"), _number_cells(batch.expected, batch.kind, _EXPECTED)),
     )
 
 
-def _or_dash(number: int) -> int | str:
-    return "-" if number == NONE else number
+_FOUND = [KINDS[kind].found for kind in FindingKind]
+_EXPECTED = [KINDS[kind].expected for kind in FindingKind]
 
 
-def _tsv(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> bytes:
-    lines = ["#" + "\t".join(header)]
-    lines.extend("\t".join(map(str, row)) for row in rows)
-    return ("\n".join(lines) + "\n").encode("ascii")
+def _number_cells(values: U64, kind: U8, columns: list[str]) -> U8:
+    """As `_number`: in decimal or hexadecimal, by what *columns* says that a kind has there."""
+    is_hex = np.isin(np.array(columns)[kind], list(HEX_COLUMNS))
+    return either(is_hex, hexadecimals(values), decimals(values))
 
 
 # ---- sentences ----

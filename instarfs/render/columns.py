@@ -1,0 +1,79 @@
+"""Columns as lines of text, thousands of rows at a time: for files that list millions of things.
+
+A column of cells is a matrix of bytes, a row a cell, in which NUL is no byte at all: so cells of
+different lengths stand side by side, and a line is what is left when the NULs are taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.arrays import U8, U64, Mask
+from planner.findings import NONE
+
+_DIGITS: U8 = np.frombuffer(b"".join(b"%04d" % n for n in range(10_000)), np.uint8).reshape(-1, 4)
+_HEX: U8 = np.frombuffer(b"".join(b"%02x" % n for n in range(256)), np.uint8).reshape(-1, 2)
+
+_Integers = npt.NDArray[np.integer]
+
+
+def same(content: bytes) -> U8:
+    """The same cell in every row."""
+    return np.frombuffer(content, dtype=np.uint8).reshape(1, -1)
+
+
+def decimals(values: _Integers) -> U8:
+    """Numbers; `NONE` becomes a dash."""
+    none = values == NONE
+    rest = np.where(none, 0, values).astype(np.uint64)
+    groups: list[U8] = []
+    while not groups or rest.any():
+        rest, group = np.divmod(rest, np.uint64(10_000))
+        groups.append(_DIGITS[group])
+    cells: U8 = np.concatenate(groups[::-1], axis=1)
+    leading = np.logical_and.accumulate(cells == ord("0"), axis=1)
+    leading[:, -1] = False
+    cells[leading] = 0
+    cells[none, -1] = ord("-")
+    return cells
+
+
+def hexadecimals(values: U64) -> U8:
+    """64-bit words as ``0x`` and sixteen digits."""
+    digits = _HEX[values.astype(">u8").view(np.uint8)].reshape(-1, 16)
+    return np.concatenate((np.broadcast_to(same(b"0x"), (len(values), 2)), digits), axis=1)
+
+
+def labels(names: Sequence[str], which: _Integers | Mask) -> U8:
+    """The cell ``names[which[row]]`` in each row. ASCII."""
+    return np.array(names, dtype="S").reshape(-1, 1).view(np.uint8)[which.astype(np.intp)]
+
+
+def either(which: Mask, one: U8, other: U8) -> U8:
+    """The cells of *one* in the rows where *which* is true, of *other* in the others."""
+    chosen = which[:, None]
+    return np.concatenate((np.where(chosen, one, 0), np.where(chosen, 0, other)), axis=1)
+
+
+def line_bytes(*columns: U8) -> bytes:
+    """The rows of *columns*, which stand beside each other as they are, each ended as a line."""
+    (rows,) = np.broadcast_shapes(*((len(column),) for column in columns))
+    whole = [np.broadcast_to(column, (rows, column.shape[1])) for column in (*columns, same(b"\n"))]
+    cells = np.concatenate(whole, axis=1)
+    content: bytes = cells[cells != 0].tobytes()
+    return content
+
+
+def tsv_lines(*columns: U8) -> bytes:
+    """The same with tabs between the columns."""
+    tab = same(b"\t")
+    return line_bytes(*[part for column in columns for part in (tab, column)][1:])
+
+
+def tsv(header: Sequence[str], parts: Iterable[bytes]) -> Iterator[bytes]:
+    """A table: the line of headings, then its *parts*."""
+    yield ("#" + "\t".join(header) + "\n").encode("ascii")
+    yield from parts

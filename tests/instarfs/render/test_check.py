@@ -1,0 +1,155 @@
+"""The lists of ``check/``: made from columns in parts, they say what each finding says."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pytest
+
+from instarfs.render import check as render
+from planner import findings as findings_module
+from planner import mismatch as mismatch_module
+from planner.check import check_image
+from planner.counts import ClusterIndex
+from planner.findings import ACTIVE, KINDS, NONE, NOWHERE, Finding, FindingKind, Severity
+from planner.mismatch import Mismatches
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.layout import Layout
+from planner.report import Report
+from tests.cached import check_bytes
+from tests.planner.corpus import RULES
+from tests.planner.corpus.rule import plain
+
+CORRUPT = (Severity.CORRUPTION, Severity.CHECK_ERROR)
+
+
+def rows_of(content: Iterable[bytes]) -> list[list[str]]:
+    header, *rows = b"".join(content).decode().splitlines()
+    assert header.startswith("#")
+    width = header.count("\t") + 1
+    split = [row.split("\t") for row in rows]
+    assert all(len(row) == width for row in split)
+    return split
+
+
+def dash(value: int) -> str:
+    return "-" if value == NONE else str(value)
+
+
+def corruption(finding: Finding) -> list[str]:
+    """A line of ``check/corruptions``, cell by cell."""
+    info, snapshot = finding.info, finding.snapshot
+
+    def number(column: str, value: int) -> str:
+        return f"{value:#018x}" if column in render.HEX_COLUMNS else str(value)
+
+    return [
+        str(finding.host_offset),
+        str(finding.length),
+        finding.kind.label,
+        str(finding.count),
+        finding.structure.label,
+        {NOWHERE: "-", ACTIVE: "active"}.get(snapshot, str(snapshot)),
+        dash(finding.l1_index),
+        dash(finding.l2_index),
+        dash(finding.guest_offset),
+        "-" if finding.guest_offset == NONE else str(finding.guest_length),
+        number(info.found, finding.found),
+        number(info.expected, finding.expected) if info.expected else "-",
+    ]
+
+
+@pytest.fixture(params=[1, 1 << 12])
+def batch_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches from a single row up."""
+    monkeypatch.setattr(findings_module, "BATCH_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("batch_rows")
+@pytest.mark.parametrize("name", RULES)
+def test_every_list_has_a_line_for_each_of_its_findings(name: str) -> None:
+    report = check_bytes(bytes(RULES[name]().image.data))
+    found = list(report.rows())
+    of_clusters = [f for f in found if f.kind in render.REFCOUNT_KINDS]
+    numbers = [[str(n) for n in (f.host_offset, f.length, f.found, f.expected)] for f in found]
+    leaks = [row for row, f in zip(numbers, found, strict=True) if f.kind is FindingKind.LEAK]
+    assert rows_of(render.leaks_tsv(report)) == leaks
+    assert sorted(rows_of(render.refcounts_tsv(report))) == sorted(
+        [*map(str, (f.host_offset, f.length, f.found, f.expected)), f.kind.label]
+        for f in of_clusters
+    )
+    assert rows_of(render.corruptions_tsv(report)) == [
+        corruption(f) for f in found if KINDS[f.kind].severity in CORRUPT
+    ]
+    written = b"".join(render.findings_jsonl(report)).decode().splitlines()
+    assert written == [json.dumps(render.finding_value(report, f)) for f in found]
+
+
+def test_an_unreadable_header_gives_empty_lists() -> None:
+    report = check_image(plain().source.__class__(b"QFI\xfb" + bytes(200)))
+    assert report.error is not None
+    assert rows_of(render.leaks_tsv(report)) == rows_of(render.corruptions_tsv(report)) == []
+    assert list(render.findings_jsonl(report)) == []
+
+
+# ---- millions ----
+
+
+def scattered(clusters: int) -> Report:
+    """The report of an image in which every other one of so many clusters is leaked."""
+    geometry = Geometry(3, 16, 4, 1 << 40)
+    stored = np.zeros(clusters, dtype=np.uint8)
+    stored[::2] = 1
+    counted = np.zeros(clusters, dtype=np.uint8)
+    index = ClusterIndex(clusters)
+    mismatches = Mismatches(geometry, index, stored, counted, ((0, clusters),))
+    layout = Layout.read(plain().source)
+    totals = mismatches.totals()
+    return Report(layout=layout, mismatches=mismatches, totals=totals)
+
+
+LISTS: list[Callable[[Report], Iterator[bytes]]] = [
+    render.leaks_tsv,
+    render.refcounts_tsv,
+    render.findings_jsonl,
+]
+
+
+@pytest.mark.parametrize("make", LISTS, ids=lambda make: make.__name__)
+def test_half_a_million_scattered_leaks_are_told_in_bounded_memory(
+    make: Callable[[Report], Iterator[bytes]],
+) -> None:
+    report = scattered(1_000_000)
+    tracemalloc.start()
+    try:
+        lines = sum(part.count(b"\n") for part in make(report))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert lines - lines % 500_000 == 500_000
+    assert peak < 32 << 20
+
+
+def test_runs_do_not_end_where_a_part_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = Geometry(3, 16, 4, 1 << 30)
+    rng = np.random.default_rng(1)
+    stored = np.repeat(rng.integers(0, 3, 200, dtype=np.uint8), rng.integers(1, 9, 200))
+    counted = np.repeat(rng.integers(0, 3, 200, dtype=np.uint8), 5)[: len(stored)]
+    stored = stored[: len(counted)]
+    span = ((0, 100), (130, len(counted)))
+    whole = Mismatches(geometry, ClusterIndex(len(counted)), stored, counted, span)
+
+    def told() -> list[Finding]:
+        parts = whole.runs(*render.REFCOUNT_KINDS)
+        return [finding for part in parts for finding in part.rows()]
+
+    expected = told()
+    offsets = [(f.host_offset, f.host_offset + f.length) for f in expected]
+    assert offsets == sorted(offsets)
+    assert sum(f.count for f in expected) == sum(whole.totals().values())
+    for chunk in (1, 2, 7):
+        monkeypatch.setattr(mismatch_module, "CHUNK", chunk)
+        assert told() == expected
