@@ -70,6 +70,13 @@ class Mismatches:
                 return max(self.highest(), int(self.index.clusters_of(low + referenced)[0])) + 1
         return self.highest() + 1
 
+    def count_references(self, clusters: I64) -> Counts:
+        """How many references were counted to each of *clusters*."""
+        slots, known = self.index.find(clusters)
+        counted = self.counted[slots] if self.index.slots else np.zeros(len(slots), dtype=np.uint8)
+        counted[~known] = 0
+        return counted
+
     def runs(self, *kinds: FindingKind) -> Iterator[Findings]:
         """Findings of these kinds, in file order, a bounded number at a time.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64
+from planner.arrays import I64, U64, Mask
 from planner.errors import AmbiguousCorruption, ImageError
 from planner.findings import FindingKind, Structure
 from planner.plan import Plan, Stage
@@ -17,6 +17,7 @@ from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
 from planner.qcow2.snapshots import read_snapshots
+from planner.regions import Regions, join_regions
 from planner.report import Report
 from planner.source import SECTOR, Overlay, Source
 
@@ -35,12 +36,12 @@ def require_proof(source: Source, plan: Plan, before: Report, after: Report) -> 
     _require_same_snapshots(source, plan)
     geometry = before.geometry
     contested = before.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-    tables = _L2Words(before, geometry)
+    tables = _L2Words(join_regions(before.regions, after.regions), geometry)
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
         if np.isin(cluster, contested >> geometry.cluster_bits).any():
             raise _Unproven("it would write to a cluster with two owners")
-        _require_metadata(cluster, before, plan)
+        _require_metadata(cluster, before, after, plan)
         tables.require_same_mapping(stage, cluster)
 
 
@@ -83,6 +84,8 @@ def _require_same_snapshots(source: Source, plan: Plan) -> None:
 def _snapshots(source: Source) -> list[tuple[object, ...]] | str:
     """What the snapshot table says of each snapshot, but for its extra data."""
     header = read_header(source)
+    if not header.nb_snapshots:
+        return []
     try:
         table = read_snapshots(source, header, header.geometry, may_cut=True)
     except ImageError as error:
@@ -93,27 +96,38 @@ def _snapshots(source: Source) -> list[tuple[object, ...]] | str:
     ]
 
 
-def _require_metadata(cluster: I64, before: Report, plan: Plan) -> None:
-    """Every sector lies in a known metadata structure, or past what the file was."""
+def _require_metadata(cluster: I64, before: Report, after: Report, plan: Plan) -> None:
+    """Every sector lies in a known metadata structure, or past what the file was.
+
+    One that only the check *after* knows, as those of a snapshot whose table could not be read
+    before, must have been in nobody else's use.
+    """
     bits = before.geometry.cluster_bits
-    regions = before.regions
+    new = cluster << bits >= plan.size_before
+    other = cluster[~new & ~_in_regions(cluster, before.regions, bits)]
+    known = _in_regions(other, after.regions, bits)
+    guest = before.mismatches
+    if not known.all() or (guest is not None and guest.count_references(other).any()):
+        raise _Unproven("it would write where no metadata is")
+    if guest is not None and (cluster[new] < guest.first_unused()).any():
+        raise _Unproven("it would write where something is in use")
+
+
+def _in_regions(cluster: I64, regions: Regions, bits: int) -> Mask:
+    """Which clusters a structure touches."""
     order = np.argsort(regions.first(bits))
     first, last = regions.first(bits)[order], np.maximum.accumulate(regions.last(bits)[order])
     at = np.searchsorted(first, cluster, side="right") - 1
-    inside = (at >= 0) & (last[np.maximum(at, 0)] >= cluster)
-    new = cluster << bits >= plan.size_before
-    if not (inside | new).all():
-        raise _Unproven("it would write where no metadata is")
-    guest = before.mismatches
-    if guest is not None and (cluster[new] < guest.first_unused()).any():
-        raise _Unproven("it would write where something is in use")
+    inside: Mask = at >= 0
+    inside[inside] = last[at[inside]] >= cluster[inside]
+    return inside
 
 
 class _L2Words:
     """The L1 and L2 tables of an image, to compare what entries map before and after."""
 
-    def __init__(self, report: Report, geometry: Geometry) -> None:
-        regions, bits = report.regions, geometry.cluster_bits
+    def __init__(self, regions: Regions, geometry: Geometry) -> None:
+        bits = geometry.cluster_bits
         self._geometry = geometry
         l2 = regions.select(regions.structure == Structure.L2_TABLE)
         l1 = regions.select(regions.structure == Structure.L1_TABLE)

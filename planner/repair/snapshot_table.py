@@ -26,7 +26,15 @@ SNAPSHOTS_OFFSET_AT = 64
 
 
 def rewrite_snapshot_table(scope: Scope) -> None:
-    """Draft a new table where entries lack extra data, or have more than QEMU reads."""
+    """Draft a new table where entries lack extra data, or have more than QEMU reads.
+
+    The place of a table without entries, where it is none that a table can have, becomes 0.
+    """
+    if _place_is_meaningless(scope):
+        scope.draft.write(StageKind.SWITCH, SNAPSHOTS_OFFSET_AT, bytes(8))
+        places = [(SNAPSHOTS_OFFSET_AT, 8, 1)]
+        scope.explain(StageKind.SWITCH, Structure.HEADER, FindingKind.CHECK_STOPPED, places)
+        return
     wrong = scope.report.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
     over_long = any(error.field == "extra_data_size" for error in scope.report.stopped)
     if not (len(wrong) or over_long) or not scope.may_grow or scope.refcounts_are_shared:
@@ -48,6 +56,12 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     scope.explain(StageKind.PREPARE, Structure.SNAPSHOT_TABLE, kind, places)
     places = [(SNAPSHOTS_OFFSET_AT, len(pointer), 1)]
     scope.explain(StageKind.SWITCH, Structure.HEADER, kind, places)
+
+
+def _place_is_meaningless(scope: Scope) -> bool:
+    """Whether snapshots_offset, of no snapshots, stops a check; a lost table would have leaked."""
+    stopped = any(error.field == "snapshots_offset" for error in scope.report.stopped)
+    return stopped and not scope.layout.header.nb_snapshots and not scope.report.counters.leaks
 
 
 def _readable_table(scope: Scope) -> SnapshotTable | None:

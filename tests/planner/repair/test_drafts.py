@@ -159,6 +159,33 @@ def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end():
         assert (stage.sectors * 512 < after_l1).all()
 
 
+def test_tables_of_a_snapshot_are_mended_once_the_snapshot_table_can_be_read():
+    image = with_snapshot()
+    at, l1 = image.snapshots[0].offset + 36, image.snapshots[0].l1_table_offset
+    image.data[at : at + 4] = (1025).to_bytes(4, "big")
+    image.set_bits(l1, RESERVED)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert proposal.before.counters.check_errors == 1
+
+
+def test_the_place_of_no_snapshot_table_becomes_0():
+    image = plain()
+    image.change_header(snapshots_offset=(1 << 64) - 1)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert proposal.after.layout is not None
+    assert proposal.after.layout.header.snapshots_offset == 0
+
+
+def test_the_place_of_a_snapshot_table_stays_where_one_may_be_lost():
+    image = with_snapshot()
+    image.change_header(nb_snapshots=0, snapshots_offset=image.header.snapshots_offset + 8)
+    proposal = settled(image)
+    assert proposal.after.layout is not None
+    assert proposal.after.layout.header.snapshots_offset == image.header.snapshots_offset
+
+
 def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
     """The guest's data lies on a refcount block: neither is written to."""
     image = with_snapshot()
