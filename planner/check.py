@@ -1,15 +1,14 @@
 """The check: reads an image's metadata, counts, compares, and returns a `Report`.
 
-The order of questions is here; counting is `planner.census`, stored refcounts are
-`planner.stored`. Which finding each damage gives follows qcow2_check_refcounts in QEMU's
-block/qcow2-refcount.c; where QEMU stops, this goes on with what can still be known and says that
-it is incomplete.
+The order of questions is here; where everything lies is `planner.survey`, counting is
+`planner.census`, stored refcounts are `planner.stored`. Which finding each damage gives follows
+qcow2_check_refcounts in QEMU's block/qcow2-refcount.c; where QEMU stops, this goes on with what can
+still be known and says that it is incomplete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,23 +31,12 @@ from planner.findings import (
 from planner.mismatch import Mismatches
 from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
-from planner.qcow2.bitmaps import read_bitmaps
-from planner.qcow2.header import SIGNED_MAX
-from planner.qcow2.layout import MAX_L1_BYTES, Layout
-from planner.qcow2.luks import SECTOR, read_luks
-from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
-from planner.regions import (
-    Regions,
-    RegionsBuilder,
-    count_regions,
-    join_regions,
-    make_regions,
-    overlapping_clusters,
-)
+from planner.qcow2.layout import Layout
+from planner.regions import Regions, count_regions, overlapping_clusters
 from planner.report import CheckCounters, Report
-from planner.source import READABLE_END, Source, nonzero_words, present_tables, read_tables
+from planner.source import Source, read_tables
 from planner.stored import Reftable, StoredRefcounts
-from planner.tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
+from planner.survey import Survey, take_survey
 
 DENSE_CLUSTERS = 1 << 24
 """Up to so many clusters, or while the metadata is as large, one counter a cluster is cheap."""
@@ -97,15 +85,6 @@ class _Ticker:
             self._progress(self._stage, self._done, self._total)
 
 
-@dataclass(slots=True)
-class _Guest:
-    """What maps guest clusters: L1 entries, their L2 tables, and which of these to read."""
-
-    l1: L1Entries
-    tables: L2Tables
-    present: I64
-
-
 class _Check:
     """One check. Each method is one question; `run` is their order."""
 
@@ -113,286 +92,44 @@ class _Check:
         self._source, self._layout, self._tick = source, layout, tick
         self._geometry = layout.geometry
         self._findings = FindingsBuilder()
-        self._regions = RegionsBuilder(layout, self._findings)
-        self._stopped: list[ImageError] = []
 
     def run(self) -> Report:
         self._tick(0)
-        self._judge_header()
-        snapshots = self._read_snapshots()
-        reftable = Reftable(self._source, self._layout)
-        stored = StoredRefcounts(self._source, self._layout, reftable)
-        guest = self._read_guest(snapshots, stored)
-        self._locate(snapshots, guest)
-        self._judge_reftable(reftable)
-        regions = self._regions.build()
-        every_region = join_regions(regions, self._refblock_regions(reftable))
-        index = self._load_refcounts(stored, guest, every_region)
-        census = self._take_census(stored, guest, index)
-        contested = self._contested(census, guest, every_region)
-        count_regions(regions, self._geometry.cluster_bits, index, census.references)
-        clusters = self._count_refblocks(census, reftable)
+        survey = take_survey(self._source, self._layout, self._findings)
+        every_region = survey.every_region
+        stored = StoredRefcounts(self._source, self._layout, survey.reftable)
+        index = self._load_refcounts(stored, survey, every_region)
+        census = self._take_census(stored, survey, index)
+        contested = self._contested(census, survey, every_region)
+        count_regions(survey.regions, self._geometry.cluster_bits, index, census.references)
+        clusters = self._count_refblocks(census, survey.reftable)
         self._clip(census)
         mismatches = self._compare(census, stored, clusters)
-        self._check_l1_copied(guest, stored)
+        self._check_l1_copied(survey, stored)
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
             if totals[kind]:
                 some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
                 contested[index.slots_of(some)] = True
-        owners = self._find_owners(contested, index, guest, every_region)
+        owners = self._find_owners(contested, index, survey, every_region)
         return self._report(
-            snapshots.snapshots,
+            survey,
             census,
             mismatches=mismatches,
             totals=totals,
             owners=owners,
-            regions=every_region,
-        )
-
-    # -- what is there -------------------------------------------------------------------------
-
-    def _stop(self, error: ImageError, **where: int) -> None:
-        """QEMU ends its check here; what follows is still worth knowing."""
-        self._stopped.append(error)
-        found = error.value if isinstance(error.value, int) else 0
-        self._findings.add(
-            FindingKind.CHECK_STOPPED, found=np.uint64(found & ((1 << 64) - 1)), **where
-        )
-
-    def _judge_header(self) -> None:
-        header, extensions = self._layout.header, self._layout.extensions
-        for kind, there in (
-            (FindingKind.CORRUPT_BIT, header.corrupt),
-            (FindingKind.DIRTY_BIT, header.dirty),
-            (FindingKind.STALE_BITMAPS, extensions.stale_bitmaps),
-        ):
-            if there:
-                self._findings.add(kind, structure=Structure.HEADER, host_offset=72, found=1)
-
-    def _read_snapshots(self) -> SnapshotTable:
-        try:
-            table = read_snapshots(self._source, self._layout.header, self._geometry)
-        except ImageError as error:
-            self._stop(error, structure=Structure.SNAPSHOT_TABLE)
-            return SnapshotTable()
-        extra = np.array([len(snapshot.extra_data) for snapshot in table.snapshots], dtype=np.int64)
-        lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
-        if self._geometry.version >= 3 and len(lacking):
-            offset = np.array([snapshot.offset for snapshot in table.snapshots])
-            self._findings.add(
-                FindingKind.SNAPSHOT_EXTRA_DATA,
-                structure=Structure.SNAPSHOT_TABLE,
-                host_offset=offset[lacking],
-                length=40,
-                index=lacking,
-                found=extra[lacking],
-                expected=REQUIRED_EXTRA_DATA,
-            )
-        if table.snapshots and self._geometry.external_data:
-            self._findings.add(
-                FindingKind.SNAPSHOTS_WITH_DATA_FILE,
-                structure=Structure.SNAPSHOT_TABLE,
-                host_offset=table.offset,
-                length=table.length,
-                found=len(table.snapshots),
-            )
-        return table
-
-    def _read_guest(self, snapshots: SnapshotTable, stored: StoredRefcounts) -> _Guest:
-        header = self._layout.header
-        l1_tables = [(ACTIVE, header.l1_table_offset, header.l1_size)]
-        for number, snapshot in enumerate(snapshots.snapshots):
-            if self._l1_is_readable(number, snapshot):
-                l1_tables.append((number, snapshot.l1_table_offset, snapshot.l1_size))
-        for number, offset, size in l1_tables:
-            self._regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
-        l1 = read_l1_tables(self._source, l1_tables)
-        self._judge_l1(l1)
-        followed = l1.active & (l1.offset != 0)
-        unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
-        if unreadable is not None:
-            followed &= ~unreadable
-        tables = distinct_l2_tables(l1, followed)
-        present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
-        return _Guest(l1, tables, np.flatnonzero(present))
-
-    def _l1_is_readable(self, number: int, snapshot: Snapshot) -> bool:
-        offset, size = snapshot.l1_table_offset, snapshot.l1_size
-        where = {
-            "structure": Structure.SNAPSHOT_TABLE,
-            "host_offset": snapshot.offset,
-            "length": 40,
-            "index": number,
-        }
-        if offset % self._geometry.cluster_size:
-            self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
-            return False
-        if size > MAX_L1_BYTES // 8:
-            self._findings.add(
-                FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
-            )
-            return False
-        if size and offset + size * 8 > READABLE_END:
-            problem = "past the end of any file"
-            self._stop(
-                ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
-            )
-            return False
-        return True
-
-    def _judge_l1(self, l1: L1Entries) -> None:
-        geometry = self._geometry
-        reserved = np.uint64(entries.L1_RESERVED)
-        offset = l1.offset
-        for kind, mask, found, expected in (
-            (
-                FindingKind.L1_ENTRY_RESERVED,
-                (l1.word & reserved) != 0,
-                l1.word,
-                l1.word & ~reserved,
-            ),
-            (
-                FindingKind.L2_TABLE_MISALIGNED,
-                (offset & (geometry.cluster_size - 1)) != 0,
-                offset,
-                0,
-            ),
-        ):
-            at = np.flatnonzero(mask)
-            self._findings.add(
-                kind,
-                structure=Structure.L1_TABLE,
-                host_offset=l1.host_offset[at],
-                snapshot=l1.snapshot[at],
-                l1_index=l1.l1_index[at],
-                guest_offset=l1.l1_index[at] * geometry.l2_coverage,
-                guest_length=geometry.l2_coverage,
-                found=found[at],
-                expected=expected[at] if isinstance(expected, np.ndarray) else expected,
-            )
-
-    def _locate(self, snapshots: SnapshotTable, guest: _Guest) -> None:
-        """Where all structures lie, but for the L1 tables."""
-        header, size = self._layout.header, self._geometry.cluster_size
-        add = self._regions.add
-        add(Structure.HEADER, 0, size)
-        tables = guest.tables
-        self._regions.add_many(
-            Structure.L2_TABLE,
-            tables.offset,
-            size,
-            weight=tables.weight,
-            snapshot=tables.snapshot,
-            l1_index=tables.l1_index,
-        )
-        add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
-        add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
-        self._locate_luks()
-        self._locate_bitmaps()
-
-    def _locate_luks(self) -> None:
-        """The LUKS header; its own word on how long it is must fit what the image says."""
-        crypto = self._layout.extensions.crypto
-        if crypto is None:
-            return
-        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
-        if crypto.length <= SIGNED_MAX:
-            self._regions.add(Structure.LUKS, crypto.offset, crypto.length)
-        try:
-            sound = read_luks(self._source, crypto).payload_offset * SECTOR <= crypto.length
-        except ImageError:
-            sound = False
-        if not sound or crypto.length > SIGNED_MAX:
-            self._findings.add(
-                FindingKind.LUKS_HEADER_INVALID,
-                structure=Structure.LUKS,
-                host_offset=min(crypto.offset, SIGNED_MAX),
-                length=self._geometry.cluster_size,
-                found=np.uint64(crypto.length),
-            )
-
-    def _locate_bitmaps(self) -> None:
-        pointer = self._layout.extensions.bitmaps
-        if pointer is None:
-            return
-        offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
-        self._regions.add(Structure.BITMAP_DIRECTORY, offset, size)
-        try:
-            bitmaps = read_bitmaps(self._source, pointer, self._geometry)
-        except ImageError as error:
-            where = {
-                "structure": Structure.BITMAP_DIRECTORY,
-                "host_offset": min(offset, READABLE_END),
-            }
-            self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
-            self._stop(error, **where)
-            return
-        for number, bitmap in enumerate(bitmaps):
-            self._locate_bitmap(number, bitmap.bitmap_table_offset, bitmap.bitmap_table_size)
-
-    def _locate_bitmap(self, number: int, offset: int, size: int) -> None:
-        self._regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
-        if offset + size * 8 > READABLE_END:
-            error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
-            self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
-            return
-        position, word = nonzero_words(self._source, offset, size)
-        bad = entries.bad_bitmap_entries(word, self._geometry)
-        self._findings.add(
-            FindingKind.BITMAP_ENTRY_INVALID,
-            structure=Structure.BITMAP_TABLE,
-            host_offset=offset + position[bad] * 8,
-            index=number,
-            found=word[bad],
-        )
-        if bad.any():
-            first = int(word[bad][0])
-            error = ImageError(f"table of bitmap {number}", f"{first:#x}", "an invalid entry")
-            self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
-        data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
-        data = data[data != 0]
-        self._regions.add_many(
-            Structure.BITMAP_DATA, data, self._geometry.cluster_size, index=number
-        )
-
-    def _judge_reftable(self, reftable: Reftable) -> None:
-        """What is wrong with refcount table entries in themselves."""
-        base = self._layout.header.refcount_table_offset
-        reserved = np.uint64(entries.REFTABLE_RESERVED)
-        misaligned = reftable.misaligned & ~reftable.reserved
-        for kind, mask, expected in (
-            (FindingKind.REFTABLE_ENTRY_RESERVED, reftable.reserved, reftable.word & ~reserved),
-            (FindingKind.REFBLOCK_MISALIGNED, misaligned, np.zeros_like(reftable.word)),
-        ):
-            self._findings.add(
-                kind,
-                structure=Structure.REFTABLE,
-                host_offset=base + reftable.index[mask] * 8,
-                index=reftable.index[mask],
-                found=reftable.word[mask],
-                expected=expected[mask],
-            )
-
-    def _refblock_regions(self, reftable: Reftable) -> Regions:
-        """The refcount blocks inside the file; they are counted last, so not with the others."""
-        bits = self._geometry.cluster_bits
-        at = reftable.blocks()
-        at = at[~reftable.reserved[at] & (reftable.offset[at] >> bits < self._layout.host_clusters)]
-        return make_regions(
-            Structure.REFBLOCK, reftable.offset[at], 1 << bits, index=reftable.index[at]
         )
 
     # -- counting ------------------------------------------------------------------------------
 
     def _load_refcounts(
-        self, stored: StoredRefcounts, guest: _Guest, regions: Regions
+        self, stored: StoredRefcounts, survey: Survey, regions: Regions
     ) -> ClusterIndex:
         """Read all stored refcounts; one counter a cluster, or only for those that matter."""
         size = self._geometry.cluster_size
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
         blocks = np.unique(stored.reftable.offset[stored.reftable.blocks()])
-        metadata = len(guest.present) * self._geometry.l2_entries
+        metadata = len(survey.present) * self._geometry.l2_entries
         metadata += len(blocks) * self._geometry.refblock_entries
         self._tick.begin("refcounts", len(blocks) * size)
         if slots <= max(DENSE_CLUSTERS, 2 * metadata):
@@ -402,7 +139,7 @@ class _Check:
         bits = self._geometry.cluster_bits
         spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
         known = [cluster, expand_ranges(*spans)]
-        for _, rows in read_tables(self._source, guest.tables.offset[guest.present], size):
+        for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
             known.append(np.unique(referenced_clusters(rows, self._layout)))
             self._tick(0)
         keys = np.unique(np.concatenate(known))
@@ -410,8 +147,8 @@ class _Check:
         stored.set_sparse(index, cluster, refcount)
         return index
 
-    def _take_census(self, stored: StoredRefcounts, guest: _Guest, index: ClusterIndex) -> Census:
-        tables, present = guest.tables, guest.present
+    def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
+        tables, present = survey.tables, survey.present
         siblings = present[tables.sibling[present]]
         references = ClusterCounts(index.slots)
         census = Census(self._layout, index, references, references, None, self._findings)
@@ -425,7 +162,7 @@ class _Check:
             walker.walk_siblings(siblings, self._tick)
         return census
 
-    def _contested(self, census: Census, guest: _Guest, regions: Regions) -> Mask:
+    def _contested(self, census: Census, survey: Survey, regions: Regions) -> Mask:
         """Slots of clusters that may have two owners: a superset, before metadata is counted."""
         bits, index = self._geometry.cluster_bits, census.index
         mapped = census.mapped.values
@@ -442,7 +179,7 @@ class _Check:
             slot = int(index.slots_of(np.array([low]))[0])
             contested[slot : slot + high - low + 1] |= used[slot : slot + high - low + 1]
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
-        shared = guest.tables.offset[_at_several_places(guest)] >> bits
+        shared = survey.tables.offset[_at_several_places(survey)] >> bits
         slots, known = index.find(shared)
         contested[slots[known]] = True
         return contested
@@ -534,8 +271,8 @@ class _Check:
             tuple(span for span in spans if span[0] < span[1]),
         )
 
-    def _check_l1_copied(self, guest: _Guest, stored: StoredRefcounts) -> None:
-        l1, bits = guest.l1, self._geometry.cluster_bits
+    def _check_l1_copied(self, survey: Survey, stored: StoredRefcounts) -> None:
+        l1, bits = survey.l1, self._geometry.cluster_bits
         at = np.flatnonzero(l1.active & (l1.offset != 0))
         cluster = l1.offset[at] >> bits
         copied = l1.word[at] >= np.uint64(entries.COPIED)
@@ -557,15 +294,15 @@ class _Check:
         )
 
     def _find_owners(
-        self, wanted: Mask, index: ClusterIndex, guest: _Guest, regions: Regions
+        self, wanted: Mask, index: ClusterIndex, survey: Survey, regions: Regions
     ) -> Owners | None:
         """Owners of the clusters in *wanted*; reports those that cannot all be right."""
         if not wanted.any():
             return None
-        finder = OwnersFinder(self._geometry, index, wanted, guest.l1, guest.tables)
+        finder = OwnersFinder(self._geometry, index, wanted, survey.l1, survey.tables)
         finder.add_regions(regions)
-        self._tick.begin("owners", len(guest.present) * self._geometry.cluster_size)
-        finder.add_entries(self._source, guest.present, self._tick)
+        self._tick.begin("owners", len(survey.present) * self._geometry.cluster_size)
+        finder.add_entries(self._source, survey.present, self._tick)
         owners = finder.result()
         cluster, number = contested_clusters(owners, self._geometry.l2_entries)
         position = first_guest_owners(owners, cluster, self._geometry.l2_entries)
@@ -585,13 +322,12 @@ class _Check:
 
     def _report(
         self,
-        snapshots: tuple[Snapshot, ...],
+        survey: Survey,
         census: Census,
         *,
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
-        regions: Regions,
     ) -> Report:
         findings = self._findings.build()
         counts = findings.counts() | totals
@@ -616,9 +352,9 @@ class _Check:
             mismatches=mismatches,
             totals=totals,
             owners=owners or no_owners(),
-            regions=regions,
-            snapshots=snapshots,
-            stopped=tuple(self._stopped),
+            regions=survey.every_region,
+            snapshots=survey.snapshots.snapshots,
+            stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             hidden=_hide_references(findings),
         )
@@ -656,9 +392,9 @@ def _hide_references(findings: Findings) -> tuple[FindingKind, ...]:
     return tuple(hiding)
 
 
-def _at_several_places(guest: _Guest) -> Mask:
+def _at_several_places(survey: Survey) -> Mask:
     """L2 tables that stand at more than one index of the L1 tables."""
-    tables, l1 = guest.tables, guest.l1
+    tables, l1 = survey.tables, survey.l1
     result = np.zeros(len(tables), dtype=np.bool_)
     result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
     return result

@@ -1,0 +1,320 @@
+"""Where everything in an image lies, and what is wrong with the places themselves.
+
+Reads the tables that lead to others (snapshot table, L1 tables, refcount table, bitmap directory
+and tables) and no L2 table and no refcount block: those are the business of `planner.census` and
+`planner.stored`. What cannot be read is a finding, and the rest goes on: one broken structure hides
+only what it leads to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64
+from planner.errors import ImageError
+from planner.findings import ACTIVE, FindingKind, FindingsBuilder, Structure
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.header import SIGNED_MAX
+from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.luks import SECTOR, read_luks
+from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
+from planner.regions import Regions, RegionsBuilder, join_regions, make_regions
+from planner.source import READABLE_END, Source, nonzero_words, present_tables
+from planner.stored import Reftable, StoredRefcounts
+from planner.tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was located.
+
+    ``l1``: the entries of all L1 tables that can be read; ``tables``: the L2 tables that they lead
+    to; ``present``: positions of those of them that may hold anything but zeros. ``regions``: all
+    metadata inside the file but the refcount blocks, which are ``refblocks``. ``stopped``: tables
+    that could not be read.
+    """
+
+    layout: Layout
+    snapshots: SnapshotTable
+    reftable: Reftable
+    l1: L1Entries
+    tables: L2Tables
+    present: I64
+    regions: Regions
+    refblocks: Regions
+    stopped: tuple[ImageError, ...]
+
+    @property
+    def every_region(self) -> Regions:
+        """All metadata inside the file."""
+        return join_regions(self.regions, self.refblocks)
+
+
+def take_survey(source: Source, layout: Layout, findings: FindingsBuilder) -> Survey:
+    """Locate everything. What is wrong with it is added to *findings*."""
+    surveyor = _Surveyor(source, layout, findings)
+    surveyor.judge_header()
+    snapshots = surveyor.read_snapshots()
+    reftable = Reftable(source, layout)
+    l1, tables, present = surveyor.read_guest(snapshots, reftable)
+    surveyor.locate(snapshots, tables)
+    surveyor.judge_reftable(reftable)
+    return Survey(
+        layout=layout,
+        snapshots=snapshots,
+        reftable=reftable,
+        l1=l1,
+        tables=tables,
+        present=present,
+        regions=surveyor.regions.build(),
+        refblocks=surveyor.refblock_regions(reftable),
+        stopped=tuple(surveyor.stopped),
+    )
+
+
+class _Surveyor:
+    """One survey; `take_survey` is the order of its steps."""
+
+    def __init__(self, source: Source, layout: Layout, findings: FindingsBuilder) -> None:
+        self._source, self._layout = source, layout
+        self._geometry = layout.geometry
+        self._findings = findings
+        self.regions = RegionsBuilder(layout, findings)
+        self.stopped: list[ImageError] = []
+
+    def _stop(self, error: ImageError, **where: int) -> None:
+        """QEMU ends its check here; what follows is still worth knowing."""
+        self.stopped.append(error)
+        found = error.value if isinstance(error.value, int) else 0
+        self._findings.add(
+            FindingKind.CHECK_STOPPED, found=np.uint64(found & ((1 << 64) - 1)), **where
+        )
+
+    def judge_header(self) -> None:
+        header, extensions = self._layout.header, self._layout.extensions
+        for kind, there in (
+            (FindingKind.CORRUPT_BIT, header.corrupt),
+            (FindingKind.DIRTY_BIT, header.dirty),
+            (FindingKind.STALE_BITMAPS, extensions.stale_bitmaps),
+        ):
+            if there:
+                self._findings.add(kind, structure=Structure.HEADER, host_offset=72, found=1)
+
+    def read_snapshots(self) -> SnapshotTable:
+        try:
+            table = read_snapshots(self._source, self._layout.header, self._geometry)
+        except ImageError as error:
+            self._stop(error, structure=Structure.SNAPSHOT_TABLE)
+            return SnapshotTable()
+        extra = np.array([len(snapshot.extra_data) for snapshot in table.snapshots], dtype=np.int64)
+        lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
+        if self._geometry.version >= 3 and len(lacking):
+            offset = np.array([snapshot.offset for snapshot in table.snapshots])
+            self._findings.add(
+                FindingKind.SNAPSHOT_EXTRA_DATA,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=offset[lacking],
+                length=40,
+                index=lacking,
+                found=extra[lacking],
+                expected=REQUIRED_EXTRA_DATA,
+            )
+        if table.snapshots and self._geometry.external_data:
+            self._findings.add(
+                FindingKind.SNAPSHOTS_WITH_DATA_FILE,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=table.offset,
+                length=table.length,
+                found=len(table.snapshots),
+            )
+        return table
+
+    def read_guest(
+        self, snapshots: SnapshotTable, reftable: Reftable
+    ) -> tuple[L1Entries, L2Tables, I64]:
+        """L1 entries, their L2 tables, and the positions of those of these that are to be read."""
+        header = self._layout.header
+        l1_tables = [(ACTIVE, header.l1_table_offset, header.l1_size)]
+        for number, snapshot in enumerate(snapshots.snapshots):
+            if self._l1_is_readable(number, snapshot):
+                l1_tables.append((number, snapshot.l1_table_offset, snapshot.l1_size))
+        for number, offset, size in l1_tables:
+            self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
+        l1 = read_l1_tables(self._source, l1_tables)
+        self._judge_l1(l1)
+        followed = l1.active & (l1.offset != 0)
+        stored = StoredRefcounts(self._source, self._layout, reftable)
+        unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
+        if unreadable is not None:
+            followed &= ~unreadable
+        tables = distinct_l2_tables(l1, followed)
+        present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
+        return l1, tables, np.flatnonzero(present)
+
+    def _l1_is_readable(self, number: int, snapshot: Snapshot) -> bool:
+        offset, size = snapshot.l1_table_offset, snapshot.l1_size
+        where = {
+            "structure": Structure.SNAPSHOT_TABLE,
+            "host_offset": snapshot.offset,
+            "length": 40,
+            "index": number,
+        }
+        if offset % self._geometry.cluster_size:
+            self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
+            return False
+        if size > MAX_L1_BYTES // 8:
+            self._findings.add(
+                FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
+            )
+            return False
+        if size and offset + size * 8 > READABLE_END:
+            problem = "past the end of any file"
+            self._stop(
+                ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
+            )
+            return False
+        return True
+
+    def _judge_l1(self, l1: L1Entries) -> None:
+        geometry = self._geometry
+        reserved = np.uint64(entries.L1_RESERVED)
+        offset = l1.offset
+        for kind, mask, found, expected in (
+            (
+                FindingKind.L1_ENTRY_RESERVED,
+                (l1.word & reserved) != 0,
+                l1.word,
+                l1.word & ~reserved,
+            ),
+            (
+                FindingKind.L2_TABLE_MISALIGNED,
+                (offset & (geometry.cluster_size - 1)) != 0,
+                offset,
+                0,
+            ),
+        ):
+            at = np.flatnonzero(mask)
+            self._findings.add(
+                kind,
+                structure=Structure.L1_TABLE,
+                host_offset=l1.host_offset[at],
+                snapshot=l1.snapshot[at],
+                l1_index=l1.l1_index[at],
+                guest_offset=l1.l1_index[at] * geometry.l2_coverage,
+                guest_length=geometry.l2_coverage,
+                found=found[at],
+                expected=expected[at] if isinstance(expected, np.ndarray) else expected,
+            )
+
+    def locate(self, snapshots: SnapshotTable, tables: L2Tables) -> None:
+        """Where all structures lie, but for the L1 tables."""
+        header, size = self._layout.header, self._geometry.cluster_size
+        add = self.regions.add
+        add(Structure.HEADER, 0, size)
+        self.regions.add_many(
+            Structure.L2_TABLE,
+            tables.offset,
+            size,
+            weight=tables.weight,
+            snapshot=tables.snapshot,
+            l1_index=tables.l1_index,
+        )
+        add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
+        add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
+        self._locate_luks()
+        self._locate_bitmaps()
+
+    def _locate_luks(self) -> None:
+        """The LUKS header; its own word on how long it is must fit what the image says."""
+        crypto = self._layout.extensions.crypto
+        if crypto is None:
+            return
+        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
+        if crypto.length <= SIGNED_MAX:
+            self.regions.add(Structure.LUKS, crypto.offset, crypto.length)
+        try:
+            sound = read_luks(self._source, crypto).payload_offset * SECTOR <= crypto.length
+        except ImageError:
+            sound = False
+        if not sound or crypto.length > SIGNED_MAX:
+            self._findings.add(
+                FindingKind.LUKS_HEADER_INVALID,
+                structure=Structure.LUKS,
+                host_offset=min(crypto.offset, SIGNED_MAX),
+                length=self._geometry.cluster_size,
+                found=np.uint64(crypto.length),
+            )
+
+    def _locate_bitmaps(self) -> None:
+        pointer = self._layout.extensions.bitmaps
+        if pointer is None:
+            return
+        offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+        self.regions.add(Structure.BITMAP_DIRECTORY, offset, size)
+        try:
+            bitmaps = read_bitmaps(self._source, pointer, self._geometry)
+        except ImageError as error:
+            where = {
+                "structure": Structure.BITMAP_DIRECTORY,
+                "host_offset": min(offset, READABLE_END),
+            }
+            self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
+            self._stop(error, **where)
+            return
+        for number, bitmap in enumerate(bitmaps):
+            self._locate_bitmap(number, bitmap.bitmap_table_offset, bitmap.bitmap_table_size)
+
+    def _locate_bitmap(self, number: int, offset: int, size: int) -> None:
+        self.regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
+        if offset + size * 8 > READABLE_END:
+            error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
+            self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
+            return
+        position, word = nonzero_words(self._source, offset, size)
+        bad = entries.bad_bitmap_entries(word, self._geometry)
+        self._findings.add(
+            FindingKind.BITMAP_ENTRY_INVALID,
+            structure=Structure.BITMAP_TABLE,
+            host_offset=offset + position[bad] * 8,
+            index=number,
+            found=word[bad],
+        )
+        if bad.any():
+            first = int(word[bad][0])
+            error = ImageError(f"table of bitmap {number}", f"{first:#x}", "an invalid entry")
+            self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
+        data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        data = data[data != 0]
+        self.regions.add_many(
+            Structure.BITMAP_DATA, data, self._geometry.cluster_size, index=number
+        )
+
+    def judge_reftable(self, reftable: Reftable) -> None:
+        """What is wrong with refcount table entries in themselves."""
+        base = self._layout.header.refcount_table_offset
+        reserved = np.uint64(entries.REFTABLE_RESERVED)
+        misaligned = reftable.misaligned & ~reftable.reserved
+        for kind, mask, expected in (
+            (FindingKind.REFTABLE_ENTRY_RESERVED, reftable.reserved, reftable.word & ~reserved),
+            (FindingKind.REFBLOCK_MISALIGNED, misaligned, np.zeros_like(reftable.word)),
+        ):
+            self._findings.add(
+                kind,
+                structure=Structure.REFTABLE,
+                host_offset=base + reftable.index[mask] * 8,
+                index=reftable.index[mask],
+                found=reftable.word[mask],
+                expected=expected[mask],
+            )
+
+    def refblock_regions(self, reftable: Reftable) -> Regions:
+        """The refcount blocks inside the file; they are counted last, so not with the others."""
+        bits = self._geometry.cluster_bits
+        at = reftable.blocks()
+        at = at[~reftable.reserved[at] & (reftable.offset[at] >> bits < self._layout.host_clusters)]
+        return make_regions(
+            Structure.REFBLOCK, reftable.offset[at], 1 << bits, index=reftable.index[at]
+        )
