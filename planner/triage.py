@@ -1,4 +1,4 @@
-"""What leaked clusters look like: a lost L2 table, the L1 table of a lost snapshot, or just data.
+"""Leaked clusters by what they look like: a lost L2 table, a lost snapshot, or just data.
 
 A leak is waste only if nothing was lost. A cluster full of pointers to other leaked clusters is not
 waste: it is the table that mapped them. Only leaked clusters are read, of very many a share.
@@ -6,118 +6,193 @@ waste: it is the table that mapped them. Only leaked clusters are read, of very 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask
-from planner.census import decode_words, split_entries
-from planner.findings import FindingKind, Structure
+from planner.arrays import I32, I64, U8, Mask
+from planner.errors import ImageError
+from planner.findings import NONE, FindingKind, Structure
+from planner.gaps import Place, PlaceKind, read_gaps
+from planner.looks import Look, Looker
+from planner.mismatch import Mismatches
 from planner.qcow2 import entries
+from planner.qcow2.layout import MAX_L1_BYTES
+from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.report import Report
-from planner.source import Source, present_tables, read_tables
+from planner.signatures import NAMES
+from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
 
 MAX_TRIAGED_BYTES = 1 << 30
 """Bytes of leaked clusters that are looked into; of more, every nth cluster."""
+
+MAX_SCREENED = 1 << 18
+"""Where not all are read whole: of so many the first sector is, to find those like tables."""
+
+MAX_TABLES = 1 << 12
+"""Former tables that are described one by one; more are counted."""
+
+MAX_LOST_SNAPSHOTS = 256
+MAX_LOST_L1 = 256
+"""Clusters of lost L1 tables that are read once more, for where their L2 tables stood."""
+
+PLACES_NAMED = 4
+"""Runs of L1 entries that are named as where a lost table may have stood."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A leaked cluster that looks like a table.
 
-    ``offset``: of the cluster, bytes. ``targets``: clusters that its words point at.
+    ``offset``: of the cluster, bytes. ``words``, ``plausible``: its words that are not zero, and
+    those of them that could be entries. ``targets``: clusters that they point at.
     ``leaked_targets``: how many of them are leaked too. ``is_l1``: whether most of them are L2
-    tables themselves, as those of a lost snapshot's L1 table are.
+    tables themselves, as those of a lost snapshot's L1 table are. ``looks_lost``: whether freeing
+    it could bury something; otherwise it is an old table whose targets have gone other ways.
+
+    ``places``: where it may have stood, the first of ``place_count`` L1 entries. ``snapshot``: the
+    lost snapshot whose L1 table it is, where the snapshot table still names it. ``mapped``: what
+    its leaked targets look like; by ``starts_with`` what the data among them begins with.
     """
 
     offset: int
+    words: int
+    plausible: int
     targets: int
     leaked_targets: int
     is_l1: bool
+    looks_lost: bool = True
+    places: tuple[Place, ...] = ()
+    place_count: int = 0
+    snapshot: Snapshot | None = None
+    mapped: Counter[Look] = field(default_factory=Counter)
+    starts_with: Counter[str] = field(default_factory=Counter)
 
     @property
     def sentence(self) -> str:
         """One line for a person who is about to reclaim it."""
         what = "the L1 table of a lost snapshot" if self.is_l1 else "a lost L2 table"
+        if self.snapshot is not None:
+            what += f", {snapshot_phrase(self.snapshot)}"
+        where = "" if self.is_l1 else self._where
         return (
             f"the leaked cluster at {self.offset} looks like {what}: {self.leaked_targets} of"
-            f" the {self.targets} clusters that it points at are leaked too"
+            f" the {self.targets} clusters that it points at are leaked too{where}"
         )
+
+    @property
+    def _where(self) -> str:
+        if not self.places:
+            return "; no L1 entry is empty, so that it may be left of a deleted snapshot"
+        more = self.place_count - sum(place.count for place in self.places)
+        named = " or ".join(place.phrase for place in self.places)
+        return f"; {named}" + (f", or at one of {more} more empty L1 entries" if more else "")
+
+
+def snapshot_phrase(snapshot: Snapshot) -> str:
+    """Its ID and name, as the image has them, in a form that a terminal does not obey."""
+    raw_id, name = (part.decode(errors="replace") for part in (snapshot.id_str, snapshot.name))
+    return f"ID {raw_id!r}, name {name!r}"
 
 
 @dataclass(frozen=True, slots=True)
 class Triage:
-    """``suspects``, ascending; ``looked_at`` of ``leaked`` clusters were read or are all zeros."""
+    """``looked_at`` of ``leaked`` clusters were read whole or are all zeros.
 
-    suspects: tuple[Suspect, ...] = ()
-    looked_at: int = 0
-    leaked: int = 0
+    ``clusters``: the leaked ones, ascending, int64; of each its `Look` and the signature of its
+    data (position in `signatures.NAMES`), uint8, and ``group``, int32: the position in ``tables``
+    of the first that points at it, or `NONE`. ``tables``: the former tables, ascending, at most
+    `MAX_TABLES`. ``suspect_count``: how many of all look lost. ``snapshots``: those that the
+    snapshot table still names, though the image no longer counts them.
+    """
+
+    clusters: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    look: U8 = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    signature: U8 = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    group: I32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    tables: tuple[Suspect, ...] = ()
+    suspect_count: int = 0
+    snapshots: tuple[Snapshot, ...] = ()
+
+    @property
+    def suspects(self) -> tuple[Suspect, ...]:
+        """The tables that look lost, as far as they are listed."""
+        return tuple(table for table in self.tables if table.looks_lost)
+
+    @property
+    def leaked(self) -> int:
+        return len(self.clusters)
+
+    @property
+    def looked_at(self) -> int:
+        return int(np.count_nonzero(self.look != Look.UNREAD))
+
+    def looks(self) -> Counter[Look]:
+        """How many clusters look like what."""
+        return looks_of(self.look)
+
+    def starts_with(self) -> Counter[str]:
+        """What the data begins with, where that is known: clusters by name."""
+        return names_of(self.signature)
+
+
+def looks_of(look: U8) -> Counter[Look]:
+    """How many there are of each."""
+    counts = np.bincount(look, minlength=len(Look)).tolist()
+    return Counter({Look(at): number for at, number in enumerate(counts) if number})
+
+
+def names_of(signature: U8) -> Counter[str]:
+    """How many there are of each, without those that are not known."""
+    counts = np.bincount(signature, minlength=len(NAMES)).tolist()
+    return Counter({NAMES[at]: number for at, number in enumerate(counts) if number and at})
 
 
 def triage_leaks(source: Source, report: Report) -> Triage:
-    """Find the leaked clusters that look like tables."""
+    """Look into the leaked clusters of the image that *report* is about."""
     mismatches = report.mismatches
     if mismatches is None or not report.counters.leaks:
         return Triage()
-    geometry, size = report.geometry, report.geometry.cluster_size
     leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+    look, signature = _look(source, report, mismatches, leaked)
+    return _Describer(source, report, mismatches, leaked, look).describe(signature)
+
+
+def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:
+    """The `Look` and the signature of every leaked cluster."""
+    geometry, size, looker = report.geometry, report.geometry.cluster_size, Looker(report)
+    look = np.full(len(leaked), Look.IN_USE, dtype=np.uint8)
+    signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
     # may have lost one of the L1 entries that shared it.
     unused = mismatches.counted[mismatches.index.slots_of(leaked)] == 0
-    shared = np.isin(leaked, _known_l2_tables(report))
-    offsets = leaked[unused | shared] << geometry.cluster_bits
-    filled = offsets[present_tables(source, offsets, size)]
-    step = max(1, -(-len(filled) * size // MAX_TRIAGED_BYTES))
-    chosen = filled[::step]
-    found: list[tuple[int, I64]] = []
-    for part, rows in read_tables(source, chosen, size):
-        words, _ = split_entries(decode_words(rows), geometry.extended_l2)
-        likely = np.flatnonzero(_could_be_tables(words, report)).tolist()
-        found.extend((int(chosen[part][at]), _targets(words[at], report)) for at in likely)
-    suspects = _judge(found, leaked, report)
-    return Triage(suspects, len(leaked) - len(filled) + len(chosen), len(leaked))
+    at = np.flatnonzero(unused | np.isin(leaked, _known_l2_tables(report)))
+    offsets = leaked[at] << geometry.cluster_bits
+    present = present_tables(source, offsets, size)
+    look[at[~present]] = Look.ZEROS
+    at, offsets = at[present], offsets[present]
+    look[at] = Look.UNREAD
+    chosen = _choose(source, offsets, size, looker)
+    for part, rows in read_tables(source, offsets[chosen], size):
+        which = at[chosen[part]]
+        look[which], signature[which] = looker.look(rows)
+    return look, signature
 
 
-def _could_be_tables(words: U64, report: Report) -> Mask:
-    """Which rows hold nothing but words that could be entries, and at least one that points."""
-    geometry = report.geometry
-    packed = (words & np.uint64(entries.COMPRESSED)) != 0
-    start, length = entries.compressed_ranges(words, geometry)
-    end = report.layout.file_size if report.layout else 0
-    unusual = entries.L2_RESERVED | entries.L2_OFFSET & (geometry.cluster_size - 1)
-    offset = entries.l2_offsets(words)
-    whole = ((words & np.uint64(unusual)) == 0) & (offset < end)
-    plausible = np.where(packed, start + length < end + geometry.cluster_size, whole)
-    points = packed | (offset != 0)
-    all_plausible: Mask = plausible.all(axis=1) & points.any(axis=1)
-    return all_plausible
-
-
-def _targets(words: U64, report: Report) -> I64:
-    """The clusters that the words of a table point at, each once."""
-    geometry = report.geometry
-    packed = (words & np.uint64(entries.COMPRESSED)) != 0
-    start, _ = entries.compressed_ranges(words, geometry)
-    clusters = np.where(packed, start, entries.l2_offsets(words)) >> geometry.cluster_bits
-    return np.unique(clusters[clusters > 0])
-
-
-def _judge(found: list[tuple[int, I64]], leaked: I64, report: Report) -> tuple[Suspect, ...]:
-    """Those of the possible tables whose targets are, for the greater part, leaked too.
-
-    With an external data file the targets are not in this file: there, looking like one is enough.
-    """
-    bits, known = report.geometry.cluster_bits, _known_l2_tables(report)
-    likely = np.array([offset >> bits for offset, _ in found], dtype=np.int64)
-    tables = np.unique(np.concatenate((known, likely)))
-    suspects = []
-    for offset, targets in found:
-        hit = _count_in(targets, leaked)
-        if hit * 2 < len(targets) and not report.geometry.external_data:
-            continue
-        is_l1 = _count_in(targets, tables) * 2 > len(targets)
-        suspects.append(Suspect(offset, len(targets), hit, is_l1))
-    return tuple(suspects)
+def _choose(source: Source, offsets: I64, size: int, looker: Looker) -> I64:
+    """Positions of the clusters to read: all, or every nth and those that begin like tables."""
+    if len(offsets) * size <= MAX_TRIAGED_BYTES:
+        return np.arange(len(offsets))
+    room = MAX_TRIAGED_BYTES // size // 2
+    screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // MAX_SCREENED))]
+    likely = np.zeros(len(screened), dtype=np.bool_)
+    for part, sectors in read_tables(source, offsets[screened], SECTOR):
+        likely[part] = looker.may_be_tables(sectors)
+    tables = screened[likely]
+    tables = tables[:: max(1, -(-len(tables) // room))]
+    return np.union1d(tables, np.arange(len(offsets))[:: max(1, -(-len(offsets) // room))])
 
 
 def _known_l2_tables(report: Report) -> I64:
@@ -127,9 +202,243 @@ def _known_l2_tables(report: Report) -> I64:
     return tables.first(report.geometry.cluster_bits)
 
 
-def _count_in(values: I64, ascending: I64) -> int:
-    """How many of *values* are in *ascending*, which may be far longer."""
-    if not len(ascending):
-        return 0
-    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return int(np.count_nonzero(ascending[at] == values))
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Former tables in columns; see `Suspect`. ``at``: position among the leaked clusters.
+
+    ``copied``: whether an entry has the COPIED flag, as only tables of the active disk have.
+    """
+
+    at: I64
+    words: I64
+    plausible: I64
+    targets: I64
+    leaked_targets: I64
+    is_l1: Mask
+    copied: Mask
+    looks_lost: Mask
+
+
+class _Describer:
+    """Turns what clusters look like into what they are to each other."""
+
+    def __init__(
+        self, source: Source, report: Report, mismatches: Mismatches, leaked: I64, look: U8
+    ) -> None:
+        self._source, self._report, self._leaked, self._look = source, report, leaked, look
+        self._geometry, self._index = report.geometry, mismatches.index
+        self._looker = Looker(report)
+        self._group = np.full(len(leaked), NONE, dtype=np.int32)
+        # For every slot, which of the leaked clusters it is.
+        self._rank = np.full(self._index.slots, NONE, dtype=np.int32)
+        self._rank[self._index.slots_of(leaked)] = np.arange(len(leaked), dtype=np.int32)
+
+    def describe(self, signature: U8) -> Triage:
+        tables = self._judge(np.flatnonzero(self._look == Look.L2_TABLE))
+        self._look[tables.at[tables.is_l1]] = Look.L1_TABLE
+        snapshots = self._lost_snapshots()
+        return Triage(
+            clusters=self._leaked,
+            look=self._look,
+            signature=signature,
+            group=self._group,
+            tables=tuple(self._objects(tables, signature, snapshots)) if len(tables.at) else (),
+            suspect_count=int(np.count_nonzero(tables.looks_lost)),
+            snapshots=snapshots,
+        )
+
+    # -- tables ----------------------------------------------------------------------------------
+
+    def _judge(self, at: I64) -> _Tables:
+        """Whether the targets of tables are leaked too, and tables themselves.
+
+        With an external data file the targets are not in this file: there, looking like a table is
+        enough, if all of it does.
+        """
+        is_table = np.zeros(self._index.slots, dtype=np.bool_)
+        for clusters in (_known_l2_tables(self._report), self._leaked[at]):
+            slots, known = self._index.find(clusters)
+            is_table[slots[known]] = True
+        numbers = np.zeros((5, len(at)), dtype=np.int64)
+        copied = np.zeros(len(at), dtype=np.bool_)
+        offsets = self._leaked[at] << self._geometry.cluster_bits
+        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
+            words = self._looker.table_words(rows)
+            filled, plausible = words != 0, self._looker.plausible(words)
+            plain = (words & np.uint64(entries.COMPRESSED)) == 0
+            copied[part] = (plausible & plain & (words >= np.uint64(entries.COPIED))).any(axis=1)
+            numbers[0, part] = np.count_nonzero(filled, axis=1)
+            numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
+            numbers[2:, part] = self._count_targets(words, part.start, is_table)
+        words_, plausible_, targets, hits, to_tables = numbers
+        lost: Mask = hits * 2 >= targets
+        if self._geometry.external_data:
+            lost = words_ == plausible_
+        is_l1 = to_tables * 2 > targets
+        return _Tables(at, words_, plausible_, targets, hits, is_l1, copied, lost)
+
+    def _count_targets(self, words: np.ndarray, first: int, is_table: Mask) -> I64:
+        """Of each table: its targets, those that are leaked, and those that are tables; (3, n).
+
+        Puts the leaked ones into the group of their table, which is number *first* and up.
+        """
+        targets = self._looker.targets(words)
+        targets.sort(axis=1)
+        distinct = targets != 0
+        distinct[:, 1:] &= targets[:, 1:] != targets[:, :-1]
+        row = np.repeat(np.arange(len(words)), np.count_nonzero(distinct, axis=1))
+        slots, known = self._index.find(targets[distinct])
+        rank = np.where(known, self._rank[slots], NONE)
+        hit = rank != NONE
+        free = hit & (self._group[rank] == NONE)
+        self._group[rank[free]] = first + row[free]
+        marks = (None, hit, known & is_table[slots])
+        counts = [np.bincount(row, weights=mark, minlength=len(words)) for mark in marks]
+        return np.stack(counts).astype(np.int64)
+
+    def _objects(
+        self, tables: _Tables, signature: U8, snapshots: tuple[Snapshot, ...]
+    ) -> list[Suspect]:
+        """The first tables, each with where it stood and what it mapped."""
+        listed = slice(0, MAX_TABLES)
+        offsets = self._leaked[tables.at[listed]] << self._geometry.cluster_bits
+        places = _Places(self._source, self._report, offsets, tables, snapshots)
+        members = self._members(len(offsets))
+        return [
+            Suspect(
+                offset=offset,
+                words=int(tables.words[number]),
+                plausible=int(tables.plausible[number]),
+                targets=int(tables.targets[number]),
+                leaked_targets=int(tables.leaked_targets[number]),
+                is_l1=bool(tables.is_l1[number]),
+                looks_lost=bool(tables.looks_lost[number]),
+                places=places.of(number)[0],
+                place_count=places.of(number)[1],
+                snapshot=places.snapshot_of(number),
+                mapped=looks_of(self._look[members[number]]),
+                starts_with=names_of(signature[members[number]]),
+            )
+            for number, offset in enumerate(offsets.tolist())
+        ]
+
+    def _members(self, count: int) -> list[I64]:
+        """Of each of the first *count* tables the leaked clusters of its group."""
+        order = np.argsort(self._group, kind="stable")
+        bounds = np.searchsorted(self._group[order], np.arange(count + 1)).tolist()
+        return [order[low:high] for low, high in pairwise(bounds)]
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def _lost_snapshots(self) -> tuple[Snapshot, ...]:
+        """Snapshots that a snapshot table names, whose L1 table is leaked.
+
+        In the present table they stand behind those that the header counts; in a leaked one too.
+        """
+        header = self._report.layout.header if self._report.layout else None
+        starts = [header.snapshots_offset] if header else []
+        regions = self._report.regions
+        present = regions.select(regions.structure == Structure.SNAPSHOT_TABLE)
+        starts += (present.offset + present.size).tolist()
+        leaked = self._leaked[self._look == Look.SNAPSHOT_TABLE][:MAX_LOST_SNAPSHOTS]
+        starts += (leaked << self._geometry.cluster_bits).tolist()
+        found: dict[int, Snapshot] = {}
+        for start in starts:
+            self._follow_snapshots(start, found)
+        return tuple(found.values())
+
+    def _follow_snapshots(self, position: int, found: dict[int, Snapshot]) -> None:
+        """Add the lost ones among the entries from *position* on, as far as they make sense."""
+        size = self._geometry.cluster_size
+        for _ in range(MAX_LOST_SNAPSHOTS):
+            position = (position + 7) & ~7
+            try:
+                snapshot = decode_snapshot(self._source, position)
+            except ImageError:
+                return
+            offset, length = snapshot.l1_table_offset, snapshot.l1_size * 8
+            if not offset or offset % size or not 0 < length <= MAX_L1_BYTES:
+                return
+            slots, known = self._index.find(np.array([offset >> self._geometry.cluster_bits]))
+            if known[0] and self._rank[slots[0]] != NONE and len(found) < MAX_LOST_SNAPSHOTS:
+                found.setdefault(offset, snapshot)
+            position += ENTRY_BYTES + len(snapshot.extra_data)
+            position += len(snapshot.id_str) + len(snapshot.name)
+
+
+class _Places:
+    """Where former tables may have stood."""
+
+    def __init__(
+        self,
+        source: Source,
+        report: Report,
+        offsets: I64,
+        tables: _Tables,
+        snapshots: tuple[Snapshot, ...],
+    ) -> None:
+        self._report, self._offsets, self._tables = report, offsets, tables
+        self._snapshots = snapshots
+        self._gaps = read_gaps(source, report)
+        self._anywhere = {
+            only_active: (
+                self._gaps.first(PLACES_NAMED, only_active=only_active),
+                self._gaps.entries(only_active=only_active),
+            )
+            for only_active in (False, True)
+        }
+        self._known = self._known_places() | self._lost_places(source)
+
+    def of(self, number: int) -> tuple[tuple[Place, ...], int]:
+        """The first places of the table of that number, and how many L1 entries there are."""
+        if self._tables.is_l1[number]:
+            return (), 0
+        place = self._known.get(int(self._offsets[number]))
+        if place is not None:
+            return (place,), 1
+        return self._anywhere[bool(self._tables.copied[number])]
+
+    def snapshot_of(self, number: int) -> Snapshot | None:
+        """The lost snapshot whose L1 table that one is, or a part of it."""
+        offset = int(self._offsets[number])
+        return self._snapshot_at(offset) if self._tables.is_l1[number] else None
+
+    def _snapshot_at(self, offset: int) -> Snapshot | None:
+        for snapshot in self._snapshots:
+            start = snapshot.l1_table_offset
+            if start <= offset < start + snapshot.l1_size * 8:
+                return snapshot
+        return None
+
+    def _known_places(self) -> dict[int, Place]:
+        """Tables that an L1 entry still leads to."""
+        regions = self._report.regions
+        mine = (regions.structure == Structure.L2_TABLE) & np.isin(regions.offset, self._offsets)
+        columns = (regions.offset[mine], regions.snapshot[mine], regions.l1_index[mine])
+        return {
+            offset: Place(PlaceKind.SHARED, snapshot, l1_index, 1, self._gaps.coverage)
+            for offset, snapshot, l1_index in zip(*(c.tolist() for c in columns), strict=True)
+        }
+
+    def _lost_places(self, source: Source) -> dict[int, Place]:
+        """L2 tables that a lost L1 table leads to: their place in it says what they mapped."""
+        size = self._report.geometry.cluster_size
+        is_l1 = (
+            self._tables.is_l1[: len(self._offsets)] & self._tables.looks_lost[: len(self._offsets)]
+        )
+        base, end = 0, NONE
+        found: dict[int, Place] = {}
+        for offset in self._offsets[is_l1][:MAX_LOST_L1].tolist():
+            snapshot = self._snapshot_at(offset)
+            if snapshot is not None:
+                base = (offset - snapshot.l1_table_offset) // 8
+            else:
+                base = base + size // 8 if offset == end else 0
+            end = offset + size
+            index, words = nonzero_words(source, offset, size // 8)
+            tables = words & np.uint64(entries.L1_OFFSET)
+            wanted = np.isin(tables, self._offsets.astype(np.uint64))
+            for at, table in zip(index[wanted].tolist(), tables[wanted].tolist(), strict=True):
+                place = Place(PlaceKind.LOST, NONE, base + at, 1, self._gaps.coverage)
+                found.setdefault(table, place)
+        return found

@@ -227,7 +227,7 @@ def _draft_all(scope: Scope, check: _Check, stay: I64) -> _Drafted:
         scope = _checked_anew(scope, check)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     triage = triage_leaks(scope.source, scope.report)
-    if triage.suspects or not scope.report.complete:
+    if triage.suspect_count or not scope.report.complete:
         # What the repair itself ceased to refer to is no such leak: that reference was known.
         stay = np.union1d(stay, np.intersect1d(_leaked(before), _leaked(scope.report)))
     _draft_refcounts(scope, stay)
