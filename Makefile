@@ -17,7 +17,7 @@ help:
 	@echo 'make demo    mount a damaged sample image, show what is wrong, repair it, undo'
 	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
 	@echo 'make lint    ruff format, ruff lint, mypy strict'
-	@echo 'make bench   measure the check against qemu-img'
+	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
 	@echo 'make clean   remove .venv and everything else that make made'
 	@echo
 	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
@@ -39,7 +39,7 @@ lint:
 	@$(python) -m mypy
 
 bench:
-	@$(setup) test
+	@$(setup) bench
 	@$(python) -m tests.bench $(ARGS)
 
 clean:

@@ -1,127 +1,68 @@
-"""Measures each row beside its peer in one run, in turns; prints medians and ratios, writes JSON.
+"""Measure each row beside its peer: python -m tests.bench [--only check-1t] [--runs 5] [--json F]
 
-On a shared machine an absolute time says little; a ratio of two commands that took turns does.
+Prints a line as soon as its race is over. The sample images are made in a temporary folder
+(TMPDIR), the big ones sparse. No time is too long to pass: a benchmark reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
+import os
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from instarfs.image import Image
-from planner.check import check_image
+from tests.bench import checks, growth, race, repairs
+from tests.bench.samples import Samples
 
-INSTARFS = [sys.executable, "-m", "instarfs"]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table: two things that take turns."""
-
-    work: str
-    peer_name: str
-    ours: Callable[[], object]
-    peer: Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Medians in seconds; ``ratio`` is ours by the peer's."""
-
-    work: str
-    peer: str
-    ours_seconds: float
-    peer_seconds: float
-    ratio: float
-
-
-def command(*words: str) -> Callable[[], object]:
-    """A process, run to its end; its output is dropped, a failure is not."""
-    return lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-
-
-def checked_in_process(path: Path) -> Callable[[], object]:
-    """The check as a running mount does it: nothing to load, the image's pages warm."""
-
-    def run() -> None:
-        with Image.open(str(path)) as image:
-            check_image(image.source())
-
-    return run
-
-
-def make_images(folder: Path) -> dict[str, Path]:
-    """The images that the rows are about."""
-    images = {}
-    for name, size in (("64m", "64M"), ("1t", "1T")):
-        images[name] = folder / f"{name}.qcow2"
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata"]
-        subprocess.run([*create, str(images[name]), size], check=True)
-    return images
-
-
-def make_rows(images: dict[str, Path]) -> list[Row]:
-    """The table, from the largest to the smallest."""
-
-    def qemu(name: str) -> Callable[[], object]:
-        return command("qemu-img", "check", str(images[name]))
-
-    def whole(name: str) -> Callable[[], object]:
-        return command(*INSTARFS, "check", str(images[name]))
-
-    return [
-        Row("check, 1 TiB, in a process", "qemu-img", checked_in_process(images["1t"]), qemu("1t")),
-        Row("check, 1 TiB, whole process", "qemu-img", whole("1t"), qemu("1t")),
-        Row(
-            "check, 64 MiB, whole process",
-            "import numpy",
-            whole("64m"),
-            command(sys.executable, "-c", "import numpy"),
-        ),
-    ]
-
-
-def measure(row: Row, times: int) -> Result:
-    """Let both take turns; the first turn only warms the caches."""
-    seconds: dict[str, list[float]] = {"ours": [], "peer": []}
-    for turn in range(times + 1):
-        for who, run in (("ours", row.ours), ("peer", row.peer)):
-            begin = time.perf_counter()
-            run()
-            if turn:
-                seconds[who].append(time.perf_counter() - begin)
-    ours, peer = statistics.median(seconds["ours"]), statistics.median(seconds["peer"])
-    return Result(row.work, row.peer_name, ours, peer, ours / peer)
+RACES = (*checks.RACES, *repairs.RACES)
 
 
 def main() -> None:
-    """Measure all rows."""
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--times", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    """Measure what the command line asks for: without words, everything."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    names = [each.name for each in RACES] + [growth.NAME]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=", ".join(names))
+    parser.add_argument("--runs", type=int, default=5, help="turns of each side (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()
+    chosen = arguments.only or names
+    results: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg(),
+        "runs": arguments.runs,
+    }
     with tempfile.TemporaryDirectory(prefix="instarfs-bench-") as folder:
-        images = make_images(Path(folder))
-        print(f"{'work':<34}{'ours':>9}{'peer':>9}  {'peer is':<14}{'ours / peer':>12}")
-        results = []
-        for row in make_rows(images):
-            result = measure(row, arguments.times)
-            results.append(asdict(result))
-            print(
-                f"{result.work:<34}{result.ours_seconds:>8.3f}s{result.peer_seconds:>8.3f}s"
-                f"  {result.peer:<14}{result.ratio:>12.2f}",
-                flush=True,
-            )
+        samples = Samples(Path(folder))
+        results["rows"] = _run_races(chosen, samples, arguments.runs)
+        results["growth"] = _run_growth(samples) if growth.NAME in chosen else []
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=4) + "\n")
+
+
+def _run_races(chosen: list[str], samples: Samples, runs: int) -> list[dict[str, Any]]:
+    rows = []
+    print(race.HEADLINE, flush=True)
+    for each in RACES:
+        if each.name not in chosen:
+            continue
+        try:
+            for result in race.run_race(each, samples, runs):
+                print(race.table_line(result), flush=True)
+                rows.append(result.as_json())
+        except race.Unavailable as error:
+            print(f"{each.name}: not measured: {error}", flush=True)
+    return rows
+
+
+def _run_growth(samples: Samples) -> list[dict[str, Any]]:
+    sizes = []
+    print("\n" + growth.HEADLINE, flush=True)
+    for size in growth.measure(samples):
+        print(growth.line(size), flush=True)
+        sizes.append(size.as_json())
+    return sizes
 
 
 if __name__ == "__main__":
