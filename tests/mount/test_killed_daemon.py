@@ -54,21 +54,31 @@ def kill_during_repair(image: Path, directory: Path, delay: float) -> None:
             os.close(control)
 
 
-def test_a_killed_daemon_leaves_what_can_be_put_back(damaged, tmp_path, cases):
-    original = damaged.read_bytes()
-    reference = Path(shutil.copy(damaged, tmp_path / "reference.qcow2"))
+@pytest.fixture(scope="module")
+def repaired(damaged: Path) -> bytes:
+    """What an undisturbed repair of it gives."""
+    reference = Path(shutil.copy(damaged, damaged.with_name("reference.qcow2")))
     assert instarfs("check", "-r", "all", reference).returncode == 0
-    repaired = reference.read_bytes()
-    rng = random.Random(7)
-    for number in range(max(5, cases // CASES_A_KILL)):
-        image = Path(shutil.copy(damaged, tmp_path / "image.qcow2"))
-        undo = image.with_name(f"{image.name}.instarfs-undo")
-        undo.unlink(missing_ok=True)
-        kill_during_repair(image, tmp_path / "mnt", rng.uniform(0, LONGEST))
-        found = image.read_bytes()
-        assert found == original or undo.exists(), number
-        if undo.exists():
-            instarfs("undo", image)
-            assert image.read_bytes() == original, number
-        assert instarfs("check", "-r", "all", image).returncode == 0, number
-        assert image.read_bytes() == repaired, number
+    return reference.read_bytes()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a kill: each has the time limit of a test, and a failure names its moment."""
+    if "kill" in metafunc.fixturenames:
+        kills = max(5, metafunc.config.getoption("--cases") // CASES_A_KILL)
+        metafunc.parametrize("kill", range(kills))
+
+
+def test_a_killed_daemon_leaves_what_can_be_put_back(kill, damaged, repaired, seed, tmp_path):
+    original = damaged.read_bytes()
+    image = Path(shutil.copy(damaged, tmp_path / "image.qcow2"))
+    undo = image.with_name(f"{image.name}.instarfs-undo")
+    delay = random.Random(f"{seed}/{kill}").uniform(0, LONGEST)
+    kill_during_repair(image, tmp_path / "mnt", delay)
+    found = image.read_bytes()
+    assert found == original or undo.exists()
+    if undo.exists():
+        instarfs("undo", image)
+        assert image.read_bytes() == original
+    assert instarfs("check", "-r", "all", image).returncode == 0
+    assert image.read_bytes() == repaired
