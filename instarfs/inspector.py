@@ -25,8 +25,9 @@ from instarfs.outcome import Pending, RepairOutcome
 from instarfs.repairer import Repairer, pending
 from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentage
 from instarfs.sharing import Sharing
+from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
-from planner.errors import AmbiguousCorruption, ImageError, RepairError
+from planner.errors import AmbiguousCorruption, Cancelled, ImageError, RepairError
 from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
@@ -80,8 +81,9 @@ class Inspector:
     """One image: its `description`, its `checkup` and its `proposals`, computed in worker threads.
 
     A checkup stays good until the image is written to, replaced under its path, or opened or closed
-    by a writer; so does a proposal, which is the refusal where a tier refuses. A description lasts
-    until one of the first two. ``repairs``: what changes the image.
+    by a writer; so does a proposal, which is the refusal where a tier refuses, and the atlas, which
+    is the error where there is none. A description lasts until one of the first two. ``repairs``:
+    what changes the image.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Inspector:
         self.proposals = {
             tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
         }
+        self.atlas = Computed(self._state, self._draw_atlas)
         self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
     @property
@@ -132,6 +135,7 @@ class Inspector:
         self.repairs.cancel()
         self.description.cancel()
         self.checkup.cancel()
+        self.atlas.cancel()
         for proposal in self.proposals.values():
             proposal.cancel()
 
@@ -209,6 +213,20 @@ class Inspector:
         if image.generation() != before:
             return AmbiguousCorruption("the image changed while it was planned", "read again")
         return proposal
+
+    def _draw_atlas(self, cancelled: Callable[[], bool]) -> Atlas | ImageError:
+        def tick(_amount: int) -> None:
+            if cancelled():
+                raise Cancelled
+
+        image = self._image
+        before = image.generation()
+        report = trio.from_thread.run(self.checkup.get).value.report
+        try:
+            atlas = draw_atlas(image.source(), report, tick)
+        except ImageError as error:
+            return error
+        return replace(atlas, torn=atlas.torn or image.generation() != before)
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
         self._progress = percentage(stage, done, total)

@@ -492,22 +492,32 @@ def _regular_bitmaps(values: U64, bitmaps: U64) -> bool:
 
 def referenced_clusters(rows: U8, layout: Layout) -> I64:
     """Every cluster inside the file that the entries of L2 tables refer to, with repeats."""
+    return np.concatenate(data_and_compressed(rows, layout))
+
+
+def data_and_compressed(rows: U8, layout: Layout) -> tuple[I64, I64]:
+    """The same, apart: clusters of data, and those with compressed data."""
     geometry = layout.geometry
     word, _ = split_entries(decode_words(rows), geometry.extended_l2)
     word = word[word != 0]
     types = entries.cluster_types(word, geometry)
-    packed = types == ClusterType.COMPRESSED
-    offset, size = entries.compressed_ranges(word[packed], geometry)
+    packed = word[types == ClusterType.COMPRESSED]
     data = entries.l2_offsets(
         word[(types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)]
     )
-    offset = np.concatenate((offset, data))
-    size = np.concatenate((size, np.full(len(data), geometry.cluster_size)))
-    inside = offset + size - sector_end(layout.file_size) < geometry.cluster_size
-    offset, size = offset[inside], size[inside]
-    return expand_ranges(
-        offset >> geometry.cluster_bits, (offset + size - 1) >> geometry.cluster_bits
+    whole = np.full(len(data), geometry.cluster_size)
+    return (
+        _clusters_inside(data, whole, layout),
+        _clusters_inside(*entries.compressed_ranges(packed, geometry), layout),
     )
+
+
+def _clusters_inside(offset: I64, size: I64, layout: Layout) -> I64:
+    """The clusters of those ranges that do not reach a cluster or more past the end."""
+    bits, end = layout.geometry.cluster_bits, sector_end(layout.file_size)
+    inside = offset + size - end < layout.geometry.cluster_size
+    offset, size = offset[inside], size[inside]
+    return expand_ranges(offset >> bits, (offset + size - 1) >> bits)
 
 
 def _drop_shared(clusters: I64, l1_index: I64) -> None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts
+from planner.arrays import I64, U8, Counts, Mask
 from planner.counts import ClusterIndex
 from planner.findings import FindingKind, Findings, Structure, make_findings
 from planner.qcow2.geometry import Geometry
+from planner.runs import Columns, join_parts, merge_runs
 
 CHUNK = 1 << 18
 NO_KIND = 255
@@ -83,21 +84,16 @@ class Mismatches:
         A run of neighbours with the same two numbers is one finding.
         """
         wanted = np.array(kinds, dtype=np.uint8)
-        held: list[np.ndarray] = []
+        for columns in join_parts(self._runs(wanted)):
+            yield self._findings(*columns)
+
+    def _runs(self, wanted: U8) -> Iterator[Columns]:
+        """Cluster, length, kind, stored, counted."""
         for first, stored, counted in self._chunks():
             kind = _kinds_of(stored, counted)
             at = np.flatnonzero(np.isin(kind, wanted))
-            if not len(at):
-                continue
             cluster = self.index.clusters_of(first + at)
-            columns = _runs_of(cluster, kind[at], stored[at], counted[at])
-            if held:
-                columns = _append_runs(held, columns)
-            # The next chunk may go on with the last run.
-            held = [column[-1:] for column in columns]
-            yield self._findings(*(column[:-1] for column in columns))
-        if held:
-            yield self._findings(*held)
+            yield merge_runs(cluster, np.ones_like(cluster), kind[at], stored[at], counted[at])
 
     def clusters(self, kind: FindingKind, limit: int) -> I64:
         """The first clusters of a kind, at most *limit*."""
@@ -126,13 +122,16 @@ class Mismatches:
         stored, counted = self.stored[low:high], self.counted[low:high]
         kind = _kinds_of(stored, counted)
         wrong = kind != NO_KIND
-        if self.spans != ((0, self.index.slots),):
-            readable = np.zeros(high - low, dtype=np.bool_)
-            for start, stop in self.spans:
-                readable[max(0, start - low) : max(0, stop - low)] = True
-            wrong &= readable
+        wrong &= self.readable(low, high)
         at = np.flatnonzero(wrong)
         return self.index.clusters_of(low + at), kind[at], stored[at], counted[at]
+
+    def readable(self, low: int, high: int) -> Mask:
+        """Which of the slots low..high-1 have a stored refcount that can be looked up."""
+        readable: Mask = np.zeros(high - low, dtype=np.bool_)
+        for start, stop in self.spans:
+            readable[max(0, start - low) : max(0, stop - low)] = True
+        return readable
 
     def _chunks(self) -> Iterator[tuple[int, Counts, Counts]]:
         for low, high in self.spans:
@@ -152,27 +151,6 @@ class Mismatches:
             found=stored,
             expected=counted,
         )
-
-
-def _runs_of(cluster: I64, *alike: np.ndarray) -> list[np.ndarray]:
-    """Runs of adjacent clusters that are alike: first cluster, length, and what they have alike."""
-    new = np.ones(len(cluster), dtype=np.bool_)
-    new[1:] = np.diff(cluster) != 1
-    for column in alike:
-        new[1:] |= column[1:] != column[:-1]
-    start = np.flatnonzero(new)
-    length = np.diff(start, append=len(cluster))
-    return [cluster[start], length, *(column[start] for column in alike)]
-
-
-def _append_runs(before: list[np.ndarray], runs: list[np.ndarray]) -> list[np.ndarray]:
-    """One run, and those behind it, of which the first may be its continuation."""
-    cluster, length, *alike = before
-    goes_on = cluster[0] + length[0] == runs[0][0]
-    if goes_on and all(old[0] == new[0] for old, new in zip(alike, runs[2:], strict=True)):
-        runs[0][0], runs[1][0] = cluster[0], length[0] + runs[1][0]
-        return runs
-    return [np.concatenate(pair) for pair in zip(before, runs, strict=True)]
 
 
 def _kinds_of(stored: Counts, counted: Counts) -> U8:

@@ -14,6 +14,7 @@ from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import Directory, FixedDirectory, GeneratedFile, LiveFile, Node
 from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
+from instarfs.render import clusters as render_clusters
 from instarfs.render import info as render_info
 from instarfs.render import repair as render_repair
 from instarfs.render.text import printable
@@ -40,6 +41,7 @@ def build_tree(inspector: Inspector, *, read_only: bool = False) -> Directory:
     controls = Controls(inspector, read_only=read_only)
     entries = [
         *_image_files(inspector),
+        *_table_files(inspector),
         *_check_files(inspector),
         *_repair_files(inspector, controls),
     ]
@@ -94,6 +96,19 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
             "image/header.json",
             "every header field and extension, decoded; unknown ones as hex",
             GeneratedFile(inspector.description, header),
+        ),
+    ]
+
+
+# ---- tables/ ----
+
+
+def _table_files(inspector: Inspector) -> list[_Entry]:
+    return [
+        _Entry(
+            "tables/clusters.tsv",
+            "every run of the host file: its owner, refcount, references, what was found there",
+            GeneratedFile(inspector.atlas, render_clusters.clusters_tsv),
         ),
     ]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from instarfs.render.text import printable
 from planner.arrays import U8, U64, Mask
 from planner.findings import NONE
 
@@ -77,3 +78,8 @@ def tsv(header: Sequence[str], parts: Iterable[bytes]) -> Iterator[bytes]:
     """A table: the line of headings, then its *parts*."""
     yield ("#" + "\t".join(header) + "\n").encode("ascii")
     yield from parts
+
+
+def remark(sentence: str) -> bytes:
+    """A line of a table that is none of its rows."""
+    return f"# {printable(sentence)}\n".encode()

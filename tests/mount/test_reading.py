@@ -31,6 +31,7 @@ FILES = [
     "repair/tier",
     "repair/trim",
     "repair/undo",
+    "tables/clusters.tsv",
 ]
 
 
@@ -59,7 +60,7 @@ def test_listing_computes_nothing(mount: MakeMount, image: Path) -> None:
 def test_attributes(shared: Mount) -> None:
     root = shared.path.stat()
     assert stat.S_IMODE(root.st_mode) == 0o500
-    assert root.st_nlink == 2 + 3
+    assert root.st_nlink == 2 + 4
     assert (root.st_uid, root.st_gid) == (os.getuid(), os.getgid())
     check = (shared / "check").stat()
     assert (stat.S_IMODE(check.st_mode), check.st_nlink) == (0o500, 2)
@@ -102,6 +103,13 @@ def test_every_view_tells_of_the_same_leaks(shared: Mount) -> None:
     findings = [json.loads(line) for line in shared.read("check/findings.jsonl").splitlines()]
     assert {finding["kind"] for finding in findings} == {"leak"}
     assert CheckResult.from_bytes((shared / "check/result.bin").read_bytes()).leaks == 3
+
+
+def test_the_clusters_are_those_of_the_whole_file(shared: Mount) -> None:
+    rows = [line.split("\t") for line in shared.read("tables/clusters.tsv").splitlines()[1:]]
+    assert sum(int(length) for _, length, *_ in rows) == shared.image.stat().st_size
+    assert [row[2:] for row in rows if row[2] == "leaked"] == [["leaked", "1", "0", "leak"]]
+    assert {row[2] for row in rows} >= {"header", "L1 table", "refcount table", "refcount block"}
 
 
 def test_image_files(shared: Mount) -> None:
