@@ -3,12 +3,14 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench fuzz clean
 
 # The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
 PYTHON ?=
 # More arguments for the command behind a target: make test ARGS="-k leaks --cases 5000"
 ARGS ?=
+# How long each fuzzer runs.
+SECONDS ?= 60
 
 setup := PYTHON='$(PYTHON)' .ci/setup
 python := .venv/bin/python
@@ -18,6 +20,7 @@ help:
 	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
 	@echo 'make lint    ruff format, ruff lint, mypy strict'
 	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
+	@echo 'make fuzz    fuzz everything that reads an image         SECONDS=60 ARGS="check plan"'
 	@echo 'make clean   remove .venv and everything else that make made'
 	@echo
 	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
@@ -42,6 +45,10 @@ bench:
 	@$(setup) bench
 	@$(python) -m tests.bench $(ARGS)
 
+fuzz:
+	@$(setup) fuzz
+	@$(python) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +

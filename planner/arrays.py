@@ -15,3 +15,12 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.unsignedinteger[Any]]
+
+
+def expand_ranges(first: I64, last: I64) -> I64:
+    """All numbers of the ranges first[i]..last[i], inclusive, in order."""
+    lengths = last - first + 1
+    if (lengths == 1).all():
+        return first
+    starts = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
+    return starts + np.arange(int(lengths.sum()))

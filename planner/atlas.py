@@ -13,8 +13,8 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, U16, U32, U64, Mask
-from planner.census import data_and_compressed, expand_ranges
+from planner.arrays import I64, U16, U32, U64, Mask, expand_ranges
+from planner.census import data_and_compressed
 from planner.counts import ClusterIndex
 from planner.errors import ImageError
 from planner.findings import (

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.findings import NONE, FindingKind, FindingsBuilder, Structure
 from planner.qcow2 import entries
@@ -471,15 +471,6 @@ def split_entries(words: U64, extended: bool) -> tuple[U64, U64 | None]:
     if not extended:
         return words, None
     return np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
-
-
-def expand_ranges(first: I64, last: I64) -> I64:
-    """All numbers of the ranges first[i]..last[i], inclusive, in order."""
-    lengths = last - first + 1
-    if (lengths == 1).all():
-        return first
-    starts = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
-    return starts + np.arange(int(lengths.sum()))
 
 
 def _regular_bitmaps(values: U64, bitmaps: U64) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask
-from planner.census import Census, Walker, expand_ranges, referenced_clusters
+from planner.arrays import I64, Mask, expand_ranges
+from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.errors import Cancelled, ImageError
 from planner.findings import (

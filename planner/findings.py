@@ -474,9 +474,17 @@ class FindingsBuilder:
         self._parts: dict[str, list[np.ndarray[tuple[int], np.dtype[np.generic]]]] = {
             name: [] for name in _COLUMNS
         }
+        self._single: list[tuple[object, ...]] = []
 
     def add(self, kind: FindingKind, **columns: object) -> None:
         """Add rows. Columns are scalars or arrays that broadcast; `_COLUMNS` has the defaults."""
+        if not any(isinstance(value, np.ndarray) for value in columns.values()):
+            # A row each for thousands of snapshots: making it arrays of their own takes 100 µs.
+            columns["kind"] = kind
+            self._single.append(
+                tuple(columns.get(name, default) for name, (_, default) in _COLUMNS.items())
+            )
+            return
         if any(np.asarray(value).size == 0 for value in columns.values()):
             return
         added = make_findings(kind=kind, **columns)
@@ -484,9 +492,10 @@ class FindingsBuilder:
             parts.append(getattr(added, name))
 
     def build(self) -> Findings:
+        single = list(zip(*self._single, strict=True)) or [()] * len(_COLUMNS)
         columns = {
-            name: np.concatenate(parts) if parts else np.zeros(0, dtype=_COLUMNS[name][0])
-            for name, parts in self._parts.items()
+            name: np.concatenate([np.array(rows, dtype=dtype), *self._parts[name]])
+            for rows, (name, (dtype, _)) in zip(single, _COLUMNS.items(), strict=True)
         }
         badness = np.array([-int(KINDS[kind].severity) for kind in FindingKind])
         order = np.lexsort((columns["host_offset"], columns["kind"], badness[columns["kind"]]))

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask
-from planner.census import decode_words, expand_ranges, split_entries
+from planner.arrays import I64, Mask, expand_ranges
+from planner.census import decode_words, split_entries
 from planner.counts import ClusterIndex
 from planner.findings import NONE, Owners, Structure
 from planner.qcow2 import entries
@@ -118,12 +118,14 @@ class OwnersFinder:
     def _expand(self, tables: I64) -> tuple[I64, I64]:
         """Every L1 entry that leads to each table: (positions in *tables*, in `L1Entries`)."""
         start, end = self._referrer_start[tables], self._referrer_start[tables + 1]
-        at = np.repeat(np.arange(len(tables)), end - start)
-        if not len(at):
-            return at, at
-        room = MAX_OWNERS - self._found
-        spans = expand_ranges(start[: room + 1], end[: room + 1] - 1)
-        return at[: len(spans)], self._referrers[spans]
+        if not len(tables):
+            return tables, tables
+        # One more than there is room for, so that it is known to be too many.
+        room = MAX_OWNERS - self._found + 1
+        enough = int(np.searchsorted(np.cumsum(end - start), room)) + 1
+        start, end = start[:enough], end[:enough]
+        at = np.repeat(np.arange(len(start)), end - start)[:room]
+        return at, self._referrers[expand_ranges(start, end - 1)[:room]]
 
     def _keep(self, *columns: np.ndarray) -> None:
         room = MAX_OWNERS - self._found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask
+from planner.arrays import I32, I64, U8, Mask, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.findings import NONE, NOWHERE, FindingKind, FindingsBuilder, Structure
 from planner.qcow2.layout import Layout, sector_end
@@ -43,16 +43,16 @@ class Regions:
 
 
 def make_regions(
-    structure: Structure,
+    structure: Structure | I64,
     offset: I64,
-    size: int,
+    size: I64 | int,
     *,
     weight: I64 | int = 1,
     snapshot: I32 | int = NOWHERE,
     l1_index: I64 | int = NONE,
     index: I64 | int = NONE,
 ) -> Regions:
-    """Structures of one kind and *size* at *offset*; the other columns broadcast."""
+    """Structures at *offset*; the other columns broadcast."""
 
     def column(value: object, dtype: type[np.generic]) -> np.ndarray:
         return np.broadcast_to(np.asarray(value).astype(dtype), offset.shape)
@@ -86,6 +86,7 @@ class RegionsBuilder:
     def __init__(self, layout: Layout, findings: FindingsBuilder) -> None:
         self._layout, self._findings = layout, findings
         self._parts: list[Regions] = []
+        self._single: list[tuple[int, int, int, int, int]] = []
 
     def add(
         self,
@@ -111,7 +112,8 @@ class RegionsBuilder:
                 found=offset,
             )
             return
-        self.add_many(structure, np.array([offset]), size, snapshot=snapshot, index=index)
+        # Of snapshots and bitmaps there may be very many: they become arrays together.
+        self._single.append((structure, offset, size, snapshot, index))
 
     def add_many(
         self,
@@ -125,7 +127,7 @@ class RegionsBuilder:
         index: I64 | int = NONE,
     ) -> None:
         """Structures of one kind and *size*; other columns broadcast."""
-
+        self._gather()
         added = make_regions(
             structure,
             offset,
@@ -135,6 +137,16 @@ class RegionsBuilder:
             l1_index=l1_index,
             index=index,
         )
+        self._add(added)
+
+    def _gather(self) -> None:
+        """Take in what was added one by one."""
+        if self._single:
+            structure, offset, size, snapshot, index = np.array(self._single, dtype=np.int64).T
+            self._single.clear()
+            self._add(make_regions(structure, offset, size, snapshot=snapshot, index=index))
+
+    def _add(self, added: Regions) -> None:
         beyond = self._past_end(added)
         self._report(added.select(beyond))
         self._parts.append(added.select(~beyond))
@@ -163,6 +175,7 @@ class RegionsBuilder:
 
     def build(self) -> Regions:
         """All structures inside the file."""
+        self._gather()
         return join_regions(*self._parts)
 
 
@@ -186,5 +199,10 @@ def overlapping_clusters(regions: Regions, cluster_bits: int) -> I64:
     last = regions.last(cluster_bits)[order]
     reach = np.maximum.accumulate(last)
     hit = np.flatnonzero(first[1:] <= reach[:-1]) + 1
-    spans = [np.arange(first[at], min(last[at], reach[at - 1]) + 1) for at in hit.tolist()]
-    return np.unique(np.concatenate(spans)) if spans else np.zeros(0, dtype=np.int64)
+    if not len(hit):
+        return np.zeros(0, dtype=np.int64)
+    low, high = first[hit], np.minimum(last[hit], reach[hit - 1])
+    # What the ones before have not covered: every cluster once, however many structures share it.
+    low[1:] = np.maximum(low[1:], np.maximum.accumulate(high)[:-1] + 1)
+    new = low <= high
+    return expand_ranges(low[new], high[new])

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.findings import ACTIVE, FindingKind, FindingsBuilder, Structure
+from planner.overlaps import followed
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import SIGNED_MAX
@@ -141,18 +142,55 @@ class _Surveyor:
         for number, snapshot in enumerate(snapshots.snapshots):
             if self._l1_is_readable(number, snapshot):
                 l1_tables.append((number, snapshot.l1_table_offset, snapshot.l1_size))
+        l1_tables = self._without_aliases(l1_tables, snapshots)
         for number, offset, size in l1_tables:
             self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
         l1 = read_l1_tables(self._source, l1_tables)
         self._judge_l1(l1)
-        followed = l1.active & (l1.offset != 0)
+        copied = l1.active & (l1.offset != 0)
         stored = StoredRefcounts(self._source, self._layout, reftable)
         unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
         if unreadable is not None:
-            followed &= ~unreadable
-        tables = distinct_l2_tables(l1, followed)
+            copied &= ~unreadable
+        tables = distinct_l2_tables(l1, copied)
         present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
-        return l1, tables, np.flatnonzero(present)
+        return l1, tables, np.flatnonzero(present & self._l2_without_aliases(tables))
+
+    def _without_aliases(
+        self, l1_tables: list[tuple[int, int, int]], snapshots: SnapshotTable
+    ) -> list[tuple[int, int, int]]:
+        """The L1 tables (snapshot, offset, entries) that are read: not too many in one place."""
+        kept = self._few_in_one_place(l1_tables)
+        kept[0] = True  # the active one, whatever lies over it
+        if not kept.all():
+            number, offset, _ = l1_tables[int(np.argmin(kept))]
+            count = np.count_nonzero(~kept)
+            problem = f"the L1 tables of {count} more snapshots lie over others, or fill over 1 GiB"
+            self._stop(
+                ImageError(f"l1_table_offset of snapshot {number}", offset, problem),
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=snapshots.snapshots[number].offset,
+                length=40,
+                index=number,
+            )
+        return [table for table, is_kept in zip(l1_tables, kept, strict=True) if is_kept]
+
+    def _few_in_one_place(self, tables: list[tuple[int, int, int]]) -> Mask:
+        """Which of the tables (number, offset, entries) are read; see `planner.overlaps`."""
+        # No offset is negative, and what lies past the end of any file shares nothing.
+        start = np.array([min(offset, READABLE_END) for _, offset, _ in tables], dtype=np.int64)
+        size = np.array([size * 8 for _, _, size in tables], dtype=np.int64)
+        return followed(start, np.minimum(start + size, self._layout.file_size))
+
+    def _l2_without_aliases(self, tables: L2Tables) -> Mask:
+        """Which L2 tables are walked: not too many misaligned ones in one place."""
+        end = np.minimum(tables.offset + self._geometry.cluster_size, self._layout.file_size)
+        kept = followed(tables.offset, end)
+        if not kept.all():
+            first, count = int(tables.offset[np.argmin(kept)]), np.count_nonzero(~kept)
+            problem = f"{count} more L2 tables lie over others"
+            self._stop(ImageError("L2 table offset", first, problem), structure=Structure.L2_TABLE)
+        return kept
 
     def _l1_is_readable(self, number: int, snapshot: Snapshot) -> bool:
         offset, size = snapshot.l1_table_offset, snapshot.l1_size
@@ -264,16 +302,38 @@ class _Surveyor:
             self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
             self._stop(error, **where)
             return
-        for number, bitmap in enumerate(bitmaps):
-            self._locate_bitmap(number, bitmap.bitmap_table_offset, bitmap.bitmap_table_size)
+        tables = [
+            (number, each.bitmap_table_offset, each.bitmap_table_size)
+            for number, each in enumerate(bitmaps)
+        ]
+        kept = self._few_in_one_place(tables)
+        data = [self._locate_bitmap(*tables[at]) for at in np.flatnonzero(kept).tolist()]
+        if data:
+            owner, clusters = (np.concatenate(parts) for parts in zip(*data, strict=True))
+            size = self._geometry.cluster_size
+            self.regions.add_many(Structure.BITMAP_DATA, clusters, size, index=owner)
+        if not kept.all():
+            number, table_at, _ = tables[int(np.argmin(kept))]
+            count = np.count_nonzero(~kept)
+            problem = f"the tables of {count} more bitmaps lie over others, or fill over 1 GiB"
+            self._stop(
+                ImageError(f"table of bitmap {number}", table_at, problem),
+                structure=Structure.BITMAP_TABLE,
+                host_offset=offset,
+                index=number,
+            )
 
-    def _locate_bitmap(self, number: int, offset: int, size: int) -> None:
+    def _locate_bitmap(self, number: int, offset: int, size: int) -> tuple[I64, I64]:
+        """Locate a bitmap's table: the clusters with its bits, each with the bitmap's number."""
+        nothing = np.zeros(0, dtype=np.int64)
         self.regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
         if offset + size * 8 > READABLE_END:
             error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
             self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
-            return
+            return nothing, nothing
         position, word = nonzero_words(self._source, offset, size)
+        if not len(word):
+            return nothing, nothing
         bad = entries.bad_bitmap_entries(word, self._geometry)
         self._findings.add(
             FindingKind.BITMAP_ENTRY_INVALID,
@@ -288,9 +348,7 @@ class _Surveyor:
             self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
         data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
         data = data[data != 0]
-        self.regions.add_many(
-            Structure.BITMAP_DATA, data, self._geometry.cluster_size, index=number
-        )
+        return np.full(len(data), number), data
 
     def judge_reftable(self, reftable: Reftable) -> None:
         """What is wrong with refcount table entries in themselves."""

@@ -12,6 +12,7 @@ from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError
 from planner.qcow2.extensions import BitmapsPointer
+from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.source import Source, read_bytes
 
@@ -35,6 +36,7 @@ ENTRY = Struct(
     "extra_data_size" / Int32ub,
 )
 ENTRY_BYTES = ENTRY.sizeof()
+_FIXED = Fixed(ENTRY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, 
     broken = ImageError("bitmap directory", start + position, "its last entry is cut off")
     if position + ENTRY_BYTES > len(directory):
         raise broken
-    fixed = ENTRY.parse(directory[position : position + ENTRY_BYTES])
+    fixed = _FIXED.parse(directory, position)
     extra = position + ENTRY_BYTES
     name = extra + fixed.extra_data_size
     end = name + fixed.name_size

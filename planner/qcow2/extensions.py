@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from construct import Bytes, GreedyRange, Int8ub, Int32ub, Int64ub, Padded, Struct
 
 from planner.errors import ImageError
+from planner.qcow2.fixed import Fixed
 from planner.qcow2.header import CRYPT_LUKS, Autoclear, Header
 from planner.source import Source, read_present
 
@@ -35,6 +36,8 @@ MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY = MAX_BITMAPS * 1024
 
 EXTENSION = Struct("magic" / Int32ub, "length" / Int32ub)
+EXTENSION_BYTES = EXTENSION.sizeof()
+_FIXED = Fixed(EXTENSION)
 CRYPTO_POINTER = Struct("offset" / Int64ub, "length" / Int64ub)
 BITMAPS_POINTER = Struct(
     "nb_bitmaps" / Int32ub,
@@ -113,7 +116,7 @@ def decode_extensions(raw: bytes, start: int, room: int) -> tuple[Extension, ...
     found, position = [], 0
     while position < room:
         magic, length = _extension_at(raw, position)
-        position += EXTENSION.sizeof()
+        position += EXTENSION_BYTES
         if position > room or length > room - position:
             raise ImageError(
                 "header extension", f"{magic:#010x}", f"{length} bytes run past the header's area"
@@ -127,7 +130,7 @@ def decode_extensions(raw: bytes, start: int, room: int) -> tuple[Extension, ...
 
 
 def _extension_at(raw: bytes, position: int) -> tuple[int, int]:
-    entry = EXTENSION.parse(raw[position : position + EXTENSION.sizeof()].ljust(8, b"\0"))
+    entry = _FIXED.parse(raw[position : position + EXTENSION_BYTES].ljust(EXTENSION_BYTES, b"\0"))
     return entry.magic, entry.length
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from construct import Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError
+from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import SIGNED_MAX, Header
 from planner.source import READABLE_END, Source, read_bytes
@@ -35,6 +36,7 @@ ENTRY = Struct(
     "extra_data_size" / Int32ub,
 )
 ENTRY_BYTES = ENTRY.sizeof()
+_FIXED = Fixed(ENTRY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,8 @@ def decode_snapshot(source: Source, offset: int, *, may_cut: bool = False) -> Sn
     """
     raw = read_bytes(source, offset, ENTRY_BYTES) if offset < source.size else b""
     if not any(raw):  # Past the end or in a hole, where a header can claim very many.
-        return Snapshot(offset, 0, 0, 0, 0, 0, 0, b"", b"", b"")
-    fixed = ENTRY.parse(raw)
+        return _of_nothing(offset)
+    fixed = _FIXED.parse(raw)
     extra = fixed.extra_data_size
     if extra > MAX_EXTRA_DATA and not may_cut:
         raise ImageError(
@@ -142,6 +144,11 @@ def decode_snapshot(source: Source, offset: int, *, may_cut: bool = False) -> Sn
     )
 
 
+def _of_nothing(offset: int) -> Snapshot:
+    """An entry that is all zeros."""
+    return Snapshot(offset, 0, 0, 0, 0, 0, 0, b"", b"", b"")
+
+
 def read_snapshots(
     source: Source, header: Header, geometry: Geometry, *, may_cut: bool = False
 ) -> SnapshotTable:
@@ -156,15 +163,23 @@ def read_snapshots(
         raise ImageError("snapshots_offset", offset, "not cluster aligned, or too large")
     if not count:
         return SnapshotTable(offset)
-    snapshots, position = [], offset
-    for _ in range(count):
+    snapshots: list[Snapshot] = []
+    position = offset
+    while len(snapshots) < count:
         position = (position + 7) & ~7
-        if position > READABLE_END - ENTRY_BYTES:
+        there = position < source.size
+        missing = 1 if there else count - len(snapshots)
+        if position > READABLE_END - missing * ENTRY_BYTES:
             raise ImageError("snapshots_offset", offset, "past the end of any file")
-        snapshot = decode_snapshot(source, position, may_cut=may_cut)
-        snapshots.append(snapshot)
-        position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
-        position += len(snapshot.id_str) + len(snapshot.name)
+        if there:
+            snapshot = decode_snapshot(source, position, may_cut=may_cut)
+            snapshots.append(snapshot)
+            position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
+            position += len(snapshot.id_str) + len(snapshot.name)
+        else:
+            end = position + missing * ENTRY_BYTES
+            snapshots += map(_of_nothing, range(position, end, ENTRY_BYTES))
+            position = end
         if position - offset > MAX_TABLE_BYTES:
             raise ImageError("snapshot table", position - offset, "over 64 MiB")
     return SnapshotTable(offset, position - offset, tuple(snapshots))

@@ -6,8 +6,7 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, Mask
-from planner.census import expand_ranges
+from planner.arrays import I64, Mask, expand_ranges
 from planner.findings import FindingKind, Findings, Structure
 from planner.plan import StageKind
 from planner.qcow2 import entries

@@ -1,5 +1,6 @@
 """Sources that are not a few bytes: sparse, huge, and with a record of what was asked of them."""
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ class Sparse:
     block: int = 512
     bytes_read: int = 0
     asked: list[tuple[int, int]] = field(default_factory=list)
+    _order: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, data: bytes, size: int, block: int = 512) -> "Sparse":
@@ -42,7 +44,11 @@ class Sparse:
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         self.asked.append((offset, length))
-        for number in sorted(self.blocks):
+        numbers = sorted(self.blocks) if len(self._order) != len(self.blocks) else self._order
+        self._order = numbers
+        low = bisect.bisect_left(numbers, offset // self.block)
+        high = bisect.bisect_left(numbers, -(-(offset + length) // self.block))
+        for number in numbers[low:high]:
             start, end = number * self.block, (number + 1) * self.block
             start, end = max(start, offset), min(end, offset + length, self.size)
             if start < end:

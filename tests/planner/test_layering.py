@@ -23,7 +23,8 @@ INSTARFS = [name for name in MODULES if name.startswith("instarfs")]
 
 PURE = {
     "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "errno",
-    "functools", "hashlib", "heapq", "itertools", "math", "operator", "struct", "typing", "zlib",
+    "functools", "hashlib", "heapq", "itertools", "math", "operator", "struct", "types", "typing",
+    "zlib",
     "construct", "numpy",
 }  # fmt: skip
 """What the planner may use besides itself: nothing that reaches a file, a clock or a process."""

@@ -1,0 +1,36 @@
+"""Tables laid over each other, or in the holes of a file: how much of that a check follows.
+
+In a sound image no two tables share a byte. In a hostile one a small file can hold thousands of
+tables that all lie in the same place, or where nothing is, each counted on its own: work and memory
+are the product of two numbers that an attacker names. QEMU counts for hours; here the check stops.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+
+MAX_TABLE_BYTES = 1 << 30
+"""Tables of one sort have no more together: 2^27 entries."""
+
+
+MAX_SHARED_BYTES = 1 << 20
+"""So much of them lies over others: 2^17 entries are read again."""
+
+
+def followed(start: I64, end: I64) -> Mask:
+    """Which tables of one sort to look at. Their ranges are in bytes, in any order.
+
+    Those that share no byte are all among them, as long as `MAX_TABLE_BYTES` are enough.
+    """
+    chosen: Mask = np.cumsum(np.maximum(end - start, 0)) <= MAX_TABLE_BYTES
+    if len(start) < 2:
+        return chosen
+    order = np.argsort(start, kind="stable")
+    first, last = start[order], end[order]
+    reach = np.maximum.accumulate(last)[:-1]
+    shared = np.maximum(np.minimum(last[1:], reach) - first[1:], 0)
+    # No sum passes 2^63: no sort of table has 2^27 of them, nor any of them 2^32 bytes.
+    chosen[order[1:]] &= (shared == 0) | (np.cumsum(shared) <= MAX_SHARED_BYTES)
+    return chosen

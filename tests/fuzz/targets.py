@@ -1,0 +1,317 @@
+"""What is fuzzed: functions from any bytes to nothing, and the seeds that they begin with.
+
+The contract of each: an answer, or one of the errors that its docstring names. Whatever else it
+raises is a bug, and so is more than `SECONDS` of processor time or `MEMORY` on a file below
+`FILE_BYTES`. How inputs are made up is not known here: atheris, pytest and a person bring them.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+from examples.make_image import DAMAGES, CannotDamageError, Image, ImageBuilder
+from instarfs import journal
+from instarfs.errors import UndoFileDamaged
+from instarfs.render import check as render_check
+from instarfs.render import info as render_info
+from instarfs.render import repair as render_repair
+from planner.check import check_image
+from planner.errors import ImageError, RepairError
+from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.contents import Contents, bare_header
+from planner.qcow2.extensions import BitmapsPointer
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.header import decode_header
+from planner.qcow2.layout import Layout
+from planner.qcow2.luks import encode_luks
+from planner.qcow2.snapshots import read_snapshots
+from planner.repair.tiers import propose, same_outcome
+from planner.report import CheckCounters, Report
+from planner.source import SECTOR, Bytes, Overlay, Source, read_bytes
+from tests.luks_headers import luks_header
+from tests.planner.sources import Sparse
+
+SECONDS = 2.0
+MEMORY = 256 << 20
+FILE_BYTES = 1 << 20
+
+SHOWN_BYTES = 1 << 20
+"""So much of a rendered file is read: longer ones stream."""
+
+NAME = "image\n\x1b[31m.qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Something to fuzz."""
+
+    run: Callable[[bytes], None]
+    seeds: Callable[[], Iterable[bytes]]
+
+
+# ---- images ----
+
+
+def header(data: bytes) -> None:
+    """What an image says of itself, shown. Refuses with `ImageError`."""
+    source, facts = Bytes(data), render_info.ImageFacts(NAME, len(data), len(data))
+    bare = bare_header(source)
+    try:
+        layout = Layout.read(source)
+    except ImageError as error:
+        json.loads(render_info.info_error_json(error, facts))
+        json.loads(render_info.header_error_json(error, bare))
+        return
+    json.loads(render_info.header_json(layout))
+    contents = Contents.read(source)
+    json.loads(render_info.info_json(contents, facts))
+    _require_printable(render_info.info_human(contents, facts))
+
+
+def snapshots(data: bytes) -> None:
+    """A snapshot table behind how many entries it is said to have. Refuses with `ImageError`."""
+    count, table = int.from_bytes(data[:4], "big"), data[4:]
+    header = replace(decode_header(bytes(104)), nb_snapshots=count, snapshots_offset=512)
+    geometry = Geometry(3, 9, 4, 1 << 30, False, False)
+    source = Bytes(bytes(512) + table)
+    for may_cut in (False, True):
+        with suppress(ImageError):
+            found = read_snapshots(source, header, geometry, may_cut=may_cut)
+            assert len(found.snapshots) == count
+
+
+def bitmaps(data: bytes) -> None:
+    """A bitmap directory behind how many bitmaps it is said to have. Refuses with `ImageError`."""
+    count, directory = int.from_bytes(data[:4], "big"), data[4:]
+    pointer = BitmapsPointer(count, len(directory), 512)
+    geometry = Geometry(3, 9, 4, 1 << 20, False, False)
+    with suppress(ImageError):
+        assert len(read_bitmaps(Bytes(bytes(512) + directory), pointer, geometry)) == count
+
+
+def check(data: bytes) -> None:
+    """The check of an image, and every file that shows it. Refuses nothing."""
+    _show_check(check_image(Bytes(data)))
+
+
+def sparse(data: bytes) -> None:
+    """The check of an image whose file is as long as its last eight bytes say, a hole behind."""
+    size = int.from_bytes(data[-8:], "big") >> 1
+    check_image(Sparse.of(data[:-8], max(size, len(data)), block=4096))
+
+
+def plan(data: bytes) -> None:
+    """Both tiers' plans, laid over the image, taken back, shown. Refuse with `RepairError`."""
+    source = Bytes(data)
+    report = check_image(source)
+    for tier in RepairTier:
+        try:
+            proposal = propose(source, report, tier)
+        except RepairError as error:
+            json.loads(_shown(render_repair.refusal_json(error, tier, NAME)))
+            continue
+        after = _laid(source, proposal.plan)
+        assert same_outcome(check_image(after), proposal.after)
+        assert _laid(after, proposal.plan.inverse()).data == data
+        _shown(render_repair.plan_json(proposal, NAME))
+        _require_printable(_shown(render_repair.plan_human(proposal, NAME)))
+
+
+def _laid(source: Source, plan: Plan) -> Bytes:
+    """The file as it is when *plan* has been written."""
+    return Bytes(read_bytes(Overlay(source, plan), 0, plan.size_after))
+
+
+def _show_check(report: Report) -> None:
+    result = json.loads(_shown(render_check.result_json(report, NAME)))
+    assert result["verdict"] == report.verdict
+    assert len(render_check.result_bin(report)) == 80
+    _require_printable(_shown(render_check.report_txt(report, NAME)))
+    _require_printable(_shown(render_check.check_human(report)))
+    _require_printable("\n".join(itertools.islice(render_check.check_messages(report), 1000)))
+    for render in (
+        render_check.leaks_tsv,
+        render_check.corruptions_tsv,
+        render_check.refcounts_tsv,
+        render_check.findings_jsonl,
+    ):
+        _require_printable(_shown(render(report)).replace(b"\t", b""))
+
+
+def _shown(content: bytes | str | Iterable[bytes]) -> bytes:
+    """A rendered file, or the beginning of one that streams."""
+    if isinstance(content, str):
+        return content.encode()
+    if isinstance(content, bytes):
+        return content
+    beginning = io.BytesIO()
+    for part in content:
+        if beginning.write(part) and beginning.tell() >= SHOWN_BYTES:
+            break
+    return beginning.getvalue()
+
+
+def _require_printable(text: bytes | str) -> None:
+    """No terminal obeys what comes from an image."""
+    decoded = text.decode() if isinstance(text, bytes) else text
+    assert decoded.replace("\n", "").isprintable()
+
+
+# ---- undo files ----
+
+
+def undo_file(data: bytes) -> None:
+    """An undo file. Refuses with `UndoFileDamaged`."""
+    for raw in (data, _sealed(data)):
+        with suppress(UndoFileDamaged):
+            journal.decode_summary(raw, "undo")
+        with suppress(UndoFileDamaged):
+            record, status = journal.decode(raw, "undo")
+            assert journal.decode(b"".join(journal.encode(record, status)), "undo")[0] == record
+            Overlay(Bytes(bytes(SECTOR)), record.plan.inverse()).read_into(
+                0, memoryview(bytearray(SECTOR))
+            )
+
+
+def _sealed(data: bytes) -> bytes:
+    """*data* with the magic and the checksums that it lacks, so that what they guard is reached."""
+    end, length = journal.HEADER.sizeof(), journal.DIGEST_LENGTH
+    raw = bytearray(data.ljust(journal.BODY_AT, b"\0"))
+    fixed = journal.MAGIC + journal.VERSION
+    raw[: len(fixed)] = fixed
+    raw[end - length : end] = journal.digest_of(bytes(raw[journal.BODY_AT :]))
+    with suppress(ValueError):
+        _name_plan(raw)
+    raw[end : end + length] = journal.digest_of(bytes(raw[:end]))
+    for at in range(journal.SLOTS_AT, journal.BODY_AT, SECTOR):
+        to = at + journal.SLOT.sizeof()
+        raw[to : to + 4] = zlib.crc32(raw[at:to]).to_bytes(4, "little")
+    return bytes(raw)
+
+
+def _name_plan(raw: bytearray) -> None:
+    """Give the plan in an undo file the id that it has."""
+    found = journal.HEADER.parse(bytes(raw))
+    tier = RepairTier(found.tier.rstrip(b"\0").decode("ascii"))
+    body = memoryview(bytes(raw))[journal.BODY_AT :]
+    if len(body) == sum(found.sectors) * (8 + 2 * SECTOR):
+        stages = tuple(journal._stages(body, found.sectors))
+        named = Plan(tier, stages, found.size_before, found.size_after).id.encode()
+        at = raw.index(found.plan_id, len(journal.MAGIC + journal.VERSION) + journal.TIER_LENGTH)
+        raw[at : at + len(named)] = named
+
+
+# ---- seeds ----
+
+
+def _small_images() -> Iterator[ImageBuilder]:
+    """One of every feature, with clusters as small as it allows."""
+    build = partial(ImageBuilder, cluster_bits=9, size=200 * 512)
+    yield build()
+    yield build(version=2)
+    yield from (build(refcount_order=order) for order in (0, 2, 3, 6))
+    yield ImageBuilder(cluster_bits=14, size=40 << 14, extended_l2=True)
+    yield build(lazy_refcounts=True)
+    yield build(zstd=True)
+    yield build(data_file=b"data.raw")
+    yield build(data_file=b"data.raw", data_file_raw=True)
+    yield build(backing_file=b"json:{}", backing_format=b"qcow2")
+    yield ImageBuilder(
+        cluster_bits=12, size=1 << 20, crypt_method=2, luks_header=encode_luks(luks_header())
+    )
+    yield build(more_extensions=((0x12345678, b"unknown"),))
+
+
+@cache
+def _images() -> tuple[Image, ...]:
+    found = []
+    for builder in _small_images():
+        external, wide = builder.geometry.external_data, builder.geometry.refcount_order > 0
+        size = builder.geometry.cluster_size
+        for cluster in (0, 1, 2, 5, 80):
+            if cluster < builder.geometry.guest_clusters:
+                builder.write(cluster, b"%d" % cluster * 10)
+        builder.write_zeros(3)
+        builder.write_zeros(4, allocated=True)
+        if not external and wide:
+            builder.write_compressed(6, b"a" * size)
+            builder.write_compressed(7, b"b" * size)
+        if not external and wide and not builder.luks_header:
+            builder.take_snapshot("one")
+            builder.write(1, b"new")
+            builder.take_snapshot("two\x1b[31m")
+        if builder.geometry.version == 3 and not external:
+            builder.add_bitmap("bitmap", {0, 3}, granularity_bits=9)
+        found.append(builder.build())
+    return tuple(found)
+
+
+def _image_seeds() -> Iterator[bytes]:
+    for image in _images():
+        yield bytes(image.data)
+    for number, image in enumerate(_images()[:7]):
+        for name, damage in DAMAGES.items():
+            damaged = Image(bytearray(image.data), image.data_file)
+            with suppress(CannotDamageError):
+                damage(damaged, random.Random(f"{number} {name}"))
+                yield bytes(damaged.data)
+
+
+def _header_seeds() -> Iterator[bytes]:
+    """The first clusters hold all that is not a table."""
+    return (seed[: 8 << 10] for seed in _image_seeds())
+
+
+def _snapshot_seeds() -> Iterator[bytes]:
+    for image in _images():
+        header = image.header
+        if header.nb_snapshots:
+            table = image.data[header.snapshots_offset :][:1024]
+            yield header.nb_snapshots.to_bytes(4, "big") + bytes(table)
+    yield b"\0\1\0\0"
+
+
+def _bitmap_seeds() -> Iterator[bytes]:
+    for image in _images():
+        pointer = Layout.read(image.source).extensions.bitmaps
+        if pointer is not None:
+            start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+            yield pointer.nb_bitmaps.to_bytes(4, "big") + bytes(image.data[start : start + size])
+
+
+def _sparse_seeds() -> Iterator[bytes]:
+    sizes = itertools.cycle([1 << 20, 1 << 31, 1 << 45, (1 << 64) - 2])
+    for seed, size in zip(_image_seeds(), sizes, strict=False):
+        yield seed + size.to_bytes(8, "big")
+
+
+def _undo_seeds() -> Iterator[bytes]:
+    for image in _images()[:3]:
+        draft = Draft(Bytes(bytes(image.data)))
+        for kind in StageKind:
+            draft.write(kind, 512 * int(kind) + 7, b"changed")
+        draft.size += 512
+        for tier in RepairTier:
+            record = journal.Record(draft.plan(tier), bytes(32), CheckCounters(leaks=3), 1, 2)
+            whole = b"".join(journal.encode(record, journal.StateWord()))
+            yield from (whole, whole[: journal.BODY_AT], whole[: len(whole) // 2])
+
+
+TARGETS = {
+    "header": Target(header, _header_seeds),
+    "snapshots": Target(snapshots, _snapshot_seeds),
+    "bitmaps": Target(bitmaps, _bitmap_seeds),
+    "check": Target(check, _image_seeds),
+    "sparse": Target(sparse, _sparse_seeds),
+    "plan": Target(plan, _image_seeds),
+    "undo-file": Target(undo_file, _undo_seeds),
+}

@@ -1,0 +1,65 @@
+"""The fuzzers' targets without a fuzzer: on their seeds, on seeded mutations, and on bombs.
+
+`--cases 30000`: 100 times as many mutations, and every target on every bomb.
+"""
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.bombs import BOMBS
+from tests.fuzz.bounds import run
+from tests.fuzz.mutations import mutate_words
+from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS
+from tests.mount.mounts import INSTARFS, environment
+
+CASES_A_MUTATION = 3
+MANY_CASES = 10_000
+
+STARTED_SECONDS, STARTED_BYTES = 1.0, 64 << 20
+"""What `instarfs check` takes on an image with nothing in it: Python, numpy."""
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_seed_keeps_the_contract(name):
+    for seed in TARGETS[name].seeds():
+        TARGETS[name].run(seed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutations_keep_the_contract(name, cases, seed):
+    target, rng = TARGETS[name], random.Random(f"{name} {seed}")
+    seeds = list(target.seeds())
+    for _ in range(cases // CASES_A_MUTATION):
+        target.run(mutate_words(rng.choice(seeds), rng))
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_costs_no_more_than_its_bytes(name, tmp_path, cases):
+    data = bytes(BOMBS[name]().data)
+    assert len(data) <= FILE_BYTES
+    image = tmp_path / "bomb.qcow2"
+    image.write_bytes(data)
+    seconds, memory, exit_code = cost_of_check(image)
+    assert exit_code in (0, 1, 2, 3)
+    assert seconds < SECONDS + STARTED_SECONDS
+    assert memory < MEMORY + STARTED_BYTES
+    if cases >= MANY_CASES:
+        for target in ("header", "check", "plan"):
+            run(TARGETS[target], data)
+
+
+def cost_of_check(image: Path) -> tuple[float, int, int]:
+    """Seconds of processor time, peak memory in bytes, and the exit code of `instarfs check`."""
+    with subprocess.Popen(
+        [*INSTARFS, "check", "-q", image],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, process.returncode
