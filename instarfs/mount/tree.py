@@ -16,6 +16,7 @@ from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import info as render_info
+from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
 from instarfs.render.text import printable
 from planner.errors import ImageError, RepairError
@@ -96,6 +97,11 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
             "image/header.json",
             "every header field and extension, decoded; unknown ones as hex",
             GeneratedFile(inspector.description, header),
+        ),
+        _Entry(
+            "image/map.svg",
+            "a picture of the host file: what each part is used for, leaks, damage",
+            GeneratedFile(inspector.atlas, lambda atlas: render_map.map_svg(atlas, inspector.path)),
         ),
     ]
 

@@ -24,6 +24,7 @@ FILES = [
     "check/result.json",
     "image/header.json",
     "image/info.json",
+    "image/map.svg",
     "repair/plan/all.json",
     "repair/plan/leaks.json",
     "repair/progress",
