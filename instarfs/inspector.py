@@ -18,7 +18,13 @@ import trio
 
 from instarfs import locks
 from instarfs.computed import Computed
-from instarfs.errors import ImageReplaced, InstarfsError
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    ImageReadFailed,
+    ImageReplaced,
+    InstarfsError,
+    ReadCancelled,
+)
 from instarfs.image import FileSource, Generation, Image
 from instarfs.journal import Summary
 from instarfs.outcome import Pending, RepairOutcome
@@ -27,12 +33,13 @@ from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentag
 from instarfs.sharing import Sharing
 from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
-from planner.errors import AmbiguousCorruption, Cancelled, ImageError, RepairError
+from planner.errors import AmbiguousCorruption, Cancelled, ImageError, PlannerError, RepairError
 from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
-from planner.repair.tiers import Proposal, propose
+from planner.repair.tiers import Proposal, propose, total
 from planner.report import Report
+from planner.triage import Triage, triage_leaks
 
 # A second write within one tick of the file system's clock (10 ms at 100 Hz) leaves no trace in
 # the times: what was read of a file that young is not kept.
@@ -65,6 +72,26 @@ class Checkup:
     pending: Pending | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Leaks:
+    """What a check found leaked, and what that looks like."""
+
+    report: Report
+    triage: Triage
+
+
+@dataclass(frozen=True, slots=True)
+class Briefing:
+    """A check, and what follows from it: all that a person needs who has to decide.
+
+    ``proposals``: of each tier, or why there is none; empty where there is nothing to repair.
+    """
+
+    checkup: Checkup
+    triage: Triage | InstarfsError
+    proposals: dict[RepairTier, Proposal | InstarfsError | PlannerError]
+
+
 class Check(Protocol):
     """`planner.check.check_image`, or what stands in for it in a test."""
 
@@ -81,9 +108,9 @@ class Inspector:
     """One image: its `description`, its `checkup` and its `proposals`, computed in worker threads.
 
     A checkup stays good until the image is written to, replaced under its path, or opened or closed
-    by a writer; so does a proposal, which is the refusal where a tier refuses, and the atlas, which
-    is the error where there is none. A description lasts until one of the first two. ``repairs``:
-    what changes the image.
+    by a writer; so do what its `leaks` look like, a proposal, which is the refusal where a tier
+    refuses, the `briefing` that joins them, and the atlas, which is the error where there is none.
+    A description lasts until one of the first two. ``repairs``: what changes the image.
     """
 
     def __init__(
@@ -97,6 +124,8 @@ class Inspector:
         self._sharing = Sharing()
         self.description = Computed(self._settled_generation, self._describe)
         self.checkup = Computed(self._state, self._run_check)
+        self.leaks = Computed(self._state, self._look_into_leaks)
+        self.briefing = Computed(self._state, self._brief)
         self.proposals = {
             tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
         }
@@ -113,6 +142,10 @@ class Inspector:
         with contextlib.suppress(InstarfsError):
             self._generation = self._look()
         return self._generation
+
+    def source(self) -> FileSource:
+        """The image's bytes, as many as there are now."""
+        return self._image.source()
 
     def progress(self) -> str:
         """What the check is doing: `IDLE`, or its stage and percentage."""
@@ -136,6 +169,8 @@ class Inspector:
         self.description.cancel()
         self.checkup.cancel()
         self.atlas.cancel()
+        self.leaks.cancel()
+        self.briefing.cancel()
         for proposal in self.proposals.values():
             proposal.cancel()
 
@@ -191,18 +226,48 @@ class Inspector:
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         return Checkup(report, self.repairs.standing(before), interrupted)
 
+    def _look_into_leaks(self, cancelled: Callable[[], bool]) -> Leaks:
+        image = self._image
+        report = trio.from_thread.run(self.checkup.get).value.report
+        with self._sharing.reading(image):
+            return Leaks(report, triage_leaks(image.source(), report, cancelled=cancelled))
+
+    def _brief(self, _cancelled: Callable[[], bool]) -> Briefing:
+        """Plans are made only where something is to be repaired: each costs about a check."""
+        checkup = trio.from_thread.run(self.checkup.get).value
+        triage: Triage | InstarfsError
+        try:
+            triage = trio.from_thread.run(self.leaks.get).value.triage
+        except ImageReadFailed as error:  # of a leaked cluster, which the check did without
+            triage = error
+        briefing = Briefing(checkup, triage, {})
+        if checkup.report.error is None and total(checkup.report):
+            for tier in RepairTier:
+                briefing.proposals[tier] = self._proposal_or_error(tier)
+        return briefing
+
+    def _proposal_or_error(self, tier: RepairTier) -> Proposal | InstarfsError | PlannerError:
+        try:
+            return trio.from_thread.run(self.proposals[tier].get).value
+        except ReadCancelled:
+            raise
+        except DOMAIN_ERRORS as error:
+            return error
+
     def _propose(self, tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
         image = self._image
         before = image.generation()
         checkup = trio.from_thread.run(self.checkup.get).value
         if checkup.pending is not None:
             return RepairError(checkup.pending.sentence)
+        triage = trio.from_thread.run(self.leaks.get).value.triage
         try:
             with self._sharing.reading(image):
                 proposal = propose(
                     image.source(),
                     checkup.report,
                     tier,
+                    triage=triage,
                     progress=self._set_planning,
                     cancelled=cancelled,
                 )

@@ -7,13 +7,14 @@ waste: it is the table that mapped them. Only leaked clusters are read, of very 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from planner.arrays import I32, I64, U8, Mask
-from planner.errors import ImageError
+from planner.errors import Cancelled, ImageError
 from planner.findings import NONE, FindingKind, Structure
 from planner.gaps import Place, PlaceKind, read_gaps
 from planner.looks import Look, Looker
@@ -150,14 +151,45 @@ def names_of(signature: U8) -> Counter[str]:
     return Counter({NAMES[at]: number for at, number in enumerate(counts) if number and at})
 
 
-def triage_leaks(source: Source, report: Report) -> Triage:
-    """Look into the leaked clusters of the image that *report* is about."""
+def adjacent(clusters: I64) -> tuple[I64, I64]:
+    """Ascending clusters as runs of neighbours: the first of each, and how many they are."""
+    starts = np.flatnonzero(np.diff(clusters, prepend=-2) != 1)
+    return clusters[starts], np.diff(starts, append=len(clusters))
+
+
+def triage_leaks(
+    source: Source, report: Report, *, cancelled: Callable[[], bool] = lambda: False
+) -> Triage:
+    """Look into the leaked clusters of the image that *report* is about.
+
+    Raises `Cancelled` soon after *cancelled* has turned true.
+    """
     mismatches = report.mismatches
     if mismatches is None or not report.counters.leaks:
         return Triage()
     leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    look, signature = _look(source, report, mismatches, leaked)
+    look, signature = _look(_Stoppable(source, cancelled), report, mismatches, leaked)
     return _Describer(source, report, mismatches, leaked, look).describe(signature)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stoppable:
+    """A source that is read no further once *cancelled* has turned true."""
+
+    source: Source
+    cancelled: Callable[[], bool]
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self.cancelled():
+            raise Cancelled
+        self.source.read_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self.source.data_extents(offset, length)
 
 
 def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.image import Image
@@ -48,7 +49,9 @@ def serve(
             log.warning("%s: %s", image.path, pending.sentence)
         ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
         operations = Operations(
-            tree.build_tree(inspector, read_only=options.read_only),
+            tree.build_tree(
+                inspector, read_only=options.read_only, mountpoint=str(Path(directory).absolute())
+            ),
             partial(tree.facts, inspector),
             ownership,
             {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},

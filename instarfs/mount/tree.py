@@ -5,19 +5,30 @@ What a file contains is made in `instarfs.render`, when it is computed is up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from instarfs.inspector import Checkup, Description, Inspector
+from instarfs.inspector import Briefing, Checkup, Description, Inspector
+from instarfs.lost import LostRuns
 from instarfs.mount.controls import Controls
-from instarfs.mount.nodes import Directory, FixedDirectory, GeneratedFile, LiveFile, Node
+from instarfs.mount.nodes import (
+    DataFile,
+    Directory,
+    FixedDirectory,
+    GeneratedFile,
+    LiveFile,
+    MadeDirectory,
+    Node,
+)
 from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import info as render_info
 from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
+from instarfs.render import triage as render_triage
+from instarfs.render.report import Aftermath, report_txt
 from instarfs.render.text import printable
 from planner.errors import ImageError, RepairError
 from planner.plan import RepairTier
@@ -28,27 +39,32 @@ from planner.repair.tiers import Proposal
 class _Entry:
     """A node of the tree: its path, what it is in one line, and what stands behind it.
 
-    ``shown``: what README.txt calls a directory whose names are made as they are asked for.
+    ``node``: None for a name that the directory of another entry has. ``shown``: what README.txt
+    calls a directory whose names are made as they are asked for.
     """
 
     path: str
     what: str
-    node: Node
+    node: Node | None
     shown: str = ""
 
 
-def build_tree(inspector: Inspector, *, read_only: bool = False) -> Directory:
-    """The root directory of the mount of one image; *read_only*: one that does not repair."""
+def build_tree(inspector: Inspector, *, read_only: bool = False, mountpoint: str = "") -> Directory:
+    """The root directory of the mount of one image; *read_only*: one that does not repair.
+
+    *mountpoint*: where it will be, for the commands that are told to a reader.
+    """
     controls = Controls(inspector, read_only=read_only)
     entries = [
         *_image_files(inspector),
         *_table_files(inspector),
-        *_check_files(inspector),
+        *_check_files(inspector, mountpoint),
+        *_lost_files(inspector),
         *_repair_files(inspector, controls),
     ]
     readme = LiveFile(lambda: _readme(inspector.path, entries))
     nodes: list[tuple[list[str], Node]] = [(["README.txt"], readme)]
-    nodes += ((entry.path.split("/"), entry.node) for entry in entries)
+    nodes += ((entry.path.split("/"), entry.node) for entry in entries if entry.node is not None)
     return _directory(nodes)
 
 
@@ -122,12 +138,14 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
 # ---- check/ ----
 
 
-def _check_files(inspector: Inspector) -> list[_Entry]:
+def _check_files(inspector: Inspector, mountpoint: str) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
         return render_check.result_json(it.report, inspector.path, it.repaired, it.pending)
 
-    def report(it: Checkup) -> bytes:
-        return render_check.report_txt(it.report, inspector.path, it.pending)
+    def report(it: Briefing) -> bytes:
+        checkup = it.checkup
+        known = Aftermath(it.triage, it.proposals, checkup.pending, mountpoint)
+        return report_txt(checkup.report, inspector.path, known)
 
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
@@ -143,7 +161,6 @@ def _check_files(inspector: Inspector) -> list[_Entry]:
             "the same as a CheckResult, 80 bytes",
             lambda it: render_check.result_bin(it.report, it.repaired),
         ),
-        ("report.txt", "the same for a reader: what is wrong, the worst first", report),
         (
             "leaks",
             "clusters that are counted as used and that nothing refers to",
@@ -171,9 +188,46 @@ def _check_files(inspector: Inspector) -> list[_Entry]:
             for name, what, render in files
         ),
         _Entry(
+            "check/report.txt",
+            "the same for a reader: what is wrong, what it means, and what to do about it",
+            GeneratedFile(inspector.briefing, report),
+        ),
+        _Entry(
             "check/progress",
             "how far a running check is: `idle`, or its stage and percentage",
             LiveFile(progress),
+        ),
+    ]
+
+
+# ---- lost/ ----
+
+
+def _lost_files(inspector: Inspector) -> list[_Entry]:
+    runs = LostRuns(inspector.checkup.peek, inspector.source)
+
+    async def listed() -> Sequence[str]:
+        return [str(offset) for offset in await runs.offsets(render_triage.LISTED_RUNS)]
+
+    async def make(name: str) -> Node | None:
+        # One name for each run: not 0x10000, nor 065536.
+        is_offset = name.isascii() and name.isdecimal() and str(int(name)) == name
+        run = await runs.find(int(name)) if is_offset else None
+        if run is None:
+            return None
+        return DataFile(lambda: run.length, partial(runs.read, run), inspector.generation)
+
+    triage = GeneratedFile(
+        inspector.leaks, lambda it: render_triage.triage_json(it.triage, it.report, inspector.path)
+    )
+    return [
+        _Entry("lost/triage.json", "what the leaked clusters look like, and what looks lost", None),
+        _Entry(
+            "lost",
+            "the bytes of a run of leaked clusters, by its host offset, once a check has run;"
+            f" a listing shows the first {render_triage.LISTED_RUNS}",
+            MadeDirectory(make, listed, {"triage.json": triage}),
+            shown="lost/OFFSET",
         ),
     ]
 

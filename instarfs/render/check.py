@@ -321,11 +321,11 @@ def _number_cells(values: U64, kind: U8, columns: list[str]) -> U8:
 def sentence(report: Report, finding: Finding) -> str:
     """One line that stands for itself: where, what it means, what was found and expected."""
     if finding.kind in REFCOUNT_KINDS or finding.kind is FindingKind.MULTIPLE_OWNERS:
-        return _fact(report, finding)
-    return f"{_fact(report, finding)}: {finding.info.meaning}"
+        return fact(report, finding)
+    return f"{fact(report, finding)}: {finding.info.meaning}"
 
 
-def _fact(report: Report, finding: Finding) -> str:
+def fact(report: Report, finding: Finding) -> str:
     """Where, what was found, what was expected; the kind's meaning is said elsewhere."""
     info, kind = finding.info, finding.kind
     owners = "; ".join(_owner_phrase(report, owner) for owner in owners_of(report, finding))
@@ -365,11 +365,12 @@ def _place(report: Report, finding: Finding) -> str:
     else:
         place = f"{finding.structure.label} {at}"
     if finding.snapshot >= 0:
-        place += f" in {_snapshot_name(report, finding.snapshot)}"
+        place += f" in {snapshot_name(report, finding.snapshot)}"
     return place
 
 
-def _snapshot_name(report: Report, number: int) -> str:
+def snapshot_name(report: Report, number: int) -> str:
+    """A snapshot by its index, and by its name where it has one."""
     name = report.snapshots[number].name if number < len(report.snapshots) else b""
     return f"snapshot {number} ({printable(decode_name(name))})" if name else f"snapshot {number}"
 
@@ -389,7 +390,7 @@ def _owner_phrase(report: Report, owner: Owner) -> str:
     else:
         text = label
     if owner.snapshot >= 0:
-        text += f" in {_snapshot_name(report, owner.snapshot)}"
+        text += f" in {snapshot_name(report, owner.snapshot)}"
     return text
 
 
@@ -403,78 +404,15 @@ def owners_of(report: Report, finding: Finding) -> list[Owner]:
 
 # ---- texts ----
 
-_VERDICTS = {
-    "clean": "No errors were found: the metadata of this image is consistent.",
-    "dirty": "The metadata is consistent, but the image was not closed properly (dirty bit).",
-    "marked-corrupt": (
-        "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
-        " earlier and refuses to write to it."
-    ),
-    "leaks": "Only leaks: space is wasted, no data is at risk. A leak can be what is left of"
-    " something lost, so look before you reclaim it.",
-    "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
-    "incomplete": "The check could not look at everything: what follows is not the whole truth.",
-    "torn": "What was read belongs to no single moment: nothing below can be relied on.",
-    "unreadable": "The header cannot be interpreted, so nothing else is known.",
-}
 
-
-def report_txt(report: Report, filename: str, pending: Pending | None = None) -> bytes:
-    """The report for a reader: the verdict, what it means, then the findings, the worst first."""
-    lines = [f"{printable(filename)}: {report.verdict}", "", _VERDICTS[report.verdict]]
-    if pending is not None:
-        lines += ["", f"Not finished: {printable(pending.sentence)}."]
-    if report.error is not None:
-        lines += ["", printable(str(report.error))]
-        return _text(lines)
-    if report.torn:
-        lines.append(
-            "The image is in use: a program has it open for writing; check again when it has ended."
-            if report.in_use
-            else "It was written to during the check; check again."
-        )
-    lines += [""] + [printable(str(error)) for error in report.stopped]
-    counters = report.counters
-    lines += [
-        (
-            f"{counters.corruptions} corruptions, {counters.leaks} leaked clusters,"
-            f" {counters.check_errors} check errors."
-        ),
-        (
-            f"{counters.allocated_clusters} of {counters.total_clusters} guest clusters are"
-            f" allocated; the last used cluster ends at offset {counters.image_end_offset}."
-        ),
-    ]
-    for kind, number in _worst_first(report.counts()):
-        lines += ["", *_section(report, kind, number)]
-    return _text(lines)
-
-
-def _worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]:
+def worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]:
     """By severity, then in the order of the kinds: what loses data before what risks it."""
     return sorted(counts.items(), key=lambda item: (-KINDS[item[0]].severity, item[0]))
 
 
-def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
-    info = KINDS[kind]
-    lines = [f"{kind.label} ({number}): {info.meaning}."]
-    if info.left:
-        lines.append(f"  Cannot be repaired: {info.left}.")
-    for shown, finding in enumerate(report.rows(kind)):
-        if shown == LISTED:
-            lines.append("  ... the rest is in check/findings.jsonl")
-            break
-        lines.append(f"  - {_fact(report, finding)}")
-    return lines
-
-
-def _text(lines: list[str]) -> bytes:
-    return ("\n".join(lines) + "\n").encode()
-
-
 def check_messages(report: Report) -> Iterator[str]:
     """What `instarfs check` says on stderr: the findings, at most a few of each kind."""
-    for kind, number in _worst_first(report.counts()):
+    for kind, number in worst_first(report.counts()):
         word = {Severity.LEAK: "Leaked", Severity.NOTICE: "NOTE"}.get(KINDS[kind].severity, "ERROR")
         for listed, finding in enumerate(report.rows(kind)):
             if listed == LISTED:

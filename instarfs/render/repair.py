@@ -11,6 +11,7 @@ from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
 from instarfs.render.text import json_bytes, printable
+from instarfs.render.triage import triage_lines, triage_value
 from planner.errors import RepairError
 from planner.findings import KINDS
 from planner.plan import Edit, Plan, RepairTier
@@ -41,7 +42,7 @@ def plan_json(proposal: Proposal, filename: str) -> bytes:
             "complete": proposal.complete,
             "plan-id-must-be-quoted": proposal.needs_quote,
             "suspects": [suspect.sentence for suspect in proposal.suspects],
-            "leaked-clusters-looked-at": proposal.triage.looked_at,
+            **triage_value(proposal.triage),
             "left-findings": left_values(proposal.left),
             "predicted": counters_value(proposal.after),
             "predicted-verdict": proposal.after.verdict,
@@ -109,15 +110,14 @@ def plan_human(proposal: Proposal, filename: str) -> str:
     lines = [_numbers_line(proposal)]
     if plan.changes_nothing:
         lines.insert(0, f"{name}: the tier `{proposal.tier}` has nothing to change.")
-        return "\n".join([*lines, *_left_lines(proposal.left)]) + "\n"
+        return "\n".join([*lines, *_left_section(proposal.left)]) + "\n"
     lines.insert(0, f"{name}: plan {plan.id} for the tier `{proposal.tier}`")
     if proposal.needs_quote:
-        lines += [
-            "",
-            "WARNING: it would free clusters that look like something lost:",
-            *(f"  - {suspect.sentence}" for suspect in proposal.suspects[:LISTED_EDITS]),
-            "If that is what you want, quote the plan's id when you repair.",
-        ]
+        lines += ["", "WARNING: it would free clusters that look like something lost."]
+    words = triage_lines(proposal.triage, "see: instarfs mount, lost/triage.json")
+    lines += ["", "Leaked clusters:", *(f"  - {line}" for line in words)] if words else []
+    if proposal.needs_quote:
+        lines.append("If they are to go all the same, quote the plan's id when you repair.")
     lines += ["", "Stages:"]
     lines += [
         f"  {stage.kind.name.lower()}: {stage.changed_bytes()} bytes in {len(stage.sectors)}"
@@ -133,7 +133,7 @@ def plan_human(proposal: Proposal, filename: str) -> str:
         )
     if plan.edit_count > LISTED_EDITS:
         lines.append("  ... all of them: --output json")
-    lines += _left_lines(proposal.left)
+    lines += _left_section(proposal.left)
     lines += ["", f"Afterwards the check says: {proposal.after.verdict}."]
     return "\n".join(lines) + "\n"
 
@@ -142,11 +142,14 @@ def _numbers_line(proposal: Proposal) -> str:
     return f"found {proposal.found}, planned {proposal.planned}, left {proposal.left_count}"
 
 
-def _left_lines(left: tuple[Left, ...]) -> list[str]:
-    if not left:
-        return []
+def left_lines(left: tuple[Left, ...]) -> list[str]:
+    """What stays and why, the worst first, a line each."""
     worst = sorted(left, key=lambda each: -KINDS[each.kind].severity)
-    return ["", "Left:", *(f"  {each.count} x {each.kind.label}: {each.reason}" for each in worst)]
+    return [f"{each.count} x {each.kind.label}: {each.reason}" for each in worst]
+
+
+def _left_section(left: tuple[Left, ...]) -> list[str]:
+    return ["", "Left:", *(f"  {line}" for line in left_lines(left))] if left else []
 
 
 # ---- what became of it ----
@@ -183,7 +186,7 @@ def outcome_human(outcome: RepairOutcome, filename: str) -> str:
     lines = [outcome_line(outcome)]
     if outcome.recovered and outcome.status is not Status.UNDONE:
         lines.insert(0, "A repair that had been interrupted was taken back first.")
-    lines += _left_lines(outcome.left)
+    lines += _left_section(outcome.left)
     if outcome.undo_file and outcome.stands:
         lines.append(f"To take it back: instarfs undo {printable(filename)}")
     return "\n".join(lines) + "\n"

@@ -124,8 +124,15 @@ class Proposal:
         return RepairCounters(leaks, wrong, self.planned - leaks - wrong, not self.complete)
 
 
-_Check = Callable[[Source], Report]
 _Drafted = tuple[Scope, Triage]
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """How an image is looked at while a repair of it is drafted."""
+
+    check: Callable[[Source], Report]
+    triage: Callable[[Scope], Triage]
 
 
 def total(report: Report) -> int:
@@ -152,24 +159,40 @@ def propose(
     report: Report,
     tier: RepairTier,
     *,
+    triage: Triage | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Proposal:
     """What a repair would do to an image whose check gave *report*, proven on an overlay.
 
-    Raises a `RepairError` where the tier refuses.
+    *triage*: of the image as it is, where that is known. Raises a `RepairError` where the tier
+    refuses.
     """
+    known = triage
 
     def check(image: Source) -> Report:
         return check_image(image, progress=progress, cancelled=cancelled)
 
+    def look(scope: Scope) -> Triage:
+        nonlocal known
+        if scope.report is report and known is not None:
+            return known
+        found = triage_leaks(scope.source, scope.report, cancelled=cancelled or _never)
+        known = found if scope.report is report else known
+        return found
+
     _require_sound_basis(report)
-    scope, triage = _draft_tier(source, report, tier, check)
+    means = _Means(check, look)
+    scope, triage = _draft_tier(source, report, tier, means)
     if tier is RepairTier.ALL:
         _draft_flags(scope, report)
-    plan, after = scope.draft.plan(tier), _checked_anew(scope, check).report
+    plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
     require_proof(source, plan, report, after)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
+
+
+def _never() -> bool:
+    return False
 
 
 def _require_sound_basis(report: Report) -> None:
@@ -182,21 +205,21 @@ def _require_sound_basis(report: Report) -> None:
         raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
 
 
-def _draft_tier(source: Source, report: Report, tier: RepairTier, check: _Check) -> _Drafted:
+def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means) -> _Drafted:
     """A tier's draft, repeated without the refcounts that COPIED flags could not follow."""
     draft = _draft_leaks if tier is RepairTier.LEAKS else _draft_all
     stay: I64 = np.zeros(0, dtype=np.int64)
     for _ in range(MAX_DRAFTS - 1):
-        scope, triage = draft(Scope(Draft(source), source, report), check, stay)
+        scope, triage = draft(Scope(Draft(source), source, report), means, stay)
         more = np.union1d(stay, unfollowed_targets(report, scope))
         if len(more) == len(stay):
             return scope, triage
         stay = more
-    return draft(Scope(Draft(source), source, report), check, stay)
+    return draft(Scope(Draft(source), source, report), means, stay)
 
 
-def _draft_leaks(scope: Scope, check: _Check, stay: I64) -> _Drafted:
-    report, triage = scope.report, triage_leaks(scope.source, scope.report)
+def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
+    report, triage = scope.report, means.triage(scope)
     if not report.counters.leaks:
         return scope, triage
     if not report.complete:
@@ -213,28 +236,28 @@ def _draft_leaks(scope: Scope, check: _Check, stay: I64) -> _Drafted:
             "the refcount structure itself is damaged", "the tier `all` rebuilds it", damaged[0]
         )
     reclaim_leaks_in_refblocks(scope, stay)
-    scope = _checked_anew(scope, check)
+    scope = _checked_anew(scope, means)
     # Lowered to one reference, an entry gets its COPIED flag back.
     update_copied_flags_for_l1(scope, known=report.findings)
-    return _checked_anew(scope, check), triage
+    return _checked_anew(scope, means), triage
 
 
-def _draft_all(scope: Scope, check: _Check, stay: I64) -> _Drafted:
+def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     before = scope.report
     _require_writable_header(before)
     for planner in (correct_entries, rewrite_snapshot_table):
         planner(scope)
-        scope = _checked_anew(scope, check)
+        scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
-    triage = triage_leaks(scope.source, scope.report)
+    triage = means.triage(scope)
     if triage.suspect_count or not scope.report.complete:
         # What the repair itself ceased to refer to is no such leak: that reference was known.
         stay = np.union1d(stay, np.intersect1d(_leaked(before), _leaked(scope.report)))
     _draft_refcounts(scope, stay)
     for planner in (update_copied_flags_for_l1, clear_reserved_bits):
-        scope = _checked_anew(scope, check)
+        scope = _checked_anew(scope, means)
         planner(scope)
-    return _checked_anew(scope, check), triage
+    return _checked_anew(scope, means), triage
 
 
 def _leaked(report: Report) -> I64:
@@ -244,12 +267,12 @@ def _leaked(report: Report) -> I64:
     return report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
 
 
-def _checked_anew(scope: Scope, check: _Check) -> Scope:
+def _checked_anew(scope: Scope, means: _Means) -> Scope:
     """The scope after what was drafted; the same where nothing was added."""
     if scope.draft.writes == scope.writes:
         return scope
     image = scope.draft.overlay()
-    return scope.after(image, check(image))
+    return scope.after(image, means.check(image))
 
 
 def _draft_refcounts(scope: Scope, stay: I64) -> None:

@@ -2,19 +2,24 @@
 
 import errno
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from examples.make_image import DAMAGES, sample
 from instarfs import locks
-from instarfs.errors import ImageIsNoFile, ImageReadFailed
+from instarfs.errors import ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.image import FileSource, Image
 from instarfs.inspector import IDLE, Inspector
 from instarfs.locks import Access, Permission
-from planner.errors import Cancelled, NotQcow2
+from planner.errors import Cancelled, NotQcow2, RepairError
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal
 from planner.report import Report
 
 DEADLINE = 10
@@ -244,6 +249,60 @@ async def test_describes_what_is_there(inspector: Inspector, path: Path) -> None
     with path.open("ab") as file:
         file.write(b"more")
     assert (await inspector.description.get()).value.file_size == 1004
+
+
+# ---- what follows from a check ----
+
+
+def damaged(path: Path, *names: str) -> Inspector:
+    image = sample().build()
+    for name in names:
+        DAMAGES[name](image, random.Random(1))
+    path.write_bytes(image.data)
+    backdate(path)
+    return Inspector(Image.open(str(path)))
+
+
+async def test_a_briefing_of_a_clean_image_plans_nothing(path: Path) -> None:
+    inspector = damaged(path)
+    briefing = (await inspector.briefing.get()).value
+    assert briefing.checkup is (await inspector.checkup.get()).value
+    assert briefing.proposals == {}
+    assert all(inspector.proposals[tier].peek() is None for tier in RepairTier)
+
+
+async def test_a_briefing_joins_check_triage_and_plans(path: Path) -> None:
+    inspector = damaged(path, "lost-l2-table")
+    briefing = (await inspector.briefing.get()).value
+    leaks = (await inspector.leaks.get()).value
+    assert briefing.triage is leaks.triage
+    assert leaks.report is briefing.checkup.report
+    for tier in RepairTier:
+        proposal = (await inspector.proposals[tier].get()).value
+        assert isinstance(proposal, Proposal)
+        assert briefing.proposals[tier] is proposal
+        assert proposal.triage is leaks.triage
+
+
+async def test_a_refusal_is_a_part_of_the_briefing(path: Path) -> None:
+    inspector = damaged(path, "snapshot-l1-misaligned")
+    briefing = (await inspector.briefing.get()).value
+    assert isinstance(briefing.proposals[RepairTier.LEAKS], RepairError)
+
+
+async def test_a_briefing_that_was_cancelled_is_not_kept(path: Path) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    propose = inspector._propose
+
+    def stopped(tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
+        trio.from_thread.run_sync(inspector.cancel)
+        return propose(tier, cancelled)
+
+    for tier in RepairTier:
+        inspector.proposals[tier]._compute = partial(stopped, tier)
+    with pytest.raises(ReadCancelled):
+        await inspector.briefing.get()
+    assert inspector.briefing.peek() is None
 
 
 def test_inspecting_changes_nothing(path: Path) -> None:

@@ -25,6 +25,7 @@ FILES = [
     "image/header.json",
     "image/info.json",
     "image/map.svg",
+    "lost/triage.json",
     "repair/plan/all.json",
     "repair/plan/leaks.json",
     "repair/progress",
@@ -35,10 +36,14 @@ FILES = [
     "tables/clusters.tsv",
 ]
 
+LOST = "lost/262144"
+"""The run of leaked clusters of `leaky_image`."""
+
 
 def test_the_tree_is_what_the_readme_says(shared: Mount) -> None:
+    shared.read("check/result.json")
     found = run("find", shared.path, "-type", "f", "-printf", "%P\n").split()
-    assert sorted(found) == FILES
+    assert sorted(found) == sorted([*FILES, LOST])
     readme = shared.read("README.txt")
     assert str(shared.image) in readme
     for name in FILES[1:]:
@@ -61,7 +66,7 @@ def test_listing_computes_nothing(mount: MakeMount, image: Path) -> None:
 def test_attributes(shared: Mount) -> None:
     root = shared.path.stat()
     assert stat.S_IMODE(root.st_mode) == 0o500
-    assert root.st_nlink == 2 + 4
+    assert root.st_nlink == 2 + 5
     assert (root.st_uid, root.st_gid) == (os.getuid(), os.getgid())
     check = (shared / "check").stat()
     assert (stat.S_IMODE(check.st_mode), check.st_nlink) == (0o500, 2)

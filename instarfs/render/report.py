@@ -1,0 +1,311 @@
+"""``check/report.txt``: a check for a reader who has to decide something at three in the morning.
+
+The verdict first, then what it means for the guest, what looks lost, what each tier would do, and
+the commands to go on with; the findings last, long lists by reference. All from values.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from instarfs.outcome import Pending
+from instarfs.render.check import LISTED, fact, snapshot_name, worst_first
+from instarfs.render.repair import left_lines
+from instarfs.render.text import printable
+from instarfs.render.triage import triage_lines
+from planner.errors import RepairError
+from planner.findings import ACTIVE, KINDS, FindingKind
+from planner.gaps import PlaceKind
+from planner.impact import Harm, Ranges, guest_impact
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal
+from planner.report import Report
+from planner.triage import Triage
+
+LISTED_RANGES = 5
+"""Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""
+
+LISTED_SNAPSHOTS = 10
+
+VERDICTS = {
+    "clean": "No errors were found: the metadata of this image is consistent.",
+    "dirty": "The metadata is consistent, but the image was not closed properly (dirty bit).",
+    "marked-corrupt": (
+        "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
+        " earlier and refuses to write to it."
+    ),
+    "leaks": "Only leaks: space is wasted, no data is at risk. A leak can be what is left of"
+    " something lost, so look before you reclaim it.",
+    "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
+    "incomplete": "The check could not look at everything: what follows is not the whole truth.",
+    "torn": "What was read belongs to no single moment: nothing below can be relied on.",
+    "unreadable": "The header cannot be interpreted, so nothing else is known.",
+}
+
+_HARMS = {
+    Harm.LOST: "cannot be read, or read as zeros: what was there is not where the image says",
+    Harm.SUSPECT: "may read wrong bytes",
+    Harm.AT_RISK: "read well now; the next write may damage them",
+}
+
+_LABELS = {Harm.LOST: "lost", Harm.SUSPECT: "suspect", Harm.AT_RISK: "at risk"}
+
+_Proposals = Mapping[RepairTier, Proposal | Exception]
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
+
+    ``triage``: or why the leaked clusters could not be looked into. ``mountpoint``: where the image
+    is mounted, if it is.
+    """
+
+    triage: Triage | Exception = field(default_factory=Triage)
+    proposals: _Proposals = field(default_factory=dict)
+    pending: Pending | None = None
+    mountpoint: str = ""
+
+
+def report_txt(report: Report, filename: str, known: Aftermath | None = None) -> bytes:
+    """The report for a reader."""
+    known = known or Aftermath()
+    sections = [_verdict(report, filename, known.pending)]
+    if report.error is None:
+        sections += [
+            _guest(report, known.triage),
+            _leaked(known.triage),
+            _tiers(known.proposals),
+            _commands(report, filename, known),
+            *_findings(report),
+        ]
+    lines = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return (lines + "\n").encode()
+
+
+def _verdict(report: Report, filename: str, pending: Pending | None) -> list[str]:
+    lines = [f"{printable(filename)}: {report.verdict}", "", VERDICTS[report.verdict]]
+    if pending is not None:
+        lines += ["", f"Not finished: {printable(pending.sentence)}."]
+    if report.error is not None:
+        return [*lines, "", printable(str(report.error))]
+    if report.torn:
+        lines.append(
+            "The image is in use: a program has it open for writing; check again when it has ended."
+            if report.in_use
+            else "It was written to during the check; check again."
+        )
+    lines += [""] + [printable(str(error)) for error in report.stopped]
+    counters = report.counters
+    return [
+        *lines,
+        (
+            f"{counters.corruptions} corruptions, {counters.leaks} leaked clusters,"
+            f" {counters.check_errors} check errors."
+        ),
+        (
+            f"{counters.allocated_clusters} of {counters.total_clusters} guest clusters are"
+            f" allocated; the last used cluster ends at offset {counters.image_end_offset}."
+        ),
+    ]
+
+
+# ---- the guest ----
+
+
+def _guest(report: Report, triage: Triage | Exception) -> list[str]:
+    """What became of the bytes of the active disk, and of the snapshots."""
+    impact, missing = guest_impact(report), _missing_lines(report, triage)
+    if impact.safe == impact.size and impact.is_whole and not missing:
+        return []
+    lines = [f"What it means for the guest's disk of {impact.size} bytes:"]
+    lines += [line for harm in Harm for line in _harm_lines(harm, impact.ranges[harm])]
+    safe = f"  safe: {impact.safe} of {impact.size} bytes are touched by no finding"
+    safe += ", what is missing aside" if missing else ""
+    safe += "" if impact.is_whole else "; but not everything could be looked at"
+    return [*lines, *missing, safe, *_snapshot_lines(report)]
+
+
+def _missing_lines(report: Report, triage: Triage | Exception) -> list[str]:
+    """What lost tables among the leaked clusters are to the guest."""
+    if not isinstance(triage, Triage):
+        return []
+    elsewhere = {PlaceKind.LOST, PlaceKind.SHARED}
+    tables = [
+        table
+        for table in triage.suspects
+        if not table.is_l1 and not elsewhere & {place.kind for place in table.places}
+    ]
+    lines = []
+    if tables:
+        what = f"{len(tables)} lost L2 tables" if len(tables) > 1 else "a lost L2 table"
+        size = min(len(tables) * report.geometry.l2_coverage, report.geometry.virtual_size)
+        backed = report.layout is not None and report.layout.header.backing_file_offset != 0
+        lines.append(
+            f"  missing: up to {size} bytes, which {what} mapped: they read as"
+            f" {'the backing file' if backed else 'zeros'} now; see below"
+        )
+    if triage.snapshots or any(table.is_l1 for table in triage.suspects):
+        lines.append("  missing: a snapshot that the image no longer counts; see below")
+    return lines
+
+
+def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
+    if not len(ranges):
+        return []
+    number = f"{len(ranges)} ranges" if len(ranges) > 1 else "1 range"
+    lines = [f"  {_LABELS[harm]}: {ranges.size} bytes in {number}: {_HARMS[harm]}"]
+    lines += [
+        f"    {length} bytes at guest offset {offset}"
+        for offset, length in ranges.first(LISTED_RANGES)
+    ]
+    if len(ranges) > LISTED_RANGES:
+        lines.append("    ... by finding: check/findings.jsonl")
+    return lines
+
+
+def _snapshot_lines(report: Report) -> Iterator[str]:
+    """What is known of snapshots on their own; what they share with the disk is told there."""
+    told = 0
+    touched = np.unique(np.concatenate((report.findings.snapshot, report.owners.snapshot)))
+    for number in touched[touched > ACTIVE].tolist():
+        impact = guest_impact(report, number)
+        harms = [
+            f"{ranges.size} bytes {_LABELS[harm]}"
+            for harm, ranges in impact.ranges.items()
+            if ranges
+        ]
+        if not harms:
+            continue
+        if told == LISTED_SNAPSHOTS:
+            yield "  ... more snapshots are harmed: check/findings.jsonl"
+            return
+        told += 1
+        yield f"  {snapshot_name(report, number)}: {', '.join(harms)}"
+
+
+# ---- leaks and repairs ----
+
+
+def _leaked(triage: Triage | Exception) -> list[str]:
+    if not isinstance(triage, Triage):
+        return ["The leaked clusters could not be looked into:", f"  {printable(str(triage))}"]
+    if not triage.leaked:
+        return []
+    return [
+        "What the leaked clusters look like:",
+        *(f"  - {line}" for line in triage_lines(triage)),
+    ]
+
+
+def _tiers(proposals: _Proposals) -> list[str]:
+    if not proposals:
+        return []
+    lines = ["What a repair would do (nothing is written until you ask for it):"]
+    for tier, proposal in proposals.items():
+        lines += _tier_lines(tier, proposal)
+    return lines
+
+
+def _tier_lines(tier: RepairTier, proposal: Proposal | Exception) -> list[str]:
+    if isinstance(proposal, RepairError):
+        finding = f" (because of: {proposal.finding})" if proposal.finding else ""
+        return [f"  {tier}: refused{finding}: {printable(str(proposal))}"]
+    if not isinstance(proposal, Proposal):
+        return [f"  {tier}: cannot be planned: {printable(str(proposal))}"]
+    numbers = f"found {proposal.found}, planned {proposal.planned}, left {proposal.left_count}"
+    if proposal.plan.changes_nothing:
+        return [f"  {tier}: nothing to change: {numbers}"]
+    after = f"afterwards the check says: {proposal.after.verdict}"
+    lines = [f"  {tier}: plan {proposal.plan.id}: {numbers}; {after}"]
+    if proposal.needs_quote:
+        lines.append("    refused without the plan's id: it would free what looks lost")
+    lines += [f"    left: {line}" for line in left_lines(proposal.left)]
+    return lines
+
+
+# ---- what to do ----
+
+
+def _commands(report: Report, filename: str, known: Aftermath) -> list[str]:
+    """The commands to go on with, in their order; ready to be pasted."""
+    image, mount = _quoted(filename), known.mountpoint
+    if report.torn or not known.proposals:
+        return []
+    lines = [
+        "What to do now:",
+        "  - Let nobody write to the image. Keep a copy of it:",
+        f"      cp --sparse=always {image} {_quoted(filename + '.copy')}",
+    ]
+    if isinstance(known.triage, Triage) and known.triage.suspect_count and mount:
+        lines += [
+            "  - Save the leaked clusters before any are freed:",
+            f"      cp -r {_quoted(mount + '/lost')} {_quoted(filename + '.lost')}",
+        ]
+    lines += _repair_commands(known.proposals, image, mount)
+    if report.counters.corruptions or report.counters.check_errors:
+        lines += [
+            "  - Or copy out what can be read, and leave the image as it is:",
+            f"      qemu-img convert -O raw {image} {_quoted(filename + '.raw')}",
+        ]
+    return lines
+
+
+def _repair_commands(proposals: _Proposals, image: str, mount: str) -> list[str]:
+    """What mends most and buries nothing comes first."""
+    lines = []
+    for tier in reversed(RepairTier):
+        proposal = proposals.get(tier)
+        if not isinstance(proposal, Proposal) or proposal.plan.changes_nothing:
+            continue
+        what = "Mend what the rest of the image determines"
+        if tier is RepairTier.LEAKS:
+            what = "Free the leaked clusters"
+            what += ", if what looks lost may go" if proposal.needs_quote else ", and no more"
+        look = f"cat {_quoted(f'{mount}/repair/plan/{tier}.json')}"
+        do = f'echo "{tier} {proposal.plan.id}" > {_quoted(mount + "/repair/tier")}'
+        if not mount:
+            look = f"instarfs plan {tier} {image}"
+            do = f"instarfs check -r {tier} --plan {proposal.plan.id} {image}"
+        lines += [
+            f"  - {what}: read every change, and have exactly that done, or nothing:",
+            f"      {look}",
+            f"      {do}",
+        ]
+    if lines:
+        undo = f"echo undo > {_quoted(mount + '/repair/undo')}" if mount else ""
+        lines += [
+            "    A plan holds for the image as it is: after a repair look again. To take it back:",
+            f"      {undo or f'instarfs undo {image}'}",
+        ]
+    return lines
+
+
+def _quoted(path: str) -> str:
+    """A path as one word of a shell, on one line."""
+    return printable(shlex.quote(path))
+
+
+# ---- the findings ----
+
+
+def _findings(report: Report) -> Iterator[list[str]]:
+    for kind, number in worst_first(report.counts()):
+        yield _section(report, kind, number)
+
+
+def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
+    info = KINDS[kind]
+    lines = [f"{kind.label} ({number}): {info.meaning}."]
+    if info.left:
+        lines.append(f"  Cannot be repaired: {info.left}.")
+    for shown, finding in enumerate(report.rows(kind)):
+        if shown == LISTED:
+            lines.append("  ... the rest is in check/findings.jsonl")
+            break
+        lines.append(f"  - {fact(report, finding)}")
+    return lines

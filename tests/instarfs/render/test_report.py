@@ -1,0 +1,171 @@
+"""check/report.txt: what stands in it for each sort of image, and in which order."""
+
+import random
+import shlex
+from collections.abc import Iterable
+
+import pytest
+
+from examples.make_image import DAMAGES, TELLING, Image, sample
+from instarfs.errors import ImageReadFailed
+from instarfs.outcome import Pending
+from instarfs.render.report import LISTED_RANGES, VERDICTS, Aftermath, report_txt
+from planner.check import check_image
+from planner.errors import ImageError, RepairError
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, propose
+from planner.report import Report
+from planner.triage import triage_leaks
+
+PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"
+SECTIONS = [
+    "What it means for the guest's disk",
+    "What the leaked clusters look like",
+    "What a repair would do",
+    "What to do now",
+    "leak (",
+]
+
+
+def damaged(*names: str) -> Image:
+    image = sample().build()
+    rng = random.Random(1)
+    for name in names:
+        DAMAGES[name](image, rng)
+    return image
+
+
+def proposal(image: Image, report: Report, tier: RepairTier) -> Proposal | RepairError:
+    try:
+        return propose(image.source, report, tier)
+    except RepairError as error:
+        return error
+
+
+def text_of(image: Image, mountpoint: str = MOUNT) -> str:
+    report = check_image(image.source)
+    triage = triage_leaks(image.source, report)
+    proposals = {tier: proposal(image, report, tier) for tier in RepairTier}
+    clean = report.verdict == "clean"
+    known = Aftermath(triage, {} if clean else proposals, mountpoint=mountpoint)
+    return report_txt(report, PATH, known).decode()
+
+
+def assert_in_order(text: str, parts: Iterable[str]) -> None:
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_the_verdict_comes_first_and_the_findings_last():
+    text = text_of(damaged(*TELLING))
+    assert text.startswith(f"{PATH}: corrupt\n\n{VERDICTS['corrupt']}")
+    assert_in_order(text, SECTIONS)
+
+
+def test_of_a_clean_image_nothing_more_is_said():
+    text = text_of(damaged())
+    assert text.startswith(f"{PATH}: clean\n")
+    assert not [section for section in SECTIONS if section in text]
+
+
+def test_what_is_missing_is_named_with_its_place():
+    text = text_of(damaged("lost-l2-table"))
+    assert "missing: up to 536870912 bytes, which a lost L2 table mapped" in text
+    assert "they read as zeros now" in text
+    assert "L1 entries 1 to 3 are empty" in text
+    assert "refused without the plan's id" in text
+
+
+def test_a_lost_snapshot_is_named():
+    text = text_of(damaged("lost-snapshot"))
+    assert "missing: a snapshot that the image no longer counts" in text
+    assert "'before upgrade', ID 1, taken 2023-11-14 22:13:20 UTC" in text
+
+
+def test_leaked_data_is_no_alarm():
+    text = text_of(damaged("leaked-clusters"))
+    assert "nothing among them looks like a lost table" in text
+    assert "missing" not in text
+    assert SECTIONS[0] not in text
+
+
+def test_guest_ranges_are_given_and_long_lists_cut():
+    image = damaged()
+    clusters = image.mapped(0)[::2]
+    for cluster in clusters:
+        past = (image.host_clusters + 9) * image.cluster_size
+        image.set_word(image.l2_at(cluster), past)
+    text = text_of(image)
+    size = image.cluster_size
+    assert f"lost: {len(clusters) * size} bytes in {len(clusters)} ranges" in text
+    assert text.count(f"    {size} bytes at guest offset ") == LISTED_RANGES
+    assert "... by finding: check/findings.jsonl" in text
+
+
+def test_a_refusal_says_why():
+    text = text_of(damaged("snapshot-l1-misaligned"))
+    assert "leaks: refused (because of: snapshot-l1-misaligned): " in text
+
+
+def test_commands_can_be_pasted():
+    text = text_of(damaged(*TELLING))
+    plans = [line.split()[-1] for line in text.splitlines() if "repair/plan" in line]
+    assert plans == [f"{MOUNT}/repair/plan/all.json", f"{MOUNT}/repair/plan/leaks.json"]
+    (copy,) = (line for line in text.splitlines() if line.strip().startswith("cp --sparse"))
+    assert shlex.split(copy)[2:] == [PATH, f"{PATH}.copy"]
+    assert f"echo undo > {MOUNT}/repair/undo" in text
+    assert f"cp -r {MOUNT}/lost '{PATH}.lost'" in text
+
+
+def test_without_a_mount_the_commands_are_those_of_the_command_line():
+    text = text_of(damaged(*TELLING), mountpoint="")
+    commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
+    assert [shlex.split(line)[1] for line in commands] == [
+        "plan", "check", "plan", "check", "undo",
+    ]  # fmt: skip
+    assert all(shlex.split(line)[-1] == PATH for line in commands)
+    assert MOUNT not in text
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_can_be_told(name: str):
+    text = text_of(damaged(name))
+    assert text.endswith("\n")
+    assert "\n\n\n" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+# ---- what could not be found out ----
+
+
+def test_an_image_that_is_written_to_gets_no_advice_but_that():
+    report = check_image(damaged("leaked-clusters").source)
+    torn = Report(layout=report.layout, counters=report.counters, in_use=True)
+    proposals = {tier: RepairError("the image changed") for tier in RepairTier}
+    text = report_txt(torn, PATH, Aftermath(proposals=proposals)).decode()
+    assert "check again when it has ended" in text
+    assert "What to do now" not in text
+
+
+def test_a_header_that_cannot_be_read_is_all_that_is_said():
+    report = Report(layout=None, error=ImageError("cluster_bits", 63, "at most 21"))
+    assert report_txt(report, PATH).decode() == (
+        f"{PATH}: unreadable\n\n{VERDICTS['unreadable']}\n\ncluster_bits is 63: at most 21\n"
+    )
+
+
+def test_leaked_clusters_that_cannot_be_read_do_not_hide_the_rest():
+    report = check_image(damaged("leaked-clusters").source)
+    error = ImageReadFailed(PATH, 4096, "Input/output error")
+    known = Aftermath(error, dict.fromkeys(RepairTier, error))
+    text = report_txt(report, PATH, known).decode()
+    assert "could not be looked into:\n  /srv/my disk.qcow2: reading at offset 4096" in text
+    assert "leaks: cannot be planned: " in text
+    assert "leak (11)" in text
+
+
+def test_an_interrupted_repair_is_named_at_the_top():
+    report = check_image(damaged().source)
+    pending = Pending("a repair was interrupted\n", "undo")
+    text = report_txt(report, PATH, Aftermath(pending=pending)).decode()
+    assert "Not finished: a repair was interrupted\\n." in text
