@@ -26,9 +26,10 @@ from instarfs.errors import (
     ReadCancelled,
 )
 from instarfs.image import FileSource, Generation, Image
+from instarfs.interrupted import pending
 from instarfs.journal import Summary
 from instarfs.outcome import Pending, RepairOutcome
-from instarfs.repairer import Repairer, pending
+from instarfs.repairer import Repairer
 from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentage
 from instarfs.sharing import Sharing
 from planner.atlas import Atlas, draw_atlas

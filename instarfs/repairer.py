@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 
-from instarfs import locks
 from instarfs.errors import (
     DOMAIN_ERRORS,
     ImageChanged,
@@ -27,7 +26,6 @@ from instarfs.errors import (
     RepairUnproven,
     TrimRefused,
     TrimUnsupported,
-    UndoFileDamaged,
     UndoFileFailed,
     UndoFileImpossible,
     UndoFileMissing,
@@ -37,10 +35,9 @@ from instarfs.errors import (
 from instarfs.execute import Device, FileDevice, execute, punch, put_back
 from instarfs.free import free_runs, used_clusters
 from instarfs.image import Image
-from instarfs.journal import State, read_summary
-from instarfs.outcome import Pending, RepairOutcome, Status
+from instarfs.journal import State
+from instarfs.outcome import RepairOutcome, Status
 from instarfs.session import Session
-from instarfs.undo_place import UndoPlace
 from planner.arrays import I64
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, Cancelled, PlannerError
@@ -76,30 +73,6 @@ class Propose(Protocol):
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
     ) -> Proposal: ...
-
-
-def pending(image: Image) -> Pending | None:
-    """The interrupted repair of *image*, if there is one. Changes nothing.
-
-    None while somebody writes to the image: then a repair may be under way.
-    """
-    if image.is_device or locks.is_written(image.fileno()):
-        return None
-    try:
-        with UndoPlace.beside(image) as place:
-            file, summary = place.file, read_summary(place)
-    except OSError:
-        return None
-    except UndoFileDamaged as error:
-        is_hidden = isinstance(error.__cause__, PermissionError)
-        return None if is_hidden else Pending(str(error), error.undo_file)
-    if summary is None or summary.status.state is not State.APPLYING:
-        return None
-    sentence = (
-        f"a repair (tier {summary.tier}, plan {summary.plan_id}) was interrupted; the next repair"
-        " takes it back first, and so does: instarfs undo"
-    )
-    return Pending(sentence, file, summary.tier, summary.plan_id)
 
 
 @dataclass(frozen=True, slots=True)

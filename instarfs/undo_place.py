@@ -137,9 +137,13 @@ class UndoPlace:
         self._bring_back()
         self._sync()
 
+    def is_taken(self) -> bool:
+        """Whether there is something under the undo file's name."""
+        return self._exists(SUFFIX)
+
     def restore_old(self) -> None:
         """Bring back the undo file that was kept aside, where a crash left no other."""
-        if self.has_old() and not self._exists(SUFFIX):
+        if self.has_old() and not self.is_taken():
             self.drop_current()
 
     def has_old(self) -> bool:

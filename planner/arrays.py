@@ -1,4 +1,4 @@
-"""Names for the array types that the planner passes around."""
+"""Names for the array types that the planner passes around, and what numpy does not do well."""
 
 from __future__ import annotations
 
@@ -24,3 +24,30 @@ def expand_ranges(first: I64, last: I64) -> I64:
         return first
     starts = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
     return starts + np.arange(int(lengths.sum()))
+
+
+_KEPT_BYTES = 31 << 20
+"""Just below the most that glibc lets its threshold rise to (DEFAULT_MMAP_THRESHOLD_MAX)."""
+
+
+def distinct(values: I64) -> I64:
+    """The values of a 1-D array without repeats, ascending.
+
+    As np.unique gives them, which loads all of numpy.ma to ask whether they are masked: that takes
+    longer than to check a small image.
+    """
+    ordered: I64 = np.sort(values)
+    first = np.ones(len(ordered), dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
+
+
+def keep_freed_memory() -> None:
+    """Have this process reuse the memory of freed arrays, rather than give it back each time.
+
+    glibc returns a block over 128 KiB to the kernel as soon as it is freed, and gets the next one
+    from there page by page, until a larger one was freed before (mallopt(3), M_MMAP_THRESHOLD).
+    In a check that made batches of arrays, the page faults took longer than the counting. Does
+    nothing where the allocator is another.
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)

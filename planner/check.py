@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask, expand_ranges
+from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
 from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.errors import Cancelled, ImageError
@@ -59,6 +59,7 @@ def check_image(
     `Cancelled` is raised soon. A header that cannot be interpreted gives a report whose ``error``
     says why.
     """
+    keep_freed_memory()
     try:
         layout = Layout.read(source)
     except ImageError as error:
@@ -128,7 +129,7 @@ class _Check:
         """Read all stored refcounts; one counter a cluster, or only for those that matter."""
         size = self._geometry.cluster_size
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
-        blocks = np.unique(stored.reftable.offset[stored.reftable.blocks()])
+        blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
         metadata = len(survey.present) * self._geometry.l2_entries
         metadata += len(blocks) * self._geometry.refblock_entries
         self._tick.begin("refcounts", len(blocks) * size)
@@ -140,9 +141,9 @@ class _Check:
         spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
         known = [cluster, expand_ranges(*spans)]
         for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
-            known.append(np.unique(referenced_clusters(rows, self._layout)))
+            known.append(distinct(referenced_clusters(rows, self._layout)))
             self._tick(0)
-        keys = np.unique(np.concatenate(known))
+        keys = distinct(np.concatenate(known))
         index = ClusterIndex(slots, keys[keys < slots])
         stored.set_sparse(index, cluster, refcount)
         return index

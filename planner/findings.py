@@ -452,7 +452,7 @@ class Findings:
 
     def counts(self) -> dict[FindingKind, int]:
         """How often each kind that is there occurs."""
-        present = np.unique(self.kind)
+        present = np.flatnonzero(np.bincount(self.kind))
         return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
 
 

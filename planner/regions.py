@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask, expand_ranges
+from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.findings import NONE, NOWHERE, FindingKind, FindingsBuilder, Structure
 from planner.qcow2.layout import Layout, sector_end
@@ -185,7 +185,7 @@ def count_regions(
     """Add each region's weight to the clusters that it touches."""
     first, last = regions.first(cluster_bits), regions.last(cluster_bits)
     single = first == last
-    for weight in np.unique(regions.weight[single]).tolist():
+    for weight in distinct(regions.weight[single]).tolist():
         counts.add(index.slots_of(first[single & (regions.weight == weight)]), weight)
     for at in np.flatnonzero(~single).tolist():
         slot = int(index.slots_of(first[at : at + 1])[0])

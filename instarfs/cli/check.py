@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
 from instarfs import locks
-from instarfs.cli import repairing
+from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.image import Image
-from instarfs.outcome import Pending, RepairOutcome
+from instarfs.interrupted import pending
 from instarfs.render.check import check_human, check_messages, result_json
-from instarfs.render.repair import fixed_human, outcome_human
-from instarfs.repairer import pending
 from planner.check import check_image
-from planner.plan import RepairTier
 from planner.report import Report
+
+if TYPE_CHECKING:
+    from instarfs.outcome import Pending, RepairOutcome
+
+# What only a repair needs is loaded where one is asked for: a check of a small image takes less
+# time than loading it.
 
 
 @click.command(name="check")
@@ -30,7 +34,7 @@ from planner.report import Report
 @click.option(
     "-r",
     "tier",
-    type=click.Choice([tier.value for tier in RepairTier]),
+    type=click.Choice(["leaks", "all"]),
     help="Repair leaked clusters only, or all that the image determines; see: instarfs plan.",
 )
 @click.option(
@@ -64,12 +68,7 @@ def command(
     if tier is not None:
         if force_share:
             raise click.UsageError("-U is for a check alone: a repair shares the image with nobody")
-        outcome = repairing.run(
-            path,
-            lambda repairer: repairer.repair(RepairTier(tier), quote or ""),
-            keep_undo=not no_undo,
-            progress=progress,
-        )
+        outcome = _repair(path, tier, quote or "", keep_undo=not no_undo, progress=progress)
         sys.exit(_conclude_repair(outcome, path, shown))
     if quote is not None or no_undo:
         raise click.UsageError("--plan and --no-undo are for a repair: add -r")
@@ -89,11 +88,23 @@ def _check(path: str, *, force_share: bool, progress: bool) -> tuple[Report, Pen
         return replace(report, in_use=in_use, changed=changed), pending(image)
 
 
+def _repair(path: str, tier: str, quote: str, *, keep_undo: bool, progress: bool) -> RepairOutcome:
+    from instarfs.cli import repairing  # noqa: PLC0415
+    from planner.plan import RepairTier  # noqa: PLC0415
+
+    return repairing.run(
+        path,
+        lambda repairer: repairer.repair(RepairTier(tier), quote),
+        keep_undo=keep_undo,
+        progress=progress,
+    )
+
+
 def _conclude_check(report: Report, left_over: Pending | None, path: str, shown: str) -> int:
     if shown == "json":
         click.echo(result_json(report, path, pending=left_over), nl=False)
     if report.error is not None:
-        raise repairing.named(report.error, path)
+        raise named(report.error, path)
     if shown == "human":
         if left_over is not None:
             click.echo(f"NOTE {left_over.sentence}", err=True)
@@ -105,6 +116,9 @@ def _conclude_check(report: Report, left_over: Pending | None, path: str, shown:
 
 
 def _conclude_repair(outcome: RepairOutcome, path: str, shown: str) -> int:
+    from instarfs.cli import repairing  # noqa: PLC0415
+    from instarfs.render.repair import fixed_human, outcome_human  # noqa: PLC0415
+
     after = outcome.after
     if shown == "json" and after is not None:
         click.echo(result_json(after, path, outcome), nl=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from instarfs import locks
+from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
-from instarfs.cli.repairing import named
 from instarfs.errors import RepairInterrupted
 from instarfs.image import Image
+from instarfs.interrupted import pending
 from instarfs.render.repair import plan_human, plan_json, refusal_json
-from instarfs.repairer import pending
 from planner.check import check_image
 from planner.errors import RepairError
 from planner.plan import RepairTier

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
-from instarfs.errors import ImageNotQcow2, ImageUnreadable, InstarfsError, RepairIncomplete
+from instarfs.errors import RepairIncomplete
 from instarfs.image import Image
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
-from planner.errors import NotQcow2, PlannerError
 
 
 def run(
@@ -36,13 +36,6 @@ def raise_error(outcome: RepairOutcome, path: str) -> None:
     """Raise what went wrong. That something is left is no error here: the check says so."""
     if outcome.error is not None and not isinstance(outcome.error, RepairIncomplete):
         raise named(outcome.error, path)
-
-
-def named(error: InstarfsError | PlannerError, path: str) -> InstarfsError | PlannerError:
-    """*error* with the image in its sentence: the planner does not know what that is called."""
-    if isinstance(error, NotQcow2):
-        return ImageNotQcow2(path, str(error))
-    return ImageUnreadable(path, str(error)) if isinstance(error, PlannerError) else error
 
 
 def _tell_nobody(_stage: str, _done: int, _total: int) -> None:

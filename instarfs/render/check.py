@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from instarfs.outcome import Pending, RepairOutcome
 from instarfs.render.columns import (
     decimals,
     either,
@@ -39,7 +39,9 @@ from planner.findings import (
     Structure,
 )
 from planner.report import Report
-from planner.wire import CheckResult
+
+if TYPE_CHECKING:  # a check alone loads nothing of repairs
+    from instarfs.outcome import Pending, RepairOutcome
 
 REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
 HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}
@@ -108,6 +110,8 @@ def _error_value(error: ImageError) -> dict[str, object]:
 
 def result_bin(report: Report, repair: RepairOutcome | None = None) -> bytes:
     """The `CheckResult`, 80 bytes; with what the *repair* that it belongs to has mended."""
+    from planner.wire import CheckResult  # noqa: PLC0415 - for nothing but this file
+
     return CheckResult.of(report, repair.counters if repair else None).to_bytes()
 
 

@@ -15,7 +15,9 @@ from instarfs.render.text import printable
 from planner.arrays import U8, U64, Mask
 from planner.findings import NONE
 
-_DIGITS: U8 = np.frombuffer(b"".join(b"%04d" % n for n in range(10_000)), np.uint8).reshape(-1, 4)
+# Formatting them one by one would take longer than checking a small image does.
+_PLACES = np.array([1000, 100, 10, 1])
+_DIGITS: U8 = (np.arange(10_000)[:, None] // _PLACES % 10 + ord("0")).astype(np.uint8)
 _HEX: U8 = np.frombuffer(b"".join(b"%02x" % n for n in range(256)), np.uint8).reshape(-1, 2)
 
 _Integers = npt.NDArray[np.integer]

@@ -7,9 +7,11 @@ all take them from here.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from instarfs.outcome import Pending, RepairOutcome
-from planner.repair.tiers import Left
+if TYPE_CHECKING:  # a check alone loads nothing of repairs
+    from instarfs.outcome import Pending, RepairOutcome
+    from planner.repair.tiers import Left
 
 LISTED_SUSPECTS = 20
 """Leaked clusters that look like something lost and are named; the plan names all of them."""

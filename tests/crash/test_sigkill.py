@@ -13,8 +13,9 @@ import pytest
 from examples.make_image import DAMAGES
 from examples.make_image import Image as Made
 from instarfs.image import Image
+from instarfs.interrupted import pending
 from instarfs.outcome import RepairOutcome
-from instarfs.repairer import Repairer, pending
+from instarfs.repairer import Repairer
 from instarfs.undo_place import SUFFIX
 from planner.plan import RepairTier
 from planner.source import Bytes, Overlay, read_bytes

@@ -42,10 +42,11 @@ from instarfs.errors import (
 )
 from instarfs.execute import FileDevice
 from instarfs.image import Image
+from instarfs.interrupted import pending
 from instarfs.journal import Journal, State
 from instarfs.locks import Access, Permission
 from instarfs.outcome import RepairOutcome, Status
-from instarfs.repairer import Repairer, pending
+from instarfs.repairer import Repairer
 from instarfs.undo_place import SUFFIX, UndoPlace
 from planner.check import check_image
 from planner.errors import AmbiguousCorruption, NotQcow2

@@ -1,0 +1,48 @@
+"""Whether a repair of an image was interrupted: asked before every check, mostly answered by no.
+
+What reads undo files is loaded only where there is one: a check alone has no other use for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from instarfs import locks
+from instarfs.errors import UndoFileDamaged
+from instarfs.image import Image
+from instarfs.undo_place import UndoPlace
+
+if TYPE_CHECKING:
+    from instarfs.outcome import Pending
+
+
+def pending(image: Image) -> Pending | None:
+    """The interrupted repair of *image*, if there is one. Changes nothing.
+
+    None while somebody writes to the image: then a repair may be under way.
+    """
+    if image.is_device or locks.is_written(image.fileno()):
+        return None
+    try:
+        with UndoPlace.beside(image) as place:
+            return _pending_in(place) if place.is_taken() else None
+    except OSError:
+        return None
+
+
+def _pending_in(place: UndoPlace) -> Pending | None:
+    from instarfs.journal import State, read_summary  # noqa: PLC0415
+    from instarfs.outcome import Pending  # noqa: PLC0415
+
+    try:
+        summary = read_summary(place)
+    except UndoFileDamaged as error:
+        is_hidden = isinstance(error.__cause__, PermissionError)
+        return None if is_hidden else Pending(str(error), error.undo_file)
+    if summary is None or summary.status.state is not State.APPLYING:
+        return None
+    sentence = (
+        f"a repair (tier {summary.tier}, plan {summary.plan_id}) was interrupted; the next repair"
+        " takes it back first, and so does: instarfs undo"
+    )
+    return Pending(sentence, place.file, summary.tier, summary.plan_id)
