@@ -268,6 +268,7 @@ class Inspector:
                     image.source(),
                     checkup.report,
                     tier,
+                    can_grow=not image.is_device,
                     triage=triage,
                     progress=self._set_planning,
                     cancelled=cancelled,

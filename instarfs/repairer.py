@@ -70,6 +70,7 @@ class Propose(Protocol):
         report: Report,
         tier: RepairTier,
         *,
+        can_grow: bool,
         progress: Progress | None,
         cancelled: Callable[[], bool] | None,
     ) -> Proposal: ...
@@ -159,6 +160,7 @@ class _Pass:
             session.source,
             report,
             tier,
+            can_grow=not session.image.is_device,
             progress=self._repairer.progress,
             cancelled=self._repairer.cancelled,
         )

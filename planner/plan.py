@@ -182,10 +182,14 @@ class Plan:
 
 
 class Draft:
-    """A plan in the making: writes by stage, in any order of stages, on top of a source."""
+    """A plan in the making: writes by stage, in any order of stages, on top of a source.
 
-    def __init__(self, source: Source) -> None:
+    ``can_grow``: whether the source may become longer; a block device does not.
+    """
+
+    def __init__(self, source: Source, *, can_grow: bool = True) -> None:
         self._source = source
+        self.can_grow = can_grow
         self._writes: dict[StageKind, list[tuple[I64, U8] | tuple[int, bytes]]] = {}
         self._edits: list[Edit] = []
         self._edit_count = 0

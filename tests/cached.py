@@ -37,8 +37,10 @@ def cached_propose(
     report: Report,
     tier: RepairTier,
     *,
+    can_grow: bool = True,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Proposal:
-    """`planner.repair.tiers.propose`."""
+    """`planner.repair.tiers.propose`, of a file."""
+    assert can_grow
     return propose_bytes(read_bytes(source, 0, source.size), tier)

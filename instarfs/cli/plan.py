@@ -40,7 +40,13 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
         with progress_bar(shown=progress) as tell:
             report = check_image(source, progress=tell)
             try:
-                proposal = propose(source, report, RepairTier(tier), progress=tell)
+                proposal = propose(
+                    source,
+                    report,
+                    RepairTier(tier),
+                    can_grow=not image.is_device,
+                    progress=tell,
+                )
             except RepairError as error:
                 if output == "json":
                     click.echo(refusal_json(error, RepairTier(tier), path), nl=False)

@@ -2,7 +2,8 @@
 
 Refcounts come from the census alone. The old table and blocks are left as they are and become
 free. Follows rebuild_refcount_structure in what it computes, not in where it writes: QEMU takes the
-first free clusters, which may be evidence.
+first free clusters, which may be evidence. On a block device, which does not grow, it goes behind
+all that is used.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     refcount = np.concatenate((refcount, np.ones(len(new), dtype=np.uint64)))
     offsets = (first + np.arange(len(blocks))) * size
     table_offset = (first + len(blocks)) * size
-    scope.draft.size = (first + len(new)) * size
+    if not scope.make_room((first + len(new)) * size):
+        raise UnsupportedRepair(
+            f"new refcounts would reach up to {(first + len(new)) * size}, and a block device of"
+            f" {scope.draft.size} bytes does not grow",
+            "make the device larger, or copy the disk out with qemu-img convert",
+        )
     _draft_blocks(scope, blocks, offsets, cluster, refcount)
     words = np.zeros(table_clusters * size // 8, dtype=">u8")
     words[blocks] = offsets

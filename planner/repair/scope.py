@@ -14,7 +14,10 @@ from planner.plan import Draft, Edit, StageKind
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.report import Report
-from planner.source import Source
+from planner.source import Source, read_present
+
+LOOKED_AHEAD = 16 << 20
+"""Bytes behind all that is used that are looked through for room on a device."""
 
 _LONG_TABLES = (
     Structure.L1_TABLE,
@@ -80,10 +83,25 @@ class Scope:
         """Where the file may grow: behind its end, and behind all that reaches over it.
 
         Also behind what a reference reached that an earlier step has dropped: until that is
-        written, which comes later than what is new, the reference stands.
+        written, which comes later than what is new, the reference stands. What cannot grow has its
+        room behind all that is used, and behind what else is there, which may be evidence.
         """
-        end = -(-self.draft.size // self.geometry.cluster_size)
-        return max(end, self._end_of_used)
+        if self.draft.can_grow:
+            end = -(-self.draft.size // self.geometry.cluster_size)
+            return max(end, self._end_of_used)
+        first, size = self._end_of_used, self.geometry.cluster_size
+        behind = np.frombuffer(read_present(self.source, first * size, LOOKED_AHEAD), np.uint8)
+        if not len(behind):
+            return first
+        holds_data = np.bitwise_or.reduceat(behind, np.arange(0, len(behind), size)) != 0
+        filled = int(np.flatnonzero(holds_data)[-1:].sum()) + bool(holds_data.any())
+        return first if filled * size >= LOOKED_AHEAD else first + filled
+
+    def make_room(self, end: int) -> bool:
+        """Let the file reach up to *end*, bytes; false where that is past what cannot grow."""
+        if self.draft.can_grow:
+            self.draft.size = end
+        return end <= self.draft.size
 
     @property
     def _end_of_used(self) -> int:

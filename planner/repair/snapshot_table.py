@@ -48,7 +48,8 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     kind = FindingKind.CHECK_STOPPED if over_long else FindingKind.SNAPSHOT_EXTRA_DATA
     size = scope.geometry.cluster_size
     offset = scope.first_new_cluster * size
-    scope.draft.size = offset + -(-len(table) // size) * size
+    if not scope.make_room(offset + -(-len(table) // size) * size):
+        return
     scope.draft.write(StageKind.PREPARE, offset, table)
     pointer = struct.pack(">Q", offset)
     scope.draft.write(StageKind.SWITCH, SNAPSHOTS_OFFSET_AT, pointer)

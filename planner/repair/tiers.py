@@ -129,10 +129,11 @@ _Drafted = tuple[Scope, Triage]
 
 @dataclass(frozen=True, slots=True)
 class _Means:
-    """How an image is looked at while a repair of it is drafted."""
+    """How an image is looked at while a repair of it is drafted, and whether it may grow."""
 
     check: Callable[[Source], Report]
     triage: Callable[[Scope], Triage]
+    can_grow: bool
 
 
 def total(report: Report) -> int:
@@ -159,14 +160,15 @@ def propose(
     report: Report,
     tier: RepairTier,
     *,
+    can_grow: bool = True,
     triage: Triage | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Proposal:
     """What a repair would do to an image whose check gave *report*, proven on an overlay.
 
-    *triage*: of the image as it is, where that is known. Raises a `RepairError` where the tier
-    refuses.
+    *can_grow*: whether the image may become longer. *triage*: of it as it is, where that is known.
+    Raises a `RepairError` where the tier refuses.
     """
     known = triage
 
@@ -182,7 +184,7 @@ def propose(
         return found
 
     _require_sound_basis(report)
-    means = _Means(check, look)
+    means = _Means(check, look, can_grow)
     scope, triage = _draft_tier(source, report, tier, means)
     if tier is RepairTier.ALL:
         _draft_flags(scope, report)
@@ -210,12 +212,16 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means)
     draft = _draft_leaks if tier is RepairTier.LEAKS else _draft_all
     stay: I64 = np.zeros(0, dtype=np.int64)
     for _ in range(MAX_DRAFTS - 1):
-        scope, triage = draft(Scope(Draft(source), source, report), means, stay)
+        scope, triage = draft(_first_step(source, report, means), means, stay)
         more = np.union1d(stay, unfollowed_targets(report, scope))
         if len(more) == len(stay):
             return scope, triage
         stay = more
-    return draft(Scope(Draft(source), source, report), means, stay)
+    return draft(_first_step(source, report, means), means, stay)
+
+
+def _first_step(source: Source, report: Report, means: _Means) -> Scope:
+    return Scope(Draft(source, can_grow=means.can_grow), source, report)
 
 
 def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:

@@ -8,6 +8,7 @@ from planner.errors import ParseFailed, UnsupportedRepair
 from planner.findings import FindingKind as Kind
 from planner.plan import RepairTier
 from planner.qcow2 import entries
+from planner.repair import scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, Overlay, read_bytes
 from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot
@@ -195,6 +196,66 @@ def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
     image.data[at : at + 4] = (8).to_bytes(4, "big")
     left = counts(settled(image))
     assert {Kind.ZERO_MISALIGNED, Kind.SNAPSHOT_EXTRA_DATA} <= left.keys()
+
+
+# ---- on a block device, which does not grow ----
+
+
+def on_device(image: Image, size: int) -> Proposal:
+    """The repair of an image on a device of so many bytes."""
+    source = Bytes(bytes(image.data).ljust(size, b"\0"))
+    proposal = propose(source, check_image(source), RepairTier.ALL, can_grow=False)
+    assert proposal.plan.size_after == proposal.plan.size_before == size
+    return proposal
+
+
+def written(proposal: Proposal) -> set[int]:
+    """The clusters that a plan writes to."""
+    return {int(s) * 512 // SIZE for stage in proposal.plan.stages for s in stage.sectors}
+
+
+def test_new_refcounts_go_behind_all_that_is_used():
+    image = plain()
+    image.set_word(image.reftable_at(0), 0)
+    used = image.host_clusters
+    proposal = on_device(image, (used + 9) * SIZE)
+    assert counts(proposal) == {}
+    assert written(proposal) == {0, used, used + 1}
+
+
+def test_new_refcounts_go_behind_what_may_be_evidence():
+    image = plain()
+    image.set_word(image.reftable_at(0), 0)
+    image.data += bytes(SIZE) + b"something old".ljust(SIZE, b"\0")
+    proposal = on_device(image, len(image.data) + 9 * SIZE)
+    assert written(proposal) == {0, image.host_clusters, image.host_clusters + 1}
+
+
+def test_a_device_that_is_full_of_old_data_is_repaired_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(scope, "LOOKED_AHEAD", 4 * SIZE)
+    image = plain()
+    image.set_word(image.reftable_at(0), 0)
+    lost_refblock = image.host_clusters - 1
+    image.data += b"old" * (3 * SIZE)
+    proposal = on_device(image, len(image.data))
+    assert written(proposal) == {0, lost_refblock, lost_refblock + 1}
+
+
+def test_without_room_new_refcounts_are_refused():
+    image = plain()
+    image.set_word(image.reftable_at(0), 0)
+    with pytest.raises(UnsupportedRepair, match="does not grow; make the device larger"):
+        on_device(image, len(image.data) + SIZE)
+
+
+def test_without_room_the_snapshot_table_stays_as_it_is():
+    image = with_snapshot()
+    at = image.snapshots[0].offset + 36
+    image.data[at : at + 4] = (8).to_bytes(4, "big")
+    assert Kind.SNAPSHOT_EXTRA_DATA in counts(on_device(image, len(image.data)))
+    assert counts(on_device(image, len(image.data) + SIZE)) == {}
 
 
 def test_an_unreadable_header_is_refused_with_a_way_out():
