@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -35,12 +35,15 @@ from instarfs.sharing import Sharing
 from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
 from planner.errors import AmbiguousCorruption, Cancelled, ImageError, PlannerError, RepairError
+from planner.pages import read_l1_page
 from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
 from planner.repair.tiers import Proposal, propose, total
 from planner.report import Report
 from planner.triage import Triage, triage_leaks
+
+T = TypeVar("T")
 
 # A second write within one tick of the file system's clock (10 ms at 100 Hz) leaves no trace in
 # the times: what was read of a file that young is not kept.
@@ -131,6 +134,7 @@ class Inspector:
             tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
         }
         self.atlas = Computed(self._state, self._draw_atlas)
+        self.l1_page = self.look(lambda source, _cancelled: read_l1_page(source))
         self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
     @property
@@ -163,6 +167,20 @@ class Inspector:
     def last_repair(self) -> Summary | Exception | None:
         """What its undo file says of itself, or why that cannot be known; None where none is."""
         return last_repair(self._image)
+
+    def look(self, at: Callable[[FileSource, Callable[[], bool]], T]) -> Computed[T | ImageError]:
+        """What *at* sees in the image, or why it sees nothing; good for as long as its bytes are.
+
+        *at* is handed a function that turns true when it should stop.
+        """
+
+        def compute(cancelled: Callable[[], bool]) -> T | ImageError:
+            try:
+                return at(self._image.source(), cancelled)
+            except ImageError as error:
+                return error
+
+        return Computed(self._settled_generation, compute)
 
     def cancel(self) -> None:
         """End whatever is being computed; those who wait for it get an error."""

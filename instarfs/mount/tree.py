@@ -5,9 +5,11 @@ What a file contains is made in `instarfs.render`, when it is computed is up to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from instarfs.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.lost import LostRuns
@@ -24,15 +26,25 @@ from instarfs.mount.nodes import (
 from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
+from instarfs.render import explain as render_explain
 from instarfs.render import info as render_info
 from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
+from instarfs.render import tables as render_tables
 from instarfs.render import triage as render_triage
 from instarfs.render.report import Aftermath, report_txt
 from instarfs.render.text import printable
-from planner.errors import ImageError, RepairError
+from planner.errors import Cancelled, ImageError, RepairError
+from planner.explain import explain_guest, explain_host
+from planner.pages import read_l2_page
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
+from planner.report import Report
+from planner.source import Source
+
+T = TypeVar("T")
+
+_NUMBER = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ def build_tree(inspector: Inspector, *, read_only: bool = False, mountpoint: str
     entries = [
         *_image_files(inspector),
         *_table_files(inspector),
+        *_explain_files(inspector),
         *_check_files(inspector, mountpoint),
         *_lost_files(inspector),
         *_repair_files(inspector, controls),
@@ -126,13 +139,96 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
 
 
 def _table_files(inspector: Inspector) -> list[_Entry]:
+    async def in_use() -> list[str]:
+        page = (await inspector.l1_page.get()).value
+        return [] if isinstance(page, ImageError) else [f"{n}.tsv" for n in page.in_use.tolist()]
+
+    async def l2_table(name: str) -> Node | None:
+        number, l1 = _number(name.removesuffix(".tsv")), (await inspector.l1_page.get()).value
+        if number is None or name != f"{number}.tsv":
+            return None
+        if isinstance(l1, ImageError) or not l1.leads(number):
+            return None
+        page = inspector.look(lambda source, _cancelled: read_l2_page(source, number))
+        return GeneratedFile(page, render_tables.l2_tsv)
+
     return [
+        _Entry(
+            "tables/l1.tsv",
+            "the active L1 table: where its L2 tables are, and what is wrong with its entries",
+            GeneratedFile(inspector.l1_page, render_tables.l1_tsv),
+        ),
+        _Entry(
+            "tables/l2",
+            "the L2 table of each L1 entry in use, entry by entry",
+            MadeDirectory(l2_table, in_use),
+            shown="tables/l2/N.tsv",
+        ),
         _Entry(
             "tables/clusters.tsv",
             "every run of the host file: its owner, refcount, references, what was found there",
             GeneratedFile(inspector.atlas, render_clusters.clusters_tsv),
         ),
     ]
+
+
+def _number(text: str) -> int | None:
+    """A decimal number, or a hexadecimal one with ``0x``, of at most 64 bits; None: it is none."""
+    if not _NUMBER.fullmatch(text):
+        return None
+    number = int(text, 16 if text[:2] in ("0x", "0X") else 10)
+    return number if number < 1 << 64 else None
+
+
+# ---- explain/ ----
+
+
+def _explain_files(inspector: Inspector) -> list[_Entry]:
+    def explained(
+        explain: Callable[[Source, int, Callable[[int], None]], T],
+        render: Callable[[T | ImageError, int, Report | None], bytes],
+    ) -> Callable[[str], Awaitable[Node | None]]:
+        async def make(name: str) -> Node | None:
+            offset = _number(name)
+            if offset is None:
+                return None
+            value = inspector.look(partial(_look_at, explain, offset))
+
+            def show(it: T | ImageError) -> bytes:
+                checkup = inspector.checkup.peek()
+                return render(it, offset, checkup.value.report if checkup else None)
+
+            return GeneratedFile(value, show)
+
+        return make
+
+    return [
+        _Entry(
+            "explain/host",
+            "what a byte of the image file is used for; OFFSET is decimal, or begins with 0x",
+            MadeDirectory(explained(explain_host, render_explain.host_txt)),
+            shown="explain/host/OFFSET",
+        ),
+        _Entry(
+            "explain/guest",
+            "where a byte of the guest's disk is: the way through the tables to it",
+            MadeDirectory(explained(explain_guest, render_explain.guest_txt)),
+            shown="explain/guest/OFFSET",
+        ),
+    ]
+
+
+def _look_at(
+    explain: Callable[[Source, int, Callable[[int], None]], T],
+    offset: int,
+    source: Source,
+    cancelled: Callable[[], bool],
+) -> T:
+    def tick(_amount: int) -> None:
+        if cancelled():
+            raise Cancelled
+
+    return explain(source, offset, tick)
 
 
 # ---- check/ ----

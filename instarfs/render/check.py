@@ -7,7 +7,7 @@ Numbers are decimal, offsets and lengths in bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +38,8 @@ from planner.findings import (
     Severity,
     Structure,
 )
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.snapshots import Snapshot
 from planner.report import Report
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
@@ -222,7 +224,7 @@ def _owner_value(report: Report, owner: Owner) -> dict[str, object]:
         value["l1-index"] = owner.l1_index
     if owner.l2_index != NONE:
         value["l2-index"] = owner.l2_index
-        value["guest-offset"] = _guest_offset(report, owner)
+        value["guest-offset"] = guest_offset_of(owner, report.geometry)
     if owner.index != NONE:
         value["index"] = owner.index
     return value
@@ -232,8 +234,8 @@ def _number(column: str, value: int) -> int | str:
     return f"{value:#018x}" if column in HEX_COLUMNS else value
 
 
-def _guest_offset(report: Report, owner: Owner) -> int:
-    geometry = report.geometry
+def guest_offset_of(owner: Owner, geometry: Geometry) -> int:
+    """Of the guest cluster that an owner is."""
     return owner.l1_index * geometry.l2_coverage + owner.l2_index * geometry.cluster_size
 
 
@@ -332,7 +334,10 @@ def sentence(report: Report, finding: Finding) -> str:
 def fact(report: Report, finding: Finding) -> str:
     """Where, what was found, what was expected; the kind's meaning is said elsewhere."""
     info, kind = finding.info, finding.kind
-    owners = "; ".join(_owner_phrase(report, owner) for owner in owners_of(report, finding))
+    owners = "; ".join(
+        owner_phrase(owner, report.geometry, report.snapshots)
+        for owner in owners_of(report, finding)
+    )
     if kind in REFCOUNT_KINDS:
         clusters = "cluster" if finding.count == 1 else "clusters"
         facts = f"refcount {finding.found}, {finding.expected} references"
@@ -375,14 +380,19 @@ def _place(report: Report, finding: Finding) -> str:
 
 def snapshot_name(report: Report, number: int) -> str:
     """A snapshot by its index, and by its name where it has one."""
-    name = report.snapshots[number].name if number < len(report.snapshots) else b""
+    return _snapshot_name(report.snapshots, number)
+
+
+def _snapshot_name(snapshots: Sequence[Snapshot], number: int) -> str:
+    name = snapshots[number].name if number < len(snapshots) else b""
     return f"snapshot {number} ({printable(decode_name(name))})" if name else f"snapshot {number}"
 
 
-def _owner_phrase(report: Report, owner: Owner) -> str:
+def owner_phrase(owner: Owner, geometry: Geometry, snapshots: Sequence[Snapshot]) -> str:
+    """Who uses a cluster, in a few words."""
     label = owner.structure.label
     if owner.structure.is_guest:
-        text = f"guest offset {_guest_offset(report, owner)}"
+        text = f"guest offset {guest_offset_of(owner, geometry)}"
         if owner.structure is Structure.COMPRESSED:
             text += ", compressed"
     elif owner.structure is Structure.L2_TABLE:
@@ -394,7 +404,7 @@ def _owner_phrase(report: Report, owner: Owner) -> str:
     else:
         text = label
     if owner.snapshot >= 0:
-        text += f" in {snapshot_name(report, owner.snapshot)}"
+        text += f" in {_snapshot_name(snapshots, owner.snapshot)}"
     return text
 
 
