@@ -122,6 +122,57 @@ class ImageNotQcow2(ImageUnreadable):
     exit_code: ClassVar[int] = 63
 
 
+# ---- the guest's bytes ----
+
+
+@dataclass(eq=False)
+class GuestDamaged(InstarfsError):
+    """{path}: the guest's bytes at offset {offset} cannot be read: {reason}; see image/map.json"""
+
+    path: str
+    offset: int
+    reason: str
+
+
+@dataclass(eq=False)
+class GuestElsewhere(InstarfsError):
+    """{path}: the guest's bytes at offset {offset} are in another file, {name}, which is not read:
+    {reason}; see image/chain.json"""
+
+    path: str
+    offset: int
+    name: str
+    reason: str
+    errno: ClassVar[int] = _errno.EACCES
+
+
+@dataclass(eq=False)
+class GuestEncrypted(InstarfsError):
+    """{path}: the guest's disk is encrypted ({method}), and no key is ever asked for"""
+
+    path: str
+    method: str
+    errno: ClassVar[int] = _errno.EACCES
+
+
+@dataclass(eq=False)
+class SnapshotMissing(InstarfsError):
+    """{path}: there is no snapshot {index} any more"""
+
+    path: str
+    index: int
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class FollowImpossible(InstarfsError):
+    """{directory}: cannot be followed: {reason}; name a directory with the files that the image
+    names"""
+
+    directory: str
+    reason: str
+
+
 # ---- the mount ----
 
 

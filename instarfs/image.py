@@ -50,17 +50,23 @@ class Generation:
     written: int = 0
 
 
+class WouldBlock(Exception):
+    """What was asked for is not in memory; never leaves the code that asked not to wait."""
+
+
 class FileSource:
     """The bytes of an open image as a `planner.source.Source`, *size* of them.
 
     The size is that of the moment it was made: a source does not grow while it is read. Usable
-    from any thread, also from several at a time.
+    from any thread, also from several at a time. One that may not *wait* for the disk raises
+    `WouldBlock` instead.
     """
 
-    def __init__(self, image: Image, size: int) -> None:
+    def __init__(self, image: Image, size: int, *, wait: bool = True) -> None:
         # Holds the image, not the bare descriptor: it must not be closed while something reads.
         self._image = image
         self._size = size
+        self._flags = 0 if wait else os.RWF_NOWAIT
 
     @property
     def size(self) -> int:
@@ -73,8 +79,12 @@ class FileSource:
         filled = 0
         while filled < wanted:
             try:
-                count = os.preadv(self._image.fileno(), [view[filled:wanted]], offset + filled)
+                count = os.preadv(
+                    self._image.fileno(), [view[filled:wanted]], offset + filled, self._flags
+                )
             except OSError as error:
+                if self._flags and error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise WouldBlock from error
                 raise self._failed(offset + filled, error) from error
             if not count:  # cut off since the size was taken
                 break
@@ -162,9 +172,9 @@ class Image:
         """Whether it is a block device rather than a file."""
         return self._is_device
 
-    def source(self) -> FileSource:
-        """Its bytes, as many as there are now."""
-        return FileSource(self, self.generation().size)
+    def source(self, *, wait: bool = True) -> FileSource:
+        """Its bytes, as many as there are now; see `FileSource` for *wait*."""
+        return FileSource(self, self.generation().size, wait=wait)
 
     def generation(self) -> Generation:
         """What it is now; to be compared with what it was. Raises `ImageReadFailed`."""

@@ -25,6 +25,9 @@ from instarfs.errors import (
     InstarfsError,
     ReadCancelled,
 )
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Place, size_of
+from instarfs.guest.reader import GuestReader
 from instarfs.image import FileSource, Generation, Image
 from instarfs.interrupted import pending
 from instarfs.journal import Summary
@@ -38,7 +41,9 @@ from planner.errors import AmbiguousCorruption, Cancelled, ImageError, PlannerEr
 from planner.pages import read_l1_page
 from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
-from planner.qcow2.header import Header
+from planner.qcow2.geometry import SECTOR
+from planner.qcow2.header import SIGNED_MAX, Header
+from planner.qcow2.snapshots import Snapshot
 from planner.repair.tiers import Proposal, propose, total
 from planner.report import Report
 from planner.triage import Triage, triage_leaks
@@ -114,11 +119,17 @@ class Inspector:
     A checkup stays good until the image is written to, replaced under its path, or opened or closed
     by a writer; so do what its `leaks` look like, a proposal, which is the refusal where a tier
     refuses, the `briefing` that joins them, and the atlas, which is the error where there is none.
-    A description lasts until one of the first two. ``repairs``: what changes the image.
+    A description lasts until one of the first two. ``repairs``: what changes the image. ``reader``:
+    its guest's bytes, and ``guest`` the state of one moment, or why there is none.
     """
 
     def __init__(
-        self, image: Image, *, check: Check = check_image, make_repairer: MakeRepairer = Repairer
+        self,
+        image: Image,
+        *,
+        follow: Follow | None = None,
+        check: Check = check_image,
+        make_repairer: MakeRepairer = Repairer,
     ) -> None:
         self._image = image
         self._check = check
@@ -126,6 +137,11 @@ class Inspector:
         self._reviewed = _file_of(self._generation)
         self._progress = self._planning = IDLE
         self._sharing = Sharing()
+        self._described: Description | None = None
+        self._snapshot_sizes: dict[Place, int] = {}
+        self._size: tuple[Generation | None, int] = (None, 0)
+        self.reader = GuestReader(self._look_at_guest, follow or Follow())
+        self.guest = Computed(self.reader.state, self._open_guest)
         self.description = Computed(self._settled_generation, self._describe)
         self.checkup = Computed(self._state, self._run_check)
         self.leaks = Computed(self._state, self._look_into_leaks)
@@ -151,6 +167,35 @@ class Inspector:
     def source(self) -> FileSource:
         """The image's bytes, as many as there are now."""
         return self._image.source()
+
+    def disk_size(self) -> int:
+        """Bytes of the guest's disk, from the header alone; 0 where there is none."""
+        generation = self.generation()
+        if self._size[0] != generation:
+            size = 0
+            with contextlib.suppress(InstarfsError):
+                header = bare_header(self._image.source())
+                size = header.size // SECTOR * SECTOR if header else 0
+            self._size = generation, size if size <= SIGNED_MAX else 0
+        return self._size[1]
+
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Those that the image had when it was last described. Computes nothing."""
+        contents = self._described.contents if self._described else None
+        return contents.snapshots if isinstance(contents, Contents) else ()
+
+    def snapshot_size(self, place: Place) -> int:
+        """Bytes of what is at *place*, which is of a snapshot; 0 where that makes no sense.
+
+        Of a snapshot that is gone the last size: one who reads on is to hear of it.
+        """
+        contents = self._described.contents if self._described else None
+        if isinstance(contents, Contents) and place.index < len(contents.snapshots):
+            snapshot, geometry = contents.snapshots[place.index], contents.layout.geometry
+            self._snapshot_sizes[place] = 0
+            with contextlib.suppress(ImageError):
+                self._snapshot_sizes[place] = size_of(place, snapshot, geometry)
+        return self._snapshot_sizes.get(place, 0)
 
     def progress(self) -> str:
         """What the check is doing: `IDLE`, or its stage and percentage."""
@@ -186,6 +231,7 @@ class Inspector:
         """End whatever is being computed; those who wait for it get an error."""
         self.repairs.cancel()
         self.description.cancel()
+        self.guest.cancel()
         self.checkup.cancel()
         self.atlas.cancel()
         self.leaks.cancel()
@@ -206,6 +252,10 @@ class Inspector:
         generation = self._look()
         age = time.time_ns() - generation.mtime_ns
         return object() if 0 <= age < _CLOCK_TICK_NS else generation
+
+    def _look_at_guest(self) -> tuple[Image, Hashable]:
+        state = self._settled_generation()
+        return self._image, state
 
     def _state(self) -> Hashable:
         """What a check depends on: also on whether somebody writes, as it then is no verdict."""
@@ -228,7 +278,15 @@ class Inspector:
             contents = Contents.read(source)
         except ImageError as error:
             contents = error
-        return Description(contents, bare_header(source), source.size, image.allocated_size())
+        described = Description(contents, bare_header(source), source.size, image.allocated_size())
+        self._described = described
+        return described
+
+    def _open_guest(self, _cancelled: Callable[[], bool]) -> Guest | ImageError:
+        try:
+            return trio.from_thread.run(self.reader.guest)
+        except ImageError as error:
+            return error
 
     def _run_check(self, cancelled: Callable[[], bool]) -> Checkup:
         image = self._image

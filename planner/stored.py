@@ -87,6 +87,15 @@ class StoredRefcounts:
         order = inside[np.argsort(cluster[inside])]
         return cluster[order], refcount[order]
 
+    def in_use(self, clusters: int) -> int:
+        """How many of the clusters below *clusters* have a refcount."""
+        count = 0
+        below = -(-clusters // self.entries_per_block)
+        for rows, part in self._read_blocks(below, lambda _: None):
+            inside = np.arange(self.entries_per_block) < clusters - rows[:, None] * part.shape[1]
+            count += int(np.count_nonzero((part != 0) & inside))
+        return count
+
     def set_sparse(self, index: ClusterIndex, cluster: I64, refcount: Counts) -> None:
         """Take over what `nonzero_sparse` found; every *cluster* has a slot in *index*."""
         self.index = index

@@ -25,6 +25,7 @@ _MODULES = {
     "undo": "instarfs.cli.undo",
     "trim": "instarfs.cli.trim",
     "info": "instarfs.cli.info",
+    "map": "instarfs.cli.map",
 }
 
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.

@@ -8,6 +8,7 @@ from functools import partial
 import click
 
 from instarfs.errors import FuseMissing
+from instarfs.guest.follow import Follow
 from instarfs.image import Image
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
@@ -27,12 +28,20 @@ from instarfs.mount.options import MountOptions
     "--read-only", is_flag=True, help="Refuse to repair: control files cannot be written."
 )
 @click.option("--no-undo", is_flag=True, help="Keep no undo file of repairs beside the image.")
+@click.option(
+    "--follow",
+    "directories",
+    multiple=True,
+    metavar="DIR",
+    help="Open backing and data files that the image names, where they are below DIR.",
+)
 @click.argument("image", type=click.Path(readable=False))
 @click.argument("directory", metavar="DIR", type=click.Path(readable=False))
 def command(
     words: tuple[str, ...],
     image: str,
     directory: str,
+    directories: tuple[str, ...],
     *,
     foreground: bool,
     read_only: bool,
@@ -45,7 +54,7 @@ def command(
     """
     options = MountOptions.parse(words, read_only=read_only)
     # Opened before the mount could hide it.
-    opened = Image.open(image)
+    opened, follow = Image.open(image), Follow(directories)
     check_mountpoint(directory)
     check_fuse(directory)
     try:
@@ -63,4 +72,4 @@ def command(
     from instarfs.repairer import Repairer  # noqa: PLC0415
 
     make_repairer = partial(Repairer, keep_undo=not no_undo)
-    sys.exit(serve(opened, directory, options, ready, make_repairer=make_repairer))
+    sys.exit(serve(opened, directory, options, ready, follow=follow, make_repairer=make_repairer))

@@ -21,6 +21,8 @@ from instarfs.computed import Edition
 
 T = TypeVar("T")
 
+Data = bytes | bytearray
+
 _Parts = Callable[[], Iterator[bytes]]
 
 SHARED_BYTES = 4 << 20
@@ -43,7 +45,7 @@ class Value(Protocol[T]):
 class Handle(Protocol):
     """A file opened once, for reading."""
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> Data:
         """Up to *size* bytes from *offset*; fewer only at the end."""
 
 
@@ -258,7 +260,7 @@ class DataFile(File):
     def __init__(
         self,
         length: Callable[[], int],
-        read: Callable[[int, int], Awaitable[bytes]],
+        read: Callable[[int, int], Awaitable[Data]],
         content: Callable[[], Hashable],
     ) -> None:
         self._length, self._read, self._content = length, read, content
@@ -277,10 +279,10 @@ class DataFile(File):
 
 
 class _DataHandle:
-    def __init__(self, read: Callable[[int, int], Awaitable[bytes]]) -> None:
+    def __init__(self, read: Callable[[int, int], Awaitable[Data]]) -> None:
         self._read = read
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> Data:
         return await self._read(offset, size)
 
 

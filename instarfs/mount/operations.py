@@ -19,7 +19,7 @@ import stat
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -354,7 +354,8 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         opened = self._files[fh]
         with self._interruptible(opened.pid):
-            return await opened.handle.read(off, size)
+            # Any buffer will do for pyfuse3, whatever it declares.
+            return cast("bytes", await opened.handle.read(off, size))
         raise FUSEError(errno.EINTR)
 
     @_guarded

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
+from instarfs.guest.follow import Follow
 from instarfs.image import Image
 from instarfs.inspector import Check, Inspector
 from instarfs.mount import daemon, mountpoint, tree
@@ -32,6 +33,7 @@ def serve(
     options: MountOptions,
     ready: Callable[[], None],
     *,
+    follow: Follow | None = None,
     check: Check = check_image,
     make_repairer: MakeRepairer = Repairer,
 ) -> int:
@@ -43,7 +45,7 @@ def serve(
     _require_qcow2(image)
 
     def make_service() -> daemon.Service:
-        inspector = Inspector(image, check=check, make_repairer=make_repairer)
+        inspector = Inspector(image, follow=follow, check=check, make_repairer=make_repairer)
         pending = inspector.pending()
         if pending is not None:
             log.warning("%s: %s", image.path, pending.sentence)

@@ -6,11 +6,12 @@ What a file contains is made in `instarfs.render`, when it is computed is up to 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from instarfs.guest.guest import Guest, Part, Place
 from instarfs.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.lost import LostRuns
 from instarfs.mount.controls import Controls
@@ -27,6 +28,7 @@ from instarfs.mount.operations import Facts
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import explain as render_explain
+from instarfs.render import guest_map as render_guest_map
 from instarfs.render import info as render_info
 from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
@@ -68,6 +70,7 @@ def build_tree(inspector: Inspector, *, read_only: bool = False, mountpoint: str
     """
     controls = Controls(inspector, read_only=read_only)
     entries = [
+        *_guest_files(inspector),
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
@@ -99,6 +102,59 @@ def facts(inspector: Inspector) -> Facts:
     return Facts(size=generation.size, mtime_ns=generation.mtime_ns)
 
 
+# ---- the guest's bytes ----
+
+
+def _guest_files(inspector: Inspector) -> list[_Entry]:
+    return [
+        _Entry(
+            "disk.raw",
+            "the guest's disk as QEMU reads it; can be loop-mounted, read-only",
+            _data_file(inspector, Place(Part.DISK), inspector.disk_size),
+        ),
+        _Entry(
+            "snapshots",
+            "for each internal snapshot info.json, disk.raw, and vmstate.raw if there is any",
+            MadeDirectory(partial(_snapshot, inspector), partial(_snapshot_names, inspector)),
+            shown="snapshots/N/",
+        ),
+    ]
+
+
+def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> DataFile:
+    reader = inspector.reader
+    return DataFile(size, partial(reader.read, place), reader.state)
+
+
+async def _snapshot_names(inspector: Inspector) -> list[str]:
+    await inspector.description.get()
+    return [str(index) for index in range(len(inspector.snapshots()))]
+
+
+async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
+    if name not in await _snapshot_names(inspector):
+        return None
+    index = int(name)
+
+    def size(part: Part) -> int:
+        return inspector.snapshot_size(Place(part, index))
+
+    def info(description: Description) -> bytes:
+        return render_info.snapshot_json(description.contents, index)
+
+    files: dict[str, Node] = {
+        "info.json": GeneratedFile(inspector.description, info),
+        "disk.raw": _data_file(
+            inspector, Place(Part.SNAPSHOT, index), partial(size, Part.SNAPSHOT)
+        ),
+    }
+    if size(Part.VMSTATE):
+        files["vmstate.raw"] = _data_file(
+            inspector, Place(Part.VMSTATE, index), partial(size, Part.VMSTATE)
+        )
+    return FixedDirectory(files)
+
+
 # ---- image/ ----
 
 
@@ -109,18 +165,38 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
         )
         if isinstance(description.contents, ImageError):
             return render_info.info_error_json(description.contents, known)
-        return render_info.info_json(description.contents, known)
+        return render_info.mounted_info_json(description.contents, known)
 
     def header(description: Description) -> bytes:
         if isinstance(description.contents, ImageError):
             return render_info.header_error_json(description.contents, description.header)
         return render_info.header_json(description.contents.layout)
 
+    def chain(guest: Guest | ImageError) -> bytes:
+        if isinstance(guest, ImageError):
+            return render_info.error_json(guest)
+        return render_guest_map.chain_json(guest.members)
+
+    def mapped(guest: Guest | ImageError) -> bytes | Iterator[bytes]:
+        if isinstance(guest, ImageError):
+            return render_info.error_json(guest)
+        return render_guest_map.map_json(guest.extents(), guest.members)
+
     return [
         _Entry(
             "image/info.json",
             "what `qemu-img info --output=json` says of it, under the same keys",
             GeneratedFile(inspector.description, info),
+        ),
+        _Entry(
+            "image/chain.json",
+            "the files that the image names, and theirs: opened, or why not; see --follow",
+            GeneratedFile(inspector.guest, chain),
+        ),
+        _Entry(
+            "image/map.json",
+            "what `qemu-img map --output=json` says: where each part of the disk is read from",
+            GeneratedFile(inspector.guest, mapped),
         ),
         _Entry(
             "image/header.json",

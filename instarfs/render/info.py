@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntFlag
 
 from instarfs.render.text import decode_name, json_bytes, printable
+from planner.chain import full_name
 from planner.errors import ImageError
 from planner.qcow2 import bitmaps, extensions
 from planner.qcow2.contents import Contents
@@ -87,22 +89,14 @@ def _errors(contents: Contents) -> Json:
 def _backing(layout: Layout, facts: ImageFacts) -> Json:
     if not layout.backing_file:
         return {}
-    name = decode_name(layout.backing_file)
+    full = full_name(os.fsencode(facts.filename), layout.backing_file)
     found: Json = {
-        "backing-filename": name,
-        "full-backing-filename": _beside(facts.filename, name),
+        "backing-filename": decode_name(layout.backing_file),
+        "full-backing-filename": decode_name(full),
     }
     if layout.extensions.backing_format:
         found["backing-filename-format"] = decode_name(layout.extensions.backing_format)
     return found
-
-
-def _beside(image: str, name: str) -> str:
-    """The path that QEMU would open for *name* in *image*: path_combine. Nothing is looked up."""
-    has_protocol = ":" in name.partition("/")[0]
-    if has_protocol or name.startswith("/"):
-        return name
-    return image[: image.rfind("/") + 1] + name
 
 
 def _snapshot(snapshot: Snapshot) -> Json:
@@ -189,6 +183,15 @@ def info_json(contents: Contents, facts: ImageFacts) -> bytes:
     return json_bytes(info(contents, facts))
 
 
+def mounted_info_json(contents: Contents, facts: ImageFacts) -> bytes:
+    """`info` as JSON in a mount: where disk.raw cannot be read, it says so under that name."""
+    method = contents.layout.header.crypt_method
+    if not method:
+        return info_json(contents, facts)
+    sentence = f"encrypted ({CRYPT_NAMES[method]}): no key is asked for, and reads are refused"
+    return json_bytes({**info(contents, facts), "disk.raw": sentence})
+
+
 def info_error_json(error: ImageError, facts: ImageFacts) -> bytes:
     """In place of `info_json` where the layout cannot be read: the reason, and what is known."""
     return json_bytes(
@@ -198,6 +201,32 @@ def info_error_json(error: ImageError, facts: ImageFacts) -> bytes:
             "actual-size": facts.allocated_size,
             "file-size": facts.file_size,
             **_error(error),
+        }
+    )
+
+
+def error_json(error: ImageError) -> bytes:
+    """In place of a file about the image where its layout cannot be read: the reason."""
+    return json_bytes(_error(error))
+
+
+def snapshot_json(contents: Contents | ImageError, index: int) -> bytes:
+    """`snapshots/N/info.json`: its entry in `info`, and where it is in the image.
+
+    Sizes in bytes; the size of the disk is null where the snapshot does not say.
+    """
+    if isinstance(contents, ImageError):
+        return error_json(contents)
+    if index >= len(contents.snapshots):
+        return json_bytes({"error": f"there is no snapshot {index} any more"})
+    snapshot = contents.snapshots[index]
+    return json_bytes(
+        {
+            **_snapshot(snapshot),
+            "disk-size": snapshot.disk_size,
+            "l1-table-offset": snapshot.l1_table_offset,
+            "l1-size": snapshot.l1_size,
+            "table-entry-offset": snapshot.offset,
         }
     )
 

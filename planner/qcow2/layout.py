@@ -82,14 +82,14 @@ def _feature_names(source: Source, header: Header) -> dict[tuple[int, int], str]
 
 def _check_tables(header: Header, geometry: Geometry) -> None:
     """qcow2_validate_table for the refcount table and the active L1 table."""
-    _check_table(
+    check_table(
         "refcount_table",
         header.refcount_table_offset,
         header.refcount_table_clusters * geometry.cluster_size,
         MAX_REFTABLE_BYTES,
         geometry,
     )
-    _check_table("l1_table", header.l1_table_offset, header.l1_size * 8, MAX_L1_BYTES, geometry)
+    check_table("l1_table", header.l1_table_offset, header.l1_size * 8, MAX_L1_BYTES, geometry)
     if header.l1_size < geometry.l1_entries_needed:
         raise ImageError(
             "l1_size",
@@ -98,7 +98,8 @@ def _check_tables(header: Header, geometry: Geometry) -> None:
         )
 
 
-def _check_table(name: str, offset: int, size: int, limit: int, geometry: Geometry) -> None:
+def check_table(name: str, offset: int, size: int, limit: int, geometry: Geometry) -> None:
+    """qcow2_validate_table, for *size* bytes at *offset*. Raises `ImageError`."""
     if size > limit:
         raise ImageError(f"{name} size", size, f"over the limit of {limit >> 20} MiB")
     if offset % geometry.cluster_size:

@@ -48,7 +48,7 @@ def test_fills_views_of_wider_items(path: Path) -> None:
 
 def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: whole(fd, [views[0][:3]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, *at: whole(fd, [views[0][:3]], *at))
     with Image.open(str(path)) as opened:
         assert read(opened, 10, 20) == bytes(range(10, 30))
 
@@ -63,7 +63,7 @@ def test_a_file_cut_off_while_it_is_read_ends_in_zeros(path: Path) -> None:
 
 
 def test_a_read_error_says_where(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(fd: int, views: list[memoryview], offset: int) -> int:
+    def fail(fd: int, views: list[memoryview], offset: int, flags: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)

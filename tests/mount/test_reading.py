@@ -22,8 +22,11 @@ FILES = [
     "check/report.txt",
     "check/result.bin",
     "check/result.json",
+    "disk.raw",
+    "image/chain.json",
     "image/header.json",
     "image/info.json",
+    "image/map.json",
     "image/map.svg",
     "lost/triage.json",
     "repair/plan/all.json",
@@ -247,8 +250,11 @@ def test_a_damaged_image_mounts_and_says_what_is_wrong(mount: MakeMount, image: 
     assert json.loads(damaged.read("image/header.json"))["field"] == "cluster_bits"
     assert "cluster_bits" in damaged.read("check/result.json")
     assert "cluster_bits" in damaged.read("check/report.txt")
-    for name in FILES:
+    assert "cluster_bits" in damaged.read("image/map.json")
+    for name in set(FILES) - {"disk.raw"}:
         damaged.read(name)
+    with pytest.raises(OSError, match="Structure needs cleaning"):
+        (damaged / "disk.raw").read_bytes()
 
 
 def test_a_name_that_options_and_mount_tables_spell_otherwise(

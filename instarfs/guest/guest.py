@@ -1,0 +1,176 @@
+"""What the guest of one image has: its disk, and the disk and machine state of every snapshot.
+
+An opened guest is the state of one moment: `instarfs.guest.reader` opens another when the image
+has changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from instarfs.errors import GuestEncrypted, SnapshotMissing
+from instarfs.guest.chain import Chain, open_chain
+from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
+from instarfs.guest.follow import Follow
+from instarfs.image import Generation, Image
+from planner.chain import Member, Role, full_name
+from planner.errors import ImageError
+from planner.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
+from planner.mapping import Mapping
+from planner.qcow2.geometry import SECTOR, Geometry
+from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
+from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
+from planner.qcow2.snapshots import Snapshot, read_snapshots
+
+MAX_FOUND = 8
+"""Disks that are kept ready."""
+
+
+LARGEST = 1 << 61
+"""Bytes of a disk: what an L1 table of the largest size maps with the largest clusters."""
+
+
+class Part(StrEnum):
+    """What a guest has that can be read."""
+
+    DISK = "disk"
+    SNAPSHOT = "snapshot"
+    VMSTATE = "vmstate"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One of the things to be read: the active disk, or what the snapshot at ``index`` kept."""
+
+    part: Part
+    index: int = 0
+
+
+class Guest:
+    """The guest of *image*, as it is when this is made. Usable from several threads."""
+
+    def __init__(self, image: Image, follow: Follow) -> None:
+        """Raises `ImageError` where the layout makes no sense; of all else only a read tells."""
+        self._image = image
+        self.layout = Layout.read(image.source())
+        self.chain: Chain = open_chain(image, self.layout, follow)
+        self._found: dict[Place, Disk] = {}
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """What became of the files that the image needs, and of those that they need."""
+        return self.chain.members
+
+    def generations(self) -> tuple[Generation, ...]:
+        """Of the other files that it is read from, as they are now. Raises `ImageReadFailed`."""
+        return tuple(image.generation() for image in self.chain.images)
+
+    def extents(self) -> Iterator[Extents]:
+        """The map of the active disk. Raises `ImageReadFailed`."""
+        stratum = _qcow2_stratum(self.chain.disk)
+        return extents(stratum, 0, stratum.size)
+
+    def data_files(self, path: str) -> list[bytes]:
+        """Where the data of each member of the chain is, in QEMU's words, *path* being the image.
+
+        Members that are not read are missing at the end.
+        """
+        holder = os.fsencode(path)
+        files = [holder]
+        for each in self.members:
+            full = full_name(holder, each.named.name)
+            if each.named.role is Role.DATA:
+                files[-1] = full
+            else:
+                holder = full
+                files.append(full)
+        return files
+
+    def known(self, place: Place) -> Disk | None:
+        """What `find` has found already. Reads nothing."""
+        return self._found.get(place)
+
+    def find(self, place: Place) -> Disk:
+        """What is at *place*. Raises `GuestEncrypted`, `SnapshotMissing` and `ImageError`."""
+        disk = self._found.get(place)
+        if disk is None:
+            self._require_plain()
+            disk = self._make(place)
+            if len(self._found) >= MAX_FOUND:
+                self._found.clear()
+            self._found[place] = disk
+        return disk
+
+    def _make(self, place: Place) -> Disk:
+        if place.part is Part.DISK:
+            return Disk(self.chain.disk, self.chain.disk.size)
+        layout = self.layout
+        table = read_snapshots(self._image.source(), layout.header, layout.geometry)
+        if place.index >= len(table.snapshots):
+            raise SnapshotMissing(self._image.path, place.index)
+        snapshot, geometry = table.snapshots[place.index], layout.geometry
+        size = size_of(place, snapshot, geometry)
+        start = 0
+        if place.part is Part.VMSTATE:
+            # Behind the disk, from where the next L1 entry begins: qcow2_vm_state_offset.
+            end = size_of(Place(Part.SNAPSHOT, place.index), snapshot, geometry)
+            start = -(-end // geometry.l2_coverage) * geometry.l2_coverage
+        return Disk(self._layer(snapshot, start + size), size, start)
+
+    def _layer(self, snapshot: Snapshot, size: int) -> Qcow2Layer:
+        offset, entries = snapshot.l1_table_offset, snapshot.l1_size
+        geometry = self.layout.geometry
+        check_table("snapshot L1 table", offset, entries * 8, MAX_L1_BYTES, geometry)
+        mapping = Mapping(self._image.source(), geometry, offset, entries)
+        return Qcow2Layer(self.chain.disk.beneath, mapping, size)
+
+    def _require_plain(self) -> None:
+        method = self.layout.header.crypt_method
+        if method != CRYPT_NONE:
+            raise GuestEncrypted(self._image.path, CRYPT_NAMES[method])
+
+
+def stratum_of(layer: RawLayer | Qcow2Layer | Missing | None) -> Stratum | int | None:
+    """What the map has to know of a disk, and of those beneath it. Raises `ImageReadFailed`."""
+    if layer is None:
+        return None
+    if isinstance(layer, Missing):
+        return UNKNOWN
+    if isinstance(layer, RawLayer):
+        return Stratum(None, layer.file.source(), layer.size)
+    return _qcow2_stratum(layer)
+
+
+def _qcow2_stratum(layer: Qcow2Layer) -> Stratum:
+    beneath = layer.beneath
+    file = beneath.file
+    return Stratum(
+        layer.mapping,
+        None if isinstance(beneath.data, Missing) else beneath.data.source(),
+        layer.size,
+        sparse=has_preallocated_metadata(
+            file.source(), beneath.layout, file.image.allocated_size()
+        ),
+        hidden=beneath.layout.header.crypt_method != CRYPT_NONE,
+        backing=stratum_of(beneath.backing),
+    )
+
+
+def size_of(place: Place, snapshot: Snapshot, geometry: Geometry) -> int:
+    """Bytes of the disk or the machine state of a snapshot, of a disk in whole sectors.
+
+    Where the snapshot does not say, its disk is as large as the image's. Raises `ImageError` for
+    more than any disk has.
+    """
+    if place.part is Part.VMSTATE:
+        field, size = "vm_state_size", snapshot.vm_state_size
+    else:
+        known = snapshot.disk_size
+        size = (geometry.virtual_size if known is None else known) // SECTOR * SECTOR
+        field = "disk size of a snapshot"
+    if size > LARGEST:
+        raise ImageError(field, size, "larger than any disk can be")
+    return size

@@ -1,0 +1,56 @@
+"""Compressed clusters: what is stored in, a cluster out, or the reason why not.
+
+Accepts what QEMU accepts: qcow2_zlib_decompress and qcow2_zstd_decompress in qcow2-threads.c. What
+a cluster costs is bounded by its size, whatever the data claims.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+
+from planner.qcow2.header import COMPRESSION_ZSTD
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdDecompressor, ZstdError
+else:
+    from backports.zstd import ZstdDecompressor, ZstdError
+
+# The specification wants a window of 4 KiB. QEMU inflates in one call, which makes no use of a
+# window: it accepts whatever distance leads to what is there already.
+_WINDOW_BITS = -15
+
+
+class NotUnpacked(Exception):
+    """The stored data does not give a whole cluster."""
+
+
+def unpack(stored: bytes | bytearray, size: int, compression_type: int) -> bytes:
+    """The *size* bytes that *stored* begins with, decompressed.
+
+    What follows the compressed data in *stored* is left alone. Raises `NotUnpacked`.
+    """
+    try:
+        if compression_type == COMPRESSION_ZSTD:
+            return _unpack_zstd(stored, size)
+        content = zlib.decompressobj(_WINDOW_BITS).decompress(stored, size)
+    except (zlib.error, ZstdError, MemoryError) as error:
+        raise NotUnpacked(str(error)) from error
+    if len(content) < size:
+        raise NotUnpacked(f"the compressed data ends after {len(content)} bytes")
+    return content
+
+
+def _unpack_zstd(stored: bytes | bytearray, size: int) -> bytes:
+    """Frame after frame until there are *size* bytes; the last must end there."""
+    content = b""
+    rest: bytes | bytearray = stored
+    while len(content) < size:
+        frame = ZstdDecompressor()
+        content += frame.decompress(rest, size - len(content))
+        if not frame.eof:
+            raise NotUnpacked("the compressed data does not end where the cluster does")
+        rest = frame.unused_data
+        if not rest and len(content) < size:
+            raise NotUnpacked(f"the compressed data ends after {len(content)} bytes")
+    return content

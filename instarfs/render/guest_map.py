@@ -1,0 +1,116 @@
+"""`image/map.json` and `instarfs map`: where the guest's bytes are, in the words of `qemu-img map`.
+
+The keys are those of `qemu-img map --output=json`, ``compressed`` included, which QEMU has since
+8.2. Where QEMU gives up, the map goes on: a row whose bytes cannot be read has ``damaged`` and a
+sentence, one in a file that is not read has ``unknown`` and a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from instarfs.render.text import decode_name, json_bytes, printable
+from planner.chain import Member, Role
+from planner.extents import UNKNOWN, Extents
+from planner.mapping import FLAW_SENTENCES, NO_HOST, Flaw
+
+_BOOLEANS = ("false", "true")
+
+
+_NOTHING = (
+    '{ "start": 0, "length": 0, "depth": 0, "present": false, "zero": false, "data": false,'
+    ' "compressed": false}'
+)
+
+
+class MapIncomplete(Exception):
+    """The text has no line for some of the guest's data; the message says which."""
+
+
+def map_json(batches: Iterable[Extents], members: tuple[Member, ...]) -> Iterator[bytes]:
+    """The map as JSON, in parts, an object a line."""
+    reasons = _reasons(members)
+    opening = "["
+    for rows in batches:
+        lines = []
+        for line in _objects(rows, reasons):
+            lines.append(opening + line)
+            opening = ",\n"
+        yield "".join(lines).encode()
+    # Of an empty disk QEMU has one row too.
+    yield (opening + _NOTHING + "]\n" if opening == "[" else "]\n").encode()
+
+
+def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:
+    columns = (
+        rows.start, rows.length, rows.depth, rows.present, rows.zero, rows.data, rows.compressed,
+        rows.offset, rows.flaw,
+    )  # fmt: skip
+    for start, length, depth, present, zero, data, compressed, offset, flaw in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        at = "" if offset == NO_HOST else f', "offset": {offset}'
+        yield (
+            f'{{ "start": {start}, "length": {length}, "depth": {depth},'
+            f' "present": {_BOOLEANS[present]}, "zero": {_BOOLEANS[zero]},'
+            f' "data": {_BOOLEANS[data]}, "compressed": {_BOOLEANS[compressed]}'
+            f"{at}{reasons[flaw]}}}"
+        )
+
+
+def _reasons(members: tuple[Member, ...]) -> dict[int, str]:
+    """What a row ends with, by its flaw."""
+    found = {int(flaw): f', "damaged": "{text}"' for flaw, text in FLAW_SENTENCES.items()}
+    missing = [m for m in members if m.named.role is Role.BACKING and m.refusal is not None]
+    reason = missing[-1].refusal if missing else None
+    found[UNKNOWN] = f', "unknown": "in a backing file that is not read: {reason}"'
+    return found | {int(Flaw.NONE): ""}
+
+
+def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
+    """The text of `qemu-img map`: a line for each run of data that lies in a file as it is.
+
+    *files*: the file of the data at each depth. Raises `MapIncomplete` at the first run that has no
+    such line, as QEMU does.
+    """
+    yield b"Offset          Length          Mapped to       File\n"
+    for rows in batches:
+        # QEMU joins what it does not tell apart.
+        held = rows.select(rows.data & ~rows.zero)
+        columns = (held.start, held.length, held.depth, held.offset)
+        for start, length, depth, offset in zip(*(c.tolist() for c in columns), strict=True):
+            if offset == NO_HOST:
+                raise MapIncomplete(
+                    f"File contains external, encrypted, compressed or damaged clusters, the first"
+                    f" at {start}; see --output json"
+                )
+            numbers = f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}"
+            yield f"{numbers}{printable(files[depth])}\n".encode()
+        if (rows.flaw == UNKNOWN).any():
+            start = int(rows.start[rows.flaw == UNKNOWN][0])
+            raise MapIncomplete(
+                f"what is at {start} is in a backing file that is not read; see --follow"
+            )
+
+
+def _hex(number: int) -> str:
+    """As C prints %#x."""
+    return f"{number:#x}" if number else "0"
+
+
+def chain_json(members: Iterable[Member]) -> bytes:
+    """`image/chain.json`: each file that a member of the chain names, and what became of it."""
+    return json_bytes({"members": [_member(member) for member in members]})
+
+
+def _member(member: Member) -> dict[str, object]:
+    named = member.named
+    return {
+        "depth": member.depth,
+        "role": str(named.role),
+        "name": decode_name(named.name),
+        "format": None if named.format is None else decode_name(named.format),
+        "path": member.path,
+        "opened": member.refusal is None,
+        **({} if member.refusal is None else {"reason": member.refusal}),
+    }
