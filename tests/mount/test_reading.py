@@ -70,7 +70,7 @@ def test_listing_computes_nothing(mount: MakeMount, image: Path) -> None:
 def test_attributes(shared: Mount) -> None:
     root = shared.path.stat()
     assert stat.S_IMODE(root.st_mode) == 0o500
-    assert root.st_nlink == 2 + 6
+    assert root.st_nlink == 2 + 7
     assert (root.st_uid, root.st_gid) == (os.getuid(), os.getgid())
     check = (shared / "check").stat()
     assert (stat.S_IMODE(check.st_mode), check.st_nlink) == (0o500, 2)

@@ -30,7 +30,7 @@ from tests.oracle.images import MATRIX, Row, describe, random_row
 from tests.oracle.scene import FileSource
 
 PLAIN = [row for row in MATRIX if not row.encryption]
-ENCRYPTED = [row for row in MATRIX if row.encryption]
+ENCRYPTED = [row for row in MATRIX if row.name in ("aes", "luks")]  # LUKS takes its time
 RANDOM_READS = 60
 
 
