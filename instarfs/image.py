@@ -7,6 +7,7 @@ who else has the image open that of `instarfs.locks`.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import stat
 import weakref
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from instarfs.errors import (
     ImageForbidden,
@@ -26,6 +27,9 @@ from instarfs.errors import (
     InstarfsError,
 )
 
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
 # O_NONBLOCK: should a FIFO take the path's place after it was looked at, opening must not wait.
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -33,6 +37,9 @@ BLOCK_STATISTICS = Path("/sys/dev/block")
 """Where the kernel counts what is written to each block device: its mtime says nothing."""
 
 _SECTORS_WRITTEN = 6
+
+READERS = 8
+"""Requests under way at a time: a disk that is far away answers them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,11 @@ class FileSource:
     def size(self) -> int:
         return self._size
 
+    @property
+    def executor(self) -> Executor:
+        """Threads that read ahead; the same for all sources."""
+        return _readers()
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill *buffer* from *offset* on; zeros past the end. Raises `ImageReadFailed`."""
         view = buffer.cast("B")
@@ -89,7 +101,8 @@ class FileSource:
             if not count:  # cut off since the size was taken
                 break
             filled += count
-        view[filled:] = bytes(len(view) - filled)
+        if filled < len(view):
+            view[filled:] = bytes(len(view) - filled)
 
     def data_extents(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """(start, end) of what may hold data, from the file system. Raises `ImageReadFailed`."""
@@ -111,6 +124,14 @@ class FileSource:
 
     def _failed(self, offset: int, error: OSError) -> ImageReadFailed:
         return ImageReadFailed(self._image.path, offset, _reason(error))
+
+
+@functools.cache
+def _readers() -> Executor:
+    # Not at the top: a small image is checked in less time than loading it takes.
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    return ThreadPoolExecutor(READERS, thread_name_prefix="instarfs-reader")
 
 
 class Image:

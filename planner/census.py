@@ -25,6 +25,7 @@ from planner.qcow2.layout import Layout, sector_end
 from planner.source import Source, read_tables
 from planner.stored import StoredRefcounts
 from planner.tables import Batch, L2Tables
+from planner.versions import VersionCounter
 
 RUN_SHIFT = 7
 """Tables with fewer than one run of adjacent clusters in 2^7 entries are counted run by run."""
@@ -63,6 +64,20 @@ class Census:
     def file_end(self) -> int:
         return sector_end(self.layout.file_size)
 
+    def mapped_twice(self, slots: slice) -> Mask:
+        """Which of *slots* hold data of two guest clusters, other than compressed data alone."""
+        twice: Mask = self.mapped.values[slots] > 1
+        if self.compressed is not None:
+            twice |= (self.mapped.values[slots] > 0) & self.compressed[slots]
+        return twice
+
+    def holds_data(self, slots: slice | I64) -> Mask:
+        """Which of *slots* a guest cluster has data in."""
+        holds: Mask = self.mapped.values[slots] > 0
+        if self.compressed is not None:
+            holds |= self.compressed[slots]
+        return holds
+
     def separate_mapped(self) -> None:
         """From here on references and mapped differ."""
         if self.mapped is self.references:
@@ -86,13 +101,30 @@ class Walker:
 
     def walk(self, which: I64, tick: Callable[[int], None]) -> None:
         """Count the tables at positions *which* of `L2Tables`. *tick* is told of the bytes read."""
+        siblings = which[self._tables.sibling[which]]
+        alone = which[~self._tables.sibling[which]]
+        if self.fast and not self._external:
+            siblings = VersionCounter(
+                self._geometry,
+                self._tables,
+                self,
+                index=self._census.index,
+                references=self._census.references,
+                mapped=self._census.mapped,
+            ).count(self._source, siblings, tick)
+        self._walk_tables(np.sort(np.concatenate((alone, siblings))), tick)
+        if not self._external:
+            self._walk_siblings(siblings, tick)
+
+    def _walk_tables(self, which: I64, tick: Callable[[int], None]) -> None:
+        """Count tables one by one."""
         size, tables = self._geometry.cluster_size, self._tables
         for group in tables.classes(which):
             for part, rows in read_tables(self._source, tables.offset[group.ids], size):
                 self._count_batch(replace(group, ids=group.ids[part]), decode_words(rows))
                 tick(rows.size)
 
-    def walk_siblings(self, which: I64, tick: Callable[[int], None]) -> None:
+    def _walk_siblings(self, which: I64, tick: Callable[[int], None]) -> None:
         """Count into ``mapped`` what tables at the same L1 index map, once for what they share."""
         size, tables = self._geometry.cluster_size, self._tables
         which = which[np.lexsort((tables.offset[which], tables.l1_index[which]))]
@@ -122,6 +154,25 @@ class Walker:
                     return
         self._count_any(batch, values, bitmaps)
 
+    def are_plain(self, words: U64) -> Mask:
+        """Which tables (rows) map nothing but whole aligned data clusters inside the file."""
+        joined = np.bitwise_or.reduce(words, axis=1)
+        plain: Mask = (joined & self._unusual) == 0
+        plain &= self._clusters(words).max(axis=1) < self._census.layout.host_clusters
+        return plain
+
+    def count_plain(self, batch: Batch, words: U64) -> None:
+        """Count tables that `are_plain`."""
+        if not self._count_runs(batch, words):
+            self._count_plain(batch, words, self._clusters(words))
+
+    def count_entries(self, batch: Batch, positions: I64, words: U64) -> None:
+        """Count single entries, none of them 0, at flat *positions* in the tables of *batch*."""
+        bitmaps = np.zeros(len(words), dtype=np.uint64)
+        types = entries.cluster_types(words, self._geometry)
+        width = self._geometry.l2_entries
+        self._count_chosen(batch, _Entries(positions, width, words, bitmaps, types))
+
     def _count_runs(self, batch: Batch, values: U64) -> bool:
         """Count tables whose entries are a few runs of adjacent clusters; false: they are not.
 
@@ -147,30 +198,27 @@ class Walker:
         # A run also ends where only the COPIED flag changes: that is no gap.
         gap = (start[1:] % width != 0) & (np.diff(offset) != length[:-1] << bits)
         guest.fragmented += batch.active * int(np.count_nonzero(gap))
-        copied = head >= np.uint64(entries.COPIED)
-        for at, cluster, count, flag in zip(
-            start.tolist(), (offset >> bits).tolist(), length.tolist(), copied.tolist(), strict=True
-        ):
-            self._count_run(batch, values, cluster, slice(at, at + count), copied=flag)
+        slots = self._census.index.slots_of(offset >> bits)
+        for counts, amount in self._targets(batch):
+            counts.add_runs(slots, length, amount)
+        if batch.copied:
+            copied = head >= np.uint64(entries.COPIED)
+            for at, slot, count, flag in zip(
+                start.tolist(), slots.tolist(), length.tolist(), copied.tolist(), strict=True
+            ):
+                self._check_run(batch, width, slice(at, at + count), slot, copied=flag)
         return True
 
-    def _count_run(
-        self, batch: Batch, values: U64, cluster: int, part: slice, *, copied: bool
-    ) -> None:
-        """Count the run of clusters from *cluster* on that the entries *part* of *values* map."""
-        census, count = self._census, part.stop - part.start
-        slot = int(census.index.slots_of(np.array([cluster]))[0])
-        for counts, amount in self._targets(batch):
-            counts.add_run(slot, count, amount)
-        if batch.copied:
-            wrong = (self._stored.values[slot : slot + count] == 1) != copied
-            if wrong.any():
-                clusters = np.arange(cluster, cluster + count)
-                positions = np.arange(part.start, part.stop)
-                flags = np.full(count, copied)
-                self._report_wrong(
-                    batch, clusters, positions, flags, wrong=wrong, width=values.shape[1]
-                )
+    def _check_run(self, batch: Batch, width: int, run: slice, slot: int, *, copied: bool) -> None:
+        """Judge the COPIED flag of a *run* of entries, by flat position; *slot* is the first's."""
+        count = run.stop - run.start
+        is_one = self._stored.values[slot : slot + count] == 1
+        if is_one.all() if copied else not is_one.any():
+            return
+        clusters = self._census.index.clusters_of(np.arange(slot, slot + count))
+        positions, flags = np.arange(run.start, run.stop), np.full(count, copied)
+        wrong = is_one != copied
+        self._report_wrong(batch, clusters, positions, flags, wrong=wrong, width=width)
 
     def _targets(self, batch: Batch) -> list[tuple[ClusterCounts, int]]:
         """What an entry of a batch adds to, and how much."""
@@ -263,7 +311,9 @@ class Walker:
         word = flat[positions]
         bitmap = np.broadcast_to(bitmap, flat.shape)[positions]
         types = entries.cluster_types(word, self._geometry)
-        entry = _Entries(positions, width, word, bitmap, types)
+        self._count_chosen(batch, _Entries(positions, width, word, bitmap, types))
+
+    def _count_chosen(self, batch: Batch, entry: _Entries) -> None:
         self._judge_words(batch, entry)
         self._count_compressed(batch, entry)
         self._count_data(batch, entry)

@@ -28,7 +28,7 @@ from planner.findings import (
     Structure,
     no_owners,
 )
-from planner.mismatch import Mismatches
+from planner.mismatch import CHUNK, Mismatches
 from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -150,35 +150,31 @@ class _Check:
 
     def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
         tables, present = survey.tables, survey.present
-        siblings = present[tables.sibling[present]]
         references = ClusterCounts(index.slots)
         census = Census(self._layout, index, references, references, None, self._findings)
-        if len(siblings) or (tables.weight[present] != 1).any():
+        if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size
-        self._tick.begin("census", (len(present) + len(siblings)) * size)
-        walker = Walker(self._source, census, stored, tables)
-        walker.walk(present, self._tick)
-        if not self._geometry.external_data:
-            walker.walk_siblings(siblings, self._tick)
+        self._tick.begin("census", len(present) * size)
+        Walker(self._source, census, stored, tables).walk(present, self._tick)
         return census
 
     def _contested(self, census: Census, survey: Survey, regions: Regions) -> Mask:
         """Slots of clusters that may have two owners: a superset, before metadata is counted."""
         bits, index = self._geometry.cluster_bits, census.index
-        mapped = census.mapped.values
-        contested: Mask = mapped > 1
-        used = mapped > 0
-        if census.compressed is not None:
-            contested |= used & census.compressed
-            used |= census.compressed
+        # Marked one by one: the zeros of a whole file take no memory before something is written.
+        contested: Mask = np.zeros(index.slots, dtype=np.bool_)
+        for start in range(0, index.slots, CHUNK):
+            part = slice(start, min(start + CHUNK, index.slots))
+            contested[start + np.flatnonzero(census.mapped_twice(part))] = True
         first, last = regions.first(bits), regions.last(bits)
         single = first == last
         slots = index.slots_of(first[single])
-        contested[slots[used[slots]]] = True
+        contested[slots[census.holds_data(slots)]] = True
         for low, high in zip(first[~single].tolist(), last[~single].tolist(), strict=True):
             slot = int(index.slots_of(np.array([low]))[0])
-            contested[slot : slot + high - low + 1] |= used[slot : slot + high - low + 1]
+            part = slice(slot, slot + high - low + 1)
+            contested[slot + np.flatnonzero(census.holds_data(part))] = True
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
         shared = survey.tables.offset[_at_several_places(survey)] >> bits
         slots, known = index.find(shared)

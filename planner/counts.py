@@ -62,22 +62,34 @@ class ClusterCounts:
     def __init__(self, slots: int) -> None:
         self.values: Counts = np.zeros(slots, dtype=np.uint8)
         self._bound = 0  # No value is above this.
+        self._limit = int(np.iinfo(np.uint8).max)  # The most that a value can be in its dtype.
 
     def copy(self) -> ClusterCounts:
         """The same counts, to be counted on separately."""
         twin = ClusterCounts(0)
-        twin.values, twin._bound = self.values.copy(), self._bound
+        twin.values = self.values.copy()
+        twin._bound, twin._limit = self._bound, self._limit
         return twin
 
     def add_run(self, first: int, count: int, amount: int) -> None:
         """Add *amount* to the slots first..first+count-1."""
-        self._make_room(amount)
-        self.values[first : first + count] += self.values.dtype.type(amount)
+        part = slice(first, first + count)
+        self._make_room(part, amount)
+        self.values[part] += self.values.dtype.type(amount)
+
+    def add_runs(self, first: I64, count: I64, amount: int) -> None:
+        """`add_run` for each of many, which may overlap."""
+        for start, length in zip(first.tolist(), count.tolist(), strict=True):
+            self.add_run(start, length, amount)
 
     def add_distinct(self, slots: npt.NDArray[np.integer[Any]], amount: int) -> None:
         """Add *amount* to slots that are all different."""
-        self._make_room(amount)
+        self._make_room(slots, amount)
         self.values[slots] += self.values.dtype.type(amount)
+
+    def subtract(self, slots: I64, amounts: I64) -> None:
+        """Take back what was added to *slots* before; few of them, and any may occur repeatedly."""
+        np.subtract.at(self.values, slots, amounts.astype(self.values.dtype))
 
     def add(self, slots: I64, amount: int) -> None:
         """Add *amount* to each of *slots*, as often as it occurs."""
@@ -94,18 +106,24 @@ class ClusterCounts:
             return
         starts = np.flatnonzero(first)
         times = np.diff(starts, append=len(ordered)) * amount
-        self._make_room(int(times.max()))
+        self._make_room(ordered[starts], int(times.max()))
         self.values[ordered[starts]] += times.astype(self.values.dtype)
 
-    def _make_room(self, amount: int) -> None:
-        """Widen where adding *amount* to the largest value could wrap."""
-        limit = int(np.iinfo(self.values.dtype).max)
-        if self._bound + amount > limit:
-            self._bound = int(self.values.max(initial=0))
-            while self._bound + amount > int(np.iinfo(self.values.dtype).max):
-                width = _WIDTHS[[np.dtype(w) for w in _WIDTHS].index(self.values.dtype) + 1]
-                self.values = self.values.astype(width)
-        self._bound += amount
+    def _make_room(self, slots: slice | npt.NDArray[np.integer[Any]], amount: int) -> None:
+        """Widen where adding *amount* to one of *slots* could wrap.
+
+        Only they are looked at, and only once the bound no longer tells: looking at all of a large
+        file again and again takes longer than counting it.
+        """
+        if self._bound + amount <= self._limit:
+            self._bound += amount
+            return
+        top = int(self.values[slots].max(initial=0)) + amount
+        while top > self._limit:
+            width = _WIDTHS[[np.dtype(w) for w in _WIDTHS].index(self.values.dtype) + 1]
+            self.values = self.values.astype(width)
+            self._limit = int(np.iinfo(width).max)
+        self._bound = max(self._bound, top)
 
 
 def fill_rows(values: Counts, rows: I64, part: Counts) -> Counts:

@@ -7,9 +7,11 @@ small or dense; bytes past the end are zeros, as QEMU reads them. Files are open
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +22,9 @@ SECTOR = 512
 
 BATCH_BYTES = 2 << 20
 """Bytes of tables a batch aims at: fits a level-2 cache with its derived arrays nearby."""
+
+BATCHES_AHEAD = 8
+"""Read while a batch is looked at: so many requests are under way where each takes its time."""
 
 GAP_BYTES = 16 << 10
 """Tables nearer to each other than this are fetched in one read: a request costs more."""
@@ -44,6 +49,28 @@ class Source(Protocol):
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """Ascending (start, end) within the range that may hold bytes other than zero."""
+
+
+class Reading(Protocol):
+    """A read under way: what of `concurrent.futures.Future` is used."""
+
+    def result(self) -> object:
+        """Waits for its end, and raises what it raised."""
+
+    def cancel(self) -> object: ...
+
+
+class Executor(Protocol):
+    """What of `concurrent.futures.Executor` is used."""
+
+    def submit(self, function: Callable[..., object], /, *arguments: Any) -> Reading: ...
+
+
+class Concurrent(Source, Protocol):
+    """A source that any thread may read; ``executor`` has threads that wait for it."""
+
+    @property
+    def executor(self) -> Executor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +130,11 @@ class Overlay:
     def size(self) -> int:
         return self._size
 
+    @property
+    def executor(self) -> Executor | None:
+        """That of the source beneath."""
+        return executor_of(self._source)
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         first = offset // SECTOR * SECTOR
         length = -(-(offset + len(buffer) - first) // SECTOR) * SECTOR
@@ -145,6 +177,12 @@ def _join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int
             current = start, end
     if current is not None and current[0] < current[1]:
         yield current
+
+
+def executor_of(source: Source) -> Executor | None:
+    """Threads that may read *source* ahead; None where it has none."""
+    executor: Executor | None = getattr(source, "executor", None)
+    return executor
 
 
 def read_bytes(source: Source, offset: int, length: int) -> bytes:
@@ -208,19 +246,60 @@ def present_tables(source: Source, offsets: I64, table_bytes: int) -> Mask:
 def read_tables(
     source: Source, offsets: I64, table_bytes: int, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[tuple[slice, U8]]:
-    """Read equally sized tables, many a batch, through one reused buffer.
+    """Read equally sized tables, many a batch, through a few reused buffers.
 
     *offsets* are host offsets in the order wanted (ascending reads best). Yields the slice of
     *offsets* that a batch holds and its bytes, shape (tables, table_bytes); the bytes are valid
-    until the next batch.
+    until the next batch. From a source that is `Concurrent`, the next batches are read meanwhile.
     """
-    per_batch = max(1, batch_bytes // table_bytes)
-    buffer = np.empty((min(per_batch, max(1, len(offsets))), table_bytes), dtype=np.uint8)
-    for first in range(0, len(offsets), per_batch):
-        wanted = offsets[first : first + per_batch]
-        rows = buffer[: len(wanted)]
-        _fetch(source, wanted, rows)
-        yield slice(first, first + len(wanted)), rows
+    count, per_batch = len(offsets), max(1, batch_bytes // table_bytes)
+    parts = [slice(at, min(at + per_batch, count)) for at in range(0, count, per_batch)]
+    return read_parts(source, offsets, table_bytes, parts)
+
+
+def read_parts(
+    source: Source, offsets: I64, table_bytes: int, parts: Sequence[slice]
+) -> Iterator[tuple[slice, U8]]:
+    """As `read_tables`, in batches that the caller has cut."""
+    longest = max((part.stop - part.start for part in parts), default=0)
+    executor = executor_of(source) if len(parts) > 1 else None
+    if executor is not None:
+        yield from _read_ahead(executor, source, offsets, parts, (longest, table_bytes))
+        return
+    buffer = np.empty((longest, table_bytes), dtype=np.uint8)
+    for part in parts:
+        rows = buffer[: part.stop - part.start]
+        _fetch(source, offsets[part], rows)
+        yield part, rows
+
+
+def _read_ahead(
+    executor: Executor,
+    source: Source,
+    offsets: I64,
+    parts: Sequence[slice],
+    shape: tuple[int, int],
+) -> Iterator[tuple[slice, U8]]:
+    """Read *parts*, up to `BATCHES_AHEAD` of them while the caller is busy with another."""
+    pending: deque[tuple[slice, U8, Reading]] = deque()
+
+    def begin(part: slice, buffer: U8) -> None:
+        rows = buffer[: part.stop - part.start]
+        pending.append((part, buffer, executor.submit(_fetch, source, offsets[part], rows)))
+
+    waiting = iter(parts)
+    try:
+        for part in itertools.islice(waiting, 1 + BATCHES_AHEAD):
+            begin(part, np.empty(shape, dtype=np.uint8))
+        while pending:
+            part, buffer, done = pending.popleft()
+            done.result()
+            yield part, buffer[: part.stop - part.start]
+            for following in itertools.islice(waiting, 1):
+                begin(following, buffer)
+    finally:
+        for _, _, left in pending:
+            left.cancel()
 
 
 def _fetch(source: Source, offsets: I64, rows: U8) -> None:

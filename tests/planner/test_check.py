@@ -3,18 +3,22 @@
 import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.make_image import Image, ImageBuilder
 from planner import check as check_module
+from planner import versions
 from planner.census import Walker
 from planner.check import check_image
 from planner.errors import Cancelled
-from planner.findings import Finding, FindingKind
+from planner.findings import Finding, FindingKind, FindingsBuilder
+from planner.qcow2.layout import Layout
 from planner.report import Report
 from planner.source import Bytes, Source
+from planner.survey import take_survey
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import builder, fill, plain
 from tests.planner.sources import Sparse
@@ -153,6 +157,52 @@ def test_runs_and_single_entries_of_full_tables_count_alike(changes, refcounts):
     for cluster, refcount in refcounts:
         image.set_refcount(cluster, refcount)
     assert answers(check_image(image.source)) == answers(check_carefully(image.source))
+
+
+def versioned() -> Image:
+    """Four versions of the same L2 tables, each with clusters that the one before has not."""
+    made = ImageBuilder(cluster_bits=9, size=1 << 16)
+    made.write(0, b"v" * (1 << 16))
+    made.take_snapshot("one")
+    made.write(3, b"w" * 1024)
+    made.take_snapshot("two")
+    made.write(3, b"x")
+    made.write(100, b"x")
+    made.take_snapshot("three")
+    made.write(7, b"y")
+    return made.build()
+
+
+VERSIONED = versioned()
+VERSIONED_TABLES = take_survey(
+    VERSIONED.source, Layout.read(VERSIONED.source), FindingsBuilder()
+).tables.offset.tolist()
+nearby = st.integers(0, VERSIONED.host_clusters + 2).map(lambda cluster: cluster << 9)
+
+
+@given(
+    changes=st.lists(
+        st.tuples(st.sampled_from(VERSIONED_TABLES), st.integers(0, 63), nearby | words),
+        max_size=4,
+    ),
+    shared=st.sampled_from([1, 8]),
+)
+def test_versions_and_single_tables_count_alike(changes, shared):
+    image = Image(bytearray(VERSIONED.data))
+    for table, entry, word in changes:
+        image.set_word(table + entry * 8, word)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "MIN_ENTRIES", 1)
+        patch.setattr(versions, "SHARED", shared)
+        found = answers(check_image(image.source))
+    assert found == answers(check_carefully(image.source))
+
+
+def test_versions_of_one_table_are_cut_into_parts_between_tables():
+    indices = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4], dtype=np.int64)
+    parts, left = versions.cut(indices, target=5, limit=4)
+    assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 6), (11, 12)]
+    assert [(part.start, part.stop) for part in left] == [(6, 11)]
 
 
 FILLED_AT = [FILLED.l2_table(cluster // 512) + cluster % 512 * 8 for cluster in range(1024)]

@@ -10,6 +10,7 @@ import pytest
 
 from examples.make_image import ImageBuilder, feature_name_table
 from planner import check as check_module
+from planner import versions
 from planner.census import Walker
 from planner.check import check_image
 from planner.findings import KINDS, Finding, FindingKind, Severity
@@ -28,11 +29,14 @@ class CarefulWalker(Walker):
         self.fast = False
 
 
-@pytest.fixture(params=["fast", "careful"])
+@pytest.fixture(params=["fast", "versions", "careful"])
 def walker(request, monkeypatch):
-    """Both ways of counting must find the same."""
+    """All ways of counting must find the same."""
     if request.param == "careful":
         monkeypatch.setattr(check_module, "Walker", CarefulWalker)
+    if request.param == "versions":
+        monkeypatch.setattr(versions, "MIN_ENTRIES", 1)
+        monkeypatch.setattr(versions, "SHARED", 1)
 
 
 def fits(row: Finding, expected: Expected) -> bool:

@@ -1,5 +1,9 @@
 """Reading tables from a source: batches, holes, ends, and reads that many tables share."""
 
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +15,7 @@ from planner.source import (
     nonzero_words,
     present_tables,
     read_bytes,
+    read_parts,
     read_present,
     read_tables,
 )
@@ -97,6 +102,55 @@ def test_tables_are_read_in_the_order_asked_for(data, numbers, table, batch):
         got += [row.tobytes() for row in rows]
     padded = data + bytes(1000)
     assert got == [padded[number * 16 : number * 16 + table] for number in numbers]
+
+
+@dataclass(frozen=True)
+class Shared(Bytes):
+    """Bytes that threads may read; a read of what is at *broken* fails."""
+
+    executor: Executor
+    broken: int = -1
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset <= self.broken < offset + len(buffer):
+            raise OSError(self.broken)
+        super().read_into(offset, buffer)
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[Executor]:
+    with ThreadPoolExecutor(3) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 10, 100])
+def test_tables_read_ahead_come_in_the_order_asked_for(threads, count):
+    data = np.random.default_rng(count).bytes(64 * count)
+    offsets = np.random.default_rng(count).permutation(count) * 64
+    parts = list(read_tables(Bytes(data), offsets, 64, 64))
+    ahead = [
+        (part, rows.tobytes()) for part, rows in read_tables(Shared(data, threads), offsets, 64, 64)
+    ]
+    assert [part for part, _ in parts] == [part for part, _ in ahead]
+    assert b"".join(rows for _, rows in ahead) == b"".join(data[at : at + 64] for at in offsets)
+
+
+def test_a_read_ahead_that_fails_is_told_in_its_turn(threads):
+    source = Shared(bytes(6400), threads, broken=640)
+    batches = read_tables(source, np.arange(100) * 64, 64, 64)
+    assert [next(batches)[0].start for _ in range(10)] == list(range(10))
+    with pytest.raises(OSError, match="640"):
+        next(batches)
+
+
+def test_parts_are_read_as_they_are_cut(threads):
+    data = bytes(range(256))
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    for source in (Bytes(data), Shared(data, threads)):
+        got = [
+            (part, rows.tobytes()) for part, rows in read_parts(source, np.arange(6) * 8, 8, cuts)
+        ]
+        assert got == [(cut, data[cut.start * 8 : cut.stop * 8]) for cut in cuts]
 
 
 def test_neighbouring_tables_are_one_request():
