@@ -45,6 +45,18 @@ def require_proof(source: Source, plan: Plan, before: Report, after: Report) -> 
         tables.require_same_mapping(stage, cluster)
 
 
+class _MoreComesToLight(AmbiguousCorruption):
+    """The plan is as it should be, and shows damage that it may not mend."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            "behind refcounts that cannot be looked up lies more damage, in clusters with two"
+            f" owners, which are not written to: with the refcounts mended, {what}",
+            "nothing was written; copy the disk out with qemu-img convert",
+            FindingKind.REFCOUNT_UNREADABLE.label,
+        )
+
+
 class _Unproven(AmbiguousCorruption):
     """The proof fails."""
 
@@ -58,14 +70,18 @@ class _Unproven(AmbiguousCorruption):
 def _require_nothing_worse(before: Report, after: Report) -> None:
     if after.error is not None:
         raise _Unproven(f"the image could not be opened afterwards: {after.error}")
+    counts = before.counts()
+    # What is wrong with a cluster, and the flags about it, is found only where its refcount is
+    # known; in a cluster with two owners it cannot be mended with it.
+    hiding = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.MULTIPLE_OWNERS}
+    error = _MoreComesToLight if hiding <= counts.keys() else _Unproven
     for name in ("check_errors", "corruptions", "leaks"):
         was, would_be = getattr(before.counters, name), getattr(after.counters, name)
         if would_be > was:
-            raise _Unproven(f"{name} would go from {was} to {would_be}")
-    counts = before.counts()
+            raise error(f"{name} would go from {was} to {would_be}")
     for kind, number in after.counts().items():
         if number > counts.get(kind, 0):
-            raise _Unproven(f"{kind.label} would go from {counts.get(kind, 0)} to {number}")
+            raise error(f"{kind.label} would go from {counts.get(kind, 0)} to {number}")
 
 
 def _require_same_header(source: Source, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from planner.errors import ParseFailed
 from planner.findings import FindingKind, Structure
 from planner.mismatch import Mismatches
 from planner.plan import Draft, Edit, StageKind
+from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.report import Report
@@ -96,6 +97,21 @@ class Scope:
         holds_data = np.bitwise_or.reduceat(behind, np.arange(0, len(behind), size)) != 0
         filled = int(np.flatnonzero(holds_data)[-1:].sum()) + bool(holds_data.any())
         return first if filled * size >= LOOKED_AHEAD else first + filled
+
+    def first_of_new(self, count: int) -> int:
+        """The first of *count* new clusters in a row at which no refcount table entry points.
+
+        A refcount block that is lost past the end would be what is written there.
+        """
+        lost = self.report.findings.of(FindingKind.REFBLOCK_PAST_END).found
+        claimed = (lost & np.uint64(entries.REFTABLE_OFFSET)) >> np.uint64(
+            self.geometry.cluster_bits
+        )
+        first = self.first_new_cluster
+        for cluster in np.unique(claimed).tolist():
+            if first <= cluster < first + count:
+                first = cluster + 1
+        return first
 
     def make_room(self, end: int) -> bool:
         """Let the file reach up to *end*, bytes; false where that is past what cannot grow."""

@@ -47,7 +47,7 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     table = b"".join(encode_snapshot(each) for each in snapshots)
     kind = FindingKind.CHECK_STOPPED if over_long else FindingKind.SNAPSHOT_EXTRA_DATA
     size = scope.geometry.cluster_size
-    offset = scope.first_new_cluster * size
+    offset = scope.first_of_new(-(-len(table) // size)) * size
     if not scope.make_room(offset + -(-len(table) // size) * size):
         return
     scope.draft.write(StageKind.PREPARE, offset, table)

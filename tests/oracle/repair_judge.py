@@ -22,6 +22,7 @@ from planner.check import check_image
 from planner.errors import RepairError
 from planner.findings import KINDS, FindingKind, Structure
 from planner.plan import RepairTier
+from planner.qcow2.header import Autoclear
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.report import Report
 from planner.source import Overlay, Source, read_bytes
@@ -38,6 +39,8 @@ BADNESS = {0: 0, 3: 1, 2: 2, 1: 3, 63: 4}
 DAMAGE_COUNTERS = ("check-errors", "corruptions", "leaks")
 NB_SNAPSHOTS_AT = 60
 """Where the header holds nb_snapshots, 4 bytes."""
+AUTOCLEAR_AT = 88
+"""Where the header of version 3 holds autoclear_features, 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
     faults, unread, refusal = [], 0, ""
     if isinstance(answer, RepairError):
         refusal = f"{answer.kind} {answer.finding or answer.reason.split(':')[0]}"
-        faults += _faults_of_refusal(answer, patient.report)
+        faults += _faults_of_refusal(answer)
     else:
         faults += _faults_of_promise(patient, answer)
         if not answer.plan.changes_nothing:
@@ -121,20 +124,11 @@ def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
 # --- our repair alone -------------------------------------------------------------------------
 
 
-def _faults_of_refusal(error: RepairError, before: Report) -> Iterator[str]:
+def _faults_of_refusal(error: RepairError) -> Iterator[str]:
     if not error.reason or not (error.wayout or error.finding):
         yield f"a refusal without a reason, a way out or a finding: {error!r}"
-    if "and then not proven" in error.reason and not _would_come_to_light(before):
+    if "and then not proven" in error.reason:
         yield str(error)
-
-
-def _would_come_to_light(before: Report) -> bool:
-    """Whether damage is behind refcounts that cannot be looked up: mended, they would show it.
-
-    In a cluster with two owners it could not be mended with them, so that a counter would go up.
-    """
-    hidden = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.MULTIPLE_OWNERS}
-    return hidden <= before.counts().keys()
 
 
 def _faults_of_promise(patient: Patient, proposal: Proposal) -> Iterator[str]:
@@ -258,7 +252,8 @@ class Lag:
     """One thing that stands between us and clean, where QEMU got there.
 
     ``kind``: a kind of finding that we left; None where we refused, with ``error``. ``after``: our
-    check of what we leave. ``fewer_snapshots``: QEMU's result has lost some.
+    check of what we leave. ``fewer_snapshots``: QEMU's result has lost some. ``despite_bitmaps``:
+    QEMU gets there with the bitmaps set aside too, and keeps the snapshots.
     """
 
     tier: RepairTier
@@ -268,6 +263,7 @@ class Lag:
     after: Report
     suspects: int
     fewer_snapshots: bool
+    despite_bitmaps: bool
 
     def __str__(self) -> str:
         if self.kind is None:
@@ -288,8 +284,12 @@ def _beside_qemu(
     outcome = f"{ours}, qemu exit {qemu.exit_code}"
     if qemu.exit_code != 0:
         return outcome, [], ()
+    despite_bitmaps = False
+    if _has_bitmaps(patient.report):
+        qemu, fewer = repair_by_qemu(patient, tier, bitmaps=False)
+        despite_bitmaps = qemu.exit_code == 0 and not fewer
     faults, purposes = [], dict[str, None]()
-    for lag in _lags(patient, tier, answer, fewer_snapshots):
+    for lag in _lags(patient, tier, answer, fewer_snapshots, despite_bitmaps):
         purpose = next((each.name for each in PURPOSES if each.applies(lag)), None)
         if purpose is None:
             faults.append(f"QEMU reached clean, we did not: {lag}")
@@ -299,22 +299,36 @@ def _beside_qemu(
 
 
 def _lags(
-    patient: Patient, tier: RepairTier, answer: Proposal | RepairError, fewer_snapshots: bool
+    patient: Patient,
+    tier: RepairTier,
+    answer: Proposal | RepairError,
+    fewer_snapshots: bool,
+    despite_bitmaps: bool,
 ) -> Iterator[Lag]:
-    before = patient.report
+    before, of_qemu = patient.report, (fewer_snapshots, despite_bitmaps)
     if isinstance(answer, RepairError):
-        yield Lag(tier, None, answer, before, before, 0, fewer_snapshots)
+        yield Lag(tier, None, answer, before, before, 0, *of_qemu)
         return
     after, suspects = answer.after, len(answer.suspects)
     for kind in after.counts():
         if KINDS[kind].counted:
-            yield Lag(tier, kind, None, before, after, suspects, fewer_snapshots)
+            yield Lag(tier, kind, None, before, after, suspects, *of_qemu)
 
 
-def repair_by_qemu(patient: Patient, tier: RepairTier) -> tuple[Answer, bool]:
-    """What QEMU says of its own repair, and whether snapshots are gone."""
+def repair_by_qemu(
+    patient: Patient, tier: RepairTier, *, bitmaps: bool = True
+) -> tuple[Answer, bool]:
+    """What QEMU says of its own repair, and whether snapshots are gone.
+
+    Without *bitmaps* they are made void first, so that QEMU does not store them anew.
+    """
     image = patient.beside("by-qemu.qcow2")
     copy(patient.image, image)
+    if not bitmaps:
+        with image.open("r+b") as file:
+            features = int.from_bytes(os.pread(file.fileno(), 8, AUTOCLEAR_AT), "big")
+            void = (features & ~Autoclear.BITMAPS).to_bytes(8, "big")
+            os.pwrite(file.fileno(), void, AUTOCLEAR_AT)
     try:
         subprocess.run(
             repair_command(patient.row, image, tier.value),
@@ -410,11 +424,34 @@ def _snapshots_are_unreadable(lag: Lag) -> bool:
     )
 
 
+def _has_bitmaps(report: Report) -> bool:
+    return bool((report.regions.structure == Structure.BITMAP_DIRECTORY).any())
+
+
+def _bitmaps_are_damaged(report: Report) -> bool:
+    """Whether something is wrong with them, or lies where one does."""
+    structures = {Structure(code) for code in np.unique(report.findings.structure).tolist()}
+    return bool(structures & _OF_BITMAPS) or _bitmaps_share_a_cluster(report)
+
+
+def _bitmaps_share_a_cluster(report: Report) -> bool:
+    return any(owners & _OF_BITMAPS for owners in _sharing(report))
+
+
+def _snapshots_are_deleted(lag: Lag) -> bool:
+    """Clean only because of that, or because damaged bitmaps went with them."""
+    spared = lag.despite_bitmaps and not _bitmaps_are_damaged(lag.before)
+    return lag.fewer_snapshots and not spared
+
+
 def _bitmaps_are_in_the_way(lag: Lag) -> bool:
-    """For `leaks`, whether there are any; for `all`, whether one shares a cluster."""
-    if lag.tier is RepairTier.LEAKS:
-        return bool((lag.before.regions.structure == Structure.BITMAP_DIRECTORY).any())
-    return any(owners & _OF_BITMAPS for owners in _sharing(lag.before))
+    """For `all`, whether one shares a cluster; for `leaks`, whether QEMU is clean only with them.
+
+    Damaged bitmaps that are set aside are leaks to QEMU, and no damage any more.
+    """
+    if lag.tier is RepairTier.ALL or not _has_bitmaps(lag.before):
+        return _bitmaps_share_a_cluster(lag.before)
+    return not lag.despite_bitmaps or _bitmaps_are_damaged(lag.before)
 
 
 def _header_is_contested(lag: Lag) -> bool:
@@ -426,7 +463,7 @@ PURPOSES: tuple[Purpose, ...] = (
     Purpose(
         "snapshots-deleted",
         "QEMU deleted the snapshots of an image with bitmaps: clean, and the loss is for good.",
-        lambda lag: lag.fewer_snapshots,
+        _snapshots_are_deleted,
     ),
     Purpose(
         "bitmaps-rewritten",

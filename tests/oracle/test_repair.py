@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import Image
+from planner.check import check_image
+from planner.errors import RepairError
+from planner.plan import RepairTier
 from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
 from planner.source import Bytes
 from tests.oracle.campaign import groups, row_of
@@ -21,6 +24,7 @@ from tests.oracle.repair_campaign import run_repair_group
 from tests.oracle.repair_judge import (
     PURPOSES,
     Judgement,
+    Lag,
     faults_of_getting_worse,
     judge_repairs,
     write_out,
@@ -94,6 +98,18 @@ def test_snapshots_deleted(tmp_path: Path) -> None:
         data = scene.get(anatomy.snapshot_l2[0].offset) % COPIED // SIZE
         scene.put(anatomy.refblocks[0] + 2 * data, 1, 2)
     excused(judge_repairs(ROW, path)[LEAKS], "snapshots-deleted")
+
+
+def test_what_qemu_mends_without_losing_snapshots_is_not_excused_by_their_loss(
+    tmp_path: Path,
+) -> None:
+    """Only leaks: QEMU deletes the snapshot all the same, and so is no excuse for a refusal."""
+    path = _with_bitmaps(tmp_path, snapshot=True)
+    report = check_image(Bytes(path.read_bytes()))
+    refusal = RepairError("no reason")
+    for despite_bitmaps, name in ((True, None), (False, "snapshots-deleted")):
+        lag = Lag(RepairTier.LEAKS, None, refusal, report, report, 0, True, despite_bitmaps)
+        assert next((one.name for one in PURPOSES if one.applies(lag)), None) == name
 
 
 def test_bitmaps_rewritten(tmp_path: Path) -> None:
@@ -189,7 +205,7 @@ def test_refused_where_mended_refcounts_would_bring_more_to_light(tmp_path: Path
     judgement = judged(tmp_path, image, ALL)
     assert not judgement.faults
     assert judgement.outcome == "refused, qemu exit 3"
-    assert "not proven" in judgement.refusal
+    assert judgement.refusal == "AMBIGUOUS_CORRUPTION refcount-unreadable"
 
 
 # --- the judge --------------------------------------------------------------------------------

@@ -135,6 +135,15 @@ def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
     assert proposal.plan.size_after > proposal.plan.size_before + SIZE
 
 
+def test_a_new_snapshot_table_does_not_become_the_refcount_block_that_is_lost_past_the_end():
+    image = with_snapshot()
+    image.set_word(image.reftable_at(0), len(image.data))
+    at = image.snapshots[0].offset + 36
+    image.data[at : at + 4] = (8).to_bytes(4, "big")
+    assert Kind.REFBLOCK_PAST_END in check_image(image.source).counts()
+    assert counts(settled(image)) == {}
+
+
 def test_the_file_does_not_grow_over_the_rest_of_a_cut_snapshot_table():
     image = with_snapshot()
     image.change_header(snapshots_offset=len(image.data))
