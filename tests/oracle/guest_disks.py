@@ -61,7 +61,9 @@ class Disks:
             ]
         for each, before in zip(self._ids, self._before, strict=True):
             if before is not None:
-                after = read_disk(self._row, repaired, each, repaired.with_name("after.raw"))
+                raw = repaired.with_name("after.raw")
+                # What could be read before must be read now, also where the machine is busier.
+                after = read_disk(self._row, repaired, each, raw, 10 * READING_SECONDS)
                 shown = f"snapshot {each}" if each else "the disk"
                 yield from (
                     f"the guest: {shown} {fault}" for fault in faults_between(before, after)
@@ -82,7 +84,9 @@ def faults_between(before: Disk, after: Disk | None) -> Iterator[str]:
         yield f"reads otherwise at {at}"
 
 
-def read_disk(row: Row, image: Path, snapshot: str | None, raw: Path) -> Disk | None:
+def read_disk(
+    row: Row, image: Path, snapshot: str | None, raw: Path, seconds: float = READING_SECONDS
+) -> Disk | None:
     """Convert a disk to a raw file, around what cannot be read; None where that fails."""
     try:
         done = subprocess.run(
@@ -90,7 +94,7 @@ def read_disk(row: Row, image: Path, snapshot: str | None, raw: Path) -> Disk | 
             check=False,
             capture_output=True,
             cwd=image.parent,
-            timeout=READING_SECONDS,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         return None

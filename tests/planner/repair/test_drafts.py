@@ -54,6 +54,18 @@ def misaligned_zero(image: Image) -> None:
     image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
 
 
+def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it():
+    """It reaches over two clusters, the second of them an L2 table in which a flag is wrong."""
+    image = plain()
+    table = image.l2_table(1)
+    image.set_word(image.l2_at(1), table - SIZE + 512 | COPIED | entries.ZERO)
+    image.clear_bits(image.l1_at(1), COPIED)
+    for at in (table + 8 * index for index in range(SIZE // 8)):
+        image.clear_bits(at, COPIED)
+    assert Kind.MULTIPLE_OWNERS in check_image(image.source).counts()
+    assert counts(settled(image)) == {}
+
+
 def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_lost():
     image = plain()
     misaligned_zero(image)
