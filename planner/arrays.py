@@ -36,10 +36,14 @@ def distinct(values: I64) -> I64:
     As np.unique gives them, which loads all of numpy.ma to ask whether they are masked: that takes
     longer than to check a small image.
     """
-    ordered: I64 = np.sort(values)
-    first = np.ones(len(ordered), dtype=np.bool_)
-    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
-    return ordered[first]
+    return without_repeats(np.sort(values))
+
+
+def without_repeats(ascending: I64) -> I64:
+    """The values of a sorted 1-D array, each once."""
+    first = np.ones(len(ascending), dtype=np.bool_)
+    np.not_equal(ascending[1:], ascending[:-1], out=first[1:])
+    return ascending[first]
 
 
 def keep_freed_memory() -> None:

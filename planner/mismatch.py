@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts, Mask
+from planner.arrays import I64, U8, Counts, Mask, without_repeats
 from planner.counts import ClusterIndex
 from planner.findings import FindingKind, Findings, Structure, make_findings
 from planner.qcow2.geometry import Geometry
@@ -113,8 +113,8 @@ class Mismatches:
         for first, stored, counted in self._chunks():
             if not np.array_equal(stored, counted):
                 at = np.flatnonzero(np.isin(_kinds_of(stored, counted), wanted))
-                found.append(np.unique(self.index.clusters_of(first + at) // per_block))
-        return np.unique(np.concatenate(found))
+                found.append(without_repeats(self.index.clusters_of(first + at) // per_block))
+        return without_repeats(np.concatenate(found))
 
     def between(self, first: int, end: int) -> tuple[I64, U8, Counts, Counts]:
         """The wrong clusters in [first, end): cluster, kind, stored, counted."""

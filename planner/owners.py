@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask, expand_ranges
+from planner.arrays import I64, U64, Mask, expand_ranges
 from planner.census import decode_words, split_entries
 from planner.counts import ClusterIndex
 from planner.findings import NONE, Owners, Structure
@@ -83,13 +83,13 @@ class OwnersFinder:
             tick(rows.size)
 
     def _add_batch(self, ids: I64, words: np.ndarray, width: int) -> None:
-        positions = np.flatnonzero(words)
+        if self._geometry.external_data:
+            return
+        positions = self._may_hit(words)
         word = words[positions]
         types = entries.cluster_types(word, self._geometry)
         packed = types == ClusterType.COMPRESSED
         data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
-        if self._geometry.external_data:
-            return
         offset, size = entries.compressed_ranges(word, self._geometry)
         offset = np.where(packed, offset, entries.l2_offsets(word))
         size = np.where(packed, size, self._geometry.cluster_size)
@@ -110,6 +110,14 @@ class OwnersFinder:
             positions[entry] % width,
             np.full(len(at), NONE),
         )
+
+    def _may_hit(self, words: U64) -> I64:
+        """Positions of entries that may refer to a wanted cluster: few of many millions."""
+        slots, known = self._index.find(entries.l2_offsets(words) >> self._geometry.cluster_bits)
+        wanted = self._wanted[slots]
+        wanted &= known
+        wanted |= (words & np.uint64(entries.COMPRESSED)) != 0
+        return np.flatnonzero(wanted)
 
     def _hits(self, clusters: I64) -> I64:
         slots, known = self._index.find(clusters)

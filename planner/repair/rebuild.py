@@ -12,9 +12,10 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64
+from planner.arrays import I64, U8, Counts, without_repeats
 from planner.errors import UnsupportedRepair
 from planner.findings import FindingKind, Structure
+from planner.mismatch import CHUNK
 from planner.plan import StageKind
 from planner.qcow2.layout import MAX_REFTABLE_BYTES
 from planner.qcow2.refcounts import pack_refcounts
@@ -34,23 +35,21 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
             "copy the disk out with qemu-img convert",
             FindingKind.PAST_END.label,
         )
-    cluster, refcount = _wanted_refcounts(scope, stay)
+    refcounts = _wanted_refcounts(scope, stay)
     size, per_block = scope.geometry.cluster_size, scope.geometry.refblock_entries
     first = scope.first_new_cluster
-    used = np.unique(cluster // per_block)
+    used = _blocks_in_use(scope, refcounts)
     blocks, table_clusters = _allocate(used, first, size, per_block)
-    new = np.arange(first, first + len(blocks) + table_clusters)
-    cluster = np.concatenate((cluster, new))
-    refcount = np.concatenate((refcount, np.ones(len(new), dtype=np.uint64)))
+    end = first + len(blocks) + table_clusters
     offsets = (first + np.arange(len(blocks))) * size
     table_offset = (first + len(blocks)) * size
-    if not scope.make_room((first + len(new)) * size):
+    if not scope.make_room(end * size):
         raise UnsupportedRepair(
-            f"new refcounts would reach up to {(first + len(new)) * size}, and a block device of"
+            f"new refcounts would reach up to {end * size}, and a block device of"
             f" {scope.draft.size} bytes does not grow",
             "make the device larger, or copy the disk out with qemu-img convert",
         )
-    _draft_blocks(scope, blocks, offsets, cluster, refcount)
+    _draft_blocks(scope, refcounts, blocks, offsets, range(first, end))
     words = np.zeros(table_clusters * size // 8, dtype=">u8")
     words[blocks] = offsets
     rows = words.view(np.uint8).reshape(1, -1)
@@ -60,27 +59,41 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     _explain(scope, offsets, table_offset, rows.size)
 
 
-def _wanted_refcounts(scope: Scope, stay: I64) -> tuple[I64, U64]:
-    """The refcount of every cluster that has one, without the old refcount structure."""
-    mismatches, report = scope.mismatches, scope.report
-    counted = mismatches.counted.astype(np.uint64)
-    stored = mismatches.stored.astype(np.uint64)
+def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
+    """The refcount of every slot, without the old refcount structure."""
+    mismatches, report, bits = scope.mismatches, scope.report, scope.geometry.cluster_bits
+    index, stored = mismatches.index, mismatches.stored
+    # As wide as all that is put in: sixteen million of them are no more than the census had.
     over = report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
-    slots, _ = mismatches.index.find(over.host_offset >> scope.geometry.cluster_bits)
-    counted[slots] += over.count.astype(np.uint64)
-    bits = scope.geometry.cluster_bits
+    widest = np.uint64 if len(over) else np.result_type(mismatches.counted, stored)
+    counted = mismatches.counted.astype(widest)
+    slots, _ = index.find(over.host_offset >> bits)
+    counted[slots] += over.count.astype(widest)
+    freed = np.zeros(index.slots, dtype=np.bool_)
     old = np.isin(report.regions.structure, (Structure.REFTABLE, Structure.REFBLOCK))
     regions = report.regions.select(old)
     for first, last in zip(regions.first(bits).tolist(), regions.last(bits).tolist(), strict=True):
-        slot = mismatches.index.slots_before(first)
-        counted[slot : slot + last - first + 1] -= np.uint64(1)
-        stored[slot : slot + last - first + 1] = 0
-    slots, known = mismatches.index.find(stay)
-    counted[slots[known]] = stored[slots[known]]
+        slot = index.slots_before(first)
+        counted[slot : slot + last - first + 1] -= counted.dtype.type(1)
+        freed[slot : slot + last - first + 1] = True
+    slots, known = index.find(stay)
+    slots = slots[known]
+    counted[slots] = np.where(freed[slots], 0, stored[slots])
     # A cluster with more references than the width can count stays full, and stays named.
-    np.minimum(counted, np.uint64(scope.geometry.refcount_max), out=counted)
-    at = np.flatnonzero(counted)
-    return mismatches.index.clusters_of(at), counted[at]
+    limit = scope.geometry.refcount_max
+    if limit < int(np.iinfo(counted.dtype).max):
+        np.minimum(counted, counted.dtype.type(limit), out=counted)
+    return counted
+
+
+def _blocks_in_use(scope: Scope, refcounts: Counts) -> I64:
+    """Which refcount blocks have a refcount to hold."""
+    index, per_block = scope.mismatches.index, scope.geometry.refblock_entries
+    found = [np.zeros(0, dtype=np.int64)]
+    for first in range(0, index.slots, CHUNK):
+        at = first + np.flatnonzero(refcounts[first : first + CHUNK])
+        found.append(without_repeats(index.clusters_of(at) // per_block))
+    return without_repeats(np.concatenate(found))
 
 
 def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, int]:
@@ -105,17 +118,20 @@ def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, in
         blocks, table_clusters = more, needed
 
 
-def _draft_blocks(scope: Scope, blocks: I64, offsets: I64, cluster: I64, refcount: U64) -> None:
-    """Fill the new blocks, some at a time."""
-    per_block, order = scope.geometry.refblock_entries, scope.geometry.refcount_order
+def _draft_blocks(scope: Scope, refcounts: Counts, blocks: I64, offsets: I64, new: range) -> None:
+    """Fill the new blocks, some at a time; the *new* clusters, theirs too, have one reference."""
+    index, per_block = scope.mismatches.index, scope.geometry.refblock_entries
     batch = max(1, (8 << 20) // (per_block * 8))
     for low in range(0, len(blocks), batch):
         part = blocks[low : low + batch]
-        start, end = np.searchsorted(cluster, [part[0] * per_block, (part[-1] + 1) * per_block])
-        values = np.zeros((len(part), per_block), dtype=np.uint64)
-        row = np.searchsorted(part, cluster[start:end] // per_block)
-        values[row, cluster[start:end] % per_block] = refcount[start:end]
-        rows: U8 = pack_refcounts(values, order)
+        values = np.zeros((len(part), per_block), dtype=refcounts.dtype)
+        for row, block in zip(values, part.tolist(), strict=True):
+            first, end = block * per_block, (block + 1) * per_block
+            slots = slice(index.slots_before(first), index.slots_before(end))
+            inside = index.clusters_of(np.arange(slots.start, slots.stop)) - first
+            row[inside] = refcounts[slots]
+            row[max(new.start - first, 0) : max(new.stop - first, 0)] = 1
+        rows: U8 = pack_refcounts(values, scope.geometry.refcount_order)
         scope.draft.write_tables(StageKind.PREPARE, offsets[low : low + batch], rows)
 
 
