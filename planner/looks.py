@@ -119,15 +119,15 @@ class Looker:
         result: Mask = whole
         return result
 
-    def targets(self, words: U64) -> I64:
-        """The cluster that each word points at, int64, shape of *words*; 0: none."""
+    def targets(self, words: U64, plausible: Mask) -> I64:
+        """The cluster that each *plausible* word points at, int64, shape of *words*; 0: none."""
         offset = entries.l2_offsets(words)
         packed = (words & np.uint64(entries.COMPRESSED)) != 0
         if packed.any():
             start, _ = entries.compressed_ranges(words, self._geometry)
             offset = np.where(packed, start, offset)
         offset >>= self._geometry.cluster_bits
-        offset[~self.plausible(words)] = 0
+        offset[~plausible] = 0
         return offset
 
     def _are_tables(self, rows: U8, at: I64) -> Mask:
@@ -138,9 +138,10 @@ class Looker:
         result = np.zeros(len(at), dtype=np.bool_)
         if len(likely):
             words = self.table_words(rows[at[likely]])
-            bad = np.count_nonzero(~self.plausible(words), axis=1)
+            plausible = self.plausible(words)
+            bad = np.count_nonzero(~plausible, axis=1)
             filled = np.count_nonzero(words, axis=1)
-            points = self.targets(words).any(axis=1)
+            points = self.targets(words, plausible).any(axis=1)
             result[likely] = points & (bad * DAMAGED_PART <= filled)
         return result
 

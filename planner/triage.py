@@ -301,32 +301,32 @@ class _Describer:
             copied[part] = (plausible & plain & (words >= np.uint64(entries.COPIED))).any(axis=1)
             numbers[0, part] = np.count_nonzero(filled, axis=1)
             numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
-            numbers[2:, part] = self._count_targets(words, part.start, is_table)
-        words_, plausible_, targets, hits, to_tables = numbers
-        lost: Mask = hits * 2 >= targets
+            targets = self._looker.targets(words, plausible)
+            numbers[2:, part] = self._count_targets(targets, part.start, is_table)
+        entries_, plausible_, targets_, hits, to_tables = numbers
+        lost: Mask = hits * 2 >= targets_
         if self._geometry.external_data:
-            lost = words_ == plausible_
-        is_l1 = to_tables * 2 > targets
-        return _Tables(at, words_, plausible_, targets, hits, is_l1, copied, lost)
+            lost = entries_ == plausible_
+        is_l1 = to_tables * 2 > targets_
+        return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost)
 
-    def _count_targets(self, words: np.ndarray, first: int, is_table: Mask) -> I64:
+    def _count_targets(self, targets: I64, first: int, is_table: Mask) -> I64:
         """Of each table: its targets, those that are leaked, and those that are tables; (3, n).
 
         Puts the leaked ones into the group of their table, which is number *first* and up.
         """
-        targets = self._looker.targets(words)
-        targets.sort(axis=1)
+        if not (targets[:, 1:] > targets[:, :-1]).all():
+            targets.sort(axis=1)
         distinct = targets != 0
         distinct[:, 1:] &= targets[:, 1:] != targets[:, :-1]
-        row = np.repeat(np.arange(len(words)), np.count_nonzero(distinct, axis=1))
+        row = np.repeat(np.arange(len(targets)), np.count_nonzero(distinct, axis=1))
         slots, known = self._index.find(targets[distinct])
         rank = np.where(known, self._rank[slots], NONE)
         hit = rank != NONE
         free = hit & (self._group[rank] == NONE)
         self._group[rank[free]] = first + row[free]
-        marks = (None, hit, known & is_table[slots])
-        counts = [np.bincount(row, weights=mark, minlength=len(words)) for mark in marks]
-        return np.stack(counts).astype(np.int64)
+        rows = (row, row[hit], row[known & is_table[slots]])
+        return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
 
     def _objects(
         self, tables: _Tables, signature: U8, snapshots: tuple[Snapshot, ...]

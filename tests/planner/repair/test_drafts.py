@@ -4,11 +4,12 @@ import pytest
 
 from examples.make_image import Image
 from planner.check import check_image
-from planner.errors import ParseFailed, UnsupportedRepair
+from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import FindingKind as Kind
-from planner.plan import RepairTier
+from planner.plan import RepairTier, StageKind
 from planner.qcow2 import entries
-from planner.repair import scope
+from planner.repair import scope, tiers
+from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, Overlay, read_bytes
 from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot
@@ -217,6 +218,34 @@ def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
     image.data[at : at + 4] = (8).to_bytes(4, "big")
     left = counts(settled(image))
     assert {Kind.ZERO_MISALIGNED, Kind.SNAPSHOT_EXTRA_DATA} <= left.keys()
+
+
+@pytest.mark.parametrize("hidden", [Kind.SNAPSHOT_L1_MISALIGNED, Kind.L2_TABLE_MISALIGNED])
+def test_leaks_are_not_freed_where_a_table_that_could_refer_to_them_cannot_be_read(hidden: Kind):
+    image = with_snapshot()
+    free = image.refcounts().index(0)
+    image.set_refcount(free, 1)
+    at = image.snapshots[0].offset if hidden is Kind.SNAPSHOT_L1_MISALIGNED else image.l1_at(1)
+    image.set_bits(at, 512)
+    source = Bytes(bytes(image.data))
+    with pytest.raises(AmbiguousCorruption, match="not proven to be free") as refused:
+        propose(source, check_image(source), RepairTier.LEAKS)
+    assert refused.value.finding == hidden.label
+
+
+@pytest.mark.parametrize("tier", RepairTier)
+def test_no_plan_leaves_without_its_proof(tier: RepairTier, monkeypatch: pytest.MonkeyPatch):
+    """Whatever a planner drafts: here, one that writes where the guest has its data."""
+    image = plain()
+    image.set_refcount(image.refcounts().index(0), 1)
+
+    def overwrite(scope: Scope, **_options: object) -> None:
+        scope.draft.write(StageKind.CORRECT, image.host_offset(1), b"not to be")
+
+    monkeypatch.setattr(tiers, "update_copied_flags_for_l1", overwrite)
+    source = Bytes(bytes(image.data))
+    with pytest.raises(AmbiguousCorruption, match="not proven: it would write where no metadata"):
+        propose(source, check_image(source), tier)
 
 
 # ---- on a block device, which does not grow ----
