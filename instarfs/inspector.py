@@ -37,6 +37,7 @@ from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentag
 from instarfs.sharing import Sharing
 from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
+from planner.dirty import BitmapStates, read_bitmap_states
 from planner.errors import AmbiguousCorruption, Cancelled, ImageError, PlannerError, RepairError
 from planner.pages import read_l1_page
 from planner.plan import RepairTier
@@ -66,6 +67,17 @@ class Description:
     header: Header | None
     file_size: int
     allocated_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmaps:
+    """The persistent bitmaps, or why nothing is known of them.
+
+    ``is_written``: a program has the image open for writing, and uses those that are in use.
+    """
+
+    states: BitmapStates | ImageError
+    is_written: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +162,7 @@ class Inspector:
             tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
         }
         self.atlas = Computed(self._state, self._draw_atlas)
+        self.bitmaps = Computed(self._state, self._read_bitmaps)
         self.l1_page = self.look(lambda source, _cancelled: read_l1_page(source))
         self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
@@ -234,6 +247,7 @@ class Inspector:
         self.guest.cancel()
         self.checkup.cancel()
         self.atlas.cancel()
+        self.bitmaps.cancel()
         self.leaks.cancel()
         self.briefing.cancel()
         for proposal in self.proposals.values():
@@ -370,6 +384,18 @@ class Inspector:
         except ImageError as error:
             return error
         return replace(atlas, torn=atlas.torn or image.generation() != before)
+
+    def _read_bitmaps(self, cancelled: Callable[[], bool]) -> Bitmaps:
+        def tick(_amount: int) -> None:
+            if cancelled():
+                raise Cancelled
+
+        states: BitmapStates | ImageError
+        try:
+            states = read_bitmap_states(self._image.source(), tick)
+        except ImageError as error:
+            states = error
+        return Bitmaps(states, locks.is_written(self._image.fileno()))
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
         self._progress = percentage(stage, done, total)

@@ -25,6 +25,7 @@ from instarfs.mount.nodes import (
     Node,
 )
 from instarfs.mount.operations import Facts
+from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import explain as render_explain
@@ -202,6 +203,14 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
             "image/header.json",
             "every header field and extension, decoded; unknown ones as hex",
             GeneratedFile(inspector.description, header),
+        ),
+        _Entry(
+            "image/bitmaps.json",
+            "persistent bitmaps: what is dirty in each, and what is wrong with it",
+            GeneratedFile(
+                inspector.bitmaps,
+                lambda it: render_bitmaps.bitmaps_json(it.states, is_written=it.is_written),
+            ),
         ),
         _Entry(
             "image/map.svg",

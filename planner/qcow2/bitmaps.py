@@ -6,6 +6,7 @@ check_dir_entry.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
@@ -75,8 +76,38 @@ def encode_bitmap(bitmap: Bitmap) -> bytes:
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
 
 
+Listed = list[tuple[Bitmap, ImageError | None]]
+"""Bitmaps, each with what QEMU refuses about its entry."""
+
+
 def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> tuple[Bitmap, ...]:
     """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
+    listed, broken = list_bitmaps(source, pointer, geometry)
+    for error in [*(error for _, error in listed), broken]:
+        if error is not None:
+            raise error
+    return tuple(bitmap for bitmap, _ in listed)
+
+
+def list_bitmaps(
+    source: Source, pointer: BitmapsPointer, geometry: Geometry
+) -> tuple[Listed, ImageError | None]:
+    """All that can be made out of the bitmap directory, and what ends it too early, if anything."""
+    listed: Listed = []
+    names: set[bytes] = set()
+    try:
+        for bitmap in _read_directory(source, pointer, geometry):
+            listed.append((bitmap, _entry_error(bitmap, names, geometry)))
+            names.add(bitmap.name)
+    except ImageError as error:
+        return listed, error
+    return listed, None
+
+
+def _read_directory(
+    source: Source, pointer: BitmapsPointer, geometry: Geometry
+) -> Iterator[Bitmap]:
+    """The entries, whatever they say. Raises `ImageError` where it goes wrong."""
     start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
     if not size:
         raise ImageError("bitmap_directory_size", size, "a directory cannot be empty")
@@ -86,23 +117,26 @@ def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) ->
             "bitmap_directory_offset", start, "the directory runs past the end of the file"
         )
     directory = read_bytes(source, start, size)
-    bitmaps: list[Bitmap] = []
-    names: set[bytes] = set()
-    position = 0
+    number = position = 0
     while position < size:
-        if len(bitmaps) == pointer.nb_bitmaps:
+        if number == pointer.nb_bitmaps:
             raise ImageError("nb_bitmaps", pointer.nb_bitmaps, "the bitmap directory lists more")
         bitmap, position = _decode_entry(directory, position, start)
+        yield bitmap
+        number += 1
+    if number != pointer.nb_bitmaps:
+        raise ImageError("nb_bitmaps", pointer.nb_bitmaps, f"the directory lists {number}")
+
+
+def _entry_error(bitmap: Bitmap, names: set[bytes], geometry: Geometry) -> ImageError | None:
+    """What QEMU refuses about an entry; *names*: of those before it."""
+    try:
         _check_entry(bitmap, geometry)
-        if not bitmap.flags & IN_USE and bitmap.name in names:
-            raise ImageError(
-                f"name of the bitmap at {bitmap.offset}", repr(bitmap.name), "not unique"
-            )
-        names.add(bitmap.name)
-        bitmaps.append(bitmap)
-    if len(bitmaps) != pointer.nb_bitmaps:
-        raise ImageError("nb_bitmaps", pointer.nb_bitmaps, f"the directory lists {len(bitmaps)}")
-    return tuple(bitmaps)
+    except ImageError as error:
+        return error
+    if not bitmap.flags & IN_USE and bitmap.name in names:
+        return ImageError(f"name of the bitmap at {bitmap.offset}", repr(bitmap.name), "not unique")
+    return None
 
 
 def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, int]:

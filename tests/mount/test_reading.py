@@ -23,6 +23,7 @@ FILES = [
     "check/result.bin",
     "check/result.json",
     "disk.raw",
+    "image/bitmaps.json",
     "image/chain.json",
     "image/header.json",
     "image/info.json",

@@ -108,11 +108,25 @@ def test_the_picture_has_the_numbers_of_the_list(mount: MakeMount, damaged: Path
 
 
 def every_file(it: Mount) -> list[str]:
-    names = run("find", it.path, "-type", "f", "-printf", "%P\n").splitlines()
+    """All but the disks, of which damage takes a part."""
+    disks = ("-name", "*.raw", "-o")
+    names = run("find", it.path, *disks, "-type", "f", "-printf", "%P\n").splitlines()
     return [*names, "explain/host/0", "explain/host/5000000", "explain/guest/1376256"]
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+STRUCTURES = [
+    "guest-on-metadata",
+    "data-misaligned",
+    "reserved-l1-bits",
+    "snapshot-l1-misaligned",
+    "bad-bitmap-entry",
+    "lost-refblock",
+    "cut-short",
+]
+"""Damages, of each structure one."""
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_no_damage_hides_a_file(name: str, mount: MakeMount, tmp_path: Path) -> None:
     image = sample().build()
     DAMAGES[name](image, random.Random(1))
@@ -172,3 +186,34 @@ def test_everyday_programs_read_them(mount: MakeMount, damaged: Path) -> None:
     run("cp", "-r", it / "tables", damaged.with_name("copied"))
     copied = damaged.with_name("copied") / "l2/0.tsv"
     assert copied.read_text() == it.read("tables/l2/0.tsv")
+
+
+def test_a_bitmap_is_in_use_as_long_as_somebody_uses_it(
+    mount: MakeMount, image: Path, request: pytest.FixtureRequest
+) -> None:
+    run("qemu-img", "bitmap", "--add", image, "backup")
+    settle(image)
+    it = mount(image)
+
+    def flags() -> list[bool]:
+        (bitmap,) = json.loads(it.read("image/bitmaps.json"))["bitmaps"]
+        assert bitmap["name"] == "backup"
+        return [bitmap["in-use"], bitmap["inconsistent"]]
+
+    assert flags() == [False, False]
+    vm: subprocess.Popen[str] = request.getfixturevalue("vm")
+    assert flags() == [True, False]
+    vm.kill()
+    vm.wait()
+    assert flags() == [False, True]
+
+
+def test_one_broken_bitmap_hides_no_other(mount: MakeMount, tmp_path: Path) -> None:
+    made = sample()
+    made.add_bitmap("second", {1})
+    image = made.build()
+    image.set_bits(image.bitmaps[0].bitmap_table_offset, 1 << 60)
+    it = mount(write(tmp_path / "image.qcow2", image))
+    first, second = json.loads(it.read("image/bitmaps.json"))["bitmaps"]
+    assert "invalid entries" in first["errors"][0]
+    assert (second["dirty-bytes"], second["errors"]) == (65536, [])

@@ -1,0 +1,50 @@
+"""``image/bitmaps.json``: the persistent bitmaps, each with what is dirty and what is wrong."""
+
+from __future__ import annotations
+
+from instarfs.render.text import decode_name, json_bytes, printable
+from planner.dirty import BitmapState, BitmapStates
+from planner.errors import ImageError
+from planner.qcow2.bitmaps import AUTO, IN_USE
+
+STALE = "a program without support for bitmaps has written to the image: they are void"
+
+_FLAGS = {IN_USE: "in-use", AUTO: "auto"}
+
+
+def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> bytes:
+    """*is_written*: a program has the image open for writing; a bitmap in use is its own then.
+
+    Without one, a bitmap that is marked as in use was not saved: it is inconsistent.
+    """
+    if isinstance(states, ImageError):
+        return json_bytes({"bitmaps": [], "errors": [_error(states)]})
+    errors = [_error(states.error)] if states.error else []
+    return json_bytes(
+        {
+            "bitmaps": [_bitmap(state, is_written=is_written) for state in states.bitmaps],
+            "stale": states.stale,
+            "errors": [*errors, *([STALE] if states.stale else [])],
+        }
+    )
+
+
+def _bitmap(state: BitmapState, *, is_written: bool) -> dict[str, object]:
+    bitmap = state.bitmap
+    marked = bool(bitmap.flags & IN_USE)
+    return {
+        "name": decode_name(bitmap.name),
+        "granularity": bitmap.granularity,
+        "flags": [name for bit, name in _FLAGS.items() if bitmap.flags & bit],
+        "in-use": marked and is_written,
+        "inconsistent": marked and not is_written,
+        "dirty-bytes": state.dirty,
+        "data-clusters": state.data_clusters,
+        "table-offset": bitmap.bitmap_table_offset,
+        "table-entries": bitmap.bitmap_table_size,
+        "errors": [_error(error) for error in state.errors],
+    }
+
+
+def _error(error: ImageError) -> str:
+    return printable(str(error))

@@ -1,0 +1,174 @@
+"""Persistent bitmaps as somebody looks at them: how much is dirty, and what is wrong with each.
+
+Reads the directory, the tables and, where a table does not already say it, the bits. One broken
+bitmap does not hide the others. Source: docs/interop/qcow2.txt, "Bitmaps"; load_bitmap_data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64
+from planner.errors import ImageError
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import Bitmap, list_bitmaps
+from planner.qcow2.geometry import SECTOR, Geometry
+from planner.qcow2.layout import Layout
+from planner.source import READABLE_END, Source, nonzero_words, read_tables
+
+MAX_READ_BYTES = 1 << 30
+"""Bytes of tables and bits that are read, of all bitmaps together: they may all claim the same."""
+
+_ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapState:
+    """One bitmap. ``dirty``: guest bytes, of the part that could be read; None: of no part.
+
+    ``data_clusters``: that its table refers to. ``errors``: what is wrong with it.
+    """
+
+    bitmap: Bitmap
+    dirty: int | None
+    data_clusters: int
+    errors: tuple[ImageError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapStates:
+    """All bitmaps that the directory lists. ``error``: why it may have listed more.
+
+    ``stale``: a program that does not know of bitmaps has written to the image, and there are none
+    any more.
+    """
+
+    bitmaps: tuple[BitmapState, ...] = ()
+    error: ImageError | None = None
+    stale: bool = False
+
+
+def read_bitmap_states(source: Source, tick: Callable[[int], None]) -> BitmapStates:
+    """The bitmaps of an image. *tick* is told of the bytes read.
+
+    Raises `ImageError` where the header does not say where they are.
+    """
+    layout = Layout.read(source)
+    pointer = layout.extensions.bitmaps
+    if pointer is None:
+        return BitmapStates(stale=layout.extensions.stale_bitmaps)
+    listed, error = list_bitmaps(source, pointer, layout.geometry)
+    reader = _Reader(source, layout.geometry, tick)
+    states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
+    return BitmapStates(tuple(states), error)
+
+
+class _Reader:
+    """Looks at one bitmap after the other, and reads only so much of all of them."""
+
+    def __init__(self, source: Source, geometry: Geometry, tick: Callable[[int], None]) -> None:
+        self._source, self._geometry, self._tick = source, geometry, tick
+        self._room = MAX_READ_BYTES
+
+    def look_at(self, bitmap: Bitmap, wrong: ImageError | None) -> BitmapState:
+        """*wrong*: with its directory entry; then there is no table to believe."""
+        if wrong is not None:
+            return BitmapState(bitmap, None, 0, (wrong,))
+        offset, size = bitmap.bitmap_table_offset, bitmap.bitmap_table_size
+        field = f"table of the bitmap at {bitmap.offset}"
+        if offset + size * 8 > READABLE_END:
+            error = ImageError(field, offset, "past the end of any file")
+            return BitmapState(bitmap, None, 0, (error,))
+        if not self._spend(min(size * 8, max(0, self._source.size - offset))):
+            return BitmapState(bitmap, None, 0, (_too_much(field, size * 8),))
+        index, words = nonzero_words(self._source, offset, size)
+        errors = self._judge(field, words, offset + size * 8)
+        sound = ~entries.bad_bitmap_entries(words, self._geometry)
+        index, words = index[sound], words[sound]
+        data = (words & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        has_data = data != 0
+        granules = _Granules(bitmap, self._geometry)
+        dirty = int(granules.covered(index[~has_data]).sum())
+        if self._spend(int(np.count_nonzero(has_data)) * self._geometry.cluster_size):
+            dirty += self._count(granules, index[has_data], data[has_data])
+        else:
+            errors.append(_too_much(field, int(np.count_nonzero(has_data))))
+        return BitmapState(bitmap, dirty, int(np.count_nonzero(has_data)), tuple(errors))
+
+    def _spend(self, amount: int) -> bool:
+        if amount > self._room:
+            return False
+        self._room -= amount
+        return True
+
+    def _judge(self, field: str, words: U64, end: int) -> list[ImageError]:
+        """What is wrong with a table that ends at host offset *end*, and its entries."""
+        cluster, size = self._geometry.cluster_size, self._source.size
+        errors = []
+        if end - size >= cluster:
+            errors.append(ImageError(field, end, "it ends past the end of the file"))
+        bad = entries.bad_bitmap_entries(words, self._geometry)
+        if bad.any():
+            number, first = int(np.count_nonzero(bad)), int(words[bad][0])
+            what = f"{number} invalid entries, of which this is the first: not counted"
+            errors.append(ImageError(field, f"{first:#x}", what))
+        data = (words[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        lost = data + cluster - size >= cluster
+        if lost.any():
+            what = f"{int(np.count_nonzero(lost))} data clusters lie past the end of the file"
+            errors.append(ImageError(field, int(data[lost][0]), what))
+        return errors
+
+    def _count(self, granules: _Granules, index: I64, data: I64) -> int:
+        """Dirty bytes in data clusters: *index* of their table entries, *data* host offsets."""
+        order = np.argsort(data, kind="stable")
+        index, data = index[order], data[order]
+        dirty = 0
+        for part, rows in read_tables(self._source, data, self._geometry.cluster_size):
+            whole = granules.are_whole(index[part])
+            dirty += int(_ONES[rows[whole]].sum(dtype=np.int64)) * granules.size
+            for at in np.flatnonzero(~whole).tolist():
+                dirty += granules.dirty_in_last(int(index[part][at]), rows[at])
+            self._tick(rows.size)
+        return dirty
+
+
+class _Granules:
+    """The bits of a bitmap on the guest's disk, each a granule of ``size`` bytes."""
+
+    def __init__(self, bitmap: Bitmap, geometry: Geometry) -> None:
+        self.size = bitmap.granularity
+        self._disk = geometry.virtual_size // SECTOR * SECTOR
+        self._bits = geometry.cluster_size * 8
+        """Of one table entry."""
+
+    def covered(self, index: I64) -> I64:
+        """Guest bytes that table entries stand for; fewer at the end of the disk."""
+        span = self._bits * self.size
+        # The index of an entry that is not needed may take the product past 64 bits.
+        needed = index[index <= self._disk // span]
+        return np.minimum(span, self._disk - needed * span)
+
+    def are_whole(self, index: I64) -> np.ndarray:
+        """Of which table entries every granule lies wholly on the disk."""
+        return index < self._disk // self.size // self._bits
+
+    def dirty_in_last(self, index: int, row: U8) -> int:
+        """Dirty bytes of an entry in which the disk ends, or which lies behind it."""
+        first = index * self._bits
+        granules = -(-self._disk // self.size) - first
+        if granules <= 0:
+            return 0
+        bits = np.unpackbits(row, bitorder="little")[:granules]
+        dirty = int(np.count_nonzero(bits)) * self.size
+        if granules <= self._bits and bits[-1]:
+            dirty -= (first + granules) * self.size - self._disk
+        return dirty
+
+
+def _too_much(field: str, value: int) -> ImageError:
+    problem = f"not counted: all bitmaps together take over {MAX_READ_BYTES >> 30} GiB to read"
+    return ImageError(field, value, problem)
