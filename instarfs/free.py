@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.report import Report
 
 
@@ -30,7 +30,7 @@ def free_runs(report: Report, size: int, kept: I64) -> tuple[I64, I64]:
     """
     bits = report.geometry.cluster_bits
     clusters = -(-size >> bits) if size else 0
-    used = np.union1d(used_clusters(report), kept)
+    used = distinct(np.concatenate((used_clusters(report), kept)))
     used = used[used < clusters]
     first = np.concatenate(([0], used + 1))
     end = np.append(used, clusters)

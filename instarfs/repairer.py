@@ -38,7 +38,7 @@ from instarfs.image import Image
 from instarfs.journal import State
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.session import Session
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, Cancelled, PlannerError
 from planner.plan import RepairTier
@@ -345,4 +345,4 @@ class _Pass:
             return False, np.zeros(0, dtype=np.int64)
         bits = undone.geometry.cluster_bits
         written = [stage.sectors * SECTOR >> bits for stage in journal.plan.stages]
-        return True, np.unique(np.concatenate([used_clusters(undone, stored=False), *written]))
+        return True, distinct(np.concatenate([used_clusters(undone, stored=False), *written]))

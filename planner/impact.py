@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, Mask, distinct
 from planner.findings import ACTIVE, NONE, FindingKind, Structure
 from planner.report import Report
 
@@ -145,7 +145,7 @@ def _low(report: Report) -> I64:
     """Clusters with too low a refcount whose owners were looked up."""
     if report.mismatches is None:
         return np.zeros(0, dtype=np.int64)
-    known = np.unique(report.owners.cluster)
+    known = distinct(report.owners.cluster)
     found = [
         report.mismatches.clusters(kind, report.totals[kind])
         for kind in _OF_CLUSTERS
@@ -169,7 +169,7 @@ def _merged(bounds: I64, size: int) -> Ranges:
 def _without(whole: Ranges, part: Ranges) -> Ranges:
     """*whole* without *part*, which lies inside it."""
     # Every bound of the part cuts the whole; the pieces between two cuts are in one or the other.
-    cuts = np.unique(np.concatenate((whole.start, whole.end, part.start, part.end)))
+    cuts = distinct(np.concatenate((whole.start, whole.end, part.start, part.end)))
     low, high = cuts[:-1], cuts[1:]
     inside = _contains(whole, low) & ~_contains(part, low)
     return _merged(np.stack((low[inside], high[inside])), int(cuts[-1]) if len(cuts) else 0)

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask
+from planner.arrays import I32, I64, U8, Mask, distinct
 from planner.errors import Cancelled, ImageError
 from planner.findings import NONE, FindingKind, Structure
 from planner.gaps import Place, PlaceKind, read_gaps
@@ -224,7 +224,8 @@ def _choose(source: Source, offsets: I64, size: int, looker: Looker) -> I64:
         likely[part] = looker.may_be_tables(sectors)
     tables = screened[likely]
     tables = tables[:: max(1, -(-len(tables) // room))]
-    return np.union1d(tables, np.arange(len(offsets))[:: max(1, -(-len(offsets) // room))])
+    others = np.arange(len(offsets))[:: max(1, -(-len(offsets) // room))]
+    return distinct(np.concatenate((tables, others)))
 
 
 def _known_l2_tables(report: Report) -> I64:

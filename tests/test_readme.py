@@ -49,3 +49,12 @@ def test_every_command_of_the_readme_prints_what_it_shows(tmp_path: Path) -> Non
     finally:
         subprocess.run(["fusermount3", "-q", "-u", "-z", str(tmp_path / "mnt")], check=False)
     assert printed == steps
+
+
+def test_every_test_that_the_readme_of_the_tests_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)?::(test_\w+)`", (ROOT / "tests/README.md").read_text())
+    assert len(named) > 10
+    file = ""
+    for path, name in named:
+        file = path or file
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text()

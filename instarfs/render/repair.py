@@ -43,6 +43,7 @@ def plan_json(proposal: Proposal, filename: str) -> bytes:
             "plan-id-must-be-quoted": proposal.needs_quote,
             "suspects": [suspect.sentence for suspect in proposal.suspects],
             **triage_value(proposal.triage),
+            "leaks-in-words": triage_lines(proposal.triage),
             "left-findings": left_values(proposal.left),
             "predicted": counters_value(proposal.after),
             "predicted-verdict": proposal.after.verdict,

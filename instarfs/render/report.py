@@ -119,39 +119,40 @@ def _verdict(report: Report, filename: str, pending: Pending | None) -> list[str
 
 def _guest(report: Report, triage: Triage | Exception) -> list[str]:
     """What became of the bytes of the active disk, and of the snapshots."""
-    impact, missing = guest_impact(report), _missing_lines(report, triage)
-    if impact.safe == impact.size and impact.is_whole and not missing:
+    impact, missing = guest_impact(report), _missing_bytes(report, triage)
+    lost_snapshot = isinstance(triage, Triage) and _has_lost_snapshot(triage)
+    if impact.safe == impact.size and impact.is_whole and not missing and not lost_snapshot:
         return []
     lines = [f"What it means for the guest's disk of {impact.size} bytes:"]
     lines += [line for harm in Harm for line in _harm_lines(harm, impact.ranges[harm])]
-    safe = f"  safe: {impact.safe} of {impact.size} bytes are touched by no finding"
-    safe += ", what is missing aside" if missing else ""
-    safe += "" if impact.is_whole else "; but not everything could be looked at"
-    return [*lines, *missing, safe, *_snapshot_lines(report)]
-
-
-def _missing_lines(report: Report, triage: Triage | Exception) -> list[str]:
-    """What lost tables among the leaked clusters are to the guest."""
-    if not isinstance(triage, Triage):
-        return []
-    elsewhere = {PlaceKind.LOST, PlaceKind.SHARED}
-    tables = [
-        table
-        for table in triage.suspects
-        if not table.is_l1 and not elsewhere & {place.kind for place in table.places}
-    ]
-    lines = []
-    if tables:
-        what = f"{len(tables)} lost L2 tables" if len(tables) > 1 else "a lost L2 table"
-        size = min(len(tables) * report.geometry.l2_coverage, report.geometry.virtual_size)
+    if missing:
         backed = report.layout is not None and report.layout.header.backing_file_offset != 0
         lines.append(
-            f"  missing: up to {size} bytes, which {what} mapped: they read as"
+            f"  missing: up to {missing} bytes that lost L2 tables mapped: they read as"
             f" {'the backing file' if backed else 'zeros'} now; see below"
         )
-    if triage.snapshots or any(table.is_l1 for table in triage.suspects):
+    if lost_snapshot:
         lines.append("  missing: a snapshot that the image no longer counts; see below")
-    return lines
+    least = "at least " if missing else ""
+    safe = f"  safe: {least}{max(0, impact.safe - missing)} of {impact.size} bytes"
+    safe += "" if impact.is_whole else ", as far as could be looked at"
+    return [*lines, safe, *_snapshot_lines(report)]
+
+
+def _missing_bytes(report: Report, triage: Triage | Exception) -> int:
+    """As many guest bytes as the lost tables of the active disk can have mapped."""
+    if not isinstance(triage, Triage):
+        return 0
+    elsewhere = {PlaceKind.LOST, PlaceKind.SHARED}
+    tables = sum(
+        not table.is_l1 and not elsewhere & {place.kind for place in table.places}
+        for table in triage.suspects
+    )
+    return min(tables * report.geometry.l2_coverage, report.geometry.virtual_size)
+
+
+def _has_lost_snapshot(triage: Triage) -> bool:
+    return bool(triage.snapshots) or any(table.is_l1 for table in triage.suspects)
 
 
 def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:

@@ -20,7 +20,7 @@ from planner.qcow2.snapshots import Snapshot
 from planner.report import Report
 from planner.triage import Suspect, Triage, adjacent, looks_of, names_of
 
-LISTED_RUNS = 4096
+LISTED_RUNS = 1000
 """Leaked runs that are listed, in ``lost/`` and in its JSON; any other can be opened by name."""
 
 LISTED_TABLES = 10

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, Mask, expand_ranges
+from planner.arrays import I64, Mask, distinct, expand_ranges
 from planner.findings import FindingKind, Findings, Structure
 from planner.plan import StageKind
 from planner.qcow2 import entries
@@ -44,7 +44,7 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
     new = np.setdiff1d(wrong, _wrong_entries(before))
     words = [struct.unpack(">Q", read_bytes(scope.source, at, 8))[0] for at in new.tolist()]
     targets = np.array([word & entries.L2_OFFSET for word in words], dtype=np.int64)
-    return np.unique(targets >> scope.geometry.cluster_bits)
+    return distinct(targets >> scope.geometry.cluster_bits)
 
 
 def _wrong_entries(report: Report) -> I64:
@@ -53,10 +53,10 @@ def _wrong_entries(report: Report) -> I64:
     runs = report.findings.of(FindingKind.L2_COPIED)
     step = report.geometry.l2_entry_size
     if not len(runs):
-        return np.unique(l1)
+        return distinct(l1)
     first = runs.host_offset // step
     l2 = expand_ranges(first, first + runs.length // step - 1) * step
-    return np.unique(np.concatenate((l1, l2)))
+    return distinct(np.concatenate((l1, l2)))
 
 
 def _is_new(wrong: Findings, known: Findings) -> Mask:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask
+from planner.arrays import I64, U64, Mask, distinct
 from planner.errors import AmbiguousCorruption, ImageError
 from planner.findings import FindingKind, Structure
 from planner.plan import Plan, Stage
@@ -151,10 +151,10 @@ class _L2Words:
         self._geometry = geometry
         l2 = regions.select(regions.structure == Structure.L2_TABLE)
         l1 = regions.select(regions.structure == Structure.L1_TABLE)
-        self._l2 = np.unique(np.concatenate((l2.first(bits), l2.last(bits))))
+        self._l2 = distinct(np.concatenate((l2.first(bits), l2.last(bits))))
         spans = zip(l1.first(bits).tolist(), l1.last(bits).tolist(), strict=True)
         ranges = [np.arange(first, last + 1) for first, last in spans]
-        self._l1 = np.unique(np.concatenate([*ranges, np.zeros(0, dtype=np.int64)]))
+        self._l1 = distinct(np.concatenate([*ranges, np.zeros(0, dtype=np.int64)]))
 
     def require_same_mapping(self, stage: Stage, cluster: I64) -> None:
         """Raise unless every entry that changes maps what it mapped."""

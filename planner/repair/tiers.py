@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import KINDS, FindingKind, Severity, Structure
@@ -213,7 +213,7 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means)
     stay: I64 = np.zeros(0, dtype=np.int64)
     for _ in range(MAX_DRAFTS - 1):
         scope, triage = draft(_first_step(source, report, means), means, stay)
-        more = np.union1d(stay, unfollowed_targets(report, scope))
+        more = distinct(np.concatenate((stay, unfollowed_targets(report, scope))))
         if len(more) == len(stay):
             return scope, triage
         stay = more
@@ -258,7 +258,8 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     triage = means.triage(scope)
     if triage.suspect_count or not scope.report.complete:
         # What the repair itself ceased to refer to is no such leak: that reference was known.
-        stay = np.union1d(stay, np.intersect1d(_leaked(before), _leaked(scope.report)))
+        known = np.intersect1d(_leaked(before), _leaked(scope.report), assume_unique=True)
+        stay = distinct(np.concatenate((stay, known)))
     _draft_refcounts(scope, stay)
     for planner in (update_copied_flags_for_l1, clear_reserved_bits):
         scope = _checked_anew(scope, means)

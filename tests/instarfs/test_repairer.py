@@ -53,7 +53,7 @@ from planner.errors import AmbiguousCorruption, NotQcow2
 from planner.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.report import Report
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, Overlay, Source, read_bytes
 from tests.cached import cached_check, cached_propose, propose_bytes
 from tests.devices import EIO, ENOSPC, SHORT, Fail, WatchedDevice, from_then_on, once
 
@@ -370,6 +370,28 @@ def test_while_a_repair_runs_qemu_refuses_the_image(box: Sandbox) -> None:
     assert "writing" in answers
     assert all('Failed to get shared "write" lock' in answer for answer in answers.values())
     assert qemu_check(box.path) == 0
+
+
+def test_the_locks_are_held_from_the_first_check_to_the_last(box: Sandbox) -> None:
+    box.put(damaged("leaked-clusters"))
+    stranger = os.open(box.path, os.O_RDONLY)
+    refused: list[bool] = []
+
+    def check(source: Source, **_options: object) -> Report:
+        try:
+            with locks.held(stranger, "image"):
+                refused.append(False)
+        except ImageInUse:
+            refused.append(True)
+        return cached_check(source)
+
+    try:
+        assert box.repair(LEAKS, check=check).status is Status.REPAIRED
+        assert refused == [True, True]
+        with locks.held(stranger, "image"):
+            pass
+    finally:
+        os.close(stranger)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY])

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -558,6 +559,44 @@ def test_everything_else_answers_meanwhile(held: Gate, writer: subprocess.Popen[
     assert end_of(writer) == ""
     assert values(it, "check/result.json")["verdict"] == "clean"
     assert it.read("repair/progress") == "idle\n"
+
+
+def access_of(mount: Mount) -> set[int]:
+    """How the daemon has the image open: of O_RDONLY, O_WRONLY and O_RDWR."""
+    daemon, image = Path(f"/proc/{mount.process.pid}"), mount.image.stat()
+    found = set()
+    for link in (daemon / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if (link.stat().st_dev, link.stat().st_ino) == (image.st_dev, image.st_ino):
+                flags = re.search(r"flags:\s*(\d+)", (daemon / "fdinfo" / link.name).read_text())
+                assert flags is not None
+                found.add(int(flags[1], 8) & os.O_ACCMODE)
+    return found
+
+
+def test_the_image_is_open_for_writing_only_while_it_is_repaired(held: Gate) -> None:
+    it = held.mount
+    for name in ("check/report.txt", "repair/plan/all.json", "lost/triage.json"):
+        it.read(name)
+    assert access_of(it) == {os.O_RDONLY}
+    with started_writing(it, "all") as writer:
+        until(lambda: held.steps, "the first stage was written")
+        assert access_of(it) == {os.O_RDONLY, os.O_RDWR}
+        held.open()
+        assert end_of(writer) == ""
+    assert access_of(it) == {os.O_RDONLY}
+
+
+def test_the_report_of_a_half_written_image_gives_no_advice(
+    held: Gate, writer: subprocess.Popen[str]
+) -> None:
+    report = held.mount.read("check/report.txt")
+    assert ": torn\n" in report
+    assert "The image is in use" in report
+    assert "What to do now" not in report
+    held.open()
+    assert end_of(writer) == ""
+    assert ": clean\n" in held.mount.read("check/report.txt")
 
 
 def test_a_second_writer_is_told_at_once(held: Gate) -> None:

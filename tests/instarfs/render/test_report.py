@@ -70,8 +70,8 @@ def test_of_a_clean_image_nothing_more_is_said():
 
 def test_what_is_missing_is_named_with_its_place():
     text = text_of(damaged("lost-l2-table"))
-    assert "missing: up to 536870912 bytes, which a lost L2 table mapped" in text
-    assert "they read as zeros now" in text
+    assert "missing: up to 536870912 bytes that lost L2 tables mapped: they read as zeros" in text
+    assert f"safe: at least {3 << 29} of {1 << 31} bytes\n" in text
     assert "L1 entries 1 to 3 are empty" in text
     assert "refused without the plan's id" in text
 
