@@ -116,7 +116,9 @@ class OwnersFinder:
         slots, known = self._index.find(entries.l2_offsets(words) >> self._geometry.cluster_bits)
         wanted = self._wanted[slots]
         wanted &= known
-        wanted |= (words & np.uint64(entries.COMPRESSED)) != 0
+        # These reach into more clusters than the one that they begin in.
+        inside = entries.L2_OFFSET & (self._geometry.cluster_size - 1)
+        wanted |= (words & np.uint64(entries.COMPRESSED | inside)) != 0
         return np.flatnonzero(wanted)
 
     def _hits(self, clusters: I64) -> I64:
