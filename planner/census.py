@@ -27,8 +27,11 @@ from planner.stored import StoredRefcounts
 from planner.tables import Batch, L2Tables
 from planner.versions import VersionCounter
 
-RUN_SHIFT = 7
-"""Tables with fewer than one run of adjacent clusters in 2^7 entries are counted run by run."""
+RUN_SHIFT = 9
+"""Tables with fewer than one run of adjacent clusters in 2^9 entries are counted run by run."""
+
+LONG_RUN = 64
+"""From so many clusters on, a run is added to the counters on its own."""
 
 MAX_SIBLING_LAG = 64
 """With how many tables before it in a batch an L2 table is compared, to find what they share."""
@@ -199,14 +202,21 @@ class Walker:
         gap = (start[1:] % width != 0) & (np.diff(offset) != length[:-1] << bits)
         guest.fragmented += batch.active * int(np.count_nonzero(gap))
         slots = self._census.index.slots_of(offset >> bits)
+        copied = head >= np.uint64(entries.COPIED)
+        long = length >= LONG_RUN
         for counts, amount in self._targets(batch):
-            counts.add_runs(slots, length, amount)
+            counts.add_runs(slots[long], length[long], amount)
         if batch.copied:
-            copied = head >= np.uint64(entries.COPIED)
-            for at, slot, count, flag in zip(
-                start.tolist(), slots.tolist(), length.tolist(), copied.tolist(), strict=True
-            ):
+            columns = (column[long].tolist() for column in (start, length, slots, copied))
+            for at, count, slot, flag in zip(*columns, strict=True):
                 self._check_run(batch, width, slice(at, at + count), slot, copied=flag)
+        if not long.all():
+            short = np.flatnonzero(~long)
+            last = length[short] - 1
+            run = np.repeat(short, length[short])
+            positions = expand_ranges(start[short], start[short] + last)
+            slots = expand_ranges(slots[short], slots[short] + last)
+            self._count_slots(batch, width, positions, slots, copied[run])
         return True
 
     def _check_run(self, batch: Batch, width: int, run: slice, slot: int, *, copied: bool) -> None:
@@ -219,6 +229,19 @@ class Walker:
         positions, flags = np.arange(run.start, run.stop), np.full(count, copied)
         wrong = is_one != copied
         self._report_wrong(batch, clusters, positions, flags, wrong=wrong, width=width)
+
+    def _count_slots(
+        self, batch: Batch, width: int, positions: I64, slots: I64, copied: Mask
+    ) -> None:
+        """Count plain entries one by one, in the order of the tables."""
+        distinct = bool((np.diff(slots) > 0).all())
+        for counts, amount in self._targets(batch):
+            (counts.add_distinct if distinct else counts.add)(slots, amount)
+        if batch.copied:
+            wrong = (self._stored.values[slots] == 1) != copied
+            if wrong.any():
+                clusters = self._census.index.clusters_of(slots)
+                self._report_wrong(batch, clusters, positions, copied, wrong=wrong, width=width)
 
     def _targets(self, batch: Batch) -> list[tuple[ClusterCounts, int]]:
         """What an entry of a batch adds to, and how much."""
@@ -254,17 +277,10 @@ class Walker:
                 between = int(np.count_nonzero(jumps & (rows[1:] != rows[:-1])))
             self._census.guest.allocated += batch.active * flat.size
             self._census.guest.fragmented += batch.active * (total - between)
-        slots = self._census.index.slots_of(flat)
-        distinct = bool((steps > 0).all())
-        for counts, amount in self._targets(batch):
-            (counts.add_distinct if distinct else counts.add)(slots, amount)
-        if batch.copied:
-            words = values.reshape(-1)
-            copied = (words if positions is None else words[positions]) >= np.uint64(entries.COPIED)
-            wrong = (self._stored.values[slots] == 1) != copied
-            if wrong.any():
-                at = np.arange(flat.size) if positions is None else positions
-                self._report_wrong(batch, flat, at, copied, wrong=wrong, width=width)
+        words = values.reshape(-1)
+        copied = (words if positions is None else words[positions]) >= np.uint64(entries.COPIED)
+        at = np.arange(flat.size) if positions is None else positions
+        self._count_slots(batch, width, at, self._census.index.slots_of(flat), copied)
 
     def _report_wrong(
         self,

@@ -24,7 +24,7 @@ BATCH_BYTES = 2 << 20
 """Bytes of tables a batch aims at: fits a level-2 cache with its derived arrays nearby."""
 
 BATCHES_AHEAD = 8
-"""Read while a batch is looked at: so many requests are under way where each takes its time."""
+"""Read while a batch is looked at, at most: so many requests are under way at a time."""
 
 GAP_BYTES = 16 << 10
 """Tables nearer to each other than this are fetched in one read: a request costs more."""
@@ -56,6 +56,8 @@ class Reading(Protocol):
 
     def result(self) -> object:
         """Waits for its end, and raises what it raised."""
+
+    def done(self) -> bool: ...
 
     def cancel(self) -> object: ...
 
@@ -280,23 +282,29 @@ def _read_ahead(
     parts: Sequence[slice],
     shape: tuple[int, int],
 ) -> Iterator[tuple[slice, U8]]:
-    """Read *parts*, up to `BATCHES_AHEAD` of them while the caller is busy with another."""
+    """Read *parts* while the caller is busy with the ones before.
+
+    One ahead to begin with; twice as many each time that the caller had to wait, up to
+    `BATCHES_AHEAD`: what lies in memory needs no crowd of threads, what is far away does.
+    """
     pending: deque[tuple[slice, U8, Reading]] = deque()
-
-    def begin(part: slice, buffer: U8) -> None:
-        rows = buffer[: part.stop - part.start]
-        pending.append((part, buffer, executor.submit(_fetch, source, offsets[part], rows)))
-
-    waiting = iter(parts)
+    free: list[U8] = []
+    ahead, begun = 1, 0
     try:
-        for part in itertools.islice(waiting, 1 + BATCHES_AHEAD):
-            begin(part, np.empty(shape, dtype=np.uint8))
-        while pending:
-            part, buffer, done = pending.popleft()
-            done.result()
+        for _ in parts:
+            while begun < len(parts) and len(pending) <= ahead:
+                part = parts[begun]
+                buffer = free.pop() if free else np.empty(shape, dtype=np.uint8)
+                rows = buffer[: part.stop - part.start]
+                reading = executor.submit(_fetch, source, offsets[part], rows)
+                pending.append((part, buffer, reading))
+                begun += 1
+            part, buffer, reading = pending.popleft()
+            if not reading.done():
+                ahead = min(2 * ahead, BATCHES_AHEAD)
+            reading.result()
             yield part, buffer[: part.stop - part.start]
-            for following in itertools.islice(waiting, 1):
-                begin(following, buffer)
+            free.append(buffer)
     finally:
         for _, _, left in pending:
             left.cancel()
@@ -306,17 +314,13 @@ def _fetch(source: Source, offsets: I64, rows: U8) -> None:
     """Fill rows[i] from offsets[i], neighbours in one request."""
     table_bytes = rows.shape[1]
     steps = np.diff(offsets)
-    breaks = np.flatnonzero((steps < 0) | (steps > table_bytes + GAP_BYTES)) + 1
-    for group in np.split(np.arange(len(offsets)), breaks):
-        start, end = int(offsets[group[0]]), int(offsets[group[-1]]) + table_bytes
-        low, high = int(group[0]), int(group[-1]) + 1
-        if (
-            end - start == (high - low) * table_bytes
-            and (steps[low : high - 1] == table_bytes).all()
-        ):
+    breaks = (np.flatnonzero((steps < 0) | (steps > table_bytes + GAP_BYTES)) + 1).tolist()
+    for low, high in itertools.pairwise([0, *breaks, len(offsets)]):
+        start = int(offsets[low])
+        if (steps[low : high - 1] == table_bytes).all():
             source.read_into(start, rows[low:high].reshape(-1).data)
             continue
-        span = np.empty(end - start, dtype=np.uint8)
+        span = np.empty(int(offsets[high - 1]) + table_bytes - start, dtype=np.uint8)
         source.read_into(start, span.data)
         windows = np.lib.stride_tricks.sliding_window_view(span, table_bytes)
         rows[low:high] = windows[offsets[low:high] - start]

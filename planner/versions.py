@@ -7,6 +7,7 @@ they have little in common, or are not plain, `planner.census` counts them one b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -167,36 +168,41 @@ def _differences(words: U64, first: I64, sound: Mask) -> Differences:
     Groups with little in common are taken out of *sound*, and those that are not in it are left
     out.
     """
-    width, ends = words.shape[1], [*first[1:].tolist(), len(words)]
+    size = np.diff(first, append=len(words))
     none = np.zeros(0, dtype=np.int64)
-    found: list[tuple[I64, I64, Mask]] = [(none, none, none != 0)]
-    for number, (start, end) in enumerate(zip(first.tolist(), ends, strict=True)):
-        if not sound[number] or end - start == 1:
-            continue
-        versions = words[start:end]
-        columns = _columns_that_differ(versions)
-        if len(columns) > width // SHARED:
-            versions = versions & _SAME
-            columns = _columns_that_differ(versions)
-        if len(columns) > width // SHARED:
-            sound[number] = False
-        elif len(columns):
-            row, at, fresh = _differing(versions[:, columns] & _SAME)
-            found.append((start + row, columns[at], fresh))
-    row, column, fresh = (np.concatenate(each) for each in zip(*found, strict=True))
-    return Differences(row, column, fresh)
+    found = [Differences(none, none, none != 0)]
+    # Neighbours with as many versions each are compared together.
+    borders = [*(np.flatnonzero(np.diff(size)) + 1).tolist(), len(first)]
+    for low, high in itertools.pairwise([0, *borders]):
+        start, count = int(first[low]), int(size[low])
+        block = words[start : start + (high - low) * count].reshape(high - low, count, -1)
+        found.append(_differences_in(block, start, sound[low:high]))
+    columns = ([getattr(each, name) for each in found] for name in Differences.__slots__)
+    return Differences(*(np.concatenate(parts) for parts in columns))
 
 
-def _columns_that_differ(versions: U64) -> I64:
-    differs: Mask = versions[1:] != versions[0]
-    return np.flatnonzero(np.logical_or.reduce(differs, axis=0))
+def _differences_in(block: U64, start: int, sound: Mask) -> Differences:
+    """`_differences` in groups of equally many versions, from row *start* on.
 
-
-def _differing(words: U64) -> tuple[I64, I64, Mask]:
-    """Row and column of all words that are not as in the first row; those that are as in none."""
-    changed = words[1:] != words[0]
+    *block* has the shape (groups, versions, entries).
+    """
+    _, count, width = block.shape
+    differs = _differing_columns(block)
+    if (differs.sum(axis=1) > width // SHARED).any():  # perhaps in the COPIED flag alone
+        block = block & _SAME
+        differs = _differing_columns(block)
+        sound &= differs.sum(axis=1) <= width // SHARED
+    group, column = np.nonzero(differs & sound[:, None])
+    versions = block[group, :, column] & _SAME
+    changed = versions[:, 1:] != versions[:, :1]
     fresh = changed.copy()
-    for lag in range(1, len(words) - 1):
-        fresh[lag:] &= words[1 + lag :] != words[1:-lag]
-    row, column = np.nonzero(changed)
-    return row + 1, column, fresh[row, column]
+    for lag in range(1, count - 1):
+        fresh[:, lag:] &= versions[:, 1 + lag :] != versions[:, 1:-lag]
+    at, version = np.nonzero(changed)
+    return Differences(start + group[at] * count + 1 + version, column[at], fresh[at, version])
+
+
+def _differing_columns(block: U64) -> Mask:
+    """In which entries not all versions are as the first: bool (groups, entries)."""
+    differs: Mask = np.logical_or.reduce(block[:, 1:] != block[:, :1], axis=1)
+    return differs
