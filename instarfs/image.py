@@ -84,6 +84,10 @@ class FileSource:
         """Threads that read ahead; the same for all sources."""
         return _readers()
 
+    def stored_bytes(self) -> int:
+        """How many of them there really are: a file has holes, a device has none."""
+        return self._size if self._image.is_device else self._image.allocated_size()
+
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill *buffer* from *offset* on; zeros past the end. Raises `ImageReadFailed`."""
         view = buffer.cast("B")

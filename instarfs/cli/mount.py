@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 
@@ -67,6 +68,8 @@ def command(
     else:
         ready = daemon.to_background()
         daemon.log_to_syslog()
+    # Its threads, which nothing here uses, would not be confined with the rest.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Not before the fork: numpy starts threads, and a fork takes only the calling one along.
     from instarfs.mount.session import serve  # noqa: PLC0415
     from instarfs.repairer import Repairer  # noqa: PLC0415

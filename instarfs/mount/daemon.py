@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from instarfs.errors import MountFailed
-from instarfs.mount.mountpoint import STOP_COMPUTING
+from instarfs.mount.mountpoint import STOP_COMPUTING, Unmounter
 from instarfs.mount.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,15 @@ _MAX_TASKS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is served: the handlers, and how to end whatever they are computing."""
+    """What is served: the handlers, and how to end whatever they are computing.
+
+    ``confine`` is called once the mount is there, before the first of them: what the process may
+    do from then on.
+    """
 
     operations: Operations
     cancel: Callable[[], None]
+    confine: Callable[[], None] = lambda: None
 
 
 def run(
@@ -66,6 +71,7 @@ async def _serve(
         service = make_service()
         with _mounted(service.operations, directory, options):
             os.chdir("/")  # whatever the caller's directory is on can be unmounted
+            service.confine()
             try:
                 async with trio.open_nursery() as nursery:
                     stop = nursery.cancel_scope.cancel
@@ -106,18 +112,23 @@ async def _announce(
 
 @contextlib.contextmanager
 def _mounted(operations: Operations, directory: str, options: set[str]) -> Iterator[None]:
-    with _captured_stderr() as said:
+    with Unmounter(directory) as unmounter:
+        with _captured_stderr() as said:
+            try:
+                pyfuse3.init(operations, directory, options)
+            except RuntimeError as error:
+                raise MountFailed(directory, said() or str(error)) from error
+            warning = said()
+        unmounter.remember()
+        if warning:
+            log.warning("%s", warning)
         try:
-            pyfuse3.init(operations, directory, options)
-        except RuntimeError as error:
-            raise MountFailed(directory, said() or str(error)) from error
-        warning = said()
-    if warning:
-        log.warning("%s", warning)
-    try:
-        yield
-    finally:
-        pyfuse3.close()
+            yield
+        finally:
+            if not unmounter.unmount():
+                log.warning("%s: could not be unmounted: see instarfs umount", directory)
+            with _captured_stderr():  # it tries once more, and may not
+                pyfuse3.close()
 
 
 @contextlib.contextmanager
@@ -158,7 +169,7 @@ def to_background() -> Callable[[], None]:
         os.close(writer)
         _wait_for(child, reader)
     os.close(reader)
-    return functools.partial(_detach, writer)
+    return functools.partial(_detach, writer, os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
 
 
 def _wait_for(child: int, reader: int) -> NoReturn:
@@ -168,13 +179,12 @@ def _wait_for(child: int, reader: int) -> NoReturn:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def _detach(writer: int) -> None:
+def _detach(writer: int, null: int) -> None:
     """Leave the caller's session and terminal, and tell it that all is well.
 
-    Raises BrokenPipeError when the caller has gone.
+    Opens nothing: by now the process may not. Raises BrokenPipeError when the caller has gone.
     """
     os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
     for standard in range(3):
         os.dup2(null, standard)
     os.close(null)
@@ -192,7 +202,7 @@ def log_to_stderr() -> None:
 
 def log_to_syslog() -> None:
     """For a mount in the background."""
-    syslog.openlog("instarfs", syslog.LOG_PID, syslog.LOG_DAEMON)
+    syslog.openlog("instarfs", syslog.LOG_PID | syslog.LOG_NDELAY, syslog.LOG_DAEMON)
     _log_to(_SyslogHandler(), "%(message)s")
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from instarfs.errors import (
     FuseMissing,
@@ -43,6 +44,11 @@ STOP_COMPUTING = signal.SIGUSR1
 
 _DEVICE = Path("/dev/fuse")
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
+
+_UNMOUNT_WHEN_TOLD = """\
+read -r told || exit 0
+fusermount3 -u -z -- "$1" || umount -l -- "$1"
+"""
 
 # Readers close their files within milliseconds of an error; the process unmounts and ends as fast.
 _RELEASE_SECONDS = 2.0
@@ -183,13 +189,55 @@ def _is_busy(complaint: str) -> bool:
     return "busy" in complaint
 
 
+class Unmounter:
+    """Unmounts for a process that will not be allowed to: a program that waits to be told.
+
+    To be started before the mount. It unmounts lazily, as libfuse does; left without a word, as
+    when the process is killed, it ends and the mount stays for all to see.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._target = os.path.realpath(directory)
+        self._mount: _Mount | None = None
+        self._program = subprocess.Popen(  # noqa: S603 - the user's own directory, as an argument
+            ["/bin/sh", "-c", _UNMOUNT_WHEN_TOLD, "sh", self._target],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # a ^C on the terminal is not for it
+        )
+
+    def remember(self) -> None:
+        """What is mounted now is what is to be unmounted."""
+        self._mount = _mount_at(self._target)
+
+    def unmount(self) -> bool:
+        """Whether it is unmounted, by us or by somebody before."""
+        if self._mount is None or _mount_at(self._target) != self._mount:
+            return True
+        try:
+            self._program.communicate(b"\n", _END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        return self._program.returncode == 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._program.communicate(timeout=_END_SECONDS)
+
+
 # ---- the mount table ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A line of the mount table. ``user``: who made a FUSE mount."""
+    """A line of the mount table. ``device``: names this mount; ``user``: who made a FUSE mount."""
 
+    device: str
     filesystem: str
     user: int | None
 
@@ -199,14 +247,19 @@ def _find_mount(directory: str) -> _Mount | None:
 
     From the kernel's list: a mount whose process died, or hangs, answers nothing itself.
     """
-    target = os.fsencode(os.path.realpath(directory))
-    found = None
+    return _mount_at(os.path.realpath(directory))
+
+
+def _mount_at(path: str) -> _Mount | None:
+    """The same of a real path, which is not looked up: it may lead to the caller's own mount."""
+    target, found = os.fsencode(path), None
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         mount, _, rest = line.partition(b" - ")
         if _unescaped(mount.split()[4]) == target:
             filesystem, _, options = rest.split(b" ", 2)
             user = re.search(rb"\buser_id=(\d+)", options)
-            found = _Mount(filesystem.decode(), int(user[1]) if user else None)
+            device = mount.split()[2].decode()
+            found = _Mount(device, filesystem.decode(), int(user[1]) if user else None)
     return found
 
 

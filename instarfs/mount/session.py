@@ -13,9 +13,10 @@ from pathlib import Path
 
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
-from instarfs.image import Image
+from instarfs.image import FileSource, Image
 from instarfs.inspector import Check, Inspector
 from instarfs.mount import daemon, mountpoint, tree
+from instarfs.mount.confinement import Confinement, limit_memory
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
 from instarfs.repairer import Repairer
@@ -23,6 +24,7 @@ from instarfs.repairs import MakeRepairer
 from planner.check import check_image
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
 from planner.qcow2.layout import Layout
+from planner.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,22 @@ def serve(
     image is not qcow2, or cannot be read, or mounting fails.
     """
     _require_qcow2(image)
+    followed = follow.directories if follow else ()
+    confinement = Confinement(image, read_only=options.read_only, followed=followed)
+
+    def bounded_check(
+        source: FileSource,
+        *,
+        progress: Callable[[str, int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> Report:
+        limit_memory(source)  # anew: the image may have grown since
+        return check(source, progress=progress, cancelled=cancelled)
 
     def make_service() -> daemon.Service:
-        inspector = Inspector(image, follow=follow, check=check, make_repairer=make_repairer)
+        inspector = Inspector(
+            image, follow=follow, check=bounded_check, make_repairer=make_repairer
+        )
         pending = inspector.pending()
         if pending is not None:
             log.warning("%s: %s", image.path, pending.sentence)
@@ -58,7 +73,7 @@ def serve(
             ownership,
             {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
         )
-        return daemon.Service(operations, inspector.cancel)
+        return daemon.Service(operations, inspector.cancel, confinement.enforce)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 

@@ -23,7 +23,7 @@ from instarfs.render.columns import (
     tsv_lines,
 )
 from instarfs.render.outcome import pending_value, repair_value
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import json_bytes, printable, short_name
 from planner.arrays import U8, U64, Mask
 from planner.errors import ImageError
 from planner.findings import (
@@ -385,7 +385,7 @@ def snapshot_name(report: Report, number: int) -> str:
 
 def _snapshot_name(snapshots: Sequence[Snapshot], number: int) -> str:
     name = snapshots[number].name if number < len(snapshots) else b""
-    return f"snapshot {number} ({printable(decode_name(name))})" if name else f"snapshot {number}"
+    return f"snapshot {number} ({short_name(name)})" if name else f"snapshot {number}"
 
 
 def owner_phrase(owner: Owner, geometry: Geometry, snapshots: Sequence[Snapshot]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+SHORT = 60
+"""Characters of a name that stands in a sentence. In an image it may have 65535 bytes."""
+
 
 def decode_name(raw: bytes) -> str:
     """A name from the image. Bytes that are not UTF-8 become lone surrogates: nothing is lost."""
@@ -13,7 +16,16 @@ def decode_name(raw: bytes) -> str:
 
 def printable(text: str) -> str:
     r"""*text* on one line for a terminal: what does not print becomes \n, \x1b, \u202e, \xff."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def short_name(raw: bytes) -> str:
+    """A name from the image for a sentence: printable, and no longer than a line has room for."""
+    text = decode_name(raw[: 4 * SHORT])
+    is_whole = len(text) <= SHORT and len(raw) <= 4 * SHORT
+    return printable(text if is_whole else f"{text[:SHORT]}...")
 
 
 def _escaped(character: str) -> str:

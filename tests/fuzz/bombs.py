@@ -116,6 +116,16 @@ def snapshots_with_misaligned_l1_tables() -> Image:
 
 
 @bomb
+def a_long_name_in_every_sentence() -> Image:
+    image = base()
+    l2 = append(image, words(COPIED | 1 << 58 | 1024, 64))
+    l1 = append(image, words(COPIED | l2, 1000))
+    entry = struct.pack(">QIHHIIQII", l1, 1000, 0, 0xFFFF, 0, 0, 0, 0, 16) + bytes(16 + 0xFFFF)
+    image.change_header(nb_snapshots=1, snapshots_offset=append(image, entry))
+    return image
+
+
+@bomb
 def bitmaps_with_one_table() -> Image:
     image = base()
     at = append(image, words(3, 60000))

@@ -94,7 +94,7 @@ class Programs:
         self.complaints = complaints
         monkeypatch.setattr(shutil, "which", lambda name: name if name in complaints else None)
         monkeypatch.setattr(subprocess, "run", self.run)
-        found = mountpoint._Mount("fuse.instarfs", os.getuid())
+        found = mountpoint._Mount("0:99", "fuse.instarfs", os.getuid())
         monkeypatch.setattr(mountpoint, "_find_mount", lambda directory: found)
         monkeypatch.setattr(mountpoint, "_RELEASE_SECONDS", 0.0)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import SHORT, decode_name, json_bytes, printable, short_name
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,17 @@ def test_a_name_survives_json(raw: bytes) -> None:
 @given(st.binary())
 def test_nothing_that_a_terminal_obeys_is_left(raw: bytes) -> None:
     assert printable(decode_name(raw)).isprintable()
+
+
+@given(st.binary())
+def test_a_name_in_a_sentence_is_short_or_whole(raw: bytes) -> None:
+    shown = short_name(raw)
+    assert shown.isprintable()
+    if len(raw) <= SHORT:
+        assert shown == printable(decode_name(raw))
+
+
+def test_a_name_as_long_as_an_image_can_have_it() -> None:
+    assert short_name(b"a" * 65535) == "a" * SHORT + "..."
+    assert short_name("日".encode() * SHORT) == "日" * SHORT
+    assert short_name("日".encode() * (SHORT + 1)) == "日" * SHORT + "..."

@@ -1,0 +1,252 @@
+"""What a mount's daemon gives up once it is mounted: it goes on with what it needs, and no more.
+
+It has read an image that nobody vouches for, so whatever the image made of it must not reach the
+rest of the machine. By Landlock the daemon keeps the directory of the image, the directories that
+are followed, and Python's own files; no program can be run and no mount changed. By a filter of
+ten instructions it gets no socket but a local one, for syslog. No right comes back: not by a
+set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the log.
+
+All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
+called before there are others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import platform
+import resource
+import site
+import stat
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from enum import IntFlag
+from pathlib import Path
+
+from instarfs.errors import reason_of
+from instarfs.image import BLOCK_STATISTICS, FileSource, Image
+
+log = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# Numbers of linux/prctl.h, linux/landlock.h, linux/seccomp.h, linux/capability.h.
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_PR_SET_NO_NEW_PRIVS = 38
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_VERSION_OF_LANDLOCK = 1
+_PATH_BENEATH = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+_KEPT_CAPABILITIES = 1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH
+"""What lets root use an image that belongs to the user of a virtual machine."""
+
+MEMORY_FOR_ANY = 2 << 30
+MEMORY_FOR_A_BYTE = 8
+"""A check takes a few bytes, a repair some dozens, for each 8-byte entry of an image's tables."""
+
+
+class Right(IntFlag):
+    """LANDLOCK_ACCESS_FS_*: what a path, and all beneath it, may be used for."""
+
+    EXECUTE = 1 << 0
+    WRITE_FILE = 1 << 1
+    READ_FILE = 1 << 2
+    READ_DIR = 1 << 3
+    REMOVE_DIR = 1 << 4
+    REMOVE_FILE = 1 << 5
+    MAKE_CHAR = 1 << 6
+    MAKE_DIR = 1 << 7
+    MAKE_REG = 1 << 8
+    MAKE_SOCK = 1 << 9
+    MAKE_FIFO = 1 << 10
+    MAKE_BLOCK = 1 << 11
+    MAKE_SYM = 1 << 12
+    REFER = 1 << 13
+    TRUNCATE = 1 << 14
+    IOCTL_DEV = 1 << 15
+
+
+_OF_FILES = Right.READ_FILE | Right.WRITE_FILE | Right.TRUNCATE | Right.EXECUTE | Right.IOCTL_DEV
+
+_REPAIR = Right.WRITE_FILE | Right.TRUNCATE
+_KEEP_UNDO = Right.READ_DIR | Right.MAKE_REG | Right.REMOVE_FILE
+
+# By the version of Landlock that brought them.
+_LAST_RIGHT = {1: Right.MAKE_SYM, 2: Right.REFER, 3: Right.TRUNCATE, 5: Right.IOCTL_DEV}
+_TCP_SINCE, _BIND_AND_CONNECT = 4, 0b11
+_SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
+
+
+class Confinement:
+    """What the daemon of a mount of *image* will keep. To be made before it is mounted.
+
+    Until `enforce` it holds O_PATH descriptors: afterwards a path may lead over the mount itself,
+    and a process that asks its own mount waits for itself.
+    """
+
+    def __init__(self, image: Image, *, read_only: bool, followed: Sequence[str] = ()) -> None:
+        """*followed*: directories with files that the image may name."""
+        self._image = image
+        self._stack = ExitStack()
+        self._kept: list[tuple[int, Right]] = []
+        self._keep_image(image, Right(0) if read_only else _REPAIR)
+        for directory in followed:
+            self._keep(directory, Right.READ_FILE)
+        for directory in _libraries():
+            self._keep(directory, Right.READ_FILE | Right.READ_DIR)
+        # Whether a caller has been killed; that of other processes which matters is behind ptrace.
+        self._keep("/proc", Right.READ_FILE)
+
+    def _keep_image(self, image: Image, writing: Right) -> None:
+        if image.is_device:
+            self._keep(image.path, Right.READ_FILE | writing)
+            device = os.fstat(image.fileno()).st_rdev
+            name = f"{os.major(device)}:{os.minor(device)}"
+            self._keep(str(BLOCK_STATISTICS / name), Right.READ_FILE)
+            return
+        # The directory, not the file: another may take its place, and its undo file lies beside it.
+        rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
+        for path in {Path(image.path), Path(image.path).resolve()}:
+            self._keep(str(path.parent), rights)
+
+    def _keep(self, path: str, rights: Right) -> None:
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:  # Whoever needs it will hear why it cannot be had.
+            return
+        self._stack.callback(os.close, fd)
+        self._kept.append((fd, rights))
+
+    def enforce(self) -> None:
+        """Give up everything else, for good. Never fails: what cannot be had is logged."""
+        time.tzset()  # reads a file, once
+        # Not 0: a program that the kernel hands core dumps to would get one all the same.
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+        limit_memory(self._image.source())
+        with self._stack:
+            for step in (
+                _drop_capabilities,
+                _rule_out_new_privileges,
+                self._restrict,
+                _deny_sockets,
+            ):
+                try:
+                    step()
+                except OSError as error:
+                    what = step.__name__.strip("_").replace("_", " ")
+                    log.warning("not confined: could not %s: %s", what, reason_of(error))
+
+    def _restrict(self) -> None:
+        """Landlock: everything that this kernel knows of is ruled out but what is kept."""
+        version = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
+        if version < 1:
+            raise OSError(ctypes.get_errno(), "this kernel has no Landlock")
+        handled = max(right for since, right in _LAST_RIGHT.items() if since <= version) * 2 - 1
+        tcp = _BIND_AND_CONNECT if version >= _TCP_SINCE else 0
+        scopes = _ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
+        attributes = struct.pack("=QQQ", handled, tcp, scopes)
+        size = 24 if scopes else 16 if tcp else 8
+        ruleset = _syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
+        try:
+            for fd, rights in self._kept:
+                allowed = rights & handled
+                if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                    allowed &= _OF_FILES
+                rule = struct.pack("=Qi", allowed, fd)
+                _syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
+            _syscall(_RESTRICT_SELF, ruleset, 0)
+        finally:
+            os.close(ruleset)
+
+
+def limit_memory(source: FileSource) -> None:
+    """Let this process have as much memory as anything done with the image can take.
+
+    An allocation beyond that raises MemoryError, where otherwise the machine would be looking for a
+    process to kill. Holes count nothing: whatever a header claims, tables are what is there.
+    """
+    limit = MEMORY_FOR_ANY + MEMORY_FOR_A_BYTE * source.stored_bytes()
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limit, (1 << 63) - 1), hard))
+
+
+def _libraries() -> Iterator[str]:
+    """Where modules are, for those that are imported late; and the sources for tracebacks."""
+    yield str(Path(os.__file__).parent)
+    yield from site.getsitepackages()
+    ours = Path(__file__).resolve().parents[2]
+    yield from (str(ours / name) for name in ("instarfs", "planner"))
+
+
+# ---- the kernel ----
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    _require(result >= 0)
+    return result
+
+
+def _require(succeeded: bool) -> None:
+    if not succeeded:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _drop_capabilities() -> None:
+    """Where there are any, as of root: all but those that open the files of others."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    current = ctypes.create_string_buffer(24)
+    _require(_libc.capget(header, current) == 0)
+    permitted = struct.unpack("=6I", current.raw)[1]
+    low = permitted & _KEPT_CAPABILITIES
+    _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
+
+
+def _rule_out_new_privileges() -> None:
+    """No program that this process runs gets more rights than it has."""
+    _require(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+
+
+# Classic BPF over struct seccomp_data: the call's number, the architecture, its arguments.
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_ALLOW, _DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
+_AF_UNIX = 1
+_IO_URING_SETUP = 425
+_SOCKET_CALLS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+_OTHER_ABI = 0x40000000
+
+
+def _deny_sockets() -> None:
+    """socket(2) for anything but local ones is refused; and what could go around that."""
+    machine = platform.machine()
+    if machine not in _SOCKET_CALLS:
+        raise OSError(errno.ENOSYS, f"it is not known how on {machine}")
+    architecture, socket = _SOCKET_CALLS[machine]
+    # (code, jump if true, jump if false, value); a jump is relative to the next one.
+    program = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_IF_EQUAL, 0, 6, architecture),
+        (_LOAD, 0, 0, _NUMBER),
+        (_IF_AT_LEAST, 4, 0, _OTHER_ABI),
+        (_IF_EQUAL, 3, 0, _IO_URING_SETUP),
+        (_IF_EQUAL, 0, 3, socket),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_IF_EQUAL, 1, 0, _AF_UNIX),
+        (_RETURN, 0, 0, _DENY),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
+    instructions = b"".join(struct.pack("=HBBI", *each) for each in program)
+    kept = ctypes.create_string_buffer(instructions)
+    described = struct.pack("@HxxxxxxP", len(program), ctypes.addressof(kept))
+    _require(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described, 0, 0) == 0)
