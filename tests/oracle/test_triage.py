@@ -1,0 +1,135 @@
+"""What is lost, and what is only leaked, in images that QEMU wrote."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from instarfs.render.report import Aftermath, report_txt
+from planner.check import check_image
+from planner.plan import RepairTier
+from planner.qcow2.header import Header, read_header
+from planner.repair.tiers import propose
+from planner.source import Bytes
+from planner.triage import Triage, triage_leaks
+from tests.oracle.images import run
+
+SHAPES = [
+    "cluster_size=4k",
+    "cluster_size=64k",
+    "cluster_size=16k,extended_l2=on",
+    "cluster_size=4k,compat=0.10",
+    "cluster_size=4k,refcount_bits=64,lazy_refcounts=on",
+]
+L1_ENTRIES = 4
+NB_SNAPSHOTS_AT = 60
+
+
+def create(directory: Path, options: str) -> tuple[Path, Header]:
+    """A disk that has written data behind each of its `L1_ENTRIES` L1 entries."""
+    path = directory / "disk.qcow2"
+    size = dict(word.split("=") for word in options.split(","))["cluster_size"]
+    cluster = int(size[:-1]) << 10
+    coverage = cluster * cluster // (16 if "extended_l2" in options else 8)
+    virtual = L1_ENTRIES * coverage
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(virtual))
+    for number in range(L1_ENTRIES):
+        write(path, f"write -q -P {65 + number} {number * coverage} {8 * cluster}")
+    return path, header_of(path)
+
+
+def write(path: Path, *commands: str) -> None:
+    run("qemu-io", *(word for command in commands for word in ("-c", command)), path)
+
+
+def header_of(path: Path) -> Header:
+    return read_header(Bytes(path.read_bytes()[:4096]))
+
+
+def patch(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def examine(path: Path) -> tuple[Triage, str, bool]:
+    """The triage, the report for a reader, and whether `leaks` wants its plan quoted."""
+    source = Bytes(path.read_bytes())
+    report = check_image(source)
+    triage = triage_leaks(source, report)
+    proposals = {tier: propose(source, report, tier, triage=triage) for tier in RepairTier}
+    text = report_txt(report, str(path), Aftermath(triage, proposals)).decode()
+    return triage, text, proposals[RepairTier.LEAKS].needs_quote
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("l1_index", [0, L1_ENTRIES - 1])
+def test_a_zeroed_l1_entry_is_named_with_its_table_and_what_it_mapped(
+    tmp_path: Path, options: str, l1_index: int
+) -> None:
+    path, header = create(tmp_path, options)
+    at = header.l1_table_offset + 8 * l1_index
+    table = int.from_bytes(path.read_bytes()[at : at + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    patch(path, at, bytes(8))
+    triage, text, needs_quote = examine(path)
+    (suspect,) = triage.suspects
+    assert suspect.offset == table
+    coverage = header.geometry.l2_coverage
+    assert f"the leaked cluster at {table} looks like a lost L2 table" in text
+    assert (
+        f"it could have mapped {coverage} bytes at guest offset {l1_index * coverage}"
+        f" (L1 entry {l1_index} is empty)"
+    ) in text
+    assert needs_quote
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_lowered_number_of_snapshots_is_told_with_their_names(
+    tmp_path: Path, options: str, left: int
+) -> None:
+    path, _ = create(tmp_path, options)
+    for name in ("before upgrade", "after upgrade"):
+        run("qemu-img", "snapshot", "-c", name, path)
+        write(path, "write -q -P 1 0 64k", f"write -q -P 2 {header_of(path).size - 65536} 64k")
+    patch(path, NB_SNAPSHOTS_AT, left.to_bytes(4, "big"))
+    triage, text, needs_quote = examine(path)
+    lost = ["before upgrade", "after upgrade"][left:]
+    assert [snapshot.name.decode() for snapshot in triage.snapshots] == lost
+    assert any(suspect.is_l1 and suspect.snapshot for suspect in triage.suspects)
+    for name in lost:
+        assert f"a snapshot that the header does not count: '{name}'" in text
+    assert "missing: a snapshot that the image no longer counts" in text
+    assert needs_quote
+
+
+CONTENTS = {
+    "a pattern": b"\xa5",
+    "zeros": b"\0",
+    "text": b"the quick brown fox jumps over the lazy dog\n",
+    "small numbers": b"\0\0\0\0\0\1\0\0",
+    "noise": random.Random(1).randbytes(1 << 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "content"),
+    [(SHAPES[0], content) for content in CONTENTS] + [(shape, "noise") for shape in SHAPES[1:]],
+)
+def test_leaked_data_is_no_alarm(tmp_path: Path, options: str, content: str) -> None:
+    """A crash between the allocation of clusters and the entries that map them."""
+    path, header = create(tmp_path, options)
+    data = (CONTENTS[content] * (1 << 16))[: 4 * header.geometry.cluster_size]
+    (tmp_path / "data").write_bytes(data)
+    write(path, f"write -q -s {tmp_path / 'data'} 0 {len(data)}")
+    at = header.l1_table_offset
+    table = int.from_bytes(path.read_bytes()[at : at + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    patch(path, table, bytes(4 * header.geometry.l2_entry_size))
+    triage, text, needs_quote = examine(path)
+    assert triage.leaked == 4
+    assert not triage.suspects
+    assert "nothing among them looks like a lost table" in text
+    assert "missing" not in text
+    assert not needs_quote
