@@ -471,8 +471,9 @@ This is the inside of a qcow2 image, shown as files by instarfs:
 
 Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothing is computed
 before it is read: the first read of a file in check/ checks the whole image, which may take a
-while; every other file answers meanwhile. When the image changes, the files show its new state
-the next time they are opened. The size of a file is shown as 0 until it has been read once.
+while; every other file answers meanwhile. check/report.txt also plans both repairs, where there
+is anything to repair. When the image changes, the files show its new state the next time they
+are opened. The size of a file is shown as 0 until it has been read once.
 
 {files}
 
