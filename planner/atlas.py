@@ -180,7 +180,7 @@ class Atlas:
     def runs(self) -> Iterator[Runs]:
         """Every run of the file, from its first cluster to its last; neighbours differ.
 
-        A cluster right behind the file is among them where it has a refcount or a reference.
+        A cluster right behind the file is among them where something refers to it.
         """
         bits = self.layout.geometry.cluster_bits
         for cluster, length, uses, findings, refcount, references in join_parts(self._parts()):
@@ -214,7 +214,7 @@ class Atlas:
             yield _free(position, end - position)
         for slot in range(inside, index.slots):
             columns = self._look_at(slot, slot + 1)
-            if columns[2][0] != Use.FREE.bit:
+            if self.mismatches.readable(slot, slot + 1)[0] and columns[2][0] != Use.FREE.bit:
                 yield columns
 
     def _look_at(self, low: int, high: int) -> Columns:

@@ -195,7 +195,7 @@ def map_svg(atlas: Atlas | ImageError, filename: str) -> bytes:
     grid = make_grid(atlas, sum(totals.values()))
     pitch = (WIDTH - MARGIN - LABELS - MARGIN) // grid.columns
     bottom = TOP + grid.rows * pitch
-    legend = _Legend.of(totals)
+    legend = _Legend.of(totals, torn=atlas.torn)
     lines = [
         _metadata(atlas, totals),
         *_headings(atlas, grid),
@@ -258,8 +258,6 @@ def _headings(atlas: Atlas, grid: Grid) -> Iterator[str]:
         f"a cell is {cell}",
     ]
     yield _text(MARGIN, 66, " · ".join(facts), "soft")
-    if atlas.torn:
-        yield _text(WIDTH - MARGIN, 42, f"Torn: {TORN}", "scale right")
 
 
 def _scale(grid: Grid, pitch: int) -> Iterator[str]:
@@ -331,15 +329,19 @@ def _slices(amounts: list[int], side: int) -> Iterator[tuple[Area, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class _Legend:
-    """Bytes by area; of all that is damaged, with its kinds; and of refcounts that are too high."""
+    """Bytes by area; of all that is damaged, with its kinds; and of refcounts that are too high.
+
+    ``torn``: of an atlas that is.
+    """
 
     areas: dict[Area, int]
     damaged: int
     kinds: list[FindingKind]
     excess: int
+    torn: bool
 
     @classmethod
-    def of(cls, totals: dict[tuple[int, int], int]) -> _Legend:
+    def of(cls, totals: dict[tuple[int, int], int], *, torn: bool) -> _Legend:
         areas: dict[Area, int] = {}
         damaged, kinds, excess = 0, 0, 0
         for (uses, findings), amount in totals.items():
@@ -348,7 +350,7 @@ class _Legend:
             kinds |= findings & DAMAGE
             damaged += amount if findings & DAMAGE else 0
             excess += amount if findings & LEAK and area is not Area.LEAKED else 0
-        return cls(areas, damaged, kinds_in(kinds), excess)
+        return cls(areas, damaged, kinds_in(kinds), excess, torn)
 
     def describe(self) -> list[str]:
         """All of it in words."""
@@ -368,7 +370,9 @@ class _Legend:
         if self.excess:
             what = f"refcounts that are too high: {_share(self.excess, whole)}"
             found.append(("M0 16l16-16", what))
-        if not found and Area.LEAKED not in self.areas:
+        if self.torn:
+            found.append(("", f"Torn: {TORN}."))
+        elif not found and Area.LEAKED not in self.areas:
             found.append(("", "Nothing is damaged, and nothing is leaked."))
         return found
 

@@ -16,15 +16,27 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from xml.etree import ElementTree as ET
+
+import numpy as np
 
 from examples.make_image import DAMAGES, CannotDamageError, Image, ImageBuilder
 from instarfs import journal
 from instarfs.errors import UndoFileDamaged
+from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
+from instarfs.render import clusters as render_clusters
+from instarfs.render import explain as render_explain
 from instarfs.render import info as render_info
+from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
+from instarfs.render import tables as render_tables
+from planner.atlas import draw_atlas
 from planner.check import check_image
+from planner.dirty import read_bitmap_states
 from planner.errors import ImageError, RepairError
+from planner.explain import explain_guest, explain_host
+from planner.pages import read_l1_page, read_l2_page
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.contents import Contents, bare_header
@@ -107,6 +119,58 @@ def sparse(data: bytes) -> None:
     """The check of an image whose file is as long as its last eight bytes say, a hole behind."""
     size = int.from_bytes(data[-8:], "big") >> 1
     check_image(Sparse.of(data[:-8], max(size, len(data)), block=4096))
+
+
+def atlas(data: bytes) -> None:
+    """Who uses what, listed and drawn: of every cluster, and in numbers that agree.
+
+    Refuses with `ImageError`.
+    """
+    source = Bytes(data)
+    report = check_image(source)
+    try:
+        drawn = draw_atlas(source, report, lambda _: None)
+    except ImageError as error:
+        assert report.error is not None
+        ET.fromstring(render_map.map_svg(error, NAME))  # noqa: S314 - our own
+        _shown(render_clusters.clusters_tsv(error))
+        return
+    runs = list(drawn.runs())
+    total = sum(int(part.length.sum()) for part in runs)
+    assert total >= drawn.layout.host_clusters << drawn.layout.geometry.cluster_bits
+    assert sum(drawn.totals().values()) == total
+    for kind, number in report.totals.items():
+        mine = [
+            part.length[(part.findings >> np.uint64(kind)) & np.uint64(1) != 0] for part in runs
+        ]
+        counted = sum(int(length.sum()) for length in mine)
+        assert counted == number << drawn.layout.geometry.cluster_bits
+    _require_printable(_shown(render_clusters.clusters_tsv(drawn)).replace(b"\t", b""))
+    ET.fromstring(render_map.map_svg(drawn, NAME))  # noqa: S314 - our own
+
+
+def tables(data: bytes) -> None:
+    """The active tables entry by entry, bitmaps, and a few offsets explained.
+
+    Refuses with `ImageError`.
+    """
+    source = Bytes(data)
+    with suppress(ImageError):
+        page = read_l1_page(source)
+        _shown(render_tables.l1_tsv(page))
+        for index in page.in_use[:3].tolist():
+            _shown(render_tables.l2_tsv(read_l2_page(source, index)))
+        states = read_bitmap_states(source, lambda _: None)
+        json.loads(render_bitmaps.bitmaps_json(states, is_written=False))
+    report, rng = check_image(source), random.Random(data)
+    host = rng.choice((0, len(data), rng.randrange(1 << 20), (1 << 64) - 1))
+    guest = rng.choice((0, rng.randrange(1 << 18), 1 << 63))
+    with suppress(ImageError):
+        found = explain_host(source, host, lambda _: None)
+        _require_printable(render_explain.host_txt(found, host, report))
+    with suppress(ImageError):
+        way = explain_guest(source, guest, lambda _: None)
+        _require_printable(render_explain.guest_txt(way, guest, report))
 
 
 def plan(data: bytes) -> None:
@@ -311,6 +375,8 @@ TARGETS = {
     "snapshots": Target(snapshots, _snapshot_seeds),
     "bitmaps": Target(bitmaps, _bitmap_seeds),
     "check": Target(check, _image_seeds),
+    "atlas": Target(atlas, _image_seeds),
+    "tables": Target(tables, _image_seeds),
     "sparse": Target(sparse, _sparse_seeds),
     "plan": Target(plan, _image_seeds),
     "undo-file": Target(undo_file, _undo_seeds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -108,6 +109,12 @@ def test_one_damaged_cluster_of_very_many_is_marked() -> None:
 
 def test_a_healthy_image_says_that_it_is() -> None:
     assert "Nothing is damaged, and nothing is leaked." in texts_of(drawn(atlas_of(plain().source)))
+
+
+def test_a_torn_picture_says_so_and_calls_nothing_healthy() -> None:
+    told = texts_of(drawn(replace(atlas_of(plain().source), torn=True)))
+    assert any(text.startswith("Torn: ") for text in told)
+    assert not any(text.startswith("Nothing is damaged") for text in told)
 
 
 @pytest.mark.parametrize(
