@@ -28,6 +28,9 @@ _Parts = Callable[[], Iterator[bytes]]
 SHARED_BYTES = 4 << 20
 """Of a generated file: so much is held once for all who have it open. The rest is streamed."""
 
+KEPT_BYTES = 64 << 10
+"""Of a generated file that is no longer than this: held while its edition is the current one."""
+
 BEHIND_BYTES = 1 << 20
 """Of a streamed file: so much is held behind where it was read last."""
 
@@ -142,6 +145,8 @@ class GeneratedFile(File, Generic[T]):
         # of text are there only while somebody has the file open.
         self._edition: weakref.ref[Edition[T]] | None = None
         self._snapshot: weakref.ref[_Snapshot] | None = None
+        # Of a short one the content alone, not the edition: no thread is asked for it again.
+        self._kept: bytes | None = None
         self._size = 0
 
     def size(self) -> int:
@@ -154,7 +159,7 @@ class GeneratedFile(File, Generic[T]):
     async def _take_snapshot(self) -> _Snapshot:
         edition = await self._value.get()
         async with self._lock:
-            snapshot = self._snapshot() if self._snapshot and self._is_rendered(edition) else None
+            snapshot = self._known_snapshot(edition)
             if snapshot is None:
                 # Made here, not in the thread, which would hold it a while longer.
                 snapshot = _Snapshot(
@@ -162,11 +167,21 @@ class GeneratedFile(File, Generic[T]):
                 )
                 known = self._is_rendered(edition)
                 self._edition, self._snapshot = weakref.ref(edition), weakref.ref(snapshot)
+                self._kept = None
                 if snapshot.is_whole:
                     self._size = len(snapshot.content)
+                    self._kept = snapshot.content if self._size <= KEPT_BYTES else None
                 elif not known:
                     self._size = 0
         return snapshot
+
+    def _known_snapshot(self, edition: Edition[T]) -> _Snapshot | None:
+        if not self._is_rendered(edition):
+            return None
+        content = self._kept
+        if content is not None:
+            return _Snapshot(content, True, lambda: iter((content,)), lambda _size: None)
+        return self._snapshot() if self._snapshot else None
 
     def _begin(self, edition: Edition[T]) -> tuple[bytes, bool, _Parts, Callable[[int], None]]:
         """Render the part that is shared; in a worker thread. The fields of a `_Snapshot`."""

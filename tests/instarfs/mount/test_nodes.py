@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -100,8 +101,8 @@ async def test_handles_share_one_rendering_even_at_the_same_time(value: FakeValu
     assert threads[0] is not threading.main_thread()
 
 
-async def test_content_is_gone_with_its_last_handle(value: FakeValue) -> None:
-    node = GeneratedFile(value, str.encode)
+async def test_long_content_is_gone_with_its_last_handle() -> None:
+    node = GeneratedFile(FakeValue("x" * (nodes.KEPT_BYTES + 1)), str.encode)
     handle = node.open()
     await handle.read(0, 1)
     snapshot = node._snapshot
@@ -110,7 +111,35 @@ async def test_content_is_gone_with_its_last_handle(value: FakeValue) -> None:
     del handle
     gc.collect()
     assert snapshot() is None
-    assert node.size() == 10
+    assert node.size() == nodes.KEPT_BYTES + 1
+
+
+async def test_short_content_is_rendered_once_an_edition(value: FakeValue) -> None:
+    rendered: list[str] = []
+
+    def render(text: str) -> bytes:
+        rendered.append(text)
+        return text.encode()
+
+    node = GeneratedFile(value, render)
+    for _ in range(3):
+        assert await node.open().read(2, 100) == b"23456789"
+        gc.collect()
+    value.replace("new")
+    for _ in range(2):
+        assert await node.open().read(0, 100) == b"new"
+    assert rendered == ["0123456789", "new"]
+
+
+async def test_kept_content_does_not_keep_its_edition(value: FakeValue) -> None:
+    node = GeneratedFile(value, str.encode)
+    await node.open().read(0, 1)
+    edition = weakref.ref(value.edition)
+    value.replace("new")
+    await trio.to_thread.run_sync(int)  # an idle thread holds what it did last
+    gc.collect()
+    assert edition() is None
+    assert await node.open().read(0, 100) == b"new"
 
 
 async def test_what_is_no_bytes_fails_before_the_kernel_sees_it(value: FakeValue) -> None:
