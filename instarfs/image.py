@@ -42,6 +42,9 @@ READERS = 8
 """Requests under way at a time: a disk that is far away answers them together."""
 
 
+Signature = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """What changes when an image does. Equal generations: the same file, not written to since.
@@ -231,6 +234,21 @@ class Image:
         except OSError:
             return False
         return (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino)
+
+    def signature(self) -> Signature | None:
+        """What its path names now, in one system call; None where that does not tell.
+
+        Equal signatures mean equal generations, and no other file in its place. For a device only
+        its generation tells.
+        """
+        if self._is_device:
+            return None
+        try:
+            status = os.stat(self._name, dir_fd=self._directory)
+        except OSError:
+            return None
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return status.st_dev, status.st_ino, status.st_size, *times
 
     def reopen(self) -> Image:
         """The file that its path names now. Raises as `open` does."""

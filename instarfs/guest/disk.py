@@ -8,9 +8,14 @@ or of a backing disk there are zeros.
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+
+import numpy as np
 
 from instarfs.errors import GuestDamaged, GuestElsewhere
 from instarfs.guest.unpack import NotUnpacked, unpack
@@ -18,6 +23,9 @@ from instarfs.image import FileSource, Image, WouldBlock
 from planner.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import Layout
+
+MAX_STORED_BYTES = 4 << 20
+"""Of compressed clusters that lie next to each other: so much is fetched in one read."""
 
 UNPACKED_BYTES = 8 << 20
 """Of decompressed clusters: so much is kept, for a cluster is read in parts."""
@@ -75,10 +83,10 @@ class Qcow2Layer:
         self._unpacked = _Unpacked(UNPACKED_BYTES // mapping.geometry.cluster_size)
 
     def fill(self, offset: int, view: memoryview, *, wait: bool) -> None:
-        """Bring what is not zero from *offset* on into *view*, which is all zeros.
+        """Fill *view* from *offset* on, with zeros past the end of the disk.
 
-        What is past the end of the disk stays zeros. Raises `GuestDamaged`, `GuestElsewhere` and
-        `ImageReadFailed`, and without *wait* `WouldBlock`.
+        Raises `GuestDamaged`, `GuestElsewhere` and `ImageReadFailed`, and without *wait*
+        `WouldBlock`.
         """
         end = min(offset + len(view), self.size)
         source = self.file.source(wait=wait)
@@ -88,53 +96,120 @@ class Qcow2Layer:
             starts, lengths = runs.guest.data, runs.length.data
             at = bisect_right(starts, position) - 1
             while position < end and at < len(runs):
-                stop = min(end, starts[at] + lengths[at])
-                self._fill_run(runs, at, position, view[position - offset : stop - offset], wait)
-                position, at = stop, at + 1
+                last = self._packed_until(runs, at, end)
+                stop = min(end, starts[last] + lengths[last])
+                part = view[position - offset : stop - offset]
+                if runs.kind[at] == RunKind.COMPRESSED:
+                    self._fill_packed(runs, range(at, last + 1), position, part, wait)
+                else:
+                    self._fill_run(runs, at, position, part, wait)
+                position, at = stop, last + 1
+        _clear(view[max(0, end - offset) :])
+
+    def _packed_until(self, runs: Runs, at: int, end: int) -> int:
+        """The last of the compressed runs from *at* on, up to guest offset *end*; else *at*."""
+        if runs.kind[at] != RunKind.COMPRESSED:
+            return at
+        beyond = int(np.searchsorted(runs.guest, end, side="left"))
+        others = np.flatnonzero(runs.kind[at:beyond] != RunKind.COMPRESSED)
+        return at + int(others[0]) - 1 if len(others) else beyond - 1
 
     def _fill_run(self, runs: Runs, at: int, position: int, view: memoryview, wait: bool) -> None:
         """Fill *view*, a part of run *at*, from guest offset *position* on."""
-        kind = int(runs.kind[at])
+        kind = runs.kind[at]
         if kind == RunKind.DATA:
             if isinstance(self.data, Missing):
                 raise self._elsewhere(position, self.data)
             inside = position - int(runs.guest[at])
             self.data.source(wait=wait).read_into(int(runs.host[at]) + inside, view)
-        elif kind == RunKind.COMPRESSED:
-            inside = position - int(runs.guest[at])
-            cluster = self._cluster(position, int(runs.host[at]), int(runs.stored[at]), wait)
-            view[:] = cluster[inside : inside + len(view)]
+        elif kind == RunKind.ZERO:
+            _clear(view)
         elif kind == RunKind.UNALLOCATED:
             self._fill_from_backing(position, view, wait)
-        elif kind == RunKind.DAMAGED:
+        else:
             sentence = FLAW_SENTENCES[Flaw(int(runs.flaw[at]))]
             raise GuestDamaged(self.file.image.path, position, sentence)
+
+    def _fill_packed(
+        self, runs: Runs, which: range, position: int, view: memoryview, wait: bool
+    ) -> None:
+        """Fill *view*, which the compressed runs *which* cover, from guest offset *position* on.
+
+        Clusters are unpacked by as many threads as there are processors. One of which only a part
+        is asked for is kept: the rest of it is likely to be next.
+        """
+        size = self.mapping.geometry.cluster_size
+        raw = self._stored(runs, which) if wait else {}
+
+        def unpack_one(at: int) -> None:
+            guest, host = int(runs.guest[at]), int(runs.host[at])
+            start, stop = max(guest, position), min(guest + size, position + len(view))
+            cluster = self._unpacked.get(host)
+            if cluster is None:
+                if not wait:
+                    raise WouldBlock
+                cluster = self._unpack(raw[at], guest)
+            if stop - start < size:
+                self._unpacked.keep(host, cluster)
+            view[start - position : stop - position] = cluster[start - guest : stop - guest]
+
+        if not wait or len(which) < 2:
+            for at in which:
+                unpack_one(at)
+        else:
+            for _ in _unpackers().map(unpack_one, which):
+                pass
+
+    def _stored(self, runs: Runs, which: range) -> dict[int, memoryview]:
+        """The stored bytes of compressed clusters, neighbours fetched in one read."""
+        source, found = self.file.source(), {}
+        order = sorted(which, key=lambda at: int(runs.host[at]))
+        while order:
+            start = int(runs.host[order[0]])
+            end, count = start, 0
+            for at in order:
+                # The last sector of one cluster is often the first of the next.
+                if int(runs.host[at]) > end or end - start > MAX_STORED_BYTES:
+                    break
+                end = max(end, int(runs.host[at] + runs.stored[at]))
+                count += 1
+            span = memoryview(bytearray(end - start))
+            source.read_into(start, span)
+            for at in order[:count]:
+                low = int(runs.host[at]) - start
+                found[at] = span[low : low + int(runs.stored[at])]
+            order = order[count:]
+        return found
 
     def _fill_from_backing(self, position: int, view: memoryview, wait: bool) -> None:
         if isinstance(self.backing, Missing):
             raise self._elsewhere(position, self.backing)
-        if self.backing is not None:
+        if self.backing is None:
+            _clear(view)
+        else:
             self.backing.fill(position, view, wait=wait)
 
-    def _cluster(self, position: int, host: int, stored: int, wait: bool) -> bytes:
-        """The decompressed cluster whose *stored* bytes begin at *host*."""
-        cluster = self._unpacked.get(host)
-        if cluster is None:
-            if not wait:
-                raise WouldBlock
-            raw = bytearray(stored)
-            self.file.source().read_into(host, memoryview(raw))
-            try:
-                size = self.mapping.geometry.cluster_size
-                cluster = unpack(raw, size, self.beneath.layout.header.compression_type)
-            except NotUnpacked as error:
-                raise GuestDamaged(self.file.image.path, position, str(error)) from error
-            self._unpacked.keep(host, cluster)
-        return cluster
+    def _unpack(self, stored: memoryview, guest: int) -> bytes:
+        size, layout = self.mapping.geometry.cluster_size, self.beneath.layout
+        try:
+            return unpack(stored, size, layout.header.compression_type)
+        except NotUnpacked as error:
+            raise GuestDamaged(self.file.image.path, guest, str(error)) from error
 
     def _elsewhere(self, position: int, missing: Missing) -> GuestElsewhere:
         path = self.file.image.path
         return GuestElsewhere(path, position, missing.name, missing.refusal)
+
+
+@functools.cache
+def _unpackers() -> ThreadPoolExecutor:
+    """Threads that decompress, shared by all reads; numpy and zlib let them run side by side."""
+    return ThreadPoolExecutor(os.cpu_count(), "unpack")
+
+
+def _clear(view: memoryview) -> None:
+    if len(view):
+        np.frombuffer(view, dtype=np.uint8).fill(0)
 
 
 class _Unpacked:
@@ -163,8 +238,10 @@ class Disk:
     size: int
     start: int = 0
 
-    def read(self, offset: int, size: int, *, wait: bool = True) -> bytearray:
+    def read(self, offset: int, size: int, *, wait: bool = True) -> memoryview:
         """*size* bytes from *offset*, fewer only at the end. Raises as `Qcow2Layer.fill` does."""
-        content = bytearray(max(0, min(size, self.size - offset)))
-        self.layer.fill(self.start + offset, memoryview(content), wait=wait)
-        return content
+        size = max(0, min(size, self.size - offset))
+        # Not cleared first: that would take half as long as the read itself.
+        view = np.empty(size, dtype=np.uint8).data
+        self.layer.fill(self.start + offset, view, wait=wait)
+        return view

@@ -15,7 +15,7 @@ from instarfs.errors import GuestEncrypted, SnapshotMissing
 from instarfs.guest.chain import Chain, open_chain
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
-from instarfs.image import Generation, Image
+from instarfs.image import Generation, Image, Signature
 from planner.chain import Member, Role, full_name
 from planner.errors import ImageError
 from planner.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
@@ -67,6 +67,16 @@ class Guest:
     def generations(self) -> tuple[Generation, ...]:
         """Of the other files that it is read from, as they are now. Raises `ImageReadFailed`."""
         return tuple(image.generation() for image in self.chain.images)
+
+    def signature(self) -> tuple[Signature, ...] | None:
+        """Of all files that it is read from: see `Image.signature`."""
+        found = []
+        for image in (self._image, *self.chain.images):
+            signature = image.signature()
+            if signature is None:
+                return None
+            found.append(signature)
+        return tuple(found)
 
     def extents(self) -> Iterator[Extents]:
         """The map of the active disk. Raises `ImageReadFailed`."""

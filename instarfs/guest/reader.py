@@ -7,7 +7,6 @@ but the one who reads from it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable
 
 import trio
@@ -15,7 +14,7 @@ import trio
 from instarfs.errors import InstarfsError
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Place
-from instarfs.image import Image, WouldBlock
+from instarfs.image import Image, Signature, WouldBlock
 
 MAX_THREADS = 16
 """Reads that may wait for disks at a time."""
@@ -28,6 +27,7 @@ class GuestReader:
         """*look* gives the image and what changes when it does; it may raise a domain error."""
         self._look, self._follow = look, follow
         self._kept: tuple[Hashable, Guest] | None = None
+        self._signature: tuple[Signature, ...] | None = None
         self._opening = trio.Lock()
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
 
@@ -47,16 +47,26 @@ class GuestReader:
                 guest = self._current() or await self._open()
         return guest
 
-    async def read(self, place: Place, offset: int, size: int) -> bytearray:
+    def ready(self, place: Place, offset: int, size: int) -> memoryview | None:
+        """As `read`, where nothing has to be waited for; else None."""
+        guest = self._current()
+        disk = guest.known(place) if guest is not None else None
+        if disk is None:
+            return None
+        try:
+            return disk.read(offset, size, wait=False)
+        except WouldBlock:
+            return None
+
+    async def read(self, place: Place, offset: int, size: int) -> memoryview:
         """*size* bytes from *offset* of what is at *place*, fewer only at its end.
 
         Raises what `Guest.find` and `Disk.read` raise, for this part alone.
         """
-        guest = self._current() or await self.guest()
-        disk = guest.known(place)
-        if disk is not None:
-            with contextlib.suppress(WouldBlock):
-                return disk.read(offset, size, wait=False)
+        content = self.ready(place, offset, size)
+        if content is not None:
+            return content
+        guest = await self.guest()
         return await trio.to_thread.run_sync(
             lambda: guest.find(place).read(offset, size),
             abandon_on_cancel=True,
@@ -64,14 +74,22 @@ class GuestReader:
         )
 
     def _current(self) -> Guest | None:
+        """The guest that was opened last, if it is still good; asked before every read."""
         if self._kept is None:
             return None
         state, guest = self._kept
-        return guest if (self._look()[1], guest.generations()) == state else None
+        if self._signature is not None and guest.signature() == self._signature:
+            return guest
+        # Taken before the state is looked at: should the image change in between, it will differ.
+        signature = guest.signature()
+        if (self._look()[1], guest.generations()) != state:
+            return None
+        self._signature = signature
+        return guest
 
     async def _open(self) -> Guest:
         image, state = self._look()
         guest = await trio.to_thread.run_sync(Guest, image, self._follow, limiter=self._limiter)
         # The state from before: should the image have changed meanwhile, the next read notices.
-        self._kept = ((state, guest.generations()), guest)
+        self._kept, self._signature = ((state, guest.generations()), guest), None
         return guest

@@ -25,7 +25,7 @@ class NotUnpacked(Exception):
     """The stored data does not give a whole cluster."""
 
 
-def unpack(stored: bytes | bytearray, size: int, compression_type: int) -> bytes:
+def unpack(stored: bytes | memoryview, size: int, compression_type: int) -> bytes:
     """The *size* bytes that *stored* begins with, decompressed.
 
     What follows the compressed data in *stored* is left alone. Raises `NotUnpacked`.
@@ -41,10 +41,10 @@ def unpack(stored: bytes | bytearray, size: int, compression_type: int) -> bytes
     return content
 
 
-def _unpack_zstd(stored: bytes | bytearray, size: int) -> bytes:
+def _unpack_zstd(stored: bytes | memoryview, size: int) -> bytes:
     """Frame after frame until there are *size* bytes; the last must end there."""
     content = b""
-    rest: bytes | bytearray = stored
+    rest: bytes | memoryview = stored
     while len(content) < size:
         frame = ZstdDecompressor()
         content += frame.decompress(rest, size - len(content))

@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from instarfs.errors import MountFailed
-from instarfs.mount.mountpoint import STOP_COMPUTING, Unmounter
+from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter
 from instarfs.mount.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -68,15 +68,16 @@ async def _serve(
 ) -> int:
     # From before the mount on: a signal in between must not leave a dead mount behind.
     with trio.open_signal_receiver(*_STOP, STOP_COMPUTING) as signals:
-        service = make_service()
+        service, target = make_service(), os.path.realpath(directory)
         with _mounted(service.operations, directory, options):
+            read_ahead = ReadAhead(target)
             os.chdir("/")  # whatever the caller's directory is on can be unmounted
             service.confine()
             try:
                 async with trio.open_nursery() as nursery:
                     stop = nursery.cancel_scope.cancel
                     nursery.start_soon(_obey, signals, service.cancel, stop)
-                    nursery.start_soon(_announce, service.operations.answering, ready, stop)
+                    nursery.start_soon(_announce, service, read_ahead, ready, stop)
                     nursery.start_soon(service.operations.watch_callers)
                     await pyfuse3.main(max_tasks=_MAX_TASKS)
                     stop()
@@ -98,9 +99,10 @@ async def _obey(
 
 
 async def _announce(
-    answering: trio.Event, ready: Callable[[], None], stop: Callable[[], None]
+    service: Service, read_ahead: ReadAhead, ready: Callable[[], None], stop: Callable[[], None]
 ) -> None:
-    await answering.wait()
+    await service.operations.answering.wait()
+    read_ahead.widen()
     try:
         ready()
     except BrokenPipeError:

@@ -21,7 +21,7 @@ from instarfs.computed import Edition
 
 T = TypeVar("T")
 
-Data = bytes | bytearray
+Data = bytes | memoryview
 
 _Parts = Callable[[], Iterator[bytes]]
 
@@ -269,7 +269,8 @@ class DataFile(File):
     """Bytes that are read where somebody wants them, as of a disk.
 
     *length*: bytes there are now. *read* may raise a domain error, for the part that it was asked
-    for alone. *content*: changes when what the kernel may have kept of it is no longer good.
+    for alone; so may *ready*, which gives the same where nothing has to be waited for, else None.
+    *content*: changes when what the kernel may have kept of it is no longer good.
     """
 
     def __init__(
@@ -277,15 +278,16 @@ class DataFile(File):
         length: Callable[[], int],
         read: Callable[[int, int], Awaitable[Data]],
         content: Callable[[], Hashable],
+        ready: Callable[[int, int], Data | None] = lambda _offset, _size: None,
     ) -> None:
-        self._length, self._read, self._content = length, read, content
+        self._length, self._read, self._content, self._ready = length, read, content, ready
         self._cached: Hashable = object()
 
     def size(self) -> int:
         return self._length()
 
     def open(self) -> Handle:
-        return _DataHandle(self._read)
+        return DataHandle(self._read, self._ready)
 
     def may_keep_cache(self) -> bool:
         """Whether what the kernel has kept since the last time this was asked is still good."""
@@ -293,9 +295,15 @@ class DataFile(File):
         return before == self._cached
 
 
-class _DataHandle:
-    def __init__(self, read: Callable[[int, int], Awaitable[Data]]) -> None:
-        self._read = read
+class DataHandle:
+    """A data file, opened."""
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Awaitable[Data]],
+        ready: Callable[[int, int], Data | None],
+    ) -> None:
+        self._read, self.ready = read, ready
 
     async def read(self, offset: int, size: int) -> Data:
         return await self._read(offset, size)

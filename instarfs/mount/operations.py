@@ -44,6 +44,7 @@ from instarfs.mount.interrupts import is_interrupted
 from instarfs.mount.nodes import (
     ControlFile,
     DataFile,
+    DataHandle,
     Directory,
     File,
     FixedDirectory,
@@ -61,6 +62,10 @@ BLOCK_SIZE = 4096
 # Fixed names never change what they stand for; sizes and times may at any moment.
 _ENTRY_TIMEOUT = 60.0
 _ATTR_TIMEOUT = 0.0
+
+# The kernel asks for the attributes before each read that it answers from its cache, and drops the
+# cache where size or time are others. As often as a file system's clock ticks will do.
+_DATA_ATTR_TIMEOUT = 0.01
 
 _DOTS = (".", "..")
 
@@ -218,7 +223,7 @@ class Operations(pyfuse3.Operations):
         entry = EntryAttributes()
         entry.st_ino = self._number(node)
         entry.entry_timeout = _ENTRY_TIMEOUT if is_fixed else 0
-        entry.attr_timeout = _ATTR_TIMEOUT
+        entry.attr_timeout = _DATA_ATTR_TIMEOUT if isinstance(node, DataFile) else _ATTR_TIMEOUT
         entry.st_mode = self._ownership.mode(node)
         entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = facts.mtime_ns
@@ -353,6 +358,10 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         opened = self._files[fh]
+        if isinstance(opened.handle, DataHandle):
+            content = opened.handle.ready(off, size)
+            if content is not None:
+                return cast("bytes", content)
         with self._interruptible(opened.pid):
             # Any buffer will do for pyfuse3, whatever it declares.
             return cast("bytes", await opened.handle.read(off, size))

@@ -124,7 +124,8 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
 
 def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> DataFile:
     reader = inspector.reader
-    return DataFile(size, partial(reader.read, place), reader.state)
+    read, ready = partial(reader.read, place), partial(reader.ready, place)
+    return DataFile(size, read, reader.state, ready)
 
 
 async def _snapshot_names(inspector: Inspector) -> list[str]:

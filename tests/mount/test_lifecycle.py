@@ -13,6 +13,7 @@ from tests.mount.mounts import (
     DEADLINE,
     INSTARFS,
     MakeMount,
+    Mount,
     environment,
     instarfs,
     mounted_type,
@@ -183,3 +184,10 @@ def test_a_copy_of_the_image_may_be_unmounted_from_anywhere(
     other.mkdir()
     it = mount(Path(shutil.copy(image, other)))
     assert Path(f"/proc/{it.process.pid}/cwd").readlink() == Path("/")
+
+
+def test_the_kernel_reads_ahead_as_much_as_a_request_can_ask_for(shared: Mount) -> None:
+    device = run("findmnt", "-no", "MAJ:MIN", shared.path).strip()
+    ahead = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+    expected = 1024 if os.geteuid() == 0 else 128  # only root may choose
+    until(lambda: int(ahead.read_text()) == expected, "it was set")
