@@ -12,6 +12,7 @@ import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.findings import ACTIVE, FindingKind
+from planner.overlaps import followed_tables
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.report import Report
 from planner.source import Source
@@ -118,6 +119,8 @@ def read_gaps(source: Source, report: Report) -> Gaps:
         and snapshot.l1_size * 8 <= MAX_L1_BYTES
         and snapshot.l1_table_offset < source.size
     ]
+    kept = followed_tables(tables, source.size)
+    tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]
     l1 = read_l1_tables(source, tables)
     damaged = _damaged(l1, report)
     number, index, count = _between(l1, tables)

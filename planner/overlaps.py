@@ -7,9 +7,12 @@ are the product of two numbers that an attacker names. QEMU counts for hours; he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from planner.arrays import I64, Mask
+from planner.source import READABLE_END
 
 MAX_TABLE_BYTES = 1 << 30
 """Tables of one sort have no more together: 2^27 entries."""
@@ -34,3 +37,11 @@ def followed(start: I64, end: I64) -> Mask:
     # No sum passes 2^63: no sort of table has 2^27 of them, nor any of them 2^32 bytes.
     chosen[order[1:]] &= (shared == 0) | (np.cumsum(shared) <= MAX_SHARED_BYTES)
     return chosen
+
+
+def followed_tables(tables: Sequence[tuple[int, int, int]], file_size: int) -> Mask:
+    """The same of tables (number, offset, entries of 8 bytes), which may lie anywhere at all."""
+    # What lies past the end of any file shares nothing.
+    start = np.array([min(offset, READABLE_END) for _, offset, _ in tables], dtype=np.int64)
+    size = np.array([entries * 8 for _, _, entries in tables], dtype=np.int64)
+    return followed(start, np.minimum(start + size, file_size))

@@ -15,7 +15,7 @@ import numpy as np
 from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.findings import ACTIVE, FindingKind, FindingsBuilder, Structure
-from planner.overlaps import followed
+from planner.overlaps import followed, followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import SIGNED_MAX
@@ -160,7 +160,7 @@ class _Surveyor:
         self, l1_tables: list[tuple[int, int, int]], snapshots: SnapshotTable
     ) -> list[tuple[int, int, int]]:
         """The L1 tables (snapshot, offset, entries) that are read: not too many in one place."""
-        kept = self._few_in_one_place(l1_tables)
+        kept = followed_tables(l1_tables, self._layout.file_size)
         kept[0] = True  # the active one, whatever lies over it
         if not kept.all():
             number, offset, _ = l1_tables[int(np.argmin(kept))]
@@ -174,13 +174,6 @@ class _Surveyor:
                 index=number,
             )
         return [table for table, is_kept in zip(l1_tables, kept, strict=True) if is_kept]
-
-    def _few_in_one_place(self, tables: list[tuple[int, int, int]]) -> Mask:
-        """Which of the tables (number, offset, entries) are read; see `planner.overlaps`."""
-        # No offset is negative, and what lies past the end of any file shares nothing.
-        start = np.array([min(offset, READABLE_END) for _, offset, _ in tables], dtype=np.int64)
-        size = np.array([size * 8 for _, _, size in tables], dtype=np.int64)
-        return followed(start, np.minimum(start + size, self._layout.file_size))
 
     def _l2_without_aliases(self, tables: L2Tables) -> Mask:
         """Which L2 tables are walked: not too many misaligned ones in one place."""
@@ -306,7 +299,7 @@ class _Surveyor:
             (number, each.bitmap_table_offset, each.bitmap_table_size)
             for number, each in enumerate(bitmaps)
         ]
-        kept = self._few_in_one_place(tables)
+        kept = followed_tables(tables, self._layout.file_size)
         data = [self._locate_bitmap(*tables[at]) for at in np.flatnonzero(kept).tolist()]
         if data:
             owner, clusters = (np.concatenate(parts) for parts in zip(*data, strict=True))

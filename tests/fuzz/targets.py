@@ -10,19 +10,24 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from examples.make_image import DAMAGES, CannotDamageError, Image, ImageBuilder
+from examples.make_image import DAMAGES, CannotDamageError, ImageBuilder
+from examples.make_image import Image as SampleImage
 from instarfs import journal
-from instarfs.errors import UndoFileDamaged
+from instarfs.errors import DOMAIN_ERRORS, UndoFileDamaged
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Part, Place
+from instarfs.image import Image
 from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
@@ -31,6 +36,9 @@ from instarfs.render import info as render_info
 from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
 from instarfs.render import tables as render_tables
+from instarfs.render.guest_map import chain_json, map_json
+from instarfs.render.report import report_txt
+from instarfs.render.triage import triage_json
 from planner.atlas import draw_atlas
 from planner.check import check_image
 from planner.dirty import read_bitmap_states
@@ -49,6 +57,7 @@ from planner.qcow2.snapshots import read_snapshots
 from planner.repair.tiers import propose, same_outcome
 from planner.report import CheckCounters, Report
 from planner.source import SECTOR, Bytes, Overlay, Source, read_bytes
+from planner.triage import triage_leaks
 from tests.luks_headers import luks_header
 from tests.planner.sources import Sparse
 
@@ -173,6 +182,36 @@ def tables(data: bytes) -> None:
         _require_printable(render_explain.guest_txt(way, guest, report))
 
 
+def triage(data: bytes) -> None:
+    """What the leaked clusters look like. Refuses nothing."""
+    source = Bytes(data)
+    report = check_image(source)
+    if report.error is None:
+        json.loads(_shown(triage_json(triage_leaks(source, report), report, NAME)))
+
+
+def guest(data: bytes) -> None:
+    """The guest's bytes, of the disk and of a snapshot, and its map. Refuses with domain errors."""
+    with _image_of(data) as image, suppress(*DOMAIN_ERRORS):
+        opened = Guest(image, Follow())
+        json.loads(_shown(chain_json(opened.members)))
+        for place in (Place(Part.DISK), Place(Part.SNAPSHOT), Place(Part.VMSTATE)):
+            with suppress(*DOMAIN_ERRORS):
+                disk = opened.find(place)
+                for offset in (0, 4097, disk.size // 2, max(0, disk.size - 5000)):
+                    with suppress(*DOMAIN_ERRORS):
+                        content = disk.read(offset, 9000)
+                        assert len(content) == max(0, min(9000, disk.size - offset))
+        _shown(map_json(opened.extents(), opened.members))
+
+
+def _image_of(data: bytes) -> AbstractContextManager[Image]:
+    """A file with *data* in it that has no name."""
+    fd = os.memfd_create("image")
+    os.write(fd, data)
+    return Image(NAME, fd, os.open("/", os.O_PATH | os.O_DIRECTORY), is_device=False)
+
+
 def plan(data: bytes) -> None:
     """Both tiers' plans, laid over the image, taken back, shown. Refuse with `RepairError`."""
     source = Bytes(data)
@@ -199,7 +238,7 @@ def _show_check(report: Report) -> None:
     result = json.loads(_shown(render_check.result_json(report, NAME)))
     assert result["verdict"] == report.verdict
     assert len(render_check.result_bin(report)) == 80
-    _require_printable(_shown(render_check.report_txt(report, NAME)))
+    _require_printable(_shown(report_txt(report, NAME)))
     _require_printable(_shown(render_check.check_human(report)))
     _require_printable("\n".join(itertools.islice(render_check.check_messages(report), 1000)))
     for render in (
@@ -296,7 +335,7 @@ def _small_images() -> Iterator[ImageBuilder]:
 
 
 @cache
-def _images() -> tuple[Image, ...]:
+def _images() -> tuple[SampleImage, ...]:
     found = []
     for builder in _small_images():
         external, wide = builder.geometry.external_data, builder.geometry.refcount_order > 0
@@ -324,7 +363,7 @@ def _image_seeds() -> Iterator[bytes]:
         yield bytes(image.data)
     for number, image in enumerate(_images()[:7]):
         for name, damage in DAMAGES.items():
-            damaged = Image(bytearray(image.data), image.data_file)
+            damaged = SampleImage(bytearray(image.data), image.data_file)
             with suppress(CannotDamageError):
                 damage(damaged, random.Random(f"{number} {name}"))
                 yield bytes(damaged.data)
@@ -378,6 +417,8 @@ TARGETS = {
     "atlas": Target(atlas, _image_seeds),
     "tables": Target(tables, _image_seeds),
     "sparse": Target(sparse, _sparse_seeds),
+    "triage": Target(triage, _image_seeds),
+    "guest": Target(guest, _image_seeds),
     "plan": Target(plan, _image_seeds),
     "undo-file": Target(undo_file, _undo_seeds),
 }

@@ -16,7 +16,7 @@ from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS
 from tests.mount.mounts import INSTARFS, environment
 
-CASES_A_MUTATION = 3
+CASES_A_MUTATION = 10
 MANY_CASES = 10_000
 
 STARTED_SECONDS, STARTED_BYTES = 1.0, 64 << 20
