@@ -7,9 +7,9 @@ waste: it is the table that mapped them. Only leaked clusters are read, of very 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
@@ -35,7 +35,9 @@ MAX_SCREENED = 1 << 18
 MAX_TABLES = 1 << 12
 """Former tables that are described one by one; more are counted."""
 
-MAX_LOST_SNAPSHOTS = 256
+MAX_LOST_SNAPSHOTS = 1 << 10
+"""Entries of present and former snapshot tables that are read, to find lost snapshots."""
+
 MAX_LOST_L1 = 256
 """Clusters of lost L1 tables that are read once more, for where their L2 tables stood."""
 
@@ -369,21 +371,26 @@ class _Describer:
         In the present table they stand behind those that the header counts; in a leaked one too.
         """
         header = self._report.layout.header if self._report.layout else None
-        starts = [header.snapshots_offset] if header else []
         regions = self._report.regions
         present = regions.select(regions.structure == Structure.SNAPSHOT_TABLE)
-        starts += (present.offset + present.size).tolist()
+        starts: list[int] = (present.offset + present.size).tolist()
+        if not starts and header is not None:  # it counts none, or its table cannot be read
+            starts.append(header.snapshots_offset)
         leaked = self._leaked[self._look == Look.SNAPSHOT_TABLE][:MAX_LOST_SNAPSHOTS]
         starts += (leaked << self._geometry.cluster_bits).tolist()
+        listed = chain.from_iterable(self._snapshots_from(start) for start in starts)
         found: dict[int, Snapshot] = {}
-        for start in starts:
-            self._follow_snapshots(start, found)
+        for snapshot in islice(listed, MAX_LOST_SNAPSHOTS):
+            at = np.array([snapshot.l1_table_offset >> self._geometry.cluster_bits])
+            slots, known = self._index.find(at)
+            if known[0] and self._rank[slots[0]] != NONE:
+                found.setdefault(snapshot.l1_table_offset, snapshot)
         return tuple(found.values())
 
-    def _follow_snapshots(self, position: int, found: dict[int, Snapshot]) -> None:
-        """Add the lost ones among the entries from *position* on, as far as they make sense."""
+    def _snapshots_from(self, position: int) -> Iterator[Snapshot]:
+        """The entries of a snapshot table from *position* on, as far as they make sense."""
         size = self._geometry.cluster_size
-        for _ in range(MAX_LOST_SNAPSHOTS):
+        while True:
             position = (position + 7) & ~7
             try:
                 snapshot = decode_snapshot(self._source, position)
@@ -392,9 +399,7 @@ class _Describer:
             offset, length = snapshot.l1_table_offset, snapshot.l1_size * 8
             if not offset or offset % size or not 0 < length <= MAX_L1_BYTES:
                 return
-            slots, known = self._index.find(np.array([offset >> self._geometry.cluster_bits]))
-            if known[0] and self._rank[slots[0]] != NONE and len(found) < MAX_LOST_SNAPSHOTS:
-                found.setdefault(offset, snapshot)
+            yield snapshot
             position += ENTRY_BYTES + len(snapshot.extra_data)
             position += len(snapshot.id_str) + len(snapshot.name)
 
