@@ -75,7 +75,7 @@ def owners_by_cluster(source: Source, report: Report) -> dict[int, int]:
     return found
 
 
-@pytest.fixture(params=[1, 5, 1 << 18])
+@pytest.fixture(params=[7, 1 << 18])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas_module, "CHUNK", request.param)
 

@@ -77,7 +77,8 @@ def test_any_offset_of_any_image_can_be_explained(name: str) -> None:
     if report.layout is None:
         return
     size = report.geometry.cluster_size
-    for cluster in range(0, report.layout.host_clusters + 2, 3):
+    end = report.layout.host_clusters
+    for cluster in {*range(0, min(end, 16), 3), end - 1, end, end + 1}:
         told = host(image, cluster * size + 5, report)
         assert f"host cluster {cluster}, at {cluster * size}" in told
     for cluster in (0, 5, 20, report.geometry.l2_entries):

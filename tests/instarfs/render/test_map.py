@@ -62,11 +62,11 @@ def test_its_numbers_are_those_of_the_list_of_clusters(name: str) -> None:
     assert sums_of(drawn(atlas)) == listed
 
 
-@pytest.fixture(params=[1, 7])
-def few_cells(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few cells that each stands for many clusters."""
     for name in ("MANY_COLUMNS", "FEW_COLUMNS"):
-        monkeypatch.setattr(render, name, request.param)
+        monkeypatch.setattr(render, name, 3)
     for name in ("MAX_ROWS", "FEW_ROWS"):
         monkeypatch.setattr(render, name, 1)
 

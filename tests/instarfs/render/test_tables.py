@@ -30,12 +30,13 @@ def remarks_of(content: Iterable[bytes]) -> list[str]:
     return [line[2:] for line in lines if line.startswith("# ")]
 
 
-@pytest.fixture(params=[1, 1 << 12])
-def batch_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "BATCH_ROWS", request.param)
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of fewer rows than a full table has."""
+    monkeypatch.setattr(render, "BATCH_ROWS", 50)
 
 
-@pytest.mark.usefixtures("batch_rows")
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("name", RULES)
 def test_the_rows_are_the_words_of_the_tables(name: str) -> None:
     image = RULES[name]().image
