@@ -229,8 +229,10 @@ class _Pass:
             )
             after = self._proven(session, proposal)
         except BaseException as error:
-            session.withdraw()
-            if isinstance(error, PutBackFailed) and session.journal is None:
+            # What could not be flushed may read as put back, and is not: then the undo file stays.
+            if not isinstance(error, PutBackFailed):
+                session.withdraw()
+            elif session.journal is None:
                 error.wayout = "no undo file was kept: copy the disk out with qemu-img convert"
             raise
         self._is_writing = False
@@ -284,8 +286,9 @@ class _Pass:
                 progress=self._repairer.progress,
                 cancelled=self._repairer.cancelled,
             )
-        except BaseException:
-            session.reinstate()
+        except BaseException as error:
+            if not isinstance(error, PutBackFailed):
+                session.reinstate()
             raise
         self._is_writing = False
         reason, trimmed = "", journal.status.trimmed

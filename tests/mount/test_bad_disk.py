@@ -1,0 +1,194 @@
+"""An image on a disk that fails: the right errno, a line in the log, and a mount that goes on."""
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from examples.make_image import MIB, ImageBuilder
+from tests.mount.mounts import DEADLINE, MakeMount, Mount, mounted, settle, until
+
+CLUSTER = 1 << 16
+CONTENT = b"the guest's data" * (CLUSTER // 16)
+
+Fault = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """``path``: of the image, as the mount sees it; ``beneath``: where it really is."""
+
+    path: Path
+    beneath: Path
+    faults: Path
+
+    def fail(self, *faults: Fault) -> None:
+        """From now on fail like this; without faults, no more."""
+        new = self.faults.with_suffix(".new")
+        new.write_text(json.dumps(faults))
+        new.rename(self.faults)
+
+    def requests(self, op: str) -> int:
+        """How many there were so far."""
+        count = self.faults.with_suffix(".count")
+        lines = count.read_text().splitlines() if count.exists() else []
+        return sum(line.startswith(f"{op} image.qcow2 ") for line in lines)
+
+
+def damaged() -> bytes:
+    """64 clusters of data, and three leaked ones."""
+    builder = ImageBuilder(size=64 * MIB)
+    builder.write(0, CONTENT * 64)
+    image = builder.build()
+    end = image.host_clusters
+    for cluster in range(end, end + 3):
+        image.set_refcount(cluster, 1)
+    image.data += bytes(3 * CLUSTER)
+    return bytes(image.data)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    folder, directory = tmp_path / "beneath", tmp_path / "disk"
+    folder.mkdir()
+    it = Disk(directory / "image.qcow2", folder / "image.qcow2", tmp_path / "faults")
+    it.beneath.write_bytes(damaged())
+    settle(it.beneath)
+    it.fail()
+    program = Path(__file__).with_name("bad_disk.py")
+    command = [sys.executable, program, folder, directory, it.faults]
+    with mounted(command, it.path, directory):
+        yield it
+
+
+@pytest.fixture
+def mount_of_disk(mount: MakeMount, disk: Disk) -> Mount:
+    it = mount(disk.path)
+    it.unexpected = ("Traceback", "unexpected")
+    return it
+
+
+def result(mount: Mount) -> dict[str, object]:
+    value: dict[str, object] = json.loads(mount.read("check/result.json"))
+    return value
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_tables_that_cannot_be_read(disk: Disk, mount_of_disk: Mount, code: int) -> None:
+    disk.fail({"op": "read", "errno": code, "from": CLUSTER})
+    with pytest.raises(OSError, match="Input/output error"):
+        mount_of_disk.read("check/result.json")
+    assert "reading at offset" in mount_of_disk.log
+    assert os.strerror(code) in mount_of_disk.log
+    assert mount_of_disk.read("README.txt")
+    assert mount_of_disk.read("check/progress") == "idle\n"
+    disk.fail()
+    assert result(mount_of_disk)["leaks"] == 3
+
+
+def test_guest_data_that_cannot_be_read_is_missing_alone(disk: Disk, mount_of_disk: Mount) -> None:
+    with (mount_of_disk / "disk.raw").open("rb", buffering=0) as raw:
+        assert os.pread(raw.fileno(), 16, 0) == CONTENT[:16]
+        where = disk.beneath.read_bytes().index(CONTENT, 3 * CLUSTER) + 39 * CLUSTER
+        disk.fail({"op": "read", "errno": errno.EIO, "from": where, "to": where + 1})
+        with pytest.raises(OSError, match="Input/output error"):
+            os.pread(raw.fileno(), 512, 40 * CLUSTER)
+        assert os.pread(raw.fileno(), 512, 60 * CLUSTER) == CONTENT[:512]
+        disk.fail()
+        assert os.pread(raw.fileno(), 512, 40 * CLUSTER) == CONTENT[:512]
+
+
+def test_reads_that_come_in_pieces_are_put_together(disk: Disk, mount_of_disk: Mount) -> None:
+    disk.fail({"op": "read", "short": 1000})
+    assert result(mount_of_disk)["leaks"] == 3
+    with (mount_of_disk / "disk.raw").open("rb", buffering=0) as raw:
+        assert os.pread(raw.fileno(), CLUSTER, 3 * CLUSTER) == CONTENT
+
+
+def test_nobody_else_waits_for_a_slow_disk(disk: Disk, mount_of_disk: Mount) -> None:
+    disk.fail({"op": "read", "delay": 1.0, "from": CLUSTER})
+    before = disk.requests("read")
+    reader = threading.Thread(target=mount_of_disk.read, args=["check/result.json"])
+    reader.start()
+    until(lambda: disk.requests("read") > before, "the check was reading")
+    start = time.monotonic()
+    assert mount_of_disk.read("README.txt")
+    assert mount_of_disk.read("check/progress") != "idle\n"
+    assert time.monotonic() - start < 1.0
+    disk.fail()
+    reader.join(DEADLINE)
+    assert not reader.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"op": "write", "errno": errno.ENOSPC, "name": "image.qcow2"}, "No space left"),
+        ({"op": "write", "errno": errno.EIO, "name": "image.qcow2"}, "Input/output error"),
+        ({"op": "create", "errno": errno.ENOSPC}, "No space left"),
+    ],
+    ids=["no-space", "bad-block", "no-space-for-undo"],
+)
+def test_a_repair_that_cannot_be_written(
+    disk: Disk, mount_of_disk: Mount, fault: Fault, words: str
+) -> None:
+    original = disk.beneath.read_bytes()
+    disk.fail(fault)
+    with pytest.raises(OSError, match=words):
+        (mount_of_disk / "repair/tier").write_text("leaks")
+    assert disk.beneath.read_bytes() == original
+    assert "leaks: " in mount_of_disk.log
+    assert json.loads(mount_of_disk.read("repair/result.json"))["reason"]
+    disk.fail()
+    assert result(mount_of_disk)["leaks"] == 3
+    (mount_of_disk / "repair/undo").read_text()
+    assert list(disk.beneath.parent.glob("*undo*")) == []
+
+
+def test_a_repair_that_cannot_be_flushed_keeps_the_way_back(
+    disk: Disk, mount_of_disk: Mount
+) -> None:
+    original = disk.beneath.read_bytes()
+    disk.fail({"op": "fsync", "errno": errno.EIO, "name": "image.qcow2"})
+    with pytest.raises(OSError, match="Input/output error"):
+        (mount_of_disk / "repair/tier").write_text("leaks")
+    # It reads as it was, and nobody knows what is on the disk.
+    assert disk.beneath.read_bytes() == original
+    assert list(disk.beneath.parent.glob("*undo")) != []
+    assert "leaks: " in mount_of_disk.log
+    disk.fail()
+    (mount_of_disk / "repair/undo").write_text("undo")
+    assert disk.beneath.read_bytes() == original
+
+
+def test_an_undo_that_cannot_be_flushed_can_be_finished(disk: Disk, mount_of_disk: Mount) -> None:
+    original = disk.beneath.read_bytes()
+    (mount_of_disk / "repair/tier").write_text("leaks")
+    disk.fail({"op": "fsync", "errno": errno.EIO, "name": "image.qcow2"})
+    with pytest.raises(OSError, match="Input/output error"):
+        (mount_of_disk / "repair/undo").write_text("undo")
+    disk.fail()
+    assert "interrupted" in mount_of_disk.read("repair/undo")
+    (mount_of_disk / "repair/undo").write_text("undo")
+    assert disk.beneath.read_bytes() == original
+
+
+def test_a_file_that_is_cut_while_it_is_read(disk: Disk, mount_of_disk: Mount) -> None:
+    disk.fail({"op": "read", "delay": 0.3, "from": CLUSTER})
+    before, found = disk.requests("read"), []
+    reader = threading.Thread(target=lambda: found.append(result(mount_of_disk)))
+    reader.start()
+    until(lambda: disk.requests("read") > before, "the check was reading")
+    os.truncate(disk.beneath, 5 * CLUSTER)
+    reader.join(DEADLINE)
+    assert found[0]["verdict"] == "torn"
+    disk.fail()
+    settle(disk.beneath)
+    assert result(mount_of_disk)["verdict"] == "corrupt"
