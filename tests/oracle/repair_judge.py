@@ -447,11 +447,15 @@ def _snapshots_are_deleted(lag: Lag) -> bool:
 def _bitmaps_are_in_the_way(lag: Lag) -> bool:
     """For `all`, whether one shares a cluster; for `leaks`, whether QEMU is clean only with them.
 
-    Damaged bitmaps that are set aside are leaks to QEMU, and no damage any more.
+    Damaged bitmaps that are set aside are leaks to QEMU, and no damage any more. Set aside or not,
+    for them it writes the header anew, where a snapshot table without entries then has no place.
     """
     if lag.tier is RepairTier.ALL or not _has_bitmaps(lag.before):
         return _bitmaps_share_a_cluster(lag.before)
-    return not lag.despite_bitmaps or _bitmaps_are_damaged(lag.before)
+    by_header = lag.kind is FindingKind.CHECK_STOPPED and all(
+        error.field == "snapshots_offset" for error in lag.after.stopped
+    )
+    return not lag.despite_bitmaps or by_header or _bitmaps_are_damaged(lag.before)
 
 
 def _header_is_contested(lag: Lag) -> bool:
