@@ -364,7 +364,10 @@ class _Builder:
             commands.append(end)
         flags = [word for command in commands for word in ("-c", command)]
         options = _options(self.row, self.image)
-        run("qemu-io", "-d", "unmap", *flags, *options, cwd=self.directory, may_die=bool(end))
+        # Of a cluster of 512 bytes QEMU's zstd may make nothing but EIO; the rest is written.
+        may_fail = self.row.compression == "zstd" and self.row.cluster_bits == 9
+        command = ["qemu-io", "-d", "unmap", *flags, *options]
+        run(*command, cwd=self.directory, may_die=bool(end) or may_fail)
 
     def _round(self) -> Iterator[str]:
         cluster = self.row.cluster_size
