@@ -36,10 +36,11 @@ class RepairOutcome:
     """What a repair, an undo or a trim did.
 
     ``found``, ``planned``, ``repaired``, ``left_count``: the numbers of a repair. ``counters``:
-    what it mended, by sort. ``suspects``: leaked clusters that look like something lost. ``after``:
-    the check of the image as it now is, where known. ``recovered``: an interrupted repair was taken
-    back first. ``trimmed``: bytes of disk space given back. ``error``: None exactly where all that
-    was asked for was done; ``reason`` then says what else is worth knowing.
+    what it mended, by sort. ``suspects``: leaked clusters that look like something lost, the first
+    of ``suspect_count``. ``after``: the check of the image as it now is, where known.
+    ``recovered``: an interrupted repair was taken back first. ``trimmed``: bytes of disk space
+    given back. ``error``: None exactly where all that was asked for was done; ``reason`` then says
+    what else is worth knowing.
     """
 
     status: Status = Status.REFUSED
@@ -52,6 +53,7 @@ class RepairOutcome:
     left: tuple[Left, ...] = ()
     counters: RepairCounters = NOTHING_MENDED
     suspects: tuple[Suspect, ...] = ()
+    suspect_count: int = 0
     reason: str = ""
     before: Report | None = None
     after: Report | None = None

@@ -170,6 +170,7 @@ class _Pass:
             plan_id=plan.id,
             planned=proposal.planned,
             suspects=proposal.suspects,
+            suspect_count=proposal.triage.suspect_count,
         )
         self._require_quote(proposal, quote)
         after = report if plan.changes_nothing else self._write(session, proposal)
@@ -203,9 +204,9 @@ class _Pass:
         if quote and not plan.is_quoted_by(quote):
             raise PlanStale(self._path, quote, plan.id)
         if proposal.needs_quote and not quote:
-            suspects = [suspect.sentence for suspect in proposal.suspects]
-            more = len(suspects) - SUSPECTS_NAMED
-            named = suspects[:SUSPECTS_NAMED] + ([f"and {more} more"] if more > 0 else [])
+            named = [suspect.sentence for suspect in proposal.suspects[:SUSPECTS_NAMED]]
+            more = proposal.triage.suspect_count - len(named)
+            named += [f"and {more} more"] if more else []
             raise AmbiguousCorruption(
                 "; ".join(named),
                 f"if they are to go all the same, quote the plan: {plan.tier} {plan.id}"

@@ -320,10 +320,10 @@ class _Describer:
         """
         if not (targets[:, 1:] > targets[:, :-1]).all():
             targets.sort(axis=1)
-        distinct = targets != 0
-        distinct[:, 1:] &= targets[:, 1:] != targets[:, :-1]
-        row = np.repeat(np.arange(len(targets)), np.count_nonzero(distinct, axis=1))
-        slots, known = self._index.find(targets[distinct])
+        new = targets != 0
+        new[:, 1:] &= targets[:, 1:] != targets[:, :-1]
+        row = np.repeat(np.arange(len(targets)), np.count_nonzero(new, axis=1))
+        slots, known = self._index.find(targets[new])
         rank = np.where(known, self._rank[slots], NONE)
         hit = rank != NONE
         free = hit & (self._group[rank] == NONE)

@@ -29,7 +29,7 @@ def repair_value(repair: RepairOutcome) -> dict[str, object]:
         "left": repair.left_count,
         "left-findings": left_values(repair.left),
         "suspects": [each.sentence for each in repair.suspects[:LISTED_SUSPECTS]],
-        "suspect-count": len(repair.suspects),
+        "suspect-count": repair.suspect_count,
         "undo-file": repair.undo_file or None,
         "reason": repair.reason or None,
     }
