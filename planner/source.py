@@ -26,6 +26,9 @@ BATCH_BYTES = 2 << 20
 BATCHES_AHEAD = 8
 """Read while a batch is looked at, at most: so many requests are under way at a time."""
 
+AHEAD_BYTES = 16 << 20
+"""No more than this of it, unless a single batch is longer."""
+
 GAP_BYTES = 16 << 10
 """Tables nearer to each other than this are fetched in one read: a request costs more."""
 
@@ -285,10 +288,12 @@ def _read_ahead(
     """Read *parts* while the caller is busy with the ones before.
 
     One ahead to begin with; twice as many each time that the caller had to wait, up to
-    `BATCHES_AHEAD`: what lies in memory needs no crowd of threads, what is far away does.
+    `BATCHES_AHEAD` and `AHEAD_BYTES`: what lies in memory needs no crowd of threads, what is far
+    away does.
     """
     pending: deque[tuple[slice, U8, Reading]] = deque()
     free: list[U8] = []
+    limit = min(BATCHES_AHEAD, max(1, AHEAD_BYTES // max(1, shape[0] * shape[1])))
     ahead, begun = 1, 0
     try:
         for _ in parts:
@@ -301,7 +306,7 @@ def _read_ahead(
                 begun += 1
             part, buffer, reading = pending.popleft()
             if not reading.done():
-                ahead = min(2 * ahead, BATCHES_AHEAD)
+                ahead = min(2 * ahead, limit)
             reading.result()
             yield part, buffer[: part.stop - part.start]
             free.append(buffer)

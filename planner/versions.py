@@ -19,11 +19,14 @@ from planner.counts import ClusterCounts, ClusterIndex
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
-from planner.source import BATCH_BYTES, Source, read_parts
+from planner.source import Source, read_parts
 from planner.tables import Batch, L2Tables
 
 MIN_ENTRIES = 1 << 11
 """Of tables smaller than this, comparing costs more than counting."""
+
+PART_BYTES = 4 << 20
+"""Of tables that are looked at together: enough for the calls between small arrays to be few."""
 
 MAX_BYTES = 16 << 20
 """Of all versions of one table, which are held at a time."""
@@ -84,7 +87,7 @@ class VersionCounter:
         # The active one comes first: it is counted for all, as only of it QEMU looks at COPIED.
         order = (tables.offset[which], tables.active[which] == 0, tables.l1_index[which])
         which = which[np.lexsort(order)]
-        parts, left = cut(tables.l1_index[which], BATCH_BYTES // size, MAX_BYTES // size)
+        parts, left = cut(tables.l1_index[which], PART_BYTES // size, MAX_BYTES // size)
         uncounted = [which[part] for part in left]
         for part, rows in read_parts(source, tables.offset[which], size, parts):
             uncounted.append(self._count_part(which[part], rows))
@@ -134,9 +137,10 @@ class VersionCounter:
             chosen = (weight == each) & (words != 0)
             batch = Batch(which, each, active=0, copied=0, sibling=True)
             self._counter.count_entries(batch, positions[chosen], words[chosen])
+        words = words[found.fresh]
         types = entries.cluster_types(words, self._geometry)
         data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
-        clusters = entries.l2_offsets(words[found.fresh & data]) >> self._geometry.cluster_bits
+        clusters = entries.l2_offsets(words[data]) >> self._geometry.cluster_bits
         slots, known = self._index.find(clusters)
         self._mapped.add(slots[known], 1)
 
