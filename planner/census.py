@@ -202,33 +202,26 @@ class Walker:
         gap = (start[1:] % width != 0) & (np.diff(offset) != length[:-1] << bits)
         guest.fragmented += batch.active * int(np.count_nonzero(gap))
         slots = self._census.index.slots_of(offset >> bits)
-        copied = head >= np.uint64(entries.COPIED)
-        long = length >= LONG_RUN
+        runs = _Runs(start, slots, length, head >= np.uint64(entries.COPIED))
+        long = runs.select(length >= LONG_RUN)
         for counts, amount in self._targets(batch):
-            counts.add_runs(slots[long], length[long], amount)
+            counts.add_runs(long.slot, long.length, amount)
         if batch.copied:
-            columns = (column[long].tolist() for column in (start, length, slots, copied))
-            for at, count, slot, flag in zip(*columns, strict=True):
-                self._check_run(batch, width, slice(at, at + count), slot, copied=flag)
-        if not long.all():
-            short = np.flatnonzero(~long)
-            last = length[short] - 1
-            run = np.repeat(short, length[short])
-            positions = expand_ranges(start[short], start[short] + last)
-            slots = expand_ranges(slots[short], slots[short] + last)
-            self._count_slots(batch, width, positions, slots, copied[run])
+            self._check_runs(batch, width, long)
+        if len(long.slot) < len(slots):
+            self._count_slots(batch, width, *runs.select(length < LONG_RUN).entries())
         return True
 
-    def _check_run(self, batch: Batch, width: int, run: slice, slot: int, *, copied: bool) -> None:
-        """Judge the COPIED flag of a *run* of entries, by flat position; *slot* is the first's."""
-        count = run.stop - run.start
-        is_one = self._stored.values[slot : slot + count] == 1
-        if is_one.all() if copied else not is_one.any():
-            return
-        clusters = self._census.index.clusters_of(np.arange(slot, slot + count))
-        positions, flags = np.arange(run.start, run.stop), np.full(count, copied)
-        wrong = is_one != copied
-        self._report_wrong(batch, clusters, positions, flags, wrong=wrong, width=width)
+    def _check_runs(self, batch: Batch, width: int, runs: _Runs) -> None:
+        """Judge the COPIED flags of runs: of each as a whole, then of those that do not fit."""
+        stored = self._stored.values
+        unfit = np.zeros(len(runs.slot), dtype=np.bool_)
+        columns = (runs.slot.tolist(), runs.length.tolist(), runs.copied.tolist())
+        for number, (slot, length, copied) in enumerate(zip(*columns, strict=True)):
+            is_one = stored[slot : slot + length] == 1
+            unfit[number] = not is_one.all() if copied else is_one.any()
+        if unfit.any():
+            self._check_slots(batch, width, *runs.select(unfit).entries())
 
     def _count_slots(
         self, batch: Batch, width: int, positions: I64, slots: I64, copied: Mask
@@ -238,10 +231,16 @@ class Walker:
         for counts, amount in self._targets(batch):
             (counts.add_distinct if distinct else counts.add)(slots, amount)
         if batch.copied:
-            wrong = (self._stored.values[slots] == 1) != copied
-            if wrong.any():
-                clusters = self._census.index.clusters_of(slots)
-                self._report_wrong(batch, clusters, positions, copied, wrong=wrong, width=width)
+            self._check_slots(batch, width, positions, slots, copied)
+
+    def _check_slots(
+        self, batch: Batch, width: int, positions: I64, slots: I64, copied: Mask
+    ) -> None:
+        """Judge the COPIED flags of plain entries one by one."""
+        wrong = (self._stored.values[slots] == 1) != copied
+        if wrong.any():
+            clusters = self._census.index.clusters_of(slots)
+            self._report_wrong(batch, clusters, positions, copied, wrong=wrong, width=width)
 
     def _targets(self, batch: Batch) -> list[tuple[ClusterCounts, int]]:
         """What an entry of a batch adds to, and how much."""
@@ -525,6 +524,30 @@ class _Entries:
     word: U64
     bitmap: U64
     types: U8
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Runs of plain entries that map adjacent clusters with the same COPIED flag.
+
+    ``start``, ``slot``: flat position of the first entry, slot of its cluster.
+    """
+
+    start: I64
+    slot: I64
+    length: I64
+    copied: Mask
+
+    def select(self, which: Mask) -> _Runs:
+        return _Runs(*(getattr(self, name)[which] for name in self.__slots__))
+
+    def entries(self) -> tuple[I64, I64, Mask]:
+        """Position, slot and COPIED flag of every single entry."""
+        return (
+            expand_ranges(self.start, self.start + self.length - 1),
+            expand_ranges(self.slot, self.slot + self.length - 1),
+            np.repeat(self.copied, self.length),
+        )
 
 
 def decode_words(rows: U8) -> U64:

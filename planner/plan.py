@@ -14,7 +14,7 @@ from enum import IntEnum, StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8
+from planner.arrays import I64, U8, distinct
 from planner.findings import FindingKind, Structure
 from planner.source import SECTOR, Overlay, Source, read_tables
 
@@ -230,7 +230,7 @@ class Draft:
     def _stage(self, kind: StageKind, base: Source) -> Stage:
         writes = self._writes[kind]
         places = [_sectors_of(where, what) for where, what in writes]
-        sectors = np.unique(np.concatenate(places))
+        sectors = distinct(np.concatenate(places))
         before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
         for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
             before[part] = rows

@@ -451,8 +451,9 @@ class _Places:
     def _known_places(self) -> dict[int, Place]:
         """Tables that an L1 entry still leads to."""
         regions = self._report.regions
-        mine = (regions.structure == Structure.L2_TABLE) & np.isin(regions.offset, self._offsets)
-        columns = (regions.offset[mine], regions.snapshot[mine], regions.l1_index[mine])
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        mine = tables.select(np.isin(tables.offset, self._offsets, assume_unique=True))
+        columns = (mine.offset, mine.snapshot, mine.l1_index)
         return {
             offset: Place(PlaceKind.SHARED, snapshot, l1_index, 1, self._gaps.coverage)
             for offset, snapshot, l1_index in zip(*(c.tolist() for c in columns), strict=True)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
@@ -133,7 +133,7 @@ class VersionCounter:
         words = rows.view(">u8")[found.row, found.column].astype(np.uint64)
         positions = found.row * width + found.column
         weight = self._tables.weight[which[found.row]]
-        for each in np.unique(weight).tolist():
+        for each in distinct(weight).tolist():
             chosen = (weight == each) & (words != 0)
             batch = Batch(which, each, active=0, copied=0, sibling=True)
             self._counter.count_entries(batch, positions[chosen], words[chosen])

@@ -41,7 +41,7 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
     wrong = _wrong_entries(scope.report)
     if not len(wrong):
         return wrong
-    new = np.setdiff1d(wrong, _wrong_entries(before))
+    new = np.setdiff1d(wrong, _wrong_entries(before), assume_unique=True)
     words = [struct.unpack(">Q", read_bytes(scope.source, at, 8))[0] for at in new.tolist()]
     targets = np.array([word & entries.L2_OFFSET for word in words], dtype=np.int64)
     return distinct(targets >> scope.geometry.cluster_bits)

@@ -12,7 +12,7 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts, without_repeats
+from planner.arrays import I64, U8, Counts, distinct, without_repeats
 from planner.errors import UnsupportedRepair
 from planner.findings import FindingKind, Structure
 from planner.mismatch import CHUNK
@@ -105,7 +105,7 @@ def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, in
     while True:
         end = first + len(blocks) + table_clusters
         own = np.arange(first // per_block, (end - 1) // per_block + 1)
-        more = np.union1d(used, own)
+        more = distinct(np.concatenate((used, own)))
         needed = -(-(int(more[-1]) + 1) * 8 // size)
         if needed * size > MAX_REFTABLE_BYTES or end * size > READABLE_END:
             raise UnsupportedRepair(

@@ -35,7 +35,8 @@ def refblocks_cover(scope: Scope, stay: I64) -> bool:
     """Whether all wrong clusters but those that *stay* have a block that may be written."""
     per_block = scope.geometry.refblock_entries
     blocks = scope.mismatches.blocks(per_block, *RAISED, FindingKind.LEAK)
-    for block in np.setdiff1d(blocks, writable_refblocks(scope, blocks)[0]).tolist():
+    writable = writable_refblocks(scope, blocks)[0]
+    for block in np.setdiff1d(blocks, writable, assume_unique=True).tolist():
         wrong = scope.mismatches.between(block * per_block, (block + 1) * per_block)[0]
         if not np.isin(wrong, stay).all():
             return False
