@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield it
 
 
-def write_image(path: Path, damage: str) -> Path:
+@cache
+def content(damage: str) -> bytes:
     """4 MiB of data in clusters of 512 bytes, so that there are refcounts to write, and damage."""
     builder = ImageBuilder(size=8 * MIB, cluster_bits=9)
     builder.write(0, random.Random(1).randbytes(4 * MIB))
@@ -36,7 +38,11 @@ def write_image(path: Path, damage: str) -> Path:
     builder.write(builder.geometry.guest_clusters - 1, b"the end")
     image = builder.build()
     DAMAGES[damage](image, random.Random(1))
-    path.write_bytes(image.data)
+    return bytes(image.data)
+
+
+def write_image(path: Path, damage: str) -> Path:
+    path.write_bytes(content(damage))
     settle(path)
     return path
 

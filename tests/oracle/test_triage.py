@@ -121,9 +121,9 @@ CONTENTS = {
 def test_leaked_data_is_no_alarm(tmp_path: Path, options: str, content: str) -> None:
     """A crash between the allocation of clusters and the entries that map them."""
     path, header = create(tmp_path, options)
-    data = (CONTENTS[content] * (1 << 16))[: 4 * header.geometry.cluster_size]
-    (tmp_path / "data").write_bytes(data)
-    write(path, f"write -q -s {tmp_path / 'data'} 0 {len(data)}")
+    size, piece = 4 * header.geometry.cluster_size, CONTENTS[content]
+    (tmp_path / "data").write_bytes((piece * (size // len(piece) + 1))[:size])
+    write(path, f"write -q -s {tmp_path / 'data'} 0 {size}")
     at = header.l1_table_offset
     table = int.from_bytes(path.read_bytes()[at : at + 8], "big") & 0x00FF_FFFF_FFFF_FE00
     patch(path, table, bytes(4 * header.geometry.l2_entry_size))
