@@ -29,6 +29,7 @@ from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import explain as render_explain
+from instarfs.render import findings as render_findings
 from instarfs.render import guest_map as render_guest_map
 from instarfs.render import info as render_info
 from instarfs.render import map as render_map
@@ -361,7 +362,7 @@ def _check_files(inspector: Inspector, mountpoint: str) -> list[_Entry]:
         (
             "findings.jsonl",
             "all findings, one JSON object a line",
-            lambda it: render_check.findings_jsonl(it.report),
+            lambda it: render_findings.findings_jsonl(it.report),
         ),
     ]
     return [

@@ -6,7 +6,6 @@ Numbers are decimal, offsets and lengths in bytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,13 @@ from instarfs.render.columns import (
     either,
     hexadecimals,
     labels,
-    line_bytes,
     same,
     tsv,
     tsv_lines,
 )
 from instarfs.render.outcome import pending_value, repair_value
 from instarfs.render.text import json_bytes, printable, short_name
-from planner.arrays import U8, U64, Mask
+from planner.arrays import U8, U64
 from planner.errors import ImageError
 from planner.findings import (
     ACTIVE,
@@ -115,67 +113,6 @@ def result_bin(report: Report, repair: RepairOutcome | None = None) -> bytes:
     from planner.wire import CheckResult  # noqa: PLC0415 - for nothing but this file
 
     return CheckResult.of(report, repair.counters if repair else None).to_bytes()
-
-
-def findings_jsonl(report: Report) -> Iterator[bytes]:
-    """One JSON object a finding, worst first; in parts."""
-    for batch in report.batches():
-        plain = _are_plain_runs(report, batch)
-        border = np.flatnonzero(np.diff(plain)) + 1
-        for part in np.split(np.arange(len(batch)), border):
-            rows = batch.select(part)
-            yield _runs_jsonl(rows) if plain[part[0]] else _rows_jsonl(report, rows)
-
-
-def _rows_jsonl(report: Report, findings: Findings) -> bytes:
-    lines = (json.dumps(finding_value(report, finding)) + "\n" for finding in findings.rows())
-    return "".join(lines).encode("ascii")
-
-
-def _are_plain_runs(report: Report, findings: Findings) -> Mask:
-    """Which are runs of clusters that only differ in their numbers: nobody owns any of them."""
-    bits = report.geometry.cluster_bits if report.layout else 0
-    first = findings.host_offset >> bits
-    low, high = np.searchsorted(report.owners.cluster, [first, first + findings.count])
-    plain: Mask = np.isin(findings.kind, REFCOUNT_KINDS) & (low == high)
-    return plain
-
-
-def _runs_jsonl(findings: Findings) -> bytes:
-    """What `_rows_jsonl` makes of such runs, without an object each: there may be millions."""
-    offset, count = decimals(findings.host_offset), decimals(findings.count)
-    found, expected = decimals(findings.found), decimals(findings.expected)
-    pieces: list[str | U8] = [
-        '{"kind": "',
-        labels([kind.label for kind in FindingKind], findings.kind),
-        '", "severity": "',
-        labels([KINDS[kind].severity.label for kind in FindingKind], findings.kind),
-        f'", "structure": "{Structure.CLUSTER.label}", "host-offset": ',
-        offset,
-        ', "length": ',
-        decimals(findings.length),
-        ', "count": ',
-        count,
-        ', "found": ',
-        found,
-        ', "expected": ',
-        expected,
-        ', "repaired-by": "',
-        labels([KINDS[kind].tier or "" for kind in FindingKind], findings.kind),
-        '", "message": "',
-        count,
-        labels([" clusters", " cluster"], findings.count == 1),
-        " at host offset ",
-        offset,
-        ": refcount ",
-        found,
-        ", ",
-        expected,
-        ' references"}',
-    ]
-    return line_bytes(
-        *(same(piece.encode()) if isinstance(piece, str) else piece for piece in pieces)
-    )
 
 
 def finding_value(report: Report, finding: Finding) -> dict[str, object]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from instarfs.render.text import printable
-from planner.arrays import U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask
 from planner.findings import NONE
 
 # Formatting them one by one would take longer than checking a small image does.
@@ -61,19 +61,35 @@ def either(which: Mask, one: U8, other: U8) -> U8:
     return np.concatenate((np.where(chosen, one, 0), np.where(chosen, 0, other)), axis=1)
 
 
-def line_bytes(*columns: U8) -> bytes:
-    """The rows of *columns*, which stand beside each other as they are, each ended as a line."""
+def beside(*columns: U8) -> U8:
+    """One column of the rows of *columns*, which stand beside each other as they are."""
     (rows,) = np.broadcast_shapes(*((len(column),) for column in columns))
-    whole = [np.broadcast_to(column, (rows, column.shape[1])) for column in (*columns, same(b"\n"))]
-    cells = np.concatenate(whole, axis=1)
-    content: bytes = cells[cells != 0].tobytes()
-    return content
+    whole = [np.broadcast_to(column, (rows, column.shape[1])) for column in columns]
+    return np.concatenate(whole, axis=1)
+
+
+def interleaved(parts: Sequence[tuple[I64, U8]]) -> U8:
+    """One column out of parts of it, each with the positions of its cells, ascending."""
+    if len(parts) == 1:
+        return parts[0][1]
+    rows = sum(len(at) for at, _ in parts)
+    column = np.zeros((rows, max(cells.shape[1] for _, cells in parts)), dtype=np.uint8)
+    for at, cells in parts:
+        column[at, : cells.shape[1]] = cells
+    return column
+
+
+def content(column: U8) -> bytes:
+    """The cells of a column, each ended as a line."""
+    cells = beside(column, same(b"\n"))
+    found: bytes = cells[cells != 0].tobytes()
+    return found
 
 
 def tsv_lines(*columns: U8) -> bytes:
-    """The same with tabs between the columns."""
+    """The rows of *columns*, with tabs between the cells, each ended as a line."""
     tab = same(b"\t")
-    return line_bytes(*[part for column in columns for part in (tab, column)][1:])
+    return content(beside(*[part for column in columns for part in (tab, column)][1:]))
 
 
 def tsv(header: Sequence[str], parts: Iterable[bytes]) -> Iterator[bytes]:

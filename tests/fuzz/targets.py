@@ -32,6 +32,7 @@ from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import explain as render_explain
+from instarfs.render import findings as render_findings
 from instarfs.render import info as render_info
 from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
@@ -245,7 +246,7 @@ def _show_check(report: Report) -> None:
         render_check.leaks_tsv,
         render_check.corruptions_tsv,
         render_check.refcounts_tsv,
-        render_check.findings_jsonl,
+        render_findings.findings_jsonl,
     ):
         _require_printable(_shown(render(report)).replace(b"\t", b""))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from instarfs.render import check as render
+from instarfs.render.findings import findings_jsonl
 from planner import findings as findings_module
 from planner import mismatch as mismatch_module
 from planner.check import check_image
@@ -84,7 +85,7 @@ def test_every_list_has_a_line_for_each_of_its_findings(name: str) -> None:
     assert rows_of(render.corruptions_tsv(report)) == [
         corruption(f) for f in found if KINDS[f.kind].severity in CORRUPT
     ]
-    written = b"".join(render.findings_jsonl(report)).decode().splitlines()
+    written = b"".join(findings_jsonl(report)).decode().splitlines()
     assert written == [json.dumps(render.finding_value(report, f)) for f in found]
 
 
@@ -92,7 +93,7 @@ def test_an_unreadable_header_gives_empty_lists() -> None:
     report = check_image(plain().source.__class__(b"QFI\xfb" + bytes(200)))
     assert report.error is not None
     assert rows_of(render.leaks_tsv(report)) == rows_of(render.corruptions_tsv(report)) == []
-    assert list(render.findings_jsonl(report)) == []
+    assert list(findings_jsonl(report)) == []
 
 
 # ---- millions ----
@@ -114,7 +115,7 @@ def scattered(clusters: int) -> Report:
 LISTS: list[Callable[[Report], Iterator[bytes]]] = [
     render.leaks_tsv,
     render.refcounts_tsv,
-    render.findings_jsonl,
+    findings_jsonl,
 ]
 
 

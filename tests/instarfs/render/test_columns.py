@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instarfs.render.columns import (
+    beside,
+    content,
     decimals,
     either,
     hexadecimals,
+    interleaved,
     labels,
-    line_bytes,
     same,
     tsv,
     tsv_lines,
@@ -22,7 +24,7 @@ WORDS = st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=20)
 
 @given(st.lists(st.integers(-1, (1 << 63) - 1), min_size=1, max_size=20))
 def test_numbers_and_dashes(values: list[int]) -> None:
-    written = line_bytes(decimals(np.array(values, dtype=np.int64))).decode().splitlines()
+    written = content(decimals(np.array(values, dtype=np.int64))).decode().splitlines()
     assert written == ["-" if value == -1 else str(value) for value in values]
 
 
@@ -49,3 +51,13 @@ def test_cells_of_every_kind_stand_side_by_side() -> None:
 
 def test_a_table_begins_with_its_headings() -> None:
     assert b"".join(tsv(("a", "b"), [b"1\t2\n", b"3\t4\n"])) == b"#a\tb\n1\t2\n3\t4\n"
+
+
+def test_parts_of_a_column_come_together_in_their_places() -> None:
+    column = interleaved(
+        [
+            (np.array([0, 3]), beside(same(b"number "), decimals(np.array([5, 12345])))),
+            (np.array([1, 2]), labels(["a", "b"], np.array([0, 1]))),
+        ]
+    )
+    assert content(column) == b"number 5\na\nb\nnumber 12345\n"
