@@ -429,9 +429,16 @@ def _has_bitmaps(report: Report) -> bool:
 
 
 def _bitmaps_are_damaged(report: Report) -> bool:
-    """Whether something is wrong with them, or lies where one does."""
+    """Whether something is wrong with them or their refcounts, or lies where one does."""
     structures = {Structure(code) for code in np.unique(report.findings.structure).tolist()}
-    return bool(structures & _OF_BITMAPS) or _bitmaps_share_a_cluster(report)
+    if structures & _OF_BITMAPS or _bitmaps_share_a_cluster(report):
+        return True
+    bits = report.geometry.cluster_bits
+    bitmaps = report.regions.select(np.isin(report.regions.structure, list(_OF_BITMAPS)))
+    spans = zip(bitmaps.first(bits).tolist(), bitmaps.last(bits).tolist(), strict=True)
+    return report.mismatches is not None and any(
+        len(report.mismatches.between(first, last + 1)[0]) for first, last in spans
+    )
 
 
 def _bitmaps_share_a_cluster(report: Report) -> bool:
