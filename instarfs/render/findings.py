@@ -64,11 +64,10 @@ _ABSENT = ("l1_index", "l2_index", "index", "guest_offset")
 def _shapes(findings: Findings) -> I64:
     """What findings of one shape have alike, in one number each."""
     shape: I64 = findings.snapshot.astype(np.int64) - NOWHERE
-    for column, bits in ((findings.kind, 6), (findings.structure, 4)):
+    absent = [(getattr(findings, name) == NONE, 1) for name in _ABSENT]
+    columns = [(findings.kind, 6), (findings.structure, 4), *absent, (findings.count == 1, 1)]
+    for column, bits in columns:
         shape = shape << bits | column
-    for name in _ABSENT:
-        shape = shape << 1 | (getattr(findings, name) == NONE)
-    shape = shape << 1 | (findings.count == 1)
     return shape
 
 
