@@ -3,13 +3,13 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench fuzz clean
+.PHONY: help demo test lint bench fuzz load clean
 
 # The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
 PYTHON ?=
 # More arguments for the command behind a target: make test ARGS="-k leaks --cases 5000"
 ARGS ?=
-# How long each fuzzer runs.
+# How long each fuzzer runs, or the load lasts.
 SECONDS ?= 60
 
 setup := PYTHON='$(PYTHON)' .ci/setup
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint    ruff format, ruff lint, mypy strict'
 	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
 	@echo 'make fuzz    fuzz everything that reads an image         SECONDS=60 ARGS="check plan"'
+	@echo 'make load    put a mount under load for so long          SECONDS=600'
 	@echo 'make clean   remove .venv and everything else that make made'
 	@echo
 	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
@@ -48,6 +49,10 @@ bench:
 fuzz:
 	@$(setup) fuzz
 	@$(python) -m tests.fuzz --seconds $(SECONDS) $(ARGS)
+
+load:
+	@$(setup) test
+	@$(python) -m pytest -s tests/load --cases $$(( $(SECONDS) * 60 ))
 
 clean:
 	rm -rf .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
