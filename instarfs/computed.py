@@ -59,8 +59,11 @@ class Computed(Generic[T]):
     async def get(self) -> Edition[T]:
         """The value, computed first where need be.
 
-        A computation ends with its last reader: one that nobody waits for is cancelled.
+        A computation ends with its last reader: one that nobody waits for is cancelled. Who comes
+        while one is under way whose key then changes gets a later one: what it began with may have
+        been over before the reader came.
         """
+        early = self._run
         while True:
             edition = self.peek()
             if edition is not None:
@@ -73,7 +76,10 @@ class Computed(Generic[T]):
                 # Two at a time would share the image's locks, and the first would drop them.
                 await self._run.wait()
                 continue
-            return await self._run.join()
+            run = self._run
+            edition = await run.join()
+            if run is not early or run.is_kept:
+                return edition
 
     def cancel(self) -> None:
         """End the computation under way, if any; its readers get `ReadCancelled`."""
@@ -85,7 +91,8 @@ class Computed(Generic[T]):
             with run.scope:
                 key = self._key()
                 edition = Edition(await trio.to_thread.run_sync(self._compute, should_stop))
-                self._kept = (key, edition) if key == self._key() else None
+                run.is_kept = key == self._key()
+                self._kept = (key, edition) if run.is_kept else None
                 run.edition = edition
         except Cancelled:
             pass  # run.edition stays None
@@ -104,6 +111,7 @@ class _Run(Generic[T]):
     def __init__(self) -> None:
         self.scope = trio.CancelScope()
         self.edition: Edition[T] | None = None
+        self.is_kept = False
         self.error: Exception | None = None
         self._done = trio.Event()
         self._readers = 0

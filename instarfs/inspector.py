@@ -274,7 +274,8 @@ class Inspector:
     def _state(self) -> Hashable:
         """What a check depends on: also on whether somebody writes, as it then is no verdict."""
         generation = self._settled_generation()
-        return generation, locks.is_written(self._image.fileno()), self.pending()
+        is_written = locks.is_written(self._image.fileno()) or self._sharing.has_writer
+        return generation, is_written, self.pending()
 
     def _reviewed_image(self) -> Image:
         """The image, to be repaired. Raises `ImageReplaced` for one that nobody has looked at."""

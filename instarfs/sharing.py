@@ -28,6 +28,11 @@ class Sharing:
         self._locks: dict[Image, ExitStack] = {}
         self._has_writer = False
 
+    @property
+    def has_writer(self) -> bool:
+        """Whether a writer of this process is at work, or about to be: then nobody reads alone."""
+        return self._has_writer
+
     @contextmanager
     def reading(self, image: Image) -> Iterator[bool]:
         """Keep writers away from *image*, where that is possible: yields whether it was.

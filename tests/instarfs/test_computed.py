@@ -98,6 +98,26 @@ async def test_a_value_whose_key_changed_meanwhile_is_given_but_not_kept() -> No
     assert work.computed.peek() is not None
 
 
+async def test_who_comes_while_the_key_changes_gets_what_is_computed_later() -> None:
+    work = Work()
+    work.gate.clear()
+    values: dict[str, int] = {}
+
+    async def read(name: str) -> None:
+        values[name] = (await work.computed.get()).value
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read, "first")
+            await until_started(work)
+            work.key = "second"
+            nursery.start_soon(read, "late")
+            await wait_all_tasks_blocked()
+            work.gate.set()
+    assert values == {"first": 1, "late": 2}
+    assert (await work.computed.get()).value == 2
+
+
 async def test_an_error_reaches_its_readers_and_is_not_kept(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
