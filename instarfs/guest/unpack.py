@@ -21,6 +21,10 @@ else:
 _WINDOW_BITS = -15
 
 
+MAX_FRAMES = 64
+"""Zstandard frames of a cluster; QEMU writes one. Each is cut off the rest, which is copied."""
+
+
 class NotUnpacked(Exception):
     """The stored data does not give a whole cluster."""
 
@@ -45,12 +49,14 @@ def _unpack_zstd(stored: bytes | memoryview, size: int) -> bytes:
     """Frame after frame until there are *size* bytes; the last must end there."""
     content = b""
     rest: bytes | memoryview = stored
-    while len(content) < size:
+    for _ in range(MAX_FRAMES):
         frame = ZstdDecompressor()
         content += frame.decompress(rest, size - len(content))
         if not frame.eof:
             raise NotUnpacked("the compressed data does not end where the cluster does")
+        if len(content) == size:
+            return content
         rest = frame.unused_data
-        if not rest and len(content) < size:
+        if not rest:
             raise NotUnpacked(f"the compressed data ends after {len(content)} bytes")
-    return content
+    raise NotUnpacked(f"the compressed data is in more than {MAX_FRAMES} pieces")

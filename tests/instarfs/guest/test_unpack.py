@@ -1,0 +1,52 @@
+"""instarfs.guest.unpack: what a compressed cluster may cost, whatever it claims to hold."""
+
+import sys
+import time
+import tracemalloc
+import zlib
+
+import pytest
+
+from instarfs.guest.unpack import MAX_FRAMES, NotUnpacked, unpack
+from planner.qcow2.header import COMPRESSION_ZLIB, COMPRESSION_ZSTD
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import compress
+else:
+    from backports.zstd import compress
+
+CLUSTER = 1 << 16
+
+
+def deflated(content: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-12)
+    return packer.compress(content) + packer.flush()
+
+
+def test_a_bomb_gives_a_cluster_and_no_more():
+    bomb = deflated(bytes(200 << 20))
+    tracemalloc.start()
+    assert unpack(bomb, CLUSTER, COMPRESSION_ZLIB) == bytes(CLUSTER)
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def test_a_zstandard_bomb_is_refused():
+    bomb = compress(bytes(200 << 20))
+    tracemalloc.start()
+    with pytest.raises(NotUnpacked, match="does not end where the cluster does"):
+        unpack(bomb, CLUSTER, COMPRESSION_ZSTD)
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def test_frames_may_share_a_cluster():
+    half = bytes(range(256)) * (CLUSTER // 512)
+    assert unpack(compress(half) * 2, CLUSTER, COMPRESSION_ZSTD) == half * 2
+
+
+def test_frames_with_nothing_in_them_take_no_time():
+    start = time.process_time()
+    with pytest.raises(NotUnpacked, match=f"more than {MAX_FRAMES} pieces"):
+        unpack(compress(b"") * 400_000, CLUSTER, COMPRESSION_ZSTD)
+    assert time.process_time() - start < 2.0
