@@ -58,3 +58,13 @@ def test_every_test_that_the_readme_of_the_tests_names_exists() -> None:
     for path, name in named:
         file = path or file
         assert f"def {name}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_every_test_that_backs_a_claim_about_security_exists() -> None:
+    named = re.findall(
+        r"`(tests/[\w/]+(?:\.py)?/?)(?:::(test_\w+))?`", (ROOT / "SECURITY.md").read_text()
+    )
+    assert len(named) > 30
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), name

@@ -54,6 +54,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "packet-socket": lambda: open_socket(socket.AF_PACKET, socket.SOCK_RAW),
     "unmount": unmount_root,
     "change-root": lambda: os.chroot("/"),
+    "have-3-gibibytes": lambda: bytearray(3 << 30),
     "signal-its-parent": lambda: os.kill(os.getppid(), 0),
     "read-image": IMAGE.read_bytes,
     "write-image": lambda: os.close(os.open(IMAGE, os.O_RDWR)),
@@ -75,6 +76,8 @@ def check(
             outcome = "done"
         except OSError as failed:
             outcome = errno.errorcode[failed.errno or 0]
+        except MemoryError:
+            outcome = "MemoryError"
         session.log.info("%s %s", name, outcome)
     return check_image(source, progress=progress, cancelled=cancelled)
 
