@@ -6,6 +6,7 @@ who else has the image open that of `instarfs.locks`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -37,6 +38,11 @@ BLOCK_STATISTICS = Path("/sys/dev/block")
 """Where the kernel counts what is written to each block device: its mtime says nothing."""
 
 _SECTORS_WRITTEN = 6
+
+MOUNT_TABLE = Path("/proc/self/mountinfo")
+
+# RWF_NOWAIT, which would tell for each read, they do not offer.
+_IN_MEMORY = (b"tmpfs", b"ramfs")
 
 READERS = 8
 """Requests under way at a time: a disk that is far away answers them together."""
@@ -76,7 +82,7 @@ class FileSource:
         # Holds the image, not the bare descriptor: it must not be closed while something reads.
         self._image = image
         self._size = size
-        self._flags = 0 if wait else os.RWF_NOWAIT
+        self._flags = 0 if wait or image.is_in_memory else os.RWF_NOWAIT
 
     @property
     def size(self) -> int:
@@ -199,6 +205,18 @@ class Image:
     def is_device(self) -> bool:
         """Whether it is a block device rather than a file."""
         return self._is_device
+
+    @functools.cached_property
+    def is_in_memory(self) -> bool:
+        """Whether its file system keeps files in memory, so that no read waits for a disk."""
+        device = os.fstat(self._fd).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}".encode()
+        with contextlib.suppress(OSError):
+            for line in MOUNT_TABLE.read_bytes().splitlines():
+                mount, _, rest = line.partition(b" - ")
+                if mount.split()[2] == number:
+                    return rest.split()[0] in _IN_MEMORY
+        return False
 
     def source(self, *, wait: bool = True) -> FileSource:
         """Its bytes, as many as there are now; see `FileSource` for *wait*."""

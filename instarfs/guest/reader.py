@@ -7,6 +7,7 @@ but the one who reads from it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 
 import trio
@@ -15,6 +16,9 @@ from instarfs.errors import InstarfsError
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Place
 from instarfs.image import Image, Signature, WouldBlock
+
+FRESH_SECONDS = 0.001
+"""So long it is believed that the image is what it was: the kernel's clock ticks no faster."""
 
 MAX_THREADS = 16
 """Reads that may wait for disks at a time."""
@@ -28,6 +32,7 @@ class GuestReader:
         self._look, self._follow = look, follow
         self._kept: tuple[Hashable, Guest] | None = None
         self._signature: tuple[Signature, ...] | None = None
+        self._looked_at = 0.0
         self._opening = trio.Lock()
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
 
@@ -78,8 +83,13 @@ class GuestReader:
         if self._kept is None:
             return None
         state, guest = self._kept
-        if self._signature is not None and guest.signature() == self._signature:
-            return guest
+        if self._signature is not None:
+            now = time.monotonic()
+            if now < self._looked_at + FRESH_SECONDS:
+                return guest
+            if guest.signature() == self._signature:
+                self._looked_at = now
+                return guest
         # Taken before the state is looked at: should the image change in between, it will differ.
         signature = guest.signature()
         if (self._look()[1], guest.generations()) != state:

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench import checks, growth, race, repairs
+from tests.bench import checks, growth, race, reads, repairs
 from tests.bench.samples import Samples
 
-RACES = (*checks.RACES, *repairs.RACES)
+RACES = (*checks.RACES, *repairs.RACES, *reads.RACES)
 
 
 def main() -> None:
