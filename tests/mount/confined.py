@@ -77,7 +77,7 @@ def check(
         except OSError as failed:
             outcome = errno.errorcode[failed.errno or 0]
         except MemoryError:
-            outcome = "MemoryError"
+            outcome = "ENOMEM"
         session.log.info("%s %s", name, outcome)
     return check_image(source, progress=progress, cancelled=cancelled)
 

@@ -43,7 +43,7 @@ REFUSED = {
     "unmount": "EPERM",
     "change-root": "EPERM",
     "signal-its-parent": "EPERM",
-    "have-3-gibibytes": "MemoryError",
+    "have-3-gibibytes": "ENOMEM",
 }
 STILL_DONE = ("read-image", "write-image", "make-undo-file", "local-socket")
 
