@@ -48,6 +48,8 @@ _HARM = {
 }
 """By the guest range that a finding touches; by the owners of a cluster see `_of_owners`."""
 
+_SNAPSHOT_UNREADABLE = (FindingKind.SNAPSHOT_L1_MISALIGNED, FindingKind.SNAPSHOT_L1_TOO_LARGE)
+
 _OF_CLUSTERS = (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING)
 
 
@@ -101,7 +103,11 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
     worse = _merged(np.zeros((2, 0), dtype=np.int64), size)
     ranges = {}
     for harm in Harm:
-        found = [_of_findings(report, harm, snapshot), _of_owners(report, harm, snapshot)]
+        found = [
+            _of_findings(report, harm, snapshot),
+            _of_owners(report, harm, snapshot),
+            _of_l1_table(report, harm, snapshot, size),
+        ]
         upto = _merged(np.concatenate([*found, np.stack((worse.start, worse.end))], axis=1), size)
         ranges[harm] = _without(upto, worse)
         worse = upto
@@ -121,6 +127,29 @@ def _of_findings(report: Report, harm: Harm, snapshot: int) -> I64:
     mine &= ~copied | (findings.found != 0)
     start = findings.guest_offset[mine]
     return np.stack((start, start + findings.guest_length[mine]))
+
+
+def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:
+    """What an L1 table maps that is not in the file, or shares a cluster: all behind its loss."""
+    findings = report.findings
+    start: list[int] = []
+    if harm is Harm.LOST:
+        beyond = findings.of(FindingKind.PAST_END)
+        beyond = beyond.select(
+            (beyond.structure == Structure.L1_TABLE) & (beyond.snapshot == snapshot)
+        )
+        end = report.layout.file_size if report.layout else 0
+        kept = np.maximum(end - beyond.host_offset, 0) // 8
+        start = (kept * report.geometry.l2_coverage).tolist() if len(kept) else []
+        unreadable = findings.of(*_SNAPSHOT_UNREADABLE).index
+        start += [0] if snapshot != ACTIVE and (unreadable == snapshot).any() else []
+    elif harm is Harm.SUSPECT:
+        owners = report.owners
+        mine = (owners.structure == Structure.L1_TABLE) & (owners.snapshot == snapshot)
+        contested = findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+        shared = np.isin(owners.cluster[mine] << report.geometry.cluster_bits, contested).any()
+        start = [0] if mine.any() and shared else []
+    return np.array([start, [size] * len(start)], dtype=np.int64).reshape(2, -1)
 
 
 def _of_owners(report: Report, harm: Harm, snapshot: int) -> I64:

@@ -18,7 +18,7 @@ from instarfs.render.repair import left_lines
 from instarfs.render.text import printable
 from instarfs.render.triage import triage_lines
 from planner.errors import RepairError
-from planner.findings import ACTIVE, KINDS, FindingKind
+from planner.findings import ACTIVE, KINDS, FindingKind, Structure
 from planner.gaps import PlaceKind
 from planner.impact import Harm, Ranges, guest_impact
 from planner.plan import RepairTier
@@ -172,8 +172,11 @@ def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
 def _snapshot_lines(report: Report) -> Iterator[str]:
     """What is known of snapshots on their own; what they share with the disk is told there."""
     told = 0
-    touched = np.unique(np.concatenate((report.findings.snapshot, report.owners.snapshot)))
-    for number in touched[touched > ACTIVE].tolist():
+    unreadable = report.findings.index[report.findings.structure == Structure.SNAPSHOT_TABLE]
+    touched = np.unique(
+        np.concatenate((report.findings.snapshot, report.owners.snapshot, unreadable))
+    )
+    for number in touched[(touched > ACTIVE) & (touched < len(report.snapshots))].tolist():
         impact = guest_impact(report, number)
         harms = [
             f"{ranges.size} bytes {_LABELS[harm]}"

@@ -166,6 +166,8 @@ def _summary(triage: Triage) -> str:
     looked = f"{triage.looked_at} of {triage.leaked} leaked clusters were looked at"
     if triage.looked_at == triage.leaked:
         looked = f"all {triage.leaked} leaked clusters were looked at"
+    if triage.looked_at == triage.leaked == 1:
+        looked = "the leaked cluster was looked at"
     looks = triage.looks()
     del looks[Look.UNREAD]
     return f"{looked}: {_listed((each.label, n) for each, n in looks.most_common())}" + (

@@ -63,6 +63,31 @@ def test_an_l2_table_that_cannot_be_read_loses_all_that_it_maps():
     assert not found.is_whole
 
 
+def test_an_l1_table_that_is_cut_off_loses_what_its_lost_entries_mapped():
+    image = build()
+    at = image.header.l1_table_offset
+    image.change_header(l1_table_offset=(image.host_clusters + 5) * CLUSTER)
+    assert ranges(impact(image))[Harm.LOST] == [(0, SIZE)]
+    image.change_header(l1_table_offset=at, l1_size=image.cluster_size)
+    del image.data[at + 2 * 8 :]
+    coverage = image.geometry.l2_coverage
+    assert ranges(impact(image))[Harm.LOST] == [(2 * coverage, SIZE - 2 * coverage)]
+
+
+def test_a_snapshot_whose_l1_table_is_nowhere_is_lost_and_the_disk_is_not():
+    image = build()
+    image.set_bits(image.snapshots[0].offset, 8)
+    assert ranges(impact(image, 0))[Harm.LOST] == [(0, SIZE)]
+    assert Harm.LOST not in ranges(impact(image))
+
+
+def test_a_guest_cluster_on_the_l1_table_makes_all_of_the_disk_suspect():
+    image = build()
+    image.set_word(image.l2_at(0), image.header.l1_table_offset | entries.COPIED)
+    assert ranges(impact(image))[Harm.SUSPECT] == [(0, SIZE)]
+    assert Harm.SUSPECT not in ranges(impact(image, 0))
+
+
 def test_both_guest_clusters_of_a_shared_one_are_suspect():
     image = build()
     image.set_word(image.l2_at(0), image.word(image.l2_at(3)))
