@@ -1,0 +1,173 @@
+"""`instarfs map` and `qemu-img map` on chains with data in every member, in both outputs."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from examples.make_image import ImageBuilder
+from instarfs.cli.main import main
+from planner.qcow2.entries import L2_OFFSET
+from tests.oracle.images import run
+
+CLUSTER = 1 << 16
+MIB = 1 << 20
+
+
+class Said:
+    """What a program printed, and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+class Instarfs:
+    """`instarfs map` in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *arguments: str | Path) -> Said:
+        self.monkeypatch.setattr("sys.argv", ["instarfs", "map", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        return Said(int(exited.value.code or 0), *self.capfd.readouterr())
+
+
+@pytest.fixture
+def instarfs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Instarfs:
+    return Instarfs(monkeypatch, capfd)
+
+
+def qemu(*arguments: str | Path) -> Said:
+    command = ["qemu-img", "map", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+def rows_of(text: str) -> list[dict[str, object]]:
+    """The rows of a map, without the key that QEMU has only since 8.2."""
+    rows = json.loads(text)
+    for row in rows:
+        row.pop("compressed", None)
+    assert isinstance(rows, list)
+    return rows
+
+
+def write_some(image: Path, rng: random.Random, size: int, *, packed: bool) -> None:
+    """Data, zeros and holes at random, in pieces that begin and end within clusters."""
+    commands = []
+    for _ in range(12):
+        at = rng.randrange(size // 512) * 512
+        length = min(size - at, rng.choice((512, 5120, CLUSTER, 3 * CLUSTER)))
+        verb = rng.choice(("write -P 1", "write -P 2", "write -z", "write -z -u", "discard"))
+        commands.append(f"{verb} {at} {length}")
+    if packed:
+        commands.insert(0, f"write -c {rng.randrange(size // CLUSTER) * CLUSTER} {CLUSTER}")
+    flags = [word for command in commands for word in ("-c", command)]
+    run("qemu-io", "-d", "unmap", *flags, image)
+
+
+def make_chain(folder: Path, rng: random.Random, *, packed: bool) -> Path:
+    """A raw file, an overlay on it, and one on that, of different sizes."""
+    (folder / "base").mkdir()
+    sizes = [rng.randrange(MIB // 2, 4 * MIB) // 512 * 512 for _ in range(3)]
+    with (folder / "base/raw").open("wb") as file:
+        file.truncate(sizes[0] - rng.choice((0, 0, 100)))
+        for _ in range(4):
+            file.seek(rng.randrange(sizes[0] // 4096) * 4096)
+            file.write(b"x" * min(sizes[0] - 512 - file.tell(), rng.choice((1, 4096, 70_000))))
+    create = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    for name, below, form, size in (
+        ("base/middle", "raw", "raw", sizes[1]),
+        ("top", "base/middle", "qcow2", sizes[2]),
+    ):
+        options = rng.choice(("cluster_size=4096", "cluster_size=64k", "extended_l2=on"))
+        image = folder / name
+        run(*create, "-o", options, "-b", below, "-F", form, image, str(size))
+        write_some(image, rng, size, packed=packed and name == "top" and "64k" in options)
+    return folder / "top"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chains(
+    seed: int, instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(f"chain {seed}")
+    top = make_chain(tmp_path, rng, packed=seed % 3 == 0)
+    ours, theirs = (
+        instarfs("--output", "json", "--follow", tmp_path, top),
+        qemu("--output=json", top),
+    )
+    assert (ours.code, ours.err) == (theirs.code, theirs.err) == (0, "")
+    assert rows_of(ours.out) == rows_of(theirs.out)
+    monkeypatch.chdir(tmp_path)
+    for name in ("top", "./top", str(top)):
+        ours, theirs = instarfs("--follow", ".", name), qemu(name)
+        assert (ours.code, ours.out) == (theirs.code, theirs.out)
+
+
+def test_a_compressed_cluster_ends_the_text(instarfs: Instarfs, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    run("qemu-io", "-c", "write 0 64k", "-c", "write -c 128k 64k", "-c", "write 256k 64k", image)
+    ours, theirs = instarfs(image), qemu(image)
+    assert (ours.code, ours.out) == (theirs.code, theirs.out)
+    assert ours.code == 1
+    assert "compressed or damaged clusters, the first at 131072; see --output json" in ours.err
+    packed = [
+        row["start"]
+        for row in json.loads(instarfs("--output", "json", image).out)
+        if row["compressed"]
+    ]
+    assert packed == [131072]
+
+
+def test_what_cannot_be_known_is_said(instarfs: Instarfs, tmp_path: Path) -> None:
+    builder = ImageBuilder(size=MIB, backing_file=b"base", backing_format=b"raw")
+    for cluster in range(4):
+        builder.write(cluster, b"data")
+    made = builder.build()
+    made.set_bits(made.l2_at(2), 512)
+    image = tmp_path / "image"
+    image.write_bytes(made.data)
+    text = instarfs("--output", "json", image).out
+    rows = [
+        (row["start"], row["length"], row["depth"], "damaged" in row, "unknown" in row)
+        for row in json.loads(text)
+    ]
+    assert [row for row in rows if row[3]] == [(2 * CLUSTER, CLUSTER, 0, True, False)]
+    assert [row for row in rows if row[4]] == [(4 * CLUSTER, 12 * CLUSTER, 1, False, True)]
+    assert made.word(made.l2_at(2)) & L2_OFFSET
+    said = instarfs(image)
+    assert said.code == 1
+    assert "damaged" in said.err
+
+
+def test_an_image_in_use_needs_force(instarfs: Instarfs, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    with subprocess.Popen(
+        ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        writer.stdin.write("length\n")
+        writer.stdin.flush()
+        writer.stdout.readline()  # it is open
+        said = instarfs("--output", "json", image)
+        assert (said.code, said.out) == (1, "")
+        assert "lock" in said.err
+        assert instarfs("--output", "json", "-U", image).code == 0
+        writer.stdin.close()
+
+
+def test_what_is_no_qcow2_image(instarfs: Instarfs, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("not an image" * 100)
+    said = instarfs(tmp_path / "text")
+    assert said.code != 0
+    assert "not a qcow2 image" in said.err
