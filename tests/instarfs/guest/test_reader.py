@@ -1,0 +1,150 @@
+"""Reads while the image changes, and who waits for a disk: the event loop never does."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+
+import pytest
+
+from examples.make_image import ImageBuilder
+from instarfs.errors import GuestDamaged, ImageMissing
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Part, Place
+from instarfs.guest.reader import GuestReader
+from instarfs.image import Image
+from planner.errors import ImageError
+from planner.mapping import FLAW_SENTENCES, Flaw
+
+CLUSTER = 1 << 16
+DISK = Place(Part.DISK)
+
+
+def image_of(path: Path, content: bytes) -> Path:
+    builder = ImageBuilder(size=1 << 20)
+    builder.write(0, content)
+    path.write_bytes(builder.build().data)
+    return path
+
+
+def reader_of(image: Path) -> GuestReader:
+    opened = Image.open(str(image))
+
+    def look() -> tuple[Image, Hashable]:
+        return opened, opened.generation()
+
+    return GuestReader(look, Follow())
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return image_of(tmp_path / "image", b"first")
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads that read from files, one an element a read."""
+    whole, seen = os.preadv, []
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        seen.append(threading.get_ident())
+        return whole(fd, views, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return seen
+
+
+async def test_what_is_in_memory_needs_no_thread(image: Path, threads: list[int]) -> None:
+    reader = reader_of(image)
+    assert reader.ready(DISK, 0, 5) is None
+    assert await reader.read(DISK, 0, 5) == b"first"
+    threads.clear()
+    assert reader.ready(DISK, 0, 5) == b"first"
+    assert await reader.read(DISK, 2, 3) == b"rst"
+    assert set(threads) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EOPNOTSUPP])
+async def test_what_is_not_is_read_in_a_thread(
+    code: int, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "is_in_memory", False)
+    whole: Callable[..., int] = os.preadv
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(code, os.strerror(code))
+        assert threading.current_thread() is not threading.main_thread()
+        return whole(fd, views, offset)
+
+    reader = reader_of(image)
+    monkeypatch.setattr(os, "preadv", preadv)
+    for _ in range(3):
+        assert await reader.read(DISK, 0, 5) == b"first"
+        assert reader.ready(DISK, 0, 5) is None
+
+
+async def test_each_read_shows_the_image_as_it_is(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 0)
+    reader = reader_of(image)
+    for content in (b"first", b"other", b"third"):
+        image_of(image, content)
+        assert await reader.read(DISK, 0, 5) == content
+        state = reader.state()
+        assert await reader.read(DISK, 0, 5) == content
+        assert reader.state() == state
+
+
+async def test_an_image_that_makes_no_sense_any_more(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 0)
+    reader = reader_of(image)
+    assert await reader.read(DISK, 0, 5) == b"first"
+    image.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(ImageError):
+            await reader.read(DISK, 0, 5)
+    image_of(image, b"again")
+    assert await reader.read(DISK, 0, 5) == b"again"
+
+
+async def test_an_error_is_one_of_the_part_that_was_asked_for(tmp_path: Path) -> None:
+    builder = ImageBuilder(size=1 << 20)
+    builder.write(0, b"good".ljust(2 * CLUSTER))
+    made = builder.build()
+    made.set_bits(made.l2_at(1), 512)
+    (tmp_path / "image").write_bytes(made.data)
+    reader = reader_of(tmp_path / "image")
+    for _ in range(2):
+        assert await reader.read(DISK, 0, 4) == b"good"
+        with pytest.raises(GuestDamaged, match=FLAW_SENTENCES[Flaw.CLUSTER_MISALIGNED]) as caught:
+            await reader.read(DISK, CLUSTER - 1, 2)
+        assert (caught.value.offset, caught.value.errno) == (CLUSTER, errno.EIO)
+    assert len(await reader.read(DISK, (1 << 20) - 10, 4096)) == 10
+    assert len(await reader.read(DISK, 1 << 20, 4096)) == 0
+
+
+def test_a_state_that_cannot_be_known_equals_no_other() -> None:
+    def look() -> tuple[Image, Hashable]:
+        raise ImageMissing("image")
+
+    reader = GuestReader(look, Follow())
+    assert reader.state() != reader.state()
+
+
+def test_a_file_system_in_memory_is_known_by_its_type(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = image.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    table = tmp_path / "mountinfo"
+    monkeypatch.setattr("instarfs.image.MOUNT_TABLE", table)
+    for kind, expected in (("tmpfs", True), ("ext4", False)):
+        table.write_text(f"1 0 0:999 / /x rw - ramfs x rw\n2 0 {number} / / rw - {kind} x rw\n")
+        assert Image.open(str(image)).is_in_memory is expected
+    table.unlink()
+    assert Image.open(str(image)).is_in_memory is False
