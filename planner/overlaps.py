@@ -15,7 +15,7 @@ from planner.arrays import I64, Mask
 from planner.source import READABLE_END
 
 MAX_TABLE_BYTES = 1 << 30
-"""Tables of one sort have no more together: 2^27 entries."""
+"""Tables that may lie in holes have no more together: 2^27 entries."""
 
 
 MAX_SHARED_BYTES = 1 << 20
@@ -25,9 +25,9 @@ MAX_SHARED_BYTES = 1 << 20
 def followed(start: I64, end: I64) -> Mask:
     """Which tables of one sort to look at. Their ranges are in bytes, in any order.
 
-    Those that share no byte are all among them, as long as `MAX_TABLE_BYTES` are enough.
+    Those that share no byte are all among them: what is there of them bounds the work.
     """
-    chosen: Mask = np.cumsum(np.maximum(end - start, 0)) <= MAX_TABLE_BYTES
+    chosen: Mask = np.ones(len(start), dtype=np.bool_)
     if len(start) < 2:
         return chosen
     order = np.argsort(start, kind="stable")
@@ -40,8 +40,12 @@ def followed(start: I64, end: I64) -> Mask:
 
 
 def followed_tables(tables: Sequence[tuple[int, int, int]], file_size: int) -> Mask:
-    """The same of tables (number, offset, entries of 8 bytes), which may lie anywhere at all."""
+    """The same of tables (number, offset, entries of 8 bytes), which may lie anywhere at all.
+
+    As their lengths are only claimed, at most `MAX_TABLE_BYTES` of them are followed.
+    """
     # What lies past the end of any file shares nothing.
     start = np.array([min(offset, READABLE_END) for _, offset, _ in tables], dtype=np.int64)
     size = np.array([entries * 8 for _, _, entries in tables], dtype=np.int64)
-    return followed(start, np.minimum(start + size, file_size))
+    end = np.minimum(start + size, file_size)
+    return followed(start, end) & (np.cumsum(np.maximum(end - start, 0)) <= MAX_TABLE_BYTES)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from planner.check import check_image
 from planner.findings import FindingKind
-from planner.overlaps import MAX_SHARED_BYTES, MAX_TABLE_BYTES, followed
+from planner.overlaps import MAX_SHARED_BYTES, MAX_TABLE_BYTES, followed, followed_tables
 from planner.source import Bytes
 from tests.fuzz.bombs import BOMBS
 
@@ -42,7 +42,14 @@ def test_what_shares_nothing_is_followed_beside_what_does():
 
 def test_what_lies_in_holes_is_followed_up_to_a_limit():
     step = MAX_TABLE_BYTES // 4
-    assert chosen(*((n * step, (n + 1) * step) for n in range(6))) == [True] * 4 + [False] * 2
+    tables = [(n, n * step, step // 8) for n in range(6)]
+    assert followed_tables(tables, 1 << 60).tolist() == [True] * 4 + [False] * 2
+
+
+def test_the_l2_tables_of_a_large_disk_are_all_followed():
+    """16 TiB in clusters of 64 KiB have 2 GiB of them."""
+    offset = np.arange(1 << 15, dtype=np.int64) << 29
+    assert followed(offset, offset + (1 << 16)).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
