@@ -22,7 +22,7 @@ import site
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntFlag
 from pathlib import Path
@@ -130,24 +130,24 @@ class Confinement:
         # Not 0: a program that the kernel hands core dumps to would get one all the same.
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
         limit_memory(self._image.source())
+        steps: dict[str, Callable[[], None]] = {
+            "capabilities": _drop_capabilities,
+            "new privileges": _rule_out_new_privileges,
+            "files": self._restrict,
+            "sockets": _deny_sockets,
+        }
         with self._stack:
-            for step in (
-                _drop_capabilities,
-                _rule_out_new_privileges,
-                self._restrict,
-                _deny_sockets,
-            ):
+            for what, step in steps.items():
                 try:
                     step()
                 except OSError as error:
-                    what = step.__name__.strip("_").replace("_", " ")
-                    log.warning("not confined: could not %s: %s", what, reason_of(error))
+                    log.warning("not confined: %s are not given up: %s", what, reason_of(error))
 
     def _restrict(self) -> None:
         """Landlock: everything that this kernel knows of is ruled out but what is kept."""
-        version = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
+        version = landlock_version()
         if version < 1:
-            raise OSError(ctypes.get_errno(), "this kernel has no Landlock")
+            raise OSError(errno.ENOSYS, "this kernel has no Landlock")
         handled = max(right for since, right in _LAST_RIGHT.items() if since <= version) * 2 - 1
         tcp = _BIND_AND_CONNECT if version >= _TCP_SINCE else 0
         scopes = _ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
@@ -164,6 +164,12 @@ class Confinement:
             _syscall(_RESTRICT_SELF, ruleset, 0)
         finally:
             os.close(ruleset)
+
+
+def landlock_version() -> int:
+    """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
+    version: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
+    return version
 
 
 def limit_memory(source: FileSource) -> None:
