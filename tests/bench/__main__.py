@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from tests.bench import checks, growth, race, reads, repairs
 from tests.bench.samples import Samples
 
 RACES = (*checks.RACES, *repairs.RACES, *reads.RACES)
+
+
+FAILURES = (race.Unavailable, subprocess.CalledProcessError, OSError)
+"""What keeps one race from being held; the others are."""
 
 
 def main() -> None:
@@ -51,7 +56,7 @@ def _run_races(chosen: list[str], samples: Samples, runs: int) -> list[dict[str,
             for result in race.run_race(each, samples, runs):
                 print(race.table_line(result), flush=True)
                 rows.append(result.as_json())
-        except race.Unavailable as error:
+        except FAILURES as error:
             print(f"{each.name}: not measured: {error}", flush=True)
     return rows
 
@@ -59,9 +64,12 @@ def _run_races(chosen: list[str], samples: Samples, runs: int) -> list[dict[str,
 def _run_growth(samples: Samples) -> list[dict[str, Any]]:
     sizes = []
     print("\n" + growth.HEADLINE, flush=True)
-    for size in growth.measure(samples):
-        print(growth.line(size), flush=True)
-        sizes.append(size.as_json())
+    try:
+        for size in growth.measure(samples):
+            print(growth.line(size), flush=True)
+            sizes.append(size.as_json())
+    except FAILURES as error:
+        print(f"{growth.NAME}: not measured further: {error}", flush=True)
     return sizes
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tests.bench.disks import CLUSTER
@@ -72,7 +71,7 @@ def measure(samples: Samples) -> Iterator[Size]:
         except subprocess.CalledProcessError:
             print(f"{tebibytes:>3} TiB: {samples.folder} cannot hold a file so long", flush=True)
             return
-        turns = [_measure([*INSTARFS, "check", image]) for _ in range(TURNS)]
+        turns = [_measure(*INSTARFS, "check", str(image)) for _ in range(TURNS)]
         clusters = image.stat().st_size // CLUSTER
         yield Size(
             tebibytes,
@@ -84,11 +83,11 @@ def measure(samples: Samples) -> Iterator[Size]:
         image.unlink()
 
 
-def _measure(command: list[str | Path]) -> tuple[float, float, int]:
+def _measure(*command: str) -> tuple[float, float, int]:
     """Wall and processor seconds, and peak memory in bytes, of a command that must succeed."""
-    words = [sys.executable, "-S", "-E", "-c", _MEASURE, *map(str, command)]
+    words = [sys.executable, "-S", "-E", "-c", _MEASURE, *command]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     status, wall, cpu, peak = json.loads(done.stdout)
     if status:
-        raise RuntimeError(f"{command} failed: {done.stderr}")
+        raise subprocess.CalledProcessError(status, command, stderr=done.stderr)
     return wall, cpu, peak
