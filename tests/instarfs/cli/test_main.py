@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.make_image import ImageBuilder
+
 INSTARFS = (sys.executable, "-m", "instarfs")
 HEAVY = ("numpy", "construct", "trio", "pyfuse3", "rich")
 
@@ -26,6 +28,23 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(module: str) -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+
+
+def test_a_plain_check_loads_nothing_of_repairs(tmp_path: Path) -> None:
+    """Loading them, or numpy's masked arrays, takes longer than checking a small image."""
+    path = tmp_path / "plain.qcow2"
+    path.write_bytes(bytes(ImageBuilder().build().data))
+    program = (
+        "import sys, atexit; atexit.register(lambda: print('loaded', *sys.modules));"
+        "from instarfs.cli.main import main; sys.argv[1:] = ['check', sys.argv[1]]; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], check=True, capture_output=True, text=True
+    )
+    loaded = set(done.stdout.partition("loaded ")[2].split())
+    assert {"instarfs.cli.check", "planner.check", "numpy"} <= loaded
+    unwanted = {"planner.plan", "planner.triage", "instarfs.journal", "concurrent.futures"}
+    assert not loaded & (unwanted | {"planner.repair", "numpy.ma", "rich", "trio"})
 
 
 def test_version() -> None:
