@@ -22,6 +22,9 @@ from planner.source import READABLE_END, Source, nonzero_words, read_tables
 MAX_READ_BYTES = 1 << 30
 """Bytes of tables and bits that are read, of all bitmaps together: they may all claim the same."""
 
+LEAST_READ_BYTES = 256 << 10
+"""What a table counts as, at least, of these: 4096 tables of nothing take a while, too."""
+
 _ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 
 
@@ -82,7 +85,8 @@ class _Reader:
         if offset + size * 8 > READABLE_END:
             error = ImageError(field, offset, "past the end of any file")
             return BitmapState(bitmap, None, 0, (error,))
-        if not self._spend(min(size * 8, max(0, self._source.size - offset))):
+        table_bytes = min(size * 8, max(0, self._source.size - offset))
+        if not self._spend(max(LEAST_READ_BYTES, table_bytes)):
             return BitmapState(bitmap, None, 0, (_too_much(field, size * 8),))
         index, words = nonzero_words(self._source, offset, size)
         errors = self._judge(field, words, offset + size * 8)

@@ -47,6 +47,8 @@ def findings_jsonl(report: Report) -> Iterator[bytes]:
     patterns = _Patterns(report)
     for batch in report.batches():
         shape = np.where(_are_owned(report, batch), NONE, _shapes(batch))
+        _, which, times = np.unique(shape, return_inverse=True, return_counts=True)
+        shape[times[which.reshape(-1)] < FEW] = NONE
         parts = []
         for number in np.unique(shape).tolist():
             at = np.flatnonzero(shape == number)
@@ -56,6 +58,9 @@ def findings_jsonl(report: Report) -> Iterator[bytes]:
             )
         yield content(interleaved(parts))
 
+
+FEW = 16
+"""Findings of one shape for which no pattern is worth the while."""
 
 _ABSENT = ("l1_index", "l2_index", "index", "guest_offset")
 """What not every finding has: left out of its object."""

@@ -172,15 +172,15 @@ def tables(data: bytes) -> None:
             _shown(render_tables.l2_tsv(read_l2_page(source, index)))
         states = read_bitmap_states(source, lambda _: None)
         json.loads(render_bitmaps.bitmaps_json(states, is_written=False))
-    report, rng = check_image(source), random.Random(data)
+    rng = random.Random(data)
     host = rng.choice((0, len(data), rng.randrange(1 << 20), (1 << 64) - 1))
     guest = rng.choice((0, rng.randrange(1 << 18), 1 << 63))
     with suppress(ImageError):
         found = explain_host(source, host, lambda _: None)
-        _require_printable(render_explain.host_txt(found, host, report))
+        _require_printable(render_explain.host_txt(found, host, None))
     with suppress(ImageError):
         way = explain_guest(source, guest, lambda _: None)
-        _require_printable(render_explain.guest_txt(way, guest, report))
+        _require_printable(render_explain.guest_txt(way, guest, None))
 
 
 def triage(data: bytes) -> None:

@@ -145,12 +145,13 @@ def test_stale_bitmaps_are_none() -> None:
 
 def test_what_all_of_them_take_to_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     image = with_bitmaps({1}, {2}, {3})
+    monkeypatch.setattr(dirty_module, "LEAST_READ_BYTES", 0)
     monkeypatch.setattr(dirty_module, "MAX_READ_BYTES", 2 * SIZE)
     found = states(image.source).bitmaps
     assert [state.dirty for state in found] == [512, 0, 0]
     assert "not counted" in str(found[1].errors[0])
-    monkeypatch.setattr(dirty_module, "MAX_READ_BYTES", 0)
-    assert [state.dirty for state in states(image.source).bitmaps] == [None, None, None]
+    monkeypatch.setattr(dirty_module, "LEAST_READ_BYTES", SIZE)
+    assert [state.dirty for state in states(image.source).bitmaps] == [512, None, None]
 
 
 @pytest.mark.parametrize("name", RULES)

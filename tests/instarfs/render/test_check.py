@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from instarfs.render import check as render
+from instarfs.render import findings as render_findings
 from instarfs.render.findings import findings_jsonl
 from planner import findings as findings_module
 from planner import mismatch as mismatch_module
 from planner.check import check_image
 from planner.counts import ClusterIndex
-from planner.findings import ACTIVE, KINDS, NONE, NOWHERE, Finding, FindingKind, Severity
+from planner.findings import (
+    ACTIVE,
+    KINDS,
+    NONE,
+    NOWHERE,
+    Finding,
+    FindingKind,
+    Severity,
+    Structure,
+    make_findings,
+)
 from planner.mismatch import Mismatches
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
@@ -65,8 +77,9 @@ def corruption(finding: Finding) -> list[str]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of few rows."""
+    """Batches of few rows, and patterns for every one of them."""
     monkeypatch.setattr(findings_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(render_findings, "FEW", 1)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -94,6 +107,25 @@ def test_an_unreadable_header_gives_empty_lists() -> None:
     assert report.error is not None
     assert rows_of(render.leaks_tsv(report)) == rows_of(render.corruptions_tsv(report)) == []
     assert list(findings_jsonl(report)) == []
+
+
+def test_findings_of_rare_shapes_stand_in_their_order() -> None:
+    report = check_bytes(bytes(RULES["leaks_in_runs"]().image.data))
+    kinds = [FindingKind.LEAK, FindingKind.L2_COPIED, FindingKind.PAST_END]
+    rng = np.random.default_rng(1)
+    rows = 200
+    found = make_findings(
+        kind=rng.choice(kinds, rows, p=[0.6, 0.39, 0.01]),
+        structure=Structure.L2_TABLE,
+        snapshot=rng.choice([ACTIVE, 0, 7], rows),
+        host_offset=rng.integers(0, 1 << 40, rows),
+        count=rng.integers(1, 3, rows),
+        l1_index=rng.choice([NONE, 3], rows),
+        found=rng.integers(0, 1 << 62, rows),
+    )
+    mixed = replace(report, findings=found, totals={})
+    written = b"".join(findings_jsonl(mixed)).decode().splitlines()
+    assert written == [json.dumps(render.finding_value(mixed, f)) for f in mixed.rows()]
 
 
 # ---- millions ----
