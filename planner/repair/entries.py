@@ -19,6 +19,9 @@ from planner.qcow2 import entries
 from planner.repair.scope import Scope
 from planner.source import read_bytes
 
+_OWNERS_WEIGHED = 64
+"""Owners of a cluster that are looked at; one with more is not written to."""
+
 _RESERVED = (FindingKind.L2_ENTRY_RESERVED, FindingKind.L1_ENTRY_RESERVED)
 
 
@@ -26,7 +29,9 @@ def correct_entries(scope: Scope) -> None:
     """Draft every entry that can be corrected; the others stay and stay named."""
     # Its cluster becomes free, which refcounts that must not be written could not say.
     if not scope.refcounts_are_shared:
-        for wrong in _writable(scope, FindingKind.ZERO_MISALIGNED):
+        zeros = scope.report.findings.of(FindingKind.ZERO_MISALIGNED)
+        free = ~scope.contested(zeros.host_offset >> scope.geometry.cluster_bits)
+        for wrong in zeros.select(free | _shared_with_zeros_alone(scope, zeros)).rows():
             _write(scope, wrong, _plain_zero(scope, wrong.host_offset))
     for wrong in _writable(scope, FindingKind.COMPRESSED_COPIED):
         _write(scope, wrong, struct.pack(">Q", wrong.expected))
@@ -45,6 +50,29 @@ def _writable(scope: Scope, kind: FindingKind, chosen: Mask | None = None) -> It
     wrong = scope.report.findings.of(kind)
     free = ~scope.contested(wrong.host_offset >> scope.geometry.cluster_bits)
     return wrong.select(free if chosen is None else free & chosen).rows()
+
+
+def _shared_with_zeros_alone(scope: Scope, zeros: Findings) -> Mask:
+    """Whether all owners but one of the cluster that an entry lies in are such entries themselves.
+
+    Those have nothing there, and their claim goes with this very repair. Where a table reaches past
+    the end of the file, not every owner is known.
+    """
+    if not len(zeros) or FindingKind.PAST_END in scope.report.counts():
+        return np.zeros(len(zeros), dtype=np.bool_)
+    columns = (zeros.snapshot.tolist(), zeros.l1_index.tolist(), zeros.l2_index.tolist())
+    known = frozenset(zip(*columns, strict=True))
+
+    def is_alone(cluster: int) -> bool:
+        owners = scope.report.owners.of(cluster, limit=_OWNERS_WEIGHED)
+        real = [
+            each for each in owners if (each.snapshot, each.l1_index, each.l2_index) not in known
+        ]
+        return len(owners) < _OWNERS_WEIGHED and len(real) == 1
+
+    clusters = zeros.host_offset >> scope.geometry.cluster_bits
+    alone = {cluster: is_alone(cluster) for cluster in np.unique(clusters).tolist()}
+    return np.array([alone[cluster] for cluster in clusters.tolist()], dtype=np.bool_)
 
 
 def _write(scope: Scope, wrong: Finding, after: bytes) -> None:

@@ -67,6 +67,20 @@ def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it():
     assert counts(settled(image)) == {}
 
 
+def test_an_entry_that_reads_as_zeros_is_mended_also_in_a_table_that_it_overlaps_itself():
+    image = plain()
+    image.set_word(image.l2_at(3), image.l2_table(0) - 512 | entries.ZERO | RESERVED)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+
+
+def test_an_entry_that_reads_as_zeros_stays_in_a_table_that_is_another_ones_data():
+    image = plain()
+    image.set_word(image.l2_at(3), image.l2_table(0) - 512 | entries.ZERO)
+    image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
+    assert counts(settled(image))[Kind.ZERO_MISALIGNED] == 1
+
+
 def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_lost():
     image = plain()
     misaligned_zero(image)
