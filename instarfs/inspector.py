@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -226,11 +227,18 @@ class Inspector:
         """What its undo file says of itself, or why that cannot be known; None where none is."""
         return last_repair(self._image)
 
-    def look(self, at: Callable[[FileSource, Callable[[], bool]], T]) -> Computed[T | ImageError]:
+    def look(
+        self, at: Callable[[FileSource, Callable[[], bool]], T], *, beside_check: bool = False
+    ) -> Computed[T | ImageError]:
         """What *at* sees in the image, or why it sees nothing; good for as long as its bytes are.
 
-        *at* is handed a function that turns true when it should stop.
+        *at* is handed a function that turns true when it should stop. *beside_check*: it is shown
+        with what a check found, and anew when there is another.
         """
+
+        def key() -> Hashable:
+            checkup = self.checkup.peek() if beside_check else None
+            return self._settled_generation(), checkup and weakref.ref(checkup)
 
         def compute(cancelled: Callable[[], bool]) -> T | ImageError:
             try:
@@ -238,7 +246,7 @@ class Inspector:
             except ImageError as error:
                 return error
 
-        return Computed(self._settled_generation, compute)
+        return Computed(key, compute)
 
     def cancel(self) -> None:
         """End whatever is being computed; those who wait for it get an error."""

@@ -279,7 +279,7 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
             offset = _number(name)
             if offset is None:
                 return None
-            value = inspector.look(partial(_look_at, explain, offset))
+            value = inspector.look(partial(_look_at, explain, offset), beside_check=True)
 
             def show(it: T | ImageError) -> bytes:
                 checkup = inspector.checkup.peek()
