@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Makes runs repeatable, in any locale."""
     # qemu-img prints sizes and dates by locale and time zone; the differential tests compare text.
     os.environ["LC_ALL"] = "C.UTF-8"
+    # mkfs.ext4 and losetup are not in everybody's path.
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
     # A slow machine is not a failure, and a failure must come back on the next run.
     hypothesis.settings.register_profile("instarfs", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("instarfs")

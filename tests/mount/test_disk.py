@@ -16,6 +16,7 @@ from instarfs.image import Image
 from planner.qcow2.entries import COMPRESSED
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import ENTRY_BYTES, read_snapshots
+from tests.block_devices import require_loop_devices
 from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run, settle
 
 CLUSTER = 1 << 16
@@ -113,6 +114,7 @@ def loop_mounted(disk: Path, directory: Path) -> Iterator[Path]:
 
 def test_a_filesystem_inside_can_be_mounted(mount: MakeMount, tmp_path: Path) -> None:
     """ext4, made in here, with its files compared by checksum."""
+    require_loop_devices()
     files, rng = tmp_path / "files", random.Random(7)
     (files / "deep/er").mkdir(parents=True)
     for number in range(40):
