@@ -19,7 +19,7 @@ MAX_TABLE_BYTES = 1 << 30
 
 
 MAX_SHARED_BYTES = 1 << 20
-"""So much of them lies over others: 2^17 entries are read again."""
+"""So much of them lies over others, and one more table: 2^17 entries are read again, and its."""
 
 
 def followed(start: I64, end: I64) -> Mask:
@@ -35,7 +35,7 @@ def followed(start: I64, end: I64) -> Mask:
     reach = np.maximum.accumulate(last)[:-1]
     shared = np.maximum(np.minimum(last[1:], reach) - first[1:], 0)
     # No sum passes 2^63: no sort of table has 2^27 of them, nor any of them 2^32 bytes.
-    chosen[order[1:]] &= (shared == 0) | (np.cumsum(shared) <= MAX_SHARED_BYTES)
+    chosen[order[1:]] &= (shared == 0) | (np.cumsum(shared) - shared < MAX_SHARED_BYTES)
     return chosen
 
 
