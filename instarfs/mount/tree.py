@@ -135,9 +135,11 @@ async def _snapshot_names(inspector: Inspector) -> list[str]:
 
 
 async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
-    if name not in await _snapshot_names(inspector):
+    await inspector.description.get()
+    index = _number(name)
+    # As it is listed, and no other way. There may be 65,536 of them, each of which is asked for.
+    if index is None or str(index) != name or index >= len(inspector.snapshots()):
         return None
-    index = int(name)
 
     def size(part: Part) -> int:
         return inspector.snapshot_size(Place(part, index))

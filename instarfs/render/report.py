@@ -29,6 +29,9 @@ from planner.triage import Triage
 LISTED_RANGES = 5
 """Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""
 
+LOOKED_AT_SNAPSHOTS = 64
+"""Of so many that findings are about it is told what they mean; each costs a look at them all."""
+
 LISTED_SNAPSHOTS = 10
 
 VERDICTS = {
@@ -172,11 +175,16 @@ def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
 def _snapshot_lines(report: Report) -> Iterator[str]:
     """What is known of snapshots on their own; what they share with the disk is told there."""
     told = 0
-    unreadable = report.findings.index[report.findings.structure == Structure.SNAPSHOT_TABLE]
+    of_table = report.findings.structure == Structure.SNAPSHOT_TABLE
+    # Extra data that an entry lacks harms nobody, and every one of 65,536 may lack it.
+    of_table &= report.findings.kind != FindingKind.SNAPSHOT_EXTRA_DATA
     touched = np.unique(
-        np.concatenate((report.findings.snapshot, report.owners.snapshot, unreadable))
+        np.concatenate(
+            (report.findings.snapshot, report.owners.snapshot, report.findings.index[of_table])
+        )
     )
-    for number in touched[(touched > ACTIVE) & (touched < len(report.snapshots))].tolist():
+    touched = touched[(touched > ACTIVE) & (touched < len(report.snapshots))]
+    for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
         impact = guest_impact(report, number)
         harms = [
             f"{ranges.size} bytes {_LABELS[harm]}"
@@ -190,6 +198,9 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
             return
         told += 1
         yield f"  {snapshot_name(report, number)}: {', '.join(harms)}"
+    more = len(touched) - LOOKED_AT_SNAPSHOTS
+    if more > 0:
+        yield f"  ... {more} more snapshots with findings: check/findings.jsonl"
 
 
 # ---- leaks and repairs ----

@@ -49,6 +49,13 @@ def test_a_bomb_costs_no_more_than_its_bytes(name, tmp_path, cases):
             run(TARGETS[target], data)
 
 
+@pytest.mark.parametrize("name", ["snapshots-that-are-only-claimed", "snapshots-of-nothing"])
+def test_a_bomb_can_be_shown_and_planned(name):
+    data = bytes(BOMBS[name]().data)
+    run(TARGETS["check"], data)
+    run(TARGETS["triage"], data)
+
+
 def assert_answered(report: Report) -> None:
     assert report.exit_code in (0, 1, 2, 3)
 
