@@ -33,7 +33,7 @@ PAGE = 4096
 STUCK_SECONDS = 90.0
 """So long no single read may take, on a machine that does a great deal beside."""
 
-GROWTH_BYTES = 64 << 20
+GROWTH_BYTES = 96 << 20
 GROWTH_DESCRIPTORS = 8
 
 _OWN_STATE = ("repair/", "README.txt")
