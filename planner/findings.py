@@ -456,6 +456,11 @@ class Findings:
         return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
 
 
+def join_findings(*parts: Findings) -> Findings:
+    """All rows of *parts*, in that order."""
+    return Findings(*(np.concatenate([getattr(p, name) for p in parts]) for name in _COLUMNS))
+
+
 def make_findings(**columns: object) -> Findings:
     """Rows in the order in which they are given; columns as for `FindingsBuilder.add`."""
     given = {name: np.asarray(value) for name, value in columns.items()}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 
 from planner.arrays import I64, Mask, distinct, expand_ranges
-from planner.findings import FindingKind, Findings, Structure
+from planner.findings import FindingKind, Findings, Structure, join_findings
 from planner.plan import StageKind
 from planner.qcow2 import entries
 from planner.repair.scope import Scope
@@ -20,13 +21,14 @@ COPIED_BYTE = 0x80
 
 def update_copied_flags_for_l1(scope: Scope, known: Findings | None = None) -> None:
     """Correct the flags that the report finds wrong; those of *known* are left as they are."""
-    for kind, flip in (
-        (FindingKind.L1_COPIED, _flip_l1_entries),
-        (FindingKind.L2_COPIED, _flip_l2_entries),
+    for kind, step, flip in (
+        (FindingKind.L1_COPIED, 8, _flip_l1_entries),
+        (FindingKind.L2_COPIED, scope.geometry.l2_entry_size, _flip_l2_entries),
     ):
         wrong = scope.report.findings.of(kind)
         if known is not None:
-            wrong = wrong.select(_is_new(wrong, known.of(kind)) & (wrong.expected == 1))
+            wrong = _without(wrong, known.of(kind), step)
+            wrong = wrong.select(wrong.expected == 1)
         cluster = wrong.host_offset >> scope.geometry.cluster_bits
         wrong = wrong.select(~scope.contested(cluster))
         if len(wrong):
@@ -50,13 +52,36 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
 def _wrong_entries(report: Report) -> I64:
     """File offsets of all entries with a wrong flag."""
     l1 = report.findings.of(FindingKind.L1_COPIED).host_offset
-    runs = report.findings.of(FindingKind.L2_COPIED)
-    step = report.geometry.l2_entry_size
-    if not len(runs):
-        return distinct(l1)
-    first = runs.host_offset // step
-    l2 = expand_ranges(first, first + runs.length // step - 1) * step
+    l2 = _entries_of(report.findings.of(FindingKind.L2_COPIED), report.geometry.l2_entry_size)
     return distinct(np.concatenate((l1, l2)))
+
+
+def _entries_of(runs: Findings, step: int) -> I64:
+    """File offsets of the entries of *runs*, each of *step* bytes, run by run."""
+    if not len(runs):
+        return np.zeros(0, dtype=np.int64)
+    first = runs.host_offset // step
+    return expand_ranges(first, first + runs.length // step - 1) * step
+
+
+def _without(wrong: Findings, known: Findings, step: int) -> Findings:
+    """The runs without the entries that were *known* to be wrong before.
+
+    A run may have grown around one: what is new of it is told entry by entry.
+    """
+    new = _is_new(wrong, known)
+    grown = wrong.select(~new)
+    if not len(grown):
+        return wrong
+    entry = _entries_of(grown, step)
+    each = grown.select(np.repeat(np.arange(len(grown)), grown.length // step))
+    each = replace(
+        each,
+        host_offset=entry,
+        length=np.full(len(entry), step),
+        l2_index=each.l2_index + (entry - each.host_offset) // step,
+    )
+    return join_findings(wrong.select(new), each.select(~np.isin(entry, _entries_of(known, step))))
 
 
 def _is_new(wrong: Findings, known: Findings) -> Mask:

@@ -296,6 +296,13 @@ def _draft_refcounts(scope: Scope, stay: I64) -> None:
 
 
 def _require_writable_header(report: Report) -> None:
+    header = report.layout.header if report.layout else None
+    if header and header.nb_snapshots and header.snapshots_offset < report.geometry.cluster_size:
+        raise AmbiguousCorruption(
+            "the snapshot table is said to lie in the header's cluster: that is not written to",
+            "copy the disk out with qemu-img convert",
+            FindingKind.CHECK_STOPPED.label,
+        )
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     if (contested == 0).any():
         raise AmbiguousCorruption(

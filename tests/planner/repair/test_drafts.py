@@ -126,6 +126,28 @@ def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written():
     assert counts(proposal)[Kind.LEAK] == 1
 
 
+def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_following():
+    """`leaks` leaves the flag of entry 1; those of 0 and 2 beside it follow their refcounts."""
+    image = plain()
+    for entry in (0, 1, 2):
+        image.set_word(image.l2_at(entry), image.host_offset(entry))
+    for entry in (0, 2):
+        image.set_refcount(image.host_offset(entry) // SIZE, 2)
+    proposal = settled(image, RepairTier.LEAKS)
+    assert counts(proposal) == {Kind.L2_COPIED: 1}
+    assert proposal.after.findings.of(Kind.L2_COPIED).l2_index.tolist() == [1]
+
+
+def test_a_snapshot_table_on_the_header_is_refused_with_that_reason():
+    image = plain()
+    image.change_header(nb_snapshots=16, snapshots_offset=0)
+    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    source = Bytes(bytes(image.data))
+    with pytest.raises(AmbiguousCorruption) as refused:
+        propose(source, check_image(source), RepairTier.ALL)
+    assert "snapshot table" in refused.value.reason
+
+
 def test_new_refcounts_go_behind_data_that_reaches_over_the_end():
     """No refcount can be looked up, and a misaligned cluster is cut by the end of the file."""
     image = plain()
