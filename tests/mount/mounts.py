@@ -54,6 +54,21 @@ def run(*command: str | Path, timeout: float = DEADLINE) -> str:
     return done.stdout
 
 
+def shell_as(user: int, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command as *user*, with that user's group alone."""
+    return subprocess.run(
+        ["sh", "-c", command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd="/",
+        user=user,
+        group=user,
+        extra_groups=[],
+        timeout=DEADLINE,
+    )
+
+
 def until(condition: Callable[[], object], what: str) -> None:
     """Poll until *condition* holds."""
     deadline = time.monotonic() + DEADLINE

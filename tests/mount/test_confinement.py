@@ -21,6 +21,7 @@ from tests.mount.mounts import (
     mounted,
     mounted_type,
     settle,
+    shell_as,
     until,
 )
 
@@ -78,18 +79,7 @@ def attempts(mount: Mount) -> dict[str, str]:
 
 def as_owner(mount: Mount, command: str) -> subprocess.CompletedProcess[str]:
     """Run a shell command as the user that the mount belongs to; nobody else may look."""
-    owner = mount.image.stat().st_uid
-    return subprocess.run(
-        ["sh", "-c", command],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd="/",
-        user=owner,
-        group=owner,
-        extra_groups=[],
-        timeout=20,
-    )
+    return shell_as(mount.image.stat().st_uid, command)
 
 
 def test_from_inside_there_is_nothing_to_be_had(confined: Mount) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import INSTARFS, Mount, leak, make_image, mounted
+from tests.mount.mounts import INSTARFS, Mount, leak, make_image, mounted, shell_as
 
 STRANGER = 65534
 
@@ -53,17 +53,7 @@ def private(image: Path, folder: Path) -> Iterator[Mount]:
 
 def stranger(command: str) -> subprocess.CompletedProcess[str]:
     """Run a shell command as a user who has nothing to do with the mount."""
-    return subprocess.run(
-        ["sh", "-c", command],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd="/",
-        user=STRANGER,
-        group=STRANGER,
-        extra_groups=[],
-        timeout=20,
-    )
+    return shell_as(STRANGER, command)
 
 
 CONTROLS = ("tier", "undo", "trim")
