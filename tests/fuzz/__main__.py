@@ -17,11 +17,11 @@ from tests.fuzz.targets import FILE_BYTES, TARGETS, Target
 
 KEPT = Path(".fuzz")
 
-A_PROCESS = 30
-"""Seconds that one process fuzzes: libFuzzer's mutations leak some 200 KiB each."""
+A_PROCESS = 20
+"""Seconds that one process fuzzes: libFuzzer and atheris leak, up to 3 MiB an input."""
 
 # Of the whole process, and by libFuzzer's coarse clock: the bounds proper are kept by `bounds`.
-_FLAGS = ["-timeout=20", "-rss_limit_mb=4096", "-print_final_stats=1", f"-max_len={FILE_BYTES}"]
+_FLAGS = ["-timeout=20", "-rss_limit_mb=8192", "-print_final_stats=1", f"-max_len={FILE_BYTES}"]
 
 
 def main() -> int:
