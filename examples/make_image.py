@@ -13,7 +13,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -463,7 +463,7 @@ class Image:
         return len(self.data) // self.cluster_size
 
     @property
-    def snapshots(self) -> tuple[Snapshot, ...]:
+    def snapshots(self) -> Sequence[Snapshot]:
         return read_snapshots(self.source, self.header, self.geometry).snapshots
 
     @property

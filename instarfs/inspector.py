@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -193,7 +193,7 @@ class Inspector:
             self._size = generation, size if size <= SIGNED_MAX else 0
         return self._size[1]
 
-    def snapshots(self) -> tuple[Snapshot, ...]:
+    def snapshots(self) -> Sequence[Snapshot]:
         """Those that the image had when it was last described. Computes nothing."""
         contents = self._described.contents if self._described else None
         return contents.snapshots if isinstance(contents, Contents) else ()

@@ -22,7 +22,7 @@ from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import read_refcount_in_block
-from planner.qcow2.snapshots import Snapshot
+from planner.qcow2.snapshots import Snapshots
 from planner.source import READABLE_END, Source, read_bytes
 from planner.survey import Survey, take_survey
 
@@ -66,7 +66,7 @@ class HostCluster:
     references: int
     is_all: bool
     contested: int
-    snapshots: tuple[Snapshot, ...]
+    snapshots: Snapshots
     l1_tables: dict[int, int]
     l2_tables: dict[tuple[int, int], int]
     stopped: tuple[ImageError, ...]
@@ -234,10 +234,8 @@ def _clusters(
         )
     )
     active_l1 = {ACTIVE: layout.header.l1_table_offset}
-    l1_tables = active_l1 | {
-        number: snapshot.l1_table_offset
-        for number, snapshot in enumerate(survey.snapshots.snapshots)
-    }
+    of_snapshots = survey.snapshots.snapshots.fields()["l1_table_offset"].tolist()
+    l1_tables = active_l1 | dict(enumerate(of_snapshots))
     found = []
     for number in numbers:
         low, high = np.searchsorted(owners.cluster, [number, number + 1])

@@ -112,12 +112,12 @@ def read_gaps(source: Source, report: Report) -> Gaps:
     if header is not None:
         needed = min(header.l1_size, geometry.l1_entries_needed)
         tables.append((ACTIVE, header.l1_table_offset, needed))
+    fields = report.snapshots.fields()
+    columns = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
     tables += [
-        (number, snapshot.l1_table_offset, snapshot.l1_size)
-        for number, snapshot in enumerate(report.snapshots)
-        if snapshot.l1_table_offset % geometry.cluster_size == 0
-        and snapshot.l1_size * 8 <= MAX_L1_BYTES
-        and snapshot.l1_table_offset < source.size
+        (number, offset, size)
+        for number, (offset, size) in enumerate(zip(*columns, strict=True))
+        if offset % geometry.cluster_size == 0 and size * 8 <= MAX_L1_BYTES and offset < source.size
     ]
     kept = followed_tables(tables, source.size)
     tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]

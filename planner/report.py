@@ -22,7 +22,7 @@ from planner.findings import (
 from planner.mismatch import Mismatches
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.qcow2.snapshots import Snapshot
+from planner.qcow2.snapshots import Snapshots
 from planner.regions import Regions, no_regions
 
 
@@ -60,7 +60,7 @@ class Report:
     totals: dict[FindingKind, int] = field(default_factory=dict)
     owners: Owners = field(default_factory=no_owners)
     regions: Regions = field(default_factory=no_regions)
-    snapshots: tuple[Snapshot, ...] = ()
+    snapshots: Snapshots = field(default_factory=Snapshots)
     stopped: tuple[ImageError, ...] = ()
     needs_rebuild: bool = False
     hidden: tuple[FindingKind, ...] = ()

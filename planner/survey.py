@@ -8,6 +8,7 @@ only what it leads to.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,13 @@ from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.luks import SECTOR, read_luks
-from planner.qcow2.snapshots import REQUIRED_EXTRA_DATA, Snapshot, SnapshotTable, read_snapshots
+from planner.qcow2.snapshots import (
+    REQUIRED_EXTRA_DATA,
+    Snapshot,
+    Snapshots,
+    SnapshotTable,
+    read_snapshots,
+)
 from planner.regions import Regions, RegionsBuilder, join_regions, make_regions
 from planner.source import READABLE_END, Source, nonzero_words, present_tables
 from planner.stored import Reftable, StoredRefcounts
@@ -110,14 +117,13 @@ class _Surveyor:
         except ImageError as error:
             self._stop(error, structure=Structure.SNAPSHOT_TABLE)
             return SnapshotTable()
-        extra = np.array([len(snapshot.extra_data) for snapshot in table.snapshots], dtype=np.int64)
+        extra = table.snapshots.fields()["extra_data_size"].astype(np.int64)
         lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
         if self._geometry.version >= 3 and len(lacking):
-            offset = np.array([snapshot.offset for snapshot in table.snapshots])
             self._findings.add(
                 FindingKind.SNAPSHOT_EXTRA_DATA,
                 structure=Structure.SNAPSHOT_TABLE,
-                host_offset=offset[lacking],
+                host_offset=table.snapshots.offset[lacking],
                 length=40,
                 index=lacking,
                 found=extra[lacking],
@@ -138,11 +144,10 @@ class _Surveyor:
     ) -> tuple[L1Entries, L2Tables, I64]:
         """L1 entries, their L2 tables, and the positions of those of these that are to be read."""
         header = self._layout.header
-        l1_tables = [(ACTIVE, header.l1_table_offset, header.l1_size)]
-        for number, snapshot in enumerate(snapshots.snapshots):
-            if self._l1_is_readable(number, snapshot):
-                l1_tables.append((number, snapshot.l1_table_offset, snapshot.l1_size))
-        l1_tables = self._without_aliases(l1_tables, snapshots)
+        active = (ACTIVE, header.l1_table_offset, header.l1_size)
+        l1_tables = self._without_aliases(
+            [active, *self._readable_l1(snapshots.snapshots)], snapshots
+        )
         for number, offset, size in l1_tables:
             self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
         l1 = read_l1_tables(self._source, l1_tables)
@@ -169,7 +174,7 @@ class _Surveyor:
             self._stop(
                 ImageError(f"l1_table_offset of snapshot {number}", offset, problem),
                 structure=Structure.SNAPSHOT_TABLE,
-                host_offset=snapshots.snapshots[number].offset,
+                host_offset=int(snapshots.snapshots.offset[number]),
                 length=40,
                 index=number,
             )
@@ -185,7 +190,20 @@ class _Surveyor:
             self._stop(ImageError("L2 table offset", first, problem), structure=Structure.L2_TABLE)
         return kept
 
-    def _l1_is_readable(self, number: int, snapshot: Snapshot) -> bool:
+    def _readable_l1(self, snapshots: Snapshots) -> Iterator[tuple[int, int, int]]:
+        """The L1 tables (snapshot, offset, entries) of the snapshots that have one to be read."""
+        fields, cluster_size = snapshots.fields(), self._geometry.cluster_size
+        offsets, sizes = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
+        for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            is_too_large = size > MAX_L1_BYTES // 8
+            is_past_end = size and offset + size * 8 > READABLE_END
+            if not (offset % cluster_size or is_too_large or is_past_end):
+                yield number, offset, size
+            else:
+                self._refuse_l1(number, snapshots[number])
+
+    def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
+        """Why the L1 table of a snapshot is not read."""
         offset, size = snapshot.l1_table_offset, snapshot.l1_size
         where = {
             "structure": Structure.SNAPSHOT_TABLE,
@@ -195,19 +213,15 @@ class _Surveyor:
         }
         if offset % self._geometry.cluster_size:
             self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
-            return False
-        if size > MAX_L1_BYTES // 8:
+        elif size > MAX_L1_BYTES // 8:
             self._findings.add(
                 FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
             )
-            return False
-        if size and offset + size * 8 > READABLE_END:
+        else:
             problem = "past the end of any file"
             self._stop(
                 ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
             )
-            return False
-        return True
 
     def _judge_l1(self, l1: L1Entries) -> None:
         geometry = self._geometry

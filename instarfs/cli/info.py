@@ -37,6 +37,7 @@ def command(output: str, path: str, *, force_share: bool) -> None:
             raise click.ClickException(f"{path}: {error}") from error
         facts = ImageFacts(path, source.size, image.allocated_size())
     render = info_json if output == "json" else info_human
-    click.echo(render(contents, facts), nl=False)
+    for part in render(contents, facts):
+        click.echo(part, nl=False)
     if contents.errors:
         raise click.ClickException(f"{path}: {contents.errors[0][1]}")

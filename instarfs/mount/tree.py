@@ -164,7 +164,7 @@ async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
 
 
 def _image_files(inspector: Inspector) -> list[_Entry]:
-    def info(description: Description) -> bytes:
+    def info(description: Description) -> bytes | Iterator[bytes]:
         known = render_info.ImageFacts(
             inspector.path, description.file_size, description.allocated_size
         )

@@ -18,8 +18,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntFlag
+from itertools import islice
 
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import decode_name, json_bytes, json_parts, printable
 from planner.chain import full_name
 from planner.errors import ImageError
 from planner.qcow2 import bitmaps, extensions
@@ -44,6 +45,8 @@ Json = dict[str, object]
 
 NSEC = 10**9
 
+LINES_A_PART = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
@@ -58,11 +61,14 @@ class ImageFacts:
 
 
 def info(contents: Contents, facts: ImageFacts) -> Json:
-    """The value of `qemu-img info --output=json`, and ``errors`` where a part was not readable."""
+    """The value of `qemu-img info --output=json`, and ``errors`` where a part was not readable.
+
+    Its snapshots are an iterator: there may be 65,536.
+    """
     layout = contents.layout
     return {
         **_backing(layout, facts),
-        **({"snapshots": [_snapshot(s) for s in contents.snapshots]} if contents.snapshots else {}),
+        **({"snapshots": map(_snapshot, contents.snapshots)} if contents.snapshots else {}),
         "virtual-size": _virtual_size(layout),
         "filename": facts.filename,
         "cluster-size": layout.geometry.cluster_size,
@@ -178,18 +184,18 @@ def _key_slot(slot: KeySlot) -> Json:
     }
 
 
-def info_json(contents: Contents, facts: ImageFacts) -> bytes:
-    """`info` as JSON."""
-    return json_bytes(info(contents, facts))
+def info_json(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
+    """`info` as JSON, in parts."""
+    return json_parts(info(contents, facts))
 
 
-def mounted_info_json(contents: Contents, facts: ImageFacts) -> bytes:
+def mounted_info_json(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
     """`info` as JSON in a mount: where disk.raw cannot be read, it says so under that name."""
     method = contents.layout.header.crypt_method
     if not method:
         return info_json(contents, facts)
     sentence = f"encrypted ({CRYPT_NAMES[method]}): no key is asked for, and reads are refused"
-    return json_bytes({**info(contents, facts), "disk.raw": sentence})
+    return json_parts({**info(contents, facts), "disk.raw": sentence})
 
 
 def info_error_json(error: ImageError, facts: ImageFacts) -> bytes:
@@ -238,9 +244,11 @@ def _error(error: ImageError) -> Json:
 # ---- qemu-img info, for a reader ----
 
 
-def info_human(contents: Contents, facts: ImageFacts) -> bytes:
-    """The text of `qemu-img info`; unreadable parts are listed at its end."""
-    return ("\n".join(_human_lines(contents, facts)) + "\n").encode()
+def info_human(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
+    """The text of `qemu-img info`, in parts; what could not be read is listed at its end."""
+    lines = _human_lines(contents, facts)
+    while part := list(islice(lines, LINES_A_PART)):
+        yield ("\n".join(part) + "\n").encode()
 
 
 def _human_lines(contents: Contents, facts: ImageFacts) -> Iterator[str]:

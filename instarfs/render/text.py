@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 SHORT = 60
 """Characters of a name that stands in a sentence. In an image it may have 65535 bytes."""
@@ -38,3 +39,36 @@ def _escaped(character: str) -> str:
 def json_bytes(value: Mapping[str, object]) -> bytes:
     """*value* as ASCII JSON, indented as by QEMU, one newline at the end."""
     return (json.dumps(value, indent=4) + "\n").encode("ascii")
+
+
+OBJECTS_A_PART = 1000
+
+# Encodes an object as a line each of its values, eight spaces from the edge. Indentation proper is
+# done by json in Python, and takes ten times as long.
+_ENCODE = json.JSONEncoder(separators=(",\n            ", ": ")).encode
+
+
+def json_parts(value: Mapping[str, object]) -> Iterator[bytes]:
+    """As `json_bytes`, in parts, of a *value* that is not empty.
+
+    What is an iterator in it becomes a list of objects, of which there may be very many. They hold
+    no other objects or lists.
+    """
+    opening = "{"
+    for key, item in value.items():
+        yield f"{opening}\n    {json.dumps(key)}: ".encode("ascii")
+        if isinstance(item, Iterator):
+            yield from _list_parts(item)
+        else:
+            yield json.dumps(item, indent=4).replace("\n", "\n    ").encode("ascii")
+        opening = ","
+    yield b"\n}\n"
+
+
+def _list_parts(objects: Iterator[Mapping[str, object]]) -> Iterator[bytes]:
+    opening = "["
+    while part := list(islice(objects, OBJECTS_A_PART)):
+        lines = [f"\n        {{\n            {_ENCODE(each)[1:-1]}\n        }}" for each in part]
+        yield (opening + ",".join(lines)).encode("ascii")
+        opening = ","
+    yield b"[]" if opening == "[" else b"\n    ]"

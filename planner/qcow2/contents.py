@@ -7,7 +7,7 @@ of them is kept beside the others.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from planner.errors import ImageError
@@ -15,7 +15,7 @@ from planner.qcow2.bitmaps import Bitmap, read_bitmaps
 from planner.qcow2.header import MAGIC, V3_LENGTH, Header, decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import LuksHeader, read_luks
-from planner.qcow2.snapshots import Snapshot, read_snapshots
+from planner.qcow2.snapshots import Snapshots, read_snapshots
 from planner.source import Source, read_bytes
 
 _Part = TypeVar("_Part")
@@ -26,7 +26,7 @@ class Contents:
     """The layout and the parts that could be read; ``errors``: why not, for each of the others."""
 
     layout: Layout
-    snapshots: tuple[Snapshot, ...] = ()
+    snapshots: Snapshots = field(default_factory=Snapshots)
     bitmaps: tuple[Bitmap, ...] = ()
     luks: LuksHeader | None = None
     errors: tuple[tuple[str, ImageError], ...] = ()
@@ -52,7 +52,8 @@ class Contents:
         luks: LuksHeader | None = None
         if crypto := layout.extensions.crypto:
             luks = attempt("encrypt", lambda: read_luks(source, crypto))
-        return cls(layout, table.snapshots if table else (), bitmaps or (), luks, tuple(errors))
+        snapshots = table.snapshots if table else Snapshots()
+        return cls(layout, snapshots, bitmaps or (), luks, tuple(errors))
 
 
 def bare_header(source: Source) -> Header | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from types import SimpleNamespace
 
+import numpy as np
 from construct import Struct
 
 
@@ -15,10 +16,16 @@ class Fixed:
     """Parses the fields of *declared*, a Struct of integers that are all named and big-endian."""
 
     def __init__(self, declared: Struct) -> None:
-        self._names = tuple(field.name for field in declared.subcons)
-        self._layout = struct.Struct(">" + "".join(field.fmtstr[1] for field in declared.subcons))
+        fields = declared.subcons
+        self._names = tuple(field.name for field in fields)
+        self._layout = struct.Struct(">" + "".join(field.fmtstr[1] for field in fields))
+        self.dtype = np.dtype([(field.name, f">u{field.sizeof()}") for field in fields])
+        """As the fields of a structured array."""
 
     def parse(self, raw: bytes, offset: int = 0) -> SimpleNamespace:
         """The fields of the structure at *offset* in *raw*, all of which must be there."""
-        values = self._layout.unpack_from(raw, offset)
-        return SimpleNamespace(**dict(zip(self._names, values, strict=True)))
+        return SimpleNamespace(**dict(zip(self._names, self.values(raw, offset), strict=True)))
+
+    def values(self, raw: bytes, offset: int = 0) -> tuple[int, ...]:
+        """The same, without their names, in the order in which they are declared."""
+        return self._layout.unpack_from(raw, offset)

@@ -1,14 +1,23 @@
-"""The snapshot table: reading it, entry by entry, and its encoding.
+"""The snapshot table: reading it, whole or entry by entry, and its encoding.
+
+There may be 65,536 entries: what is held of a table are its bytes, and a `Snapshot` is made of one
+when somebody asks for it.
 
 Source: docs/interop/qcow2.txt, "Snapshots"; qcow2_do_read_snapshots for what QEMU refuses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
 
+import numpy as np
+import numpy.typing as npt
 from construct import Int16ub, Int32ub, Int64ub, Struct
 
+from planner.arrays import I64
 from planner.errors import ImageError
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import Geometry
@@ -37,6 +46,11 @@ ENTRY = Struct(
 )
 ENTRY_BYTES = ENTRY.sizeof()
 _FIXED = Fixed(ENTRY)
+_SIZES = struct.Struct(">12xHH20xI")
+"""Of an entry's fixed part what says how long it is: id_str_size, name_size, extra_data_size."""
+
+READ_BYTES = 64 << 10
+"""So much of a table is read at a time, or an entry that is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +93,60 @@ class Snapshot:
         return None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshots(Sequence[Snapshot]):
+    """The entries of a snapshot table, in its order.
+
+    ``raw``: their bytes, one after the other, without what pads them and what was cut. ``start``:
+    where each begins in there, int64. ``offset``: where it stands in the file, int64.
+    """
+
+    raw: bytes = b""
+    start: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    offset: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @overload
+    def __getitem__(self, at: int) -> Snapshot: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Snapshot, ...]: ...
+
+    def __getitem__(self, at: int | slice) -> Snapshot | tuple[Snapshot, ...]:
+        if isinstance(at, slice):
+            return tuple(map(self.__getitem__, range(*at.indices(len(self)))))
+        at = range(len(self))[at]
+        return _decode(self.raw, int(self.start[at]), int(self.offset[at]))
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        for start, offset in zip(self.start.tolist(), self.offset.tolist(), strict=True):
+            yield _decode(self.raw, start, offset)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshots):
+            return NotImplemented
+        return self.raw == other.raw and np.array_equal(self.offset, other.offset)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def fields(self) -> npt.NDArray[np.void]:
+        """The fixed part of each entry: a structured array with the fields of `ENTRY`."""
+        if not len(self):
+            return np.zeros(0, dtype=_FIXED.dtype)
+        raw = np.frombuffer(self.raw, dtype=np.uint8)
+        rows = np.lib.stride_tricks.sliding_window_view(raw, ENTRY_BYTES)[self.start]
+        return rows.view(_FIXED.dtype).reshape(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotTable:
     """All snapshots, and the length in bytes of the table that lists them."""
 
     offset: int = 0
     length: int = 0
-    snapshots: tuple[Snapshot, ...] = ()
+    snapshots: Snapshots = field(default_factory=Snapshots)
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
@@ -113,40 +174,76 @@ def decode_snapshot(source: Source, offset: int, *, may_cut: bool = False) -> Sn
     Raises `ImageError` where its extra data is over the limit; with *may_cut* what is known of it
     is kept.
     """
-    raw = read_bytes(source, offset, ENTRY_BYTES) if offset < source.size else b""
-    if not any(raw):  # Past the end or in a hole, where a header can claim very many.
-        return _of_nothing(offset)
-    fixed = _FIXED.parse(raw)
-    extra = fixed.extra_data_size
-    if extra > MAX_EXTRA_DATA and not may_cut:
-        raise ImageError(
-            "extra_data_size",
-            fixed.extra_data_size,
-            f"the snapshot table entry at {offset} may have at most {MAX_EXTRA_DATA} bytes",
-        )
-    kept = extra if extra <= MAX_EXTRA_DATA else KNOWN_EXTRA_DATA
-    names_at = offset + ENTRY_BYTES + extra
-    if names_at > READABLE_END:
-        raise ImageError("extra_data_size", extra, "past the end of any file")
-    names = read_bytes(source, names_at, fixed.id_str_size + fixed.name_size)
+    raw, _ = _Reader(source, may_cut=may_cut).entry(offset, left=1)
+    return _decode(raw, 0, offset)
+
+
+def _decode(raw: bytes, start: int, offset: int) -> Snapshot:
+    """The entry that begins at *start* in *raw*, its extra data cut if it is too long."""
+    (
+        l1_table_offset, l1_size, id_str_size, name_size,
+        date_sec, date_nsec, vm_clock_nsec, vm_state_size, extra_data_size,
+    ) = _FIXED.values(raw, start)  # fmt: skip
+    extra = _kept(extra_data_size)
+    id_at = start + ENTRY_BYTES + extra
+    name_at = id_at + id_str_size
     return Snapshot(
-        offset=offset,
-        l1_table_offset=fixed.l1_table_offset,
-        l1_size=fixed.l1_size,
-        date_sec=fixed.date_sec,
-        date_nsec=fixed.date_nsec,
-        vm_clock_nsec=fixed.vm_clock_nsec,
-        vm_state_size_32=fixed.vm_state_size,
-        extra_data=read_bytes(source, offset + ENTRY_BYTES, kept),
-        id_str=names[: fixed.id_str_size],
-        name=names[fixed.id_str_size :],
-        cut=extra - kept,
+        offset,
+        l1_table_offset,
+        l1_size,
+        date_sec,
+        date_nsec,
+        vm_clock_nsec,
+        vm_state_size,
+        raw[start + ENTRY_BYTES : id_at],
+        raw[id_at:name_at],
+        raw[name_at : name_at + name_size],
+        extra_data_size - extra,
     )
 
 
-def _of_nothing(offset: int) -> Snapshot:
-    """An entry that is all zeros."""
-    return Snapshot(offset, 0, 0, 0, 0, 0, 0, b"", b"", b"")
+def _kept(extra_data_size: int) -> int:
+    """How many bytes of extra data are kept."""
+    return extra_data_size if extra_data_size <= MAX_EXTRA_DATA else KNOWN_EXTRA_DATA
+
+
+class _Reader:
+    """Reads entries that stand one after the other, ahead, and never what is behind the last one.
+
+    What lies there may not be readable, and is no part of the table.
+    """
+
+    def __init__(self, source: Source, *, may_cut: bool) -> None:
+        self._source, self._may_cut = source, may_cut
+        self._ahead, self._start = b"", 0
+
+    def entry(self, offset: int, left: int) -> tuple[bytes, int]:
+        """The bytes of the entry at *offset*, too much extra data cut, and where it ends.
+
+        *left*: so many entries, this one included, are still to come. Raises `ImageError`.
+        """
+        if offset >= self._source.size:  # where a header can claim very many
+            return bytes(ENTRY_BYTES), offset + ENTRY_BYTES
+        at = offset - self._start
+        if at + ENTRY_BYTES > len(self._ahead):
+            self._ahead = read_bytes(self._source, offset, min(left * ENTRY_BYTES, READ_BYTES))
+            self._start, at = offset, 0
+        id_size, name_size, extra = _SIZES.unpack_from(self._ahead, at)
+        if extra > MAX_EXTRA_DATA and not self._may_cut:
+            raise ImageError(
+                "extra_data_size",
+                extra,
+                f"the snapshot table entry at {offset} may have at most {MAX_EXTRA_DATA} bytes",
+            )
+        names_at = offset + ENTRY_BYTES + extra
+        if names_at > READABLE_END:
+            raise ImageError("extra_data_size", extra, "past the end of any file")
+        end = names_at + id_size + name_size
+        if end - self._start <= len(self._ahead) and extra <= MAX_EXTRA_DATA:
+            return self._ahead[at : end - self._start], end
+        raw = self._ahead[at : at + ENTRY_BYTES]
+        raw += read_bytes(self._source, offset + ENTRY_BYTES, _kept(extra))
+        return raw + read_bytes(self._source, names_at, end - names_at), end
 
 
 def read_snapshots(
@@ -161,25 +258,20 @@ def read_snapshots(
         raise ImageError("nb_snapshots", count, f"at most {MAX_SNAPSHOTS} are allowed")
     if offset % geometry.cluster_size or offset + count * ENTRY_BYTES > SIGNED_MAX:
         raise ImageError("snapshots_offset", offset, "not cluster aligned, or too large")
-    if not count:
-        return SnapshotTable(offset)
-    snapshots: list[Snapshot] = []
-    position = offset
-    while len(snapshots) < count:
-        position = (position + 7) & ~7
-        there = position < source.size
-        missing = 1 if there else count - len(snapshots)
-        if position > READABLE_END - missing * ENTRY_BYTES:
+    reader = _Reader(source, may_cut=may_cut)
+    raw = bytearray()
+    starts: list[int] = []
+    offsets: list[int] = []
+    end = offset
+    for left in range(count, 0, -1):
+        position = (end + 7) & ~7
+        if position > READABLE_END - ENTRY_BYTES:
             raise ImageError("snapshots_offset", offset, "past the end of any file")
-        if there:
-            snapshot = decode_snapshot(source, position, may_cut=may_cut)
-            snapshots.append(snapshot)
-            position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
-            position += len(snapshot.id_str) + len(snapshot.name)
-        else:
-            end = position + missing * ENTRY_BYTES
-            snapshots += map(_of_nothing, range(position, end, ENTRY_BYTES))
-            position = end
-        if position - offset > MAX_TABLE_BYTES:
-            raise ImageError("snapshot table", position - offset, "over 64 MiB")
-    return SnapshotTable(offset, position - offset, tuple(snapshots))
+        starts.append(len(raw))
+        offsets.append(position)
+        entry, end = reader.entry(position, left)
+        raw += entry
+        if end - offset > MAX_TABLE_BYTES:
+            raise ImageError("snapshot table", end - offset, "over 64 MiB")
+    columns = (np.array(each, dtype=np.int64) for each in (starts, offsets))
+    return SnapshotTable(offset, end - offset, Snapshots(bytes(raw), *columns))

@@ -16,7 +16,7 @@ from planner.plan import Plan, Stage
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
-from planner.qcow2.snapshots import read_snapshots
+from planner.qcow2.snapshots import Snapshots, read_snapshots
 from planner.regions import Regions, join_regions
 from planner.report import Report
 from planner.source import SECTOR, Overlay, Source
@@ -97,22 +97,27 @@ def _require_same_header(source: Source, plan: Plan) -> None:
 
 def _require_same_snapshots(source: Source, plan: Plan) -> None:
     was, would_be = (_snapshots(image) for image in (source, Overlay(source, plan)))
-    if was != would_be:
+    if was != would_be and _told(was) != _told(would_be):
         raise _Unproven("the list of snapshots would change")
 
 
-def _snapshots(source: Source) -> list[tuple[object, ...]] | str:
-    """What the snapshot table says of each snapshot, but for its extra data."""
+def _snapshots(source: Source) -> Snapshots | ImageError:
     header = read_header(source)
     if not header.nb_snapshots:
-        return []
+        return Snapshots()
     try:
-        table = read_snapshots(source, header, header.geometry, may_cut=True)
+        return read_snapshots(source, header, header.geometry, may_cut=True).snapshots
     except ImageError as error:
-        return str(error)
+        return error
+
+
+def _told(snapshots: Snapshots | ImageError) -> list[tuple[object, ...]] | str:
+    """What the snapshot table says of each snapshot, but for its extra data."""
+    if isinstance(snapshots, ImageError):
+        return str(snapshots)
     return [
         (s.l1_table_offset, s.l1_size, s.id_str, s.name, s.date_sec, s.date_nsec, s.vm_state_size)
-        for s in table.snapshots
+        for s in snapshots
     ]
 
 

@@ -95,8 +95,8 @@ def header(data: bytes) -> None:
         return
     json.loads(render_info.header_json(layout))
     contents = Contents.read(source)
-    json.loads(render_info.info_json(contents, facts))
-    _require_printable(render_info.info_human(contents, facts))
+    json.loads(b"".join(render_info.info_json(contents, facts)))
+    _require_printable(b"".join(render_info.info_human(contents, facts)))
 
 
 def snapshots(data: bytes) -> None:

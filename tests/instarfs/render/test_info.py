@@ -28,13 +28,13 @@ FACTS = ImageFacts("dir/some.qcow2", 1 << 20, 4096)
 
 
 def _info(image: Image) -> dict[str, Any]:
-    value = json.loads(info_json(Contents.read(image.source), FACTS))
+    value = json.loads(b"".join(info_json(Contents.read(image.source), FACTS)))
     assert isinstance(value, dict)
     return value
 
 
 def _human(image: Image) -> list[str]:
-    return info_human(Contents.read(image.source), FACTS).decode().splitlines()
+    return b"".join(info_human(Contents.read(image.source), FACTS)).decode().splitlines()
 
 
 def _header(image: Image) -> dict[str, Any]:

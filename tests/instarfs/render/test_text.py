@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instarfs.render.text import SHORT, decode_name, json_bytes, printable, short_name
+from instarfs.render.text import (
+    OBJECTS_A_PART,
+    SHORT,
+    decode_name,
+    json_bytes,
+    json_parts,
+    printable,
+    short_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +40,20 @@ def test_printable(raw: bytes, shown: str) -> None:
 def test_a_name_survives_json(raw: bytes) -> None:
     text = json.loads(json_bytes({"name": decode_name(raw)}))["name"]
     assert text.encode(errors="surrogateescape") == raw
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none(), min_size=1)))
+def test_parts_are_the_same_json(objects: list[dict[str, object]]) -> None:
+    value = {"first": {"a": [1, {"b": "\n"}], "c": []}, "list": objects, "last": None}
+    parts = json_parts({**value, "list": iter(objects)})
+    assert b"".join(parts) == json_bytes(value)
+
+
+def test_a_long_list_comes_in_many_parts() -> None:
+    objects = [{"a": n, "b": "x"} for n in range(4 * OBJECTS_A_PART)]
+    parts = list(json_parts({"list": iter(objects)}))
+    assert b"".join(parts) == json_bytes({"list": objects})
+    assert max(map(len, parts)) < len(json_bytes({"list": objects})) / 2
 
 
 @given(st.binary())

@@ -1,5 +1,7 @@
 """The snapshot table: entries there and back, their accessors, and where reading must stop."""
 
+import random
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from planner.qcow2 import snapshots as snapshots_module
 from planner.qcow2.snapshots import (
     ENTRY_BYTES,
     MAX_SNAPSHOTS,
+    MAX_TABLE_BYTES,
     Snapshot,
     SnapshotTable,
     decode_snapshot,
@@ -107,7 +110,7 @@ def test_length_of_the_table_leaves_out_the_last_padding():
 
 def test_no_snapshots_is_an_empty_table():
     table = table_of(image_with())
-    assert (table.length, table.snapshots) == (0, ())
+    assert (table.length, len(table.snapshots)) == (0, 0)
 
 
 def test_entries_past_the_end_of_the_file_are_snapshots_of_nothing():
@@ -179,3 +182,113 @@ def test_extra_data_over_the_limit_is_cut_where_it_may_be():
     source = Bytes(encode_snapshot(long))
     found = decode_snapshot(source, 0, may_cut=True)
     assert found == replace(long, extra_data=bytes(range(24)), cut=1176)
+
+
+# ---- the table as a whole, against its entries one by one ----
+
+
+def one_by_one(source, header, geometry, *, may_cut):
+    """What `read_snapshots` must find, an entry at a time, each read on its own."""
+    found, position = [], header.snapshots_offset
+    for _ in range(header.nb_snapshots):
+        position = (position + 7) & ~7
+        snapshot = decode_snapshot(source, position, may_cut=may_cut)
+        found.append(snapshot)
+        position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
+        position += len(snapshot.id_str) + len(snapshot.name)
+        if position - header.snapshots_offset > MAX_TABLE_BYTES:
+            raise ImageError("snapshot table", position - header.snapshots_offset, "over 64 MiB")
+    return position - header.snapshots_offset, found
+
+
+def answer_of(read):
+    try:
+        return read()
+    except ImageError as error:
+        return str(error)
+
+
+def assert_read_the_same(source, count, *, may_cut):
+    image = image_with()
+    header = replace(image.header, snapshots_offset=512, nb_snapshots=count)
+
+    def whole():
+        table = read_snapshots(source, header, image.geometry, may_cut=may_cut)
+        assert len(table.snapshots) == count
+        assert [table.snapshots[at] for at in range(count)] == list(table.snapshots)
+        return table.length, list(table.snapshots)
+
+    slow = answer_of(lambda: one_by_one(source, header, image.geometry, may_cut=may_cut))
+    assert answer_of(whole) == slow
+
+
+@given(
+    table=st.lists(st.binary(max_size=90) | snapshots.map(encode_snapshot), max_size=8),
+    more=st.integers(0, 3),
+    may_cut=st.booleans(),
+    read_bytes=st.sampled_from([ENTRY_BYTES, 100, 64 << 10]),
+)
+def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, may_cut, read_bytes):
+    source = Bytes(bytes(512) + b"".join(table))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots_module, "READ_BYTES", read_bytes)
+        assert_read_the_same(source, len(table) + more, may_cut=may_cut)
+
+
+@pytest.mark.parametrize("may_cut", [False, True])
+def test_a_long_table_is_the_same_as_its_entries(may_cut):
+    rng = random.Random(1)
+    entries = [
+        replace(
+            EMPTY,
+            l1_table_offset=number,
+            extra_data=rng.randbytes(rng.choice((0, 16, 16, 24, 1024, 1025 if may_cut else 8))),
+            name=rng.randbytes(rng.choice((0, 3, 9, 300, 65535))),
+        )
+        for number in range(500)
+    ]
+    table = b"".join(map(encode_snapshot, entries))
+    assert_read_the_same(Bytes(bytes(512) + table), 500, may_cut=may_cut)
+    assert_read_the_same(Bytes(bytes(512) + table[:-2000]), 520, may_cut=may_cut)
+
+
+def test_nothing_behind_the_table_is_read():
+    class Watched(Bytes):
+        end = 0
+
+        def read_into(self, offset, buffer):
+            type(self).end = max(self.end, offset + len(buffer))
+            super().read_into(offset, buffer)
+
+    image = image_with(*("x" * (n % 60) for n in range(3000)))
+    table = read_snapshots(Watched(bytes(image.data)), image.header, image.geometry)
+    assert len(table.snapshots) == 3000
+    assert Watched.end == table.offset + table.length
+
+
+def test_entries_as_columns_are_those_of_the_snapshots():
+    table = table_of(image_with("one", "second", "third one"))
+    fields = table.snapshots.fields()
+    assert fields["l1_table_offset"].tolist() == [s.l1_table_offset for s in table.snapshots]
+    assert fields["extra_data_size"].tolist() == [16, 16, 16]
+    assert table.snapshots[-1] == table.snapshots[2]
+    assert table.snapshots[1:] == (table.snapshots[1], table.snapshots[2])
+    with pytest.raises(IndexError):
+        table.snapshots[3]
+    assert table.snapshots == table_of(image_with("one", "second", "third one")).snapshots
+    assert table.snapshots != table_of(image_with("one", "second", "third two")).snapshots
+
+
+def test_as_many_snapshots_as_there_can_be_cost_little_more_than_their_bytes():
+    entry = encode_snapshot(replace(EMPTY, extra_data=bytes(16), id_str=b"12345", name=b"snapshot"))
+    source = Bytes(bytes(512) + entry * MAX_SNAPSHOTS)
+    header = replace(image_with().header, snapshots_offset=512, nb_snapshots=MAX_SNAPSHOTS)
+    tracemalloc.start()
+    try:
+        table = read_snapshots(source, header, header.geometry)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(table.snapshots) == MAX_SNAPSHOTS
+    assert held < 2 * len(source.data)
+    assert peak < 6 * len(source.data)
