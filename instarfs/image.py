@@ -27,6 +27,7 @@ from instarfs.errors import (
     ImageReadFailed,
     InstarfsError,
 )
+from instarfs.names import Hands, Opening, OwnHands
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -150,12 +151,22 @@ def _readers() -> Executor:
 class Image:
     """An image file or block device, open for reading. Use `Image.open`.
 
-    The descriptor is closed by `close`, and otherwise with the last reference to the image, so
-    that replacing an image never takes the descriptor from a thread that still reads it.
+    ``hands``: what opens it anew, and whatever lies beside it. The descriptor is closed by `close`,
+    and otherwise with the last reference to the image, so that replacing an image never takes the
+    descriptor from a thread that still reads it.
     """
 
-    def __init__(self, path: str, fd: int, directory: int, *, is_device: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        directory: int,
+        *,
+        is_device: bool,
+        hands: Hands | None = None,
+    ) -> None:
         self.path = path
+        self.hands = hands or OwnHands()
         self._name = Path(path).name
         self._fd = fd
         self._directory = directory
@@ -271,7 +282,7 @@ class Image:
     def reopen(self) -> Image:
         """The file that its path names now. Raises as `open` does."""
         try:
-            fd = os.open(self._name, _OPEN_FLAGS, dir_fd=self._directory)
+            fd = self.hands.open(Opening.IMAGE, self._directory, self._name)
         except OSError as error:
             raise _open_error(self.path, error) from error
         mode = os.fstat(fd).st_mode
@@ -280,7 +291,8 @@ class Image:
         except InstarfsError:
             os.close(fd)
             raise
-        return Image(self.path, fd, os.dup(self._directory), is_device=stat.S_ISBLK(mode))
+        directory, is_device = os.dup(self._directory), stat.S_ISBLK(mode)
+        return Image(self.path, fd, directory, is_device=is_device, hands=self.hands)
 
     def close(self) -> None:
         """Close it now; nothing may read from it any more."""

@@ -34,6 +34,7 @@ from instarfs.errors import (
     UndoFileNoSpace,
     reason_of,
 )
+from instarfs.names import Opening
 from instarfs.undo_place import UndoPlace
 from planner.plan import ID_LENGTH, Plan, RepairTier, Stage, StageKind
 from planner.report import CheckCounters
@@ -312,7 +313,7 @@ class Journal:
 
     @classmethod
     def _load(cls, place: UndoPlace) -> Self | None:
-        fd = place.open(os.O_RDWR)
+        fd = place.open(Opening.UNDO_TO_WRITE)
         if fd is None:
             return None
         try:
@@ -374,7 +375,7 @@ def read_summary(place: UndoPlace) -> Summary | None:
 
     Raises `UndoFileDamaged`.
     """
-    fd = place.open(os.O_RDONLY)
+    fd = place.open(Opening.UNDO)
     if fd is None:
         return None
     try:

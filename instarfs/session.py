@@ -6,6 +6,7 @@ comes back, and whether it still fits the image. What is repaired, and how, is n
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from instarfs import locks
 from instarfs.errors import (
     ImageChanged,
     ImageMissing,
+    ImageOpenFailed,
     ImageReadFailed,
     ImageReadOnly,
     ImageReplaced,
@@ -28,12 +30,11 @@ from instarfs.errors import (
 from instarfs.execute import Device, require_remnant, require_start, take_back
 from instarfs.image import Image
 from instarfs.journal import Journal, Record, State, digest_of
-from instarfs.undo_place import SUFFIX, UndoPlace
+from instarfs.names import SUFFIX, Opening
+from instarfs.undo_place import UndoPlace
 from planner.plan import Plan
 from planner.report import Report
 from planner.source import SECTOR, Overlay, Source, read_bytes
-
-_OPEN_FLAGS = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class Session:
     ) -> Iterator[Session]:
         """Open *image* for writing, for as long as the context lasts.
 
-        Raises `ImageReadOnly`, `ImageMissing`, `ImageReplaced`, `ImageInUse`, `UndoFileDamaged`.
+        Raises `ImageReadOnly`, `ImageMissing`, `ImageOpenFailed`, `ImageReplaced`, `ImageInUse`,
+        `UndoFileDamaged`.
         """
         with ExitStack() as stack:
             fd = _open_for_writing(image)
@@ -192,11 +194,12 @@ class Session:
 def _open_for_writing(image: Image) -> int:
     """A second descriptor of the image's file. The first stays as it is, for reading only."""
     try:
-        fd = os.open(image.name, _OPEN_FLAGS, dir_fd=image.directory)
+        fd = image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name)
     except FileNotFoundError as error:
         raise ImageMissing(image.path) from error
     except OSError as error:
-        raise ImageReadOnly(image.path, reason_of(error)) from error
+        kind = ImageOpenFailed if error.errno == errno.EIO else ImageReadOnly
+        raise kind(image.path, reason_of(error)) from error
     ours, its = os.fstat(fd), os.fstat(image.fileno())
     if (ours.st_dev, ours.st_ino) != (its.st_dev, its.st_ino):
         os.close(fd)

@@ -15,49 +15,31 @@ from typing import Self
 
 from instarfs.errors import UndoFileDamaged, reason_of
 from instarfs.image import Image
-
-SUFFIX = ".instarfs-undo"
-_NEW, _OLD = SUFFIX + ".new", SUFFIX + ".old"
-
-MAX_LINKS = 40
-"""As the kernel follows."""
-
-_O_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+from instarfs.names import OLD, SUFFIX, Change, Hands, Opening, behind_links, exists
 
 
 class UndoPlace:
     """Where an image's undo file is: the directory of the file itself, and the names in it.
 
-    Everything goes through the directory as it was opened, never by path again.
+    Looks for itself; whatever else is done there it lets the image's hands do.
     """
 
-    def __init__(self, directory: int, image_name: str, owners: frozenset[int], mode: int) -> None:
-        """Takes *directory* over. *owners* and *mode*: whom, beside root, the image belongs to."""
+    def __init__(
+        self, hands: Hands, directory: int, image_name: str, owner: os.stat_result
+    ) -> None:
+        """Takes *directory* over. *owner*: whose the image is, and who may write to it."""
+        self._hands = hands
         self._directory = directory
         self._image_name = image_name
-        self._owners = owners | {0, os.geteuid()}
-        self._image_mode = mode
+        self._owners = frozenset({0, os.geteuid(), owner.st_uid})
+        self._image_mode = owner.st_mode
 
     @classmethod
     def beside(cls, image: Image) -> Self:
         """The place for *image*; a link leads beside the file that it means. Raises `OSError`."""
-        directory, name = os.dup(image.directory), image.name
-        try:
-            for _ in range(MAX_LINKS):
-                try:
-                    target = Path(os.readlink(name, dir_fd=directory))
-                except OSError as error:
-                    if error.errno == errno.EINVAL:  # not a link
-                        break
-                    raise
-                following = os.open(target.parent, _O_DIRECTORY, dir_fd=directory)
-                os.close(directory)
-                directory, name = following, target.name
-            status = os.fstat(image.fileno())
-            return cls(directory, name, frozenset({status.st_uid}), status.st_mode)
-        except BaseException:
-            os.close(directory)
-            raise
+        status = os.fstat(image.fileno())
+        directory, name = behind_links(image.directory, image.name)
+        return cls(image.hands, directory, name, status)
 
     @property
     def file(self) -> str:
@@ -82,14 +64,13 @@ class UndoPlace:
     ) -> None:
         self.close()
 
-    def open(self, flags: int) -> int | None:
-        """A descriptor of the undo file; None where there is none.
+    def open(self, what: Opening) -> int | None:
+        """A descriptor of the undo file, to read or to write it; None where there is none.
 
         Raises `UndoFileDamaged` for what cannot be one, or may have been made by somebody else.
         """
         try:
-            flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            fd = os.open(self._image_name + SUFFIX, flags, dir_fd=self._directory)
+            fd = self._hands.open(what, self._directory, self._image_name)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -106,23 +87,20 @@ class UndoPlace:
 
     def make(self) -> int:
         """A descriptor of a new, empty file, still without the undo file's name."""
-        name = self._image_name + _NEW
-        with suppress(FileNotFoundError):  # what a crash left; the image's locks exclude a rival
-            os.unlink(name, dir_fd=self._directory)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(name, flags, 0o600, dir_fd=self._directory)
+        self.discard_new()  # what a crash left; the image's locks exclude a rival
+        return self._hands.open(Opening.NEW_UNDO, self._directory, self._image_name)
 
     def discard_new(self) -> None:
         """Remove what `make` made, if it has not been put in place."""
-        self._unlink(_NEW)
+        self._remove(Change.DISCARD_NEW)
 
     def put_in_place(self) -> None:
         """Give the file of `make` its name; the undo file that had it is kept aside."""
         with suppress(FileNotFoundError):
-            self._rename(SUFFIX, _OLD)
+            self._change(Change.KEEP_ASIDE)
         try:
-            self._rename(_NEW, SUFFIX)
-            self._sync()
+            self._change(Change.PUT_IN_PLACE)
+            self._change(Change.SYNC)
         except OSError:
             with suppress(OSError):
                 self._bring_back()
@@ -130,16 +108,16 @@ class UndoPlace:
 
     def drop_old(self) -> None:
         """Remove the undo file that was kept aside."""
-        self._unlink(_OLD)
+        self._remove(Change.DROP_OLD)
 
     def drop_current(self) -> None:
         """Remove the undo file; the one that was kept aside, if any, takes its place."""
         self._bring_back()
-        self._sync()
+        self._change(Change.SYNC)
 
     def is_taken(self) -> bool:
         """Whether there is something under the undo file's name."""
-        return self._exists(SUFFIX)
+        return exists(self._directory, self._image_name + SUFFIX)
 
     def restore_old(self) -> None:
         """Bring back the undo file that was kept aside, where a crash left no other."""
@@ -148,42 +126,20 @@ class UndoPlace:
 
     def has_old(self) -> bool:
         """Whether an undo file is kept aside."""
-        return self._exists(_OLD)
-
-    def _exists(self, suffix: str) -> bool:
-        try:
-            name = self._image_name + suffix
-            os.stat(name, dir_fd=self._directory, follow_symlinks=False)
-        except OSError:
-            return False
-        return True
+        return exists(self._directory, self._image_name + OLD)
 
     def _bring_back(self) -> None:
         try:
-            self._rename(_OLD, SUFFIX)
+            self._change(Change.BRING_BACK)
         except FileNotFoundError:
-            self._unlink(SUFFIX)
+            self._remove(Change.DROP_UNDO)
 
-    def _rename(self, old: str, new: str) -> None:
-        names = self._image_name + old, self._image_name + new
-        os.rename(*names, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-
-    def _unlink(self, suffix: str) -> None:
+    def _remove(self, change: Change) -> None:
         with suppress(FileNotFoundError):
-            os.unlink(self._image_name + suffix, dir_fd=self._directory)
+            self._change(change)
 
-    def _sync(self) -> None:
-        """Make the names durable."""
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._directory)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if (
-                error.errno != errno.EINVAL
-            ):  # seen on network file systems: they keep no such promise
-                raise
-        finally:
-            os.close(fd)
+    def _change(self, change: Change) -> None:
+        self._hands.change(change, self._directory, self._image_name)
 
     def _require_trust(self, status: os.stat_result) -> None:
         """Refuse what somebody made who may not write to the image: its bytes go in there."""

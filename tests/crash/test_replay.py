@@ -26,9 +26,9 @@ from instarfs.journal import (
     encode,
     encode_slot,
 )
+from instarfs.names import SUFFIX
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
-from instarfs.undo_place import SUFFIX
 from planner.arrays import U8
 from planner.errors import RepairError
 from planner.findings import KINDS, FindingKind

@@ -14,9 +14,9 @@ from examples.make_image import DAMAGES
 from examples.make_image import Image as Made
 from instarfs.image import Image
 from instarfs.interrupted import pending
+from instarfs.names import SUFFIX
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
-from instarfs.undo_place import SUFFIX
 from planner.plan import RepairTier
 from planner.source import Bytes, Overlay, read_bytes
 from tests.cached import cached_check, cached_propose

@@ -36,7 +36,8 @@ from instarfs.journal import (
     encode_slot,
     read_summary,
 )
-from instarfs.undo_place import SUFFIX, UndoPlace
+from instarfs.names import SUFFIX
+from instarfs.undo_place import UndoPlace
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.report import CheckCounters
 from planner.source import SECTOR, Bytes

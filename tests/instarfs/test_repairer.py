@@ -45,9 +45,10 @@ from instarfs.image import Image
 from instarfs.interrupted import pending
 from instarfs.journal import Journal, State
 from instarfs.locks import Access, Permission
+from instarfs.names import SUFFIX
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.repairer import Repairer
-from instarfs.undo_place import SUFFIX, UndoPlace
+from instarfs.undo_place import UndoPlace
 from planner.check import check_image
 from planner.errors import AmbiguousCorruption, NotQcow2
 from planner.plan import RepairTier

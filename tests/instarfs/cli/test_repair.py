@@ -17,7 +17,7 @@ from examples.make_image import DAMAGES, Image
 from instarfs.cli.main import main
 from instarfs.cli.stopping import stoppable
 from instarfs.execute import execute
-from instarfs.undo_place import SUFFIX
+from instarfs.names import SUFFIX
 from tests.instarfs.test_repairer import healthy
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")
