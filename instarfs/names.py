@@ -114,7 +114,8 @@ def behind_links(directory: int, name: str) -> tuple[int, str]:
             try:
                 target = Path(os.readlink(name, dir_fd=directory))
             except OSError as error:
-                if error.errno == errno.EINVAL:  # not a link
+                # Not a link; or the file was deleted, and its undo file is still where it was.
+                if error.errno in (errno.EINVAL, errno.ENOENT):
                     break
                 raise
             following = os.open(target.parent, _O_PATH_OF_DIRECTORY, dir_fd=directory)

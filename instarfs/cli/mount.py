@@ -70,9 +70,13 @@ def command(
         daemon.log_to_syslog()
     # Its threads, which nothing here uses, would not be confined with the rest.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    # Not before the fork: numpy starts threads, and a fork takes only the calling one along.
-    from instarfs.mount.session import serve  # noqa: PLC0415
-    from instarfs.repairer import Repairer  # noqa: PLC0415
+    from instarfs.mount.broker import separated  # noqa: PLC0415
 
-    make_repairer = partial(Repairer, keep_undo=not no_undo)
-    sys.exit(serve(opened, directory, options, ready, follow=follow, make_repairer=make_repairer))
+    with separated(opened, read_only=options.read_only):
+        # Not before the forks: numpy starts threads, and a fork takes only the calling one along.
+        from instarfs.mount.session import serve  # noqa: PLC0415
+        from instarfs.repairer import Repairer  # noqa: PLC0415
+
+        repairer = partial(Repairer, keep_undo=not no_undo)
+        code = serve(opened, directory, options, ready, follow=follow, make_repairer=repairer)
+    sys.exit(code)

@@ -1,10 +1,12 @@
-"""What a mount's daemon gives up once it is mounted: it goes on with what it needs, and no more.
+"""What the processes of a mount give up: each goes on with what it needs, and no more.
 
-It has read an image that nobody vouches for, so whatever the image made of it must not reach the
-rest of the machine. By Landlock the daemon keeps the directory of the image, the directories that
-are followed, and Python's own files; no program can be run and no mount changed. By a filter of
-ten instructions it gets no socket but a local one, for syslog. No right comes back: not by a
-set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the log.
+The daemon has read an image that nobody vouches for, so whatever the image made of it must not
+reach the rest of the machine. By Landlock it keeps the directories that are followed, and Python's
+own files; nothing in the image's directory, for there are the images of others. What it needs from
+there its broker opens, which keeps nothing else. No program can be run and no mount changed. By a
+filter of ten instructions there is no socket but a local one, for syslog. No right comes back: not
+by a set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the
+log.
 
 All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
 called before there are others.
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntFlag
 from pathlib import Path
+from typing import Self
 
 from instarfs.errors import reason_of
 from instarfs.image import BLOCK_STATISTICS, FileSource, Image
@@ -44,7 +47,8 @@ _PATH_BENEATH = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
-_KEPT_CAPABILITIES = 1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH
+_TO_LOOK = 1 << _CAP_DAC_READ_SEARCH
+_TO_USE = 1 << _CAP_DAC_OVERRIDE | _TO_LOOK
 """What lets root use an image that belongs to the user of a virtual machine."""
 
 MEMORY_FOR_ANY = 2 << 30
@@ -85,36 +89,47 @@ _SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
 
 
 class Confinement:
-    """What the daemon of a mount of *image* will keep. To be made before it is mounted.
+    """What a process will keep. To be made before anything is mounted.
 
     Until `enforce` it holds O_PATH descriptors: afterwards a path may lead over the mount itself,
     and a process that asks its own mount waits for itself.
     """
 
-    def __init__(self, image: Image, *, read_only: bool, followed: Sequence[str] = ()) -> None:
-        """*followed*: directories with files that the image may name."""
-        self._image = image
+    def __init__(self, capabilities: int) -> None:
+        """*capabilities*: those that are kept, if there are any, as a set of bits."""
+        self._capabilities = capabilities
         self._stack = ExitStack()
         self._kept: list[tuple[int, Right]] = []
-        self._keep_image(image, Right(0) if read_only else _REPAIR)
-        for directory in followed:
-            self._keep(directory, Right.READ_FILE)
-        for directory in _libraries():
-            self._keep(directory, Right.READ_FILE | Right.READ_DIR)
-        # Whether a caller has been killed; that of other processes which matters is behind ptrace.
-        self._keep("/proc", Right.READ_FILE)
 
-    def _keep_image(self, image: Image, writing: Right) -> None:
+    @classmethod
+    def of_daemon(cls, image: Image, followed: Sequence[str] = ()) -> Self:
+        """Of what serves the mount. *followed*: directories with files that the image may name."""
+        confinement = cls(_TO_LOOK)
         if image.is_device:
-            self._keep(image.path, Right.READ_FILE | writing)
             device = os.fstat(image.fileno()).st_rdev
             name = f"{os.major(device)}:{os.minor(device)}"
-            self._keep(str(BLOCK_STATISTICS / name), Right.READ_FILE)
-            return
+            confinement._keep(str(BLOCK_STATISTICS / name), Right.READ_FILE)
+        for directory in followed:
+            confinement._keep(directory, Right.READ_FILE)
+        for directory in _libraries():
+            confinement._keep(directory, Right.READ_FILE | Right.READ_DIR)
+        # Whether a caller has been killed; that of other processes which matters is behind ptrace.
+        confinement._keep("/proc", Right.READ_FILE)
+        return confinement
+
+    @classmethod
+    def of_broker(cls, image: Image, *, read_only: bool) -> Self:
+        """Of what opens the files of the image for the daemon."""
+        confinement = cls(_TO_USE)
+        writing = Right(0) if read_only else _REPAIR
+        if image.is_device:
+            confinement._keep(image.path, Right.READ_FILE | writing)
+            return confinement
         # The directory, not the file: another may take its place, and its undo file lies beside it.
         rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
         for path in {Path(image.path), Path(image.path).resolve()}:
-            self._keep(str(path.parent), rights)
+            confinement._keep(str(path.parent), rights)
+        return confinement
 
     def _keep(self, path: str, rights: Right) -> None:
         try:
@@ -129,9 +144,8 @@ class Confinement:
         time.tzset()  # reads a file, once
         # Not 0: a program that the kernel hands core dumps to would get one all the same.
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
-        limit_memory(self._image.source())
         steps: dict[str, Callable[[], None]] = {
-            "capabilities": _drop_capabilities,
+            "capabilities": self._drop_capabilities,
             "new privileges": _rule_out_new_privileges,
             "files": self._restrict,
             "sockets": _deny_sockets,
@@ -142,6 +156,15 @@ class Confinement:
                     step()
                 except OSError as error:
                     log.warning("not confined: %s are not given up: %s", what, reason_of(error))
+
+    def _drop_capabilities(self) -> None:
+        """Where there are any, as of root: all but those that open the files of others."""
+        header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+        current = ctypes.create_string_buffer(24)
+        _require(_libc.capget(header, current) == 0)
+        permitted = struct.unpack("=6I", current.raw)[1]
+        low = permitted & self._capabilities
+        _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
 
     def _restrict(self) -> None:
         """Landlock: everything that this kernel knows of is ruled out but what is kept."""
@@ -206,16 +229,6 @@ def _require(succeeded: bool) -> None:
     if not succeeded:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def _drop_capabilities() -> None:
-    """Where there are any, as of root: all but those that open the files of others."""
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    current = ctypes.create_string_buffer(24)
-    _require(_libc.capget(header, current) == 0)
-    permitted = struct.unpack("=6I", current.raw)[1]
-    low = permitted & _KEPT_CAPABILITIES
-    _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
 
 
 def _rule_out_new_privileges() -> None:

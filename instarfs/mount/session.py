@@ -41,12 +41,13 @@ def serve(
 ) -> int:
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
-    *ready* is called once the mount answers. Raises before that, with nothing mounted, when the
-    image is not qcow2, or cannot be read, or mounting fails.
+    What the image needs of its directory from then on must come from an `instarfs.mount.broker`:
+    this process may no longer. *ready* is called once the mount answers. Raises before that, with
+    nothing mounted, when the image is not qcow2, or cannot be read, or mounting fails.
     """
     _require_qcow2(image)
     followed = follow.directories if follow else ()
-    confinement = Confinement(image, read_only=options.read_only, followed=followed)
+    confinement = Confinement.of_daemon(image, followed)
 
     def bounded_check(
         source: FileSource,
@@ -56,6 +57,10 @@ def serve(
     ) -> Report:
         limit_memory(source)  # anew: the image may have grown since
         return check(source, progress=progress, cancelled=cancelled)
+
+    def confine() -> None:
+        limit_memory(image.source())
+        confinement.enforce()
 
     def make_service() -> daemon.Service:
         inspector = Inspector(
@@ -73,7 +78,7 @@ def serve(
             ownership,
             {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
         )
-        return daemon.Service(operations, inspector.cancel, confinement.enforce)
+        return daemon.Service(operations, inspector.cancel, confine)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 

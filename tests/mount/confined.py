@@ -9,16 +9,20 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from instarfs.image import FileSource, Image
-from instarfs.mount import daemon, session
+from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
+from instarfs.names import Opening
+from instarfs.undo_place import UndoPlace
 from planner.check import check_image
 from planner.report import Report
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
+UNDO = IMAGE.with_name(f"{IMAGE.name}.instarfs-undo")
 
 PROC_KCORE = "/proc/kcore"
 
@@ -34,11 +38,38 @@ def unmount_root() -> None:
         raise OSError(code, os.strerror(code))
 
 
-def make_undo_file() -> None:
-    path = IMAGE.with_name(f"{IMAGE.name}.instarfs-undo.new")
-    path.write_bytes(b"undo")
-    path.rename(path.with_suffix(""))
-    path.with_suffix("").unlink()
+def open_and_close(path: Path | str, flags: int, *, directory: int | None = None) -> None:
+    os.close(os.open(path, flags, dir_fd=directory))
+
+
+def have_the_image_opened_for_writing() -> None:
+    os.close(image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name))
+
+
+def have_an_undo_file_made() -> None:
+    with UndoPlace.beside(image) as place:
+        fd = place.make()
+        os.write(fd, b"undo")
+        os.close(fd)
+        place.put_in_place()
+        place.drop_current()
+
+
+def children() -> Iterator[int]:
+    pid = os.getpid()
+    return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def read_memory_of_children() -> None:
+    """Which reach further than this process."""
+    refused = 0
+    for child in children():
+        try:
+            open_and_close(f"/proc/{child}/mem", os.O_RDWR)
+        except PermissionError:
+            refused += 1
+    if refused == 2:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 ATTEMPTS: dict[str, Callable[[], object]] = {
@@ -56,9 +87,27 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "change-root": lambda: os.chroot("/"),
     "have-3-gibibytes": lambda: bytearray(3 << 30),
     "signal-its-parent": lambda: os.kill(os.getppid(), 0),
-    "read-image": IMAGE.read_bytes,
-    "write-image": lambda: os.close(os.open(IMAGE, os.O_RDWR)),
-    "make-undo-file": make_undo_file,
+    "read-memory-of-children": read_memory_of_children,
+    "open-image": lambda: open_and_close(IMAGE, os.O_RDONLY),
+    "open-image-again-to-write": lambda: open_and_close(
+        f"/proc/self/fd/{image.fileno()}", os.O_RDWR
+    ),
+    "list-directory": lambda: list(IMAGE.parent.iterdir()),
+    "read-neighbour": NEIGHBOUR.read_bytes,
+    "read-neighbour-by-descriptor": lambda: open_and_close(
+        NEIGHBOUR.name, os.O_RDONLY, directory=image.directory
+    ),
+    "write-neighbour": lambda: open_and_close(NEIGHBOUR, os.O_WRONLY),
+    "cut-neighbour": lambda: os.truncate(NEIGHBOUR, 0),
+    "rename-neighbour": lambda: NEIGHBOUR.rename(NEIGHBOUR.with_suffix(".old")),
+    "remove-neighbour": NEIGHBOUR.unlink,
+    "replace-neighbour": lambda: IMAGE.rename(NEIGHBOUR),
+    "make-neighbour": lambda: NEIGHBOUR.with_suffix(".new").touch(),
+    "take-neighbour-for-undo-file": lambda: UNDO.hardlink_to(NEIGHBOUR),
+    "link-neighbour-for-undo-file": lambda: UNDO.symlink_to(NEIGHBOUR),
+    "have-image-opened": lambda: image.reopen().close(),
+    "have-image-opened-to-write": have_the_image_opened_for_writing,
+    "have-undo-file-made": have_an_undo_file_made,
     "local-socket": lambda: open_socket(socket.AF_UNIX, socket.SOCK_DGRAM),
 }
 
@@ -89,4 +138,6 @@ if UID:
     os.setgroups([])
     os.setresgid(UID, UID, UID)
     os.setresuid(UID, UID, UID)
-sys.exit(session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check))
+with broker.separated(image):
+    code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
+sys.exit(code)

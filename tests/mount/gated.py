@@ -12,13 +12,14 @@ from pathlib import Path
 
 from instarfs.errors import ImageReadFailed
 from instarfs.image import FileSource, Image
-from instarfs.mount import daemon, session
+from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from planner.check import check_image
 from planner.errors import Cancelled
 from planner.report import Report
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
 
 
 def check(
@@ -28,8 +29,7 @@ def check(
     cancelled: Callable[[], bool],
 ) -> Report:
     """`check_image`, held up."""
-    with (FOLDER / "count").open("a") as count:
-        count.write("check\n")
+    print("check", file=COUNT, flush=True)
     progress("census", 43, 100)
     while not (FOLDER / "gate").exists():
         if cancelled():
@@ -43,6 +43,7 @@ def check(
 
 
 daemon.log_to_stderr()
-sys.exit(
-    session.serve(Image.open(IMAGE), DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
-)
+image = Image.open(IMAGE)
+with broker.separated(image):
+    code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
+sys.exit(code)

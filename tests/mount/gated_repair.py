@@ -12,12 +12,13 @@ from pathlib import Path
 
 from instarfs.execute import FileDevice
 from instarfs.image import Image
-from instarfs.mount import daemon, session
+from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from instarfs.repairer import Repairer
 from planner.check import Progress
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
 
 
 class GatedDevice(FileDevice):
@@ -29,8 +30,7 @@ class GatedDevice(FileDevice):
 
     def flush(self) -> None:
         super().flush()
-        with (FOLDER / "count").open("a") as count:
-            count.write("flush\n")
+        print("flush", file=COUNT, flush=True)
         while not (FOLDER / "gate").exists() and not self._cancelled():
             time.sleep(0.005)
 
@@ -43,12 +43,9 @@ def make_repairer(image: Image, *, progress: Progress, cancelled: Callable[[], b
 
 
 daemon.log_to_stderr()
-sys.exit(
-    session.serve(
-        Image.open(IMAGE),
-        DIRECTORY,
-        MountOptions(),
-        daemon.nobody_waits,
-        make_repairer=make_repairer,
+image = Image.open(IMAGE)
+with broker.separated(image):
+    code = session.serve(
+        image, DIRECTORY, MountOptions(), daemon.nobody_waits, make_repairer=make_repairer
     )
-)
+sys.exit(code)

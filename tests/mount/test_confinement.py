@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.mount.broker import CHANNELS
 from tests.mount.mounts import (
     MakeMount,
     Mount,
@@ -45,8 +46,27 @@ REFUSED = {
     "change-root": "EPERM",
     "signal-its-parent": "EPERM",
     "have-3-gibibytes": "ENOMEM",
+    "read-memory-of-children": "EACCES",
+    "open-image": "EACCES",
+    "open-image-again-to-write": "EACCES",
+    "list-directory": "EACCES",
+    "read-neighbour": "EACCES",
+    "read-neighbour-by-descriptor": "EACCES",
+    "write-neighbour": "EACCES",
+    "cut-neighbour": "EACCES",
+    "rename-neighbour": "EACCES",
+    "remove-neighbour": "EACCES",
+    "replace-neighbour": "EACCES",
+    "make-neighbour": "EACCES",
+    "take-neighbour-for-undo-file": "EACCES",
+    "link-neighbour-for-undo-file": "EACCES",
 }
-STILL_DONE = ("read-image", "write-image", "make-undo-file", "local-socket")
+STILL_DONE = (
+    "have-image-opened",
+    "have-image-opened-to-write",
+    "have-undo-file-made",
+    "local-socket",
+)
 
 
 @pytest.fixture
@@ -63,13 +83,22 @@ def confined(request: pytest.FixtureRequest, folder: Path) -> Iterator[Mount]:
     """A mount by a user whose check tries what it must not be able to do; see `confined.py`."""
     image, directory = make_image(folder / "image.qcow2"), folder / "mnt"
     leak(image, 3)
+    neighbour = make_image(folder / "neighbour.qcow2")
     directory.mkdir()
-    for path in (folder, image, directory):
+    for path in (folder, image, neighbour, directory):
         os.chown(path, request.param, request.param)
     program = Path(__file__).with_name("confined.py")
     command = [sys.executable, program, image, directory, str(request.param)]
     with mounted(command, image, directory) as it:
         yield it
+
+
+def broker_of(mount: Mount) -> int:
+    """The process that reaches into the image's directory for the daemon."""
+    pid = mount.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    [broker] = (it for it in children if "broker" in Path(f"/proc/{it}/comm").read_text())
+    return int(broker)
 
 
 def attempts(mount: Mount) -> dict[str, str]:
@@ -83,12 +112,14 @@ def as_owner(mount: Mount, command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_from_inside_there_is_nothing_to_be_had(confined: Mount) -> None:
+    names = {path.name for path in confined.image.parent.iterdir()}
     result = as_owner(confined, f"cat {confined.path}/check/result.json")
     assert json.loads(result.stdout)["verdict"] == "leaks"
     outcomes = attempts(confined)
     assert {name: outcomes[name] for name in REFUSED} == REFUSED
     assert {name: outcomes[name] for name in STILL_DONE} == dict.fromkeys(STILL_DONE, "done")
     assert outcomes["read-kernel-memory"] != "done"
+    assert {path.name for path in confined.image.parent.iterdir()} == names
 
 
 def test_a_confined_daemon_repairs_takes_back_and_trims(confined: Mount) -> None:
@@ -124,14 +155,14 @@ def test_a_confined_daemon_leaves_no_mount_behind(confined: Mount, number: signa
     assert mounted_type(confined.path) is None
 
 
-def test_nothing_is_left_of_what_waited_to_unmount(confined: Mount) -> None:
+def test_nothing_is_left_of_the_helpers_of_a_daemon_that_was_killed(confined: Mount) -> None:
     pid = confined.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    helpers = [int(word) for word in children.read_text().split()]
-    assert len(helpers) == 1
+    helpers = [Path(f"/proc/{word}") for word in children.read_text().split()]
+    assert len(helpers) == 2
     confined.process.send_signal(signal.SIGKILL)
     confined.process.wait()
-    until(lambda: not Path(f"/proc/{helpers[0]}").exists(), "it had ended too")
+    until(lambda: not any(helper.exists() for helper in helpers), "they had ended too")
     assert confined.is_mounted()  # dead, for all to see
 
 
@@ -143,8 +174,12 @@ def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> N
     it.read("check/result.json")
     it.read("repair/plan/all.json")
     pid = it.process.pid
-    states = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    assert len(states) > 1
+    states = [
+        path.read_text()
+        for process in (pid, broker_of(it))
+        for path in Path(f"/proc/{process}/task").glob("*/status")
+    ]
+    assert len(states) > 2 + CHANNELS
     for state in states:
         fields = dict(line.split(":\t", 1) for line in state.splitlines() if ":\t" in line)
         assert fields["NoNewPrivs"] == "1"
@@ -157,6 +192,48 @@ def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> N
     assert core == (1, 1)
     assert 2 << 30 <= data[0] < 3 << 30
     assert "not given up" not in it.log
+
+
+def test_a_broker_holds_the_directory_and_nothing_else(mount: MakeMount, image: Path) -> None:
+    process = Path(f"/proc/{broker_of(mount(image))}")
+    opened = [str(path.readlink()) for path in (process / "fd").iterdir()]
+    sockets = [name for name in opened if name.startswith("socket:")]
+    assert len(sockets) == CHANNELS
+    assert sorted(set(opened) - set(sockets)) == sorted({"/dev/null", str(image.parent)})
+    assert resource.prlimit(int(process.name), resource.RLIMIT_CORE) == (1, 1)
+
+
+def test_a_broker_stays_as_long_as_its_daemon(mount: MakeMount, image: Path) -> None:
+    leak(image, 2)
+    it = mount(image)
+    broker = broker_of(it)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(broker, number)
+    (it / "repair/tier").write_text("leaks")
+    assert json.loads(it.read("check/result.json"))["verdict"] == "clean"
+    it.process.send_signal(signal.SIGTERM)
+    assert it.wait_for_end() == 0
+    assert not Path(f"/proc/{broker}").exists()
+
+
+def test_when_its_broker_was_killed_a_mount_still_reads(mount: MakeMount, image: Path) -> None:
+    leak(image, 2)
+    it = mount(image)
+    content = image.read_bytes()
+    os.kill(broker_of(it), signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            (it / "repair/tier").write_text("leaks")
+    assert "mount again" in it.read("repair/result.json")
+    assert json.loads(it.read("check/result.json"))["leaks"] == 2
+    assert image.read_bytes() == content
+    make_image(image.with_name("other"), "32M").rename(image)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            it.read("check/result.json")
+    assert it.read("README.txt")
+    ended = [line for line in it.log.splitlines() if line.startswith("instarfs: the process that")]
+    assert len(ended) == 1
 
 
 def test_a_read_only_mount_can_write_nothing(mount: MakeMount, image: Path, tmp_path: Path) -> None:

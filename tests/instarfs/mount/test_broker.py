@@ -1,0 +1,218 @@
+"""instarfs.mount.broker: what it does for a daemon, and what it does not.
+
+Here it attends in a thread, so that it can be watched; as a process of its own it is in
+tests/mount/test_confinement.py.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from instarfs.errors import ImageOpenFailed
+from instarfs.image import Image
+from instarfs.mount.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
+from instarfs.names import NEW, OF_READERS, OLD, SUFFIX, Change, Hands, Opening, OwnHands
+from instarfs.undo_place import UndoPlace
+
+Request = Opening | Change
+REQUESTS: tuple[Request, ...] = (*Opening, *Change)
+
+IMAGE = "image"
+NAMES = {IMAGE: b"image", **{IMAGE + suffix: suffix.encode() for suffix in (SUFFIX, NEW, OLD)}}
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """``channel``: the daemon's end; ``hands``: the broker behind it."""
+
+    channel: socket.socket
+    hands: Broker
+
+    def send(self, request: bytes, *fds: int) -> int:
+        """The errno that *request* is answered with; no descriptor may come with one."""
+        socket.send_fds(self.channel, [request], fds)
+        answer, received, *_ = socket.recv_fds(self.channel, ANSWER.size, 1)
+        code: int = ANSWER.unpack(answer)[0]
+        assert not (code and received)
+        return code
+
+
+@contextmanager
+def attended(folder: Path, name: str = IMAGE, *, read_only: bool = False) -> Iterator[Attended]:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    directory = os.open(folder, os.O_PATH)
+    attendant = Attendant(directory, name, read_only=read_only)
+    thread = threading.Thread(target=attendant.attend, args=[its])
+    thread.start()
+    try:
+        with ours, its:
+            yield Attended(ours, Broker([ours]))
+            ours.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+            assert not thread.is_alive()
+    finally:
+        os.close(directory)
+
+
+def fill(folder: Path, names: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in names.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def outcome(hands: Hands, what: Request, folder: Path, name: str = IMAGE) -> object:
+    """The errno; or what was opened, and how; or None."""
+    directory = os.open(folder, os.O_PATH)
+    try:
+        if isinstance(what, Change):
+            hands.change(what, directory, name)
+            return None
+        fd = hands.open(what, directory, name)
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        opened = Path(f"/proc/self/fd/{fd}").readlink().name
+        os.close(fd)
+    except OSError as error:
+        return error.errno
+    else:
+        return mode, opened
+    finally:
+        os.close(directory)
+
+
+# ---- what it does ----
+
+
+@pytest.mark.parametrize("what", REQUESTS, ids=str)
+@pytest.mark.parametrize("names", [NAMES, {}], ids=["all there", "nothing there"])
+def test_all_that_a_process_does_itself_it_can_have_done(
+    tmp_path: Path, names: dict[str, bytes], what: Request
+) -> None:
+    here, there = fill(tmp_path / "here", names), fill(tmp_path / "there", names)
+    with attended(there) as it:
+        assert outcome(it.hands, what, there) == outcome(OwnHands(), what, here)
+    assert content(there) == content(here)
+
+
+def test_names_behind_links(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    (tmp_path / "link").symlink_to("folder/image")
+    with Image.open(str(tmp_path / "link")) as image, attended(tmp_path, "link") as it:
+        image.hands = it.hands
+        with UndoPlace.beside(image) as place:
+            fd = place.make()
+            os.write(fd, b"another")
+            os.close(fd)
+            place.put_in_place()
+            place.drop_old()
+        with image.reopen() as again:
+            assert os.pread(again.fileno(), 5, 0) == b"image"
+    assert content(folder) == {IMAGE: b"image", IMAGE + SUFFIX: b"another"}
+
+
+def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for what in REQUESTS * 2:
+            outcome(it.hands, what, folder)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# ---- what it does not ----
+
+VALID = REQUEST.pack(Opening.IMAGE, 0, 0, 0)
+GARBAGE = [
+    b"?",
+    VALID[:-1],
+    VALID + b"/etc/passwd",
+    bytes(REQUEST.size),
+    REQUEST.pack(max(Opening) + 1, 0, 0, 0),
+    REQUEST.pack(max(Change) + 1, 0, 0, 0),
+    b"\xff" * REQUEST.size,
+    b"\xff" * 100_000,
+]
+
+
+@pytest.mark.parametrize("request_", GARBAGE, ids=lambda it: f"{len(it)} bytes, {it[:1].hex()}")
+def test_garbage_is_refused_and_the_broker_goes_on(tmp_path: Path, request_: bytes) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        assert it.send(request_) == errno.EINVAL
+        assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
+    assert content(folder) == NAMES
+
+
+def test_descriptors_that_come_along_are_not_taken(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it, (folder / IMAGE).open() as file:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        assert it.send(b"?", file.fileno()) == errno.EINVAL
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("what", [it for it in REQUESTS if it not in OF_READERS], ids=str)
+def test_of_a_mount_that_only_reads_nothing_can_be_had_to_write(
+    tmp_path: Path, what: Request
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder, read_only=True) as it:
+        assert outcome(it.hands, what, folder) == errno.EROFS
+        assert outcome(it.hands, Opening.UNDO, folder) == (os.O_RDONLY, IMAGE + SUFFIX)
+    assert content(folder) == NAMES
+
+
+@pytest.mark.parametrize("what", [Opening.UNDO_TO_WRITE, *Change], ids=str)
+def test_a_place_that_a_link_no_longer_leads_to(tmp_path: Path, what: Request) -> None:
+    folder = fill(tmp_path / "folder", {f"{n}.{name}": b"" for n in (1, 2) for name in NAMES})
+    before = content(folder)
+    link = folder / "link"
+    link.symlink_to(f"1.{IMAGE}")
+    with attended(folder, "link") as it:
+        link.unlink()
+        link.symlink_to(f"2.{IMAGE}")
+        assert outcome(it.hands, what, folder, f"1.{IMAGE}") == errno.ESTALE
+    link.unlink()
+    assert content(folder) == before
+
+
+# ---- when it is no more ----
+
+
+def end(it: Attended) -> None:
+    it.channel.shutdown(socket.SHUT_RDWR)
+
+
+def end_in_the_middle(it: Attended) -> None:
+    it.channel.shutdown(socket.SHUT_RD)
+
+
+@pytest.mark.parametrize("how", [end, end_in_the_middle])
+def test_without_a_broker_nothing_can_be_opened_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: Callable[[Attended], None]
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with Image.open(str(folder / IMAGE)) as image, attended(folder) as it:
+        how(it)
+        image.hands = it.hands
+        for _ in range(CHANNELS + 1):
+            with pytest.raises(ImageOpenFailed, match="mount again") as caught:
+                image.reopen()
+            assert caught.value.errno == errno.EIO
+        assert outcome(it.hands, Change.DROP_UNDO, folder) == errno.EIO
+        assert os.pread(image.fileno(), 5, 0) == b"image"
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
