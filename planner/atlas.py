@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, U16, U32, U64, Mask, expand_ranges
+from planner.arrays import I64, U16, U32, U64, Mask, distinct, expand_ranges
 from planner.census import data_and_compressed
 from planner.counts import ClusterIndex
 from planner.errors import ImageError
@@ -284,7 +284,7 @@ def draw_atlas(source: Source, report: Report, tick: Callable[[int], None]) -> A
     painter.paint_regions()
     if not layout.geometry.external_data:
         painter.paint_data(source, tick)
-    damaged, damage = _damaged_clusters(report.findings, survey)
+    damaged, damage = _damaged_clusters(report, survey)
     return Atlas(layout, mismatches, painter.uses, damaged, damage, report.torn)
 
 
@@ -342,9 +342,10 @@ class _Painter:
         self.uses[slots if known.all() else slots[known]] |= np.uint16(bits)
 
 
-def _damaged_clusters(found: Findings, survey: Survey) -> tuple[I64, U64]:
+def _damaged_clusters(report: Report, survey: Survey) -> tuple[I64, U64]:
     """The clusters that findings are about, ascending, and the bits of their kinds."""
     bits, end = survey.layout.geometry.cluster_bits, survey.layout.host_clusters
+    found = report.findings
     first = found.host_offset >> bits
     inside = np.flatnonzero(first < end)
     last = (found.host_offset + np.maximum(found.length, 1) - 1) >> bits
@@ -357,6 +358,10 @@ def _damaged_clusters(found: Findings, survey: Survey) -> tuple[I64, U64]:
         pointers = _pointers_to(beyond.of(FindingKind(kind)), survey) >> bits
         clusters.append(pointers)
         kinds.append(np.full(len(pointers), kind, dtype=np.uint64))
+    for batch in report.entries.batches() if report.entries else ():
+        ends = np.stack((batch.host_offset, batch.host_offset + batch.length - 1)) >> bits
+        clusters.append(distinct(np.minimum(ends, end).reshape(-1)))
+        kinds.append(np.full(len(clusters[-1]), batch.kind[0], dtype=np.uint64))
     cluster, bit = np.concatenate(clusters), np.uint64(1) << np.concatenate(kinds)
     if not len(cluster):
         return cluster, bit

@@ -18,7 +18,8 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
-from planner.findings import NONE, FindingKind, FindingsBuilder, Structure
+from planner.entry_findings import EntryFindingsBuilder
+from planner.findings import NONE, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.layout import Layout, sector_end
@@ -60,7 +61,7 @@ class Census:
     references: ClusterCounts
     mapped: ClusterCounts
     compressed: Mask | None
-    findings: FindingsBuilder
+    findings: EntryFindingsBuilder
     guest: GuestCounters = field(default_factory=GuestCounters)
 
     @property
@@ -306,15 +307,8 @@ class Walker:
         new |= positions % width == 0
         starts = np.flatnonzero(new)
         lengths = np.diff(starts, append=len(positions))
-        self._report(
-            FindingKind.L2_COPIED,
-            batch,
-            positions[starts],
-            width,
-            entries_each=lengths,
-            count=lengths * batch.copied,
-            found=copied[starts],
-            expected=~copied[starts],
+        self._census.findings.add_copied(
+            _positions(batch, positions[starts], width), lengths, copied[starts]
         )
 
     def _count_any(self, batch: Batch, values: U64, bitmaps: U64 | None) -> None:
@@ -345,7 +339,6 @@ class Walker:
             entry.positions[bad],
             entry.width,
             found=entry.word[bad],
-            expected=entry.word[bad] & ~reserved,
         )
         allocated = (entry.bitmap & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
         bad = np.flatnonzero((entry.types == ClusterType.UNALLOCATED) & allocated)
@@ -369,7 +362,6 @@ class Walker:
             positions[copied],
             width,
             found=word[copied],
-            expected=word[copied] & ~np.uint64(entries.COPIED),
         )
         if self._external:
             self._report(FindingKind.COMPRESSED_WITH_DATA_FILE, batch, positions, width, found=word)
@@ -490,29 +482,11 @@ class Walker:
         positions: I64,
         width: int,
         *,
+        found: U64 | I64,
         structure: Structure = Structure.L2_TABLE,
-        entries_each: I64 | int = 1,
-        **columns: object,
     ) -> None:
         """Report entries at flat *positions* in a batch of tables of *width* entries."""
-        if not len(positions):
-            return
-        table = batch.ids[positions // width]
-        inside = positions % width
-        guest = (self._tables.l1_index[table] * width + inside) << self._geometry.cluster_bits
-        columns.setdefault("count", batch.weight)
-        self._census.findings.add(
-            kind,
-            structure=structure,
-            host_offset=self._tables.offset[table] + inside * self._geometry.l2_entry_size,
-            length=np.asarray(entries_each) * self._geometry.l2_entry_size,
-            snapshot=self._tables.snapshot[table],
-            l1_index=self._tables.l1_index[table],
-            l2_index=inside,
-            guest_offset=guest,
-            guest_length=np.asarray(entries_each) << self._geometry.cluster_bits,
-            **columns,
-        )
+        self._census.findings.add(kind, _positions(batch, positions, width), found, structure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -548,6 +522,11 @@ class _Runs:
             expand_ranges(self.slot, self.slot + self.length - 1),
             np.repeat(self.copied, self.length),
         )
+
+
+def _positions(batch: Batch, positions: I64, width: int) -> I64:
+    """Flat positions in a batch, as positions in all tables."""
+    return batch.ids[positions // width] * width + positions % width
 
 
 def decode_words(rows: U8) -> U64:

@@ -15,6 +15,7 @@ import numpy as np
 from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
 from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
+from planner.entry_findings import EntryFindings, EntryFindingsBuilder
 from planner.errors import Cancelled, ImageError
 from planner.findings import (
     ACTIVE,
@@ -33,7 +34,7 @@ from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.regions import Regions, count_regions, overlapping_clusters
-from planner.report import CheckCounters, Report
+from planner.report import CheckCounters, Report, count_findings
 from planner.source import Source, read_tables
 from planner.stored import Reftable, StoredRefcounts
 from planner.survey import Survey, take_survey
@@ -151,7 +152,8 @@ class _Check:
     def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
         tables, present = survey.tables, survey.present
         references = ClusterCounts(index.slots)
-        census = Census(self._layout, index, references, references, None, self._findings)
+        findings = EntryFindingsBuilder(self._geometry, tables)
+        census = Census(self._layout, index, references, references, None, findings)
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size
@@ -326,8 +328,8 @@ class _Check:
         totals: dict[FindingKind, int],
         owners: Owners | None,
     ) -> Report:
-        findings = self._findings.build()
-        counts = findings.counts() | totals
+        findings, found_entries = self._findings.build(), census.findings.build()
+        counts = count_findings(findings, found_entries, totals)
         by_severity = dict.fromkeys(Severity, 0)
         for kind, number in counts.items():
             by_severity[KINDS[kind].severity] += number if KINDS[kind].counted else 0
@@ -346,6 +348,7 @@ class _Check:
             layout=self._layout,
             counters=counters,
             findings=findings,
+            entries=found_entries,
             mismatches=mismatches,
             totals=totals,
             owners=owners or no_owners(),
@@ -353,7 +356,7 @@ class _Check:
             snapshots=survey.snapshots.snapshots,
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
-            hidden=_hide_references(findings),
+            hidden=_hide_references(findings, found_entries),
         )
 
 
@@ -366,7 +369,7 @@ _NEEDS_REBUILD = (
 )
 
 
-def _hide_references(findings: Findings) -> tuple[FindingKind, ...]:
+def _hide_references(findings: Findings, found_entries: EntryFindings) -> tuple[FindingKind, ...]:
     """Kinds of findings because of which a table that could hold references was not walked."""
     kinds = findings.counts()
     hiding: list[FindingKind] = [
@@ -384,7 +387,8 @@ def _hide_references(findings: Findings) -> tuple[FindingKind, ...]:
     # A single cluster past the end hides nothing. Of anything larger a part may lie in the file: it
     # was not counted, looks leaked, and is not.
     single = (Structure.DATA, Structure.BITMAP_DATA)
-    if not np.isin(lost, single).all():
+    several = set(found_entries.structures(FindingKind.PAST_END)).difference(single)
+    if several or not np.isin(lost, single).all():
         hiding.append(FindingKind.PAST_END)
     return tuple(hiding)
 

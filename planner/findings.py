@@ -435,8 +435,11 @@ class Findings:
         return Findings(*(getattr(self, name)[mask] for name in _COLUMNS))
 
     def of(self, *kinds: FindingKind) -> Findings:
-        """The rows of these kinds, in their order."""
-        return self.select(np.isin(self.kind, np.array(kinds, dtype=np.uint8)))
+        """The rows of these kinds, in their order; where they are neighbours, nothing is copied."""
+        at = np.flatnonzero(np.isin(self.kind, np.array(kinds, dtype=np.uint8)))
+        if len(at) and at[-1] - at[0] == len(at) - 1:
+            return self.select(slice(at[0], at[-1] + 1))
+        return self.select(at)
 
     def rows(self) -> Iterator[Finding]:
         """One object a row; converts a bounded part of the columns at a time."""

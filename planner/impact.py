@@ -119,14 +119,15 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
 
 def _of_findings(report: Report, harm: Harm, snapshot: int) -> I64:
     """Starts and ends of the ranges that findings name, (2, n)."""
-    findings = report.findings
-    mine: Mask = np.isin(findings.kind, np.array(_HARM[harm], dtype=np.uint8))
-    mine &= (findings.guest_offset != NONE) & (findings.snapshot == snapshot)
-    # A COPIED flag that is missing costs a copy at the next write, and harms nothing.
-    copied = np.isin(findings.kind, (FindingKind.L1_COPIED, FindingKind.L2_COPIED))
-    mine &= ~copied | (findings.found != 0)
-    start = findings.guest_offset[mine]
-    return np.stack((start, start + findings.guest_length[mine]))
+    found = [np.zeros((2, 0), dtype=np.int64)]
+    for batch in report.batches(*_HARM[harm]):
+        mine: Mask = (batch.guest_offset != NONE) & (batch.snapshot == snapshot)
+        # A COPIED flag that is missing costs a copy at the next write, and harms nothing.
+        copied = np.isin(batch.kind, (FindingKind.L1_COPIED, FindingKind.L2_COPIED))
+        mine &= ~copied | (batch.found != 0)
+        start = batch.guest_offset[mine]
+        found.append(np.stack((start, start + batch.guest_length[mine])))
+    return np.concatenate(found, axis=1)
 
 
 def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:

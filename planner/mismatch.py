@@ -126,6 +126,17 @@ class Mismatches:
         at = np.flatnonzero(wrong)
         return self.index.clusters_of(low + at), kind[at], stored[at], counted[at]
 
+    def agree(self, clusters: I64) -> Mask:
+        """Which of *clusters* have the refcount that they should, or none that can be looked up."""
+        slots, known = self.index.find(clusters)
+        if not self.index.slots:
+            return np.ones(len(clusters), dtype=np.bool_)
+        wrong: Mask = known & (self.stored[slots] != self.counted[slots])
+        starts, ends = np.array(self.spans, dtype=np.int64).reshape(-1, 2).T
+        span = np.searchsorted(starts, slots[wrong], side="right") - 1
+        wrong[wrong] = (span >= 0) & (slots[wrong] < ends[span])
+        return ~wrong
+
     def readable(self, low: int, high: int) -> Mask:
         """Which of the slots low..high-1 have a stored refcount that can be looked up."""
         readable: Mask = np.zeros(high - low, dtype=np.bool_)

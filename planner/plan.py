@@ -207,7 +207,12 @@ class Draft:
     def explain(self, edits: Iterable[Edit], count: int) -> None:
         """Say why *count* things change; *edits* is read only as far as a plan lists them."""
         self._edit_count += count
-        self._edits.extend(itertools.islice(edits, MAX_EDITS - len(self._edits)))
+        self._edits.extend(itertools.islice(edits, self.edits_left))
+
+    @property
+    def edits_left(self) -> int:
+        """How many more edits are listed one by one."""
+        return MAX_EDITS - len(self._edits)
 
     @property
     def writes(self) -> int:

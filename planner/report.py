@@ -5,9 +5,11 @@ Nothing is decided here but the verdict, and nothing is rendered.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from planner.entry_findings import EntryFindings
 from planner.errors import ImageError
 from planner.findings import (
     KINDS,
@@ -48,14 +50,16 @@ class Report:
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
     refcount structure itself is damaged. ``hidden``: the kinds of findings because of which a table
     that could hold references was not walked. ``regions``: where all metadata lies. ``in_use``,
-    ``changed``: a writer had the image, or it changed, while it was read. ``mismatches``,
-    ``totals``: stored against counted refcounts, which `rows` and `counts` join in.
+    ``changed``: a writer had the image, or it changed, while it was read. ``entries``: what was
+    found about L2 entries; ``mismatches``, ``totals``: stored against counted refcounts. `rows` and
+    `counts` join them in.
     """
 
     layout: Layout | None
     error: ImageError | None = None
     counters: CheckCounters = field(default_factory=CheckCounters)
     findings: Findings = field(default_factory=no_findings)
+    entries: EntryFindings | None = None
     mismatches: Mismatches | None = None
     totals: dict[FindingKind, int] = field(default_factory=dict)
     owners: Owners = field(default_factory=no_owners)
@@ -74,7 +78,7 @@ class Report:
 
     def counts(self) -> dict[FindingKind, int]:
         """How often each kind that is there counts; for refcounts, clusters."""
-        return self.findings.counts() | {k: n for k, n in self.totals.items() if n}
+        return count_findings(self.findings, self.entries, self.totals)
 
     def batches(self, *kinds: FindingKind) -> Iterator[Findings]:
         """All findings of these kinds (none given: of every kind), worst severity first.
@@ -84,10 +88,10 @@ class Report:
         chosen = kinds or tuple(FindingKind)
         for severity in reversed(Severity):
             mine = [kind for kind in chosen if KINDS[kind].severity is severity]
-            for batch in self.findings.batches():
-                found = batch.of(*mine)
-                if len(found):
-                    yield found
+            for kind in mine:
+                yield from self.findings.of(kind).batches()
+                if self.entries is not None:
+                    yield from self.entries.batches(kind)
             of_clusters = [kind for kind in mine if self.totals.get(kind)]
             if of_clusters and self.mismatches is not None:
                 for part in self.mismatches.runs(*of_clusters):
@@ -137,3 +141,13 @@ class Report:
         if self.counters.corruptions:
             return 2
         return 3 if self.counters.leaks else 0
+
+
+def count_findings(
+    findings: Findings, entries: EntryFindings | None, totals: dict[FindingKind, int]
+) -> dict[FindingKind, int]:
+    """How often each kind that is there counts, however it is held."""
+    counts = Counter(findings.counts())
+    counts.update(entries.counts() if entries else {})
+    counts.update({kind: number for kind, number in totals.items() if number})
+    return dict(counts)

@@ -232,9 +232,14 @@ def _findings(
     for cluster in clusters:
         first = cluster.offset
         about |= (found.host_offset < first + size) & (first < end) & (found.length >= size)
-    chosen = found.select(np.flatnonzero(about)[:LISTED])
-    if len(chosen):
+    rows = [*found.select(np.flatnonzero(about)[:LISTED]).rows()]
+    if report.entries is not None:
+        rows += [row for word in words for row in report.entries.at(word).rows()]
+        whole = (row for each in clusters for row in report.entries.at(each.offset).rows())
+        rows += [row for row in whole if row.length >= size]
+    chosen = sorted(set(rows), key=lambda row: (-row.info.severity, row.kind, row.host_offset))
+    if chosen:
         yield from ("", "The check says of these words and clusters:")
-        yield from (f"  - {sentence(report, finding)}" for finding in chosen.rows())
+        yield from (f"  - {sentence(report, finding)}" for finding in chosen[:LISTED])
     if report.torn:
         yield from ("", "That check was torn: what it says belongs to no single moment.")

@@ -178,9 +178,15 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
     of_table = report.findings.structure == Structure.SNAPSHOT_TABLE
     # Extra data that an entry lacks harms nobody, and every one of 65,536 may lack it.
     of_table &= report.findings.kind != FindingKind.SNAPSHOT_EXTRA_DATA
+    of_entries = report.entries.snapshots() if report.entries else report.owners.snapshot
     touched = np.unique(
         np.concatenate(
-            (report.findings.snapshot, report.owners.snapshot, report.findings.index[of_table])
+            (
+                report.findings.snapshot,
+                report.owners.snapshot,
+                report.findings.index[of_table],
+                of_entries,
+            )
         )
     )
     touched = touched[(touched > ACTIVE) & (touched < len(report.snapshots))]

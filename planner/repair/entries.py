@@ -8,58 +8,78 @@ come last, when refcounts and flags say what they should.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import Mask
-from planner.findings import Finding, FindingKind, Findings
+from planner.arrays import I64, U64, Mask
+from planner.findings import FindingKind
 from planner.plan import StageKind
 from planner.qcow2 import entries
+from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
-from planner.source import read_bytes
 
 _OWNERS_WEIGHED = 64
 """Owners of a cluster that are looked at; one with more is not written to."""
 
-_RESERVED = (FindingKind.L2_ENTRY_RESERVED, FindingKind.L1_ENTRY_RESERVED)
+_WORD = (1 << 64) - 1
 
 
 def correct_entries(scope: Scope) -> None:
     """Draft every entry that can be corrected; the others stay and stay named."""
     # Its cluster becomes free, which refcounts that must not be written could not say.
     if not scope.refcounts_are_shared:
-        zeros = scope.report.findings.of(FindingKind.ZERO_MISALIGNED)
-        free = ~scope.contested(zeros.host_offset >> scope.geometry.cluster_bits)
-        for wrong in zeros.select(free | _shared_with_zeros_alone(scope, zeros)).rows():
-            _write(scope, wrong, _plain_zero(scope, wrong.host_offset))
-    for wrong in _writable(scope, FindingKind.COMPRESSED_COPIED):
-        _write(scope, wrong, struct.pack(">Q", wrong.expected))
+        _make_plain_zero(scope)
+    for tables in marked_tables(scope, FindingKind.COMPRESSED_COPIED):
+        chosen = tables.without_contested()
+        chosen.words[chosen.marks] &= np.uint64(~entries.COPIED & _WORD)
+        chosen.draft()
 
 
 def clear_reserved_bits(scope: Scope) -> None:
     """Draft the entries in which nothing but reserved bits is wrong, without them."""
-    for kind in _RESERVED:
-        wrong = scope.report.findings.of(kind)
-        for each in _writable(scope, kind, _is_otherwise_right(scope, wrong)):
-            _write(scope, each, struct.pack(">Q", each.expected))
-
-
-def _writable(scope: Scope, kind: FindingKind, chosen: Mask | None = None) -> Iterator[Finding]:
-    """The findings of *kind* (those *chosen*) that lie in no cluster with two owners."""
-    wrong = scope.report.findings.of(kind)
+    for tables in marked_tables(scope, FindingKind.L2_ENTRY_RESERVED):
+        chosen = tables.without_contested()
+        chosen = chosen.select(_is_otherwise_right(chosen))
+        chosen.words[chosen.marks] &= np.uint64(~entries.L2_RESERVED & _WORD)
+        chosen.draft()
+    wrong = scope.report.findings.of(FindingKind.L1_ENTRY_RESERVED)
     free = ~scope.contested(wrong.host_offset >> scope.geometry.cluster_bits)
-    return wrong.select(free if chosen is None else free & chosen).rows()
+    alone = ~np.isin(wrong.host_offset, _other_findings(scope))
+    right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
+    for each in wrong.select(right).rows():
+        scope.draft.write(StageKind.CORRECT, each.host_offset, struct.pack(">Q", each.expected))
+        place = [(each.host_offset, 8, 1)]
+        scope.explain(StageKind.CORRECT, each.structure, each.kind, place)
 
 
-def _shared_with_zeros_alone(scope: Scope, zeros: Findings) -> Mask:
+def _make_plain_zero(scope: Scope) -> None:
+    """Take the cluster from entries that read as zeros; fix_l2_entry_by_zero in QEMU."""
+    for tables in marked_tables(scope, FindingKind.ZERO_MISALIGNED):
+        chosen = tables.without_contested()
+        shared = tables.select(~chosen.marks)
+        if shared.marks.any():
+            chosen = tables.select(chosen.marks | _shared_with_zeros_alone(shared))
+        at = chosen.marks
+        if scope.geometry.extended_l2:
+            bitmap = chosen.bitmaps[at].astype(np.uint64)
+            zero = (bitmap | bitmap << np.uint64(32)) & np.uint64(entries.SUBCLUSTERS_ZERO)
+            chosen.words[at], chosen.bitmaps[at] = 0, zero
+        else:
+            chosen.words[at] = entries.ZERO
+        chosen.draft()
+
+
+def _shared_with_zeros_alone(tables: MarkedTables) -> Mask:
     """Whether all owners but one of the cluster that an entry lies in are such entries themselves.
 
     Those have nothing there, and their claim goes with this very repair. Where a table reaches past
     the end of the file, not every owner is known.
     """
-    if not len(zeros) or FindingKind.PAST_END in scope.report.counts():
-        return np.zeros(len(zeros), dtype=np.bool_)
+    scope, marks = tables.scope, tables.marks.copy()
+    if FindingKind.PAST_END in scope.report.counts():
+        marks[:] = False
+        return marks
+    zeros = scope.entries.of(tables.kind)
     columns = (zeros.snapshot.tolist(), zeros.l1_index.tolist(), zeros.l2_index.tolist())
     known = frozenset(zip(*columns, strict=True))
 
@@ -70,42 +90,36 @@ def _shared_with_zeros_alone(scope: Scope, zeros: Findings) -> Mask:
         ]
         return len(owners) < _OWNERS_WEIGHED and len(real) == 1
 
-    clusters = zeros.host_offset >> scope.geometry.cluster_bits
+    clusters = tables.host_offsets() >> scope.geometry.cluster_bits
     alone = {cluster: is_alone(cluster) for cluster in np.unique(clusters).tolist()}
-    return np.array([alone[cluster] for cluster in clusters.tolist()], dtype=np.bool_)
+    marks[marks] = [alone[cluster] for cluster in clusters.tolist()]
+    return marks
 
 
-def _write(scope: Scope, wrong: Finding, after: bytes) -> None:
-    scope.draft.write(StageKind.CORRECT, wrong.host_offset, after)
-    place = [(wrong.host_offset, len(after), 1)]
-    scope.explain(StageKind.CORRECT, wrong.structure, wrong.kind, place)
-
-
-def _is_otherwise_right(scope: Scope, wrong: Findings) -> Mask:
+def _is_otherwise_right(tables: MarkedTables) -> Mask:
     """Whether, without its reserved bits, an entry is exactly what the census needs.
 
     Nothing else may be found at the entry, and the cluster it points at must be there, have as many
     users as its refcount says, and none that contradicts this one.
     """
+    scope, right = tables.scope, tables.marks.copy()
+    for kind in set(scope.entries.counts()) - {tables.kind}:
+        right &= ~scope.entries.marks(kind, tables.offset)
+    at = tables.select(right)
+    alone = ~np.isin(at.host_offsets(), _other_findings(scope))
+    right[right] = alone & _leads_to_what_agrees(scope, at.words[right].astype(np.uint64))
+    return right
+
+
+def _other_findings(scope: Scope) -> I64:
+    """Where there is anything but reserved bits."""
     findings = scope.report.findings
-    others = findings.select(~np.isin(findings.kind, _RESERVED))
-    alone: Mask = ~np.isin(wrong.host_offset, others.host_offset)
-    offset = (wrong.expected & np.uint64(entries.L2_OFFSET)).astype(np.int64)
+    return findings.select(findings.kind != FindingKind.L1_ENTRY_RESERVED).host_offset
+
+
+def _leads_to_what_agrees(scope: Scope, words: U64) -> Mask:
+    """Which entries point at a cluster in the file whose refcount and owners are as they say."""
+    offset = (words & np.uint64(entries.L2_OFFSET)).astype(np.int64)
     cluster = offset >> scope.geometry.cluster_bits
-    agreed = np.array([_refcount_agrees(scope, each) for each in cluster.tolist()], dtype=np.bool_)
-    alone &= (offset != 0) & (cluster < scope.layout.host_clusters)
-    alone &= ~scope.contested(cluster) & agreed
-    return alone
-
-
-def _refcount_agrees(scope: Scope, cluster: int) -> bool:
-    return not len(scope.mismatches.between(cluster, cluster + 1)[0])
-
-
-def _plain_zero(scope: Scope, offset: int) -> bytes:
-    """The entry at *offset* without its cluster; fix_l2_entry_by_zero in QEMU."""
-    if not scope.geometry.extended_l2:
-        return struct.pack(">Q", entries.ZERO)
-    _, bitmap = struct.unpack(">QQ", read_bytes(scope.source, offset, 16))
-    zero = (bitmap | bitmap << 32) & entries.SUBCLUSTERS_ZERO
-    return struct.pack(">QQ", 0, zero)
+    inside: Mask = (offset != 0) & (cluster < scope.layout.host_clusters)
+    return inside & ~scope.contested(cluster) & scope.mismatches.agree(cluster)

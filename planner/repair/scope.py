@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, Mask
+from planner.entry_findings import EntryFindings
 from planner.errors import ParseFailed
 from planner.findings import FindingKind, Structure
 from planner.mismatch import Mismatches
@@ -67,6 +68,13 @@ class Scope:
         if self.report.mismatches is None:
             raise ParseFailed(str(self.report.error))
         return self.report.mismatches
+
+    @property
+    def entries(self) -> EntryFindings:
+        """Findings about L2 entries; raises `ParseFailed` where there was no census."""
+        if self.report.entries is None:
+            raise ParseFailed(str(self.report.error))
+        return self.report.entries
 
     @property
     def may_grow(self) -> bool:
@@ -164,3 +172,15 @@ class Scope:
         """Say why things change; *places* are (offset, length, count) in the file."""
         edits = (Edit(stage, structure, kind, *place) for place in places)
         self.draft.explain(edits, len(places))
+
+    def explain_runs(
+        self,
+        stage: StageKind,
+        structure: Structure,
+        kind: FindingKind,
+        places: tuple[I64, I64, I64],
+    ) -> None:
+        """As `explain`, of as many *places* as there may be: three columns."""
+        columns = [column[: self.draft.edits_left].tolist() for column in places]
+        edits = (Edit(stage, structure, kind, *place) for place in zip(*columns, strict=True))
+        self.draft.explain(edits, len(places[0]))

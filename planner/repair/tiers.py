@@ -244,7 +244,7 @@ def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     reclaim_leaks_in_refblocks(scope, stay)
     scope = _checked_anew(scope, means)
     # Lowered to one reference, an entry gets its COPIED flag back.
-    update_copied_flags_for_l1(scope, known=report.findings)
+    update_copied_flags_for_l1(scope, known=report)
     return _checked_anew(scope, means), triage
 
 

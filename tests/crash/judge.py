@@ -80,14 +80,12 @@ def _unsafe_flags(content: bytes) -> set[int]:
     mismatches = report.mismatches
     if mismatches is None:
         return set()
-    wrong = report.findings.of(FindingKind.L1_COPIED, FindingKind.L2_COPIED)
     found: set[int] = set()
     bits = report.geometry.cluster_bits
-    for at in range(len(wrong)):
-        if int(wrong.expected[at]):
+    for wrong in report.rows(FindingKind.L1_COPIED, FindingKind.L2_COPIED):
+        if wrong.expected:
             continue  # it is clear, and should be set
-        start, length = int(wrong.host_offset[at]), int(wrong.length[at])
-        for place in range(start, start + length, 8):
+        for place in range(wrong.host_offset, wrong.host_offset + wrong.length, 8):
             word = int.from_bytes(content[place : place + 8], "big")
             cluster = (word & 0x00FF_FFFF_FFFF_FE00) >> bits
             if cluster < len(mismatches.counted) and mismatches.counted[cluster] > 1:

@@ -401,9 +401,10 @@ def _flags_share_a_cluster(lag: Lag) -> bool:
     """Whether every wrong flag that is left lies in a cluster with two owners."""
     if lag.kind not in _COPIED:
         return False
-    bits, findings = lag.after.geometry.cluster_bits, lag.after.findings
-    contested = findings.of(FindingKind.MULTIPLE_OWNERS).host_offset >> bits
-    return bool(np.isin(findings.of(lag.kind).host_offset >> bits, contested).all())
+    bits = lag.after.geometry.cluster_bits
+    contested = lag.after.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset >> bits
+    wrong = [row.host_offset >> bits for row in lag.after.rows(lag.kind)]
+    return bool(np.isin(wrong, contested).all())
 
 
 def _snapshot_table_is_lost(lag: Lag) -> bool:

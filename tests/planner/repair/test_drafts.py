@@ -135,7 +135,7 @@ def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_followin
         image.set_refcount(image.host_offset(entry) // SIZE, 2)
     proposal = settled(image, RepairTier.LEAKS)
     assert counts(proposal) == {Kind.L2_COPIED: 1}
-    assert proposal.after.findings.of(Kind.L2_COPIED).l2_index.tolist() == [1]
+    assert [row.l2_index for row in proposal.after.rows(Kind.L2_COPIED)] == [1]
 
 
 def test_a_snapshot_table_on_the_header_is_refused_with_that_reason():

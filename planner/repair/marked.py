@@ -1,0 +1,89 @@
+"""L2 entries that findings are about, table by table, and what is drafted of them.
+
+Batches of whole tables, so that what a repair of millions of entries holds beside its draft is
+bounded. Which entries are wrong the report says; what they become, the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.arrays import I64, U8, Mask
+from planner.findings import FindingKind, Structure
+from planner.plan import StageKind
+from planner.repair.scope import Scope
+from planner.source import read_tables
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedTables:
+    """Some L2 tables. ``offset``: in the file, ascending. ``rows``: their bytes, uint8 (tables,
+    bytes). ``marks``: which entries findings of ``kind`` are about, (tables, entries).
+    """
+
+    scope: Scope
+    kind: FindingKind
+    offset: I64
+    rows: U8
+    marks: Mask
+
+    @property
+    def words(self) -> npt.NDArray[np.uint64]:
+        """The entries, big-endian, (tables, entries): a view of ``rows``."""
+        return self.rows.view(">u8")[:, :: self.scope.geometry.l2_entry_size // 8]
+
+    @property
+    def bitmaps(self) -> npt.NDArray[np.uint64]:
+        """As ``words``, the subcluster bitmaps of extended entries."""
+        return self.rows.view(">u8")[:, 1::2]
+
+    def host_offsets(self) -> I64:
+        """Of the marked entries, in the file, (marked entries,)."""
+        table, inside = np.nonzero(self.marks)
+        return self.offset[table] + inside * self.scope.geometry.l2_entry_size
+
+    def without_contested(self) -> MarkedTables:
+        """Without the marks in clusters with two owners: nothing in them is written."""
+        bits, size = self.scope.geometry.cluster_bits, self.scope.geometry.cluster_size
+        ends = np.stack((self.offset, self.offset + size - 1)) >> bits
+        first, last = self.scope.contested(ends)
+        if not first.any() and not last.any():
+            return self
+        # A misaligned table goes on in a second cluster.
+        inside = np.arange(self.marks.shape[1]) * self.scope.geometry.l2_entry_size
+        is_second = (self.offset % size)[:, None] + inside >= size
+        return self.select(~np.where(is_second, last[:, None], first[:, None]))
+
+    def select(self, chosen: Mask) -> MarkedTables:
+        """Those of the marked entries alone that are *chosen*."""
+        return MarkedTables(self.scope, self.kind, self.offset, self.rows, self.marks & chosen)
+
+    def draft(self) -> None:
+        """Draft the tables as they are by now, and say why: an edit for each run of marks."""
+        touched = self.marks.any(axis=1)
+        if not touched.any():
+            return
+        # Copies: the buffer beneath is used again.
+        self.scope.draft.write_tables(StageKind.CORRECT, self.offset[touched], self.rows[touched])
+        width, step = self.marks.shape[1], self.scope.geometry.l2_entry_size
+        at = np.flatnonzero(self.marks)
+        start = np.flatnonzero((np.diff(at, prepend=-2) != 1) | (at % width == 0))
+        count = np.diff(start, append=len(at))
+        first = self.host_offsets()[start]
+        places = first, count * step, count
+        self.scope.explain_runs(StageKind.CORRECT, Structure.L2_TABLE, self.kind, places)
+
+
+def marked_tables(scope: Scope, kind: FindingKind) -> Iterator[MarkedTables]:
+    """The L2 tables with findings of a kind, some at a time; valid until the next.
+
+    Their bytes may be changed in place.
+    """
+    entries, size = scope.entries, scope.geometry.cluster_size
+    offsets = entries.tables_with(kind)
+    for part, rows in read_tables(scope.source, offsets, size):
+        yield MarkedTables(scope, kind, offsets[part], rows, entries.marks(kind, offsets[part]))
