@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 
 import numpy as np
@@ -135,6 +135,7 @@ class Plan:
     size_after: int
     edits: tuple[Edit, ...] = ()
     edit_count: int = 0
+    _known_digest: list[str] = field(default_factory=list, init=False, repr=False)
 
     @property
     def id(self) -> str:
@@ -172,6 +173,12 @@ class Plan:
         return hash(self._digest())
 
     def _digest(self) -> str:
+        """SHA-256 over all of it, taken when it is first asked for."""
+        if not self._known_digest:
+            self._known_digest.append(self._take_digest())
+        return self._known_digest[0]
+
+    def _take_digest(self) -> str:
         whole = hashlib.sha256()
         whole.update(f"{self.tier} {self.size_before} {self.size_after}".encode())
         for stage in self.stages:
@@ -191,18 +198,46 @@ class Draft:
         self._source = source
         self.can_grow = can_grow
         self._writes: dict[StageKind, list[tuple[I64, U8] | tuple[int, bytes]]] = {}
+        self._stages: dict[StageKind, Stage] = {}  # As far as they still hold.
         self._edits: list[Edit] = []
         self._edit_count = 0
-        self.size = source.size
+        self._size = source.size
+        self.revision = 0
+        """Grows with each change of what is drafted."""
+
+    @property
+    def size(self) -> int:
+        """Length of the file when all is written, bytes."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if size != self._size:
+            self._size = size
+            self._stages.clear()
 
     def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
         """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
         if len(offsets):
-            self._writes.setdefault(kind, []).append((offsets, rows))
+            self._add(kind, (offsets, rows))
 
     def write(self, kind: StageKind, offset: int, data: bytes) -> None:
         """Any bytes anywhere. In a stage, what is drafted later holds."""
-        self._writes.setdefault(kind, []).append((offset, data))
+        self._add(kind, (offset, data))
+
+    def _add(self, kind: StageKind, write: tuple[I64, U8] | tuple[int, bytes]) -> None:
+        self._writes.setdefault(kind, []).append(write)
+        self._forget_stages(kind)
+
+    def _forget_stages(self, first: StageKind) -> None:
+        """From *first* on, the stages are no longer what they were: each builds on those before."""
+        self._stages = {kind: stage for kind, stage in self._stages.items() if kind < first}
+        self.revision += 1
+
+    def withdraw(self, kind: StageKind) -> None:
+        """Take back what was drafted for a stage."""
+        if self._writes.pop(kind, None):
+            self._forget_stages(kind)
 
     def explain(self, edits: Iterable[Edit], count: int) -> None:
         """Say why *count* things change; *edits* is read only as far as a plan lists them."""
@@ -215,9 +250,13 @@ class Draft:
         return MAX_EDITS - len(self._edits)
 
     @property
-    def writes(self) -> int:
-        """How many writes were drafted so far."""
-        return sum(len(writes) for writes in self._writes.values())
+    def is_empty(self) -> bool:
+        """Whether nothing is drafted."""
+        return not self._writes
+
+    def has(self, kind: StageKind) -> bool:
+        """Whether something is drafted for a stage."""
+        return kind in self._writes
 
     def overlay(self) -> Overlay:
         """The source as it would be after everything drafted so far."""
@@ -227,7 +266,9 @@ class Draft:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
         plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
         for kind in sorted(self._writes):
-            stage = self._stage(kind, Overlay(self._source, plan))
+            if kind not in self._stages:
+                self._stages[kind] = self._stage(kind, Overlay(self._source, plan))
+            stage = self._stages[kind]
             if len(stage.sectors):
                 plan = replace(plan, stages=(*plan.stages, stage))
         return plan
@@ -249,6 +290,8 @@ class Draft:
             else:
                 after[np.searchsorted(sectors, place)] = what.reshape(-1, SECTOR)
         differs = (before != after).any(axis=1)
+        if differs.all():
+            return Stage(kind, sectors, before, after)
         return Stage(kind, sectors[differs], before[differs], after[differs])
 
 

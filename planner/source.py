@@ -124,12 +124,8 @@ class Overlay:
     def __init__(self, source: Source, plan: _Staged) -> None:
         self._source = source
         self._size = plan.size_after
-        stages = list(reversed(plan.stages))
-        every = [stage.sectors for stage in stages] or [np.zeros(0, dtype=np.int64)]
-        # Of sectors that several stages change, the last stage's content holds.
-        self._sectors, first = np.unique(np.concatenate(every), return_index=True)
-        content = [stage.after for stage in stages] or [np.zeros((0, SECTOR), dtype=np.uint8)]
-        self._content: U8 = np.concatenate(content)[first]
+        # One over the other, as they are: nothing is copied, however many overlays there are.
+        self._layers = [(stage.sectors, stage.after) for stage in plan.stages]
 
     @property
     def size(self) -> int:
@@ -149,24 +145,32 @@ class Overlay:
             buffer[:] = whole[offset - first : offset - first + len(buffer)]
             return
         self._source.read_into(offset, buffer)
-        low, high = np.searchsorted(self._sectors, [offset // SECTOR, (offset + length) // SECTOR])
         rows = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, SECTOR)
-        rows[self._sectors[low:high] - offset // SECTOR] = self._content[low:high]
+        # Of sectors that several stages change, the last stage's content holds.
+        for sectors, content in self._layers:
+            inside = _between(sectors, offset, offset + length)
+            rows[sectors[inside] - offset // SECTOR] = content[inside]
         if offset + length > self._size:
             buffer[max(0, self._size - offset) :] = bytes(min(length, offset + length - self._size))
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         end = min(offset + length, self._size)
-        low, high = np.searchsorted(self._sectors, [offset // SECTOR, -(-end // SECTOR)])
-        inside = self._sectors[low:high]
-        breaks = np.flatnonzero(np.diff(inside) != 1) + 1
-        runs = (
-            (max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR))
-            for run in np.split(inside, breaks)
-            if len(run)
-        )
+        runs = (_runs(sectors, offset, end) for sectors, _ in self._layers)
         beneath = self._source.data_extents(offset, max(0, end - offset))
-        return _join_extents(heapq.merge(beneath, runs))
+        return _join_extents(heapq.merge(beneath, *runs))
+
+
+def _between(sectors: I64, offset: int, end: int) -> slice:
+    """Where in ascending *sectors* those stand that the bytes from *offset* to *end* touch."""
+    return slice(*np.searchsorted(sectors, [offset // SECTOR, -(-end // SECTOR)]).tolist())
+
+
+def _runs(sectors: I64, offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """The runs of neighbours among *sectors*, as ascending byte extents from *offset* to *end*."""
+    inside = sectors[_between(sectors, offset, end)]
+    for run in np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1):
+        if len(run):
+            yield max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR)
 
 
 def _join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

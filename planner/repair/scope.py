@@ -36,19 +36,19 @@ _LONG_TABLES = (
 class Scope:
     """One step of planning: *source* is the image after all steps before, *report* its check.
 
-    ``writes``: how many writes had been drafted by then. ``formerly_used``: all clusters that an
+    ``revision``: that of the draft which *source* shows. ``formerly_used``: all clusters that an
     earlier step found in use lie below it.
     """
 
     draft: Draft
     source: Source
     report: Report
-    writes: int = 0
+    revision: int = 0
     formerly_used: int = 0
 
     def after(self, image: Source, report: Report) -> Scope:
         """The next step: *image* with everything that was drafted by now, and its check."""
-        return Scope(self.draft, image, report, self.draft.writes, self._end_of_used)
+        return Scope(self.draft, image, report, self.draft.revision, self._end_of_used)
 
     @property
     def layout(self) -> Layout:

@@ -187,7 +187,7 @@ def propose(
     means = _Means(check, look, can_grow)
     scope, triage = _draft_tier(source, report, tier, means)
     if tier is RepairTier.ALL:
-        _draft_flags(scope, report)
+        _settle_flags(scope, report)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
     require_proof(source, plan, report, after)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
@@ -261,6 +261,9 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
         known = np.intersect1d(_leaked(before), _leaked(scope.report), assume_unique=True)
         stay = distinct(np.concatenate((stay, known)))
     _draft_refcounts(scope, stay)
+    if not scope.draft.is_empty:
+        # Mostly nothing is left then: with the bits that follow, the next check is the proof.
+        _draft_flags(scope, before, clean=True)
     for planner in (update_copied_flags_for_l1, clear_reserved_bits):
         scope = _checked_anew(scope, means)
         planner(scope)
@@ -276,7 +279,7 @@ def _leaked(report: Report) -> I64:
 
 def _checked_anew(scope: Scope, means: _Means) -> Scope:
     """The scope after what was drafted; the same where nothing was added."""
-    if scope.draft.writes == scope.writes:
+    if scope.draft.revision == scope.revision:
         return scope
     image = scope.draft.overlay()
     return scope.after(image, means.check(image))
@@ -318,28 +321,40 @@ def _require_writable_header(report: Report) -> None:
         )
 
 
-def _draft_flags(scope: Scope, before: Report) -> None:
-    """Put the corrupt bit around the repair; clear both bits where the outcome is clean."""
-    header = scope.layout.header
-    if header.version < 3 or before.layout is None:
+def _settle_flags(scope: Scope, before: Report) -> None:
+    """Draft the corrupt and dirty bits as the outcome has them, and say why they go."""
+    if before.layout is None or before.layout.header.version < 3:
+        return
+    draft = scope.draft
+    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
+    if not clean or not draft.has(StageKind.GUARD):  # else they were drafted, and checked
+        for stage in (StageKind.GUARD, StageKind.RELEASE):
+            draft.withdraw(stage)
+        _draft_flags(scope, before, clean=clean)
+    if not clean:
         return
     bits = before.layout.header.incompatible_features
-    marks = int(Incompatible.DIRTY | Incompatible.CORRUPT)
-    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
-    final = bits & ~marks if clean else bits
-    if scope.draft.writes:
-        guarded = bits | int(Incompatible.CORRUPT)
-        scope.draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
-    elif final == bits:
-        return
-    scope.draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
     for kind, bit in (
         (FindingKind.CORRUPT_BIT, Incompatible.CORRUPT),
         (FindingKind.DIRTY_BIT, Incompatible.DIRTY),
     ):
-        if bits & bit and not final & bit:
+        if bits & bit:
             place = [(FEATURES_AT, 8, 1)]
             scope.explain(StageKind.RELEASE, Structure.HEADER, kind, place)
+
+
+def _draft_flags(scope: Scope, before: Report, *, clean: bool) -> None:
+    """Put the corrupt bit around what is drafted; clear both bits for a *clean* outcome."""
+    if before.layout is None or before.layout.header.version < 3:
+        return
+    draft, bits = scope.draft, before.layout.header.incompatible_features
+    final = bits & ~int(Incompatible.DIRTY | Incompatible.CORRUPT) if clean else bits
+    if not draft.is_empty:
+        guarded = bits | int(Incompatible.CORRUPT)
+        draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
+    elif final == bits:
+        return
+    draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
 
 
 def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:

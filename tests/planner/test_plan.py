@@ -30,6 +30,22 @@ def drafted(steps: list[tuple[StageKind, int, bytes]], size: int = SIZE) -> Plan
     return draft.plan(RepairTier.ALL)
 
 
+def drafted_in_steps(steps: list[tuple[StageKind, int, bytes]], size: int) -> Plan:
+    """The same plan, looked at after each step, with stages that are withdrawn and drafted anew."""
+    draft = Draft(Bytes(DATA))
+    for kind, offset, data in steps:
+        draft.write(kind, offset, data[::-1])
+        draft.overlay()
+    for kind in StageKind:
+        draft.withdraw(kind)
+    assert draft.is_empty
+    for step in steps:
+        draft.write(*step)
+        draft.overlay()
+    draft.size = size
+    return draft.plan(RepairTier.ALL)
+
+
 def by_hand(steps: list[tuple[StageKind, int, bytes]], size: int) -> bytes:
     """The file after all writes, stage by stage."""
     content = bytearray(DATA.ljust(4 * SIZE, b"\0"))
@@ -43,6 +59,24 @@ def test_the_overlay_is_the_file_after_all_writes(steps, size):
     overlay = Overlay(Bytes(DATA), drafted(steps, size))
     assert overlay.size == size
     assert read_bytes(overlay, 0, size) == by_hand(steps, size)
+
+
+@given(steps=writes, size=sizes)
+def test_a_draft_that_is_looked_at_meanwhile_becomes_the_same_plan(steps, size):
+    assert drafted_in_steps(steps, size) == drafted(steps, size)
+
+
+def test_a_draft_has_another_revision_after_every_change():
+    draft = Draft(Bytes(DATA))
+    seen = [draft.revision]
+    for change in (
+        lambda: draft.write(StageKind.GUARD, 0, b"a"),
+        lambda: draft.withdraw(StageKind.GUARD),
+        lambda: draft.write(StageKind.GUARD, 0, b"b"),
+    ):
+        change()
+        seen.append(draft.revision)
+    assert len(set(seen)) == len(seen)
 
 
 @given(steps=writes, size=sizes, start=st.integers(0, SIZE), length=st.integers(1, 3000))

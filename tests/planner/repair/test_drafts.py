@@ -31,6 +31,43 @@ def counts(proposal: Proposal) -> dict[Kind, int]:
     return proposal.after.counts()
 
 
+def checks_of(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Proposal]:
+    """How many checks it takes to plan the repair of an image, and the proposal."""
+    source = Bytes(bytes(image.data))
+    report, checked = check_image(source), []
+
+    def check(image, **options):
+        checked.append(read_bytes(image, 0, image.size))
+        return check_image(image, **options)
+
+    monkeypatch.setattr(tiers, "check_image", check)
+    proposal = propose(source, report, RepairTier.ALL)
+    # Whatever was checked before: the last check, the proof, is of all that the plan writes.
+    outcome = Overlay(source, proposal.plan)
+    assert checked[-1] == read_bytes(outcome, 0, outcome.size)
+    return len(checked), proposal
+
+
+def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch):
+    image = plain()
+    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    image.set_word(72, 1)
+    number, proposal = checks_of(image, monkeypatch)
+    assert number == 1
+    assert counts(proposal) == {}
+
+
+def test_bits_are_drafted_anew_where_the_outcome_is_not_clean_after_all(monkeypatch):
+    image = plain()
+    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    image.set_word(72, 1)
+    image.set_word(image.l2_at(2), image.host_offset(1) + 512 | COPIED)
+    number, proposal = checks_of(image, monkeypatch)
+    assert number > 1
+    assert Kind.DIRTY_BIT in counts(proposal)
+    assert Kind.DATA_MISALIGNED in counts(proposal)
+
+
 def test_reserved_bits_go_with_the_first_repair_where_the_refcount_is_wrong_too():
     image = plain()
     image.set_bits(image.l2_at(1), RESERVED)
