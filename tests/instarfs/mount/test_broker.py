@@ -6,6 +6,7 @@ tests/mount/test_confinement.py.
 
 import errno
 import fcntl
+import gc
 import logging
 import os
 import socket
@@ -127,10 +128,11 @@ def test_names_behind_links(tmp_path: Path) -> None:
 def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
     folder = fill(tmp_path / "folder", NAMES)
     with attended(folder) as it:
+        gc.collect()  # what earlier tests left may go at any moment, and takes descriptors along
         before = len(list(Path("/proc/self/fd").iterdir()))
         for what in REQUESTS * 2:
             outcome(it.hands, what, folder)
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 # ---- what it does not ----
