@@ -7,14 +7,14 @@ they have little in common, or are not plain, `planner.census` counts them one b
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Protocol, Self
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.arrays import I64, U64, Mask, distinct
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
@@ -25,7 +25,7 @@ from planner.tables import Batch, L2Tables
 MIN_ENTRIES = 1 << 11
 """Of tables smaller than this, comparing costs more than counting."""
 
-PART_BYTES = 4 << 20
+PART_BYTES = 8 << 20
 """Of tables that are looked at together: enough for the calls between small arrays to be few."""
 
 MAX_BYTES = 16 << 20
@@ -33,6 +33,9 @@ MAX_BYTES = 16 << 20
 
 SHARED = 8
 """Versions that differ in more than one of so many entries are counted one by one."""
+
+HELD = 1 << 18
+"""Entries that differ are counted when so many have come together."""
 
 _SAME = np.array([(1 << 64) - 1 - entries.COPIED], dtype=">u8").view(np.uint64)
 """The COPIED flag does not make an entry another one. In the byte order of the disk."""
@@ -53,14 +56,22 @@ class Counter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Entries that are not as in the first version: ``row`` and ``column`` in a part of tables.
+    """Entries that are not as in the first version of their table.
 
-    ``fresh``: which are as in none of the versions before.
+    ``table``: position in `L2Tables`. ``column``: in it. ``word``, ``base``: the entry in that
+    version, and in the first. ``fresh``: whether it is as in none of the versions before.
     """
 
-    row: I64
+    table: I64
     column: I64
+    word: U64
+    base: U64
     fresh: Mask
+
+    @classmethod
+    def join(cls, parts: list[Self]) -> Self:
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 class VersionCounter:
@@ -78,66 +89,70 @@ class VersionCounter:
     ) -> None:
         self._geometry, self._tables, self._counter = geometry, tables, counter
         self._index, self._references, self._mapped = index, references, mapped
+        self._found: list[Differences] = []
 
     def count(self, source: Source, which: I64, tick: Callable[[int], None]) -> I64:
         """Count the tables at positions *which* of `L2Tables`; returns those that it did not."""
         if not len(which) or self._geometry.extended_l2 or self._geometry.l2_entries < MIN_ENTRIES:
             return which
         tables, size = self._tables, self._geometry.cluster_size
-        # The active one comes first: it is counted for all, as only of it QEMU looks at COPIED.
-        order = (tables.offset[which], tables.active[which] == 0, tables.l1_index[which])
-        which = which[np.lexsort(order)]
-        parts, left = cut(tables.l1_index[which], PART_BYTES // size, MAX_BYTES // size)
-        uncounted = [which[part] for part in left]
-        for part, rows in read_parts(source, tables.offset[which], size, parts):
-            uncounted.append(self._count_part(which[part], rows))
+        parts, left = cut(tables, which, PART_BYTES // size, MAX_BYTES // size)
+        uncounted = [left]
+        order = np.concatenate([left[:0], *(part.reshape(-1) for part in parts)])
+        ends = np.cumsum([0, *(part.size for part in parts)]).tolist()
+        slices = [slice(*pair) for pair in pairwise(ends)]
+        read = read_parts(source, tables.offset[order], size, slices)
+        for part, (_, rows) in zip(parts, read, strict=True):
+            uncounted.append(self._count_part(part, rows.view(np.uint64)))
             tick(rows.size)
-        return np.concatenate([*uncounted, np.zeros(0, dtype=np.int64)])
+        self._count_found()
+        return np.concatenate(uncounted)
 
-    def _count_part(self, which: I64, rows: U8) -> I64:
-        """Count whole groups of versions; returns those that are to be counted one by one."""
-        tables = self._tables
-        first = _starts(tables.l1_index[which])
-        groups = np.repeat(np.arange(len(first)), np.diff(first, append=len(which)))
-        words = rows[first].view(">u8").astype(np.uint64)
-        sound = self._counter.are_plain(words)
-        found = _differences(rows.view(np.uint64), first, sound)
-        weight = np.bincount(groups, weights=tables.weight[which]).astype(np.int64)
-        self._count_bases(which[first], words, weight, sound)
-        self._correct(which, words, groups, found)
-        self._count_differences(which, rows, found)
-        return which[~sound[groups]]
+    def _count_part(self, part: I64, words: U64) -> I64:
+        """Count groups of versions; returns those that are to be counted one by one.
 
-    def _count_bases(self, which: I64, words: U64, weight: I64, sound: Mask) -> None:
-        """Count the *sound* ones of the tables *which*, each with the weight of its group."""
-        tables = self._tables
-        columns = (weight, tables.active[which], tables.copied[which])
-        kinds, kind = np.unique(np.stack(columns), axis=1, return_inverse=True)
-        for number, (each, active, copied) in enumerate(kinds.T.tolist()):
-            chosen = sound & (kind.reshape(-1) == number)
-            if chosen.any():
-                batch = Batch(which[chosen], each, active, copied, sibling=False)
-                self._counter.count_plain(batch, words[chosen])
+        *words*: of the tables in *part*, in the byte order of the disk.
+        """
+        versions = words.reshape(*part.shape, -1)
+        base = versions[0].byteswap()
+        sound = self._counter.are_plain(base)
+        found = _differences(part, versions, sound)
+        if sound.any():
+            first = int(part[0, 0])
+            tables, weight = self._tables, int(self._tables.weight[part[:, 0]].sum())
+            active, copied = int(tables.active[first]), int(tables.copied[first])
+            batch = Batch(part[0, sound], weight, active, copied, sibling=False)
+            self._counter.count_plain(batch, base if sound.all() else base[sound])
+        self._found.append(found)
+        if sum(len(each.table) for each in self._found) > HELD:
+            self._count_found()
+        return part[:, ~sound].reshape(-1)
 
-    def _correct(self, which: I64, words: U64, groups: I64, found: Differences) -> None:
+    def _count_found(self) -> None:
+        """Count the entries that differ, of all parts since the last time."""
+        if self._found:
+            found = Differences.join(self._found)
+            self._found = []
+            self._correct(found)
+            self._count_differences(found)
+
+    def _correct(self, found: Differences) -> None:
         """Take back what was counted for versions that differ there."""
-        base = words[groups[found.row], found.column]
-        clusters = entries.l2_offsets(base) >> self._geometry.cluster_bits
+        clusters = entries.l2_offsets(found.base) >> self._geometry.cluster_bits
         held = clusters != 0
         slots = self._index.slots_of(clusters[held])
-        self._references.subtract(slots, self._tables.weight[which[found.row[held]]])
+        self._references.subtract(slots, self._tables.weight[found.table[held]])
 
-    def _count_differences(self, which: I64, rows: U8, found: Differences) -> None:
+    def _count_differences(self, found: Differences) -> None:
         """Count entries that are not as in the version that was counted for all."""
         width = self._geometry.l2_entries
-        words = rows.view(">u8")[found.row, found.column].astype(np.uint64)
-        positions = found.row * width + found.column
-        weight = self._tables.weight[which[found.row]]
+        weight = self._tables.weight[found.table]
         for each in distinct(weight).tolist():
-            chosen = (weight == each) & (words != 0)
-            batch = Batch(which, each, active=0, copied=0, sibling=True)
-            self._counter.count_entries(batch, positions[chosen], words[chosen])
-        words = words[found.fresh]
+            chosen = (weight == each) & (found.word != 0)
+            batch = Batch(found.table[chosen], each, active=0, copied=0, sibling=True)
+            positions = np.arange(len(batch.ids)) * width + found.column[chosen]
+            self._counter.count_entries(batch, positions, found.word[chosen])
+        words = found.word[found.fresh]
         types = entries.cluster_types(words, self._geometry)
         data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
         clusters = entries.l2_offsets(words[data]) >> self._geometry.cluster_bits
@@ -145,68 +160,85 @@ class VersionCounter:
         self._mapped.add(slots[known], 1)
 
 
+def cut(tables: L2Tables, which: I64, target: int, limit: int) -> tuple[list[I64], I64]:
+    """Cut the tables at positions *which* into parts of about *target* tables.
+
+    A part holds whole groups that count alike and have equally many versions, as positions of shape
+    (versions, groups): the same version of neighbours mostly lies together in the file. The active
+    version comes first: it is counted for all, as only of it QEMU looks at COPIED. Besides, the
+    positions of the tables in groups over *limit*.
+    """
+    l1_index = tables.l1_index
+    order = np.lexsort((tables.offset[which], tables.active[which] == 0, l1_index[which]))
+    which = which[order]
+    first = _starts(l1_index[which])
+    base = which[first]
+    size = np.diff(first, append=len(which))
+    weight = np.add.reduceat(tables.weight[which], first)
+    kinds = np.stack((size, weight, tables.active[base], tables.copied[base]))
+    order = np.lexsort((tables.offset[base], *kinds))
+    order = order[size[order] <= limit]
+    parts: list[I64] = []
+    for low, high in _equal_columns(kinds[:, order]):
+        versions = np.arange(int(size[order[low]]))[:, None]
+        step = max(1, target // len(versions))
+        for start in range(low, high, step):
+            groups = order[start : min(start + step, high)]
+            parts.append(which[first[groups] + versions])
+    return parts, which[np.repeat(size > limit, size)]
+
+
+def _equal_columns(values: I64) -> Iterator[tuple[int, int]]:
+    """The runs of equal columns in a 2-D array."""
+    borders = np.flatnonzero((np.diff(values, axis=1) != 0).any(axis=0)) + 1
+    if values.shape[1]:
+        yield from pairwise([0, *borders.tolist(), values.shape[1]])
+
+
 def _starts(values: I64) -> I64:
     """Where runs of equal values begin."""
     return np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(np.diff(values)) + 1))
 
 
-def cut(l1_index: I64, target: int, limit: int) -> tuple[list[slice], list[slice]]:
-    """Cut at group borders into parts of about *target* tables; and the groups over *limit*."""
-    starts = _starts(l1_index)
-    ends = np.append(starts[1:], len(l1_index))
-    parts: list[slice] = []
-    left: list[slice] = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        if end - start > limit:
-            left.append(slice(start, end))
-        elif parts and parts[-1].stop == start and end - parts[-1].start <= target:
-            parts[-1] = slice(parts[-1].start, end)
-        else:
-            parts.append(slice(start, end))
-    return parts, left
+def _differences(part: I64, versions: U64, sound: Mask) -> Differences:
+    """Compare the versions of tables, uint64 of shape (versions, groups, entries), big-endian.
 
-
-def _differences(words: U64, first: I64, sound: Mask) -> Differences:
-    """Compare the versions in each group of rows; groups begin at *first*.
-
-    Groups with little in common are taken out of *sound*, and those that are not in it are left
-    out.
+    *part*: their positions in `L2Tables`. Groups with little in common are taken out of *sound*,
+    and those that are not in it are left out.
     """
-    size = np.diff(first, append=len(words))
-    none = np.zeros(0, dtype=np.int64)
-    found = [Differences(none, none, none != 0)]
-    # Neighbours with as many versions each are compared together.
-    borders = [*(np.flatnonzero(np.diff(size)) + 1).tolist(), len(first)]
-    for low, high in itertools.pairwise([0, *borders]):
-        start, count = int(first[low]), int(size[low])
-        block = words[start : start + (high - low) * count].reshape(high - low, count, -1)
-        found.append(_differences_in(block, start, sound[low:high]))
-    columns = ([getattr(each, name) for each in found] for name in Differences.__slots__)
-    return Differences(*(np.concatenate(parts) for parts in columns))
-
-
-def _differences_in(block: U64, start: int, sound: Mask) -> Differences:
-    """`_differences` in groups of equally many versions, from row *start* on.
-
-    *block* has the shape (groups, versions, entries).
-    """
-    _, count, width = block.shape
-    differs = _differing_columns(block)
-    if (differs.sum(axis=1) > width // SHARED).any():  # perhaps in the COPIED flag alone
-        block = block & _SAME
-        differs = _differing_columns(block)
-        sound &= differs.sum(axis=1) <= width // SHARED
-    group, column = np.nonzero(differs & sound[:, None])
-    versions = block[group, :, column] & _SAME
-    changed = versions[:, 1:] != versions[:, :1]
+    width = versions.shape[2]
+    at = _differing(versions)
+    if (_times(at // width, len(sound)) > width // SHARED).any():  # perhaps in COPIED alone
+        at = _differing(versions & _SAME)
+        sound &= _times(at // width, len(sound)) <= width // SHARED
+    group, column = np.divmod(at, width)
+    group, column = group[sound[group]], column[sound[group]]
+    words = versions[:, group, column]
+    same = words & _SAME
+    changed = same[1:] != same[:1]
     fresh = changed.copy()
-    for lag in range(1, count - 1):
-        fresh[:, lag:] &= versions[:, 1 + lag :] != versions[:, 1:-lag]
-    at, version = np.nonzero(changed)
-    return Differences(start + group[at] * count + 1 + version, column[at], fresh[at, version])
+    for lag in range(1, len(same) - 1):
+        fresh[lag:] &= same[1 + lag :] != same[1:-lag]
+    version, place = np.nonzero(changed)
+    return Differences(
+        table=part[1 + version, group[place]],
+        column=column[place],
+        word=words[1 + version, place].byteswap(),
+        base=words[0, place].byteswap(),
+        fresh=fresh[version, place],
+    )
 
 
-def _differing_columns(block: U64) -> Mask:
-    """In which entries not all versions are as the first: bool (groups, entries)."""
-    differs: Mask = np.logical_or.reduce(block[:, 1:] != block[:, :1], axis=1)
-    return differs
+def _differing(versions: U64) -> I64:
+    """At which flat positions in the tables not all versions are as the first."""
+    base = versions[0].reshape(-1)
+    differs = np.zeros(base.shape, dtype=np.bool_)
+    unlike = np.empty_like(differs)
+    for version in versions[1:]:
+        differs |= np.not_equal(version.reshape(-1), base, out=unlike)
+    return np.flatnonzero(differs)
+
+
+def _times(numbers: I64, end: int) -> I64:
+    """How often each number below *end* occurs."""
+    return np.bincount(numbers, minlength=end)

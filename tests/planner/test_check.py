@@ -15,10 +15,12 @@ from planner.census import Walker
 from planner.check import check_image
 from planner.errors import Cancelled
 from planner.findings import Finding, FindingKind, FindingsBuilder
+from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.report import Report
 from planner.source import Bytes, Source
 from planner.survey import take_survey
+from planner.tables import L2Tables
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import builder, fill, plain
 from tests.planner.sources import Sparse
@@ -198,11 +200,40 @@ def test_versions_and_single_tables_count_alike(changes, shared):
     assert found == answers(check_carefully(image.source))
 
 
-def test_versions_of_one_table_are_cut_into_parts_between_tables():
-    indices = np.array([0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3, 4], dtype=np.int64)
-    parts, left = versions.cut(indices, target=5, limit=4)
-    assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 6), (11, 12)]
-    assert [(part.start, part.stop) for part in left] == [(6, 11)]
+def test_versions_of_tables_are_cut_into_parts_of_groups_that_count_alike():
+    index = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4], dtype=np.int64)
+    ones = np.ones(len(index), dtype=np.int64)
+    tables = L2Tables(
+        offset=np.arange(len(index)) << 16,
+        weight=np.where(np.arange(len(index)) == 5, 7, ones),
+        active=(np.arange(len(index)) == 8) * ones,
+        copied=0 * ones,
+        snapshot=np.zeros(len(index), dtype=np.int32),
+        l1_index=index,
+        sibling=ones != 0,
+        l1_position=index,
+    )
+    parts, left = versions.cut(tables, np.arange(len(index)), target=4, limit=4)
+    assert [part.tolist() for part in parts] == [
+        [[3], [4]],
+        [[0], [1], [2]],
+        [[5], [6]],
+        [[8], [7]],
+    ]
+    assert left.tolist() == [9, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("number", range(len(VERSIONED_TABLES)))
+def test_a_flag_that_versions_should_not_have_is_found_among_many_other_ones(number):
+    """Where versions differ in most flags, these do not make their entries different ones."""
+    image = Image(bytearray(VERSIONED.data))
+    for at in (table + entry * 8 for table in VERSIONED_TABLES[::2] for entry in range(64)):
+        image.set_word(at, image.word(at) ^ entries.COPIED)
+    image.set_word(VERSIONED_TABLES[number] + 8, entries.COPIED | entries.COMPRESSED | 0x600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(versions, "MIN_ENTRIES", 1)
+        found = answers(check_image(image.source))
+    assert found == answers(check_carefully(image.source))
 
 
 FILLED_AT = [FILLED.l2_table(cluster // 512) + cluster % 512 * 8 for cluster in range(1024)]
