@@ -4,9 +4,8 @@ The daemon has read an image that nobody vouches for, so whatever the image made
 reach the rest of the machine. By Landlock it keeps the directories that are followed, and Python's
 own files; nothing in the image's directory, for there are the images of others. What it needs from
 there its broker opens, which keeps nothing else. No program can be run and no mount changed. By a
-filter of ten instructions there is no socket but a local one, for syslog. No right comes back: not
-by a set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the
-log.
+filter of nine instructions no socket can be made. No right comes back: not by a set-user-ID
+program, nor by a capability. What the kernel lacks of this is said once, in the log.
 
 All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
 called before there are others.
@@ -236,32 +235,34 @@ def _rule_out_new_privileges() -> None:
     _require(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 
 
-# Classic BPF over struct seccomp_data: the call's number, the architecture, its arguments.
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+# Classic BPF over struct seccomp_data: the call's number, the architecture.
+_NUMBER, _ARCHITECTURE = 0, 4
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
-_AF_UNIX = 1
 _IO_URING_SETUP = 425
-_SOCKET_CALLS = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}
+_SOCKET_CALLS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}
+"""Of each machine: the architecture, and the numbers of socket(2) and socketpair(2)."""
 _OTHER_ABI = 0x40000000
 
 
 def _deny_sockets() -> None:
-    """socket(2) for anything but local ones is refused; and what could go around that."""
+    """socket(2) and socketpair(2) are refused; and what could go around that.
+
+    The second too: an end of a pair of datagram sockets can be connected elsewhere.
+    """
     machine = platform.machine()
     if machine not in _SOCKET_CALLS:
         raise OSError(errno.ENOSYS, f"it is not known how on {machine}")
-    architecture, socket = _SOCKET_CALLS[machine]
+    architecture, socket, socketpair = _SOCKET_CALLS[machine]
     # (code, jump if true, jump if false, value); a jump is relative to the next one.
     program = [
         (_LOAD, 0, 0, _ARCHITECTURE),
-        (_IF_EQUAL, 0, 6, architecture),
+        (_IF_EQUAL, 0, 5, architecture),
         (_LOAD, 0, 0, _NUMBER),
-        (_IF_AT_LEAST, 4, 0, _OTHER_ABI),
-        (_IF_EQUAL, 3, 0, _IO_URING_SETUP),
-        (_IF_EQUAL, 0, 3, socket),
-        (_LOAD, 0, 0, _FIRST_ARGUMENT),
-        (_IF_EQUAL, 1, 0, _AF_UNIX),
+        (_IF_AT_LEAST, 3, 0, _OTHER_ABI),
+        (_IF_EQUAL, 2, 0, _IO_URING_SETUP),
+        (_IF_EQUAL, 1, 0, socket),
+        (_IF_EQUAL, 0, 1, socketpair),
         (_RETURN, 0, 0, _DENY),
         (_RETURN, 0, 0, _ALLOW),
     ]

@@ -11,8 +11,10 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import syslog
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -202,10 +204,9 @@ def log_to_stderr() -> None:
     _log_to(logging.StreamHandler(), "instarfs: %(message)s")
 
 
-def log_to_syslog() -> None:
-    """For a mount in the background."""
-    syslog.openlog("instarfs", syslog.LOG_PID | syslog.LOG_NDELAY, syslog.LOG_DAEMON)
-    _log_to(_SyslogHandler(), "%(message)s")
+def log_to_syslog(address: str = "/dev/log") -> None:
+    """For a mount in the background. *address*: where the program listens that keeps the log."""
+    _log_to(_SyslogHandler(address), "%(message)s")
 
 
 def _log_to(handler: logging.Handler, line: str) -> None:
@@ -213,15 +214,28 @@ def _log_to(handler: logging.Handler, line: str) -> None:
 
 
 class _SyslogHandler(logging.Handler):
-    """By syslog(3), which needs no socket to be there; one message a line of a traceback."""
+    """To syslog, one message a line of a traceback, by a socket that is made here and never again.
+
+    syslog(3) makes another one when whoever listens was started anew, which a mount may not. This
+    one is connected to nobody: each message looks for the address. Nobody there: nothing is logged.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def emit(self, record: logging.LogRecord) -> None:
-        priority = (
+        level = (
             syslog.LOG_ERR
             if record.levelno >= logging.ERROR
             else syslog.LOG_WARNING
             if record.levelno >= logging.WARNING
             else syslog.LOG_INFO
         )
+        # As syslog(3) writes it (RFC 3164, but for the host).
+        begin = f"<{syslog.LOG_DAEMON | level}>{time.strftime('%b %e %T')} instarfs[{os.getpid()}]:"
         for line in self.format(record).splitlines():
-            syslog.syslog(priority, line)
+            with contextlib.suppress(OSError):
+                message = f"{begin} {line}".encode(errors="backslashreplace")
+                self._socket.sendto(message, self._address)

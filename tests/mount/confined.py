@@ -83,6 +83,9 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "tcp6-socket": lambda: open_socket(socket.AF_INET6, socket.SOCK_STREAM),
     "udp-socket": lambda: open_socket(socket.AF_INET, socket.SOCK_DGRAM),
     "packet-socket": lambda: open_socket(socket.AF_PACKET, socket.SOCK_RAW),
+    "local-stream-socket": lambda: open_socket(socket.AF_UNIX, socket.SOCK_STREAM),
+    "local-datagram-socket": lambda: open_socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+    "pair-of-sockets": lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM),
     "unmount": unmount_root,
     "change-root": lambda: os.chroot("/"),
     "have-3-gibibytes": lambda: bytearray(3 << 30),
@@ -108,7 +111,6 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "have-image-opened": lambda: image.reopen().close(),
     "have-image-opened-to-write": have_the_image_opened_for_writing,
     "have-undo-file-made": have_an_undo_file_made,
-    "local-socket": lambda: open_socket(socket.AF_UNIX, socket.SOCK_DGRAM),
 }
 
 
