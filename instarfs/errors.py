@@ -465,6 +465,12 @@ class UndoFileDamaged(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
+class UndoFileUnreachable(UndoFileDamaged):
+    """{undo_file}: the undo file cannot be opened: {problem}"""
+
+    errno: ClassVar[int] = _errno.EIO
+
+
 @dataclass(eq=False)
 class UndoFileImpossible(InstarfsError):
     """{undo_file}: the undo file cannot be made: {reason}; nothing was written; make it possible,

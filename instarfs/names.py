@@ -86,6 +86,10 @@ class Hands(Protocol):
         """Done when it returns."""
 
 
+class HandsGone(OSError):
+    """The process that was asked has ended: it says nothing of the file."""
+
+
 class OwnHands:
     """This process itself."""
 

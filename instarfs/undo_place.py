@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from instarfs.errors import UndoFileDamaged, reason_of
+from instarfs.errors import UndoFileDamaged, UndoFileUnreachable, reason_of
 from instarfs.image import Image
-from instarfs.names import OLD, SUFFIX, Change, Hands, Opening, behind_links, exists
+from instarfs.names import OLD, SUFFIX, Change, Hands, HandsGone, Opening, behind_links, exists
 
 
 class UndoPlace:
@@ -67,12 +67,15 @@ class UndoPlace:
     def open(self, what: Opening) -> int | None:
         """A descriptor of the undo file, to read or to write it; None where there is none.
 
-        Raises `UndoFileDamaged` for what cannot be one, or may have been made by somebody else.
+        Raises `UndoFileDamaged` for what cannot be one, or may have been made by somebody else;
+        `UndoFileUnreachable` where that cannot be known.
         """
         try:
             fd = self._hands.open(what, self._directory, self._image_name)
         except FileNotFoundError:
             return None
+        except HandsGone as error:
+            raise UndoFileUnreachable(self.file, reason_of(error)) from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return None

@@ -26,7 +26,15 @@ from contextlib import contextmanager, suppress
 
 from instarfs.image import Image
 from instarfs.mount.confinement import Confinement
-from instarfs.names import OF_IMAGE, OF_READERS, Change, Opening, OwnHands, behind_links
+from instarfs.names import (
+    OF_IMAGE,
+    OF_READERS,
+    Change,
+    HandsGone,
+    Opening,
+    OwnHands,
+    behind_links,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +80,7 @@ def separated(image: Image, *, read_only: bool = False) -> Iterator[None]:
 class Broker:
     """The broker as the daemon sees it: `instarfs.names.Hands`. Usable from any thread.
 
-    Where the broker has ended, everything raises EIO.
+    Where the broker has ended, everything raises `HandsGone`, which is EIO.
     """
 
     def __init__(self, channels: Sequence[socket.socket]) -> None:
@@ -108,11 +116,11 @@ class Broker:
             raise OSError(code, os.strerror(code))
         return fds
 
-    def _gone(self) -> OSError:
+    def _gone(self) -> HandsGone:
         if not self._is_gone:
             self._is_gone = True
             log.error("%s", _GONE)
-        return OSError(errno.EIO, _GONE)
+        return HandsGone(errno.EIO, _GONE)
 
 
 def _place_of(directory: int, name: str) -> tuple[int, int, int]:

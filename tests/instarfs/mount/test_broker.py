@@ -20,6 +20,7 @@ import pytest
 
 from instarfs.errors import ImageOpenFailed
 from instarfs.image import Image
+from instarfs.interrupted import pending
 from instarfs.mount.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
 from instarfs.names import NEW, OF_READERS, OLD, SUFFIX, Change, Hands, Opening, OwnHands
 from instarfs.undo_place import UndoPlace
@@ -218,3 +219,14 @@ def test_without_a_broker_nothing_can_be_opened_and_that_is_said_once(
         assert outcome(it.hands, Change.DROP_UNDO, folder) == errno.EIO
         assert os.pread(image.fileno(), 5, 0) == b"image"
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_without_a_broker_nobody_is_told_to_move_the_undo_file_away(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with Image.open(str(folder / IMAGE)) as image, attended(folder) as it:
+        end(it)
+        image.hands = it.hands
+        unknown = pending(image)
+    assert unknown
+    assert unknown.sentence.startswith(f"{folder / IMAGE}{SUFFIX}: the undo file cannot be opened:")
+    assert unknown.sentence.endswith("; unmount, and mount again")
