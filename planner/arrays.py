@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def without_repeats(ascending: I64) -> I64:
     return ascending[first]
 
 
+@cache
 def keep_freed_memory() -> None:
     """Have this process reuse the memory of freed arrays, rather than give it back each time.
 
@@ -54,4 +56,6 @@ def keep_freed_memory() -> None:
     In a check that made batches of arrays, the page faults took longer than the counting. Does
     nothing where the allocator is another.
     """
-    np.empty(_KEPT_BYTES, dtype=np.uint8)
+    # Once: the next one would be cut from what is kept. And no array: numpy has the kernel lay huge
+    # pages under those (madvise(2)), and gone or not, under whatever came to be there instead.
+    bytes(_KEPT_BYTES)

@@ -7,6 +7,7 @@ does not know what an image is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -32,6 +33,9 @@ _STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 # A reader that waits for a check keeps a task; by default the hundredth would stop the whole mount.
 _MAX_TASKS = 1 << 20
+
+_M_ARENA_MAX = -8  # of malloc.h
+_ARENAS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,19 @@ def run(
     *make_service* runs in the event loop. *ready* is called once the mount answers; when nobody
     is left to hear that (BrokenPipeError), the mount ends. Raises `MountFailed`.
     """
+    _share_memory_among_threads()
     return trio.run(_serve, make_service, directory, options, ready)
+
+
+def _share_memory_among_threads() -> None:
+    """Have the threads take their memory from two arenas; to be called before there are any.
+
+    glibc gives eight of them for each processor (mallopt(3)), and what is free in one is of no use
+    to the threads of another. Under load a mount held a quarter more that way, and most of it was
+    free. Other allocators are left alone.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 async def _serve(
