@@ -302,13 +302,7 @@ class Journal:
             place.restore_old()
             journal = cls._load(place)
             if journal is not None and place.has_old():
-                match journal.status.state:
-                    case State.APPLIED:
-                        journal.settle()
-                    case State.UNDONE:
-                        journal.remove()
-                        journal.close()
-                        journal = cls._load(place)
+                journal = cls._finish(place, journal)
         return journal
 
     @classmethod
@@ -322,6 +316,26 @@ class Journal:
             os.close(fd)
             raise
         return cls(place, fd, record, status)
+
+    @classmethod
+    def _finish(cls, place: UndoPlace, journal: Self) -> Self | None:
+        """Of two undo files the one that counts, the only one then; *journal* is the later one,
+        and closed unless it is returned.
+        """
+        try:
+            match journal.status.state:
+                case State.APPLYING:
+                    return journal
+                case State.APPLIED:
+                    journal.settle()
+                    return journal
+                case State.UNDONE:
+                    journal.remove()
+        except UndoFileFailed:
+            journal.close()
+            raise
+        journal.close()
+        return cls._load(place)
 
     @property
     def plan(self) -> Plan:

@@ -154,7 +154,8 @@ class _Pass:
     # ---- repair ----
 
     def repair(self, session: Session, tier: RepairTier, quote: str) -> None:
-        self.outcome = replace(self.outcome, recovered=session.recover())
+        if self._recover(session):
+            session.drop_journal()
         report = self._fresh_check(session)
         proposal = self._repairer.propose(
             session.source,
@@ -262,15 +263,23 @@ class _Pass:
     # ---- undo ----
 
     def undo(self, session: Session) -> None:
-        recovered = session.recover()
-        self.outcome = replace(self.outcome, recovered=recovered)
-        if not recovered:
+        if self._recover(session):
+            try:
+                session.drop_journal()
+            except UndoFileFailed as error:  # the image has been put back all the same
+                self.outcome = replace(self.outcome, reason=str(error))
+        else:
             self._undo_applied(session)
         self.outcome = replace(self.outcome, status=Status.UNDONE)
         with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
             after = self.check(session.source)
             number = total(after)
             self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
+
+    def _recover(self, session: Session) -> bool:
+        recovered = session.recover()
+        self.outcome = replace(self.outcome, recovered=recovered)
+        return recovered
 
     def _undo_applied(self, session: Session) -> None:
         journal, _ = session.undoable()

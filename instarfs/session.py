@@ -92,7 +92,7 @@ class Session:
         return self.journal is not None and self.journal.status.state is State.APPLYING
 
     def recover(self) -> bool:
-        """Take back what was interrupted; False where nothing was.
+        """Take back what was interrupted; False where nothing was. Its undo file stays.
 
         Raises `UndoStale` where somebody has written to the image since.
         """
@@ -100,8 +100,16 @@ class Session:
             return False
         self._require_fit(self.journal, require_remnant, self.journal.plan)
         take_back(self.device, self.journal.plan)
-        self._drop_journal()
         return True
+
+    def drop_journal(self) -> None:
+        """The image is as it was before the repair: the undo file has served, and the one before it
+        is in its place again. Raises `UndoFileFailed`.
+        """
+        if self.journal is not None:
+            self.journal.advance(State.UNDONE)
+            self.journal.remove()
+            self._close_journal()
 
     def start_journal(self, plan: Plan, before: Report) -> None:
         """Make the undo file of a repair that is about to begin; the one before is kept aside.
@@ -137,7 +145,7 @@ class Session:
         if self.journal is not None:
             with suppress(ImageChanged, ImageReadFailed, UndoFileFailed):
                 require_start(self.device, self.journal.plan)
-                self._drop_journal()
+                self.drop_journal()
 
     def reinstate(self) -> None:
         """The undoing was put back: the repair stands again. Where it was not, that stays said."""
@@ -177,13 +185,6 @@ class Session:
             what = "it was written to after the repair"
             raise UndoStale(self.image.path, what, journal.file)
         return report
-
-    def _drop_journal(self) -> None:
-        """The image is as it was before: its undo file has served."""
-        if self.journal is not None:
-            self.journal.advance(State.UNDONE)
-            self.journal.remove()
-            self._close_journal()
 
     def _close_journal(self) -> None:
         if self.journal is not None:

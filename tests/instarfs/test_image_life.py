@@ -6,10 +6,9 @@ A hypothesis state machine on a real file, without a mount. `--cases 6000`: 600 
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,8 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from examples.make_image import DAMAGES, CannotDamageError, ImageBuilder
-from examples.make_image import Image as Made
+from examples.make_image import DAMAGES
 from instarfs.errors import PlanStale, RepairInterrupted
 from instarfs.image import Image
 from instarfs.interrupted import pending
@@ -28,7 +26,7 @@ from instarfs.outcome import RepairOutcome, Status
 from instarfs.repairer import Repairer
 from instarfs.undo_place import SUFFIX
 from planner.check import check_image
-from planner.errors import ImageError, RepairError
+from planner.errors import RepairError
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, total
 from planner.report import Report
@@ -37,31 +35,12 @@ from tests.cached import cached_check, cached_propose, check_bytes, propose_byte
 from tests.crash.guest import disks
 from tests.devices import EIO, WatchedDevice, from_then_on
 from tests.fuzz.mutations import mutate_words
+from tests.lives import LARGEST, SHAPES, damaged, lives, made
 
 CASES_A_LIFE = 10
-STEPS = 20
-LARGEST = 4 << 20
-"""Bytes of a disk that is still damaged on purpose: changed words may make it very large."""
-
-SHAPES = ({}, {"version": 2}, {"refcount_order": 3}, {"cluster_bits": 12, "size": 3 << 20})
 
 tiers = st.sampled_from(RepairTier)
 seeds = st.integers(0, 1 << 16)
-
-
-def made(shape: dict[str, int]) -> bytes:
-    """Two L2 tables, a snapshot, compressed clusters, and free clusters between them."""
-    rng = random.Random(1)
-    builder = ImageBuilder(**({"cluster_bits": 9, "size": 200 << 9} | shape))
-    size = builder.geometry.cluster_size
-    builder.write(0, rng.randbytes(6 * size))
-    builder.write_compressed(9, b"x" * size)
-    builder.take_snapshot("before")
-    builder.skip(3)
-    builder.write(2, rng.randbytes(3 * size))
-    builder.write(builder.geometry.l2_entries, rng.randbytes(2 * size))
-    builder.skip(4)
-    return bytes(builder.build().data)
 
 
 class ImageLife(RuleBasedStateMachine):
@@ -102,7 +81,7 @@ class ImageLife(RuleBasedStateMachine):
             return repairer.undo() if tier is None else repairer.repair(tier, quote)
 
     @initialize(shape=st.sampled_from(SHAPES))
-    def begin(self, shape: dict[str, int]) -> None:
+    def begin(self, shape: Mapping[str, int]) -> None:
         self.write(made(shape))
 
     # ---- what happens to it ----
@@ -110,14 +89,10 @@ class ImageLife(RuleBasedStateMachine):
     @precondition(lambda self: self.taken_back_to is None)
     @rule(name=st.sampled_from(sorted(DAMAGES)), seed=seeds)
     def damage(self, name: str, seed: int) -> None:
-        image = Made(bytearray(self.read()))
-        if image.header.size > LARGEST or check_bytes(self.read()).error is not None:
-            return  # what places the damage looks at every cluster of the disk
-        try:
-            DAMAGES[name](image, random.Random(seed))
-        except (CannotDamageError, ImageError, LookupError, ValueError, ArithmeticError):
-            return  # it is too damaged already for this one
-        self.write(bytes(image.data))
+        before = self.read()
+        content = damaged(before, name, seed)
+        if content != before:
+            self.write(content)
 
     @precondition(lambda self: self.taken_back_to is None)
     @rule(seed=seeds)
@@ -135,6 +110,8 @@ class ImageLife(RuleBasedStateMachine):
             capture_output=True,
             timeout=60,
         )
+        if self.path.stat().st_size > LARGEST:
+            self.path.write_bytes(before)  # where a changed word led it
         if self.read() != before:
             self.undoes_to = None
 
@@ -289,9 +266,4 @@ def same(one: Report, other: Report) -> bool:
 
 
 def test_an_images_life_in_any_order(cases: int) -> None:
-    lives = settings(
-        max_examples=max(5, cases // CASES_A_LIFE),
-        stateful_step_count=STEPS,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(ImageLife, settings=lives)
+    run_state_machine_as_test(ImageLife, settings=lives(cases // CASES_A_LIFE))

@@ -36,7 +36,7 @@ from instarfs.journal import (
     encode_slot,
     read_summary,
 )
-from instarfs.names import SUFFIX
+from instarfs.names import OLD, SUFFIX
 from instarfs.undo_place import UndoPlace
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.report import CheckCounters
@@ -649,5 +649,19 @@ def test_descriptors_are_not_leaked(image: Path, place: UndoPlace) -> None:
     journal.close()
     image.with_name(image.name + SUFFIX).write_bytes(b"damaged")
     with pytest.raises(UndoFileDamaged):
+        Journal.open(place)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("state", [State.APPLIED, State.UNDONE])
+def test_nor_where_what_a_crash_cut_short_cannot_be_finished(
+    image: Path, place: UndoPlace, state: State
+) -> None:
+    journal = Journal.create(place, make_record())
+    journal.advance(state)
+    journal.close()
+    image.with_name(image.name + OLD).mkdir()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(UndoFileFailed):
         Journal.open(place)
     assert len(list(Path("/proc/self/fd").iterdir())) == before

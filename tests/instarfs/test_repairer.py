@@ -45,7 +45,7 @@ from instarfs.image import Image
 from instarfs.interrupted import pending
 from instarfs.journal import Journal, State
 from instarfs.locks import Access, Permission
-from instarfs.names import SUFFIX
+from instarfs.names import OLD, SUFFIX
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.repairer import Repairer
 from instarfs.undo_place import UndoPlace
@@ -683,6 +683,22 @@ def test_where_putting_back_fails_the_undo_file_stays_and_the_next_one_finishes(
         undone = finish is Sandbox.undo
         assert box.read() == (content if undone else repaired(ALL, content))
         box.undo_path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("work", [Sandbox.repair, Sandbox.undo])
+def test_what_was_put_back_is_said_to_be_also_where_its_undo_file_stays(
+    box: Sandbox, work: Callable[[Sandbox], RepairOutcome]
+) -> None:
+    content = box.put(damaged("lost-refblock"))
+    box.repair(ALL, device=failing(from_then_on(6, EIO)))
+    box.path.with_name(box.path.name + OLD).mkdir()  # so that nothing can be moved there and back
+    outcome = work(box)
+    assert box.read() == content
+    assert outcome.recovered
+    assert "cannot be brought up to date" in outcome.reason
+    is_undo = work is Sandbox.undo
+    assert outcome.status is (Status.UNDONE if is_undo else Status.REFUSED)
+    assert (outcome.error is None) == is_undo
 
 
 def test_a_failed_repair_leaves_the_undo_file_of_the_one_before(box: Sandbox) -> None:
