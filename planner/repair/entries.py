@@ -7,16 +7,14 @@ come last, when refcounts and flags say what they should.
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 
 from planner.arrays import I64, U64, Mask
 from planner.findings import FindingKind
-from planner.plan import StageKind
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
+from planner.repair.words import draft_words
 
 _OWNERS_WEIGHED = 64
 """Owners of a cluster that are looked at; one with more is not written to."""
@@ -46,10 +44,8 @@ def clear_reserved_bits(scope: Scope) -> None:
     free = ~scope.contested(wrong.host_offset >> scope.geometry.cluster_bits)
     alone = ~np.isin(wrong.host_offset, _other_findings(scope))
     right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
-    for each in wrong.select(right).rows():
-        scope.draft.write(StageKind.CORRECT, each.host_offset, struct.pack(">Q", each.expected))
-        place = [(each.host_offset, 8, 1)]
-        scope.explain(StageKind.CORRECT, each.structure, each.kind, place)
+    wrong = wrong.select(right)
+    draft_words(scope, FindingKind.L1_ENTRY_RESERVED, wrong.host_offset, wrong.expected)
 
 
 def _make_plain_zero(scope: Scope) -> None:

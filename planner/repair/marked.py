@@ -16,7 +16,7 @@ from planner.arrays import I64, U8, Mask
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
 from planner.repair.scope import Scope
-from planner.source import read_tables
+from planner.source import SECTOR, read_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,17 @@ class MarkedTables:
         return MarkedTables(self.scope, self.kind, self.offset, self.rows, self.marks & chosen)
 
     def draft(self) -> None:
-        """Draft the tables as they are by now, and say why: an edit for each run of marks."""
-        touched = self.marks.any(axis=1)
+        """Draft the marked entries as they are by now, and say why: an edit for a run of marks."""
+        # Only the sectors in which something changes: there may be one entry in each table.
+        sectors = self.rows.reshape(len(self.rows), -1, SECTOR)
+        touched = self.marks.reshape(*sectors.shape[:2], -1).any(axis=2)
         if not touched.any():
             return
-        # Copies: the buffer beneath is used again.
-        self.scope.draft.write_tables(StageKind.CORRECT, self.offset[touched], self.rows[touched])
+        table, inside = np.nonzero(touched)
+        # A copy: the buffer beneath is used again.
+        changed = sectors[table, inside]
+        offset = self.offset[table] + inside * SECTOR
+        self.scope.draft.write_tables(StageKind.CORRECT, offset, changed)
         width, step = self.marks.shape[1], self.scope.geometry.l2_entry_size
         at = np.flatnonzero(self.marks)
         start = np.flatnonzero((np.diff(at, prepend=-2) != 1) | (at % width == 0))
@@ -85,5 +90,5 @@ def marked_tables(scope: Scope, kind: FindingKind) -> Iterator[MarkedTables]:
     """
     entries, size = scope.entries, scope.geometry.cluster_size
     offsets = entries.tables_with(kind)
-    for part, rows in read_tables(scope.source, offsets, size):
+    for part, rows in read_tables(scope.drafted, offsets, size):
         yield MarkedTables(scope, kind, offsets[part], rows, entries.marks(kind, offsets[part]))

@@ -51,6 +51,12 @@ class Scope:
         return Scope(self.draft, image, report, self.draft.revision, self._end_of_used)
 
     @property
+    def drafted(self) -> Source:
+        """The image with what this step has drafted by now, too."""
+        is_same = self.draft.revision == self.revision
+        return self.source if is_same else self.draft.overlay()
+
+    @property
     def layout(self) -> Layout:
         """Of an image whose header could be read; raises `ParseFailed` for another."""
         if self.report.layout is None:

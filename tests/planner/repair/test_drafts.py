@@ -12,7 +12,7 @@ from planner.repair import scope, tiers
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, Overlay, read_bytes
-from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot
+from tests.planner.corpus.rule import COPIED, SIZE, builder, fill, plain, with_snapshot
 
 RESERVED = 1 << 60
 
@@ -90,6 +90,29 @@ def test_reserved_bits_stay_where_the_target_is_lost():
 def misaligned_zero(image: Image) -> None:
     """Guest cluster 1 reads as zeros, from between two host clusters."""
     image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
+
+
+def test_two_kinds_of_damage_in_one_table_go_with_one_repair():
+    made = fill(builder())
+    made.write_zeros(9, allocated=True)
+    made.write_compressed(3, b"x")
+    image = made.build()
+    image.set_bits(image.l2_at(9), 1024)
+    image.set_bits(image.l2_at(3), COPIED)
+    assert {Kind.ZERO_MISALIGNED, Kind.COMPRESSED_COPIED} <= settled(image).before.counts().keys()
+
+
+def test_l1_entries_are_mended_in_sectors_that_they_share():
+    image = plain()
+    image.set_bits(image.l1_at(0), RESERVED)
+    image.set_word(image.l1_at(1), image.word(image.l1_at(1)) ^ COPIED)
+    proposal = settled(image)
+    (stage,) = (each for each in proposal.plan.stages if each.kind is StageKind.CORRECT)
+    assert [patch.offset for patch in stage.patches()] == [image.l1_at(0), image.l1_at(1)]
+    assert [(edit.offset, edit.length) for edit in proposal.plan.edits] == [
+        (image.l1_at(1), 8),
+        (image.l1_at(0), 8),
+    ]
 
 
 def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it():
