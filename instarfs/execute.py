@@ -32,9 +32,9 @@ from instarfs.errors import (
     TrimUnsupported,
     reason_of,
 )
-from planner.arrays import I64, U8, Mask
+from planner.arrays import I64, U8, Mask, distinct
 from planner.check import Progress
-from planner.plan import Plan, Stage, StageKind
+from planner.plan import COMPARED_SECTORS, Plan, Stage, StageKind, equal_rows
 from planner.source import SECTOR, read_tables
 
 MAX_WRITE_SECTORS = (1 << 20) // SECTOR
@@ -184,10 +184,9 @@ def require_start(device: Device, plan: Plan) -> None:
     """Raise `ImageChanged` unless the device holds what *plan* starts from, and is as long."""
     if device.size != plan.size_before:
         raise ImageChanged(device.name, f"it has {device.size} bytes, not {plan.size_before}")
-    sectors, before = _starts(plan)
-    differs = ~_equal_rows(_read(device, sectors), _visible(before, sectors, device.size))
-    if differs.any():
-        raise ImageChanged(device.name, _not_expected(sectors[differs]))
+    changed = [sectors[~_hold(device, sectors, before)] for sectors, before in _starts(plan)]
+    if any(map(len, changed)):
+        raise ImageChanged(device.name, _not_expected(np.concatenate(changed)))
 
 
 def put_back(device: Device, plan: Plan, cause: BaseException) -> None:
@@ -219,13 +218,13 @@ def require_remnant(device: Device, plan: Plan) -> None:
             device.name,
             f"it has {device.size} bytes, neither {plan.size_before} nor {plan.size_after}",
         )
-    sectors, before = _starts(plan)
-    current = _read(device, sectors)
-    known = _equal_rows(current, _visible(before, sectors, device.size))
+    sectors = distinct(np.concatenate([_NO_SECTORS, *(stage.sectors for stage in plan.stages)]))
+    known = np.zeros(len(sectors), dtype=np.bool_)
+    for mine, before in _starts(plan):
+        known[np.searchsorted(sectors, mine)] = _hold(device, mine, before)
     for stage in plan.stages:
         at = np.searchsorted(sectors, stage.sectors)
-        after = _visible(stage.after, stage.sectors, device.size)
-        known[at] |= _equal_rows(current[at], after)
+        known[at] |= _hold(device, stage.sectors, stage.after)
     if not known.all():
         raise ImageChanged(device.name, _not_expected(sectors[~known]))
 
@@ -275,8 +274,8 @@ class _Writer:
             self._device.truncate(step.after)
         else:
             # What the plan cuts off in the end is not worth the space that writing it may take.
-            kept = step.sectors * SECTOR < self._plan.size_after
-            for count in _write_sectors(self._device, step.sectors[kept], step.after[kept]):
+            end = np.searchsorted(step.sectors, -(-self._plan.size_after // SECTOR))
+            for count in _write_sectors(self._device, step.sectors[:end], step.after[:end]):
                 self._pause(count)
         self._device.flush()
 
@@ -319,16 +318,14 @@ def _undo_steps(device: Device, plan: Plan, steps: Sequence[_Step], choose: _Cho
 def _differs_from_before(device: Device, stage: Stage) -> Mask:
     """Which sectors of a stage that was begun must be put back."""
     try:
-        current = _read(device, stage.sectors)
+        return ~_hold(device, stage.sectors, stage.before)
     except ImageReadFailed:
         return np.ones(len(stage.sectors), dtype=np.bool_)
-    return ~_equal_rows(current, _visible(stage.before, stage.sectors, device.size))
 
 
 def _is_written(device: Device, stage: Stage) -> Mask:
     """Which sectors of a stage that may have been begun are as it leaves them."""
-    after = _visible(stage.after, stage.sectors, device.size)
-    return _equal_rows(_read(device, stage.sectors), after)
+    return _hold(device, stage.sectors, stage.after)
 
 
 # ---- giving space back ----
@@ -365,13 +362,28 @@ def punch(
 # ---- sectors ----
 
 
-def _starts(plan: Plan) -> tuple[I64, U8]:
-    """Every sector of the plan, ascending, and what it holds before the first stage."""
-    if not plan.stages:
-        return np.zeros(0, dtype=np.int64), np.zeros((0, SECTOR), dtype=np.uint8)
-    every = np.concatenate([stage.sectors for stage in plan.stages])
-    sectors, first = np.unique(every, return_index=True)
-    return sectors, np.concatenate([stage.before for stage in plan.stages])[first]
+_NO_SECTORS: I64 = np.zeros(0, dtype=np.int64)
+
+
+def _starts(plan: Plan) -> Iterator[tuple[I64, U8]]:
+    """Every sector of the plan, once, and what it holds before the first stage; some at a time."""
+    seen = _NO_SECTORS
+    for stage in plan.stages:
+        new = np.flatnonzero(~np.isin(stage.sectors, seen))
+        for start in range(0, len(new), COMPARED_SECTORS):
+            part = new[start : start + COMPARED_SECTORS]
+            yield stage.sectors[part], stage.before[part]
+        seen = np.concatenate((seen, stage.sectors))
+
+
+def _hold(device: Device, sectors: I64, rows: U8) -> Mask:
+    """Which *sectors* of the device, ascending, hold these *rows*."""
+    hold: Mask = np.empty(len(sectors), dtype=np.bool_)
+    for start in range(0, len(sectors), COMPARED_SECTORS):
+        part = slice(start, start + COMPARED_SECTORS)
+        visible = _visible(rows[part], sectors[part], device.size)
+        hold[part] = equal_rows(_read(device, sectors[part]), visible)
+    return hold
 
 
 def _read(device: Device, sectors: I64) -> U8:
@@ -408,11 +420,6 @@ def _visible(rows: U8, sectors: I64, size: int) -> U8:
     rows[sectors * SECTOR >= size] = 0
     rows[sectors == size // SECTOR, size % SECTOR :] = 0
     return rows
-
-
-def _equal_rows(one: U8, other: U8) -> Mask:
-    equal: Mask = (one == other).all(axis=1)
-    return equal
 
 
 # ---- errors ----

@@ -14,12 +14,15 @@ from enum import IntEnum, StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8, distinct
+from planner.arrays import I64, U8, Mask, distinct
 from planner.findings import FindingKind, Structure
 from planner.source import SECTOR, Overlay, Source, read_tables
 
 MAX_EDITS = 1 << 16
 """Edits that a plan lists one by one; it counts all of them."""
+
+COMPARED_SECTORS = 1 << 14
+"""Sectors that are compared at a time."""
 
 ID_LENGTH = 12
 SHORTEST_QUOTE = 6
@@ -104,7 +107,9 @@ class Stage:
 
     def changed_bytes(self) -> int:
         """How many bytes the stage changes."""
-        return int(np.count_nonzero(self.before != self.after))
+        parts = range(0, len(self.sectors), COMPARED_SECTORS)
+        compared = (slice(start, start + COMPARED_SECTORS) for start in parts)
+        return sum(int(np.count_nonzero(self.before[at] != self.after[at])) for at in compared)
 
     def bytes_at(self, offset: int, length: int) -> tuple[bytes, bytes]:
         """The bytes of a range before and after; where no sector changes they are empty."""
@@ -197,7 +202,7 @@ class Draft:
     def __init__(self, source: Source, *, can_grow: bool = True) -> None:
         self._source = source
         self.can_grow = can_grow
-        self._writes: dict[StageKind, list[tuple[I64, U8] | tuple[int, bytes]]] = {}
+        self._writes: dict[StageKind, list[_Write]] = {}
         self._stages: dict[StageKind, Stage] = {}  # As far as they still hold.
         self._edits: list[Edit] = []
         self._edit_count = 0
@@ -219,25 +224,33 @@ class Draft:
     def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
         """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
         if len(offsets):
-            self._add(kind, (offsets, rows))
+            step = np.arange(rows.shape[1] // SECTOR)
+            sectors = (offsets[:, None] // SECTOR + step).reshape(-1)
+            self._add(kind, _Write(sectors, rows.reshape(-1, SECTOR)))
 
     def write(self, kind: StageKind, offset: int, data: bytes) -> None:
         """Any bytes anywhere. In a stage, what is drafted later holds."""
-        self._add(kind, (offset, data))
+        sectors = np.arange(offset // SECTOR, (offset + len(data) - 1) // SECTOR + 1)
+        self._add(kind, _Write(sectors, data, offset % SECTOR))
 
-    def _add(self, kind: StageKind, write: tuple[I64, U8] | tuple[int, bytes]) -> None:
+    def _add(self, kind: StageKind, write: _Write) -> None:
         self._writes.setdefault(kind, []).append(write)
-        self._forget_stages(kind)
+        self._forget_stages(kind, write.sectors)
 
-    def _forget_stages(self, first: StageKind) -> None:
-        """From *first* on, the stages are no longer what they were: each builds on those before."""
-        self._stages = {kind: stage for kind, stage in self._stages.items() if kind < first}
+    def _forget_stages(self, first: StageKind, sectors: I64) -> None:
+        """Stage *first* is no longer what it was, nor a later one that builds on its *sectors*."""
         self.revision += 1
+        for kind in list(self._stages):
+            if kind == first or (kind > first and self._touches(kind, sectors)):
+                del self._stages[kind]
+
+    def _touches(self, kind: StageKind, sectors: I64) -> bool:
+        return any(np.isin(write.sectors, sectors).any() for write in self._writes[kind])
 
     def withdraw(self, kind: StageKind) -> None:
         """Take back what was drafted for a stage."""
-        if self._writes.pop(kind, None):
-            self._forget_stages(kind)
+        for write in self._writes.pop(kind, []):
+            self._forget_stages(kind, write.sectors)
 
     def explain(self, edits: Iterable[Edit], count: int) -> None:
         """Say why *count* things change; *edits* is read only as far as a plan lists them."""
@@ -275,29 +288,64 @@ class Draft:
 
     def _stage(self, kind: StageKind, base: Source) -> Stage:
         writes = self._writes[kind]
-        places = [_sectors_of(where, what) for where, what in writes]
-        sectors = distinct(np.concatenate(places))
+        if all(isinstance(write.data, np.ndarray) for write in writes):
+            _join(writes)
+        sectors = distinct(np.concatenate([write.sectors for write in writes]))
         before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
         for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
             before[part] = rows
-        after = before.copy()
-        flat = after.reshape(-1)
-        for place, (where, what) in zip(places, writes, strict=True):
-            if isinstance(what, bytes):
-                # The sectors of one write are neighbours in *sectors* too: none lies between them.
-                start = int(np.searchsorted(sectors, place[0])) * SECTOR + int(where) % SECTOR
-                flat[start : start + len(what)] = np.frombuffer(what, dtype=np.uint8)
-            else:
-                after[np.searchsorted(sectors, place)] = what.reshape(-1, SECTOR)
-        differs = (before != after).any(axis=1)
+        after = _content_after(before, sectors, writes)
+        differs = ~equal_rows(before, after)
         if differs.all():
             return Stage(kind, sectors, before, after)
         return Stage(kind, sectors[differs], before[differs], after[differs])
 
 
-def _sectors_of(where: I64 | int, what: U8 | bytes) -> I64:
-    """The sectors that a write touches, in the order of its bytes."""
-    if isinstance(what, bytes):
-        return np.arange(int(where) // SECTOR, (int(where) + len(what) - 1) // SECTOR + 1)
-    first = np.asarray(where) // SECTOR
-    return (first[:, None] + np.arange(what.shape[1] // SECTOR)).reshape(-1)
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """``data``: whole sectors, uint8 (n, 512), or any bytes from byte ``skip`` of the first on.
+
+    ``sectors``: those that it touches, int64, in the order of its bytes.
+    """
+
+    sectors: I64
+    data: U8 | bytes
+    skip: int = 0
+
+
+def _join(writes: list[_Write]) -> None:
+    """Make one write, its sectors ascending, of many of whole sectors.
+
+    A stage then takes it as it is, so that what is drafted is held once.
+    """
+    sectors = distinct(np.concatenate([write.sectors for write in writes]))
+    rows = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+    while writes:
+        write = writes.pop(0)  # One after the other, so that little is there twice.
+        rows[np.searchsorted(sectors, write.sectors)] = write.data
+    writes.append(_Write(sectors, rows))
+
+
+def _content_after(before: U8, sectors: I64, writes: list[_Write]) -> U8:
+    """What *sectors* hold after *writes*; shape of *before*, which they hold before."""
+    if len(writes) == 1 and isinstance(writes[0].data, np.ndarray):
+        return writes[0].data
+    after = before.copy()
+    flat = after.reshape(-1)
+    for write in writes:
+        if isinstance(write.data, bytes):
+            # The sectors of one write are neighbours in *sectors* too: none lies between them.
+            start = int(np.searchsorted(sectors, write.sectors[0])) * SECTOR + write.skip
+            flat[start : start + len(write.data)] = np.frombuffer(write.data, dtype=np.uint8)
+        else:
+            after[np.searchsorted(sectors, write.sectors)] = write.data
+    return after
+
+
+def equal_rows(one: U8, other: U8) -> Mask:
+    """Which sectors, uint8 (n, 512), are alike."""
+    equal: Mask = np.empty(len(one), dtype=np.bool_)
+    for start in range(0, len(one), COMPARED_SECTORS):
+        part = slice(start, start + COMPARED_SECTORS)
+        equal[part] = (one[part] == other[part]).all(axis=1)
+    return equal

@@ -32,6 +32,8 @@ AHEAD_BYTES = 16 << 20
 GAP_BYTES = 16 << 10
 """Tables nearer to each other than this are fetched in one read: a request costs more."""
 
+MAX_SPAN_BYTES = 8 << 20
+"""No such read is longer, however many small tables lie near to each other."""
 
 READ_ANYWAY_BYTES = 256 << 20
 """Below this, reading zeros out of holes is cheaper than asking where the holes are."""
@@ -329,7 +331,13 @@ def _fetch(source: Source, offsets: I64, rows: U8) -> None:
         if (steps[low : high - 1] == table_bytes).all():
             source.read_into(start, rows[low:high].reshape(-1).data)
             continue
-        span = np.empty(int(offsets[high - 1]) + table_bytes - start, dtype=np.uint8)
+        length = int(offsets[high - 1]) + table_bytes - start
+        if length > max(MAX_SPAN_BYTES, 2 * table_bytes + GAP_BYTES):
+            middle = (low + high) // 2
+            _fetch(source, offsets[low:middle], rows[low:middle])
+            _fetch(source, offsets[middle:high], rows[middle:high])
+            continue
+        span = np.empty(length, dtype=np.uint8)
         source.read_into(start, span.data)
         windows = np.lib.stride_tricks.sliding_window_view(span, table_bytes)
         rows[low:high] = windows[offsets[low:high] - start]

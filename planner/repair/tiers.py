@@ -217,6 +217,7 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means)
         if len(more) == len(stay):
             return scope, triage
         stay = more
+        del scope, triage  # The draft may be large, and the next is as large.
     return draft(_first_step(source, report, means), means, stay)
 
 

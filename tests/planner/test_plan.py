@@ -1,5 +1,7 @@
 """A plan as a value: what a draft says, its stages, its inverse, its identity, and the overlay."""
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,21 +13,30 @@ from planner.source import SECTOR, Bytes, Overlay, read_bytes
 SIZE = 5000
 DATA = bytes(np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8))
 
-writes = st.lists(
-    st.tuples(
-        st.sampled_from(StageKind),
-        st.integers(0, 2 * SIZE),
-        st.binary(min_size=1, max_size=1200),
-    ),
-    max_size=6,
+kinds = st.sampled_from(StageKind)
+any_bytes = st.tuples(kinds, st.integers(0, 2 * SIZE), st.binary(min_size=1, max_size=1200))
+whole_sectors = st.tuples(
+    kinds,
+    st.integers(0, 12).map(lambda sector: sector * SECTOR),
+    st.sampled_from([DATA[: 2 * SECTOR], bytes(SECTOR), b"\xff" * 3 * SECTOR]),
 )
+writes = st.lists(any_bytes, max_size=6) | st.lists(whole_sectors | any_bytes, max_size=6)
 sizes = st.sampled_from([SIZE, 3 * SIZE, SIZE // 2])
+
+
+def draft_one(draft: Draft, kind: StageKind, offset: int, data: bytes) -> None:
+    """As a table, where it is one."""
+    if offset % SECTOR or len(data) % SECTOR:
+        draft.write(kind, offset, data)
+    else:
+        rows = np.frombuffer(data, dtype=np.uint8).reshape(1, -1)
+        draft.write_tables(kind, np.array([offset]), rows)
 
 
 def drafted(steps: list[tuple[StageKind, int, bytes]], size: int = SIZE) -> Plan:
     draft = Draft(Bytes(DATA))
     for step in steps:
-        draft.write(*step)
+        draft_one(draft, *step)
     draft.size = size
     return draft.plan(RepairTier.ALL)
 
@@ -34,13 +45,13 @@ def drafted_in_steps(steps: list[tuple[StageKind, int, bytes]], size: int) -> Pl
     """The same plan, looked at after each step, with stages that are withdrawn and drafted anew."""
     draft = Draft(Bytes(DATA))
     for kind, offset, data in steps:
-        draft.write(kind, offset, data[::-1])
+        draft_one(draft, kind, offset, data[::-1])
         draft.overlay()
     for kind in StageKind:
         draft.withdraw(kind)
     assert draft.is_empty
     for step in steps:
-        draft.write(*step)
+        draft_one(draft, *step)
         draft.overlay()
     draft.size = size
     return draft.plan(RepairTier.ALL)
@@ -77,6 +88,34 @@ def test_a_draft_has_another_revision_after_every_change():
         change()
         seen.append(draft.revision)
     assert len(set(seen)) == len(seen)
+
+
+def test_a_stage_that_builds_on_nothing_new_is_not_made_again():
+    draft = Draft(Bytes(DATA))
+    draft_one(draft, StageKind.CORRECT, SECTOR, bytes(SECTOR))
+    (before,) = draft.plan(RepairTier.ALL).stages
+    draft_one(draft, StageKind.GUARD, 72, b"x")
+    _, after = draft.plan(RepairTier.ALL).stages
+    assert after is before
+    draft_one(draft, StageKind.PREPARE, SECTOR, b"y")
+    assert draft.plan(RepairTier.ALL).stages[-1].before[0, 0] == ord("y")
+
+
+def test_what_is_drafted_is_held_once():
+    size, batch = 32 << 20, 2 << 20
+    draft = Draft(Bytes(bytes(size)))
+    tracemalloc.start()
+    try:
+        for at in range(0, size, batch):
+            rows = np.ones((32, batch // 32), dtype=np.uint8)
+            draft.write_tables(StageKind.CORRECT, at + np.arange(32) * rows.shape[1], rows)
+        plan = draft.plan(RepairTier.ALL)
+        assert plan.stages[0].changed_bytes() == size
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2.1 * size
+    assert peak < 2.5 * size
 
 
 @given(steps=writes, size=sizes, start=st.integers(0, SIZE), length=st.integers(1, 3000))

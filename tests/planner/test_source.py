@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from planner import source as source_module
 from planner.source import (
+    GAP_BYTES,
+    MAX_SPAN_BYTES,
     Bytes,
     nonzero_words,
     present_tables,
@@ -160,6 +162,16 @@ def test_neighbouring_tables_are_one_request():
     offsets = np.array([0, 512, 1024, 1 << 20, (1 << 20) + 1024], dtype=np.int64)
     list(read_tables(source, offsets, 512))
     assert requests == [(0, 1536), (1 << 20, 1536)]
+
+
+def test_tables_with_little_between_them_are_no_request_without_end():
+    source = Sparse({}, size=1 << 30)
+    requests = []
+    source.read_into = lambda offset, buffer: requests.append((offset, len(buffer)))  # type: ignore[method-assign]
+    offsets = np.arange(4096, dtype=np.int64) * GAP_BYTES
+    list(read_tables(source, offsets, 512))
+    assert max(length for _, length in requests) <= MAX_SPAN_BYTES
+    assert len(requests) == 4096 * GAP_BYTES // MAX_SPAN_BYTES
 
 
 def test_tables_are_all_read_while_that_is_cheap():
