@@ -326,14 +326,24 @@ class Inspector:
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         return Checkup(report, self.repairs.standing(before), interrupted)
 
+    def _moment(self) -> Generation:
+        """As `generation`, from a worker thread.
+
+        What takes a check and looks again may see two images. It is of one if this is the same
+        before the first and after the last look; `_image` is the one that it tells of.
+        """
+        return trio.from_thread.run_sync(self.generation)
+
     def _look_into_leaks(self, cancelled: Callable[[], bool]) -> Leaks:
-        image = self._image
+        before, image = self._moment(), self._image
         report = trio.from_thread.run(self.checkup.get).value.report
         with self._sharing.reading(image):
-            return Leaks(report, triage_leaks(image.source(), report, cancelled=cancelled))
+            triage = triage_leaks(image.source(), report, cancelled=cancelled)
+        return Leaks(_torn(report) if self._moment() != before else report, triage)
 
     def _brief(self, _cancelled: Callable[[], bool]) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
+        before = self._moment()
         checkup = trio.from_thread.run(self.checkup.get).value
         triage: Triage | InstarfsError
         try:
@@ -344,6 +354,8 @@ class Inspector:
         if checkup.report.error is None and total(checkup.report):
             for tier in RepairTier:
                 briefing.proposals[tier] = self._proposal_or_error(tier)
+        if self._moment() != before:
+            return Briefing(replace(checkup, report=_torn(checkup.report)), triage, {})
         return briefing
 
     def _proposal_or_error(self, tier: RepairTier) -> Proposal | InstarfsError | PlannerError:
@@ -355,8 +367,7 @@ class Inspector:
             return error
 
     def _propose(self, tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
-        image = self._image
-        before = image.generation()
+        before, image = self._moment(), self._image
         checkup = trio.from_thread.run(self.checkup.get).value
         if checkup.pending is not None:
             return RepairError(checkup.pending.sentence)
@@ -376,7 +387,7 @@ class Inspector:
             return error
         finally:
             self._planning = IDLE
-        if image.generation() != before:
+        if self._moment() != before:
             return AmbiguousCorruption("the image changed while it was planned", "read again")
         return proposal
 
@@ -385,14 +396,13 @@ class Inspector:
             if cancelled():
                 raise Cancelled
 
-        image = self._image
-        before = image.generation()
+        before, image = self._moment(), self._image
         report = trio.from_thread.run(self.checkup.get).value.report
         try:
             atlas = draw_atlas(image.source(), report, tick)
         except ImageError as error:
             return error
-        return replace(atlas, torn=atlas.torn or image.generation() != before)
+        return replace(atlas, torn=atlas.torn or self._moment() != before)
 
     def _read_bitmaps(self, cancelled: Callable[[], bool]) -> Bitmaps:
         def tick(_amount: int) -> None:
@@ -411,6 +421,11 @@ class Inspector:
 
     def _set_planning(self, stage: str, done: int, total: int) -> None:
         self._planning = percentage(stage, done, total)
+
+
+def _torn(report: Report) -> Report:
+    """Of an image that changed before all had been said of it."""
+    return replace(report, changed=True)
 
 
 def _file_of(generation: Generation) -> tuple[int, int]:

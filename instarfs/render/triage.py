@@ -39,6 +39,7 @@ def triage_json(triage: Triage, report: Report, filename: str) -> bytes:
     return json_bytes(
         {
             "filename": filename,
+            "torn": report.torn,
             **triage_value(triage),
             "leaked-bytes": triage.leaked * size,
             "in-words": triage_lines(triage),

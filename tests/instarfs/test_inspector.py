@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
 
 from examples.make_image import DAMAGES, sample
 from instarfs import locks
+from instarfs.computed import Computed
 from instarfs.errors import ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.image import FileSource, Image
 from instarfs.inspector import IDLE, Inspector
@@ -21,6 +23,8 @@ from planner.errors import Cancelled, NotQcow2, RepairError
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.report import Report
+
+T = TypeVar("T")
 
 DEADLINE = 10
 WRITER = Access((Permission.CONSISTENT_READ, Permission.WRITE), ())
@@ -303,6 +307,50 @@ async def test_a_briefing_that_was_cancelled_is_not_kept(path: Path) -> None:
     with pytest.raises(ReadCancelled):
         await inspector.briefing.get()
     assert inspector.briefing.peek() is None
+
+
+def replaced_first(
+    computed: Computed[T], path: Path, *damages: str
+) -> Callable[[Callable[[], bool]], T]:
+    """What *computed* computes, once another image has taken the place of the one at *path*."""
+    compute = computed._compute
+
+    def late(cancelled: Callable[[], bool]) -> T:
+        damaged(path.with_name("other"), *damages)
+        path.with_name("other").rename(path)
+        return compute(cancelled)
+
+    return late
+
+
+async def test_a_briefing_of_an_image_that_is_replaced_meanwhile_is_torn(path: Path) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    inspector.leaks._compute = replaced_first(inspector.leaks, path, "lost-l2-table")
+    briefing = (await inspector.briefing.get()).value
+    assert briefing.checkup.report.verdict == "torn"
+    assert briefing.proposals == {}
+    assert inspector.briefing.peek() is None
+
+
+async def test_leaks_of_an_image_that_is_replaced_meanwhile_are_torn(path: Path) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    inspector.checkup._compute = replaced_first(inspector.checkup, path, "lost-l2-table")
+    assert (await inspector.leaks.get()).value.report.verdict == "torn"
+    assert inspector.leaks.peek() is None
+
+
+async def test_an_image_that_is_replaced_just_before_it_is_planned_is_the_one_that_is_planned(
+    path: Path,
+) -> None:
+    inspector, tier = damaged(path, "leaked-clusters"), RepairTier.ALL
+    late = replaced_first(inspector.proposals[tier], path, "low-refcount")
+    inspector.proposals[tier]._compute = late
+    planned = (await inspector.proposals[tier].get()).value
+    fresh = (await Inspector(Image.open(str(path))).proposals[tier].get()).value
+    assert isinstance(planned, Proposal)
+    assert isinstance(fresh, Proposal)
+    assert planned.plan == fresh.plan
+    assert not fresh.plan.changes_nothing
 
 
 def test_inspecting_changes_nothing(path: Path) -> None:
