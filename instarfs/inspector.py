@@ -106,7 +106,8 @@ class Leaks:
 class Briefing:
     """A check, and what follows from it: all that a person needs who has to decide.
 
-    ``proposals``: of each tier, or why there is none; empty where there is nothing to repair.
+    ``proposals``: of each tier, or why there is none; empty where there is nothing to repair, or
+    nobody knows.
     """
 
     checkup: Checkup
@@ -324,7 +325,8 @@ class Inspector:
             self._progress = IDLE
         self._reviewed = _file_of(before)
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
-        return Checkup(report, self.repairs.standing(before), interrupted)
+        repaired = None if report.changed else self.repairs.standing(before)
+        return Checkup(report, repaired, interrupted)
 
     def _moment(self) -> Generation:
         """As `generation`, from a worker thread.
@@ -351,11 +353,12 @@ class Inspector:
         except ImageReadFailed as error:  # of a leaked cluster, which the check did without
             triage = error
         briefing = Briefing(checkup, triage, {})
-        if checkup.report.error is None and total(checkup.report):
+        report = checkup.report
+        if report.error is None and not report.torn and total(report):
             for tier in RepairTier:
                 briefing.proposals[tier] = self._proposal_or_error(tier)
         if self._moment() != before:
-            return Briefing(replace(checkup, report=_torn(checkup.report)), triage, {})
+            return Briefing(replace(checkup, report=_torn(report)), triage, {})
         return briefing
 
     def _proposal_or_error(self, tier: RepairTier) -> Proposal | InstarfsError | PlannerError:

@@ -18,7 +18,8 @@ from instarfs.computed import Computed
 from instarfs.errors import ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.image import FileSource, Image
 from instarfs.inspector import IDLE, Inspector
-from instarfs.locks import Access, Permission
+from instarfs.locks import Access, Permission, held
+from instarfs.outcome import RepairOutcome, Status
 from planner.errors import Cancelled, NotQcow2, RepairError
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
@@ -157,6 +158,18 @@ async def test_a_change_during_the_check_tears_the_report(
     assert check.sizes == [1000, 1004]
 
 
+async def test_a_check_during_which_the_image_changed_tells_of_no_repair(
+    inspector: Inspector, check: FakeCheck, path: Path
+) -> None:
+    outcome = RepairOutcome(Status.REPAIRED)
+    inspector.repairs._standing = (inspector.generation(), outcome)
+    check.hook = lambda: os.utime(path, ns=(10**18, 10**18 + 1))
+    assert (await inspector.checkup.get()).value.repaired is None
+    check.hook = lambda: None
+    inspector.repairs._standing = (inspector.generation(), outcome)
+    assert (await inspector.checkup.get()).value.repaired is outcome
+
+
 async def test_holds_the_locks_of_a_reader_while_it_checks(
     inspector: Inspector, check: FakeCheck, stranger: int
 ) -> None:
@@ -286,6 +299,15 @@ async def test_a_briefing_joins_check_triage_and_plans(path: Path) -> None:
         assert isinstance(proposal, Proposal)
         assert briefing.proposals[tier] is proposal
         assert proposal.triage is leaks.triage
+
+
+async def test_a_briefing_of_an_image_in_use_plans_nothing(path: Path) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    with path.open("rb") as stranger, held(stranger.fileno(), "", WRITER):
+        briefing = (await inspector.briefing.get()).value
+    assert briefing.checkup.report.verdict == "torn"
+    assert briefing.proposals == {}
+    assert all(inspector.proposals[tier].peek() is None for tier in RepairTier)
 
 
 async def test_a_refusal_is_a_part_of_the_briefing(path: Path) -> None:

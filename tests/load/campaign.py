@@ -1,9 +1,8 @@
 """A mount under load: readers everywhere, while its image is repaired, taken back and replaced.
 
-One writer goes through a cycle of actions. What every file says after each of them was recorded
-before, while nobody else was there, and a read that overlaps no action must be that, byte for byte.
-The guest's disk must be right during them too: each page as in a state on either side. How long it
-runs is decided by callers.
+One writer goes through a cycle of actions. Every read, through one open handle, must be what
+`tests.load.truth` knows of the file at that time, and no read may fail. Of the guest's disk each
+page must be as in a state on either side. How long it runs is decided by callers.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from examples.make_image import DAMAGES, MIB, ImageBuilder
+from examples.make_image import MIB
+from tests.load.truth import ACTIONS, DAMAGED, Truth, comparable, files_of, under_way
 from tests.mount.mounts import Mount, settle
 
 READERS = 64
@@ -33,97 +32,13 @@ PAGE = 4096
 STUCK_SECONDS = 90.0
 """So long no single read may take, on a machine that does a great deal beside."""
 
-GROWTH_BYTES = 96 << 20
+GROWTH_BYTES = 64 << 20
 GROWTH_DESCRIPTORS = 8
 
-_OWN_STATE = ("repair/", "README.txt")
-"""What follows from more than the bytes of the image."""
-
-Content = dict[str, bytes]
-
-
-# ---- images, and what is done with them ----
-
-
-def make_image(seed: int, *damages: str) -> bytes:
-    """16 MiB in clusters of 4 KiB, with compressed ones and a snapshot."""
-    rng = random.Random(seed)
-    builder = ImageBuilder(size=16 * MIB, cluster_bits=12)
-    builder.write(0, rng.randbytes(2 * MIB))
-    builder.write_compressed(1000, b"compressed" * 10)
-    builder.take_snapshot("before")
-    builder.skip(50)
-    builder.write(5, rng.randbytes(8192))
-    image = builder.build()
-    for name in damages:
-        DAMAGES[name](image, random.Random(1))
-    return bytes(image.data)
-
-
-def replace(mount: Mount, data: bytes) -> None:
-    """Put another image in its place, and look at it, without which nobody may repair it."""
-    other = mount.image.with_name("other")
-    other.write_bytes(data)
-    settle(other)
-    other.rename(mount.image)
-    mount.read("check/result.json")
-
-
-def write(mount: Mount, control: str, word: str) -> None:
-    """A command, which must succeed."""
-    with (mount / control).open("wb", buffering=0) as file:
-        file.write(word.encode())
-
-
-DAMAGED = make_image(1, "leaked-clusters", "wrong-copied")
-ACTIONS: list[Callable[[Mount], None]] = [
-    lambda mount: write(mount, "repair/tier", "all"),
-    lambda mount: write(mount, "repair/undo", "undo"),
-    lambda mount: replace(mount, make_image(2, "low-refcount")),
-    lambda mount: replace(mount, make_image(3)),
-    lambda mount: replace(mount, DAMAGED),
-]
-"""After the last everything is as it was before the first."""
-
-
-# ---- what is true ----
-
-
-def files_of(mount: Mount) -> list[str]:
-    """Those whose content follows from the image."""
-    found = (path.relative_to(mount.path) for path in mount.path.rglob("*") if path.is_file())
-    names = (str(path) for path in found if path.parts[0] != "lost" and path.name != "progress")
-    return sorted(name for name in names if not name.startswith(_OWN_STATE))
-
-
-def comparable(name: str, content: bytes) -> bytes:
-    """Without what the file system beneath decides."""
-    if name == "image/info.json":
-        return re.sub(rb'"actual-size": \d+', b"", content)
-    return content
-
-
-def record(mount: Mount) -> list[Content]:
-    """What every file says after each action."""
-    states: list[Content] = []
-    for action in ACTIONS:
-        action(mount)
-        names = files_of(mount)
-        states.append({name: comparable(name, (mount / name).read_bytes()) for name in names})
-    return states
-
-
-@dataclass
-class Truth:
-    """Counts begins and ends of actions: an odd ``version`` while one is under way."""
-
-    states: list[Content]
-    version: int = 0
-
-    def around(self, before: int, after: int) -> list[Content]:
-        """The states that were true at some moment between two versions."""
-        numbers = range(before // 2, (after + 1) // 2 + 1)
-        return [self.states[(number - 1) % len(self.states)] for number in numbers]
+SAMPLE_SECONDS = 0.25
+LONG_SECONDS = 120.0
+"""From so long a run on, what is held has to stop growing in its second half."""
+PLATEAU = 1.1
 
 
 # ---- the load ----
@@ -131,14 +46,19 @@ class Truth:
 
 @dataclass
 class Load:
-    """Everything that goes on at a time; ``wrong``: what was read that could not be."""
+    """Everything that goes on at a time; ``wrong``: what was read that could not be.
+
+    ``quiet``: reads that no action overlapped; ``cycles``: each a repair and an undo; ``sizes``: of
+    the daemon, from time to time.
+    """
 
     mount: Mount
     truth: Truth
     wrong: list[str] = field(default_factory=list)
     reads: int = 0
-    exact: int = 0
+    quiet: int = 0
     cycles: int = 0
+    sizes: list[Size] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _since: dict[int, float] = field(default_factory=dict)
 
@@ -153,8 +73,9 @@ class Load:
             thread.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.wrong:
-            time.sleep(0.05)
+            time.sleep(SAMPLE_SECONDS)
             self._look_for_stuck()
+            self.sizes.append(Size.of(self.mount))
         self._stop.set()
         for thread in threads:
             thread.join(STUCK_SECONDS)
@@ -171,9 +92,9 @@ class Load:
             for action in ACTIONS:
                 self.truth.version += 1
                 try:
-                    action(self.mount)
+                    action.act(self.mount)
                 except OSError as error:
-                    self.wrong.append(f"action {self.truth.version // 2 % len(ACTIONS)}: {error}")
+                    self.wrong.append(f"{action.name}: {error}")
                     return
                 self.truth.version += 1
                 self._stop.wait(PAUSE)
@@ -189,7 +110,7 @@ class Load:
                 reader.send_signal(signal.SIGKILL)
 
     def _read(self, rng: random.Random) -> None:
-        names = sorted(set.intersection(*(set(state) for state in self.truth.states)))
+        names = self.truth.names
         me = threading.get_ident()
         while not self._stop.is_set() and not self.wrong:
             name = rng.choice(names)
@@ -214,22 +135,27 @@ class Load:
         self, name: str, offset: int | None, content: bytes | OSError, before: int, after: int
     ) -> None:
         self.reads += 1
-        possible = [state[name] for state in self.truth.around(before, after)]
-        quiet = before == after and before % 2 == 0
-        self.exact += quiet
+        self.quiet += before == after and before % 2 == 0
         if isinstance(content, OSError):
-            if quiet:
-                self.wrong.append(f"{name}: {content}")
+            problem = str(content)
         elif offset is not None:
-            pages = range(0, len(content), PAGE)
-            whole = [state[offset : offset + CHUNK] for state in possible]
-            if any(
-                all(content[at : at + PAGE] != each[at : at + PAGE] for each in whole)
-                for at in pages
-            ) or len(content) != len(whole[0]):
-                self.wrong.append(f"{name} at {offset}, version {before} to {after}")
-        elif quiet and content not in possible:
-            self.wrong.append(f"{name}, version {before}: {content[:2000]!r}")
+            right = self._is_of_disk(name, offset, content, before, after)
+            problem = "" if right else f"at {offset}"
+        else:
+            right = self.truth.explains(name, content, before, after)
+            problem = "" if right else repr(content[:4000])
+        if problem:
+            during = [action.name for action in under_way(before, after)]
+            self.wrong.append(f"{name}, version {before} to {after} {during}: {problem}")
+
+    def _is_of_disk(self, name: str, offset: int, content: bytes, before: int, after: int) -> bool:
+        """Whether each page is as in a state on either side."""
+        states = self.truth.around(before, after)
+        whole = [state[name][offset : offset + CHUNK] for state in states]
+        return len(content) == len(whole[0]) and all(
+            any(content[at : at + PAGE] == each[at : at + PAGE] for each in whole)
+            for at in range(0, len(content), PAGE)
+        )
 
 
 def open_many(mount: Mount, stack: ExitStack) -> None:
@@ -256,6 +182,11 @@ class Size:
         pages = int((process / "statm").read_text().split()[1])
         return cls(pages * PAGE, len(list((process / "fd").iterdir())))
 
+    @classmethod
+    def most(cls, sizes: Sequence[Size]) -> Size:
+        """The largest of each."""
+        return cls(max(it.memory for it in sizes), max(it.descriptors for it in sizes))
+
 
 def prepare(image: Path) -> None:
     """Put the first image in place."""
@@ -270,14 +201,26 @@ def clean_up(image: Path) -> None:
     shutil.rmtree(image.parent / "other", ignore_errors=True)
 
 
-def summary(load: Load, before: Size, after: Size) -> str:
+def has_settled(sizes: Sequence[Size]) -> bool:
+    """Whether in the second half no more was held than in the first, give or take a little."""
+    half = len(sizes) // 2
+    first, second = Size.most(sizes[:half]), Size.most(sizes[half:])
+    return (
+        second.memory <= PLATEAU * first.memory
+        and second.descriptors <= first.descriptors + GROWTH_DESCRIPTORS
+    )
+
+
+def summary(load: Load) -> str:
     """A line for a person who waited."""
+    half = len(load.sizes) // 2
+    halves = [Size.most(load.sizes[:half]), Size.most(load.sizes[half:])]
     return json.dumps(
         {
             "reads": load.reads,
-            "reads compared byte for byte": load.exact,
-            "cycles": load.cycles,
-            "memory": [before.memory, after.memory],
-            "descriptors": [before.descriptors, after.descriptors],
+            "reads beside no change": load.quiet,
+            "repairs, each with its undo": load.cycles,
+            "most memory in each half": [size.memory for size in halves],
+            "most descriptors in each half": [size.descriptors for size in halves],
         }
     )
