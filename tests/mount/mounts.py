@@ -191,16 +191,15 @@ def make_image(path: Path, size: str = "64M", *options: str) -> Path:
 
 
 CLUSTER = 1 << 16
-REFCOUNT_BLOCK = 2 * CLUSTER  # where qemu-img puts the first one
 
 
-def leak(path: Path, clusters: int) -> None:
+def leak(path: Path, clusters: int, cluster_size: int = CLUSTER) -> None:
     """Count so many clusters past the end of the file as used, which nothing refers to."""
-    end = -(-path.stat().st_size // CLUSTER)
+    end = -(-path.stat().st_size // cluster_size)
     with path.open("r+b") as file:
-        file.seek(REFCOUNT_BLOCK + 2 * end)
+        file.seek(2 * cluster_size + 2 * end)  # where qemu-img puts the first refcount block
         file.write(b"\0\1" * clusters)
-        file.truncate((end + clusters) * CLUSTER)
+        file.truncate((end + clusters) * cluster_size)
     settle(path)
 
 

@@ -21,12 +21,16 @@ def start_reading(path: Path) -> subprocess.Popen[str]:
 
 def is_waiting(pid: int, path: Path) -> bool:
     """Whether the process has opened the file and sleeps: in the read, as it does nothing else."""
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     opened = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             opened.add(link.readlink())
-    return path in opened and state in "SD"
+    return path in opened and state_of(pid) in "SD"
+
+
+def state_of(pid: int) -> str:
+    """The letter that ps(1) shows."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture
@@ -112,6 +116,27 @@ def test_a_killed_reader_takes_nothing_from_the_others(
         gated.open()
         output, _ = other.communicate(timeout=DEADLINE)
     assert output.startswith("#")
+
+
+def test_a_reader_that_is_stopped_goes_on_where_it_was(
+    gated: Gate, reader: subprocess.Popen[str]
+) -> None:
+    mount = gated.mount
+    reader.send_signal(signal.SIGSTOP)
+    assert json.loads(mount.read("image/info.json"))["virtual-size"] == 64 << 20
+    gated.open()
+    until(lambda: mount.read("check/progress") == "idle\n", "the check had ended")
+    until(lambda: state_of(reader.pid) == "T", "it had its answer")
+    (mount / "repair/tier").write_text("all")
+    assert json.loads(mount.read("check/result.json"))["verdict"] == "clean"
+    assert gated.checks == 1
+    assert ": in use; " in instarfs("umount", mount.path).stderr
+    run("fusermount3", "-u", "-z", mount.path)
+    assert mount.process.poll() is None
+    reader.send_signal(signal.SIGCONT)
+    output, _ = reader.communicate(timeout=DEADLINE)
+    assert json.loads(output)["verdict"] == "clean"
+    assert mount.wait_for_end() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -673,6 +673,19 @@ def test_a_writer_that_is_killed_takes_its_repair_along(
     assert tell(held.mount / "repair/tier", b"all") == 0
 
 
+def test_a_writer_that_is_stopped_lets_its_repair_go_on(
+    held: Gate, writer: subprocess.Popen[str]
+) -> None:
+    writer.send_signal(signal.SIGSTOP)
+    held.open()
+    until(lambda: held.mount.read("repair/progress") == "idle\n", "the repair had ended")
+    assert values(held.mount, "check/result.json")["verdict"] == "clean"
+    assert tell(held.mount / "repair/undo", b"undo") == 0
+    assert held.mount.image.read_bytes() == content(*LEAKY)
+    writer.send_signal(signal.SIGCONT)
+    assert end_of(writer) == ""
+
+
 @pytest.mark.parametrize("wayout", ["repair", "undo"])
 def test_a_repair_that_was_interrupted_is_shown_and_taken_back_first(
     held: Gate, writer: subprocess.Popen[str], mount: MakeMount, wayout: str
