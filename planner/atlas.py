@@ -22,10 +22,10 @@ from planner.findings import (
     KINDS,
     FindingKind,
     Findings,
-    FindingsBuilder,
     Severity,
     Structure,
 )
+from planner.grouped import FindingsBuilder
 from planner.mismatch import Mismatches
 from planner.qcow2.layout import Layout
 from planner.regions import Regions
@@ -345,19 +345,16 @@ class _Painter:
 def _damaged_clusters(report: Report, survey: Survey) -> tuple[I64, U64]:
     """The clusters that findings are about, ascending, and the bits of their kinds."""
     bits, end = survey.layout.geometry.cluster_bits, survey.layout.host_clusters
-    found = report.findings
-    first = found.host_offset >> bits
-    inside = np.flatnonzero(first < end)
-    last = (found.host_offset + np.maximum(found.length, 1) - 1) >> bits
-    first, last = first[inside], np.minimum(last[inside], end)
-    clusters = [expand_ranges(first, last) if len(first) else first]
-    kinds = [np.repeat(found.kind[inside].astype(np.uint64), last - first + 1)]
-    # What lies past the end is shown where it is pointed at.
-    beyond = found.select(found.host_offset >> bits >= end)
-    for kind in np.unique(beyond.kind).tolist():
-        pointers = _pointers_to(beyond.of(FindingKind(kind)), survey) >> bits
-        clusters.append(pointers)
-        kinds.append(np.full(len(pointers), kind, dtype=np.uint64))
+    clusters, kinds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+    for (kind, _), group in report.findings.groups.items():
+        first = group.host_offset >> bits
+        last = (group.host_offset + np.maximum(group.length, 1) - 1) >> bits
+        inside = np.flatnonzero(first < end)
+        about = expand_ranges(first[inside], np.minimum(last[inside], end))
+        # What lies past the end is shown where it is pointed at.
+        pointers = _pointers_to(group.select(np.flatnonzero(first >= end)), survey) >> bits
+        clusters.append(distinct(np.concatenate((about, pointers))))
+        kinds.append(np.full(len(clusters[-1]), kind, dtype=np.uint64))
     for batch in report.entries.batches() if report.entries else ():
         ends = np.stack((batch.host_offset, batch.host_offset + batch.length - 1)) >> bits
         clusters.append(distinct(np.minimum(ends, end).reshape(-1)))

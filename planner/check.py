@@ -22,13 +22,12 @@ from planner.findings import (
     KINDS,
     NONE,
     FindingKind,
-    Findings,
-    FindingsBuilder,
     Owners,
     Severity,
     Structure,
     no_owners,
 )
+from planner.grouped import FindingsBuilder, GroupedFindings
 from planner.mismatch import CHUNK, Mismatches
 from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
@@ -120,6 +119,7 @@ class _Check:
             mismatches=mismatches,
             totals=totals,
             owners=owners,
+            regions=every_region,
         )
 
     # -- counting ------------------------------------------------------------------------------
@@ -327,6 +327,7 @@ class _Check:
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
+        regions: Regions,
     ) -> Report:
         findings, found_entries = self._findings.build(), census.findings.build()
         counts = count_findings(findings, found_entries, totals)
@@ -352,7 +353,7 @@ class _Check:
             mismatches=mismatches,
             totals=totals,
             owners=owners or no_owners(),
-            regions=survey.every_region,
+            regions=regions,
             snapshots=survey.snapshots.snapshots,
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
@@ -369,7 +370,9 @@ _NEEDS_REBUILD = (
 )
 
 
-def _hide_references(findings: Findings, found_entries: EntryFindings) -> tuple[FindingKind, ...]:
+def _hide_references(
+    findings: GroupedFindings, found_entries: EntryFindings
+) -> tuple[FindingKind, ...]:
     """Kinds of findings because of which a table that could hold references was not walked."""
     kinds = findings.counts()
     hiding: list[FindingKind] = [
@@ -383,12 +386,12 @@ def _hide_references(findings: Findings, found_entries: EntryFindings) -> tuple[
         )
         if kind in kinds
     ]
-    lost = findings.of(FindingKind.PAST_END).structure
     # A single cluster past the end hides nothing. Of anything larger a part may lie in the file: it
     # was not counted, looks leaked, and is not.
-    single = (Structure.DATA, Structure.BITMAP_DATA)
-    several = set(found_entries.structures(FindingKind.PAST_END)).difference(single)
-    if several or not np.isin(lost, single).all():
+    lost = {
+        each for held in (findings, found_entries) for each in held.structures(FindingKind.PAST_END)
+    }
+    if lost - {Structure.DATA, Structure.BITMAP_DATA}:
         hiding.append(FindingKind.PAST_END)
     return tuple(hiding)
 

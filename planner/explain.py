@@ -14,7 +14,8 @@ import numpy as np
 from planner.arrays import I64
 from planner.counts import ClusterIndex
 from planner.errors import ImageError
-from planner.findings import ACTIVE, FindingsBuilder, Owner, Structure
+from planner.findings import ACTIVE, Owner, Structure
+from planner.grouped import FindingsBuilder
 from planner.mapping import NO_HOST, Flaw, RunKind, runs_of_entries
 from planner.owners import OwnersFinder, contested_clusters
 from planner.pages import read_l2_page

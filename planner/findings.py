@@ -361,7 +361,7 @@ KINDS: dict[FindingKind, KindInfo] = {
     ),
 }
 
-_COLUMNS: dict[str, tuple[type[np.generic], int]] = {
+COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "kind": (np.uint8, 0),
     "structure": (np.uint8, Structure.CLUSTER),
     "count": (np.int64, 1),
@@ -376,6 +376,7 @@ _COLUMNS: dict[str, tuple[type[np.generic], int]] = {
     "found": (np.uint64, 0),
     "expected": (np.uint64, 0),
 }
+"""Of `Findings`: the type of each column, and what it holds where nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +404,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Findings in columns of equal length: the worst severity first, then by kind and host offset.
+    """Findings in columns of equal length.
 
     ``kind``, ``structure``: uint8, `FindingKind` and `Structure`. ``count``: how often it counts in
     QEMU's counters: the clusters of a run, or how many L1 entries lead to the table it is in.
@@ -432,19 +433,12 @@ class Findings:
 
     def select(self, mask: Mask | I64 | slice) -> Findings:
         """The rows where *mask* (bool, one a row) is true, or at these positions."""
-        return Findings(*(getattr(self, name)[mask] for name in _COLUMNS))
-
-    def of(self, *kinds: FindingKind) -> Findings:
-        """The rows of these kinds, in their order; where they are neighbours, nothing is copied."""
-        at = np.flatnonzero(np.isin(self.kind, np.array(kinds, dtype=np.uint8)))
-        if len(at) and at[-1] - at[0] == len(at) - 1:
-            return self.select(slice(at[0], at[-1] + 1))
-        return self.select(at)
+        return Findings(*(getattr(self, name)[mask] for name in COLUMNS))
 
     def rows(self) -> Iterator[Finding]:
         """One object a row; converts a bounded part of the columns at a time."""
         for batch in self.batches():
-            part = [getattr(batch, name).tolist() for name in _COLUMNS]
+            part = [getattr(batch, name).tolist() for name in COLUMNS]
             for kind, structure, *rest in zip(*part, strict=True):
                 yield Finding(FindingKind(kind), Structure(structure), *rest)
 
@@ -453,66 +447,26 @@ class Findings:
         for start in range(0, len(self), BATCH_ROWS):
             yield self.select(slice(start, start + BATCH_ROWS))
 
-    def counts(self) -> dict[FindingKind, int]:
-        """How often each kind that is there occurs."""
-        present = np.flatnonzero(np.bincount(self.kind))
-        return {FindingKind(k): int(self.count[self.kind == k].sum()) for k in present.tolist()}
-
 
 def join_findings(*parts: Findings) -> Findings:
     """All rows of *parts*, in that order."""
-    return Findings(*(np.concatenate([getattr(p, name) for p in parts]) for name in _COLUMNS))
+    return Findings(*(np.concatenate([getattr(p, name) for p in parts]) for name in COLUMNS))
 
 
 def make_findings(**columns: object) -> Findings:
-    """Rows in the order in which they are given; columns as for `FindingsBuilder.add`."""
+    """Rows in the order in which they are given. Columns broadcast; `COLUMNS` has the defaults."""
     given = {name: np.asarray(value) for name, value in columns.items()}
     shape = np.broadcast_shapes((1,), *(value.shape for value in given.values()))
     whole = {}
-    for name, (dtype, default) in _COLUMNS.items():
-        value = given.get(name, np.array(default)).astype(dtype)
+    for name, (dtype, default) in COLUMNS.items():
+        value = given.get(name, np.array(default)).astype(dtype, copy=False)
         whole[name] = np.broadcast_to(value, shape)
     return Findings(**whole)
 
 
-class FindingsBuilder:
-    """Collects rows, many a call, and orders them once."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, list[np.ndarray[tuple[int], np.dtype[np.generic]]]] = {
-            name: [] for name in _COLUMNS
-        }
-        self._single: list[tuple[object, ...]] = []
-
-    def add(self, kind: FindingKind, **columns: object) -> None:
-        """Add rows. Columns are scalars or arrays that broadcast; `_COLUMNS` has the defaults."""
-        if not any(isinstance(value, np.ndarray) for value in columns.values()):
-            # A row each for thousands of snapshots: making it arrays of their own takes 100 µs.
-            columns["kind"] = kind
-            self._single.append(
-                tuple(columns.get(name, default) for name, (_, default) in _COLUMNS.items())
-            )
-            return
-        if any(np.asarray(value).size == 0 for value in columns.values()):
-            return
-        added = make_findings(kind=kind, **columns)
-        for name, parts in self._parts.items():
-            parts.append(getattr(added, name))
-
-    def build(self) -> Findings:
-        single = list(zip(*self._single, strict=True)) or [()] * len(_COLUMNS)
-        columns = {
-            name: np.concatenate([np.array(rows, dtype=dtype), *self._parts[name]])
-            for rows, (name, (dtype, _)) in zip(single, _COLUMNS.items(), strict=True)
-        }
-        badness = np.array([-int(KINDS[kind].severity) for kind in FindingKind])
-        order = np.lexsort((columns["host_offset"], columns["kind"], badness[columns["kind"]]))
-        return Findings(**{name: column[order] for name, column in columns.items()})
-
-
 def no_findings() -> Findings:
     """Columns without rows."""
-    return FindingsBuilder().build()
+    return make_findings(kind=np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)

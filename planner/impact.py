@@ -135,15 +135,15 @@ def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:
     findings = report.findings
     start: list[int] = []
     if harm is Harm.LOST:
-        beyond = findings.of(FindingKind.PAST_END)
-        beyond = beyond.select(
-            (beyond.structure == Structure.L1_TABLE) & (beyond.snapshot == snapshot)
-        )
+        beyond = findings.of(FindingKind.PAST_END, Structure.L1_TABLE)
+        beyond = beyond.select(beyond.snapshot == snapshot)
         end = report.layout.file_size if report.layout else 0
         kept = np.maximum(end - beyond.host_offset, 0) // 8
         start = (kept * report.geometry.l2_coverage).tolist() if len(kept) else []
-        unreadable = findings.of(*_SNAPSHOT_UNREADABLE).index
-        start += [0] if snapshot != ACTIVE and (unreadable == snapshot).any() else []
+        unreadable = any(
+            (findings.of(kind).index == snapshot).any() for kind in _SNAPSHOT_UNREADABLE
+        )
+        start += [0] if snapshot != ACTIVE and unreadable else []
     elif harm is Harm.SUSPECT:
         owners = report.owners
         mine = (owners.structure == Structure.L1_TABLE) & (owners.snapshot == snapshot)

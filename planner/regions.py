@@ -11,7 +11,8 @@ import numpy as np
 
 from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
-from planner.findings import NONE, NOWHERE, FindingKind, FindingsBuilder, Structure
+from planner.findings import NONE, NOWHERE, FindingKind, Structure
+from planner.grouped import FindingsBuilder
 from planner.qcow2.layout import Layout, sector_end
 
 
@@ -148,8 +149,10 @@ class RegionsBuilder:
 
     def _add(self, added: Regions) -> None:
         beyond = self._past_end(added)
-        self._report(added.select(beyond))
-        self._parts.append(added.select(~beyond))
+        if beyond.any():
+            self._report(added.select(beyond))
+            added = added.select(~beyond)
+        self._parts.append(added)
 
     def _past_end(self, regions: Regions) -> Mask:
         """Which reach one cluster or more past the end of the file."""
@@ -158,20 +161,22 @@ class RegionsBuilder:
 
     def _report(self, regions: Regions) -> None:
         coverage = self._layout.geometry.l2_coverage
-        maps = regions.structure == Structure.L2_TABLE
-        self._findings.add(
-            FindingKind.PAST_END,
-            structure=regions.structure,
-            count=regions.weight,
-            host_offset=regions.offset,
-            length=regions.size,
-            snapshot=regions.snapshot,
-            l1_index=regions.l1_index,
-            index=regions.index,
-            guest_offset=np.where(maps, regions.l1_index * coverage, NONE),
-            guest_length=np.where(maps, coverage, 0),
-            found=regions.offset,
-        )
+        for structure in map(Structure, distinct(regions.structure.astype(np.int64)).tolist()):
+            lost = regions.select(regions.structure == structure)
+            maps = structure is Structure.L2_TABLE
+            self._findings.add(
+                FindingKind.PAST_END,
+                structure=structure,
+                count=lost.weight,
+                host_offset=lost.offset,
+                length=lost.size,
+                snapshot=lost.snapshot,
+                l1_index=lost.l1_index,
+                index=lost.index,
+                guest_offset=lost.l1_index * coverage if maps else NONE,
+                guest_length=coverage if maps else 0,
+                found=lost.offset,
+            )
 
     def build(self) -> Regions:
         """All structures inside the file."""

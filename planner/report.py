@@ -18,9 +18,9 @@ from planner.findings import (
     Findings,
     Owners,
     Severity,
-    no_findings,
     no_owners,
 )
+from planner.grouped import GroupedFindings
 from planner.mismatch import Mismatches
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
@@ -58,7 +58,7 @@ class Report:
     layout: Layout | None
     error: ImageError | None = None
     counters: CheckCounters = field(default_factory=CheckCounters)
-    findings: Findings = field(default_factory=no_findings)
+    findings: GroupedFindings = field(default_factory=GroupedFindings)
     entries: EntryFindings | None = None
     mismatches: Mismatches | None = None
     totals: dict[FindingKind, int] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Report:
         for severity in reversed(Severity):
             mine = [kind for kind in chosen if KINDS[kind].severity is severity]
             for kind in mine:
-                yield from self.findings.of(kind).batches()
+                yield from self.findings.batches(kind)
                 if self.entries is not None:
                     yield from self.entries.batches(kind)
             of_clusters = [kind for kind in mine if self.totals.get(kind)]
@@ -144,7 +144,7 @@ class Report:
 
 
 def count_findings(
-    findings: Findings, entries: EntryFindings | None, totals: dict[FindingKind, int]
+    findings: GroupedFindings, entries: EntryFindings | None, totals: dict[FindingKind, int]
 ) -> dict[FindingKind, int]:
     """How often each kind that is there counts, however it is held."""
     counts = Counter(findings.counts())

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.errors import ImageError
-from planner.findings import ACTIVE, FindingKind, FindingsBuilder, Structure
+from planner.findings import ACTIVE, FindingKind, Structure
+from planner.grouped import FindingsBuilder
 from planner.overlaps import followed, followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
@@ -93,7 +95,7 @@ class _Surveyor:
         self.regions = RegionsBuilder(layout, findings)
         self.stopped: list[ImageError] = []
 
-    def _stop(self, error: ImageError, **where: int) -> None:
+    def _stop(self, error: ImageError, **where: Any) -> None:
         """QEMU ends its check here; what follows is still worth knowing."""
         self.stopped.append(error)
         found = error.value if isinstance(error.value, int) else 0
@@ -205,7 +207,7 @@ class _Surveyor:
     def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
         """Why the L1 table of a snapshot is not read."""
         offset, size = snapshot.l1_table_offset, snapshot.l1_size
-        where = {
+        where: dict[str, Any] = {
             "structure": Structure.SNAPSHOT_TABLE,
             "host_offset": snapshot.offset,
             "length": 40,
@@ -302,7 +304,7 @@ class _Surveyor:
         try:
             bitmaps = read_bitmaps(self._source, pointer, self._geometry)
         except ImageError as error:
-            where = {
+            where: dict[str, Any] = {
                 "structure": Structure.BITMAP_DIRECTORY,
                 "host_offset": min(offset, READABLE_END),
             }

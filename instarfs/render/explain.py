@@ -15,7 +15,7 @@ from instarfs.render.text import printable
 from planner.atlas import kinds_in
 from planner.errors import ImageError
 from planner.explain import GuestExplanation, HostCluster, HostExplanation
-from planner.findings import KINDS, FindingKind, Owner, Structure
+from planner.findings import KINDS, Finding, FindingKind, Owner, Structure
 from planner.mapping import FLAW_SENTENCES, NO_HOST, RunKind
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
@@ -224,15 +224,17 @@ def _findings(
     """The findings about these host clusters and the words at these host offsets."""
     if report is None or report.layout is None:
         return
-    found, size = report.findings, report.geometry.cluster_size
-    end = found.host_offset + np.maximum(found.length, 1)
-    about = np.zeros(len(found), dtype=np.bool_)
-    for word in words:
-        about |= (found.host_offset <= word) & (word < end)
-    for cluster in clusters:
-        first = cluster.offset
-        about |= (found.host_offset < first + size) & (first < end) & (found.length >= size)
-    rows = [*found.select(np.flatnonzero(about)[:LISTED]).rows()]
+    size = report.geometry.cluster_size
+    rows: list[Finding] = []
+    for found in report.findings.groups.values():
+        end = found.host_offset + np.maximum(found.length, 1)
+        about = np.zeros(len(found), dtype=np.bool_)
+        for word in words:
+            about |= (found.host_offset <= word) & (word < end)
+        for cluster in clusters:
+            first = cluster.offset
+            about |= (found.host_offset < first + size) & (first < end) & (found.length >= size)
+        rows += found.select(np.flatnonzero(about)[:LISTED]).rows()
     if report.entries is not None:
         rows += [row for word in words for row in report.entries.at(word).rows()]
         whole = (row for each in clusters for row in report.entries.at(each.offset).rows())

@@ -175,20 +175,16 @@ def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
 def _snapshot_lines(report: Report) -> Iterator[str]:
     """What is known of snapshots on their own; what they share with the disk is told there."""
     told = 0
-    of_table = report.findings.structure == Structure.SNAPSHOT_TABLE
-    # Extra data that an entry lacks harms nobody, and every one of 65,536 may lack it.
-    of_table &= report.findings.kind != FindingKind.SNAPSHOT_EXTRA_DATA
-    of_entries = report.entries.snapshots() if report.entries else report.owners.snapshot
-    touched = np.unique(
-        np.concatenate(
-            (
-                report.findings.snapshot,
-                report.owners.snapshot,
-                report.findings.index[of_table],
-                of_entries,
-            )
-        )
-    )
+    groups, of_entries = report.findings.groups, report.entries
+    parts = [group.snapshot for group in groups.values()]
+    parts += [
+        group.index
+        for (kind, structure), group in groups.items()
+        # Extra data that an entry lacks harms nobody, and every one of 65,536 may lack it.
+        if structure is Structure.SNAPSHOT_TABLE and kind is not FindingKind.SNAPSHOT_EXTRA_DATA
+    ]
+    parts += [of_entries.snapshots()] if of_entries else []
+    touched = np.unique(np.concatenate((report.owners.snapshot, *map(np.unique, parts))))
     touched = touched[(touched > ACTIVE) & (touched < len(report.snapshots))]
     for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
         impact = guest_impact(report, number)

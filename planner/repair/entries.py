@@ -109,8 +109,9 @@ def _is_otherwise_right(tables: MarkedTables) -> Mask:
 
 def _other_findings(scope: Scope) -> I64:
     """Where there is anything but reserved bits."""
-    findings = scope.report.findings
-    return findings.select(findings.kind != FindingKind.L1_ENTRY_RESERVED).host_offset
+    groups = scope.report.findings.groups
+    others = [kind for kind in groups if kind[0] is not FindingKind.L1_ENTRY_RESERVED]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(groups[k].host_offset for k in others)])
 
 
 def _leads_to_what_agrees(scope: Scope, words: U64) -> Mask:

@@ -161,8 +161,7 @@ class Scope:
         bits = self.geometry.cluster_bits
         found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
         shared: Mask = np.isin(clusters, found.host_offset >> bits)
-        lost = self.report.findings.of(FindingKind.PAST_END)
-        tables = lost.select(np.isin(lost.structure, _LONG_TABLES))
+        tables = self.report.findings.of(FindingKind.PAST_END, *_LONG_TABLES)
         first, end = tables.host_offset >> bits, tables.host_offset + tables.length
         for low, high in zip(first.tolist(), end.tolist(), strict=True):
             shared |= (clusters >= low) & (clusters << bits < high)

@@ -289,9 +289,9 @@ def _checked_anew(scope: Scope, means: _Means) -> Scope:
 def _draft_refcounts(scope: Scope, stay: I64) -> None:
     """In place where every block that must change is sound, else anew; not of what must *stay*."""
     counts = scope.report.counts()
-    lost = scope.report.findings.of(FindingKind.PAST_END).structure
+    lost = scope.report.findings.of(FindingKind.PAST_END, Structure.REFTABLE)
     damaged = any(kind in counts for kind in _DAMAGED_STRUCTURE)
-    damaged |= bool((lost == Structure.REFTABLE).any())
+    damaged |= len(lost) > 0
     # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
     if (damaged or not refblocks_cover(scope, stay)) and not scope.refcounts_are_shared:
         rebuild_refcount_structure(scope, stay)

@@ -431,7 +431,7 @@ def _has_bitmaps(report: Report) -> bool:
 
 def _bitmaps_are_damaged(report: Report) -> bool:
     """Whether something is wrong with them or their refcounts, or lies where one does."""
-    structures = {Structure(code) for code in np.unique(report.findings.structure).tolist()}
+    structures = {structure for _, structure in report.findings.groups}
     if structures & _OF_BITMAPS or _bitmaps_share_a_cluster(report):
         return True
     bits = report.geometry.cluster_bits

@@ -15,7 +15,8 @@ from planner import check as check_module
 from planner.atlas import DAMAGE, Atlas, Use, bits_of, draw_atlas, kinds_in, owner_label
 from planner.check import check_image
 from planner.errors import ImageError
-from planner.findings import ACTIVE, KINDS, FindingKind, FindingsBuilder, Severity, Structure
+from planner.findings import ACTIVE, KINDS, FindingKind, Severity, Structure
+from planner.grouped import FindingsBuilder
 from planner.owners import OwnersFinder
 from planner.report import Report
 from planner.source import Bytes, Source

@@ -14,7 +14,8 @@ from planner import versions
 from planner.census import Walker
 from planner.check import check_image
 from planner.errors import Cancelled
-from planner.findings import Finding, FindingKind, FindingsBuilder
+from planner.findings import Finding, FindingKind
+from planner.grouped import FindingsBuilder
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.report import Report
