@@ -93,30 +93,31 @@ class Qcow2Layer:
         position = offset
         while position < end:
             runs = self.mapping.window(position // self.mapping.window_size, source)
-            starts, lengths = runs.guest.data, runs.length.data
+            # Plain numbers out of these: comparing a number of numpy's own takes 4 microseconds.
+            starts, lengths, kinds = runs.guest.data, runs.length.data, runs.kind.data
             at = bisect_right(starts, position) - 1
             while position < end and at < len(runs):
-                last = self._packed_until(runs, at, end)
+                packed = kinds[at] == RunKind.COMPRESSED
+                last = self._packed_until(runs, at, end) if packed else at
                 stop = min(end, starts[last] + lengths[last])
                 part = view[position - offset : stop - offset]
-                if runs.kind[at] == RunKind.COMPRESSED:
+                if packed:
                     self._fill_packed(runs, range(at, last + 1), position, part, wait)
                 else:
                     self._fill_run(runs, at, position, part, wait)
                 position, at = stop, last + 1
-        _clear(view[max(0, end - offset) :])
+        if end - offset < len(view):
+            _clear(view[max(0, end - offset) :])
 
     def _packed_until(self, runs: Runs, at: int, end: int) -> int:
-        """The last of the compressed runs from *at* on, up to guest offset *end*; else *at*."""
-        if runs.kind[at] != RunKind.COMPRESSED:
-            return at
+        """The last of the compressed runs from *at* on, up to guest offset *end*."""
         beyond = int(np.searchsorted(runs.guest, end, side="left"))
         others = np.flatnonzero(runs.kind[at:beyond] != RunKind.COMPRESSED)
         return at + int(others[0]) - 1 if len(others) else beyond - 1
 
     def _fill_run(self, runs: Runs, at: int, position: int, view: memoryview, wait: bool) -> None:
         """Fill *view*, a part of run *at*, from guest offset *position* on."""
-        kind = runs.kind[at]
+        kind = int(runs.kind[at])
         if kind == RunKind.DATA:
             if isinstance(self.data, Missing):
                 raise self._elsewhere(position, self.data)

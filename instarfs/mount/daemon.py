@@ -26,6 +26,7 @@ import trio
 from instarfs.errors import MountFailed
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter
 from instarfs.mount.operations import Operations
+from instarfs.mount.requests import take_turns_fast
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ async def _serve(
                     nursery.start_soon(_obey, signals, service.cancel, stop)
                     nursery.start_soon(_announce, service, read_ahead, ready, stop)
                     nursery.start_soon(service.operations.watch_callers)
+                    take_turns_fast()
                     await pyfuse3.main(max_tasks=_MAX_TASKS)
                     stop()
             except Exception:
