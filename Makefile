@@ -52,7 +52,9 @@ fuzz:
 
 load:
 	@$(setup) test
-	@$(python) -m pytest -s tests/load --cases $$(( $(SECONDS) * 60 ))
+	@# It lasts longer than a test that hangs.
+	@$(python) -m pytest -s tests/load --cases $$(( $(SECONDS) * 60 )) \
+		-o faulthandler_timeout=$$(( $(SECONDS) + 300 ))
 
 clean:
 	rm -rf .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
