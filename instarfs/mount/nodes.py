@@ -13,6 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -93,6 +94,25 @@ class FixedDirectory(Directory):
     def __init__(self, children: Mapping[str, Node]) -> None:
         self.children = children
         self.subdirectories = sum(isinstance(node, Directory) for node in children.values())
+
+    async def names(self) -> Sequence[str]:
+        return list(self.children)
+
+    async def child(self, name: str) -> Node | None:
+        return self.children.get(name)
+
+
+class DeferredDirectory(Directory):
+    """The same children always, files all of them, made by *make* when somebody looks at one."""
+
+    is_fixed = True
+
+    def __init__(self, make: Callable[[], Mapping[str, File]]) -> None:
+        self._make = make
+
+    @cached_property
+    def children(self) -> Mapping[str, File]:
+        return self._make()
 
     async def names(self) -> Sequence[str]:
         return list(self.children)

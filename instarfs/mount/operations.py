@@ -218,8 +218,10 @@ class Operations(pyfuse3.Operations):
         """Count a reference that the kernel now holds."""
         self._known.setdefault(self._number(node), _Known(node, 0)).lookups += 1
 
-    def _attributes_of(self, node: Node, *, is_fixed: bool = True) -> EntryAttributes:
-        facts = self._facts()
+    def _attributes_of(
+        self, node: Node, *, is_fixed: bool = True, facts: Facts | None = None
+    ) -> EntryAttributes:
+        facts = facts or self._facts()
         entry = EntryAttributes()
         entry.st_ino = self._number(node)
         entry.entry_timeout = _ENTRY_TIMEOUT if is_fixed else 0
@@ -314,6 +316,7 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         directory, names = self._listings[fh]
+        facts = self._facts()
         node: Node
         for position in range(start_id, len(names) + len(_DOTS)):
             if position < len(_DOTS):
@@ -325,7 +328,7 @@ class Operations(pyfuse3.Operations):
                 if child is None:  # gone since it was listed
                     continue
                 node = child
-            entry = self._attributes_of(node, is_fixed=directory.is_fixed)
+            entry = self._attributes_of(node, is_fixed=directory.is_fixed, facts=facts)
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
             if position >= len(_DOTS):

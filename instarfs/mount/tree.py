@@ -17,7 +17,9 @@ from instarfs.lost import LostRuns
 from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import (
     DataFile,
+    DeferredDirectory,
     Directory,
+    File,
     FixedDirectory,
     GeneratedFile,
     LiveFile,
@@ -141,13 +143,18 @@ async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
     if index is None or str(index) != name or index >= len(inspector.snapshots()):
         return None
 
+    # Listing them makes a node of each, which is to be a small one.
+    return DeferredDirectory(partial(_snapshot_files, inspector, index))
+
+
+def _snapshot_files(inspector: Inspector, index: int) -> dict[str, File]:
     def size(part: Part) -> int:
         return inspector.snapshot_size(Place(part, index))
 
     def info(description: Description) -> bytes:
         return render_info.snapshot_json(description.contents, index)
 
-    files: dict[str, Node] = {
+    files: dict[str, File] = {
         "info.json": GeneratedFile(inspector.description, info),
         "disk.raw": _data_file(
             inspector, Place(Part.SNAPSHOT, index), partial(size, Part.SNAPSHOT)
@@ -157,7 +164,7 @@ async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
         files["vmstate.raw"] = _data_file(
             inspector, Place(Part.VMSTATE, index), partial(size, Part.VMSTATE)
         )
-    return FixedDirectory(files)
+    return files
 
 
 # ---- image/ ----

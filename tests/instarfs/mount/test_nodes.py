@@ -13,6 +13,7 @@ from instarfs.mount import nodes
 from instarfs.mount.nodes import (
     ControlFile,
     DataFile,
+    DeferredDirectory,
     FixedDirectory,
     GeneratedFile,
     LiveFile,
@@ -241,6 +242,21 @@ async def test_a_made_directory_makes_a_node_once_as_long_as_it_is_held() -> Non
     assert await directory.child("README") is not None
     assert made == ["17", "seventeen"]
     assert await directory.names() == ["README"]
+
+
+async def test_a_deferred_directory_makes_its_files_when_one_is_looked_at() -> None:
+    made = []
+
+    def make() -> dict[str, LiveFile]:
+        made.append({"a": LiveFile(lambda: b"1"), "b": LiveFile(lambda: b"2")})
+        return made[-1]
+
+    directory = DeferredDirectory(make)
+    assert not made
+    assert await directory.child("a") is made[0]["a"]
+    assert await directory.names() == ["a", "b"]
+    assert await directory.child("c") is None
+    assert len(made) == 1
 
 
 async def test_a_made_directory_lists_what_it_is_told_to() -> None:
