@@ -103,12 +103,18 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
     worse = _merged(np.zeros((2, 0), dtype=np.int64), size)
     ranges = {}
     for harm in Harm:
-        found = [
-            _of_findings(report, harm, snapshot),
-            _of_owners(report, harm, snapshot),
-            _of_l1_table(report, harm, snapshot, size),
-        ]
-        upto = _merged(np.concatenate([*found, np.stack((worse.start, worse.end))], axis=1), size)
+        upto = _merged(
+            np.concatenate(
+                [
+                    *_of_findings(report, harm, snapshot),
+                    _of_owners(report, harm, snapshot),
+                    _of_l1_table(report, harm, snapshot, size),
+                    np.stack((worse.start, worse.end)),
+                ],
+                axis=1,
+            ),
+            size,
+        )
         ranges[harm] = _without(upto, worse)
         worse = upto
     low = sum(report.totals.get(kind, 0) for kind in _OF_CLUSTERS)
@@ -117,17 +123,16 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
     return Impact(size, ranges, is_whole)
 
 
-def _of_findings(report: Report, harm: Harm, snapshot: int) -> I64:
-    """Starts and ends of the ranges that findings name, (2, n)."""
-    found = [np.zeros((2, 0), dtype=np.int64)]
+def _of_findings(report: Report, harm: Harm, snapshot: int) -> Iterator[I64]:
+    """Starts and ends of the ranges that findings name, (2, n), some at a time."""
     for batch in report.batches(*_HARM[harm]):
         mine: Mask = (batch.guest_offset != NONE) & (batch.snapshot == snapshot)
         # A COPIED flag that is missing costs a copy at the next write, and harms nothing.
         copied = np.isin(batch.kind, (FindingKind.L1_COPIED, FindingKind.L2_COPIED))
         mine &= ~copied | (batch.found != 0)
-        start = batch.guest_offset[mine]
-        found.append(np.stack((start, start + batch.guest_length[mine])))
-    return np.concatenate(found, axis=1)
+        if mine.any():
+            start = batch.guest_offset[mine]
+            yield np.stack((start, start + batch.guest_length[mine]))
 
 
 def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:
@@ -186,18 +191,27 @@ def _low(report: Report) -> I64:
 
 
 def _merged(bounds: I64, size: int) -> Ranges:
-    """Ranges that may overlap, as disjoint ones within a disk of *size* bytes."""
-    start, end = bounds.clip(0, size)
-    order = np.argsort(start, kind="stable")
-    order = order[(end > start)[order]]
-    start, end = start[order], np.maximum.accumulate(end[order])
+    """Ranges that may overlap, as disjoint ones within a disk of *size* bytes.
+
+    Works in *bounds*: of millions of findings there may be as many ranges.
+    """
+    start, end = np.clip(bounds, 0, size, out=bounds)
+    if (start >= end).any() or (start[1:] < start[:-1]).any():
+        order = np.argsort(start, kind="stable")
+        order = order[(end > start)[order]]
+        start, end = start[order], end[order]
+    np.maximum.accumulate(end, out=end)
     new = np.ones(len(start), dtype=np.bool_)
     new[1:] = start[1:] > end[:-1]
-    return Ranges(start[new], end[np.append(new[1:], True)] if len(end) else end)
+    if new.all():
+        return Ranges(start, end)
+    return Ranges(start[new], end[np.append(new[1:], True)])
 
 
 def _without(whole: Ranges, part: Ranges) -> Ranges:
     """*whole* without *part*, which lies inside it."""
+    if not len(part):
+        return whole
     # Every bound of the part cuts the whole; the pieces between two cuts are in one or the other.
     cuts = distinct(np.concatenate((whole.start, whole.end, part.start, part.end)))
     low, high = cuts[:-1], cuts[1:]

@@ -1,6 +1,7 @@
 """What findings mean for the guest's bytes."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -162,3 +163,16 @@ def test_ranges_are_the_bytes_that_they_were(one, other, size):
         assert bytes_of(np.stack((some.start, some.end)), size) == expected
         assert some.size == len(expected)
         assert (some.start[1:] > some.end[:-1]).all()
+
+
+def test_a_million_ranges_are_merged_where_they_are():
+    start = np.arange(1 << 20, dtype=np.int64) * 2 * CLUSTER
+    bounds = np.stack((start, start + CLUSTER))
+    tracemalloc.start()
+    try:
+        merged = _merged(bounds, int(bounds[1, -1]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(merged) == 1 << 20
+    assert peak < 4 * MIB
