@@ -142,6 +142,10 @@ class Qcow2Layer:
         size = self.mapping.geometry.cluster_size
         raw = self._stored(runs, which) if wait else {}
 
+        def unpack_each(some: range) -> None:
+            for at in some:
+                unpack_one(at)
+
         def unpack_one(at: int) -> None:
             guest, host = int(runs.guest[at]), int(runs.host[at])
             start, stop = max(guest, position), min(guest + size, position + len(view))
@@ -155,10 +159,11 @@ class Qcow2Layer:
             view[start - position : stop - position] = cluster[start - guest : stop - guest]
 
         if not wait or len(which) < 2:
-            for at in which:
-                unpack_one(at)
+            unpack_each(which)
         else:
-            for _ in _unpackers().map(unpack_one, which):
+            share = -(-len(which) // _processors())
+            shares = [which[at : at + share] for at in range(0, len(which), share)]
+            for _ in _unpackers().map(unpack_each, shares):
                 pass
 
     def _stored(self, runs: Runs, which: range) -> dict[int, memoryview]:
@@ -205,7 +210,11 @@ class Qcow2Layer:
 @functools.cache
 def _unpackers() -> ThreadPoolExecutor:
     """Threads that decompress, shared by all reads; numpy and zlib let them run side by side."""
-    return ThreadPoolExecutor(os.cpu_count(), "unpack")
+    return ThreadPoolExecutor(_processors(), "unpack")
+
+
+def _processors() -> int:
+    return os.cpu_count() or 1
 
 
 def _clear(view: memoryview) -> None:
