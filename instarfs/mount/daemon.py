@@ -235,13 +235,15 @@ class _SyslogHandler(logging.Handler):
     """To syslog, one message a line of a traceback, by a socket that is made here and never again.
 
     syslog(3) makes another one when whoever listens was started anew, which a mount may not. This
-    one is connected to nobody: each message looks for the address. Nobody there: nothing is logged.
+    one is connected to nobody: each message looks for the address. Nobody there, or nobody who
+    reads: nothing is logged, and readers of the mount do not wait.
     """
 
     def __init__(self, address: str) -> None:
         super().__init__()
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
 
     def emit(self, record: logging.LogRecord) -> None:
         level = (

@@ -111,3 +111,9 @@ def test_logging_goes_on_once_syslog_was_started_anew(address: Path, confined: C
 
 def test_where_there_is_no_syslog_nothing_is_said(confined: Confined) -> None:
     confined.log(40, "to nobody")
+
+
+def test_a_syslog_that_does_not_read_holds_nobody_up(address: Path, confined: Confined) -> None:
+    with Listener(address):
+        for _ in range(200):
+            confined.log(40, r"line\n" * 20)
