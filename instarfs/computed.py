@@ -135,7 +135,13 @@ class _Run(Generic[T]):
             if not self._readers:
                 self.scope.cancel()
         if self.error is not None:
-            raise self.error
+            try:
+                raise self.error
+            finally:
+                # The frames that it passes refer to this run: held here, it would hold them, and
+                # an image that they worked on, until the garbage collector comes by.
+                if not self._readers:
+                    self.error = None
         if self.edition is None:
             raise ReadCancelled
         return self.edition

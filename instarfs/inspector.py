@@ -39,7 +39,14 @@ from instarfs.sharing import Sharing
 from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
 from planner.dirty import BitmapStates, read_bitmap_states
-from planner.errors import AmbiguousCorruption, Cancelled, ImageError, PlannerError, RepairError
+from planner.errors import (
+    AmbiguousCorruption,
+    Cancelled,
+    ImageError,
+    PlannerError,
+    RepairError,
+    as_value,
+)
 from planner.pages import read_l1_page
 from planner.plan import RepairTier
 from planner.qcow2.contents import Contents, bare_header
@@ -148,7 +155,8 @@ class Inspector:
         self._image = image
         self._check = check
         self._generation = image.generation()
-        self._reviewed = _file_of(self._generation)
+        # The image itself, not its inode number: that of a file which is gone goes to another.
+        self._reviewed = weakref.ref(image)
         self._progress = self._planning = IDLE
         self._sharing = Sharing()
         self._described: Description | None = None
@@ -245,7 +253,7 @@ class Inspector:
             try:
                 return at(self._image.source(), cancelled)
             except ImageError as error:
-                return error
+                return as_value(error)
 
         return Computed(key, compute)
 
@@ -288,7 +296,8 @@ class Inspector:
 
     def _reviewed_image(self) -> Image:
         """The image, to be repaired. Raises `ImageReplaced` for one that nobody has looked at."""
-        if _file_of(self._look()) != self._reviewed:
+        self._look()
+        if self._reviewed() is not self._image:
             raise ImageReplaced(self.path)
         return self._image
 
@@ -301,7 +310,7 @@ class Inspector:
         try:
             contents = Contents.read(source)
         except ImageError as error:
-            contents = error
+            contents = as_value(error)
         described = Description(contents, bare_header(source), source.size, image.allocated_size())
         self._described = described
         return described
@@ -310,7 +319,7 @@ class Inspector:
         try:
             return trio.from_thread.run(self.reader.guest)
         except ImageError as error:
-            return error
+            return as_value(error)
 
     def _run_check(self, cancelled: Callable[[], bool]) -> Checkup:
         image = self._image
@@ -323,7 +332,7 @@ class Inspector:
                 )
         finally:
             self._progress = IDLE
-        self._reviewed = _file_of(before)
+        self._reviewed = weakref.ref(image)
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         repaired = None if report.changed else self.repairs.standing(before)
         return Checkup(report, repaired, interrupted)
@@ -351,7 +360,7 @@ class Inspector:
         try:
             triage = trio.from_thread.run(self.leaks.get).value.triage
         except ImageReadFailed as error:  # of a leaked cluster, which the check did without
-            triage = error
+            triage = as_value(error)
         briefing = Briefing(checkup, triage, {})
         report = checkup.report
         if report.error is None and not report.torn and total(report):
@@ -367,7 +376,7 @@ class Inspector:
         except ReadCancelled:
             raise
         except DOMAIN_ERRORS as error:
-            return error
+            return as_value(error)
 
     def _propose(self, tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
         before, image = self._moment(), self._image
@@ -387,7 +396,7 @@ class Inspector:
                     cancelled=cancelled,
                 )
         except RepairError as error:
-            return error
+            return as_value(error)
         finally:
             self._planning = IDLE
         if self._moment() != before:
@@ -404,7 +413,7 @@ class Inspector:
         try:
             atlas = draw_atlas(image.source(), report, tick)
         except ImageError as error:
-            return error
+            return as_value(error)
         return replace(atlas, torn=atlas.torn or self._moment() != before)
 
     def _read_bitmaps(self, cancelled: Callable[[], bool]) -> Bitmaps:
@@ -416,7 +425,7 @@ class Inspector:
         try:
             states = read_bitmap_states(self._image.source(), tick)
         except ImageError as error:
-            states = error
+            states = as_value(error)
         return Bitmaps(states, locks.is_written(self._image.fileno()))
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
@@ -429,8 +438,3 @@ class Inspector:
 def _torn(report: Report) -> Report:
     """Of an image that changed before all had been said of it."""
     return replace(report, changed=True)
-
-
-def _file_of(generation: Generation) -> tuple[int, int]:
-    """Which file it is, whatever became of it."""
-    return generation.device, generation.inode

@@ -40,7 +40,7 @@ from instarfs.outcome import RepairOutcome, Status
 from instarfs.session import Session
 from planner.arrays import I64, distinct
 from planner.check import Progress, check_image
-from planner.errors import AmbiguousCorruption, Cancelled, PlannerError
+from planner.errors import AmbiguousCorruption, Cancelled, PlannerError, as_value
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome, total
 from planner.report import Report
@@ -117,7 +117,7 @@ class Repairer:
         except Cancelled:
             work.fail(RepairCancelled(self.image.path))
         except DOMAIN_ERRORS as error:
-            work.fail(error)
+            work.fail(as_value(error))
         return work.outcome
 
 

@@ -16,7 +16,7 @@ from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
 from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.entry_findings import EntryFindings, EntryFindingsBuilder
-from planner.errors import Cancelled, ImageError
+from planner.errors import Cancelled, ImageError, as_value
 from planner.findings import (
     ACTIVE,
     KINDS,
@@ -63,7 +63,7 @@ def check_image(
     try:
         layout = Layout.read(source)
     except ImageError as error:
-        return Report(layout=None, error=error)
+        return Report(layout=None, error=as_value(error))
     return _Check(source, layout, _Ticker(progress, cancelled)).run()
 
 

@@ -7,6 +7,17 @@ is what a command ends with, ``errno`` what a read in the mount answers.
 from __future__ import annotations
 
 import errno as _errno
+from typing import TypeVar
+
+_E = TypeVar("_E", bound=Exception)
+
+
+def as_value(error: _E) -> _E:
+    """*error*, to be kept: without the frames it came through, which hold all that they worked on,
+    an open image and its tables among it.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 class PlannerError(Exception):

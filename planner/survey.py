@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from planner.arrays import I64, Mask
-from planner.errors import ImageError
+from planner.errors import ImageError, as_value
 from planner.findings import ACTIVE, FindingKind, Structure
 from planner.grouped import FindingsBuilder
 from planner.overlaps import followed, followed_tables
@@ -97,7 +97,7 @@ class _Surveyor:
 
     def _stop(self, error: ImageError, **where: Any) -> None:
         """QEMU ends its check here; what follows is still worth knowing."""
-        self.stopped.append(error)
+        self.stopped.append(as_value(error))
         found = error.value if isinstance(error.value, int) else 0
         self._findings.add(
             FindingKind.CHECK_STOPPED, found=np.uint64(found & ((1 << 64) - 1)), **where

@@ -87,7 +87,7 @@ class Controls:
             # Not another await: when the mount ends, this is all that there is still time for.
             log.info("%s: %s", _shown(command), outcome_line(outcome))
             if outcome.error is not None:
-                raise outcome.error
+                raise outcome.error.with_traceback(None)  # or it grows each time
 
         return ControlFile(show, obey, self._require_free)
 

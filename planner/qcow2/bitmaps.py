@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
-from planner.errors import ImageError
+from planner.errors import ImageError, as_value
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import SECTOR, Geometry
@@ -100,7 +100,7 @@ def list_bitmaps(
             listed.append((bitmap, _entry_error(bitmap, names, geometry)))
             names.add(bitmap.name)
     except ImageError as error:
-        return listed, error
+        return listed, as_value(error)
     return listed, None
 
 
@@ -133,7 +133,7 @@ def _entry_error(bitmap: Bitmap, names: set[bytes], geometry: Geometry) -> Image
     try:
         _check_entry(bitmap, geometry)
     except ImageError as error:
-        return error
+        return as_value(error)
     if not bitmap.flags & IN_USE and bitmap.name in names:
         return ImageError(f"name of the bitmap at {bitmap.offset}", repr(bitmap.name), "not unique")
     return None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from planner.errors import ImageError
+from planner.errors import ImageError, as_value
 from planner.qcow2.bitmaps import Bitmap, read_bitmaps
 from planner.qcow2.header import MAGIC, V3_LENGTH, Header, decode_header
 from planner.qcow2.layout import Layout
@@ -41,7 +41,7 @@ class Contents:
             try:
                 return read()
             except ImageError as error:
-                errors.append((part, error))
+                errors.append((part, as_value(error)))
                 return None
 
         header, geometry = layout.header, layout.geometry

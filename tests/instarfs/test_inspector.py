@@ -1,9 +1,12 @@
 """instarfs.inspector: locks, generations and progress around a check that is not one."""
 
+import contextlib
 import errno
+import gc
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +16,9 @@ import pytest
 import trio
 
 from examples.make_image import DAMAGES, sample
-from instarfs import locks
+from instarfs import computed, locks
 from instarfs.computed import Computed
-from instarfs.errors import ImageIsNoFile, ImageReadFailed, ReadCancelled
+from instarfs.errors import ImageIsDirectory, ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.image import FileSource, Image
 from instarfs.inspector import IDLE, Inspector
 from instarfs.locks import Access, Permission, held
@@ -28,6 +31,7 @@ from planner.report import Report
 T = TypeVar("T")
 
 DEADLINE = 10
+KEPT = ("description", "checkup", "leaks", "briefing", "atlas", "bitmaps", "l1_page")
 WRITER = Access((Permission.CONSISTENT_READ, Permission.WRITE), ())
 
 
@@ -373,6 +377,40 @@ async def test_an_image_that_is_replaced_just_before_it_is_planned_is_the_one_th
     assert isinstance(fresh, Proposal)
     assert planned.plan == fresh.plan
     assert not fresh.plan.changes_nothing
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_an_image_that_was_replaced_is_let_go_at_once(
+    path: Path, is_readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is kept of it, or failed meanwhile: an error holds the frames it came through."""
+
+    async def main() -> None:
+        inspector = Inspector(Image.open(str(path)))
+        image = weakref.ref(inspector._image)
+        values = [getattr(inspector, name) for name in KEPT] + [*inspector.proposals.values()]
+        if is_readable:
+            values.append(inspector.guest)  # its errors trio itself holds a while
+        else:
+            path.rename(path.with_name("first"))
+            path.mkdir()
+        for value in values:
+            with contextlib.suppress(ImageIsDirectory):
+                await value.get()
+                assert is_readable
+        if not is_readable:
+            path.rmdir()
+        path.with_name("other").write_bytes(b"y" * 7)
+        path.with_name("other").rename(path)
+        assert inspector.generation().size == 7
+        assert image() is None
+
+    monkeypatch.setattr(computed.log, "disabled", True)  # pytest keeps what was logged
+    gc.disable()
+    try:
+        trio.run(main)
+    finally:
+        gc.enable()
 
 
 def test_inspecting_changes_nothing(path: Path) -> None:

@@ -305,6 +305,23 @@ async def test_an_image_that_nobody_has_looked_at_is_not_repaired(
     assert repairer.image.generation().size == 7
 
 
+async def test_nor_is_one_with_the_inode_number_of_an_image_that_was_looked_at(
+    inspector: Inspector, repairer: FakeRepairer, path: Path
+) -> None:
+    first = path.with_name("first")
+    first.hardlink_to(path)
+    other = path.with_name("other")
+    other.write_bytes(b"y" * 7)
+    other.rename(path)
+    assert inspector.generation().size == 7
+    # As the file system may give it to a new file: its own is gone as soon as nobody has it open.
+    first.write_bytes(b"z" * 8)
+    first.rename(path)
+    with pytest.raises(ImageReplaced):
+        await inspector.repairs.repair(LEAKS)
+    assert repairer.asked == []
+
+
 async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(path: Path) -> None:
     path.write_bytes(healthy())
     os.utime(path, ns=(OLD, OLD))

@@ -120,6 +120,19 @@ async def test_what_was_done_is_logged_and_what_went_wrong_is_raised(
     ]
 
 
+async def test_an_error_that_is_raised_again_and_again_does_not_grow(
+    inspector: FakeInspector,
+) -> None:
+    error = AmbiguousCorruption("two outcomes", "look")
+    inspector.repairs.outcome = RepairOutcome(Status.REFUSED, reason="two outcomes", error=error)
+    depths = []
+    for _ in range(3):
+        with pytest.raises(AmbiguousCorruption) as caught:
+            await controls(inspector).tier_file().act(b"all")
+        depths.append(len(caught.traceback))
+    assert len(set(depths)) == 1
+
+
 async def test_a_mount_that_does_not_repair(inspector: FakeInspector) -> None:
     its = controls(inspector, read_only=True)
     for control in (its.tier_file(), its.undo_file(), its.trim_file()):
