@@ -10,13 +10,14 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
-from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
+from pyfuse3 import EntryAttributes, FUSEError
 
 from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.mount import operations as module
 from instarfs.mount.nodes import ControlFile, Directory, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
+from tests.instarfs.mount.kernel import caller, fields
 
 ROOT = pyfuse3.ROOT_INODE
 DEADLINE = 10
@@ -62,19 +63,6 @@ def make_operations(value: Value | None = None, *, for_others: bool = False) -> 
         Ownership(uid=1000, gid=100, for_others=for_others),
         {b"user.instarfs.daemon": b"1 2"},
     )
-
-
-class Caller:
-    """Stands in for a RequestContext, whose fields only pyfuse3 can set."""
-
-    def __init__(self, uid: int = 1000, pid: int = 0) -> None:
-        self.uid = uid
-        self.pid = pid
-
-
-def caller(uid: int = 1000, pid: int = 0) -> RequestContext:
-    context: Any = Caller(uid, pid)
-    return context
 
 
 async def walk(operations: Operations, path: str) -> EntryAttributes:
@@ -291,21 +279,6 @@ async def test_others_keep_out_of_control_files() -> None:
     assert not await operations.access(leaks, os.X_OK, caller())
     assert await operations.access(ROOT, os.R_OK | os.X_OK, caller())
     assert await errno_of(operations.access(leaks, os.W_OK, caller())) == errno.EROFS
-
-
-class Fields:
-    """Stands in for SetattrFields, whose fields only pyfuse3 can set."""
-
-    update_size = update_mode = update_uid = update_gid = False
-
-    def __init__(self, *names: str) -> None:
-        for name in names:
-            setattr(self, name, True)
-
-
-def fields(*names: str) -> SetattrFields:
-    made: Any = Fields(*names)
-    return made
 
 
 async def test_truncating_means_nothing_to_a_control_file_and_is_refused_elsewhere() -> None:
