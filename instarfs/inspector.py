@@ -291,8 +291,11 @@ class Inspector:
     def _state(self) -> Hashable:
         """What a check depends on: also on whether somebody writes, as it then is no verdict."""
         generation = self._settled_generation()
-        is_written = locks.is_written(self._image.fileno()) or self._sharing.has_writer
-        return generation, is_written, self.pending()
+        return generation, self._is_written(), self.pending()
+
+    def _is_written(self) -> bool:
+        """Whether somebody, here or elsewhere, writes to it, or may."""
+        return locks.is_written(self._image.fileno()) or self._sharing.has_writer
 
     def _reviewed_image(self) -> Image:
         """The image, to be repaired. Raises `ImageReplaced` for one that nobody has looked at."""
@@ -337,13 +340,13 @@ class Inspector:
         repaired = None if report.changed else self.repairs.standing(before)
         return Checkup(report, repaired, interrupted)
 
-    def _moment(self) -> Generation:
-        """As `generation`, from a worker thread.
+    def _moment(self) -> Hashable:
+        """The image and whether it is written; for worker threads.
 
         What takes a check and looks again may see two images. It is of one if this is the same
         before the first and after the last look; `_image` is the one that it tells of.
         """
-        return trio.from_thread.run_sync(self.generation)
+        return trio.from_thread.run_sync(lambda: (self.generation(), self._is_written()))
 
     def _look_into_leaks(self, cancelled: Callable[[], bool]) -> Leaks:
         before, image = self._moment(), self._image
@@ -384,6 +387,7 @@ class Inspector:
         if checkup.pending is not None:
             return RepairError(checkup.pending.sentence)
         triage = trio.from_thread.run(self.leaks.get).value.triage
+        proposal: Proposal | RepairError
         try:
             with self._sharing.reading(image):
                 proposal = propose(
@@ -396,10 +400,11 @@ class Inspector:
                     cancelled=cancelled,
                 )
         except RepairError as error:
-            return as_value(error)
+            proposal = as_value(error)
         finally:
             self._planning = IDLE
-        if self._moment() != before:
+        # A refusal, too, may come of the change; that of a torn report has the better advice.
+        if self._moment() != before and not checkup.report.torn:
             return AmbiguousCorruption("the image changed while it was planned", "read again")
         return proposal
 

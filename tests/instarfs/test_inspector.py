@@ -8,6 +8,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,7 @@ from instarfs import computed, locks
 from instarfs.computed import Computed
 from instarfs.errors import ImageIsDirectory, ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.image import FileSource, Image
-from instarfs.inspector import IDLE, Inspector
+from instarfs.inspector import IDLE, Inspector, Leaks
 from instarfs.locks import Access, Permission, held
 from instarfs.outcome import RepairOutcome, Status
 from planner.errors import Cancelled, NotQcow2, RepairError
@@ -363,6 +364,37 @@ async def test_leaks_of_an_image_that_is_replaced_meanwhile_are_torn(path: Path)
     inspector.checkup._compute = replaced_first(inspector.checkup, path, "lost-l2-table")
     assert (await inspector.leaks.get()).value.report.verdict == "torn"
     assert inspector.leaks.peek() is None
+
+
+async def test_an_image_that_changes_while_it_is_planned_is_not_called_unrepairable(
+    path: Path,
+) -> None:
+    inspector = damaged(path, "wrong-copied")
+    look = inspector.leaks._compute
+
+    def late(cancelled: Callable[[], bool]) -> Leaks:
+        found = look(cancelled)
+        damaged(path, "wrong-copied", "leaked-clusters")
+        return found
+
+    inspector.leaks._compute = late
+    refused = (await inspector.proposals[RepairTier.ALL].get()).value
+    assert str(refused).startswith("the image changed while it was planned")
+
+
+async def test_a_briefing_beside_which_somebody_begins_to_write_is_torn(path: Path) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    look = inspector.leaks._compute
+    with path.open("rb") as stranger, ExitStack() as stack:
+
+        def late(cancelled: Callable[[], bool]) -> Leaks:
+            stack.enter_context(held(stranger.fileno(), "", WRITER))
+            return look(cancelled)
+
+        inspector.leaks._compute = late
+        briefing = (await inspector.briefing.get()).value
+    assert briefing.checkup.report.verdict == "torn"
+    assert briefing.proposals == {}
 
 
 async def test_an_image_that_is_replaced_just_before_it_is_planned_is_the_one_that_is_planned(
