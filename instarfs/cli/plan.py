@@ -52,6 +52,7 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
                     click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
                 raise named(error, path) from error
     if output == "json":
-        click.echo(plan_json(proposal, path), nl=False)
+        for part in plan_json(proposal, path):
+            click.echo(part, nl=False)
     else:
         click.echo(plan_human(proposal, path), nl=False)

@@ -428,7 +428,7 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
 
 
 def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
-    def plan(tier: RepairTier, proposal: Proposal | RepairError) -> bytes:
+    def plan(tier: RepairTier, proposal: Proposal | RepairError) -> bytes | Iterator[bytes]:
         if isinstance(proposal, RepairError):
             return render_repair.refusal_json(proposal, tier, inspector.path)
         return render_repair.plan_json(proposal, inspector.path)

@@ -6,11 +6,12 @@ The same four numbers everywhere: found, planned, repaired, left.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
-from instarfs.render.text import json_bytes, printable
+from instarfs.render.text import json_bytes, json_parts, printable
 from instarfs.render.triage import triage_lines, triage_value
 from planner.errors import RepairError
 from planner.findings import KINDS
@@ -27,10 +28,10 @@ LISTED_EDITS = 20
 # ---- the dry run ----
 
 
-def plan_json(proposal: Proposal, filename: str) -> bytes:
-    """A proposal: id, numbers, stages, every edit, the counters that the proof found."""
+def plan_json(proposal: Proposal, filename: str) -> Iterator[bytes]:
+    """A proposal, in parts: id, numbers, stages, edits, the counters that the proof found."""
     plan = proposal.plan
-    return json_bytes(
+    return json_parts(
         {
             "filename": filename,
             "tier": proposal.tier.value,
@@ -59,7 +60,7 @@ def plan_json(proposal: Proposal, filename: str) -> bytes:
                 for stage in plan.stages
             ],
             "edit-count": plan.edit_count,
-            "edits": [_edit_value(plan, edit) for edit in plan.edits],
+            "edits": (_edit_value(plan, edit) for edit in plan.edits),
         }
     )
 
