@@ -677,6 +677,45 @@ class MountLife(RuleBasedStateMachine):
             time.sleep(0.0015)
             self.moments.clear()
 
+    @precondition(lambda self: self.path.is_file() and self.is_undo_known and not self.read_only)
+    @rule(one=st.sampled_from(RepairTier), other=st.sampled_from(RepairTier))
+    def command_two_at_once(self, one: str, other: str) -> None:
+        """One after the other in either order, or one of them is told that it is too late."""
+        self.shown("check/result.json")
+        before = self.read_image()
+        assert before is not None
+        handles = [self.open_file("repair/tier", os.O_WRONLY) for _ in range(2)]
+        _, codes = self.call(self.write_both, list(zip(handles, (one, other), strict=True)))
+        for handle in handles:
+            assert handle is not None
+            self.close_file(handle)
+        expected = []
+        for step, (first, second) in ((1, (one, other)), (-1, (other, one))):
+            code, between = repair_of(before, first, "")
+            expected.append(((code, errno.EBUSY)[::step], between))
+            late, after = repair_of(between, second, "")
+            expected.append(((code, late)[::step], after))
+        now = self.read_image()
+        assert (codes, now) in expected
+        if now != before:
+            self.undoes_to, self.is_undo_known = None, False
+            time.sleep(0.0015)
+
+    async def write_both(self, commands: list[tuple[int, str]]) -> tuple[int, ...]:
+        """The errno of each."""
+        codes = [0] * len(commands)
+
+        async def write(at: int, handle: int, command: str) -> None:
+            try:
+                await self.operations.write(handle, 0, command.encode())
+            except FUSEError as error:
+                codes[at] = error.errno
+
+        async with trio.open_nursery() as nursery:
+            for at, command in enumerate(commands):
+                nursery.start_soon(write, at, *command)
+        return tuple(codes)
+
     # ---- what others do to the image ----
 
     @precondition(lambda self: self.path.is_file())
