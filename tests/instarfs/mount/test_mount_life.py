@@ -596,9 +596,14 @@ class MountLife(RuleBasedStateMachine):
 
     # ---- commands ----
 
-    @rule(path=st.sampled_from(CONTROLS), command=commands, offset=offsets, is_quoted=st.booleans())
+    @rule(
+        path=st.sampled_from(CONTROLS),
+        command=st.sampled_from((b"leaks\n", b"all\n")) | commands,
+        offset=offsets,
+        is_quoted=st.booleans(),
+    )
     def command(self, path: str, command: bytes, offset: int, is_quoted: bool) -> None:
-        """As `echo` does, on a handle of its own."""
+        """As `echo` does, on a handle of its own; half of the time what the file understands."""
         if path != "repair/tier" and command in (b"leaks\n", b"all\n"):
             command = path.removeprefix("repair/").encode()
         image = self.read_image()
