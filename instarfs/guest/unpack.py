@@ -19,6 +19,10 @@ if sys.version_info >= (3, 14):
 else:
     from backports.zstd import ZstdDecompressor, ZstdError
 
+# As Python's own zlib has one for gzip, and neither documents it. What a decompressobj gives comes
+# in more pieces, and for each of them threads wait for the interpreter.
+_Inflater = zlib_ng._ZlibDecompressor  # noqa: SLF001
+
 # The specification wants a window of 4 KiB. QEMU inflates in one call, which makes no use of a
 # window: it accepts whatever distance leads to what is there already.
 _WINDOW_BITS = -15
@@ -40,7 +44,8 @@ def unpack(stored: bytes | memoryview, size: int, compression_type: int) -> byte
     try:
         if compression_type == COMPRESSION_ZSTD:
             return _unpack_zstd(stored, size)
-        content = zlib_ng.decompressobj(_WINDOW_BITS).decompress(stored, size)
+        inflater = _Inflater(wbits=_WINDOW_BITS)  # type: ignore[no-untyped-call]  # its stub
+        content: bytes = inflater.decompress(stored, size)
     except (zlib_ng.error, ZstdError, MemoryError) as error:  # type: ignore[misc]  # its stub
         raise NotUnpacked(str(error)) from error
     if len(content) < size:
