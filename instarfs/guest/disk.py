@@ -144,19 +144,16 @@ class Qcow2Layer:
 
         def unpack_each(some: range) -> None:
             for at in some:
-                unpack_one(at)
-
-        def unpack_one(at: int) -> None:
-            guest, host = int(runs.guest[at]), int(runs.host[at])
-            start, stop = max(guest, position), min(guest + size, position + len(view))
-            cluster = self._unpacked.get(host)
-            if cluster is None:
-                if not wait:
-                    raise WouldBlock
-                cluster = self._unpack(raw[at], guest)
-            if stop - start < size:
-                self._unpacked.keep(host, cluster)
-            view[start - position : stop - position] = cluster[start - guest : stop - guest]
+                guest, host = int(runs.guest[at]), int(runs.host[at])
+                start, stop = max(guest, position), min(guest + size, position + len(view))
+                cluster = self._unpacked.get(host)
+                if cluster is None:
+                    if not wait:
+                        raise WouldBlock
+                    cluster = self._unpack(raw[at], guest)
+                if stop - start < size:
+                    self._unpacked.keep(host, cluster)
+                view[start - position : stop - position] = cluster[start - guest : stop - guest]
 
         if not wait or len(which) < 2:
             unpack_each(which)
