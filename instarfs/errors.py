@@ -109,6 +109,16 @@ class ReadCancelled(InstarfsError):
 
 
 @dataclass(eq=False)
+class NotEnoughMemory(InstarfsError):
+    """{path}: what is wrong with its tables takes more memory than instarfs may use (`ulimit -d`,
+    `ulimit -v`, or its own bound); copy the disk out with qemu-img convert, and repair the copy
+    """
+
+    path: str
+    errno: ClassVar[int] = _errno.ENOMEM
+
+
+@dataclass(eq=False)
 class ImageUnreadable(InstarfsError):
     """{path}: {reason}"""
 

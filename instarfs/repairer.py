@@ -18,6 +18,7 @@ from instarfs.errors import (
     DOMAIN_ERRORS,
     ImageChanged,
     InstarfsError,
+    NotEnoughMemory,
     PlanStale,
     PutBackFailed,
     RepairCancelled,
@@ -116,6 +117,8 @@ class Repairer:
                 job(work, session)
         except Cancelled:
             work.fail(RepairCancelled(self.image.path))
+        except MemoryError:
+            work.fail(NotEnoughMemory(self.image.path))
         except DOMAIN_ERRORS as error:
             work.fail(as_value(error))
         return work.outcome

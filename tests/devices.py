@@ -47,10 +47,14 @@ class Failure:
     kept: int = 0
 
     def raise_it(self) -> None:
+        if self.code == errno.ENOMEM:
+            raise MemoryError
         raise OSError(self.code, os.strerror(self.code))
 
 
 EIO, ENOSPC = Failure(errno.EIO), Failure(errno.ENOSPC)
+ENOMEM = Failure(errno.ENOMEM)
+"""Not of the disk: this process was refused memory in the middle of it."""
 SHORT = Failure(errno.EIO, kept=700)
 """A write of which only a part arrives: a sector and a bit of the next one."""
 

@@ -13,6 +13,7 @@ from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.image import Image
 from instarfs.interrupted import pending
+from instarfs.memory import limited
 from instarfs.render.check import check_human, check_messages, result_json
 from planner.check import check_image
 from planner.report import Report
@@ -79,7 +80,11 @@ def command(
 def _check(path: str, *, force_share: bool, progress: bool) -> tuple[Report, Pending | None]:
     """The report, and the repair that was interrupted, if there is one."""
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with Image.open(path) as image, locks.held(image.fileno(), path, access):
+    with (
+        Image.open(path) as image,
+        limited(image),
+        locks.held(image.fileno(), path, access),
+    ):
         in_use = locks.is_written(image.fileno())
         before = image.generation()
         with progress_bar(shown=progress) as tell:

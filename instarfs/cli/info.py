@@ -6,6 +6,7 @@ import click
 
 from instarfs import locks
 from instarfs.image import Image
+from instarfs.memory import limited
 from instarfs.render.info import ImageFacts, info_human, info_json
 from planner.errors import ImageError
 from planner.qcow2.contents import Contents
@@ -29,7 +30,11 @@ def command(output: str, path: str, *, force_share: bool) -> None:
     rest is shown, and the exit code is 1.
     """
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with Image.open(path) as image, locks.held(image.fileno(), path, access):
+    with (
+        Image.open(path) as image,
+        limited(image),
+        locks.held(image.fileno(), path, access),
+    ):
         source = image.source()
         try:
             contents = Contents.read(source)

@@ -69,6 +69,8 @@ def main() -> NoReturn:
         sys.exit(commands.main(prog_name=_NAME, standalone_mode=False))
     except DOMAIN_ERRORS as error:
         _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("there is not enough memory even to begin (ulimit -d, ulimit -v)", 1)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(_USAGE_EXIT_CODE)

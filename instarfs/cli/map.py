@@ -10,6 +10,7 @@ from instarfs import locks
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
 from instarfs.image import Image
+from instarfs.memory import limited
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
 from planner.errors import ImageError
 
@@ -41,7 +42,11 @@ def command(output: str, path: str, directories: tuple[str, ...], *, force_share
     """
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
     follow = Follow(directories)
-    with Image.open(path) as image, locks.held(image.fileno(), path, access):
+    with (
+        Image.open(path) as image,
+        limited(image),
+        locks.held(image.fileno(), path, access),
+    ):
         try:
             guest = Guest(image, follow)
         except ImageError as error:

@@ -10,6 +10,7 @@ from instarfs.cli.progress import progress_bar
 from instarfs.errors import RepairInterrupted
 from instarfs.image import Image
 from instarfs.interrupted import pending
+from instarfs.memory import limited
 from instarfs.render.repair import plan_human, plan_json, refusal_json
 from planner.check import check_image
 from planner.errors import RepairError
@@ -33,7 +34,7 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
     The plan is proven: laid over the image in memory, it was checked like an image. Its id can be
     quoted to `instarfs check -r`, which then does exactly this or nothing.
     """
-    with Image.open(path) as image, locks.held(image.fileno(), path):
+    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path):
         if pending(image) is not None:
             raise RepairInterrupted(path)
         source = image.source()

@@ -9,6 +9,7 @@ from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import RepairIncomplete
 from instarfs.image import Image
+from instarfs.memory import limited
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
 
@@ -23,6 +24,7 @@ def run(
     """Do *job* on the image at *path*. A signal that asks to stop rolls it back."""
     with (
         Image.open(path) as image,
+        limited(image),
         stoppable() as asked_to_stop,
         progress_bar(shown=progress) as tell,
     ):

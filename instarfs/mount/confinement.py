@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Self
 
 from instarfs.errors import reason_of
-from instarfs.image import BLOCK_STATISTICS, FileSource, Image
+from instarfs.image import BLOCK_STATISTICS, Image
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,6 @@ _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
 _TO_LOOK = 1 << _CAP_DAC_READ_SEARCH
 _TO_USE = 1 << _CAP_DAC_OVERRIDE | _TO_LOOK
 """What lets root use an image that belongs to the user of a virtual machine."""
-
-MEMORY_FOR_ANY = 2 << 30
-MEMORY_FOR_A_BYTE = 8
-"""A check takes a few bytes, a repair some dozens, for each 8-byte entry of an image's tables."""
 
 
 class Right(IntFlag):
@@ -192,19 +188,6 @@ def landlock_version() -> int:
     """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
     version: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
     return version
-
-
-def limit_memory(source: FileSource) -> None:
-    """Let this process have as much memory as anything done with the image can take.
-
-    An allocation beyond that raises MemoryError, where otherwise the machine would be looking for a
-    process to kill. Holes count nothing: whatever a header claims, tables are what is there.
-    """
-    limit = MEMORY_FOR_ANY + MEMORY_FOR_A_BYTE * source.stored_bytes()
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limit, (1 << 63) - 1), hard))
 
 
 def _libraries() -> Iterator[str]:

@@ -106,8 +106,8 @@ def _guarded(
 ) -> Callable[P, Coroutine[Any, Any, R]]:
     """Turn what *handler* raises into what pyfuse3 understands; any other exception ends a mount.
 
-    Domain errors carry their errno. Anything else is a bug of ours: logged, and EIO. Cancellation
-    is neither, and passes.
+    Domain errors carry their errno, and memory that is refused is ENOMEM. Anything else is a bug of
+    ours: logged, and EIO. Cancellation is neither, and passes.
     """
 
     @functools.wraps(handler)
@@ -118,6 +118,9 @@ def _guarded(
             raise
         except DOMAIN_ERRORS as error:
             raise FUSEError(error.errno) from error
+        except MemoryError as error:
+            log.warning("not enough memory in %s", handler.__name__)
+            raise FUSEError(errno.ENOMEM) from error
         except Exception as error:
             log.exception("unexpected error in %s", handler.__name__)
             raise FUSEError(errno.EIO) from error

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from instarfs import memory
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.image import FileSource, Image
 from instarfs.inspector import Check, Inspector
 from instarfs.mount import daemon, mountpoint, tree
-from instarfs.mount.confinement import Confinement, limit_memory
+from instarfs.mount.confinement import Confinement
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
 from instarfs.repairer import Repairer
@@ -55,11 +56,11 @@ def serve(
         progress: Callable[[str, int, int], None],
         cancelled: Callable[[], bool],
     ) -> Report:
-        limit_memory(source)  # anew: the image may have grown since
+        memory.limit(source)  # anew: the image may have grown since
         return check(source, progress=progress, cancelled=cancelled)
 
     def confine() -> None:
-        limit_memory(image.source())
+        memory.limit(image.source())
         confinement.enforce()
 
     def make_service() -> daemon.Service:

@@ -23,6 +23,7 @@ from instarfs.errors import (
     ImageMissing,
     ImageReadOnly,
     ImageReplaced,
+    NotEnoughMemory,
     PlanStale,
     PutBackFailed,
     RepairCancelled,
@@ -56,7 +57,17 @@ from planner.repair.tiers import propose
 from planner.report import Report
 from planner.source import Bytes, Overlay, Source, read_bytes
 from tests.cached import cached_check, cached_propose, propose_bytes
-from tests.devices import EIO, ENOSPC, SHORT, Fail, WatchedDevice, from_then_on, once
+from tests.devices import (
+    EIO,
+    ENOMEM,
+    ENOSPC,
+    SHORT,
+    Fail,
+    Failure,
+    WatchedDevice,
+    from_then_on,
+    once,
+)
 
 LEAKS, ALL = RepairTier.LEAKS, RepairTier.ALL
 OLD_TIME = 10**18
@@ -637,16 +648,23 @@ def operations(box: Sandbox, tier: RepairTier, content: bytes) -> int:
 
 
 @pytest.mark.parametrize(("tier", "name"), [(LEAKS, "leaked-clusters"), (ALL, "lost-refblock")])
-@pytest.mark.parametrize("failure", [EIO, ENOSPC, SHORT])
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (EIO, RepairWriteFailed),
+        (ENOSPC, RepairNoSpace),
+        (SHORT, RepairWriteFailed),
+        (ENOMEM, NotEnoughMemory),
+    ],
+)
 def test_whatever_write_or_flush_fails_the_image_is_put_back(
-    box: Sandbox, tier: RepairTier, name: str, failure: object
+    box: Sandbox, tier: RepairTier, name: str, failure: Failure, kind: type[Exception]
 ) -> None:
     content = damaged(name)
     count = operations(box, tier, content)
     for number in range(count):
         box.put(content)
-        outcome = box.repair(tier, device=failing(once(number, failure)))  # type: ignore[arg-type]
-        kind = RepairNoSpace if failure is ENOSPC else RepairWriteFailed
+        outcome = box.repair(tier, device=failing(once(number, failure)))
         assert outcome.status is Status.ROLLED_BACK
         assert isinstance(outcome.error, kind)
         assert (outcome.repaired, outcome.left_count) == (0, outcome.found)

@@ -29,6 +29,10 @@ def fail_as_expected(_: str) -> bytes:
     raise ImageReadFailed("image", 512, "Input/output error")
 
 
+def take_too_much(_: str) -> NoReturn:
+    raise MemoryError
+
+
 async def fail_to_act(_: bytes) -> None:
     fail()
 
@@ -45,6 +49,7 @@ ROOT = FixedDirectory(
         "good": GeneratedFile(Known(), str.encode),
         "bug": GeneratedFile(Known(), fail),
         "error": GeneratedFile(Known(), fail_as_expected),
+        "huge": GeneratedFile(Known(), take_too_much),
         "text": GeneratedFile(Known(), str.upper),  # type: ignore[arg-type]
         "large": GeneratedFile(Known(), lambda _: bytes(range(256)) * 20_000),
         "control": ControlFile(lambda: b"state\n", fail_to_act),

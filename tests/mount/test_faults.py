@@ -42,6 +42,13 @@ def test_what_is_not_has_one(fake: Mount) -> None:
     assert "ZeroDivisionError: a bug" in fake.log
 
 
+def test_what_takes_too_much_memory_says_so(fake: Mount) -> None:
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        fake.read("huge")
+    assert fake.log.endswith("not enough memory in read\n")
+    assert fake.read("good") == "content"
+
+
 def test_a_write_that_fails(fake: Mount) -> None:
     with (
         pytest.raises(OSError, match="Input/output error"),
