@@ -48,9 +48,10 @@ class Computed(Generic[T]):
 
     def peek(self) -> Edition[T] | None:
         """The value if it is known and still good. Never computes, never raises."""
-        if self._kept is None:
+        kept = self._kept
+        if kept is None:
             return None
-        key, edition = self._kept
+        key, edition = kept
         try:
             return edition if key == self._key() else None
         except DOMAIN_ERRORS:
@@ -80,6 +81,10 @@ class Computed(Generic[T]):
             edition = await run.join()
             if run is not early or run.is_kept:
                 return edition
+
+    def forget(self) -> None:
+        """Let go of what is kept, in any thread; whoever asks gets it computed anew."""
+        self._kept = None
 
     def cancel(self) -> None:
         """End the computation under way, if any; its readers get `ReadCancelled`."""

@@ -275,8 +275,11 @@ class Inspector:
     def _look(self) -> Generation:
         """The generation of the file that the path names now."""
         if self._image.is_replaced():
-            # The old one is closed when the last thread that reads it lets go of it.
+            # The old one is closed, and its disk space free, when the last thread that reads it
+            # lets go of it.
             self._image = self._image.reopen()
+            self.reader.forget()
+            self.guest.forget()
         return self._image.generation()
 
     def _settled_generation(self) -> Hashable:

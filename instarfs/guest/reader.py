@@ -39,10 +39,14 @@ class GuestReader:
     def state(self) -> Hashable:
         """What changes when any byte might: equal states, equal bytes."""
         try:
-            state = self._look()[1]
-            return state, self._kept[1].generations() if self._kept else ()
+            state, kept = self._look()[1], self._kept
+            return state, kept[1].generations() if kept else ()
         except InstarfsError:
             return object()
+
+    def forget(self) -> None:
+        """Let go of the guest that was opened last, in any thread; reads under way hold it."""
+        self._kept = None
 
     async def guest(self) -> Guest:
         """The guest of the image as it is now. Raises as `Guest` does."""
@@ -80,9 +84,10 @@ class GuestReader:
 
     def _current(self) -> Guest | None:
         """The guest that was opened last, if it is still good; asked before every read."""
-        if self._kept is None:
+        kept = self._kept
+        if kept is None:
             return None
-        state, guest = self._kept
+        state, guest = kept
         if self._signature is not None:
             now = time.monotonic()
             if now < self._looked_at + FRESH_SECONDS:
