@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 KEY = "id=s0,data=sesame"
 """How the QEMU tools are given the passphrase of encrypted images."""
 BUSY = "Unable to get accurate CPU usage"
-LUKS_ATTEMPTS = 10
+LUKS_ATTEMPTS = 50
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -282,6 +283,7 @@ class _Builder:
                 # QEMU measures the machine to choose LUKS's iterations, and fails where it is busy.
                 if BUSY not in str(error) or attempt == LUKS_ATTEMPTS - 1:
                     raise
+                time.sleep(0.1)
             else:
                 return
 
