@@ -128,9 +128,9 @@ class Mismatches:
 
     def agree(self, clusters: I64) -> Mask:
         """Which of *clusters* have the refcount that they should, or none that can be looked up."""
-        slots, known = self.index.find(clusters)
-        if not self.index.slots:
+        if not self.index.slots or not self.spans:
             return np.ones(len(clusters), dtype=np.bool_)
+        slots, known = self.index.find(clusters)
         wrong: Mask = known & (self.stored[slots] != self.counted[slots])
         starts, ends = np.array(self.spans, dtype=np.int64).reshape(-1, 2).T
         span = np.searchsorted(starts, slots[wrong], side="right") - 1

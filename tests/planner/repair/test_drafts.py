@@ -92,6 +92,17 @@ def misaligned_zero(image: Image) -> None:
     image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
 
 
+def test_reserved_bits_are_planned_where_no_refcount_at_all_can_be_looked_up():
+    """The refcount table is said to lie where the L1 table is, so that it stays as it is."""
+    image = plain()
+    for index in range(2):
+        image.set_bits(image.l1_at(index), 1 << 1)
+    image.change_header(refcount_table_offset=image.header.l1_table_offset)
+    left = counts(settled(image))
+    assert left[Kind.L1_ENTRY_RESERVED] == 2
+    assert left[Kind.REFTABLE_ENTRY_RESERVED] == 2
+
+
 def test_two_kinds_of_damage_in_one_table_go_with_one_repair():
     made = fill(builder())
     made.write_zeros(9, allocated=True)
