@@ -110,8 +110,8 @@ class ReadCancelled(InstarfsError):
 
 @dataclass(eq=False)
 class NotEnoughMemory(InstarfsError):
-    """{path}: what is wrong with its tables takes more memory than instarfs may use (`ulimit -d`,
-    `ulimit -v`, or its own bound); copy the disk out with qemu-img convert, and repair the copy
+    """{path}: what its tables hold takes more memory than instarfs may use (`ulimit -d`,
+    `ulimit -v`, or its own bound); allow it more, or copy the disk out with qemu-img convert
     """
 
     path: str

@@ -80,11 +80,7 @@ def command(
 def _check(path: str, *, force_share: bool, progress: bool) -> tuple[Report, Pending | None]:
     """The report, and the repair that was interrupted, if there is one."""
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with (
-        Image.open(path) as image,
-        limited(image),
-        locks.held(image.fileno(), path, access),
-    ):
+    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
         in_use = locks.is_written(image.fileno())
         before = image.generation()
         with progress_bar(shown=progress) as tell:

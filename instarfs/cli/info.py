@@ -30,11 +30,7 @@ def command(output: str, path: str, *, force_share: bool) -> None:
     rest is shown, and the exit code is 1.
     """
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with (
-        Image.open(path) as image,
-        limited(image),
-        locks.held(image.fileno(), path, access),
-    ):
+    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
         source = image.source()
         try:
             contents = Contents.read(source)

@@ -70,7 +70,7 @@ def main() -> NoReturn:
     except DOMAIN_ERRORS as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
-        _fail("there is not enough memory even to begin (ulimit -d, ulimit -v)", 1)
+        _fail("there is not enough memory for that (ulimit -d, ulimit -v)", 1)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(_USAGE_EXIT_CODE)

@@ -42,11 +42,7 @@ def command(output: str, path: str, directories: tuple[str, ...], *, force_share
     """
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
     follow = Follow(directories)
-    with (
-        Image.open(path) as image,
-        limited(image),
-        locks.held(image.fileno(), path, access),
-    ):
+    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
         try:
             guest = Guest(image, follow)
         except ImageError as error:

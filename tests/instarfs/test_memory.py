@@ -59,7 +59,7 @@ def test_a_command_that_cannot_even_begin_says_so(damaged: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program, damaged], check=False, capture_output=True, text=True
     )
-    message = "instarfs: there is not enough memory even to begin (ulimit -d, ulimit -v)\n"
+    message = "instarfs: there is not enough memory for that (ulimit -d, ulimit -v)\n"
     assert (done.returncode, done.stderr) == (1, message)
 
 
