@@ -1,4 +1,4 @@
-"""The answer of a check, as a value: counters, findings, and the verdict.
+"""The answer of a check, as a value: counters, findings, the verdict and its exit code.
 
 Nothing is decided here but the verdict, and nothing is rendered.
 """
@@ -26,6 +26,18 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import Snapshots
 from planner.regions import Regions, no_regions
+
+EXIT_CODES = {
+    "unreadable": 1,
+    "torn": 1,
+    "incomplete": 1,
+    "corrupt": 2,
+    "marked-corrupt": 2,
+    "leaks": 3,
+    "dirty": 3,
+    "clean": 0,
+}
+"""By verdict, in the codes of ``qemu-img check``: 3 is what nothing has come to harm by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +145,14 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """That of ``qemu-img check``."""
+        """What a check of it ends with: that of its verdict, 0 for nothing but ``clean``.
+
+        Where ``qemu-img check`` says 0 and this does not: a cluster with two owners, a LUKS header
+        that QEMU refuses, the corrupt bit, the dirty bit.
+        """
         if self.error is not None:
             return self.error.exit_code
-        if self.counters.check_errors:
-            return 1
-        if self.counters.corruptions:
-            return 2
-        return 3 if self.counters.leaks else 0
+        return EXIT_CODES[self.verdict]
 
 
 def count_findings(

@@ -63,7 +63,8 @@ def command(
 
     Without -r nothing is written. A repair is proven before it is written, is taken back by
     `instarfs undo`, and what it leaves is named. Exit codes, after a repair of what is then: 0
-    clean, 1 not completed or refused, 2 corruptions, 3 only leaks, 63 not qcow2.
+    clean, 1 not completed or refused, 2 corruptions, 3 only leaks or not closed properly, 63 not
+    qcow2.
     """
     shown = "" if quiet else output
     if tier is not None:
@@ -121,14 +122,18 @@ def _conclude_repair(outcome: RepairOutcome, path: str, shown: str) -> int:
     from instarfs.render.repair import fixed_human, outcome_human  # noqa: PLC0415
 
     after = outcome.after
+    error = repairing.error_of(outcome, path)
+    code = after.exit_code if after is not None else 1
     if shown == "json" and after is not None:
-        click.echo(result_json(after, path, outcome), nl=False)
-    repairing.raise_error(outcome, path)
+        ends_with = code if error is None else error.exit_code
+        click.echo(result_json(after, path, outcome, exit_code=ends_with), nl=False)
+    if error is not None:
+        raise error
     if shown == "human" and after is not None:
         click.echo(fixed_human(outcome), nl=False)
         _show_check(after)
         click.echo("\n" + outcome_human(outcome, path), nl=False)
-    return after.exit_code if after is not None else 1
+    return code
 
 
 def _show_check(report: Report) -> None:

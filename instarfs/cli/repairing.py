@@ -7,11 +7,12 @@ from collections.abc import Callable
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
-from instarfs.errors import RepairIncomplete
+from instarfs.errors import InstarfsError, RepairIncomplete
 from instarfs.image import Image
 from instarfs.memory import limited
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
+from planner.errors import PlannerError
 
 
 def run(
@@ -34,10 +35,18 @@ def run(
         return job(repairer)
 
 
+def error_of(outcome: RepairOutcome, path: str) -> InstarfsError | PlannerError | None:
+    """What went wrong. That something is left is no error here: the check says so."""
+    if outcome.error is None or isinstance(outcome.error, RepairIncomplete):
+        return None
+    return named(outcome.error, path)
+
+
 def raise_error(outcome: RepairOutcome, path: str) -> None:
-    """Raise what went wrong. That something is left is no error here: the check says so."""
-    if outcome.error is not None and not isinstance(outcome.error, RepairIncomplete):
-        raise named(outcome.error, path)
+    """Raise what went wrong, if anything did."""
+    error = error_of(outcome, path)
+    if error is not None:
+        raise error
 
 
 def _tell_nobody(_stage: str, _done: int, _total: int) -> None:

@@ -57,10 +57,12 @@ def result_json(
     filename: str,
     repair: RepairOutcome | None = None,
     pending: Pending | None = None,
+    exit_code: int | None = None,
 ) -> bytes:
     """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed.
 
     *repair*: the one that the check belongs to, if any. *pending*: one that was interrupted.
+    *exit_code*: of the command that prints it, where that is not the check's.
     """
     value: dict[str, object] = {
         "filename": filename,
@@ -69,7 +71,7 @@ def result_json(
         "corruptions-fixed": repair.corruptions_fixed if repair else 0,
         "leaks-fixed": repair.leaks_fixed if repair else 0,
         "verdict": report.verdict,
-        "exit-code": report.exit_code,
+        "exit-code": report.exit_code if exit_code is None else exit_code,
         "dirty": report.layout is not None and report.layout.header.dirty,
         "corrupt": report.layout is not None and report.layout.header.corrupt,
         "image-in-use": report.in_use,
@@ -372,12 +374,23 @@ def check_messages(report: Report) -> Iterator[str]:
             yield f"{word} {sentence(report, finding)}"
 
 
+_UNCOUNTED = {
+    "torn": "The image was in use, or written to, during the check: nothing is known of it.",
+    "corrupt": "The image is damaged: something in it is, or may become, wrong.",
+    "marked-corrupt": "The metadata is consistent, but the image is marked corrupt.",
+    "dirty": "The metadata is consistent, but the image was not closed properly.",
+}
+"""By verdict: what is said where it is not clean, and every counter of QEMU's is 0."""
+
+
 def check_human(report: Report) -> str:
-    """What ``qemu-img check`` prints on stdout, in its words."""
+    """What ``qemu-img check`` prints on stdout, in its words, but for what it does not know."""
     counters = report.counters
     lines = []
-    if not counters.check_errors and not counters.corruptions and not counters.leaks:
+    if report.verdict == "clean":
         lines.append("No errors were found on the image.")
+    elif not counters.check_errors and not counters.corruptions and not counters.leaks:
+        lines.append(_UNCOUNTED[report.verdict])
     if counters.corruptions:
         lines.append(
             f"\n{counters.corruptions} errors were found on the image.\n"
@@ -386,7 +399,8 @@ def check_human(report: Report) -> str:
     if counters.leaks:
         lines.append(
             f"\n{counters.leaks} leaked clusters were found on the image.\n"
-            "This means waste of disk space, but no harm to data."
+            "This means waste of disk space, or what is left of something lost: look before they"
+            " are freed."
         )
     if counters.check_errors:
         lines.append(f"\n{counters.check_errors} internal errors have occurred during the check.")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from planner.check import check_image
+from planner.report import Report
 from tests.oracle.images import Row, check_command, data_extents
 from tests.oracle.scene import FileSource
 
@@ -32,6 +33,8 @@ COUNTERS = (
     "fragmented-clusters",
     "compressed-clusters",
 )
+_CODES = {"check-errors": 1, "corruptions": 2, "leaks": 3}
+"""QEMU's exit codes by the first of these counters that is not 0."""
 QEMU_SECONDS = 60
 HUNG = -14
 """QEMU's exit code where it had to be killed."""
@@ -41,11 +44,15 @@ CRASHED = -1
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a check said. ``counters`` is empty where it printed none."""
+    """What a check said. ``counters`` is empty where it printed none.
+
+    ``own_exit_code``: of our check, that of the verdict; it may be worse than the counters.
+    """
 
     exit_code: int
     counters: dict[str, int] = field(default_factory=dict)
     stderr: str = ""
+    own_exit_code: int | None = None
 
     def __str__(self) -> str:
         shown = {name: value for name, value in self.counters.items() if value}
@@ -94,10 +101,17 @@ def ask_us(image: Path) -> Answer:
             report = check_image(FileSource(file.fileno()))
         except Exception:  # noqa: BLE001 -- whatever it is, it is a fault of this one case
             return Answer(CRASHED, stderr=traceback.format_exc())
+    return answer_of(report)
+
+
+def answer_of(report: Report) -> Answer:
+    """A report in QEMU's terms: its exit code says what its counters say, and no more."""
     if report.error is not None:
-        return Answer(report.exit_code, stderr=str(report.error))
+        return Answer(report.exit_code, stderr=str(report.error), own_exit_code=report.exit_code)
     counters = {name: getattr(report.counters, name.replace("-", "_")) for name in COUNTERS}
-    return Answer(report.exit_code, counters, "; ".join(map(str, report.stopped)))
+    worst = next((code for name, code in _CODES.items() if counters[name]), 0)
+    stopped = "; ".join(map(str, report.stopped))
+    return Answer(worst, counters, stopped, report.exit_code)
 
 
 def ask_our_command(image: Path) -> Answer:
@@ -139,8 +153,10 @@ def _faults(
     if command:
         printed = ask_our_command(image)
         same = printed.counters == ours.counters or not ours.counters
-        if printed.exit_code != ours.exit_code or not same:
+        if printed.exit_code != ours.own_exit_code or not same:
             yield f"the command said {printed}"
+    if ours.own_exit_code == 0 and ours.exit_code != 0:
+        yield "our exit code is 0, and our counters are not"
     if fingerprint(image) != before:
         yield "our check changed the file"
 

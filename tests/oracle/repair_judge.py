@@ -28,7 +28,7 @@ from planner.report import Report
 from planner.source import Overlay, Source, read_bytes
 from tests.oracle.guest_disks import CHUNK, Disks, first_difference
 from tests.oracle.images import Row, copy, repair_command
-from tests.oracle.judge import COUNTERS, EXCEPTIONS, Answer, ask_qemu, compare, fingerprint
+from tests.oracle.judge import EXCEPTIONS, Answer, answer_of, ask_qemu, compare, fingerprint
 from tests.oracle.scene import FileSource
 
 COMMAND_SECONDS = 60
@@ -153,8 +153,7 @@ def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
     write_out(Overlay(patient.source, proposal.plan), repaired)
     qemu = ask_qemu(patient.row, repaired)
     yield from faults_of_getting_worse(patient.qemu, qemu)
-    counters = {name: getattr(after.counters, name.replace("-", "_")) for name in COUNTERS}
-    ours = Answer(after.exit_code, counters)
+    ours = answer_of(after)
     differences = compare(qemu, ours)
     if differences and not any(one.applies(qemu, ours) for one in EXCEPTIONS):
         yield f"the proof is not what QEMU says: {'; '.join(differences)}; QEMU: {qemu}"
@@ -277,7 +276,7 @@ def _beside_qemu(
     """The outcome in a word or two, faults, and the names of the purposes that excuse us."""
     refused = isinstance(answer, RepairError)
     after = patient.report if isinstance(answer, RepairError) else answer.after
-    if after.exit_code == 0:
+    if answer_of(after).exit_code == 0:
         return "refused, was clean" if refused else "clean", [], ()
     ours = "refused" if refused else f"exit {after.exit_code}"
     qemu, fewer_snapshots = repair_by_qemu(patient, tier)

@@ -60,11 +60,14 @@ def unmatched(
 
 
 def exit_code(rule: Rule) -> int:
+    """That of QEMU's counters, or worse: 0 only where nothing but a notice was found."""
     if rule.check_errors:
         return 1
-    if rule.corruptions:
+    kinds = {expected.kind for expected in rule.findings}
+    damaged = any(KINDS[kind].severity is Severity.CORRUPTION for kind in kinds)
+    if damaged or FindingKind.CORRUPT_BIT in kinds:
         return 2
-    return 3 if rule.leaks else 0
+    return 3 if rule.leaks or FindingKind.DIRTY_BIT in kinds else 0
 
 
 @pytest.mark.usefixtures("walker")

@@ -143,14 +143,15 @@ def test_the_exit_code_is_that_of_the_state_after(instarfs: Run, make) -> None:
 def test_what_cannot_be_mended_is_named(instarfs: Run, make) -> None:
     image = make(*TWO_OWNERS)
     ended = instarfs("check", "-r", "all", image)
-    # Where QEMU counts nothing any more the exit code is 0; the loss is named all the same.
-    assert ended.code == 0
+    # QEMU counts nothing any more and says 0; the loss is named, and so the image is not clean.
+    assert ended.code == 2
     assert "incomplete: tier all, plan " in ended.out
     assert ", left 1\n" in ended.out
     assert "1 x multiple-owners: the image does not say which owner is right" in ended.out
     assert "ERROR host cluster at" in ended.err
     value = instarfs("check", "-r", "all", "--output=json", image).json
     assert (value["repair-incomplete"], value["left"], value["repaired"]) == (True, 1, 0)
+    assert (value["verdict"], value["exit-code"]) == ("corrupt", 2)
 
 
 def test_what_is_refused_is_one_line_and_exit_code_1(instarfs: Run, make) -> None:
@@ -164,6 +165,7 @@ def test_what_is_refused_is_one_line_and_exit_code_1(instarfs: Run, make) -> Non
     value = ended.json
     assert (value["repair-status"], value["leaks-fixed"]) == ("refused", 0)
     assert value["plan-id"] in value["reason"]
+    assert value["exit-code"] == 1
     assert value["suspect-count"] == len(value["suspects"]) == 1
     ended = instarfs("check", "-r", "leaks", "--plan", value["plan-id"], "-q", image)
     assert (ended.code, ended.out, ended.err) == (0, "", "")
