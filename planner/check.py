@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from planner.allocation import allocation
 from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
 from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
@@ -43,6 +44,9 @@ DENSE_CLUSTERS = 1 << 24
 
 OWNED_LOW_CLUSTERS = 1 << 12
 """For so many clusters with too low a refcount their owners are looked up."""
+
+SIZE_AT = 24
+"""Where the header says how large the disk is."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -107,6 +111,7 @@ class _Check:
         self._clip(census)
         mismatches = self._compare(census, stored, clusters)
         self._check_l1_copied(survey, stored)
+        self._look_beyond_disk(survey)
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
             if totals[kind]:
@@ -291,6 +296,32 @@ class _Check:
             found=copied,
             expected=~copied,
         )
+
+    def _look_beyond_disk(self, survey: Survey) -> None:
+        """What the active L1 table maps where the disk has ended, other than a machine's state.
+
+        `qcow2_snapshot_goto` leaves the state that a snapshot saved there: it belongs to that one.
+        """
+        geometry, l1 = self._geometry, survey.l1
+        end = geometry.guest_clusters << geometry.cluster_bits
+        at = np.flatnonzero(l1.active & (l1.l1_index >= end // geometry.l2_coverage))
+        if not len(at):
+            return
+        snapshots = enumerate(survey.snapshots.snapshots)
+        keepers = [number for number, snapshot in snapshots if snapshot.vm_state_size]
+        saved = l1.offset[np.isin(l1.snapshot, keepers)]
+        at = at[~np.isin(l1.offset[at], saved)]
+        last = self._layout.header.l1_size * geometry.l2_coverage
+        found = allocation(
+            self._source, geometry, (l1.l1_index[at], l1.word[at]), end, max(end, last)
+        )
+        if found.mapped:
+            self._findings.add(
+                FindingKind.BEYOND_DISK_END,
+                structure=Structure.HEADER,
+                host_offset=SIZE_AT,
+                found=found.mapped,
+            )
 
     def _find_owners(
         self, wanted: Mask, index: ClusterIndex, survey: Survey, regions: Regions

@@ -120,6 +120,7 @@ class FindingKind(IntEnum):
     DIRTY_BIT = 31
     STALE_BITMAPS = 32
     LUKS_HEADER_INVALID = 33
+    BEYOND_DISK_END = 34
 
     @property
     def label(self) -> str:
@@ -357,6 +358,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a program without support for bitmaps has written to the image: they are void now",
         "bitmaps",
         left="the bitmaps no longer describe the disk",
+        counted=False,
+    ),
+    FindingKind.BEYOND_DISK_END: KindInfo(
+        _S.NOTICE,
+        "guest bytes are mapped beyond the end of the disk, where nobody reads them: it may have"
+        " been larger, or a snapshot's machine state was here",
+        "bytes",
+        left="the image does not say whether its disk was larger",
         counted=False,
     ),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from examples.make_image import Image
+from planner.findings import NONE, Structure
 from planner.findings import FindingKind as Kind
-from planner.findings import Structure
 from planner.qcow2 import entries
 from tests.planner.corpus.rule import (
     COMPRESSED,
@@ -12,6 +12,7 @@ from tests.planner.corpus.rule import (
     COVERAGE,
     SIZE,
     WIDTH,
+    Expected,
     Rule,
     at_cluster,
     builder,
@@ -784,3 +785,65 @@ def copied_follows_the_stored_refcount() -> Rule:
         corruptions=1,
         leaks=1,
     )
+
+
+# Beyond the end of the disk
+
+
+def beyond_disk_end(mapped: int) -> Expected:
+    """The note that so many bytes are mapped there."""
+    return finding(
+        Kind.BEYOND_DISK_END,
+        structure=Structure.HEADER,
+        host_offset=24,
+        guest_offset=NONE,
+        found=mapped,
+    )
+
+
+@rule
+def beyond_disk_end_within_a_table() -> Rule:
+    """A disk that ends before some of the clusters that its last L2 table maps."""
+    image = plain()
+    image.change_header(size=2 * image.cluster_size - 512)
+    return Rule(image, [beyond_disk_end(3 * SIZE)])
+
+
+@rule
+def beyond_disk_end_in_further_tables() -> Rule:
+    """An L2 table that lies wholly beyond the end of the disk."""
+    image = plain()
+    image.change_header(size=COVERAGE)
+    return Rule(image, [beyond_disk_end(SIZE)])
+
+
+@rule
+def beyond_disk_end_of_subclusters() -> Rule:
+    """With extended L2 entries only the subclusters count that hold data."""
+    made = extended()
+    size = made.geometry.cluster_size
+    made.write(0, b"x" * size)
+    made.write_subclusters(1, b"y" * size, 0b1011, 0)
+    image = made.build()
+    image.change_header(size=size)
+    return Rule(image, [beyond_disk_end(3 * size // 32)])
+
+
+@rule
+def beyond_disk_end_saved_by_a_snapshot() -> Rule:
+    """What a snapshot keeps of a machine's state there is no matter of the disk's."""
+    made = fill(builder())
+    made.take_snapshot("running", extra_data=(1).to_bytes(8, "big") + COVERAGE.to_bytes(8, "big"))
+    image = made.build()
+    image.change_header(size=COVERAGE)
+    return Rule(image, [])
+
+
+@rule
+def beyond_disk_end_shared_with_a_snapshot() -> Rule:
+    """A snapshot without a machine's state explains nothing."""
+    made = fill(builder())
+    made.take_snapshot("off")
+    image = made.build()
+    image.change_header(size=COVERAGE)
+    return Rule(image, [beyond_disk_end(SIZE)])
