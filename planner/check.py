@@ -29,7 +29,9 @@ from planner.findings import (
     no_owners,
 )
 from planner.grouped import FindingsBuilder, GroupedFindings
+from planner.looks import Looker
 from planner.mismatch import CHUNK, Mismatches
+from planner.overwritten import find_overwritten, find_overwritten_l1
 from planner.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -118,9 +120,12 @@ class _Check:
                 some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
                 contested[index.slots_of(some)] = True
         owners = self._find_owners(contested, index, survey, every_region)
+        found_entries = census.findings.build()
+        self._find_overwritten(survey, found_entries)
         return self._report(
             survey,
             census,
+            found_entries,
             mismatches=mismatches,
             totals=totals,
             owners=owners,
@@ -348,19 +353,26 @@ class _Check:
         )
         return owners
 
+    def _find_overwritten(self, survey: Survey, found: EntryFindings) -> None:
+        """Report tables that hold something else."""
+        looker = Looker(self._layout, len(survey.snapshots.snapshots))
+        find_overwritten(self._source, self._layout, looker, found, self._findings, tick=self._tick)
+        find_overwritten_l1(self._source, self._layout, looker, survey, self._findings)
+
     # -- the answer ----------------------------------------------------------------------------
 
     def _report(
         self,
         survey: Survey,
         census: Census,
+        found_entries: EntryFindings,
         *,
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
         regions: Regions,
     ) -> Report:
-        findings, found_entries = self._findings.build(), census.findings.build()
+        findings = self._findings.build()
         counts = count_findings(findings, found_entries, totals)
         by_severity = dict.fromkeys(Severity, 0)
         for kind, number in counts.items():
@@ -388,7 +400,7 @@ class _Check:
             snapshots=survey.snapshots.snapshots,
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
-            hidden=_hide_references(findings, found_entries),
+            hidden=_hide_references(findings, found_entries, self._layout.file_size),
         )
 
 
@@ -402,7 +414,7 @@ _NEEDS_REBUILD = (
 
 
 def _hide_references(
-    findings: GroupedFindings, found_entries: EntryFindings
+    findings: GroupedFindings, found_entries: EntryFindings, file_size: int
 ) -> tuple[FindingKind, ...]:
     """Kinds of findings because of which a table that could hold references was not walked."""
     kinds = findings.counts()
@@ -422,7 +434,12 @@ def _hide_references(
     lost = {
         each for held in (findings, found_entries) for each in held.structures(FindingKind.PAST_END)
     }
-    if lost - {Structure.DATA, Structure.BITMAP_DATA}:
+    lost -= {Structure.DATA, Structure.BITMAP_DATA}
+    if lost == {Structure.COMPRESSED}:  # what begins past the end has no part in the file
+        rows = found_entries.batches(FindingKind.PAST_END)
+        packed = (row.found[row.structure == Structure.COMPRESSED] for row in rows)
+        lost = {Structure.COMPRESSED} if any((at < file_size).any() for at in packed) else set()
+    if lost:
         hiding.append(FindingKind.PAST_END)
     return tuple(hiding)
 

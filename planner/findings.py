@@ -121,6 +121,7 @@ class FindingKind(IntEnum):
     STALE_BITMAPS = 32
     LUKS_HEADER_INVALID = 33
     BEYOND_DISK_END = 34
+    TABLE_OVERWRITTEN = 35
 
     @property
     def label(self) -> str:
@@ -358,6 +359,13 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a program without support for bitmaps has written to the image: they are void now",
         "bitmaps",
         left="the bitmaps no longer describe the disk",
+        counted=False,
+    ),
+    FindingKind.TABLE_OVERWRITTEN: KindInfo(
+        _S.CORRUPTION,
+        "something else was written over a table: what it mapped is lost, whatever reads there",
+        "content",
+        left="what the table held is not in the image any more",
         counted=False,
     ),
     FindingKind.BEYOND_DISK_END: KindInfo(

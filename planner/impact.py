@@ -28,6 +28,7 @@ class Harm(IntEnum):
 _HARM = {
     Harm.LOST: (
         FindingKind.PAST_END,
+        FindingKind.TABLE_OVERWRITTEN,
         FindingKind.L2_TABLE_MISALIGNED,
         FindingKind.DATA_MISALIGNED,
         FindingKind.COMPRESSED_WITH_DATA_FILE,

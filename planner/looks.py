@@ -13,11 +13,10 @@ import numpy as np
 from planner.arrays import I64, U8, U64, Mask
 from planner.census import decode_words
 from planner.qcow2 import entries
-from planner.qcow2.layout import MAX_L1_BYTES
+from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_EXTRA_DATA
-from planner.report import Report
-from planner.signatures import recognise
+from planner.signatures import NAMES, TEXT, recognise
 from planner.source import SECTOR
 
 SAMPLED_WORDS = 64
@@ -61,13 +60,35 @@ _LABELS = {
 }
 
 
-class Looker:
-    """Judges clusters of the image that *report* is about."""
+_SIGNATURE_BITS = 8
+_A_TABLE = {
+    Look.L2_TABLE: "an L2 table",
+    Look.L1_TABLE: "an L1 table",
+    Look.REFBLOCK: "a refcount block",
+    Look.SNAPSHOT_TABLE: "a snapshot table",
+}
 
-    def __init__(self, report: Report) -> None:
-        self._geometry = report.geometry
-        self._end = report.layout.file_size if report.layout else 0
-        self._max_refcount = MAX_REFCOUNT + len(report.snapshots)
+
+def content_name(code: int) -> str:
+    """What `Looker.contents` has seen, in words."""
+    look, signature = Look(code >> _SIGNATURE_BITS), NAMES[code & (1 << _SIGNATURE_BITS) - 1]
+    if look is Look.DATA and signature:
+        return signature if signature == TEXT else f"data ({signature})"
+    return _A_TABLE.get(look, look.label)
+
+
+class Looker:
+    """Judges clusters of an image of that *layout*, with so many *snapshots*."""
+
+    def __init__(self, layout: Layout, snapshots: int) -> None:
+        self._geometry = layout.geometry
+        self._end = layout.file_size
+        self._max_refcount = MAX_REFCOUNT + snapshots
+
+    def contents(self, rows: U8) -> I64:
+        """What is in clusters, or in the first sectors of something; see `content_name`, (n,)."""
+        look, signature = self.look(np.ascontiguousarray(rows))
+        return look.astype(np.int64) << _SIGNATURE_BITS | signature
 
     def look(self, rows: U8) -> tuple[U8, U8]:
         """The `Look` of clusters, and which of `signatures.NAMES` their data begins with, uint8.

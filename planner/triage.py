@@ -174,6 +174,13 @@ def triage_leaks(
     return _Describer(source, report, mismatches, leaked, look).describe(signature)
 
 
+def looker_of(report: Report) -> Looker:
+    """Judges clusters of the image that *report* is about. Raises its ``error``, if it has one."""
+    if report.layout is None:
+        raise report.error or ImageError("header", "unknown", "it was not read")
+    return Looker(report.layout, len(report.snapshots))
+
+
 @dataclass(frozen=True, slots=True)
 class _Stoppable:
     """A source that is read no further once *cancelled* has turned true."""
@@ -196,7 +203,7 @@ class _Stoppable:
 
 def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:
     """The `Look` and the signature of every leaked cluster."""
-    geometry, size, looker = report.geometry, report.geometry.cluster_size, Looker(report)
+    geometry, size, looker = report.geometry, report.geometry.cluster_size, looker_of(report)
     look = np.full(len(leaked), Look.IN_USE, dtype=np.uint8)
     signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
@@ -262,7 +269,7 @@ class _Describer:
     ) -> None:
         self._source, self._report, self._leaked, self._look = source, report, leaked, look
         self._geometry, self._index = report.geometry, mismatches.index
-        self._looker = Looker(report)
+        self._looker = looker_of(report)
         self._group = np.full(len(leaked), NONE, dtype=np.int32)
         # For every slot, which of the leaked clusters it is.
         self._rank = np.full(self._index.slots, NONE, dtype=np.int32)

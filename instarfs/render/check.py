@@ -36,6 +36,7 @@ from planner.findings import (
     Severity,
     Structure,
 )
+from planner.looks import content_name
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.snapshots import Snapshot
 from planner.report import Report
@@ -140,6 +141,8 @@ def finding_value(report: Report, finding: Finding) -> dict[str, object]:
         value["guest-offset"] = finding.guest_offset
         value["guest-length"] = finding.guest_length
     value["found"] = _number(info.found, finding.found)
+    if finding.kind is FindingKind.TABLE_OVERWRITTEN:
+        value["found"] = content_name(finding.found)
     if info.expected:
         value["expected"] = _number(info.expected, finding.expected)
     value["repaired-by"] = info.tier
@@ -286,11 +289,29 @@ def fact(report: Report, finding: Finding) -> str:
         return f"host cluster at {finding.host_offset} has {finding.found} owners: {owners}"
     if kind is FindingKind.CHECK_STOPPED:
         return _place(report, finding)
+    if kind is FindingKind.TABLE_OVERWRITTEN:
+        return f"{_overwritten_place(report, finding)} holds {content_name(finding.found)}"
     fact = f"{info.found} {_number(info.found, finding.found)}"
     if info.expected:
         fact += f", expected {_number(info.expected, finding.expected)}"
     text = f"{_place(report, finding)}: {fact}"
     return text if finding.count == 1 else f"{text}, {finding.count} times"
+
+
+def _overwritten_place(report: Report, finding: Finding) -> str:
+    """Which table, or what part of it."""
+    at = f"at host offset {finding.host_offset}"
+    if finding.structure is Structure.L1_TABLE:
+        place = f"the L1 table {at}"
+    else:
+        place = f"the L2 table of L1 entry {finding.l1_index}, {at},"
+        if finding.l2_index != NONE:
+            count = finding.length // report.geometry.l2_entry_size
+            last = finding.l2_index + count - 1
+            place = f"L2 entries {finding.l2_index} to {last} of L1 entry {finding.l1_index}, {at},"
+    if finding.snapshot >= 0:
+        place += f" in {snapshot_name(report, finding.snapshot)},"
+    return place
 
 
 def _place(report: Report, finding: Finding) -> str:

@@ -46,7 +46,7 @@ def findings_jsonl(report: Report) -> Iterator[bytes]:
     """One JSON object a finding, worst first; in parts."""
     patterns = _Patterns(report)
     for batch in report.batches():
-        shape = np.where(_are_owned(report, batch), NONE, _shapes(batch))
+        shape = np.where(_are_single(report, batch), NONE, _shapes(batch))
         _, which, times = np.unique(shape, return_inverse=True, return_counts=True)
         shape[times[which.reshape(-1)] < FEW] = NONE
         parts = []
@@ -88,16 +88,17 @@ def _example(shape: int) -> Finding:
     )
 
 
-def _are_owned(report: Report, findings: Findings) -> Mask:
-    """Which are about host clusters whose owners are known: each has others to name."""
+def _are_single(report: Report, findings: Findings) -> Mask:
+    """Which differ in words: about host clusters whose owners are known, or what a table holds."""
     if report.layout is None:
         return np.zeros(len(findings), dtype=np.bool_)
     bits = report.geometry.cluster_bits
     first = findings.host_offset >> bits
     end = first + np.maximum(findings.length >> bits, 1)
     low, high = np.searchsorted(report.owners.cluster, np.stack((first, end)))
-    owned: Mask = (findings.structure == Structure.CLUSTER) & (low != high)
-    return owned
+    single: Mask = (findings.structure == Structure.CLUSTER) & (low != high)
+    single |= findings.kind == FindingKind.TABLE_OVERWRITTEN
+    return single
 
 
 class _Patterns:

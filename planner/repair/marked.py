@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.arrays import I64, U8, Mask
-from planner.findings import FindingKind, Structure
+from planner.findings import FindingKind, Findings, Structure
 from planner.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import SECTOR, read_tables
@@ -86,9 +86,26 @@ class MarkedTables:
 def marked_tables(scope: Scope, kind: FindingKind) -> Iterator[MarkedTables]:
     """The L2 tables with findings of a kind, some at a time; valid until the next.
 
-    Their bytes may be changed in place.
+    Their bytes may be changed in place. What was written over a table is somebody's data, and has
+    no marks.
     """
     entries, size = scope.entries, scope.geometry.cluster_size
     offsets = entries.tables_with(kind)
+    gone = scope.report.findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
     for part, rows in read_tables(scope.drafted, offsets, size):
-        yield MarkedTables(scope, kind, offsets[part], rows, entries.marks(kind, offsets[part]))
+        marks = entries.marks(kind, offsets[part])
+        _drop(marks, offsets[part], gone, scope.geometry.l2_entry_size)
+        yield MarkedTables(scope, kind, offsets[part], rows, marks)
+
+
+def _drop(marks: Mask, offsets: I64, gone: Findings, entry_size: int) -> None:
+    """Take away the marks in parts of tables that something else was written over."""
+    size = marks.shape[1] * entry_size
+    row = np.searchsorted(offsets, gone.host_offset, side="right") - 1
+    inside = np.flatnonzero((row >= 0) & (gone.host_offset < offsets[row] + size))
+    row, start = row[inside], (gone.host_offset[inside] - offsets[row[inside]]) // entry_size
+    change = np.zeros(marks.size + 1, dtype=np.int64)
+    first = row * marks.shape[1] + start
+    np.add.at(change, first, 1)
+    np.add.at(change, first + gone.length[inside] // entry_size, -1)
+    marks &= (np.cumsum(change[:-1]) == 0).reshape(marks.shape)

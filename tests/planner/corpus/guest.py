@@ -442,7 +442,7 @@ def compressed_copied() -> Rule:
 
 @rule
 def compressed_past_end() -> Rule:
-    """A compressed range past the end counts nothing."""
+    """A compressed range past the end counts nothing, and has no part in the file."""
     made = fill(builder())
     made.write_compressed(9, b"x")
     image = made.build()
@@ -459,7 +459,6 @@ def compressed_past_end() -> Rule:
         ],
         corruptions=1,
         leaks=1,
-        complete=False,
     )
 
 
@@ -847,3 +846,72 @@ def beyond_disk_end_shared_with_a_snapshot() -> Rule:
     image = made.build()
     image.change_header(size=COVERAGE)
     return Rule(image, [beyond_disk_end(SIZE)])
+
+
+# Tables that something else was written over
+
+
+@rule
+def l2_table_overwritten() -> Rule:
+    """Where no word could have been an entry the table is gone, and what it mapped with it."""
+    image = plain()
+    wild = 0x3E
+    for cluster in (0, 1, 2, 5):
+        image.set_word(image.l2_at(cluster), wild)
+    reserved = [
+        finding(Kind.L2_ENTRY_RESERVED, **in_guest(cluster, image), found=wild, expected=0)
+        for cluster in (0, 1, 2, 5)
+    ]
+    window = {**of_l1(0, image), "host_offset": image.l2_table(0), "length": SIZE}
+    gone = finding(Kind.TABLE_OVERWRITTEN, structure=Structure.L2_TABLE, **window)
+    return Rule(image, [*reserved, gone, leak(1), leak(3, 3)], corruptions=4, leaks=4)
+
+
+@rule
+def l2_table_overwritten_in_part() -> Rule:
+    """The rest of the table is still one."""
+    made = builder()
+    for cluster in (0, 64, 128, 192):  # a sector of the table each
+        made.write(cluster, b"d" * SIZE)
+    image = made.build()
+    wild = [0x3E] * 4
+    for number, word in enumerate(wild, 64):
+        image.set_word(image.l2_at(number), word)
+    reserved = [
+        finding(Kind.L2_ENTRY_RESERVED, **in_guest(number, image), found=0x3E, expected=0)
+        for number in range(64, 68)
+    ]
+    part = {**in_guest(64, image), "length": 512, "guest_length": 64 * SIZE}
+    gone = finding(Kind.TABLE_OVERWRITTEN, structure=Structure.L2_TABLE, **part)
+    return Rule(image, [*reserved, gone, leak(3)], corruptions=4, leaks=1)
+
+
+@rule
+def l1_table_overwritten() -> Rule:
+    """An L1 table of which nothing could have been an entry is gone with the whole disk."""
+    image = builder(size=8 * COVERAGE).build()
+    words = [(1 << 50) + number * SIZE for number in range(4)]
+    for number, word in enumerate(words):
+        image.set_word(image.l1_at(number), word)
+    beyond = [
+        finding(
+            Kind.PAST_END,
+            structure=Structure.L2_TABLE,
+            snapshot=-1,
+            l1_index=number,
+            host_offset=word,
+            length=SIZE,
+            found=word,
+        )
+        for number, word in enumerate(words)
+    ]
+    gone = finding(
+        Kind.TABLE_OVERWRITTEN,
+        structure=Structure.L1_TABLE,
+        host_offset=image.header.l1_table_offset,
+        length=64,
+        snapshot=-1,
+        guest_offset=0,
+        guest_length=8 * COVERAGE,
+    )
+    return Rule(image, [*beyond, gone], corruptions=4, complete=False)
