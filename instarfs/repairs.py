@@ -14,7 +14,13 @@ from typing import Protocol
 import trio
 
 from instarfs.computed import should_stop
-from instarfs.errors import RepairCancelled, RepairIncomplete, RepairRunning, UndoFileDamaged
+from instarfs.errors import (
+    InstarfsError,
+    RepairCancelled,
+    RepairIncomplete,
+    RepairRunning,
+    UndoFileDamaged,
+)
 from instarfs.image import Generation, Image
 from instarfs.journal import Summary, read_summary
 from instarfs.outcome import RepairOutcome, Status
@@ -22,7 +28,7 @@ from instarfs.repairer import Repairer
 from instarfs.sharing import Sharing
 from instarfs.undo_place import UndoPlace
 from planner.check import Progress
-from planner.errors import Cancelled, RepairError
+from planner.errors import Cancelled, PlannerError, RepairError
 from planner.plan import RepairTier
 
 IDLE = "idle"
@@ -49,8 +55,9 @@ class MakeRepairer(Protocol):
 class Repairs:
     """Repairs, undoes and trims what *find_image* returns, one at a time.
 
-    *find_image* is called when a repair begins and may raise a domain error. ``outcome``: what the
-    last one did. ``applied``: the tier last applied, unless it was taken back.
+    *find_image* is called when a repair begins and may raise a domain error. ``outcome``: what came
+    of the last one, or of what was asked for since and not begun. ``applied``: the tier last
+    applied, unless it was taken back.
     """
 
     def __init__(
@@ -64,7 +71,7 @@ class Repairs:
         self._make_repairer = make_repairer
         self._scope: trio.CancelScope | None = None
         self._progress = IDLE
-        self._failed: tuple[_Asked | None, Generation] | None = None
+        self._failed: tuple[_Asked, Generation, RepairOutcome] | None = None
         self._standing: tuple[Generation, RepairOutcome] | None = None
         self.outcome: RepairOutcome | None = None
         self.applied: RepairTier | None = None
@@ -89,9 +96,10 @@ class Repairs:
         What could not be done cannot be done to the same image a moment later either: then it is
         the outcome of before. Python's files write again when they are closed what has failed.
         """
-        outcome, asked = self.outcome, (tier, quote)
-        if outcome is not None and self._failed == (asked, self._find_image().generation()):
-            return outcome
+        asked, failed = (tier, quote), self._failed
+        if failed is not None and failed[:2] == (asked, self._find_image().generation()):
+            self.outcome = failed[2]
+            return failed[2]
         return await self._run(lambda repairer: repairer.repair(tier, quote), asked)
 
     async def undo(self) -> RepairOutcome:
@@ -101,6 +109,10 @@ class Repairs:
     async def trim(self) -> RepairOutcome:
         """As `Repairer.trim`. Raises as `repair` does."""
         return await self._run(Repairer.trim)
+
+    def refuse(self, error: InstarfsError | PlannerError) -> None:
+        """Remember that something else was asked for, of which nothing was begun."""
+        self.outcome = RepairOutcome(reason=str(error), error=error)
 
     def cancel(self) -> None:
         """End what is under way, if anything; what it has written is put back."""
@@ -134,7 +146,7 @@ class Repairs:
             after = image.generation()
             self._remember(before, after, outcome)
             is_final = isinstance(outcome.error, RepairError | RepairIncomplete)
-            self._failed = (asked, after) if is_final else None
+            self._failed = (asked, after, outcome) if asked and is_final else None
         return outcome
 
     def _remember(self, before: Generation, after: Generation, outcome: RepairOutcome) -> None:

@@ -10,12 +10,14 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 
-from instarfs.errors import NoSuchCommand, RepairCancelled, RepairNotOffered, RepairRunning
+from instarfs.errors import DOMAIN_ERRORS, NoSuchCommand, RepairNotOffered, RepairRunning
 from instarfs.inspector import Inspector
 from instarfs.journal import State, Summary
 from instarfs.mount.nodes import ControlFile
 from instarfs.outcome import RepairOutcome
 from instarfs.render.repair import outcome_line
+from instarfs.render.text import printable
+from planner.errors import as_value
 from planner.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
 
 log = logging.getLogger(__name__)
@@ -36,23 +38,31 @@ _TRIM_LINE = (
 )
 
 
+_SHOWN_BYTES = 60
+"""Of a command that means nothing: so many are told."""
+
+
 def parse_tier(command: bytes) -> tuple[RepairTier, str]:
     """The tier, and the quoted plan id or nothing. Raises `NoSuchCommand`."""
     match = _TIER.fullmatch(command)
     if match is None:
-        raise NoSuchCommand(command, _TIER_GRAMMAR)
+        raise NoSuchCommand(_shortened(command), _TIER_GRAMMAR)
     return RepairTier(match[1].decode()), (match[2] or b"").decode()
 
 
 def parse_word(command: bytes, word: str) -> None:
     """Raise `NoSuchCommand` unless *command* is *word*."""
     if command.removesuffix(b"\n").strip(b" \t") != word.encode():
-        raise NoSuchCommand(command, f"`{word}`")
+        raise NoSuchCommand(_shortened(command), f"`{word}`")
+
+
+def _shortened(command: bytes) -> bytes:
+    return command if len(command) <= _SHOWN_BYTES else command[:_SHOWN_BYTES] + b"..."
 
 
 def _shown(command: bytes) -> str:
-    """A command that was understood, for the log."""
-    return command.decode("ascii").strip()
+    """A command, for the log."""
+    return printable(_shortened(command.strip()).decode(errors="backslashreplace"))
 
 
 class Controls:
@@ -81,8 +91,9 @@ class Controls:
             self._require_free()
             try:
                 outcome = await act(command)
-            except RepairCancelled as error:
-                log.info("%s: nothing was begun: %s", _shown(command), error)
+            except DOMAIN_ERRORS as error:
+                self._inspector.repairs.refuse(as_value(error))
+                log.info("%s: nothing was begun: %s", _shown(command), printable(str(error)))
                 raise
             # Not another await: when the mount ends, this is all that there is still time for.
             log.info("%s: %s", _shown(command), outcome_line(outcome))

@@ -1,10 +1,11 @@
 """What stands in a mounted tree: directories, and four kinds of file.
 
 A directory's names are fixed, or follow from a computed value, or are made as they are asked for. A
-generated file is rendered from a computed value when it is first read; a live file shows what is
-true at the moment; a control file is a live file that may be written to; a data file is read at
-any offset, and the kernel keeps what it has read. A node knows neither its name nor its inode
-number, and nothing here knows of FUSE or of images.
+generated file is rendered from a computed value when it is opened: programs that copy files take no
+byte more than the size that an open one has. A live file shows what is true at the moment; a
+control file is a live file that may be written to; a data file is read at any offset, and the
+kernel keeps what it has read. A node knows neither its name nor its inode number, and nothing here
+knows of FUSE or of images.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -23,8 +24,6 @@ from instarfs.computed import Edition
 T = TypeVar("T")
 
 Data = bytes | memoryview
-
-_Parts = Callable[[], Iterator[bytes]]
 
 SHARED_BYTES = 4 << 20
 """Of a generated file: so much is held once for all who have it open. The rest is streamed."""
@@ -49,6 +48,9 @@ class Value(Protocol[T]):
 class Handle(Protocol):
     """A file opened once, for reading."""
 
+    def size(self) -> int:
+        """Bytes that there are to read."""
+
     async def read(self, offset: int, size: int) -> Data:
         """Up to *size* bytes from *offset*; fewer only at the end."""
 
@@ -61,8 +63,8 @@ class File(ABC):
         """Bytes to be read, as far as that is known without computing anything."""
 
     @abstractmethod
-    def open(self) -> Handle:
-        """Open it; does not compute anything either."""
+    async def open(self) -> Handle:
+        """Open it, and first compute what it shows. May raise a domain error."""
 
 
 class Directory(ABC):
@@ -154,7 +156,7 @@ class GeneratedFile(File, Generic[T]):
 
     *render* runs in a worker thread, for it may take seconds where there are millions of findings.
     It returns the content, or its parts one after the other: then only the first `SHARED_BYTES` are
-    kept, once for all handles of one edition, and what follows is made as it is read.
+    kept, once for all handles of one edition; what follows is counted, and made anew as it is read.
     """
 
     def __init__(self, value: Value[T], render: Callable[[T], bytes | Iterable[bytes]]) -> None:
@@ -165,63 +167,54 @@ class GeneratedFile(File, Generic[T]):
         # of text are there only while somebody has the file open.
         self._edition: weakref.ref[Edition[T]] | None = None
         self._snapshot: weakref.ref[_Snapshot] | None = None
-        # Of a short one the content alone, not the edition: no thread is asked for it again.
-        self._kept: bytes | None = None
+        # A short one, which holds no edition: no thread is asked for it again.
+        self._kept: _Snapshot | None = None
         self._size = 0
 
     def size(self) -> int:
         edition = self._value.peek()
         return self._size if edition is not None and self._is_rendered(edition) else 0
 
-    def open(self) -> Handle:
-        return _GeneratedHandle(self._take_snapshot)
-
-    async def _take_snapshot(self) -> _Snapshot:
+    async def open(self) -> Handle:
         edition = await self._value.get()
         async with self._lock:
             snapshot = self._known_snapshot(edition)
             if snapshot is None:
-                # Made here, not in the thread, which would hold it a while longer.
-                snapshot = _Snapshot(
-                    *await trio.to_thread.run_sync(self._begin, edition, abandon_on_cancel=True)
+                known = self._size if self._is_rendered(edition) else None
+                content, size = await trio.to_thread.run_sync(
+                    self._begin, edition, known, abandon_on_cancel=True
                 )
-                known = self._is_rendered(edition)
+                # Made here, not in the thread, which would hold it a while longer.
+                parts = partial(self._parts, edition) if len(content) < size else None
+                snapshot = _Snapshot(content, size, parts)
                 self._edition, self._snapshot = weakref.ref(edition), weakref.ref(snapshot)
-                self._kept = None
-                if snapshot.is_whole:
-                    self._size = len(snapshot.content)
-                    self._kept = snapshot.content if self._size <= KEPT_BYTES else None
-                elif not known:
-                    self._size = 0
-        return snapshot
+                self._kept = snapshot if len(content) == size <= KEPT_BYTES else None
+                self._size = size
+        return _GeneratedHandle(snapshot)
 
     def _known_snapshot(self, edition: Edition[T]) -> _Snapshot | None:
         if not self._is_rendered(edition):
             return None
-        content = self._kept
-        if content is not None:
-            return _Snapshot(content, True, lambda: iter((content,)), lambda _size: None)
-        return self._snapshot() if self._snapshot else None
+        return self._kept or (self._snapshot() if self._snapshot else None)
 
-    def _begin(self, edition: Edition[T]) -> tuple[bytes, bool, _Parts, Callable[[int], None]]:
-        """Render the part that is shared; in a worker thread. The fields of a `_Snapshot`."""
+    def _parts(self, edition: Edition[T]) -> Iterator[bytes]:
+        content = self._render(edition.value)
+        return iter((content,) if isinstance(content, bytes | str) else content)
 
-        def parts() -> Iterator[bytes]:
-            content = self._render(edition.value)
-            return iter((content,) if isinstance(content, bytes | str) else content)
+    def _begin(self, edition: Edition[T], known: int | None) -> tuple[bytes, int]:
+        """Render the part that is shared, and count the rest, unless the size is *known*.
 
-        def at_end(size: int) -> None:
-            if self._is_rendered(edition):
-                self._size = size
-
-        stream = parts()
-        head = bytearray()
-        while len(head) < SHARED_BYTES:
-            part = next(stream, None)
-            if part is None:
-                return bytes(head), True, parts, at_end
-            head += part
-        return bytes(head), False, parts, at_end
+        In a worker thread, which ends early when nobody waits for it any more.
+        """
+        head, size = bytearray(), 0
+        for part in self._parts(edition):
+            if len(head) < SHARED_BYTES:
+                head += part
+            size += len(part)
+            if known is not None and len(head) >= SHARED_BYTES:
+                return bytes(head), known
+            trio.from_thread.check_cancelled()
+        return bytes(head), size
 
     def _is_rendered(self, edition: Edition[T]) -> bool:
         return self._edition is not None and self._edition() is edition
@@ -229,31 +222,29 @@ class GeneratedFile(File, Generic[T]):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Snapshot:
-    """The beginning of a rendering, or all of it; ``parts`` makes it anew, whole."""
+    """A rendering of ``size`` bytes: all of them, or the first, and ``parts`` make it anew."""
 
     content: bytes
-    is_whole: bool
-    parts: _Parts
-    at_end: Callable[[int], None]
+    size: int
+    parts: Callable[[], Iterator[bytes]] | None
 
 
 class _GeneratedHandle:
-    def __init__(self, take_snapshot: Callable[[], Awaitable[_Snapshot]]) -> None:
-        self._take_snapshot = take_snapshot
+    def __init__(self, snapshot: _Snapshot) -> None:
+        self._snapshot = snapshot
         self._lock = trio.Lock()
-        self._snapshot: _Snapshot | None = None
         self._stream: _Stream | None = None
 
+    def size(self) -> int:
+        return self._snapshot.size
+
     async def read(self, offset: int, size: int) -> bytes:
-        snapshot = self._snapshot
-        if snapshot is None:
-            async with self._lock:
-                snapshot = self._snapshot = self._snapshot or await self._take_snapshot()
-        if snapshot.is_whole or offset + size <= len(snapshot.content):
-            return snapshot.content[offset : offset + size]
+        content, parts = self._snapshot.content, self._snapshot.parts
+        if parts is None or offset + size <= len(content):
+            return content[offset : offset + size]
         async with self._lock:
             if self._stream is None or offset < self._stream.start:
-                self._stream = _Stream(snapshot)
+                self._stream = _Stream(parts())
             # Not abandoned on cancellation: the next read goes on where this one ended.
             return await trio.to_thread.run_sync(self._stream.read, offset, size)
 
@@ -261,9 +252,8 @@ class _GeneratedHandle:
 class _Stream:
     """A rendering that is made while it is read: a window that only moves forward."""
 
-    def __init__(self, snapshot: _Snapshot) -> None:
-        self._parts = snapshot.parts()
-        self._at_end = snapshot.at_end
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
         self._window = bytearray()
         self._ended = False
         self.start = 0
@@ -274,7 +264,6 @@ class _Stream:
             part = next(self._parts, None)
             if part is None:
                 self._ended = True
-                self._at_end(self.start + len(self._window))
                 break
             self._window += part
             surplus = min(offset - self.start, len(self._window)) - BEHIND_BYTES
@@ -306,8 +295,8 @@ class DataFile(File):
     def size(self) -> int:
         return self._length()
 
-    def open(self) -> Handle:
-        return DataHandle(self._read, self._ready)
+    async def open(self) -> Handle:
+        return DataHandle(self._length, self._read, self._ready)
 
     def may_keep_cache(self) -> bool:
         """Whether what the kernel has kept since the last time this was asked is still good."""
@@ -320,17 +309,18 @@ class DataHandle:
 
     def __init__(
         self,
+        length: Callable[[], int],
         read: Callable[[int, int], Awaitable[Data]],
         ready: Callable[[int, int], Data | None],
     ) -> None:
-        self._read, self.ready = read, ready
+        self.size, self._read, self.ready = length, read, ready
 
     async def read(self, offset: int, size: int) -> Data:
         return await self._read(offset, size)
 
 
 class LiveFile(File):
-    """What *show* returns, fresh at each open and at each read from the beginning."""
+    """What *show* returns, fresh at each open and whenever it is read from the beginning again."""
 
     def __init__(self, show: Callable[[], bytes]) -> None:
         self._show = show
@@ -338,18 +328,24 @@ class LiveFile(File):
     def size(self) -> int:
         return len(self._show())
 
-    def open(self) -> Handle:
+    async def open(self) -> Handle:
         return _LiveHandle(self._show)
 
 
 class _LiveHandle:
     def __init__(self, show: Callable[[], bytes]) -> None:
         self._show = show
-        self._content = b""
+        self._content = bytes(show())
+        self._is_begun = False
+
+    def size(self) -> int:
+        return len(self._content)
 
     async def read(self, offset: int, size: int) -> bytes:
-        if offset == 0 or not self._content:
-            self._content = bytes(self._show())
+        if offset == 0:
+            if self._is_begun:
+                self._content = bytes(self._show())
+            self._is_begun = True
         return self._content[offset : offset + size]
 
 

@@ -89,12 +89,17 @@ class Ownership:
     for_others: bool = False
 
     def mode(self, node: Node) -> int:
-        """Type and permissions of *node*."""
+        """Type and permissions of *node*.
+
+        Nothing but a control file can be written to, and EROFS says so, as on any file system that
+        is read-only. What is copied out of the mount keeps these permissions, and whoever made the
+        copy is to be able to change and to remove it.
+        """
         if isinstance(node, ControlFile):
             return stat.S_IFREG | 0o600
         if isinstance(node, Directory):
-            return stat.S_IFDIR | (0o555 if self.for_others else 0o500)
-        return stat.S_IFREG | (0o444 if self.for_others else 0o400)
+            return stat.S_IFDIR | (0o755 if self.for_others else 0o700)
+        return stat.S_IFREG | (0o644 if self.for_others else 0o600)
 
     def may_open(self, node: Node, uid: int) -> bool:
         """Whether *uid*, whom the kernel has let in, may open *node*."""
@@ -172,6 +177,7 @@ class Operations(pyfuse3.Operations):
         self._next_inode = itertools.count(pyfuse3.ROOT_INODE + 1)
         self._next_handle = itertools.count(1)
         self._files: dict[int, _Opened] = {}
+        self._open: dict[File, dict[int, _Opened]] = {}
         self._listings: dict[int, tuple[Directory, Sequence[str]]] = {}
         self._waiting: dict[trio.CancelScope, int] = {}
         self._somebody_waits = trio.Event()
@@ -221,8 +227,21 @@ class Operations(pyfuse3.Operations):
         """Count a reference that the kernel now holds."""
         self._known.setdefault(self._number(node), _Known(node, 0)).lookups += 1
 
+    def _size(self, file: File, pid: int) -> int:
+        """Of *file* as *pid* sees it: as long as what it has opened, whatever is true by now.
+
+        By which of several handles somebody asks the kernel does not say: it is taken for the one
+        that he opened last, or anybody did.
+        """
+        handles = self._open.get(file)
+        if not handles:
+            return file.size()
+        latest_first = list(reversed(handles.values()))
+        own = (opened for opened in latest_first if opened.pid == pid)
+        return next(own, latest_first[0]).handle.size()
+
     def _attributes_of(
-        self, node: Node, *, is_fixed: bool = True, facts: Facts | None = None
+        self, node: Node, pid: int = 0, *, is_fixed: bool = True, facts: Facts | None = None
     ) -> EntryAttributes:
         facts = facts or self._facts()
         entry = EntryAttributes()
@@ -236,7 +255,7 @@ class Operations(pyfuse3.Operations):
         if isinstance(node, Directory):
             entry.st_nlink = 2 + node.subdirectories
         else:
-            entry.st_size = node.size()
+            entry.st_size = self._size(node, pid)
             entry.st_blocks = -(-entry.st_size // 512)
         return entry
 
@@ -248,7 +267,7 @@ class Operations(pyfuse3.Operations):
         child = await directory.child(os.fsdecode(name))
         if child is None:
             raise FUSEError(errno.ENOENT)
-        entry = self._attributes_of(child, is_fixed=directory.is_fixed)
+        entry = self._attributes_of(child, ctx.pid, is_fixed=directory.is_fixed)
         self._remember(child)
         return entry
 
@@ -263,7 +282,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes_of(self._node(inode))
+        return self._attributes_of(self._node(inode), ctx.pid)
 
     @_guarded
     async def setattr(
@@ -283,7 +302,7 @@ class Operations(pyfuse3.Operations):
             raise _read_only()
         if not self._ownership.may_open(node, ctx.uid):
             raise FUSEError(errno.EACCES)
-        return self._attributes_of(node)
+        return self._attributes_of(node, ctx.pid)
 
     @_guarded
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
@@ -354,12 +373,16 @@ class Operations(pyfuse3.Operations):
             if not isinstance(node, ControlFile):
                 raise _read_only()
             node.begin_writing()
-        number = next(self._next_handle)
-        self._files[number] = _Opened(node, node.open(), ctx.pid)
-        if isinstance(node, DataFile):
-            return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
-        # Past the page cache: the size is not known before the first read, and content changes.
-        return FileInfo(fh=number, direct_io=True, keep_cache=False)
+        # Also with O_NONBLOCK, which `tar` opens files with, and reads all of them.
+        with self._interruptible(ctx.pid):
+            opened = _Opened(node, await node.open(), ctx.pid)
+            number = next(self._next_handle)
+            self._files[number] = self._open.setdefault(node, {})[number] = opened
+            if isinstance(node, DataFile):
+                return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
+            # Past the page cache, which all handles share: each shows what it was opened with.
+            return FileInfo(fh=number, direct_io=True, keep_cache=False)
+        raise FUSEError(errno.EINTR)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -408,7 +431,10 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
-        del self._files[fh]
+        node = self._files.pop(fh).node
+        del self._open[node][fh]
+        if not self._open[node]:
+            del self._open[node]
 
     # ---- extended attributes ----
 

@@ -481,10 +481,14 @@ This is the inside of a qcow2 image, shown as files by instarfs:
     {image}
 
 Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothing is computed
-before it is read: the first read of a file in check/ checks the whole image, which may take a
-while; every other file answers meanwhile. check/report.txt also plans both repairs, where there
-is anything to repair. When the image changes, the files show its new state the next time they
-are opened. The size of a file is shown as 0 until it has been read once.
+before it is opened: whoever opens a file in check/ first has the whole image checked, which may
+take a while; every other file answers meanwhile. check/report.txt also plans both repairs, where
+there is anything to repair. When the image changes, the files show its new state the next time
+they are opened; who has one open reads on in the old one.
+
+Until a file has been opened once, its size is shown as 0. Programs that copy files (cp, tar,
+rsync) open them, and copy them whole, with the bytes of disk.raw. Have the image checked first,
+or lost/ has nothing to copy yet. What they copy belongs to who made the copy.
 
 {files}
 

@@ -12,6 +12,7 @@ import trio
 
 from instarfs.errors import (
     ImageReplaced,
+    NoSuchCommand,
     RepairCancelled,
     RepairIncomplete,
     RepairRunning,
@@ -278,6 +279,23 @@ async def test_what_cannot_be_done_is_not_tried_again_on_the_same_image(
     os.utime(path, ns=(OLD + 5, OLD + 5))
     await inspector.repairs.repair(LEAKS)
     assert len(repairer.asked) == 5
+
+
+async def test_the_outcome_is_that_of_what_was_asked_for_last(
+    inspector: Inspector, repairer: FakeRepairer
+) -> None:
+    repairer.changes = False
+    repairer.outcome = RepairOutcome(Status.REFUSED, LEAKS, error=AmbiguousCorruption("two"))
+    failed = await inspector.repairs.repair(LEAKS)
+    inspector.repairs.refuse(NoSuchCommand(b"repair", "`leaks`"))
+    outcome = inspector.repairs.outcome
+    assert outcome is not None
+    assert (outcome.status, outcome.tier) == (Status.REFUSED, None)
+    assert isinstance(outcome.error, NoSuchCommand)
+    assert "`leaks`" in outcome.reason
+    assert await inspector.repairs.repair(LEAKS) is failed
+    assert inspector.repairs.outcome is failed
+    assert len(repairer.asked) == 1
 
 
 async def test_what_may_work_a_moment_later_is_tried_again(

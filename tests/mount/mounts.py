@@ -80,10 +80,10 @@ def until(condition: Callable[[], object], what: str) -> None:
 def mounted_type(directory: Path) -> str | None:
     """The type of the topmost mount on *directory*."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        if mount.split()[4].encode().decode("unicode_escape") == str(directory.resolve()):
-            found = filesystem.split()[0]
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        mount, _, filesystem = line.partition(b" - ")
+        if mount.split()[4].decode("unicode_escape") == str(directory.resolve()):
+            found = filesystem.split()[0].decode()
     return found
 
 

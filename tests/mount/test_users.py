@@ -105,7 +105,7 @@ def as_root(command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", command], check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("kind", "for_files"), [("private", 0o400), ("opened", 0o444)])
+@pytest.mark.parametrize(("kind", "for_files"), [("private", 0o600), ("opened", 0o644)])
 def test_everything_belongs_to_who_mounted_it(
     kind: str, for_files: int, request: pytest.FixtureRequest
 ) -> None:
@@ -114,9 +114,29 @@ def test_everything_belongs_to_who_mounted_it(
     for path in [mount.path, *mount.path.rglob("*")]:
         status = path.stat()
         assert (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
-        mode = for_files | 0o111 * bool(for_files & 0o044) | 0o100 if path.is_dir() else for_files
+        mode = for_files | (for_files & 0o444) >> 2 if path.is_dir() else for_files
         assert stat.S_IMODE(status.st_mode) == (0o600 if path in controls else mode), path
         assert stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+
+
+@pytest.mark.parametrize("copy", ["cp -r", "cp -a", "rsync -a", "rsync -r"])
+def test_who_copies_files_can_change_and_remove_the_copy(
+    opened: Mount, folder: Path, copy: str
+) -> None:
+    opened.read("check/result.json")  # from then on there are files in lost/
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, STRANGER, STRANGER)
+    try:
+        for done in (
+            stranger(f"cd {theirs} && {copy} {opened.path}/lost {opened.path}/check ."),
+            stranger(f"cd {theirs} && ls lost/[0-9]* && echo a note >> check/report.txt"),
+            stranger(f"rm -r {theirs}/*"),
+        ):
+            assert (done.returncode, done.stderr) == (0, "")
+        assert not list(theirs.iterdir())
+    finally:
+        shutil.rmtree(theirs)
 
 
 @pytest.mark.parametrize("option", ["suid,dev", "defaults", "nosuid,nodev"])

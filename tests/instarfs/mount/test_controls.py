@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instarfs.errors import NoSuchCommand, RepairNotOffered, RepairRunning, UndoFileDamaged
+from instarfs.errors import (
+    ImageReplaced,
+    NoSuchCommand,
+    RepairNotOffered,
+    RepairRunning,
+    UndoFileDamaged,
+)
 from instarfs.journal import State, StateWord, Summary
 from instarfs.mount.controls import Controls, parse_tier, parse_word
 from instarfs.outcome import RepairOutcome, Status
@@ -27,11 +33,19 @@ class FakeRepairs:
 
     def __init__(self) -> None:
         self.asked: list[object] = []
-        self.outcome = RepairOutcome(Status.REPAIRED, ALL, "3f9a2c", 5, 4, 4, 1)
+        self.refused: list[Exception] = []
+        self.outcome: RepairOutcome | Exception = RepairOutcome(
+            Status.REPAIRED, ALL, "3f9a2c", 5, 4, 4, 1
+        )
 
     async def repair(self, *asked: object) -> RepairOutcome:
         self.asked.append(asked)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
         return self.outcome
+
+    def refuse(self, error: Exception) -> None:
+        self.refused.append(error)
 
     async def undo(self) -> RepairOutcome:
         return await self.repair("undo")
@@ -133,6 +147,30 @@ async def test_an_error_that_is_raised_again_and_again_does_not_grow(
     assert len(set(depths)) == 1
 
 
+async def test_what_nothing_came_of_is_remembered_and_logged_in_a_line(
+    inspector: FakeInspector, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    its = controls(inspector)
+    for control, command in (
+        (its.tier_file(), b"repair, please\n"),
+        (its.undo_file(), b"\xff\x1b[1m\n" * 10_000),
+        (its.trim_file(), b"undo"),
+    ):
+        with pytest.raises(NoSuchCommand):
+            await control.act(command)
+    inspector.repairs.outcome = ImageReplaced("image")
+    with pytest.raises(ImageReplaced):
+        await its.tier_file().act(b"all")
+    kinds = [type(error) for error in inspector.repairs.refused]
+    assert kinds == [NoSuchCommand, NoSuchCommand, NoSuchCommand, ImageReplaced]
+    assert all(len(str(error)) < 500 for error in inspector.repairs.refused)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4
+    assert all(line.isprintable() and "nothing was begun" in line for line in lines)
+    assert lines[0].startswith("repair, please: nothing was begun: b'repair, please\\n' means")
+
+
 async def test_a_mount_that_does_not_repair(inspector: FakeInspector) -> None:
     its = controls(inspector, read_only=True)
     for control in (its.tier_file(), its.undo_file(), its.trim_file()):
@@ -155,7 +193,7 @@ async def test_while_a_repair_runs(inspector: FakeInspector) -> None:
         with pytest.raises(RepairRunning) as caught:
             await control.act(b"trim")
         assert caught.value.errno == errno.EBUSY
-    assert await its.undo_file().open().read(0, 100) == b"a repair is running\n"
+    assert await (await its.undo_file().open()).read(0, 100) == b"a repair is running\n"
     assert inspector.repairs.asked == []
 
 
@@ -172,7 +210,7 @@ async def test_the_tier_last_applied(
 ) -> None:
     inspector.repairs.applied = applied
     control = controls(inspector).tier_file()
-    assert await control.open().read(0, 100) == shown
+    assert await (await control.open()).read(0, 100) == shown
     assert control.size() == len(shown)
 
 
@@ -206,5 +244,5 @@ async def test_whether_there_is_something_to_take_back(
     inspector: FakeInspector, last: Summary | Exception | None, shown: str
 ) -> None:
     inspector.last = last
-    read = await controls(inspector).undo_file().open().read(0, 200)
+    read = await (await controls(inspector).undo_file().open()).read(0, 200)
     assert read == f"{shown}\n".encode(errors="surrogateescape")

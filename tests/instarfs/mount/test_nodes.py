@@ -21,6 +21,8 @@ from instarfs.mount.nodes import (
     Node,
 )
 
+DEADLINE = 10
+
 
 class FakeValue:
     """A value that is known after the first `get`, until a test replaces it."""
@@ -47,7 +49,7 @@ def value() -> FakeValue:
     return FakeValue("0123456789")
 
 
-async def test_nothing_is_rendered_before_the_first_read(value: FakeValue) -> None:
+async def test_opening_a_file_renders_it_and_nothing_does_before(value: FakeValue) -> None:
     rendered: list[str] = []
 
     def render(text: str) -> bytes:
@@ -55,9 +57,11 @@ async def test_nothing_is_rendered_before_the_first_read(value: FakeValue) -> No
         return text.encode()
 
     node = GeneratedFile(value, render)
-    handle = node.open()
     assert node.size() == 0
     assert rendered == []
+    handle = await node.open()
+    assert rendered == ["0123456789"]
+    assert handle.size() == node.size() == 10
     assert await handle.read(0, 4) == b"0123"
     assert await handle.read(4, 100) == b"456789"
     assert await handle.read(10, 100) == b""
@@ -67,23 +71,23 @@ async def test_nothing_is_rendered_before_the_first_read(value: FakeValue) -> No
 
 async def test_the_size_is_known_as_long_as_the_value_is_good(value: FakeValue) -> None:
     node = GeneratedFile(value, str.encode)
-    await node.open().read(0, 1)
+    await node.open()
     assert node.size() == 10
     value.replace("other")
     assert node.size() == 0
     value.known = True
     assert node.size() == 0
-    await node.open().read(0, 1)
+    await node.open()
     assert node.size() == 5
 
 
 async def test_a_handle_stays_what_it_was(value: FakeValue) -> None:
     node = GeneratedFile(value, str.encode)
-    early = node.open()
-    assert await early.read(0, 2) == b"01"
-    value.replace("abcdefghij")
+    early = await node.open()
+    value.replace("abcdef")
+    assert await (await node.open()).read(2, 2) == b"cd"
     assert await early.read(2, 2) == b"23"
-    assert await node.open().read(2, 2) == b"cd"
+    assert early.size() == 10
 
 
 async def test_handles_share_one_rendering_even_at_the_same_time(value: FakeValue) -> None:
@@ -94,18 +98,16 @@ async def test_handles_share_one_rendering_even_at_the_same_time(value: FakeValu
         return text.encode()
 
     node = GeneratedFile(value, render)
-    handles = [node.open() for _ in range(20)]
     async with trio.open_nursery() as nursery:
-        for handle in handles:
-            nursery.start_soon(handle.read, 0, 10)
+        for _ in range(20):
+            nursery.start_soon(node.open)
     assert len(threads) == 1
     assert threads[0] is not threading.main_thread()
 
 
 async def test_long_content_is_gone_with_its_last_handle() -> None:
     node = GeneratedFile(FakeValue("x" * (nodes.KEPT_BYTES + 1)), str.encode)
-    handle = node.open()
-    await handle.read(0, 1)
+    handle = await node.open()
     snapshot = node._snapshot
     assert snapshot is not None
     assert snapshot() is not None
@@ -124,32 +126,32 @@ async def test_short_content_is_rendered_once_an_edition(value: FakeValue) -> No
 
     node = GeneratedFile(value, render)
     for _ in range(3):
-        assert await node.open().read(2, 100) == b"23456789"
+        assert await (await node.open()).read(2, 100) == b"23456789"
         gc.collect()
     value.replace("new")
     for _ in range(2):
-        assert await node.open().read(0, 100) == b"new"
+        assert await (await node.open()).read(0, 100) == b"new"
     assert rendered == ["0123456789", "new"]
 
 
 async def test_kept_content_does_not_keep_its_edition(value: FakeValue) -> None:
     node = GeneratedFile(value, str.encode)
-    await node.open().read(0, 1)
+    await (await node.open()).read(0, 1)
     edition = weakref.ref(value.edition)
     value.replace("new")
     await trio.to_thread.run_sync(int)  # an idle thread holds what it did last
     gc.collect()
     assert edition() is None
-    assert await node.open().read(0, 100) == b"new"
+    assert await (await node.open()).read(0, 100) == b"new"
 
 
 async def test_what_is_no_bytes_fails_before_the_kernel_sees_it(value: FakeValue) -> None:
     node = GeneratedFile(value, str.upper)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        await node.open().read(0, 1)
+        await node.open()
 
 
-async def test_a_failed_read_can_be_tried_again(value: FakeValue) -> None:
+async def test_what_failed_to_open_can_be_opened_again(value: FakeValue) -> None:
     errors = [ZeroDivisionError()]
 
     def render(text: str) -> bytes:
@@ -157,10 +159,10 @@ async def test_a_failed_read_can_be_tried_again(value: FakeValue) -> None:
             raise errors.pop()
         return text.encode()
 
-    handle = GeneratedFile(value, render).open()
+    node = GeneratedFile(value, render)
     with pytest.raises(ZeroDivisionError):
-        await handle.read(0, 1)
-    assert await handle.read(0, 1) == b"0"
+        await node.open()
+    assert await (await node.open()).read(0, 1) == b"0"
 
 
 # ---- what is made while it is read ----
@@ -175,22 +177,22 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def read_all(node: GeneratedFile[str], size: int = 64) -> bytes:
-    handle, parts = node.open(), [b""]
+    handle, parts = await node.open(), [b""]
     while len(parts) == 1 or parts[-1]:
         parts.append(await handle.read(sum(map(len, parts)), size))
     return b"".join(parts)
 
 
 @pytest.mark.usefixtures("small_windows")
-async def test_a_long_file_is_whole_and_has_its_size_when_it_was_read(value: FakeValue) -> None:
+async def test_a_long_file_is_whole_and_has_its_size_when_it_is_open(value: FakeValue) -> None:
     node = GeneratedFile(value, lambda _: iter(LINES))
+    assert (await node.open()).size() == node.size() == 10_000
     assert await read_all(node) == b"".join(LINES)
-    assert node.size() == 10_000
     assert await read_all(node, 7777) == b"".join(LINES)
 
 
 @pytest.mark.usefixtures("small_windows")
-async def test_of_a_long_file_no_more_is_made_than_is_read(value: FakeValue) -> None:
+async def test_of_a_long_file_no_more_is_held_or_made_than_is_read(value: FakeValue) -> None:
     made: list[bytes] = []
 
     def render(_: str) -> Iterator[bytes]:
@@ -198,17 +200,46 @@ async def test_of_a_long_file_no_more_is_made_than_is_read(value: FakeValue) -> 
             made.append(line)
             yield line
 
-    handle = GeneratedFile(value, render).open()
-    assert await handle.read(0, 50) == b"".join(LINES)[:50]
-    assert len(made) == 10
+    node = GeneratedFile(value, render)
+    handle = await node.open()
+    assert made == LINES  # counted, once an edition
+    assert node._snapshot is not None
+    snapshot = node._snapshot()
+    assert snapshot is not None
+    assert len(snapshot.content) == 100
     made.clear()
+    assert await handle.read(0, 50) == b"".join(LINES)[:50]
+    assert not made
     assert await handle.read(3000, 10) == LINES[300]
     assert len(made) == 301
+    made.clear()
+    del handle, snapshot
+    assert (await node.open()).size() == 10_000
+    assert len(made) == 10
+
+
+@pytest.mark.usefixtures("small_windows")
+async def test_rendering_ends_when_nobody_waits_for_it(value: FakeValue) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def render(_: str) -> Iterator[bytes]:
+        try:
+            while True:
+                begun.set()
+                yield LINES[0]
+        finally:
+            ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(GeneratedFile(value, render).open)
+        assert await trio.to_thread.run_sync(begun.wait, DEADLINE)
+        nursery.cancel_scope.cancel()
+    assert await trio.to_thread.run_sync(ended.wait, DEADLINE)
 
 
 @pytest.mark.usefixtures("small_windows")
 async def test_a_long_file_can_be_read_backwards(value: FakeValue) -> None:
-    handle = GeneratedFile(value, lambda _: iter(LINES)).open()
+    handle = await GeneratedFile(value, lambda _: iter(LINES)).open()
     for line in (999, 500, 499, 998, 0, 20):
         assert await handle.read(line * 10, 10) == LINES[line]
     assert await handle.read(10_000, 10) == b""
@@ -220,7 +251,6 @@ async def test_the_size_of_a_long_file_is_not_that_of_the_one_before(value: Fake
     value.replace("20")
     assert len(await read_all(node)) == 320
     value.replace("ff")
-    await node.open().read(0, 1)
     assert node.size() == 0
     assert len(await read_all(node)) == node.size() == 2550
 
@@ -289,7 +319,7 @@ async def test_what_the_kernel_kept_of_a_data_file_is_good_until_the_content_cha
     assert node.may_keep_cache()
     content[0] = "second"
     assert not node.may_keep_cache()
-    assert await node.open().read(3, 4) == b"3456"
+    assert await (await node.open()).read(3, 4) == b"3456"
     assert node.size() == 10
 
 
@@ -299,17 +329,27 @@ async def test_what_the_kernel_kept_of_a_data_file_is_good_until_the_content_cha
 async def test_a_live_file_is_fresh_at_each_beginning() -> None:
     now = [b"idle\n"]
     node = LiveFile(lambda: now[0])
-    handle = node.open()
-    assert node.size() == 5
+    handle = await node.open()
     assert await handle.read(0, 3) == b"idl"
     now[0] = b"census 43%\n"
     assert await handle.read(3, 100) == b"e\n"
     assert await handle.read(0, 100) == b"census 43%\n"
-    assert node.size() == 11
+    assert handle.size() == node.size() == 11
+
+
+async def test_a_live_file_is_as_long_as_it_was_when_it_was_opened() -> None:
+    now = [b"idle\n"]
+    node = LiveFile(lambda: now[0])
+    handle = await node.open()
+    now[0] = b"census 43%\n"
+    assert (handle.size(), node.size()) == (5, 11)
+    assert await handle.read(0, 5) == b"idle\n"
+    assert await handle.read(5, 100) == b""
 
 
 async def test_a_live_file_may_be_read_from_the_middle() -> None:
-    assert await LiveFile(lambda: b"census 43%\n").open().read(7, 100) == b"43%\n"
+    handle = await LiveFile(lambda: b"census 43%\n").open()
+    assert await handle.read(7, 100) == b"43%\n"
 
 
 async def test_a_control_file_acts_on_what_it_is_handed() -> None:
@@ -321,4 +361,4 @@ async def test_a_control_file_acts_on_what_it_is_handed() -> None:
     node = ControlFile(lambda: b"[none] leaks all\n", act)
     await node.act(b"leaks\n")
     assert commands == [b"leaks\n"]
-    assert await node.open().read(0, 100) == b"[none] leaks all\n"
+    assert await (await node.open()).read(0, 100) == b"[none] leaks all\n"

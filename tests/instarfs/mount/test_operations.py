@@ -91,20 +91,20 @@ async def errno_of(answer: Awaitable[object]) -> int:
 async def test_attributes_of_the_owners_mount() -> None:
     operations = make_operations()
     root = await operations.getattr(ROOT, caller())
-    assert (root.st_mode, root.st_nlink) == (stat.S_IFDIR | 0o500, 4)
+    assert (root.st_mode, root.st_nlink) == (stat.S_IFDIR | 0o700, 4)
     assert (root.st_uid, root.st_gid) == (1000, 100)
     assert root.st_mtime_ns == root.st_ctime_ns == 1_234_567_890_123_456_789
     assert root.attr_timeout == 0
     assert (await walk(operations, "check")).st_nlink == 2
-    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o400
+    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o600
     tier = await walk(operations, "repair/tier")
     assert (tier.st_mode, tier.st_size, tier.st_blocks) == (stat.S_IFREG | 0o600, 7, 1)
 
 
 async def test_attributes_of_a_mount_for_others() -> None:
     operations = make_operations(for_others=True)
-    assert (await walk(operations, "check")).st_mode == stat.S_IFDIR | 0o555
-    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o444
+    assert (await walk(operations, "check")).st_mode == stat.S_IFDIR | 0o755
+    assert (await walk(operations, "check/leaks")).st_mode == stat.S_IFREG | 0o644
     assert (await walk(operations, "repair/tier")).st_mode == stat.S_IFREG | 0o600
 
 
@@ -203,11 +203,41 @@ async def test_a_listing_is_a_lookup_of_each_name_but_the_dots(
 async def test_reading() -> None:
     operations = make_operations()
     handle = await open_file(operations, "check/leaks")
+    assert (await walk(operations, "check/leaks")).st_size == 7
     assert await operations.read(handle, 3, 100) == b"tent"
     await operations.flush(handle)
     await operations.fsync(handle, datasync=False)
     await operations.release(handle)
     assert await errno_of(operations.read(handle, 0, 1)) == errno.EIO
+    # This value is good for nobody but those who have it open, as of an image that is written to.
+    assert (await walk(operations, "check/leaks")).st_size == 0
+
+
+async def test_the_size_of_a_file_is_that_of_what_one_has_opened() -> None:
+    content = [b"1"]
+    root = FixedDirectory({"progress": LiveFile(lambda: content[0])})
+    operations = Operations(root, lambda: Facts(0, 0), Ownership(1000, 100))
+    inode = (await walk(operations, "progress")).st_ino
+
+    async def open_as(pid: int) -> int:
+        return (await operations.open(inode, os.O_RDONLY | os.O_NONBLOCK, caller(pid=pid))).fh
+
+    async def size_as(pid: int) -> int:
+        return (await operations.getattr(inode, caller(pid=pid))).st_size
+
+    first = await open_as(1)
+    content[0] = b"22"
+    second = await open_as(2)
+    content[0] = b"333"
+    third = await open_as(2)
+    content[0] = b"4444"
+    assert [await size_as(pid) for pid in (1, 2, 3)] == [1, 3, 3]
+    await operations.release(third)
+    assert [await size_as(pid) for pid in (1, 2, 3)] == [1, 2, 2]
+    await operations.release(second)
+    await operations.release(first)
+    assert [await size_as(pid) for pid in (1, 2, 3)] == [4, 4, 4]
+    assert not operations._open
 
 
 async def test_many_handles_and_none_left_behind() -> None:
@@ -219,6 +249,7 @@ async def test_many_handles_and_none_left_behind() -> None:
     for handle in handles:
         await operations.release(handle)
     assert not operations._files
+    assert not operations._open
     assert not operations._waiting
 
 
@@ -373,7 +404,7 @@ def test_every_handler_that_may_raise_is_guarded() -> None:
 # ---- interrupted readers and writers ----
 
 
-async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_opening_of_a_file_ends_with_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "INTERRUPT_POLL_SECONDS", 0.001)
     killed: set[int] = set()
     monkeypatch.setattr(module, "is_interrupted", killed.__contains__)
@@ -381,22 +412,23 @@ async def test_the_read_of_a_killed_process_ends(monkeypatch: pytest.MonkeyPatch
     inode = (await walk(operations, "check/leaks")).st_ino
     ended: list[int] = []
 
-    async def read_as(pid: int) -> None:
-        info = await operations.open(inode, os.O_RDONLY, caller(pid=pid))
-        assert await errno_of(operations.read(info.fh, 0, 100)) == errno.EINTR
+    async def open_as(pid: int) -> None:
+        opening = operations.open(inode, os.O_RDONLY, caller(pid=pid))
+        assert await errno_of(opening) == errno.EINTR
         ended.append(pid)
 
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as watchers, trio.open_nursery() as readers:
             watchers.start_soon(operations.watch_callers)
             for pid in (1, 2):
-                readers.start_soon(read_as, pid)
+                readers.start_soon(open_as, pid)
             for pid in (2, 1):
                 killed.add(pid)
                 while pid not in ended:
                     await trio.sleep(0.001)
             watchers.cancel_scope.cancel()
     assert ended == [2, 1]
+    assert not operations._files
     assert not operations._waiting
 
 
