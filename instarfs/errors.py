@@ -38,6 +38,16 @@ def reason_of(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+# ---- the command ----
+
+
+@dataclass(eq=False)
+class OutputFailed(InstarfsError):
+    """what was to be printed cannot be written to standard output: {reason}"""
+
+    reason: str
+
+
 # ---- the image ----
 
 
@@ -128,6 +138,20 @@ class ImageUnreadable(InstarfsError):
 
 class ImageNotQcow2(ImageUnreadable):
     """{path}: {reason}"""
+
+    exit_code: ClassVar[int] = 63
+
+
+@dataclass(eq=False)
+class FormatNotRead(InstarfsError):
+    """{path}: format {format}: instarfs reads no images but qcow2"""
+
+    path: str
+    format: str
+
+
+class FormatHasNoChecks(FormatNotRead):
+    """{path}: format {format}: such an image has no metadata that could be checked"""
 
     exit_code: ClassVar[int] = 63
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
 
 from instarfs import locks
-from instarfs.cli.naming import named
+from instarfs.cli.complaints import FAILURES, Failure, complain, sentence_of
+from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.progress import progress_bar
-from instarfs.image import Image
+from instarfs.errors import FormatHasNoChecks, FormatNotRead
 from instarfs.interrupted import pending
-from instarfs.memory import limited
-from instarfs.render.check import check_human, check_messages, result_json
+from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
+from instarfs.render.text import json_array, printable
 from planner.check import check_image
 from planner.report import Report
 
@@ -24,16 +27,17 @@ if TYPE_CHECKING:
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
 # time than loading it.
 
+WORST_FIRST = (1, 2, 63, 3, 0)
+"""Exit codes, of which that of several images is the first: what is not known may be worse than
+corruption, and an image of another format hides none.
+"""
+
 
 @click.command(name="check")
-@click.option(
-    "--output",
-    type=click.Choice(["human", "json"]),
-    default="human",
-    help="Text for a reader (the default), or the JSON of qemu-img check.",
-)
+@image_options("-T", "--cache")
 @click.option(
     "-r",
+    "--repair",
     "tier",
     type=click.Choice(["leaks", "all"]),
     help="Repair leaked clusters only, or all that the image determines; see: instarfs plan.",
@@ -44,20 +48,21 @@ if TYPE_CHECKING:
 @click.option("--no-undo", is_flag=True, help="With -r: keep no undo file beside the image.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
-@click.option(
-    "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
+@click.argument(
+    "words", metavar="IMAGE...", type=click.Path(readable=False), nargs=-1, required=True
 )
-@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(
     output: str,
+    image_format: str,
     tier: str | None,
     quote: str | None,
-    path: str,
+    words: tuple[str, ...],
     *,
+    image_opts: bool,
+    force_share: bool,
     no_undo: bool,
     quiet: bool,
     progress: bool,
-    force_share: bool,
 ) -> None:
     """Check all metadata of the qcow2 image IMAGE, and repair it with -r. No other file is opened.
 
@@ -65,70 +70,131 @@ def command(
     `instarfs undo`, and what it leaves is named. Exit codes, after a repair of what is then: 0
     clean, 1 not completed or refused, 2 corruptions, 3 only leaks or not closed properly, 63 not
     qcow2.
+
+    Of several images each is checked, whatever becomes of the others; the exit code is the worst,
+    1 before 2 before 63 before 3, and JSON is an array. One image is repaired at a time.
     """
+    names = [
+        image_name(word, image_format, image_opts=image_opts, force_share=force_share)
+        for word in words
+    ]
     shown = "" if quiet else output
     if tier is not None:
-        if force_share:
-            raise click.UsageError("-U is for a check alone: a repair shares the image with nobody")
-        outcome = _repair(path, tier, quote or "", keep_undo=not no_undo, progress=progress)
-        sys.exit(_conclude_repair(outcome, path, shown))
+        _refuse_repair(names)
+        outcome = _repair(names[0], tier, quote or "", keep_undo=not no_undo, progress=progress)
+        sys.exit(_conclude_repair(outcome, names[0], shown))
     if quote is not None or no_undo:
         raise click.UsageError("--plan and --no-undo are for a repair: add -r")
-    report, left_over = _check(path, force_share=force_share, progress=progress)
-    sys.exit(_conclude_check(report, left_over, path, shown))
+    if len(names) > 1:
+        sys.exit(_check_all(names, shown, progress=progress))
+    sys.exit(_conclude_check(_check(names[0], progress=progress), shown))
 
 
-def _check(path: str, *, force_share: bool, progress: bool) -> tuple[Report, Pending | None]:
-    """The report, and the repair that was interrupted, if there is one."""
-    access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A check that was made. ``left_over``: a repair that was interrupted, if there is one."""
+
+    name: ImageName
+    report: Report
+    left_over: Pending | None
+
+    @property
+    def error(self) -> Failure | None:
+        """Why there are no results to go by."""
+        report = self.report
+        if report.error is not None:
+            return self.name.failed(report.error)
+        if not report.torn:
+            return None
+        what = "it is in use" if report.in_use else "it was written to during the check"
+        return click.ClickException(f"{self.name.path}: {what}: check again")
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command, were it for this image alone."""
+        return self.report.exit_code if self.error is None else self.error.exit_code
+
+    def json(self) -> bytes:
+        """As JSON, errors included."""
+        return result_json(
+            self.report,
+            self.name.path,
+            pending=self.left_over,
+            zeros=False,
+            exit_code=self.exit_code,
+        )
+
+
+@contextmanager
+def _without_checks() -> Iterator[None]:
+    """To qemu-img no check of a raw image fails: there is none."""
+    try:
+        yield
+    except FormatNotRead as error:
+        if error.format == "raw":
+            raise FormatHasNoChecks(error.path, error.format) from error
+        raise
+
+
+def _check(name: ImageName, *, progress: bool) -> _Checked:
+    with _without_checks(), name.opened() as image:
         in_use = locks.is_written(image.fileno())
         before = image.generation()
         with progress_bar(shown=progress) as tell:
             report = check_image(image.source(), progress=tell)
         changed = image.generation() != before
-        return replace(report, in_use=in_use, changed=changed), pending(image)
+        report = replace(report, in_use=in_use, changed=changed)
+        return _Checked(name, report, pending(image))
 
 
-def _repair(path: str, tier: str, quote: str, *, keep_undo: bool, progress: bool) -> RepairOutcome:
+def _refuse_repair(names: Sequence[ImageName]) -> None:
+    if len(names) > 1:
+        raise click.UsageError("-r is for one image at a time")
+    if names[0].force_share:
+        raise click.UsageError("-U is for a check alone: a repair shares the image with nobody")
+    if names[0].read_only:
+        raise click.UsageError("--image-opts: read-only=on is for a check alone")
+
+
+def _repair(
+    name: ImageName, tier: str, quote: str, *, keep_undo: bool, progress: bool
+) -> RepairOutcome:
     from instarfs.cli import repairing  # noqa: PLC0415
     from planner.plan import RepairTier  # noqa: PLC0415
 
+    with _without_checks():
+        name.require_qcow2()
     return repairing.run(
-        path,
+        name.path,
         lambda repairer: repairer.repair(RepairTier(tier), quote),
         keep_undo=keep_undo,
         progress=progress,
     )
 
 
-def _conclude_check(report: Report, left_over: Pending | None, path: str, shown: str) -> int:
+def _conclude_check(checked: _Checked, shown: str) -> int:
     if shown == "json":
-        click.echo(result_json(report, path, pending=left_over), nl=False)
-    if report.error is not None:
-        raise named(report.error, path)
-    if shown == "human":
-        if left_over is not None:
-            click.echo(f"NOTE {left_over.sentence}", err=True)
-        _show_check(report)
-    if report.torn:
-        what = "it is in use" if report.in_use else "it was written to during the check"
-        raise click.ClickException(f"{path}: {what}: check again")
-    return report.exit_code
+        click.echo(checked.json(), nl=False)
+    if shown == "human" and checked.report.error is None:
+        _show_checked(checked)
+    if checked.error is not None:
+        raise checked.error
+    return checked.exit_code
 
 
-def _conclude_repair(outcome: RepairOutcome, path: str, shown: str) -> int:
+def _conclude_repair(outcome: RepairOutcome, name: ImageName, shown: str) -> int:
     from instarfs.cli import repairing  # noqa: PLC0415
     from instarfs.render.repair import fixed_human, outcome_human  # noqa: PLC0415
 
-    after = outcome.after
+    after, path = outcome.after, name.path
     error = repairing.error_of(outcome, path)
     code = after.exit_code if after is not None else 1
     if shown == "json" and after is not None:
-        ends_with = code if error is None else error.exit_code
-        click.echo(result_json(after, path, outcome, exit_code=ends_with), nl=False)
+        ends_with = code if error is None else name.failed(error).exit_code
+        document = result_json(after, path, outcome, zeros=False, exit_code=ends_with)
+        click.echo(document, nl=False)
     if error is not None:
-        raise error
+        raise name.failed(error)
     if shown == "human" and after is not None:
         click.echo(fixed_human(outcome), nl=False)
         _show_check(after)
@@ -136,7 +202,58 @@ def _conclude_repair(outcome: RepairOutcome, path: str, shown: str) -> int:
     return code
 
 
-def _show_check(report: Report) -> None:
+def _show_checked(checked: _Checked, label: str = "") -> None:
+    if checked.left_over is not None:
+        click.echo(f"{label}NOTE {checked.left_over.sentence}", err=True)
+    _show_check(checked.report, label)
+
+
+def _show_check(report: Report, label: str = "") -> None:
     for message in check_messages(report):
-        click.echo(message, err=True)
+        click.echo(label + message, err=True)
     click.echo(check_human(report), nl=False)
+
+
+# ---- several images ----
+
+
+def _check_all(names: Sequence[ImageName], shown: str, *, progress: bool) -> int:
+    """Check each, and say of each what is to be said: the worst exit code."""
+    codes: list[int] = []
+
+    def documents() -> Iterator[bytes]:
+        for name in names:
+            outcome = _attempt(name, progress=progress)
+            codes.append(_complain(outcome))
+            if isinstance(outcome, _Checked):
+                yield outcome.json()
+            else:
+                yield unchecked_json(name.path, sentence_of(outcome), codes[-1])
+
+    if shown == "json":
+        for part in json_array(documents()):
+            click.echo(part, nl=False)
+        return min(codes, key=WORST_FIRST.index)
+    for number, name in enumerate(names):
+        outcome = _attempt(name, progress=progress)
+        if shown:
+            click.echo(f"{chr(10) if number else ''}image: {printable(name.path)}")
+            if isinstance(outcome, _Checked) and outcome.report.error is None:
+                _show_checked(outcome, f"{printable(name.path)}: ")
+        codes.append(_complain(outcome))
+    return min(codes, key=WORST_FIRST.index)
+
+
+def _attempt(name: ImageName, *, progress: bool) -> _Checked | Failure:
+    try:
+        return _check(name, progress=progress)
+    except FAILURES as error:
+        return error
+
+
+def _complain(outcome: _Checked | Failure) -> int:
+    """Say what went wrong with one of several images, if anything: its exit code."""
+    error = outcome.error if isinstance(outcome, _Checked) else outcome
+    if error is not None:
+        complain(sentence_of(error))
+    return outcome.exit_code

@@ -2,43 +2,119 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+
 import click
 
-from instarfs import locks
+from instarfs.cli.grammar import image_name, image_options
+from instarfs.guest.chain import backing_files
+from instarfs.guest.disk import Missing
+from instarfs.guest.follow import Follow
 from instarfs.image import Image
-from instarfs.memory import limited
-from instarfs.render.info import ImageFacts, info_human, info_json
+from instarfs.render.info import ImageFacts, info_human, info_json, raw_human, raw_json
+from instarfs.render.text import json_array
+from planner.chain import Named, full_name
 from planner.errors import ImageError
 from planner.qcow2.contents import Contents
 
 
 @click.command(name="info")
+@image_options("-t", "--cache")
 @click.option(
-    "--output",
-    type=click.Choice(["human", "json"]),
-    default="human",
-    help="Text for a reader (the default), or the JSON of qemu-img info.",
+    "--backing-chain",
+    is_flag=True,
+    help="Also of its backing file, and of that one's, as far as --follow opens them.",
 )
 @click.option(
-    "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
+    "--follow",
+    "directories",
+    multiple=True,
+    metavar="DIR",
+    help="With --backing-chain: open backing files that are below DIR.",
 )
-@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(output: str, path: str, *, force_share: bool) -> None:
+@click.argument("word", metavar="IMAGE", type=click.Path(readable=False))
+def command(
+    output: str,
+    image_format: str,
+    directories: tuple[str, ...],
+    word: str,
+    *,
+    image_opts: bool,
+    force_share: bool,
+    backing_chain: bool,
+) -> None:
     """Show what the qcow2 image IMAGE says of itself: sizes, features, snapshots, bitmaps.
 
-    Backing and data files are named, not opened. Where a part of the image cannot be read, the
-    rest is shown, and the exit code is 1.
+    Backing and data files are named, and not opened without --follow. Where a part of the image,
+    or a file of the chain that is asked for, cannot be read, the rest is shown, and the exit code
+    is 1.
     """
-    access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
-        source = image.source()
+    name = image_name(word, image_format, image_opts=image_opts, force_share=force_share)
+    if directories and not backing_chain:
+        raise click.UsageError("--follow is for --backing-chain")
+    follow = Follow(directories) if backing_chain else None
+    problems: list[str] = []
+    with name.opened() as image:
+        documents = _documents(name.path, image, follow, problems, as_json=output == "json")
+        for part in _joined(documents, as_json=output == "json", as_list=backing_chain):
+            click.echo(part, nl=False)
+    if problems:
+        raise click.ClickException(problems[0])
+
+
+def _documents(
+    path: str, image: Image, follow: Follow | None, problems: list[str], *, as_json: bool
+) -> Iterator[Iterable[bytes]]:
+    """What there is to say of the image, and with *follow* of each of its backing files.
+
+    *problems* gets a sentence for whatever could not be read.
+    """
+    contents = _contents(path, image)
+    links: Iterator[tuple[Named, Image | Missing]] = iter(())
+    if follow is not None:
+        links = backing_files(image, contents.layout, follow)
+    while True:
+        named, below = next(links, (None, None))
+        unread = ""
+        if isinstance(below, Missing):
+            unread = f"the backing file {below.name} is not opened: {below.refusal}"
+        problems += [f"{path}: {error}" for _, error in contents.errors]
+        problems += [f"{path}: {unread}"] if unread else []
+        render = info_json if as_json else info_human
+        yield render(contents, _facts(path, image), unread)
+        if named is None or not isinstance(below, Image):
+            return
+        path, image = os.fsdecode(full_name(os.fsencode(path), named.name)), below
+        if named.format == b"raw":
+            yield [raw_json(_facts(path, image)) if as_json else raw_human(_facts(path, image))]
+            return
         try:
-            contents = Contents.read(source)
-        except ImageError as error:
-            raise click.ClickException(f"{path}: {error}") from error
-        facts = ImageFacts(path, source.size, image.allocated_size())
-    render = info_json if output == "json" else info_human
-    for part in render(contents, facts):
-        click.echo(part, nl=False)
-    if contents.errors:
-        raise click.ClickException(f"{path}: {contents.errors[0][1]}")
+            contents = _contents(path, image)
+        except click.ClickException as error:
+            problems.append(error.message)
+            return
+
+
+def _contents(path: str, image: Image) -> Contents:
+    try:
+        return Contents.read(image.source())
+    except ImageError as error:
+        raise click.ClickException(f"{path}: {error}") from error
+
+
+def _facts(path: str, image: Image) -> ImageFacts:
+    return ImageFacts(path, image.generation().size, image.allocated_size())
+
+
+def _joined(
+    documents: Iterator[Iterable[bytes]], *, as_json: bool, as_list: bool
+) -> Iterator[bytes]:
+    """In parts. A list, as JSON, is an array, also of one; as text an empty line is between."""
+    if as_json and as_list:
+        yield from json_array(documents)
+        return
+    for number, document in enumerate(documents):
+        if number:
+            yield b"\n"
+        yield from document

@@ -14,10 +14,9 @@ from typing import NoReturn
 
 import click
 
-from instarfs.errors import DOMAIN_ERRORS
-from instarfs.render.text import printable
+from instarfs.cli.complaints import FAILURES, NAME, complain, sentence_of
+from instarfs.cli.streams import standard_streams
 
-_NAME = "instarfs"
 _MODULES = {
     "mount": "instarfs.cli.mount",
     "umount": "instarfs.cli.umount",
@@ -55,41 +54,36 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name=_NAME, message="%(prog)s %(version)s")
+@click.version_option(package_name=NAME, message="%(prog)s %(version)s")
 def commands() -> None:
     """Mount a qcow2 image, read what is inside it, and repair it where that can be proven."""
 
 
 def main() -> NoReturn:
     """Run the command line of this process: errors are one line on stderr, and an exit code."""
-    _fill_standard_descriptors()
     # numpy's library for linear algebra, of which there is none here, starts a thread a core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with standard_streams():
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """The exit code."""
     try:
-        sys.exit(commands.main(prog_name=_NAME, standalone_mode=False))
-    except DOMAIN_ERRORS as error:
-        _fail(str(error), error.exit_code)
-    except MemoryError:
-        _fail("there is not enough memory for that (ulimit -d, ulimit -v)", 1)
+        result = commands.main(prog_name=NAME, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        sys.exit(_USAGE_EXIT_CODE)
+        return _USAGE_EXIT_CODE
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else _NAME
-        _fail(f"{error.format_message()} (see: {command} --help)", _USAGE_EXIT_CODE)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        command = error.ctx.command_path if error.ctx else NAME
+        complain(f"{error.format_message()} (see: {command} --help)")
+        return _USAGE_EXIT_CODE
+    except FAILURES as error:
+        complain(sentence_of(error))
+        return error.exit_code
+    except MemoryError:
+        complain("there is not enough memory for that (ulimit -d, ulimit -v)")
+        return 1
     except click.Abort:
-        sys.exit(_INTERRUPTED_EXIT_CODE)
-
-
-def _fill_standard_descriptors() -> None:
-    """Where the caller closed one of 0, 1, 2, the next file opened would be taken for it."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(fd, True)
-    os.close(fd)
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"{_NAME}: {printable(message)}", err=True)
-    sys.exit(exit_code)
+        return _INTERRUPTED_EXIT_CODE
+    return int(result or 0)

@@ -6,25 +6,15 @@ import os
 
 import click
 
-from instarfs import locks
+from instarfs.cli.grammar import image_name, image_options
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
-from instarfs.image import Image
-from instarfs.memory import limited
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
 from planner.errors import ImageError
 
 
 @click.command(name="map")
-@click.option(
-    "--output",
-    type=click.Choice(["human", "json"]),
-    default="human",
-    help="Text for a reader (the default), or the JSON of qemu-img map.",
-)
-@click.option(
-    "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
-)
+@image_options()
 @click.option(
     "--follow",
     "directories",
@@ -32,17 +22,25 @@ from planner.errors import ImageError
     metavar="DIR",
     help="Open backing and data files that the image names, where they are below DIR.",
 )
-@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(output: str, path: str, directories: tuple[str, ...], *, force_share: bool) -> None:
+@click.argument("word", metavar="IMAGE", type=click.Path(readable=False))
+def command(
+    output: str,
+    image_format: str,
+    word: str,
+    directories: tuple[str, ...],
+    *,
+    image_opts: bool,
+    force_share: bool,
+) -> None:
     """Show from which file, and from where in it, each part of IMAGE's disk is read.
 
     Without --follow no other file is opened: what the image does not hold itself is shown as
     unknown. Parts that cannot be read are shown as damaged. The text lists data only; for
     everything else see --output json.
     """
-    access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
-    follow = Follow(directories)
-    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
+    name = image_name(word, image_format, image_opts=image_opts, force_share=force_share)
+    path, follow = name.path, Follow(directories)
+    with name.opened() as image:
         try:
             guest = Guest(image, follow)
         except ImageError as error:

@@ -7,6 +7,7 @@ is `instarfs.guest.follow`'s business, and how bytes are read that of `instarfs.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,31 @@ class Chain:
 def open_chain(image: Image, layout: Layout, follow: Follow) -> Chain:
     """Open what *image* needs, as far as that is to be followed. Never fails: see `Member`."""
     opener = _Opener(image, follow)
-    # Where its directory really is: a `..` in a name counts from there.
-    real = Path(f"/proc/self/fd/{image.directory}").readlink() / image.name
-    disk = opener.layer(image, str(real), layout, 0)
+    disk = opener.layer(image, opener.path, layout, 0)
     return Chain(disk, tuple(opener.members), tuple(opener.images))
+
+
+def backing_files(
+    image: Image, layout: Layout, follow: Follow
+) -> Iterator[tuple[Named, Image | Missing]]:
+    """The backing files below *image*, the nearest first, up to one that is not opened, or raw.
+
+    What is in them is not judged: where one cannot be read, neither is what it names.
+    """
+    opener = _Opener(image, follow)
+    holder = opener.path
+    for depth in range(MAX_DEPTH + 1):
+        named = named_backing(layout)
+        if named is None:
+            return
+        opened = opener.open(named, holder, depth)
+        yield named, opened
+        if isinstance(opened, Missing) or named.format == b"raw":
+            return
+        try:
+            layout, holder = Layout.read(opened.source()), opened.path
+        except ImageError:
+            return
 
 
 def named_backing(layout: Layout) -> Named | None:
@@ -58,6 +80,8 @@ class _Opener:
 
     def __init__(self, image: Image, follow: Follow) -> None:
         self._follow = follow
+        # Where its directory really is: a `..` in a name counts from there.
+        self.path = str(Path(f"/proc/self/fd/{image.directory}").readlink() / image.name)
         self.members: list[Member] = []
         self.images: list[Image] = []
         self._seen = {_identity(image)}
@@ -68,7 +92,7 @@ class _Opener:
         data: HostFile | Missing = file
         named = named_data_file(layout)
         if named is not None:
-            opened = self._open(named, path, depth)
+            opened = self.open(named, path, depth)
             data = HostFile(opened) if isinstance(opened, Image) else opened
             self._note(named, depth, opened)
         header = layout.header
@@ -82,7 +106,7 @@ class _Opener:
         named = named_backing(layout)
         if named is None:
             return None
-        opened = self._open(named, path, depth)
+        opened = self.open(named, path, depth)
         if not isinstance(opened, Image) or named.format == b"raw":
             self._note(named, depth, opened)
             return RawLayer(HostFile(opened)) if isinstance(opened, Image) else opened
@@ -96,7 +120,7 @@ class _Opener:
         self._note(named, depth, opened)
         return self.layer(opened, opened.path, beneath, depth + 1)
 
-    def _open(self, named: Named, holder: str, depth: int) -> Image | Missing:
+    def open(self, named: Named, holder: str, depth: int) -> Image | Missing:
         """What *named* leads to from the member at *holder*."""
         refusal = refusal_of(named)
         if depth >= MAX_DEPTH:

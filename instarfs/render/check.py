@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # a check alone loads nothing of repairs
 
 REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
 HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}
+ALWAYS = ("check-errors",)
+"""Of the counters of ``qemu-img check``, those that it prints also where they are 0."""
 LISTED = 10
 """Findings of one kind that a text for reading lists; the rest are in the files it names."""
 
@@ -58,19 +60,25 @@ def result_json(
     filename: str,
     repair: RepairOutcome | None = None,
     pending: Pending | None = None,
+    *,
+    zeros: bool = True,
     exit_code: int | None = None,
 ) -> bytes:
-    """The keys of ``qemu-img check --output=json``, then ours. A counter that is 0 is printed.
+    """The keys of ``qemu-img check --output=json``, then ours.
 
     *repair*: the one that the check belongs to, if any. *pending*: one that was interrupted.
-    *exit_code*: of the command that prints it, where that is not the check's.
+    *zeros*: print counters of QEMU's that are 0; `qemu-img` leaves them out, and callers ask for
+    the key. *exit_code*: of the command that prints it, where that is not the check's.
     """
-    value: dict[str, object] = {
-        "filename": filename,
-        "format": "qcow2",
+    counters = {
         **counters_value(report),
         "corruptions-fixed": repair.corruptions_fixed if repair else 0,
         "leaks-fixed": repair.leaks_fixed if repair else 0,
+    }
+    value: dict[str, object] = {
+        "filename": filename,
+        "format": "qcow2",
+        **{key: count for key, count in counters.items() if zeros or count or key in ALWAYS},
         "verdict": report.verdict,
         "exit-code": report.exit_code if exit_code is None else exit_code,
         "dirty": report.layout is not None and report.layout.header.dirty,
@@ -90,6 +98,11 @@ def result_json(
     if pending is not None:
         value["interrupted-repair"] = pending_value(pending)
     return json_bytes(value)
+
+
+def unchecked_json(filename: str, error: str, exit_code: int) -> bytes:
+    """In place of `result_json`, among those of other images, of one that was not checked."""
+    return json_bytes({"filename": filename, "error": {"message": error}, "exit-code": exit_code})
 
 
 def counters_value(report: Report) -> dict[str, int]:

@@ -6,7 +6,6 @@ in nothing but numbers: one of them, with numbers that can be told apart, is the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 
@@ -22,6 +21,7 @@ from instarfs.render.columns import (
     labels,
     same,
 )
+from instarfs.render.text import json_text
 from planner.arrays import I64, U8, Mask
 from planner.findings import NONE, NOWHERE, Finding, FindingKind, Findings, Structure
 from planner.report import Report
@@ -110,14 +110,14 @@ class _Patterns:
 
     def write(self, findings: Findings) -> U8:
         """Each for itself."""
-        values = [json.dumps(finding_value(self._report, row)) for row in findings.rows()]
+        values = [json_text(finding_value(self._report, row)) for row in findings.rows()]
         return labels(values, np.arange(len(values)))
 
     def fill(self, shape: int, findings: Findings) -> U8:
         """Findings of one shape."""
         if shape not in self._known:
             # Text, number, text, number, …, text.
-            text = json.dumps(finding_value(self._report, _example(shape)))
+            text = json_text(finding_value(self._report, _example(shape)))
             self._known[shape] = _ANY_MARK.split(text)
         cells: dict[str, U8] = {}
         columns = []

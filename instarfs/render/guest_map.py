@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import decode_name, json_bytes, json_text, printable
 from planner.chain import Member, Role
 from planner.extents import UNKNOWN, Extents
 from planner.mapping import FLAW_SENTENCES, NO_HOST, Flaw
@@ -63,7 +63,8 @@ def _reasons(members: tuple[Member, ...]) -> dict[int, str]:
     found = {int(flaw): f', "damaged": "{text}"' for flaw, text in FLAW_SENTENCES.items()}
     missing = [m for m in members if m.named.role is Role.BACKING and m.refusal is not None]
     reason = missing[-1].refusal if missing else None
-    found[UNKNOWN] = f', "unknown": "in a backing file that is not read: {reason}"'
+    sentence = json_text(f"in a backing file that is not read: {reason}")
+    found[UNKNOWN] = f', "unknown": {sentence}'
     return found | {int(Flaw.NONE): ""}
 
 

@@ -60,10 +60,11 @@ class ImageFacts:
 # ---- qemu-img info ----
 
 
-def info(contents: Contents, facts: ImageFacts) -> Json:
+def info(contents: Contents, facts: ImageFacts, unread: str = "") -> Json:
     """The value of `qemu-img info --output=json`, and ``errors`` where a part was not readable.
 
-    Its snapshots are an iterator: there may be 65,536.
+    Its snapshots are an iterator: there may be 65,536. *unread*: why nothing is shown of its
+    backing file, where that was asked for.
     """
     layout = contents.layout
     return {
@@ -77,6 +78,7 @@ def info(contents: Contents, facts: ImageFacts) -> Json:
         "format-specific": {"type": "qcow2", "data": _specific(contents)},
         **({"encrypted": True} if layout.header.crypt_method else {}),
         "dirty-flag": layout.header.dirty,
+        **({"backing-not-shown": unread} if unread else {}),
         **_errors(contents),
     }
 
@@ -93,7 +95,7 @@ def _errors(contents: Contents) -> Json:
 
 
 def _backing(layout: Layout, facts: ImageFacts) -> Json:
-    if not layout.backing_file:
+    if not layout.backing_file or not decode_name(layout.backing_file):
         return {}
     full = full_name(os.fsencode(facts.filename), layout.backing_file)
     found: Json = {
@@ -184,9 +186,33 @@ def _key_slot(slot: KeySlot) -> Json:
     }
 
 
-def info_json(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
+def info_json(contents: Contents, facts: ImageFacts, unread: str = "") -> Iterator[bytes]:
     """`info` as JSON, in parts."""
-    return json_parts(info(contents, facts))
+    return json_parts(info(contents, facts, unread))
+
+
+def raw_json(facts: ImageFacts) -> bytes:
+    """What `qemu-img info --output=json` says of a raw file."""
+    return json_bytes(
+        {
+            "virtual-size": _sectors(facts.file_size),
+            "filename": facts.filename,
+            "format": "raw",
+            "actual-size": facts.allocated_size,
+            "dirty-flag": False,
+        }
+    )
+
+
+def raw_human(facts: ImageFacts) -> bytes:
+    """The text of `qemu-img info` about a raw file."""
+    lines = _common_lines(facts, "raw", _sectors(facts.file_size))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _sectors(size: int) -> int:
+    """QEMU takes what the file has of its last sector for all of it."""
+    return -(-size // SECTOR) * SECTOR
 
 
 def mounted_info_json(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
@@ -244,20 +270,25 @@ def _error(error: ImageError) -> Json:
 # ---- qemu-img info, for a reader ----
 
 
-def info_human(contents: Contents, facts: ImageFacts) -> Iterator[bytes]:
+def info_human(contents: Contents, facts: ImageFacts, unread: str = "") -> Iterator[bytes]:
     """The text of `qemu-img info`, in parts; what could not be read is listed at its end."""
-    lines = _human_lines(contents, facts)
+    lines = _human_lines(contents, facts, unread)
     while part := list(islice(lines, LINES_A_PART)):
         yield ("\n".join(part) + "\n").encode()
 
 
-def _human_lines(contents: Contents, facts: ImageFacts) -> Iterator[str]:
-    layout = contents.layout
-    header, size = layout.header, _virtual_size(layout)
+def _common_lines(facts: ImageFacts, image_format: str, size: int) -> Iterator[str]:
+    """What there is to say of an image of any format."""
     yield f"image: {printable(facts.filename)}"
-    yield "file format: qcow2"
+    yield f"file format: {image_format}"
     yield f"virtual size: {size_text(size)} ({size} bytes)"
     yield f"disk size: {size_text(facts.allocated_size)}"
+
+
+def _human_lines(contents: Contents, facts: ImageFacts, unread: str) -> Iterator[str]:
+    layout = contents.layout
+    header = layout.header
+    yield from _common_lines(facts, "qcow2", _virtual_size(layout))
     if header.crypt_method:
         yield "encrypted: yes"
     yield f"cluster_size: {layout.geometry.cluster_size}"
@@ -270,6 +301,8 @@ def _human_lines(contents: Contents, facts: ImageFacts) -> Iterator[str]:
         yield from (_snapshot_line(snapshot) for snapshot in contents.snapshots)
     yield "Format specific information:"
     yield from _dump(_specific(contents), 1)
+    if unread:
+        yield f"backing file not shown: {printable(unread)}"
     if contents.errors:
         yield "Not readable:"
         yield from (f"    {part}: {printable(str(e))}" for part, e in contents.errors)
@@ -414,4 +447,4 @@ def _extension_value(extension: extensions.Extension, layout: Layout) -> Json:
 
 
 def _feature(kind: int, bit: int, name: bytes) -> Json:
-    return {"type": kind, "bit": bit, "name": decode_name(name.rstrip(b"\0"))}
+    return {"type": kind, "bit": bit, "name": decode_name(name)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 SHORT = 60
@@ -11,8 +12,11 @@ SHORT = 60
 
 
 def decode_name(raw: bytes) -> str:
-    """A name from the image. Bytes that are not UTF-8 become lone surrogates: nothing is lost."""
-    return raw.decode(errors="surrogateescape")
+    """A name from the image: it ends at its first NUL, as it does for QEMU.
+
+    Bytes that are not UTF-8 become lone surrogates, which tell them apart where somebody reads.
+    """
+    return raw.partition(b"\0")[0].decode(errors="surrogateescape")
 
 
 def printable(text: str) -> str:
@@ -24,8 +28,9 @@ def printable(text: str) -> str:
 
 def short_name(raw: bytes) -> str:
     """A name from the image for a sentence: printable, and no longer than a line has room for."""
-    text = decode_name(raw[: 4 * SHORT])
-    is_whole = len(text) <= SHORT and len(raw) <= 4 * SHORT
+    name = raw.partition(b"\0")[0]
+    text = decode_name(name[: 4 * SHORT])
+    is_whole = len(text) <= SHORT and len(name) <= 4 * SHORT
     return printable(text if is_whole else f"{text[:SHORT]}...")
 
 
@@ -36,9 +41,52 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+# ---- JSON ----
+
+# The escapes of a JSON text, as json writes them: what two surrogates make together, what
+# `decode_name` made of bytes that are not UTF-8, surrogates of no use, and any other.
+_ESCAPE = re.compile(
+    r"\\(?:ud[89ab]..\\ud[c-f]..|(?P<bytes>udc[89a-f].(?:\\udc[89a-f].)*)|(?P<lone>ud[89a-f]..)|.)"
+)
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """*value* as ASCII JSON that every reader takes. All JSON of this program is made here.
+
+    JSON is Unicode: where a name is not, U+FFFD stands, one for each broken character.
+    """
+    return _valid(json.dumps(value, indent=indent))
+
+
+def _valid(text: str) -> str:
+    return _ESCAPE.sub(_unbroken, text) if "\\ud" in text else text
+
+
+def _unbroken(escape: re.Match[str]) -> str:
+    if escape["lone"]:
+        return r"\ufffd"
+    if not escape["bytes"]:
+        return escape[0]
+    raw = bytes.fromhex(escape[0].replace(r"\udc", ""))
+    return len(raw.decode(errors="replace")) * r"\ufffd"
+
+
 def json_bytes(value: Mapping[str, object]) -> bytes:
     """*value* as ASCII JSON, indented as by QEMU, one newline at the end."""
-    return (json.dumps(value, indent=4) + "\n").encode("ascii")
+    return (json_text(value, indent=4) + "\n").encode("ascii")
+
+
+def json_array(documents: Iterable[bytes | Iterable[bytes]]) -> Iterator[bytes]:
+    """Documents that end in a newline each, whole or in parts, as one JSON array, in parts."""
+    opening = b"["
+    for document in documents:
+        yield opening + b"\n    "
+        end = b""
+        for part in (document,) if isinstance(document, bytes) else document:
+            yield (end + part.removesuffix(b"\n")).replace(b"\n", b"\n    ")
+            end = b"\n" if part.endswith(b"\n") else b""
+        opening = b","
+    yield b"[]\n" if opening == b"[" else b"\n]\n"
 
 
 OBJECTS_A_PART = 1000
@@ -56,11 +104,11 @@ def json_parts(value: Mapping[str, object]) -> Iterator[bytes]:
     """
     opening = "{"
     for key, item in value.items():
-        yield f"{opening}\n    {json.dumps(key)}: ".encode("ascii")
+        yield f"{opening}\n    {json_text(key)}: ".encode("ascii")
         if isinstance(item, Iterator):
             yield from _list_parts(item)
         else:
-            yield json.dumps(item, indent=4).replace("\n", "\n    ").encode("ascii")
+            yield json_text(item, indent=4).replace("\n", "\n    ").encode("ascii")
         opening = ","
     yield b"\n}\n"
 
@@ -68,7 +116,9 @@ def json_parts(value: Mapping[str, object]) -> Iterator[bytes]:
 def _list_parts(objects: Iterator[Mapping[str, object]]) -> Iterator[bytes]:
     opening = "["
     while part := list(islice(objects, OBJECTS_A_PART)):
-        lines = [f"\n        {{\n            {_ENCODE(each)[1:-1]}\n        }}" for each in part]
+        lines = [
+            f"\n        {{\n            {_valid(_ENCODE(each))[1:-1]}\n        }}" for each in part
+        ]
         yield (opening + ",".join(lines)).encode("ascii")
         opening = ","
     yield b"[]" if opening == "[" else b"\n    ]"

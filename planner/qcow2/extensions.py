@@ -91,11 +91,17 @@ class Extensions:
     stale_bitmaps: bool = False
 
     def names_of_features(self) -> dict[tuple[int, int], str]:
-        """(type, bit) → name, from the feature name table."""
-        return {
-            (kind, bit): name.rstrip(b"\0").decode(errors="backslashreplace")
-            for kind, bit, name in self.feature_names
-        }
+        """(type, bit) → name, from the feature name table, as report_unsupported reads it.
+
+        An entry without a name ends the table, and the first of several for a bit counts.
+        """
+        found: dict[tuple[int, int], str] = {}
+        for kind, bit, name in self.feature_names:
+            text = name.partition(b"\0")[0].decode(errors="backslashreplace")
+            if not text:
+                break
+            found.setdefault((kind, bit), text)
+        return found
 
 
 def encode_extensions(extensions: list[tuple[int, bytes]]) -> bytes:
@@ -161,9 +167,12 @@ def read_extensions(source: Source, header: Header) -> Extensions:
 
 
 def _decode_feature_names(extension: Extension | None) -> tuple[tuple[int, int, bytes], ...]:
+    """The entries; one that the end of the table cuts goes on in zeros, as in QEMU's memory."""
     if extension is None:
         return ()
-    names = FEATURE_NAME_TABLE.parse(extension.data[: MAX_FEATURE_NAMES * FEATURE_NAME.sizeof()])
+    size = FEATURE_NAME.sizeof()
+    data = extension.data[: MAX_FEATURE_NAMES * size]
+    names = FEATURE_NAME_TABLE.parse(data.ljust(-(-len(data) // size) * size, b"\0"))
     return tuple((entry.type, entry.bit, entry.name) for entry in names)
 
 

@@ -19,6 +19,7 @@ import pytest
 from examples.make_image import ImageBuilder
 from instarfs import locks
 from instarfs.cli.main import main
+from planner.qcow2.extensions import FEATURE_NAMES
 from planner.qcow2.header import CRYPT_AES, CRYPT_LUKS, Autoclear, Incompatible
 from planner.qcow2.luks import LuksHeader, encode_luks
 from tests.luks_headers import ACCEPTED, REFUSED, SLOT_SECTORS, with_slot
@@ -97,6 +98,87 @@ def test_file_names_are_relative_to_the_image(
         write(tmp_path / "x.qcow2", ImageBuilder(backing_file=name))
         for image in ("sub/x.qcow2", "./sub/x.qcow2", str(tmp_path / "sub/x.qcow2"), "x.qcow2"):
             instarfs.must_agree(image)
+
+
+# ---- backing chains ----
+
+
+def _chain(folder: Path, base: str) -> None:
+    """top.qcow2 on sub/middle.qcow2 on sub/base, which is raw or qcow2."""
+    make = ["qemu-img", "create", "-q", "-f"]
+    (folder / "sub").mkdir()
+    size = "100000" if base == "raw" else "64M"
+    subprocess.run([*make, base, "sub/base", size], check=True)
+    subprocess.run([*make, "qcow2", "-b", "base", "-F", base, "sub/middle.qcow2"], check=True)
+    subprocess.run(
+        [*make, "qcow2", "-b", "sub/middle.qcow2", "-F", "qcow2", "top.qcow2"], check=True
+    )
+
+
+@pytest.mark.parametrize("base", ["raw", "qcow2"])
+def test_a_backing_chain(
+    base: str, instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _chain(tmp_path, base)
+    for image in ("top.qcow2", "./top.qcow2", "sub/middle.qcow2", str(tmp_path / "top.qcow2")):
+        ours = instarfs("--backing-chain", "--follow", ".", "--output=json", image)
+        theirs = qemu("--backing-chain", "--output=json", image)
+        assert (ours.code, theirs.code) == (0, 0)
+        assert json.loads(ours.out) == json.loads(theirs.out)
+        ours = instarfs("--backing-chain", "--follow", str(tmp_path), image)
+        assert ours.out.decode() == qemu("--backing-chain", image).out.decode()
+
+
+def test_a_chain_of_one_is_a_list_too(instarfs: Instarfs, tmp_path: Path) -> None:
+    image = write(tmp_path / "x.qcow2", ImageBuilder())
+    ours = instarfs("--backing-chain", "--output=json", image)
+    assert (ours.code, ours.err) == (0, b"")
+    assert json.loads(ours.out) == json.loads(qemu("--backing-chain", "--output=json", image).out)
+
+
+def test_where_we_open_no_backing_file_the_chain_says_so(
+    instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _chain(tmp_path, "raw")
+    for follow, shown, reason in (
+        ((), 1, "no directory is followed; see --follow"),
+        (("--follow", "sub"), 3, ""),
+    ):
+        ours = instarfs("--backing-chain", *follow, "--output=json", "top.qcow2")
+        value = json.loads(ours.out)
+        assert (len(value), ours.code) == (shown, 1 if reason else 0)
+        assert value[-1].get("backing-not-shown", "").endswith(reason)
+        assert ours.err.decode().endswith(f"{reason}\n" if reason else "")
+        assert reason.encode() in instarfs("--backing-chain", *follow, "top.qcow2").out
+    (tmp_path / "sub" / "base").unlink()
+    ours = instarfs("--backing-chain", "--follow", ".", "--output=json", "top.qcow2")
+    theirs = qemu("--backing-chain", "--output=json", "top.qcow2")
+    assert (ours.code, theirs.code, theirs.out) == (1, 1, b"")
+    assert [each["filename"] for each in json.loads(ours.out)] == ["top.qcow2", "sub/middle.qcow2"]
+
+
+def test_a_chain_ends_where_a_member_makes_no_sense(
+    instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _chain(tmp_path, "qcow2")
+    Path("sub/base").write_bytes(b"QFI\xfb" + b"\xff" * 200)
+    ours = instarfs("--backing-chain", "--follow", ".", "--output=json", "top.qcow2")
+    assert (ours.code, len(json.loads(ours.out)), ours.err.count(b"\n")) == (1, 2, 1)
+    assert ours.err.startswith(b"instarfs: sub/base: ")
+
+
+def test_a_chain_that_bites_its_tail_ends(
+    instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x.qcow2", ImageBuilder(backing_file=b"x.qcow2", backing_format=b"qcow2"))
+    ours = instarfs("--backing-chain", "--follow", ".", "--output=json", "x.qcow2")
+    assert (ours.code, len(json.loads(ours.out))) == (1, 1)
+    assert b"it is in the chain already" in ours.err
+    assert qemu("--backing-chain", "x.qcow2").code == 1
 
 
 # ---- images that we made, with what QEMU does not make by itself ----
@@ -190,6 +272,29 @@ def test_a_data_file_name_without_its_feature_bit(instarfs: Instarfs, tmp_path: 
     instarfs.must_agree(str(path))
 
 
+def _named(name: bytes) -> ImageBuilder:
+    """An image that has this name wherever it can have one."""
+    builder = ImageBuilder(backing_file=name, backing_format=name[:15])
+    builder.take_snapshot("s")
+    snapshot, l1 = builder.snapshots[0]
+    builder.snapshots = [(replace(snapshot, name=name, id_str=name), l1)]
+    builder.add_bitmap("b", set())
+    bitmap, table = builder.bitmaps[0]
+    builder.bitmaps = [(replace(bitmap, name=name), table)]
+    return builder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"one\0two", b"\0", b"not\xffutf8", b"caf\xe9 au", b"\xff\xfe\0\xfd", "bäck 日本 😀".encode()],
+    ids=["nul", "empty", "not-utf8", "latin-1", "both", "utf8"],
+)
+def test_names_of_every_kind(name: bytes, instarfs: Instarfs, tmp_path: Path) -> None:
+    image = write(tmp_path / "x.qcow2", _named(name))
+    ours, theirs = instarfs("--output", "json", image), qemu("--output=json", image)
+    assert json.loads(ours.out.decode("ascii")) == json.loads(theirs.out)
+
+
 # ---- the LUKS header ----
 
 
@@ -271,6 +376,27 @@ def test_unreadable(fields: dict[str, int], instarfs: Instarfs, tmp_path: Path) 
     assert len(ours.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        b"\0\x3f" + b"test3\0".ljust(46, b" "),
+        b"\0\x3fTest feature",
+        b"\0\x3f" + b"y" * 46 + b"\0\x3eanother",
+        b"\0\x3f" + b"one".ljust(46, b"\0") + bytes(48) + b"\0\x3ebehind the end",
+        b"\0\x3f" + b"one".ljust(46, b"\0") + b"\0\x3ftwo",
+    ],
+    ids=["nul", "short", "no-nul", "empty", "twice"],
+)
+def test_names_of_features(table: bytes, instarfs: Instarfs, tmp_path: Path) -> None:
+    image = ImageBuilder(more_extensions=((FEATURE_NAMES, table),)).build()
+    image.change_header(incompatible_features=1 << 63)
+    path = tmp_path / "x.qcow2"
+    path.write_bytes(image.data)
+    ours, theirs = instarfs(str(path)), qemu(str(path))
+    assert (ours.code, theirs.code) == (1, 1)
+    assert ours.err.rpartition(b"unknown: ")[2] == theirs.err.rpartition(b"feature(s): ")[2]
+
+
 def test_missing(instarfs: Instarfs, tmp_path: Path) -> None:
     ours, theirs = instarfs(str(tmp_path / "none")), qemu(str(tmp_path / "none"))
     assert (ours.code, ours.out) == (theirs.code, theirs.out) == (1, b"")
@@ -279,30 +405,13 @@ def test_missing(instarfs: Instarfs, tmp_path: Path) -> None:
 # ---- where we differ ----
 
 
-def _named(name: bytes) -> ImageBuilder:
-    builder = ImageBuilder()
-    builder.take_snapshot("s")
-    snapshot, l1 = builder.snapshots[0]
-    builder.snapshots = [(replace(snapshot, name=name), l1)]
-    return builder
-
-
-@pytest.mark.parametrize(
-    ("name", "theirs"),
-    [
-        (b"y" * 300, "y" * 255),
-        (b"one\0two", "one"),
-        (b"not\xffutf8", "not\ufffdutf8"),
-    ],
-    ids=["cut", "nul", "replaced"],
-)
-def test_we_lose_nothing_of_a_name(
-    name: bytes, theirs: str, instarfs: Instarfs, tmp_path: Path
-) -> None:
-    image = write(tmp_path / "x.qcow2", _named(name))
-    shown = json.loads(instarfs("--output", "json", image).out)["snapshots"][0]["name"]
-    assert shown.encode(errors="surrogateescape") == name
-    assert json.loads(qemu("--output=json", image).out)["snapshots"][0]["name"] == theirs
+def test_we_do_not_cut_names(instarfs: Instarfs, tmp_path: Path) -> None:
+    image = write(tmp_path / "x.qcow2", _named(b"y" * 300))
+    for said, length in (
+        (instarfs("--output", "json", image), 300),
+        (qemu("--output=json", image), 255),
+    ):
+        assert json.loads(said.out)["snapshots"][0]["name"] == "y" * length
 
 
 def test_we_obey_no_name(instarfs: Instarfs, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from examples.make_image import ImageBuilder
 from instarfs.cli.main import main
 from planner.qcow2.entries import L2_OFFSET
+from planner.qcow2.extensions import FEATURE_NAMES
 from tests.oracle.images import run
 
 CLUSTER = 1 << 16
@@ -171,3 +172,17 @@ def test_what_is_no_qcow2_image(instarfs: Instarfs, tmp_path: Path) -> None:
     said = instarfs(tmp_path / "text")
     assert said.code != 0
     assert "not a qcow2 image" in said.err
+
+
+def test_why_a_backing_file_is_not_read_is_a_string_of_json(
+    instarfs: Instarfs, tmp_path: Path
+) -> None:
+    """The reason may quote the file: here the name of a feature that is not known."""
+    table = b"\0\x3f" + b'"quoted", \\ \x1b \xff'
+    base = ImageBuilder(more_extensions=((FEATURE_NAMES, table),)).build()
+    base.change_header(incompatible_features=1 << 63)
+    (tmp_path / "base").write_bytes(base.data)
+    top = ImageBuilder(backing_file=b"base", backing_format=b"qcow2").build()
+    (tmp_path / "top.qcow2").write_bytes(top.data)
+    said = instarfs("--output=json", "--follow", tmp_path, tmp_path / "top.qcow2")
+    assert '"quoted"' in json.loads(said.out)[0]["unknown"]

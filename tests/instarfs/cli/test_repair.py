@@ -124,9 +124,10 @@ def test_check_r_json_is_that_of_qemu_img(
     assert ended.code == theirs.returncode == 0
     ours = ended.json
     for key in ("corruptions", "leaks", "check-errors", "allocated-clusters", "total-clusters"):
-        assert ours[key] == json.loads(theirs.stdout).get(key, 0), key
-    assert ours["leaks-fixed"] == before["leaks"] - ours["leaks"]
-    assert ours["corruptions-fixed"] == before["corruptions"] - ours["corruptions"]
+        # One that is 0 is left out by both, or by neither.
+        assert ours.get(key) == json.loads(theirs.stdout).get(key), key
+    for key in ("leaks", "corruptions"):
+        assert ours.get(f"{key}-fixed", 0) == before.get(key, 0) - ours.get(key, 0)
     assert ours["repaired"] == ours["planned"] == ours["found"] - ours["left"]
     assert ours["exit-code"] == ended.code
 
@@ -135,7 +136,7 @@ def test_the_exit_code_is_that_of_the_state_after(instarfs: Run, make) -> None:
     image = make(*LEAKY)
     ended = instarfs("check", "-r", "leaks", "--output=json", image)
     assert (ended.code, ended.err) == (2, "")
-    assert (ended.json["leaks"], ended.json["repair-incomplete"]) == (0, False)
+    assert ("leaks" in ended.json, ended.json["repair-incomplete"]) == (False, False)
     assert {each["kind"] for each in ended.json["left-findings"]} == {"refcount-low", "l2-copied"}
     assert all(each["reason"] for each in ended.json["left-findings"])
 
@@ -163,7 +164,7 @@ def test_what_is_refused_is_one_line_and_exit_code_1(instarfs: Run, make) -> Non
         assert image.read_bytes() == content(*LOST)
         assert not undo_file_of(image).exists()
     value = ended.json
-    assert (value["repair-status"], value["leaks-fixed"]) == ("refused", 0)
+    assert (value["repair-status"], "leaks-fixed" in value) == ("refused", False)
     assert value["plan-id"] in value["reason"]
     assert value["exit-code"] == 1
     assert value["suspect-count"] == len(value["suspects"]) == 1
@@ -212,7 +213,7 @@ def test_progress_is_on_stderr(instarfs: Run, make) -> None:
         (("check", "-r", "all", "-U", "x"), "shares the image with nobody"),
         (("check", "--plan", "3f9a2c", "x"), "add -r"),
         (("check", "--no-undo", "x"), "add -r"),
-        (("check", "-r", "all"), "Missing argument 'IMAGE'"),
+        (("check", "-r", "all"), "Missing argument 'IMAGE...'"),
         (("plan", "x"), "'x' is not one of 'leaks', 'all'"),
         (("undo",), "Missing argument 'IMAGE'"),
         (("trim", "--all", "x"), "No such option"),
@@ -307,7 +308,7 @@ def test_plan_shows_what_check_r_then_does(instarfs: Run, make) -> None:
     for key in ("plan-id", "found", "planned", "left", "left-findings"):
         assert done[key] == plan[key]
     for key, value in plan["predicted"].items():
-        assert done[key] == value
+        assert done.get(key, 0) == value
 
 
 @pytest.fixture

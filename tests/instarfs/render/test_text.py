@@ -1,8 +1,10 @@
-"""Names from an image as text: nothing lost, nothing that a terminal obeys."""
+"""Names from an image as text: nothing that a terminal obeys, and JSON that every reader takes."""
 
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -12,8 +14,10 @@ from instarfs.render.text import (
     OBJECTS_A_PART,
     SHORT,
     decode_name,
+    json_array,
     json_bytes,
     json_parts,
+    json_text,
     printable,
     short_name,
 )
@@ -26,7 +30,8 @@ from instarfs.render.text import (
         ("bäck 日本".encode(), "bäck 日本"),
         (b"a\nb\tc", r"a\nb\tc"),
         (b"\x1b[31m", r"\x1b[31m"),
-        (b"nul\0", r"nul\x00"),
+        (b"ended\0nul\0", "ended"),
+        (b"\0", ""),
         ("\u202egnp".encode(), r"\u202egnp"),
         ("\x9b31m".encode(), r"\x9b31m"),
         (b"\xff\xfe", r"\xff\xfe"),
@@ -36,10 +41,39 @@ def test_printable(raw: bytes, shown: str) -> None:
     assert printable(decode_name(raw)) == shown
 
 
-@given(st.binary())
-def test_a_name_survives_json(raw: bytes) -> None:
-    text = json.loads(json_bytes({"name": decode_name(raw)}))["name"]
-    assert text.encode(errors="surrogateescape") == raw
+@given(st.text().filter(lambda name: "\0" not in name))
+def test_a_name_survives_json(name: str) -> None:
+    assert json.loads(json_bytes({"name": decode_name(name.encode())})) == {"name": name}
+
+
+@given(st.lists(st.binary() | st.just(b"\\udcff\\") | st.text().map(str.encode)))
+def test_json_is_unicode_whatever_the_names(raw: list[bytes]) -> None:
+    """All three ways to JSON."""
+    names = [decode_name(name) for name in raw]
+    right = [name.partition(b"\0")[0].decode(errors="replace") for name in raw]
+    assert json.loads(json_bytes({"names": names})) == {"names": right}
+    assert json.loads(json_text(names)) == right
+    parts = json_parts({"list": iter([{"name": name} for name in names]), "names": names})
+    listed = {"list": [{"name": name} for name in right], "names": right}
+    assert json.loads(b"".join(parts)) == listed
+
+
+def test_an_escape_of_two_surrogates_is_one_character() -> None:
+    assert json.loads(json_text("\U0001f600\udcff\\ud800")) == "\U0001f600\ufffd\\ud800"
+
+
+@given(st.lists(st.dictionaries(st.text(), st.lists(st.text()), min_size=1)), st.randoms())
+def test_an_array_of_documents(values: list[dict[str, object]], rng: random.Random) -> None:
+    def cut(document: bytes) -> Iterator[bytes]:
+        while document:
+            length = rng.randrange(1, 9)
+            yield document[:length]
+            document = document[length:]
+
+    whole = [json_bytes(value) for value in values]
+    text = b"".join(json_array(whole))
+    assert text == json.dumps(values, indent=4).encode() + b"\n"
+    assert b"".join(json_array(map(cut, whole))) == text
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none(), min_size=1)))
@@ -65,7 +99,7 @@ def test_nothing_that_a_terminal_obeys_is_left(raw: bytes) -> None:
 def test_a_name_in_a_sentence_is_short_or_whole(raw: bytes) -> None:
     shown = short_name(raw)
     assert shown.isprintable()
-    if len(raw) <= SHORT:
+    if len(raw.partition(b"\0")[0]) <= SHORT:
         assert shown == printable(decode_name(raw))
 
 

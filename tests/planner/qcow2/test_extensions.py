@@ -84,10 +84,26 @@ def test_feature_name_that_is_not_text_is_still_told():
     assert extensions_of(image).names_of_features() == {(0, 9): "\\xff"}
 
 
-def test_feature_name_table_with_a_cut_off_row_keeps_the_whole_ones():
-    magic, rows = feature_name_table()
-    image = ImageBuilder(size=1 << 20, more_extensions=((magic, rows[:-1]),)).build()
-    assert len(extensions_of(image).names_of_features()) == len(FEATURES) - 1
+def _named(table: bytes) -> dict[tuple[int, int], str]:
+    image = ImageBuilder(size=1 << 20, more_extensions=((extensions.FEATURE_NAMES, table),)).build()
+    return extensions_of(image).names_of_features()
+
+
+def test_feature_name_table_that_ends_inside_a_row_goes_on_in_zeros():
+    _, rows = feature_name_table()
+    assert _named(rows[:-1]) == {key: name.decode() for key, name in FEATURES.items()}
+    assert _named(b"\0\x3fTest feature") == {(0, 63): "Test feature"}
+    assert _named(b"\0\x3f") == _named(b"\0") == {}
+
+
+def test_feature_name_ends_at_its_first_nul_and_an_empty_one_ends_the_table():
+    row = b"\0\x3f" + b"test3\0and more".ljust(46, b"\0")
+    assert _named(row + bytes(48) + b"\0\x3efar") == {(0, 63): "test3"}
+
+
+def test_of_two_names_of_a_feature_the_first_counts():
+    row = b"\0\x3f" + b"first".ljust(46, b"\0")
+    assert _named(row + b"\0\x3fsecond") == {(0, 63): "first"}
 
 
 def test_backing_format_and_data_file_name():
