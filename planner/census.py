@@ -19,9 +19,10 @@ import numpy as np
 from planner.arrays import I64, U8, U64, Mask, expand_ranges
 from planner.counts import ClusterCounts, ClusterIndex
 from planner.entry_findings import EntryFindingsBuilder
-from planner.findings import NONE, FindingKind, Structure
+from planner.findings import ACTIVE, NONE, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
+from planner.qcow2.geometry import SECTOR, SUBCLUSTERS_PER_CLUSTER
 from planner.qcow2.layout import Layout, sector_end
 from planner.source import Source, read_tables
 from planner.stored import StoredRefcounts
@@ -153,7 +154,7 @@ class Walker:
                 return
             if not np.bitwise_or.reduce(values, axis=None) & self._unusual:
                 clusters = self._clusters(values)
-                if int(clusters.max()) < self._census.layout.host_clusters:
+                if int(clusters.max()) < self._census.layout.whole_clusters:
                     self._count_plain(batch, values, clusters)
                     return
         self._count_any(batch, values, bitmaps)
@@ -162,7 +163,7 @@ class Walker:
         """Which tables (rows) map nothing but whole aligned data clusters inside the file."""
         joined = np.bitwise_or.reduce(words, axis=1)
         plain: Mask = (joined & self._unusual) == 0
-        plain &= self._clusters(words).max(axis=1) < self._census.layout.host_clusters
+        plain &= self._clusters(words).max(axis=1) < self._census.layout.whole_clusters
         return plain
 
     def count_plain(self, batch: Batch, words: U64) -> None:
@@ -194,7 +195,7 @@ class Walker:
         head = flat[start]
         tail = head + ((length - 1) << bits).astype(np.uint64)
         offset = entries.l2_offsets(head)
-        inside = (offset >> bits) + length <= self._census.layout.host_clusters
+        inside = (offset >> bits) + length <= self._census.layout.whole_clusters
         if ((head | tail) & self._unusual).any() or not (inside & (offset != 0)).all():
             return False
         guest = self._census.guest
@@ -382,6 +383,7 @@ class Walker:
         guest.fragmented += batch.active * len(word)
         self._census.separate_mapped()
         offset, size = entries.compressed_ranges(word, self._geometry)
+        self._judge_cut_compressed(batch, offset, size, positions=positions, width=width)
         slots = self._count_ranges(
             batch, Structure.COMPRESSED, offset, size, positions=positions, width=width
         )
@@ -407,6 +409,7 @@ class Walker:
         self._census.guest.allocated += batch.active * len(chosen)
         self._census.guest.fragmented += batch.active * int(np.count_nonzero(jumps))
         if not self._external:
+            self._judge_cut(batch, entry, chosen, offset)
             sizes = np.full(len(offset), size)
             slots = self._count_ranges(
                 batch, Structure.DATA, offset, sizes, positions=positions, width=width
@@ -434,6 +437,58 @@ class Walker:
         ):
             self._report(kind, batch, positions[mask], entry.width, found=offset[mask])
 
+    def _judge_cut(self, batch: Batch, entry: _Entries, chosen: I64, offset: I64) -> None:
+        """Data clusters that the file ends in. QEMU counts them, and reads zeros past the end."""
+        geometry, end = self._geometry, self._census.layout.file_size
+        inside = end - offset
+        at = np.flatnonzero(
+            (inside > 0)
+            & (inside < geometry.cluster_size)
+            & (offset & (geometry.cluster_size - 1) == 0)
+        )
+        if not len(at):
+            return
+        positions = entry.positions[chosen[at]]
+        needed = self._bytes_needed(batch, entry, chosen[at])
+        cut = needed > inside[at]
+        lost = (needed - inside[at])[cut]
+        kind, structure = FindingKind.CUT_OFF, Structure.DATA
+        self._report(kind, batch, positions[cut], entry.width, found=lost, structure=structure)
+
+    def _bytes_needed(self, batch: Batch, entry: _Entries, which: I64) -> I64:
+        """How much of their clusters entries need: up to the last byte that the guest can read.
+
+        QEMU writes data clusters whole, but of one with subclusters only those in use.
+        """
+        geometry, size = self._geometry, self._geometry.cluster_size
+        if geometry.extended_l2:
+            allocated = entry.bitmap[which] & np.uint64(entries.SUBCLUSTERS_ALLOCATED)
+            _, highest = np.frexp(allocated.astype(np.float64))
+            needed = highest.astype(np.int64) * (size // SUBCLUSTERS_PER_CLUSTER)
+        else:
+            needed = np.where(entry.types[which] == ClusterType.NORMAL, size, 0)
+        tables, table = self._tables, batch.ids[entry.positions[which] // entry.width]
+        number = tables.l1_index[table] * geometry.l2_entries + entry.positions[which] % entry.width
+        left = geometry.virtual_size - (number << geometry.cluster_bits)
+        return np.where(tables.snapshot[table] == ACTIVE, np.minimum(needed, left), needed)
+
+    def _judge_cut_compressed(
+        self, batch: Batch, offset: I64, size: I64, *, positions: I64, width: int
+    ) -> None:
+        """Compressed clusters that the file ends in, but for the last sector that they claim.
+
+        Their data ends somewhere in that one: QEMU's files end with the data.
+        """
+        past = offset + size - self._census.layout.file_size
+        cut = (past >= SECTOR) & ~self._beyond(offset, size)
+        kind, structure = FindingKind.CUT_OFF, Structure.COMPRESSED
+        self._report(kind, batch, positions[cut], width, found=past[cut], structure=structure)
+
+    def _beyond(self, offset: I64, size: I64) -> Mask:
+        """Which ranges reach a cluster or more past the end of the file."""
+        beyond: Mask = offset + size - self._census.file_end >= self._geometry.cluster_size
+        return beyond
+
     def _check_copied(
         self, batch: Batch, word: U64, offset: I64, positions: I64, width: int
     ) -> None:
@@ -459,7 +514,7 @@ class Walker:
     ) -> I64:
         """Count byte ranges that may straddle clusters; the slots that they touch, with repeats."""
         census, bits = self._census, self._geometry.cluster_bits
-        beyond = offset + size - census.file_end >= self._geometry.cluster_size
+        beyond = self._beyond(offset, size)
         if beyond.any():
             self._report(
                 FindingKind.PAST_END,

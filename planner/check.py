@@ -16,6 +16,7 @@ from planner.allocation import allocation
 from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
 from planner.census import Census, Walker, referenced_clusters
 from planner.counts import ClusterCounts, ClusterIndex
+from planner.ending import Found, find_cut, judge_cut_regions
 from planner.entry_findings import EntryFindings, EntryFindingsBuilder
 from planner.errors import Cancelled, ImageError, as_value
 from planner.findings import (
@@ -114,6 +115,7 @@ class _Check:
         mismatches = self._compare(census, stored, clusters)
         self._check_l1_copied(survey, stored)
         self._look_beyond_disk(survey)
+        judge_cut_regions(every_region, self._layout, self._findings)
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
             if totals[kind]:
@@ -126,6 +128,7 @@ class _Check:
             survey,
             census,
             found_entries,
+            stored=stored,
             mismatches=mismatches,
             totals=totals,
             owners=owners,
@@ -162,7 +165,8 @@ class _Check:
     def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
         tables, present = survey.tables, survey.present
         references = ClusterCounts(index.slots)
-        findings = EntryFindingsBuilder(self._geometry, tables)
+        cut_at = self._layout.file_size % self._geometry.cluster_size
+        findings = EntryFindingsBuilder(self._geometry, tables, cut_at)
         census = Census(self._layout, index, references, references, None, findings)
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
@@ -367,6 +371,7 @@ class _Check:
         census: Census,
         found_entries: EntryFindings,
         *,
+        stored: StoredRefcounts,
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
@@ -401,6 +406,7 @@ class _Check:
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             hidden=_hide_references(findings, found_entries, self._layout.file_size),
+            cut_off=find_cut(self._source, self._layout, Found(findings, found_entries, stored)),
         )
 
 
@@ -411,6 +417,9 @@ _NEEDS_REBUILD = (
     FindingKind.REFCOUNT_UNREADABLE,
     FindingKind.REFCOUNT_MISSING,
 )
+
+
+_BITMAP_TABLES = (Structure.BITMAP_DIRECTORY, Structure.BITMAP_TABLE)
 
 
 def _hide_references(
@@ -441,6 +450,10 @@ def _hide_references(
         lost = {Structure.COMPRESSED} if any((at < file_size).any() for at in packed) else set()
     if lost:
         hiding.append(FindingKind.PAST_END)
+    # Of a table that the file ends in, the entries past the end were not seen.
+    cut = set(findings.structures(FindingKind.CUT_OFF))
+    if cut & {Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE, *_BITMAP_TABLES}:
+        hiding.append(FindingKind.CUT_OFF)
     return tuple(hiding)
 
 

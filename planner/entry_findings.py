@@ -18,6 +18,7 @@ import numpy.typing as npt
 from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges
 from planner.findings import (
     BATCH_ROWS,
+    NONE,
     FindingKind,
     Findings,
     Structure,
@@ -67,10 +68,14 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class EntryFindings:
-    """Findings about L2 entries, in the order of their kinds, and of their tables in the file."""
+    """Findings about L2 entries, in the order of their kinds, and of their tables in the file.
+
+    ``cut_at``: so many bytes of its last cluster the file has, where it does not end with one.
+    """
 
     geometry: Geometry
     tables: L2Tables
+    cut_at: int
     _held: Mapping[tuple[FindingKind, Structure], _Held]
     _counts: Mapping[FindingKind, int]
 
@@ -119,6 +124,22 @@ class EntryFindings:
                 found.append(self._told(kind, structure, part))
         return join_findings(*found)
 
+    def furthest(self, kind: FindingKind, structure: Structure, below: int) -> Findings:
+        """The row of these with the largest ``found`` below a number; none where there is none."""
+        held = self._held.get((kind, structure))
+        if held is None:
+            return no_findings()
+        best, most = NONE, -1
+        for start in range(0, len(held), CHUNK):
+            part = held.found[start : start + CHUNK].astype(np.int64)
+            part[part >= below] = -1
+            at = int(np.argmax(part))
+            if part[at] > most:
+                best, most = start + at, int(part[at])
+        if best == NONE:
+            return no_findings()
+        return self._told(kind, structure, held.select(slice(best, best + 1)))
+
     def tables_with(self, kind: FindingKind) -> I64:
         """Host offsets of the tables that have findings of a kind, ascending."""
         tables = [self._tables_of(held) for (each, _), held in self._held.items() if each is kind]
@@ -155,6 +176,10 @@ class EntryFindings:
         table, inside = np.divmod(held.position, geometry.l2_entries)
         length = held.lengths()
         l1_index = tables.l1_index[table]
+        guest = (l1_index * geometry.l2_entries + inside) << geometry.cluster_bits
+        guest_length: I64 = length << geometry.cluster_bits
+        if kind is FindingKind.CUT_OFF and structure is Structure.DATA:
+            guest, guest_length = guest + self.cut_at, held.found.astype(np.int64)
         return make_findings(
             kind=kind,
             structure=structure,
@@ -164,8 +189,8 @@ class EntryFindings:
             snapshot=tables.snapshot[table],
             l1_index=l1_index,
             l2_index=inside,
-            guest_offset=(l1_index * geometry.l2_entries + inside) << geometry.cluster_bits,
-            guest_length=length << geometry.cluster_bits,
+            guest_offset=guest,
+            guest_length=guest_length,
             found=held.found,
             expected=_expected(kind, held.found),
         )
@@ -195,8 +220,8 @@ class _Parts:
 class EntryFindingsBuilder:
     """Collects findings about the entries of *tables*, and puts them in order once."""
 
-    def __init__(self, geometry: Geometry, tables: L2Tables) -> None:
-        self._geometry, self._tables = geometry, tables
+    def __init__(self, geometry: Geometry, tables: L2Tables, cut_at: int) -> None:
+        self._geometry, self._tables, self._cut_at = geometry, tables, cut_at
         self._parts: dict[tuple[FindingKind, Structure], _Parts] = {}
 
     def add(
@@ -226,7 +251,7 @@ class EntryFindingsBuilder:
         for key in sorted(self._parts):
             held[key] = _joined(self._parts.pop(key))
             counts[key[0]] += self._count(key[0], held[key])
-        return EntryFindings(self._geometry, self._tables, held, counts)
+        return EntryFindings(self._geometry, self._tables, self._cut_at, held, counts)
 
     def _count(self, kind: FindingKind, held: _Held) -> int:
         total, width = 0, self._geometry.l2_entries

@@ -122,6 +122,7 @@ class FindingKind(IntEnum):
     LUKS_HEADER_INVALID = 33
     BEYOND_DISK_END = 34
     TABLE_OVERWRITTEN = 35
+    CUT_OFF = 36
 
     @property
     def label(self) -> str:
@@ -173,6 +174,13 @@ KINDS: dict[FindingKind, KindInfo] = {
         "it lies past the end of the file: its content is lost and reads as zeros",
         "offset",
         left="what was there is not in the file",
+    ),
+    FindingKind.CUT_OFF: KindInfo(
+        _S.CORRUPTION,
+        "the end of the file cuts it: what lay past it is lost and reads as zeros",
+        "bytes past the end",
+        left="what was there is not in the file",
+        counted=False,
     ),
     FindingKind.REFCOUNT_OVERFLOW: KindInfo(
         _S.CORRUPTION,

@@ -29,6 +29,7 @@ _HARM = {
     Harm.LOST: (
         FindingKind.PAST_END,
         FindingKind.TABLE_OVERWRITTEN,
+        FindingKind.CUT_OFF,
         FindingKind.L2_TABLE_MISALIGNED,
         FindingKind.DATA_MISALIGNED,
         FindingKind.COMPRESSED_WITH_DATA_FILE,

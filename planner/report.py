@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from planner.ending import CutOff
 from planner.entry_findings import EntryFindings
 from planner.errors import ImageError
 from planner.findings import (
@@ -61,7 +62,8 @@ class Report:
     ``error``: the header cannot be read, and nothing else is known. ``stopped``: tables that could
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
     refcount structure itself is damaged. ``hidden``: the kinds of findings because of which a table
-    that could hold references was not walked. ``regions``: where all metadata lies. ``in_use``,
+    that could hold references was not walked. ``regions``: where all metadata lies. ``cut_off``:
+    that the file is too short, where something shows it. ``in_use``,
     ``changed``: a writer had the image, or it changed, while it was read. ``entries``: what was
     found about L2 entries; ``mismatches``, ``totals``: stored against counted refcounts. `rows` and
     `counts` join them in.
@@ -80,6 +82,7 @@ class Report:
     stopped: tuple[ImageError, ...] = ()
     needs_rebuild: bool = False
     hidden: tuple[FindingKind, ...] = ()
+    cut_off: CutOff | None = None
     in_use: bool = False
     changed: bool = False
 
@@ -148,7 +151,7 @@ class Report:
         """What a check of it ends with: that of its verdict, 0 for nothing but ``clean``.
 
         Where ``qemu-img check`` says 0 and this does not: a cluster with two owners, a LUKS header
-        that QEMU refuses, the corrupt bit, the dirty bit.
+        that QEMU refuses, a last cluster that is cut off, the corrupt bit, the dirty bit.
         """
         if self.error is not None:
             return self.error.exit_code

@@ -96,6 +96,23 @@ class StoredRefcounts:
             count += int(np.count_nonzero((part != 0) & inside))
         return count
 
+    def counted_end(self, clusters: int) -> int:
+        """Behind the last cluster from *clusters* on that has a refcount; 0 where none has."""
+        table, per_block = self.reftable, self.entries_per_block
+        which = table.blocks()
+        which = which[table.index[which] >= clusters // per_block][::-1]
+        # Of the entries that lead to one block, the last is the one that reaches furthest.
+        offsets, first = np.unique(table.offset[which], return_index=True)
+        present = present_tables(self._source, offsets, self._layout.geometry.cluster_size)
+        offsets, which = offsets[present], which[first[present]]
+        end = 0
+        for part, rows in read_tables(self._source, offsets, self._layout.geometry.cluster_size):
+            used = unpack_refcounts(rows, self._layout.geometry.refcount_order) != 0
+            past = per_block - np.argmax(used[:, ::-1], axis=1)
+            ends = table.index[which[part]] * per_block + past
+            end = max(end, int(ends[used.any(axis=1)].max(initial=0)))
+        return end if end > clusters else 0
+
     def set_sparse(self, index: ClusterIndex, cluster: I64, refcount: Counts) -> None:
         """Take over what `nonzero_sparse` found; every *cluster* has a slot in *index*."""
         self.index = index

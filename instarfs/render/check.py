@@ -87,6 +87,7 @@ def result_json(
         "changed-during-check": report.changed,
         "complete": report.complete,
         "refcount-rebuild-needed": report.needs_rebuild,
+        "cut-off": _cut_off_value(report),
         "counts": {kind.label: number for kind, number in sorted(report.counts().items())},
     }
     if report.error is not None:
@@ -103,6 +104,12 @@ def result_json(
 def unchecked_json(filename: str, error: str, exit_code: int) -> bytes:
     """In place of `result_json`, among those of other images, of one that was not checked."""
     return json_bytes({"filename": filename, "error": {"message": error}, "exit-code": exit_code})
+
+
+def _cut_off_value(report: Report) -> dict[str, int] | None:
+    """Where a file that is too short ends, and where it should."""
+    cut = report.cut_off
+    return {"ends-at": cut.ends_at, "needs": cut.needs} if cut else None
 
 
 def counters_value(report: Report) -> dict[str, int]:
@@ -392,6 +399,12 @@ def owners_of(report: Report, finding: Finding) -> list[Owner]:
 # ---- texts ----
 
 
+def cut_off_lines(report: Report) -> list[str]:
+    """One line where the file is too short, else none."""
+    cut = report.cut_off
+    return [f"The file is cut off: it ends at {cut.ends_at} and needs {cut.needs}."] if cut else []
+
+
 def worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]:
     """By severity, then in the order of the kinds: what loses data before what risks it."""
     return sorted(counts.items(), key=lambda item: (-KINDS[item[0]].severity, item[0]))
@@ -399,6 +412,7 @@ def worst_first(counts: dict[FindingKind, int]) -> list[tuple[FindingKind, int]]
 
 def check_messages(report: Report) -> Iterator[str]:
     """What `instarfs check` says on stderr: the findings, at most a few of each kind."""
+    yield from (f"NOTE {line}" for line in cut_off_lines(report))
     for kind, number in worst_first(report.counts()):
         word = {Severity.LEAK: "Leaked", Severity.NOTICE: "NOTE"}.get(KINDS[kind].severity, "ERROR")
         for listed, finding in enumerate(report.rows(kind)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from instarfs.outcome import Pending
-from instarfs.render.check import LISTED, fact, snapshot_name, worst_first
+from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines
 from instarfs.render.text import printable
 from instarfs.render.triage import triage_lines
@@ -102,6 +102,7 @@ def _verdict(report: Report, filename: str, pending: Pending | None) -> list[str
             if report.in_use
             else "It was written to during the check; check again."
         )
+    lines += cut_off_lines(report)
     lines += [""] + [printable(str(error)) for error in report.stopped]
     counters = report.counters
     return [

@@ -63,6 +63,11 @@ class Layout:
         return -(-sector_end(self.file_size) // self.geometry.cluster_size)
 
     @property
+    def whole_clusters(self) -> int:
+        """Clusters that lie within the file to their last byte."""
+        return self.file_size // self.geometry.cluster_size
+
+    @property
     def reftable_entries(self) -> int:
         return self.header.refcount_table_clusters * self.geometry.cluster_size // 8
 

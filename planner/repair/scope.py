@@ -86,12 +86,10 @@ class Scope:
     def may_grow(self) -> bool:
         """Whether the file may grow: not where the image refers to what lies past its end.
 
-        Nor where it cuts the snapshot table, however little: zeros there would be entries.
+        However little of it: zeros there would look like what was written.
         """
-        regions = self.report.regions
-        table = regions.select(regions.structure == Structure.SNAPSHOT_TABLE)
-        cut = table.size[table.offset + table.size > self.layout.file_size]
-        return FindingKind.PAST_END not in self.report.counts() and not cut.any()
+        lost = {FindingKind.PAST_END, FindingKind.CUT_OFF}
+        return not lost & self.report.counts().keys()
 
     @property
     def first_new_cluster(self) -> int:

@@ -189,3 +189,15 @@ def test_runs_do_not_end_where_a_part_does(monkeypatch: pytest.MonkeyPatch) -> N
     for chunk in (1, 2, 7):
         monkeypatch.setattr(mismatch_module, "CHUNK", chunk)
         assert told() == expected
+
+
+def test_where_a_file_ends_that_is_cut_off_and_what_it_needs():
+    image = RULES["data_cut_by_the_end"]().image
+    report, size = check_image(image.source), len(image.data)
+    value = json.loads(render.result_json(report, "x.qcow2"))
+    assert value["cut-off"] == {"ends-at": size, "needs": size + 100}
+    line = f"NOTE The file is cut off: it ends at {size} and needs {size + 100}."
+    assert next(render.check_messages(report)) == line
+    whole = check_image(plain().source)
+    assert json.loads(render.result_json(whole, "x.qcow2"))["cut-off"] is None
+    assert not list(render.check_messages(whole))

@@ -16,6 +16,7 @@ from planner.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.report import Report
 from planner.triage import triage_leaks
+from tests.planner.corpus import RULES
 
 PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"
 SECTIONS = [
@@ -66,6 +67,13 @@ def test_of_a_clean_image_nothing_more_is_said():
     text = text_of(damaged())
     assert text.startswith(f"{PATH}: clean\n")
     assert not [section for section in SECTIONS if section in text]
+
+
+def test_a_file_that_is_cut_off_is_said_to_be_in_one_line():
+    image = RULES["data_cut_by_the_end"]().image
+    size = len(image.data)
+    assert f"\nThe file is cut off: it ends at {size} and needs {size + 100}.\n" in text_of(image)
+    assert "cut off: it ends" not in text_of(damaged(*TELLING))
 
 
 def test_what_is_missing_is_named_with_its_place():

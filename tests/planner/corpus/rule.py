@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from examples.make_image import Image, ImageBuilder
 from planner.findings import FindingKind
+from planner.qcow2 import entries
 
 CLUSTER_BITS = 12
 SIZE = 1 << CLUSTER_BITS
@@ -85,6 +86,18 @@ def with_snapshot(**options: object) -> Image:
     made.take_snapshot("before")
     made.write(5, b"d" * SIZE)
     return made.build()
+
+
+def move_to_end(image: Image, word_at: int) -> int:
+    """Move the one cluster that the word at *word_at* leads to behind all others; returns where."""
+    size, end = image.cluster_size, len(image.data)
+    word = image.word(word_at)
+    old = word & entries.L2_OFFSET & ~(size - 1)
+    image.data += image.data[old : old + size]
+    image.set_word(word_at, word & ~entries.L2_OFFSET | end)
+    image.set_refcount(old // size, 0)
+    image.set_refcount(end // size, 1)
+    return end
 
 
 def free_cluster(image: Image) -> int:
