@@ -11,7 +11,7 @@ import errno as _errno
 from dataclasses import dataclass
 from typing import ClassVar
 
-from planner.errors import PlannerError
+from planner.errors import PlannerError, ReadFailed
 
 
 class InstarfsError(Exception):
@@ -93,7 +93,7 @@ class ImageOpenFailed(InstarfsError):
 
 
 @dataclass(eq=False)
-class ImageReadFailed(InstarfsError):
+class ImageReadFailed(InstarfsError, ReadFailed):
     """{path}: reading at offset {offset} failed: {reason}; look at the disk beneath it (dmesg)"""
 
     path: str

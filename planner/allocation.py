@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, U8, U64
-from planner.mapping import RunKind, Runs, runs_of_entries
+from planner.mapping import Flaw, RunKind, Runs, runs_of_entries
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.layout import Layout
@@ -78,10 +78,12 @@ def _whole_tables(source: Source, geometry: Geometry, offset: I64) -> I64:
 
     Tables in holes are left out: all that they map is unallocated.
     """
-    distinct, weight = np.unique(offset, return_counts=True)
     totals = np.zeros(len(RunKind), dtype=np.int64)
-    if not len(distinct):
+    if not len(offset):
         return totals
+    ordered = np.sort(offset)
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    distinct, weight = ordered[first], np.diff(first, append=len(ordered))
     present = present_tables(source, distinct, geometry.cluster_size)
     distinct, weight = distinct[present], weight[present]
     for part, rows in read_tables(source, distinct, geometry.cluster_size):
@@ -99,5 +101,5 @@ def _runs(rows: U8, geometry: Geometry) -> Runs:
     if geometry.extended_l2:
         words, bitmaps = words[0::2], words[1::2]
     guest = np.arange(len(words), dtype=np.int64) << geometry.cluster_bits
-    aligned = np.zeros(len(words), dtype=np.bool_)
-    return runs_of_entries(guest, words, bitmaps, geometry, aligned)
+    sound = np.full(len(words), Flaw.NONE, dtype=np.uint8)
+    return runs_of_entries(guest, words, bitmaps, geometry, sound)

@@ -318,8 +318,9 @@ class _Check:
             return
         snapshots = enumerate(survey.snapshots.snapshots)
         keepers = [number for number, snapshot in snapshots if snapshot.vm_state_size]
-        saved = l1.offset[np.isin(l1.snapshot, keepers)]
-        at = at[~np.isin(l1.offset[at], saved)]
+        if keepers:
+            saved = l1.offset[np.isin(l1.snapshot, keepers)]
+            at = at[~np.isin(l1.offset[at], saved)]
         last = self._layout.header.l1_size * geometry.l2_coverage
         found = allocation(
             self._source, geometry, (l1.l1_index[at], l1.word[at]), end, max(end, last)

@@ -40,7 +40,7 @@ def judge_cut_regions(regions: Regions, layout: Layout, findings: FindingsBuilde
     end, geometry = layout.file_size, layout.geometry
     past = regions.offset + regions.size - end
     cut = regions.select((past > 0) & ~np.isin(regions.structure, _NEED_NO_END))
-    for structure in map(Structure, np.unique(cut.structure).tolist()):
+    for structure in map(Structure, sorted(set(cut.structure.tolist()))):
         mine = cut.select(cut.structure == structure)
         kept = np.maximum(end - mine.offset, 0)
         start = np.full(len(kept), NONE, dtype=np.int64)

@@ -20,6 +20,10 @@ def as_value(error: _E) -> _E:
     return error.with_traceback(None)
 
 
+class ReadFailed(Exception):
+    """What a source raises where its bytes cannot be read; the base of errors of its own."""
+
+
 class PlannerError(Exception):
     """Base of what the planner raises."""
 

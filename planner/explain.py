@@ -168,8 +168,9 @@ def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
     word = page.words[l2_index : l2_index + 1]
     bitmap = None if page.bitmaps is None else page.bitmaps[l2_index : l2_index + 1]
     start = np.array([offset >> geometry.cluster_bits << geometry.cluster_bits])
-    misaligned = np.array([page.offset % geometry.cluster_size != 0])
-    run = runs_of_entries(start, word, bitmap, geometry, misaligned).cut(offset, offset + 1)
+    misaligned = page.offset % geometry.cluster_size != 0
+    flaw = np.array([Flaw.L2_MISALIGNED if misaligned else Flaw.NONE], dtype=np.uint8)
+    run = runs_of_entries(start, word, bitmap, geometry, flaw).cut(offset, offset + 1)
     kind = ClusterType(int(entries.cluster_types(word, geometry)[0]))
     host, length = _host_range(word, kind, layout)
     numbers = [page.offset >> geometry.cluster_bits] if page.offset else []

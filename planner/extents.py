@@ -137,9 +137,9 @@ def _extents_of(stratum: Stratum, offset: int, end: int, depth: int) -> Iterator
     if stratum.mapping is None:
         yield from _raw_extents(stratum, offset, end, depth)
         return
-    for runs in stratum.mapping.walk(offset, end):
+    for runs in stratum.mapping.walk(offset, end, packed=True):
         rows = _rows_of(stratum, runs, depth)
-        missing = runs.kind == RunKind.UNALLOCATED
+        missing = ~rows.present
         beneath = stratum.backing
         if not missing.any() or beneath is None:
             yield rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from planner.arrays import I64, U8, U64, Mask
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import SUBCLUSTERS_PER_CLUSTER, Geometry
-from planner.source import Source, nonzero_words, read_tables
+from planner.source import Salvaged, Source, nonzero_words, present_tables, read_tables
 
 NO_HOST = -1
 """The host offset of what has none."""
@@ -54,6 +55,8 @@ class Flaw(IntEnum):
     COMPRESSED_EXTERNAL = 4
     NOT_IN_PLACE = 5
     SUBCLUSTERS = 6
+    TABLE_LOST = 7
+    CLUSTER_LOST = 8
 
 
 FLAW_SENTENCES = {
@@ -63,6 +66,8 @@ FLAW_SENTENCES = {
     Flaw.COMPRESSED_EXTERNAL: "its L2 entry is compressed, and the data is in an external file",
     Flaw.NOT_IN_PLACE: "its offset in the external data file is not that in the guest",
     Flaw.SUBCLUSTERS: "the subcluster bitmap of its L2 entry contradicts itself",
+    Flaw.TABLE_LOST: "its L1 or L2 entry is past the end of the file, or cannot be read",
+    Flaw.CLUSTER_LOST: "its cluster is past the end of the file",
 }
 
 _KIND_OF_TYPE = np.zeros(len(ClusterType), dtype=np.uint8)
@@ -129,20 +134,54 @@ class Runs:
             flaw=self.flaw[which],
         )
 
-    def joined(self) -> Runs:
-        """Neighbours that continue each other as one run. Each compressed cluster stays alone."""
+    def joined(self, *, packed: bool = False) -> Runs:
+        """Neighbours that continue each other as one run.
+
+        Each compressed cluster stays alone, unless *packed*: then ``host`` and ``stored`` are those
+        of the first one of a run.
+        """
         if len(self) < 2:
             return self
         host = np.where(self.host == NO_HOST, NO_HOST, self.host + self.length)
+        compressed = self.kind[1:] == RunKind.COMPRESSED
+        apart = self.host[1:] != host[:-1]
         breaks = np.ones(len(self), dtype=np.bool_)
         breaks[1:] = (
             (self.kind[1:] != self.kind[:-1])
-            | (self.kind[1:] == RunKind.COMPRESSED)
             | (self.flaw[1:] != self.flaw[:-1])
-            | (self.host[1:] != host[:-1])
+            | (apart & ~compressed if packed else apart | compressed)
         )
         first = np.flatnonzero(breaks)
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
+
+    def repeated(self, start: int, step: int, times: int) -> Runs:
+        """The same as often as that from guest offset *start* on, *step* bytes after each other."""
+        starts = start + np.arange(times, dtype=np.int64) * step
+        guest = (starts[:, None] + self.guest).reshape(-1)
+        return replace(self.select(np.tile(np.arange(len(self)), times)), guest=guest)
+
+    def without_lost(self, end: int) -> Runs:
+        """The same, of which data past host offset *end* is not there: it is DAMAGED."""
+        data = self.kind == RunKind.DATA
+        held = np.where(data, np.clip(end - self.host, 0, self.length), self.length)
+        if (held == self.length).all():
+            return self
+        cut = (held > 0) & (held < self.length)
+        both = self.select(np.repeat(np.arange(len(self)), 1 + cut))
+        # Of a run that the end cuts there are two now: what is there, and what is not.
+        second = np.flatnonzero(np.repeat(cut, 1 + cut))[1::2]
+        skipped, lost = np.zeros(len(both), dtype=np.int64), np.repeat(held == 0, 1 + cut)
+        skipped[second], lost[second] = held[cut], True
+        length = both.length - skipped
+        length[second - 1] = held[cut]
+        return replace(
+            both,
+            guest=both.guest + skipped,
+            length=length,
+            kind=np.where(lost, RunKind.DAMAGED, both.kind).astype(np.uint8),
+            host=np.where(lost, NO_HOST, both.host),
+            flaw=np.where(lost, Flaw.CLUSTER_LOST, both.flaw).astype(np.uint8),
+        )
 
     def cut(self, offset: int, end: int) -> Runs:
         """What of them lies in *offset* to *end*."""
@@ -161,13 +200,13 @@ class Runs:
 
 
 def runs_of_entries(
-    guest: I64, words: U64, bitmaps: U64 | None, geometry: Geometry, l2_misaligned: Mask
+    guest: I64, words: U64, bitmaps: U64 | None, geometry: Geometry, table_flaw: U8
 ) -> Runs:
     """The runs of guest clusters that lie one after the other, a run a cluster or subcluster.
 
     *guest*: their offsets. *words*, *bitmaps*: their L2 entries (uint64); *bitmaps* only with
-    extended L2. *l2_misaligned*: which of them are in an L2 table that cannot be read (their words
-    do not matter). All of shape (clusters,).
+    extended L2. *table_flaw*: `Flaw` of what leads to them, NONE where their words are what is in
+    the image. All of shape (clusters,).
     """
     types = entries.cluster_types(words, geometry)
     host, stored = entries.l2_offsets(words), np.zeros(len(words), dtype=np.int64)
@@ -187,7 +226,7 @@ def runs_of_entries(
     kind = _KIND_OF_TYPE[types]
     if bitmaps is not None:
         flaw[_contradictory(types, bitmaps)] = Flaw.SUBCLUSTERS
-    flaw[l2_misaligned] = Flaw.L2_MISALIGNED
+    np.copyto(flaw, table_flaw, where=table_flaw != Flaw.NONE)
     damaged = flaw != Flaw.NONE
     kind[damaged], host[damaged], stored[damaged] = RunKind.DAMAGED, NO_HOST, 0
     length = np.full(len(words), geometry.cluster_size, dtype=np.int64)
@@ -234,20 +273,52 @@ class Mapping:
     another mapping.
     """
 
-    def __init__(self, source: Source, geometry: Geometry, l1_offset: int, l1_size: int) -> None:
-        """*l1_size*: entries of the table at *l1_offset*."""
+    def __init__(
+        self,
+        source: Source,
+        geometry: Geometry,
+        l1_offset: int,
+        l1_size: int,
+        *,
+        data_end: int | None = None,
+    ) -> None:
+        """*l1_size*: entries of the table at *l1_offset*.
+
+        *data_end*: where the file of the data ends. Given, tables and data that are past the end
+        of their file are DAMAGED, and so is what a table maps that cannot be read; otherwise all of
+        that is as QEMU has it: zeros, or an error.
+        """
         self.geometry = geometry
-        self._source = source
-        index, words = nonzero_words(source, l1_offset, l1_size)
+        self._data_end = data_end
+        self._salvaged = None if data_end is None else Salvaged(source)
+        self._source: Source = self._salvaged or source
+        index, words = nonzero_words(self._source, l1_offset, l1_size)
         offset = (words & np.uint64(entries.L1_OFFSET)).astype(np.int64)
         leads = offset != 0
-        self._l1_index, self._l2_offset = index[leads], offset[leads]
+        self._index, self._offset = index[leads], offset[leads]
+        misaligned = self._offset & (geometry.cluster_size - 1) != 0
+        self._flaw = np.where(misaligned, Flaw.L2_MISALIGNED, Flaw.NONE).astype(np.uint8)
+        if self._salvaged is not None:
+            self._note_lost(self._salvaged, l1_offset, l1_size)
         extended = geometry.extended_l2
         self._read_window = _READ_WINDOW_EXTENDED if extended else _READ_WINDOW
         self._walk_window = _WALK_WINDOW_EXTENDED if extended else _WALK_WINDOW
         runs_a_window = self._read_window * (SUBCLUSTERS_PER_CLUSTER if extended else 1)
         self._windows_kept = max(1, KEPT_RUNS // runs_a_window)
         self._kept: dict[int, Runs] = {}
+
+    def _note_lost(self, source: Salvaged, l1_offset: int, l1_size: int) -> None:
+        """Give a flaw to L2 tables past the end of the file, and to L1 entries that are lost."""
+        self._flaw[(self._offset >= source.size) & (self._flaw == Flaw.NONE)] = Flaw.TABLE_LOST
+        lost = np.flatnonzero(source.lost_words(l1_offset, l1_size))
+        kept = ~np.isin(self._index, lost)
+        index = np.concatenate((self._index[kept], lost))
+        order = np.argsort(index, kind="stable")
+        nowhere = np.zeros(len(lost), dtype=np.int64)
+        self._index = index[order]
+        self._offset = np.concatenate((self._offset[kept], nowhere))[order]
+        flaws = np.full(len(lost), Flaw.TABLE_LOST, dtype=np.uint8)
+        self._flaw = np.concatenate((self._flaw[kept], flaws))[order]
 
     def runs(self, offset: int, end: int, source: Source | None = None) -> Runs:
         """The runs from guest offset *offset* to *end*, for a read: bytes around are kept for more.
@@ -269,68 +340,167 @@ class Mapping:
         runs = self._kept.get(number)
         if runs is None:
             count = self._read_window
-            runs = self._decode(source or self._source, number * count, count).joined()
+            chosen = self._salvaged or source or self._source
+            runs = self._decode(chosen, number * count, count).joined()
             if len(self._kept) >= self._windows_kept:
                 self._kept.clear()
             self._kept[number] = runs
         return runs
 
-    def walk(self, offset: int, end: int) -> Iterator[Runs]:
+    def walk(self, offset: int, end: int, *, packed: bool = False) -> Iterator[Runs]:
         """All runs from guest offset *offset* to *end*, in joined batches, for one who wants all.
 
-        What no L1 entry leads to costs nothing.
+        What leads to no table, or to one in a hole, costs nothing; a table that several L1 entries
+        lead to is read once. *packed*: as of `Runs.joined`.
         """
-        bits, position = self.geometry.cluster_bits, offset
-        for number in self._windows_in_use(offset, end).tolist():
-            first = number * self._walk_window
-            low, high = max(offset, first << bits), min(end, (first + self._walk_window) << bits)
+        # With an external data file an entry means something else at every place that it has.
+        by_table = len(self._repeats) > 0 and not self.geometry.external_data
+        walk, position = self._walk_tables if by_table else self._walk_windows, offset
+        for low, runs in walk(offset, end, packed):
             if position < low:
-                yield Runs.unallocated(position, low)
-            runs = self._decode(self._source, first, self._walk_window)
-            yield runs.joined().cut(low, high)
-            position = high
+                yield self._lifeless(position, low)
+            yield runs
+            position = int(runs.guest[-1] + runs.length[-1])
         if position < end:
-            yield Runs.unallocated(position, end)
+            yield self._lifeless(position, end)
 
-    def _windows_in_use(self, offset: int, end: int) -> I64:
-        """Numbers of the windows of a walk that an L1 entry leads to; ascending."""
-        coverage, per_table = self.geometry.l2_coverage, self.geometry.l2_entries
-        low, high = np.searchsorted(self._l1_index, [offset // coverage, -(-end // coverage)])
-        tables = self._l1_index[low:high]
-        inside = np.arange(max(1, per_table // self._walk_window))
-        first = tables * per_table // self._walk_window
-        numbers = np.unique(first[:, None] + inside)
+    def _walk_windows(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
+        """Where tables are in use, the runs, and where they begin."""
         size = self._walk_window << self.geometry.cluster_bits
+        for number in self._numbers_in_use(offset, end, size).tolist():
+            low, high = max(offset, number * size), min(end, (number + 1) * size)
+            runs = self._decode(self._source, number * self._walk_window, self._walk_window)
+            yield low, runs.joined(packed=packed).cut(low, high)
+
+    def _walk_tables(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
+        """The same where tables repeat, table by table; one that does is decoded once."""
+        size = self.geometry.l2_coverage
+        numbers = self._numbers_in_use(offset, end, size)
+        tables = self._offset[np.searchsorted(self._index, numbers)]
+        breaks = np.ones(len(numbers), dtype=np.bool_)
+        breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
+        first = np.flatnonzero(breaks)
+        kept: dict[int, Runs] = {}
+        starts, lengths = numbers[first].tolist(), np.diff(first, append=len(numbers)).tolist()
+        for start, length, table in zip(starts, lengths, tables[first].tolist(), strict=True):
+            runs = self._whole_table(kept, start, table, packed)
+            count = max(1, self._walk_window // len(runs))
+            for number in range(start, start + length, count):
+                times = min(count, start + length - number)
+                low, high = max(offset, number * size), min(end, (number + times) * size)
+                yield low, runs.repeated(number * size, size, times).cut(low, high)
+
+    def _whole_table(self, kept: dict[int, Runs], number: int, offset: int, packed: bool) -> Runs:
+        """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
+
+        *kept*: by offset those that were decoded before, and may come again.
+        """
+        if offset in kept:
+            return kept[offset]
+        per_table, count = (
+            self.geometry.l2_entries,
+            min(self.geometry.l2_entries, self._walk_window),
+        )
+        parts = [
+            self._decode(self._source, number * per_table + at, count).joined(packed=packed)
+            for at in range(0, per_table, count)
+        ]
+        runs = Runs.concatenate(parts).joined(packed=packed)
+        runs = replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
+        if offset in self._repeats:
+            most = per_table * (SUBCLUSTERS_PER_CLUSTER if self.geometry.extended_l2 else 1)
+            if len(kept) >= max(1, KEPT_RUNS // most):
+                kept.clear()
+            kept[offset] = runs
+        return runs
+
+    @cached_property
+    def _in_use(self) -> Mask:
+        """Which L1 entries lead to a table that may hold anything but zeros."""
+        sound = np.flatnonzero(self._flaw == Flaw.NONE)
+        order = sound[np.argsort(self._offset[sound])]
+        in_use = np.zeros(len(self._index), dtype=np.bool_)
+        if len(order):
+            in_use[order] = present_tables(
+                self._source, self._offset[order], self.geometry.cluster_size
+            )
+        return in_use
+
+    @cached_property
+    def _repeats(self) -> frozenset[int]:
+        """Offsets of the tables that several L1 entries lead to."""
+        offset = np.sort(self._offset[self._in_use])
+        return frozenset(offset[1:][offset[1:] == offset[:-1]].tolist())
+
+    def _numbers_in_use(self, offset: int, end: int, size: int) -> I64:
+        """Numbers of the parts of *size* bytes that a table in use maps some of; ascending."""
+        coverage = self.geometry.l2_coverage
+        tables = self._index[self._in_use]
+        low, high = np.searchsorted(tables, [offset // coverage, -(-end // coverage)])
+        inside = np.arange(max(1, coverage // size))
+        numbers = np.unique((tables[low:high] * coverage // size)[:, None] + inside)
         return numbers[(numbers >= offset // size) & (numbers < -(-end // size))]
+
+    def _lifeless(self, low: int, high: int) -> Runs:
+        """The runs from guest offset *low* to *high*, where no table is in use."""
+        coverage = self.geometry.l2_coverage
+        at, to = np.searchsorted(self._index, [low // coverage, -(-high // coverage)])
+        index, flaw = self._index[at:to], self._flaw[at:to]
+        index, flaw = index[flaw != Flaw.NONE], flaw[flaw != Flaw.NONE]
+        if not len(index):
+            return Runs.unallocated(low, high)
+        start = index * coverage
+        bounds = np.unique(np.concatenate(([low], start, start + coverage)))
+        bounds = bounds[(bounds >= low) & (bounds < high)]
+        before = np.searchsorted(start, bounds, side="right") - 1
+        flawed = (before >= 0) & (bounds < start[before] + coverage)
+        return Runs(
+            guest=bounds,
+            length=np.diff(bounds, append=high),
+            kind=np.where(flawed, RunKind.DAMAGED, RunKind.UNALLOCATED).astype(np.uint8),
+            host=np.full(len(bounds), NO_HOST, dtype=np.int64),
+            stored=np.zeros(len(bounds), dtype=np.int64),
+            flaw=np.where(flawed, flaw[before], Flaw.NONE).astype(np.uint8),
+        ).joined()
 
     def _decode(self, source: Source, first: int, count: int) -> Runs:
         """The runs of *count* guest clusters from cluster *first* on."""
-        words, misaligned = self._read_words(source, first, count)
+        words, flaws = self._read_words(source, first, count)
         bitmaps = None
         if self.geometry.extended_l2:
             words, bitmaps = words[0::2], words[1::2]
         guest = np.arange(first, first + count, dtype=np.int64) << self.geometry.cluster_bits
-        return runs_of_entries(guest, words, bitmaps, self.geometry, misaligned)
+        runs = runs_of_entries(guest, words, bitmaps, self.geometry, flaws)
+        return runs if self._data_end is None else runs.without_lost(self._data_end)
 
-    def _read_words(self, source: Source, first: int, count: int) -> tuple[U64, Mask]:
-        """The L2 words of guest clusters, zeros where there is no table; which have a bad table."""
+    def _read_words(self, source: Source, first: int, count: int) -> tuple[U64, U8]:
+        """The L2 words of guest clusters, zeros where there is no table; and the flaw of each."""
         geometry = self.geometry
         per_table, width = geometry.l2_entries, geometry.l2_entry_size // 8
         low, high = first // per_table, -(-(first + count) // per_table)
-        at, to = np.searchsorted(self._l1_index, [low, high])
-        index, offset = self._l1_index[at:to] - low, self._l2_offset[at:to]
-        bad = offset & (geometry.cluster_size - 1) != 0
-        misaligned = np.zeros(high - low, dtype=np.bool_)
-        misaligned[index[bad]] = True
-        index, offset = index[~bad], offset[~bad]
+        at, to = np.searchsorted(self._index, [low, high])
+        index, offset, flaw = self._index[at:to] - low, self._offset[at:to], self._flaw[at:to]
+        flaws = np.zeros(high - low, dtype=np.uint8)
+        flaws[index] = flaw
+        index, offset = index[flaw == Flaw.NONE], offset[flaw == Flaw.NONE]
         if high - low == 1:  # a part of one table
             raw = np.zeros(count * width, dtype=">u8")
+            offset = offset + first % per_table * width * 8
             if len(offset):
-                start = first % per_table * width
-                source.read_into(int(offset[0]) + start * 8, raw.view(np.uint8).data)
-            return raw.astype(np.uint64), np.repeat(misaligned, count)
-        words = np.zeros((high - low, per_table * width), dtype=np.uint64)
-        for part, rows in read_tables(source, offset, geometry.cluster_size):
-            words[index[part]] = rows.view(">u8")
-        # Windows and tables both hold powers of two: a window of several tables is all of them.
-        return words.reshape(-1), np.repeat(misaligned, per_table)
+                source.read_into(int(offset[0]), raw.view(np.uint8).data)
+            words = raw.astype(np.uint64).reshape(1, -1)
+        else:  # windows and tables both hold powers of two: these are whole tables
+            words = np.zeros((high - low, per_table * width), dtype=np.uint64)
+            for part, rows in read_tables(source, offset, geometry.cluster_size):
+                words[index[part]] = rows.view(">u8")
+        each = np.repeat(flaws, words.shape[1] // width)
+        if self._salvaged is not None:
+            self._mark_lost(self._salvaged, each.reshape(len(words), -1), index, offset)
+        return words.reshape(-1), each
+
+    def _mark_lost(self, source: Salvaged, flaws: U8, rows: I64, offset: I64) -> None:
+        """Mark the entries in *rows*, which stand at *offset* in the file, that are not there."""
+        width = self.geometry.l2_entry_size // 8
+        for row, start in zip(rows.tolist(), offset.tolist(), strict=True):
+            lost = source.lost_words(start, flaws.shape[1] * width)
+            flaws[row, lost.reshape(-1, width).any(axis=1)] = Flaw.TABLE_LOST

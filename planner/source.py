@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
+from planner.errors import ReadFailed
 
 SECTOR = 512
 """What a disk writes whole."""
@@ -173,6 +174,48 @@ def _runs(sectors: I64, offset: int, end: int) -> Iterator[tuple[int, int]]:
     for run in np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1):
         if len(run):
             yield max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR)
+
+
+class Salvaged:
+    """A source of which not everything can be read: zeros in place of that, and an account of it.
+
+    For several threads.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._unread: set[tuple[int, int]] = set()
+
+    @property
+    def size(self) -> int:
+        return self._source.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As of any source, but that it does not fail: what cannot be read is zeros."""
+        try:
+            self._source.read_into(offset, buffer)
+        except ReadFailed:
+            first = offset // SECTOR * SECTOR
+            sectors = -(-(offset + len(buffer) - first) // SECTOR)
+            if sectors <= 1:
+                buffer[:] = bytes(len(buffer))
+                self._unread.add((offset, offset + len(buffer)))
+                return
+            middle = first + sectors // 2 * SECTOR - offset
+            self.read_into(offset, buffer[:middle])
+            self.read_into(offset + middle, buffer[middle:])
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self._source.data_extents(offset, length)
+
+    def lost_words(self, offset: int, count: int) -> Mask:
+        """Which of the *count* 64-bit words at *offset* are past the end, or could not be read."""
+        lost = np.zeros(count, dtype=np.bool_)
+        lost[max(0, self.size - offset) // 8 :] = True
+        for start, end in list(self._unread):
+            if start < offset + count * 8 and end > offset:
+                lost[max(0, start - offset) // 8 : -(-(end - offset) // 8)] = True
+        return lost
 
 
 def _join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -7,8 +7,9 @@ import os
 import click
 
 from instarfs.cli.grammar import image_name, image_options
+from instarfs.cli.sizes import Size
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest
+from instarfs.guest.guest import LARGEST, Guest
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
 from planner.errors import ImageError
 
@@ -22,12 +23,18 @@ from planner.errors import ImageError
     metavar="DIR",
     help="Open backing and data files that the image names, where they are below DIR.",
 )
+@click.option(
+    "-s", "--start-offset", type=Size(), default=0, help="Begin at this byte of the disk."
+)
+@click.option("-l", "--max-length", type=Size(), help="Show so many bytes of the disk.")
 @click.argument("word", metavar="IMAGE", type=click.Path(readable=False))
-def command(
+def command(  # noqa: PLR0917 - as on the command line
     output: str,
     image_format: str,
     word: str,
     directories: tuple[str, ...],
+    start_offset: int,
+    max_length: int | None,
     *,
     image_opts: bool,
     force_share: bool,
@@ -45,12 +52,14 @@ def command(
             guest = Guest(image, follow)
         except ImageError as error:
             raise click.ClickException(f"{path}: {error}") from error
+        end = start_offset + (LARGEST if max_length is None else max_length)
+        rows = guest.extents(start_offset, end)
         if output == "json":
-            parts = map_json(guest.extents(), guest.members)
+            parts = map_json(rows, guest.members, start_offset)
         else:
-            parts = map_human(guest.extents(), [os.fsdecode(n) for n in guest.data_files(path)])
+            parts = map_human(rows, [os.fsdecode(n) for n in guest.data_files(path)])
         try:
             for part in parts:
                 click.echo(part, nl=False)
-        except MapIncomplete as error:
+        except (ImageError, MapIncomplete) as error:
             raise click.ClickException(f"{path}: {error}") from error

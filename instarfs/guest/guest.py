@@ -28,6 +28,8 @@ from planner.qcow2.snapshots import Snapshot, read_snapshots
 MAX_FOUND = 8
 """Disks that are kept ready."""
 
+ROWS_OF_ANY, ROWS_OF_A_BYTE = 1 << 20, 2
+"""Rows that a map may have: an L2 entry of 16 bytes makes up to 32 of them."""
 
 LARGEST = 1 << 61
 """Bytes of a disk: what an L1 table of the largest size maps with the largest clusters."""
@@ -78,10 +80,21 @@ class Guest:
             found.append(signature)
         return tuple(found)
 
-    def extents(self) -> Iterator[Extents]:
-        """The map of the active disk. Raises `ImageReadFailed`."""
-        stratum = _qcow2_stratum(self.chain.disk)
-        return extents(stratum, 0, stratum.size)
+    def extents(self, offset: int = 0, end: int = LARGEST) -> Iterator[Extents]:
+        """The map of the active disk from *offset* to *end*, or as long as it is.
+
+        Raises `ImageReadFailed`, and `ImageError` where it has more rows than anything in the files
+        can account for: where tables are at thousands of places.
+        """
+        most = ROWS_OF_ANY
+        for image in (self._image, *self.chain.images):
+            most += ROWS_OF_A_BYTE * image.source().stored_bytes()
+        for rows in extents(_qcow2_stratum(self.chain.disk), offset, end):
+            most -= len(rows)
+            if most < 0:
+                problem = "it leads to the same L2 tables again and again; the map ends here"
+                raise ImageError("l1_table_offset", self.layout.header.l1_table_offset, problem)
+            yield rows
 
     def data_files(self, path: str) -> list[bytes]:
         """Where the data of each member of the chain is, in QEMU's words, *path* being the image.

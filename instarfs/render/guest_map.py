@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from instarfs.render.text import decode_name, json_bytes, json_text, printable
 from planner.chain import Member, Role
 from planner.extents import UNKNOWN, Extents
@@ -18,8 +20,8 @@ _BOOLEANS = ("false", "true")
 
 
 _NOTHING = (
-    '{ "start": 0, "length": 0, "depth": 0, "present": false, "zero": false, "data": false,'
-    ' "compressed": false}'
+    '{{ "start": {}, "length": 0, "depth": 0, "present": false, "zero": false, "data": false,'
+    ' "compressed": false}}'
 )
 
 
@@ -27,8 +29,10 @@ class MapIncomplete(Exception):
     """The text has no line for some of the guest's data; the message says which."""
 
 
-def map_json(batches: Iterable[Extents], members: tuple[Member, ...]) -> Iterator[bytes]:
-    """The map as JSON, in parts, an object a line."""
+def map_json(
+    batches: Iterable[Extents], members: tuple[Member, ...], start: int = 0
+) -> Iterator[bytes]:
+    """The map from guest offset *start* on as JSON, in parts, an object a line."""
     reasons = _reasons(members)
     opening = "["
     for rows in batches:
@@ -37,8 +41,8 @@ def map_json(batches: Iterable[Extents], members: tuple[Member, ...]) -> Iterato
             lines.append(opening + line)
             opening = ",\n"
         yield "".join(lines).encode()
-    # Of an empty disk QEMU has one row too.
-    yield (opening + _NOTHING + "]\n" if opening == "[" else "]\n").encode()
+    # Where there is nothing QEMU has one row too.
+    yield (opening + _NOTHING.format(start) + "]\n" if opening == "[" else "]\n").encode()
 
 
 def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:
@@ -78,20 +82,27 @@ def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
     for rows in batches:
         # QEMU joins what it does not tell apart.
         held = rows.select(rows.data & ~rows.zero)
-        columns = (held.start, held.length, held.depth, held.offset)
-        for start, length, depth, offset in zip(*(c.tolist() for c in columns), strict=True):
-            if offset == NO_HOST:
-                raise MapIncomplete(
-                    f"File contains external, encrypted, compressed or damaged clusters, the first"
-                    f" at {start}; see --output json"
-                )
-            numbers = f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}"
-            yield f"{numbers}{printable(files[depth])}\n".encode()
+        nowhere = np.flatnonzero(held.offset == NO_HOST)
+        yield "".join(
+            _lines(held.select(slice(0, nowhere[0] if len(nowhere) else None)), files)
+        ).encode()
+        if len(nowhere):
+            raise MapIncomplete(
+                "File contains external, encrypted, compressed or damaged clusters, the first"
+                f" at {held.start[nowhere[0]]}; see --output json"
+            )
         if (rows.flaw == UNKNOWN).any():
             start = int(rows.start[rows.flaw == UNKNOWN][0])
             raise MapIncomplete(
                 f"what is at {start} is in a backing file that is not read; see --follow"
             )
+
+
+def _lines(rows: Extents, files: list[str]) -> Iterator[str]:
+    columns = (rows.start, rows.length, rows.depth, rows.offset)
+    for start, length, depth, offset in zip(*(c.tolist() for c in columns), strict=True):
+        numbers = f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}"
+        yield f"{numbers}{printable(files[depth])}\n"
 
 
 def _hex(number: int) -> str:

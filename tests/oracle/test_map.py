@@ -106,6 +106,13 @@ def test_chains(
     )
     assert (ours.code, ours.err) == (theirs.code, theirs.err) == (0, "")
     assert rows_of(ours.out) == rows_of(theirs.out)
+    for first, most in ((512, "64k"), ("100", "1.5M"), ("0x10000", "1T"), ("1M", 7), ("1P", 9)):
+        part = ("--output=json", "--start-offset", str(first), "--max-length", str(most), top)
+        ours, theirs = instarfs("--follow", tmp_path, *part), qemu(*part)
+        assert rows_of(ours.out) == rows_of(theirs.out)
+        assert (
+            instarfs("-s", str(first), "--follow", tmp_path, top).out == qemu(*part[1:3], top).out
+        )
     monkeypatch.chdir(tmp_path)
     for name in ("top", "./top", str(top)):
         ours, theirs = instarfs("--follow", ".", name), qemu(name)
@@ -186,3 +193,49 @@ def test_why_a_backing_file_is_not_read_is_a_string_of_json(
     (tmp_path / "top.qcow2").write_bytes(top.data)
     said = instarfs("--output=json", "--follow", tmp_path, tmp_path / "top.qcow2")
     assert '"quoted"' in json.loads(said.out)[0]["unknown"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_holes_in_the_files_of_a_chain(seed: int, instarfs: Instarfs, tmp_path: Path) -> None:
+    """Where metadata was preallocated, or zeros were made holes, data clusters have holes too."""
+    rng = random.Random(f"holes {seed}")
+    top = make_chain(tmp_path, rng, packed=seed % 3 == 0)
+    for image in (top, tmp_path / "base/middle"):
+        run("cp", "--sparse=always", image, tmp_path / "thin")
+        (tmp_path / "thin").rename(image)
+    ours, theirs = (
+        instarfs("--output", "json", "--follow", tmp_path, top),
+        qemu("--output=json", top),
+    )
+    assert rows_of(ours.out) == rows_of(theirs.out)
+    alone = rows_of(instarfs("--output", "json", top).out)
+    own = [row for row in rows_of(theirs.out) if row["depth"] == 0 and row["present"]]
+    assert [row for row in alone if row["present"]] == own
+
+
+@pytest.mark.parametrize("size", ["", "-1", "1X", "1e3", "0.5", "1.5b", "0x1k", "1 k", "9E"])
+def test_what_is_no_size(size: str, instarfs: Instarfs, tmp_path: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "image", "1M")
+    said = instarfs("--max-length", size, tmp_path / "image")
+    assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
+    assert "'--max-length'" in said.err
+    if size != "0x1k":  # which QEMU takes, and says that it will not for long
+        assert qemu("--max-length", size, tmp_path / "image").code == 1
+
+
+def test_tables_that_stand_everywhere_are_told_up_to_a_bound(
+    instarfs: Instarfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.guest.ROWS_OF_ANY", 1 << 10)
+    image = ImageBuilder(size=16 << 30, cluster_bits=12)
+    for cluster in range(0, 64, 2):
+        image.write(cluster, b"data")
+    made = image.build()
+    for index in range(8192):
+        made.set_word(made.l1_at(index), made.word(made.l1_at(0)))
+    (tmp_path / "image").write_bytes(made.data)
+    said = instarfs("--output=json", tmp_path / "image")
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "it leads to the same L2 tables again and again" in said.err
+    assert 1 << 18 < said.out.count("\n") < 65 * 8192
+    assert instarfs("--max-length", "1G", tmp_path / "image").code == 0

@@ -1,15 +1,18 @@
 """Runs of guest bytes from random tables, against the specification read entry by entry."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from planner.errors import ReadFailed
 from planner.mapping import FLAW_SENTENCES, NO_HOST, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.entries import COMPRESSED, COPIED
 from planner.qcow2.geometry import Geometry
 from planner.source import Bytes
+from tests.planner.sources import Sparse
 
 L1_OFFSET = 1 << 16
 
@@ -220,3 +223,141 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_flaw_has_its_sentence() -> None:
     assert FLAW_SENTENCES.keys() == set(Flaw) - {Flaw.NONE}
+
+
+@dataclass
+class BadDisk:
+    """A source some sectors of which cannot be read."""
+
+    source: Bytes
+    bad: set[int]
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        touched = range(offset // 512, -(-(offset + len(buffer)) // 512))
+        if not self.bad.isdisjoint(touched):
+            raise ReadFailed
+        self.source.read_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self.source.data_extents(offset, length)
+
+
+def with_lost(image: RandomImage, disk: BadDisk, data_end: int) -> list[Piece]:
+    """What the whole disk is read from, tables being on *disk*, data up to *data_end*."""
+    geometry, found = image.geometry, []
+    width, smallest = geometry.l2_entry_size, geometry.cluster_size // 32
+    step = smallest if geometry.extended_l2 else geometry.cluster_size
+
+    def is_lost(start: int, length: int) -> bool:
+        sectors = range(start // 512, -(-(start + length) // 512))
+        return start + length > disk.size or not disk.bad.isdisjoint(sectors)
+
+    for at in range(0, (image.l1_size + 1) * geometry.l2_coverage, step):
+        index, inside = divmod(at, geometry.l2_coverage)
+        l1_at = L1_OFFSET + index * 8
+        if index < image.l1_size and is_lost(l1_at, 8):
+            found.append(damaged(Flaw.TABLE_LOST))
+            continue
+        piece = image.piece(at)
+        table = int.from_bytes(image.source.data[l1_at : l1_at + 8], "big") & ~COPIED
+        if index in image.tables and index not in image.misaligned:
+            entry = table + inside // geometry.cluster_size * width
+            if is_lost(entry, width):
+                piece = damaged(Flaw.TABLE_LOST)
+        if piece.kind == RunKind.DATA and piece.host + step > data_end:
+            piece = damaged(Flaw.CLUSTER_LOST)
+        found.append(piece)
+    return found
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_what_is_not_there_is_told_from_zeros(name: str) -> None:
+    geometry, rng = GEOMETRIES[name][0], random.Random(f"lost {name}")
+    step = geometry.cluster_size // 32 if geometry.extended_l2 else geometry.cluster_size
+    seen: set[Flaw] = set()
+    cuts: tuple[int, ...] = (-5000, L1_OFFSET + 8)
+    if not geometry.extended_l2:
+        cuts = (-1, -5000, -30_000, L1_OFFSET + 8, L1_OFFSET) * 3
+    for cut in cuts:
+        image = RandomImage(geometry, rng)
+        size = max(L1_OFFSET, len(image.source.data) + cut) if cut < 0 else cut
+        sectors = range(L1_OFFSET // 512, -(-len(image.source.data) // 512))
+        bad = set(rng.sample(sectors, min(3, len(sectors) // 3)))
+        disk = BadDisk(Bytes(image.source.data[:size]), bad)
+        most = image.l1_size * geometry.l2_entries if geometry.external_data else 1 << 12
+        data_end = rng.randrange(most) << geometry.cluster_bits
+        truth = with_lost(image, disk, data_end)
+        seen.update(piece.flaw for piece in truth)
+        mapping = Mapping(disk, geometry, L1_OFFSET, image.l1_size, data_end=data_end)
+        end = len(truth) * step
+        assert pieces(Runs.concatenate(list(mapping.walk(0, end))), geometry) == truth
+        assert pieces(mapping.runs(0, end, Bytes(b"")), geometry) == truth
+    assert seen >= {Flaw.TABLE_LOST, Flaw.CLUSTER_LOST}
+
+
+def test_a_cluster_that_the_end_cuts_is_there_up_to_the_end() -> None:
+    image = RandomImage(GEOMETRIES["4k"][0], random.Random(3))
+    whole = image.mapping.runs(0, image.geometry.l2_coverage)
+    which = int(np.flatnonzero(whole.kind == RunKind.DATA)[1])
+    end = int(whole.host[which]) + 1000
+    runs = whole.without_lost(end)
+    at = int(np.flatnonzero(runs.host == whole.host[which])[0])
+    assert runs.length[at : at + 2].tolist() == [1000, whole.length[which] - 1000]
+    assert runs.guest[at + 1] == whole.guest[which] + 1000
+    assert runs.flaw[at : at + 2].tolist() == [Flaw.NONE, Flaw.CLUSTER_LOST]
+    assert (runs.guest[1:] == (runs.guest + runs.length)[:-1]).all()
+    held = runs.select(runs.kind == RunKind.DATA)
+    assert (held.host + held.length <= end).all()
+    assert whole.without_lost(1 << 60) is whole
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_table_at_several_places_is_there_at_each(name: str) -> None:
+    geometry, rng = GEOMETRIES[name][0], random.Random(f"repeats {name}")
+    image = RandomImage(geometry, rng)
+    first = image.source.data[L1_OFFSET : L1_OFFSET + image.l1_size * 8]
+    words = [*(first[at : at + 8] for at in range(0, len(first), 8)), bytes(8)]
+    count = 6 if geometry.extended_l2 else 12
+    l1 = b"".join(rng.choice(words) for _ in range(count))
+    start = -(-len(image.source.data) // 512) * 512
+    source = Bytes(image.source.data.ljust(start, b"\0") + l1)
+    mapping = Mapping(source, geometry, start, count)
+    end = count * geometry.l2_coverage
+    read = mapping.runs(0, end)
+    assert pieces(Runs.concatenate(list(mapping.walk(0, end))), geometry) == pieces(read, geometry)
+    low, high = (end // 5, end // 3) if geometry.extended_l2 else (end // 3, 5 * end // 6)
+    low, high = low // geometry.cluster_size * geometry.cluster_size, high // 65536 * 65536
+    part = Runs.concatenate(list(mapping.walk(low, high)))
+    assert pieces(part, geometry) == pieces(mapping.runs(low, high), geometry)
+
+
+def test_a_table_at_many_places_is_read_once() -> None:
+    geometry = Geometry(3, 16, 4, 0)
+    packed = COMPRESSED | 5 << 16
+    table = np.full(geometry.l2_entries, packed, dtype=">u8").tobytes()
+    l1 = np.full(10_000, 1 << 16, dtype=">u8").tobytes()
+    source = Sparse.of(bytes(1 << 16) + table + l1, 1 << 30, 1 << 16)
+    mapping = Mapping(source, geometry, 2 << 16, 10_000)
+    before = source.bytes_read
+    rows = Runs.concatenate(list(mapping.walk(0, 10_000 * geometry.l2_coverage, packed=True)))
+    assert source.bytes_read == before + (1 << 16)
+    assert rows.joined(packed=True).length.tolist() == [10_000 * geometry.l2_coverage]
+
+
+def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
+    geometry, count = Geometry(3, 21, 4, 0), 1 << 18
+    words = (np.arange(count, dtype=np.uint64) + np.uint64(100)) << np.uint64(21)
+    words[count // 2 :] |= np.uint64(512)
+    l1 = words.astype(">u8").tobytes()
+    mapping = Mapping(Sparse.of(l1, 1 << 60, 1 << 16), geometry, 0, count)
+    size = count * geometry.l2_coverage
+    runs = Runs.concatenate(list(mapping.walk(0, size)))
+    assert runs.length.tolist() == [size // 2, size // 2]
+    assert runs.flaw.tolist() == [Flaw.NONE, Flaw.L2_MISALIGNED]
+    strict = Mapping(Sparse.of(l1, 1 << 25, 1 << 16), geometry, 0, count, data_end=0)
+    runs = Runs.concatenate(list(strict.walk(0, size)))
+    assert set(runs.flaw.tolist()) == {Flaw.L2_MISALIGNED, Flaw.TABLE_LOST}
