@@ -407,6 +407,7 @@ class _Check:
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             hidden=_hide_references(findings, found_entries, self._layout.file_size),
+            luks_error=survey.luks_error,
             cut_off=find_cut(self._source, self._layout, Found(findings, found_entries, stored)),
         )
 
@@ -435,7 +436,7 @@ def _hide_references(
             FindingKind.L2_TABLE_MISALIGNED,
             FindingKind.SNAPSHOT_L1_MISALIGNED,
             FindingKind.SNAPSHOT_L1_TOO_LARGE,
-            FindingKind.LUKS_HEADER_INVALID,
+            FindingKind.LUKS_HEADER_LENGTH,
         )
         if kind in kinds
     ]

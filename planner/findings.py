@@ -123,6 +123,7 @@ class FindingKind(IntEnum):
     BEYOND_DISK_END = 34
     TABLE_OVERWRITTEN = 35
     CUT_OFF = 36
+    LUKS_HEADER_LENGTH = 37
 
     @property
     def label(self) -> str:
@@ -285,10 +286,17 @@ KINDS: dict[FindingKind, KindInfo] = {
     ),
     FindingKind.LUKS_HEADER_INVALID: KindInfo(
         _S.CORRUPTION,
-        "the LUKS header makes no sense, or is longer than the image says: parts of it may look"
-        " leaked",
+        "with this LUKS header no password opens the disk",
         "length",
         left="without its LUKS header the disk cannot be decrypted; keep what is there of it",
+        counted=False,
+    ),
+    FindingKind.LUKS_HEADER_LENGTH: KindInfo(
+        _S.CORRUPTION,
+        "the LUKS header is longer than the image says: parts of it may look leaked",
+        "bytes",
+        "at least",
+        left="the image does not say which of the two is right",
         counted=False,
     ),
     FindingKind.REFTABLE_ENTRY_RESERVED: KindInfo(

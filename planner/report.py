@@ -62,11 +62,11 @@ class Report:
     ``error``: the header cannot be read, and nothing else is known. ``stopped``: tables that could
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
     refcount structure itself is damaged. ``hidden``: the kinds of findings because of which a table
-    that could hold references was not walked. ``regions``: where all metadata lies. ``cut_off``:
-    that the file is too short, where something shows it. ``in_use``,
-    ``changed``: a writer had the image, or it changed, while it was read. ``entries``: what was
-    found about L2 entries; ``mismatches``, ``totals``: stored against counted refcounts. `rows` and
-    `counts` join them in.
+    that could hold references was not walked. ``regions``: where all metadata lies. ``luks_error``:
+    why no password opens the disk. ``cut_off``: that the file is too short, where something shows
+    it. ``in_use``, ``changed``: a writer had the image, or it changed, while it was read.
+    ``entries``: what was found about L2 entries; ``mismatches``, ``totals``: stored against counted
+    refcounts. `rows` and `counts` join them in.
     """
 
     layout: Layout | None
@@ -82,6 +82,7 @@ class Report:
     stopped: tuple[ImageError, ...] = ()
     needs_rebuild: bool = False
     hidden: tuple[FindingKind, ...] = ()
+    luks_error: ImageError | None = None
     cut_off: CutOff | None = None
     in_use: bool = False
     changed: bool = False

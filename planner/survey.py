@@ -23,7 +23,7 @@ from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
-from planner.qcow2.luks import SECTOR, read_luks
+from planner.qcow2.luks import luks_error, luks_length
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
     Snapshot,
@@ -44,7 +44,7 @@ class Survey:
     ``l1``: the entries of all L1 tables that can be read; ``tables``: the L2 tables that they lead
     to; ``present``: positions of those of them that may hold anything but zeros. ``regions``: all
     metadata inside the file but the refcount blocks, which are ``refblocks``. ``stopped``: tables
-    that could not be read.
+    that could not be read. ``luks_error``: why QEMU would refuse the LUKS header.
     """
 
     layout: Layout
@@ -56,6 +56,7 @@ class Survey:
     regions: Regions
     refblocks: Regions
     stopped: tuple[ImageError, ...]
+    luks_error: ImageError | None
 
     @property
     def every_region(self) -> Regions:
@@ -82,6 +83,7 @@ def take_survey(source: Source, layout: Layout, findings: FindingsBuilder) -> Su
         regions=surveyor.regions.build(),
         refblocks=surveyor.refblock_regions(reftable),
         stopped=tuple(surveyor.stopped),
+        luks_error=surveyor.luks_error,
     )
 
 
@@ -94,6 +96,7 @@ class _Surveyor:
         self._findings = findings
         self.regions = RegionsBuilder(layout, findings)
         self.stopped: list[ImageError] = []
+        self.luks_error: ImageError | None = None
 
     def _stop(self, error: ImageError, **where: Any) -> None:
         """QEMU ends its check here; what follows is still worth knowing."""
@@ -275,25 +278,25 @@ class _Surveyor:
         self._locate_bitmaps()
 
     def _locate_luks(self) -> None:
-        """The LUKS header; its own word on how long it is must fit what the image says."""
+        """The LUKS header: whether it opens the disk, and whether it is as long as it says."""
         crypto = self._layout.extensions.crypto
         if crypto is None:
             return
         # QEMU takes the length as signed, and counts nothing for one that comes out negative.
         if crypto.length <= SIGNED_MAX:
             self.regions.add(Structure.LUKS, crypto.offset, crypto.length)
-        try:
-            sound = read_luks(self._source, crypto).payload_offset * SECTOR <= crypto.length
-        except ImageError:
-            sound = False
-        if not sound or crypto.length > SIGNED_MAX:
-            self._findings.add(
-                FindingKind.LUKS_HEADER_INVALID,
-                structure=Structure.LUKS,
-                host_offset=min(crypto.offset, SIGNED_MAX),
-                length=self._geometry.cluster_size,
-                found=np.uint64(crypto.length),
-            )
+        where: dict[str, Any] = {
+            "structure": Structure.LUKS,
+            "host_offset": min(crypto.offset, SIGNED_MAX),
+            "length": self._geometry.cluster_size,
+            "found": np.uint64(crypto.length),
+        }
+        self.luks_error = luks_error(self._source, crypto)
+        if self.luks_error is not None:
+            self._findings.add(FindingKind.LUKS_HEADER_INVALID, **where)
+        needed = luks_length(self._source, crypto)
+        if not needed <= crypto.length <= SIGNED_MAX:
+            self._findings.add(FindingKind.LUKS_HEADER_LENGTH, expected=needed, **where)
 
     def _locate_bitmaps(self) -> None:
         pointer = self._layout.extensions.bitmaps

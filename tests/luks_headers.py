@@ -98,6 +98,10 @@ REFUSED = {
     "iv-unknown": luks_header(cipher_mode=_name("xts-random")),
     "essiv-without-hash": luks_header(cipher_mode=_name("cbc-essiv"), key_bytes=32),
     "essiv-hash-unknown": luks_header(cipher_mode=_name("cbc-essiv:crc32"), key_bytes=32),
+    "essiv-digest-without-cipher": luks_header(cipher_mode=_name("cbc-essiv:sha1"), key_bytes=32),
+    "essiv-with-cast5": luks_header(
+        cipher_name=_name("cast5"), cipher_mode=_name("cbc-essiv:sha256"), key_bytes=16
+    ),
     "hash-unknown": luks_header(hash_spec=_name("crc32")),
     "key-31": luks_header(key_bytes=63),
     "key-size-unknown": luks_header(key_bytes=40),
@@ -112,3 +116,12 @@ REFUSED = {
     "slots-overlap": with_slot(1, key_material_offset=16),
 }
 """What QEMU refuses, by the field that is wrong."""
+
+LOCKED = {
+    "key-odd": ACCEPTED["key-odd"],
+    "cast5-xts": luks_header(cipher_name=_name("cast5"), key_bytes=32),
+    "no-keys": luks_header(
+        key_slots=tuple(replace(s, active=DISABLED) for s in luks_header().key_slots)
+    ),
+}
+"""What QEMU accepts until it is given a password, by what is wrong then."""

@@ -92,6 +92,8 @@ def result_json(
     }
     if report.error is not None:
         value["error"] = _error_value(report.error)
+    if report.luks_error is not None:
+        value["luks-error"] = _error_value(report.luks_error)
     if report.stopped:
         value["stopped"] = [_error_value(error) for error in report.stopped]
     if repair is not None:
@@ -309,6 +311,8 @@ def fact(report: Report, finding: Finding) -> str:
         return f"host cluster at {finding.host_offset} has {finding.found} owners: {owners}"
     if kind is FindingKind.CHECK_STOPPED:
         return _place(report, finding)
+    if kind is FindingKind.LUKS_HEADER_INVALID:
+        return f"{_place(report, finding)}: {printable(str(report.luks_error))}"
     if kind is FindingKind.TABLE_OVERWRITTEN:
         return f"{_overwritten_place(report, finding)} holds {content_name(finding.found)}"
     fact = f"{info.found} {_number(info.found, finding.found)}"

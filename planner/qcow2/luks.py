@@ -1,7 +1,8 @@
 """The LUKS header inside an encrypted image: its fields, and what QEMU refuses in them.
 
 No key is ever derived and no key material read. Source: LUKS On-Disk Format Specification,
-version 1.2.3, section 3; for what QEMU refuses, qcrypto_block_luks_open.
+version 1.2.3, section 3; for what QEMU refuses, qcrypto_block_luks_open. One version of it refuses
+less than the next: what any of them refuses is refused here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from construct import Array, Bytes, Int16ub, Int32ub, Struct
 
-from planner.errors import ImageError
+from planner.errors import ImageError, as_value
 from planner.qcow2.extensions import CryptoPointer
 from planner.source import Source, read_bytes
 
@@ -44,7 +45,7 @@ LUKS_HEADER = Struct(
     "uuid" / Bytes(40),
     "key_slots" / Array(KEY_SLOTS, KEY_SLOT),
 )
-LUKS_BYTES = LUKS_HEADER.sizeof()
+LUKS_BYTES: int = LUKS_HEADER.sizeof()
 
 CIPHER_KEY_BYTES = {
     "aes": (16, 24, 32),
@@ -54,7 +55,16 @@ CIPHER_KEY_BYTES = {
 }
 MODES = ("ecb", "cbc", "xts", "ctr")
 IV_GENERATORS = ("plain", "plain64", "essiv")
-HASHES = ("md5", "sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
+DIGEST_BYTES = {
+    "md5": 16,
+    "sha1": 20,
+    "sha224": 28,
+    "sha256": 32,
+    "sha384": 48,
+    "sha512": 64,
+    "ripemd160": 20,
+}
+"""The hashes that QEMU knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +149,10 @@ def encode_luks(header: LuksHeader) -> bytes:
 
 
 def read_luks(source: Source, pointer: CryptoPointer) -> LuksHeader:
-    """The LUKS header of an image. Raises `ImageError` for the first thing that QEMU refuses."""
+    """The LUKS header of an image. Raises `ImageError` for the first thing that QEMU refuses.
+
+    For what it refuses only when it is given a password see `check_unlocking`.
+    """
     if pointer.length < LUKS_BYTES:
         raise ImageError("crypto header length", pointer.length, f"LUKS needs {LUKS_BYTES} bytes")
     header = decode_luks(read_bytes(source, pointer.offset, LUKS_BYTES))
@@ -147,16 +160,32 @@ def read_luks(source: Source, pointer: CryptoPointer) -> LuksHeader:
     return header
 
 
+def luks_error(source: Source, pointer: CryptoPointer) -> ImageError | None:
+    """Why QEMU would not open the disk of an image, whatever the password; None where it would."""
+    try:
+        check_unlocking(read_luks(source, pointer), pointer.length)
+    except ImageError as error:
+        return as_value(error)
+    return None
+
+
+def luks_length(source: Source, pointer: CryptoPointer) -> int:
+    """How long a LUKS header says that it is, bytes; as short as one can be where none is there."""
+    header = decode_luks(read_bytes(source, pointer.offset, LUKS_BYTES))
+    said = header.payload_offset * SECTOR if header.magic == MAGIC else 0
+    return max(LUKS_BYTES, said)
+
+
 def check_luks(header: LuksHeader) -> None:
     """Judge a header as QEMU does before it asks for a key. Raises `ImageError`."""
     if header.magic != MAGIC:
-        raise ImageError("LUKS magic", header.magic.hex(), f"must be {MAGIC.hex()}")
+        raise ImageError("LUKS magic", f"0x{header.magic.hex()}", f"must be 0x{MAGIC.hex()}")
     if header.version != 1:
         raise ImageError("LUKS version", header.version, "only version 1 is known")
     for field in ("cipher_name", "cipher_mode", "hash_spec"):
         value = getattr(header, field)
         if b"\0" not in value:
-            raise ImageError(f"LUKS {field}", value.hex(), "the name has no end")
+            raise ImageError(f"LUKS {field}", f"0x{value.hex()}", "the name has no end")
     if header.payload_offset < HEADER_AREA // SECTOR:
         raise ImageError("LUKS payload_offset", header.payload_offset, "inside the LUKS header")
     if header.mk_digest_iter == 0:
@@ -164,8 +193,28 @@ def check_luks(header: LuksHeader) -> None:
     for index in range(KEY_SLOTS):
         _check_slot(header, index)
     cipher_of(header)
-    if header.hash_name not in HASHES:
+    if header.hash_name not in DIGEST_BYTES:
         raise ImageError("LUKS hash_spec", repr(header.hash_name), "not a known hash")
+
+
+def check_unlocking(header: LuksHeader, room: int) -> None:
+    """Judge a header that `check_luks` accepts as QEMU does with a password, whichever it is.
+
+    *room*: bytes that the image has for the header. Raises `ImageError`.
+    """
+    cipher = cipher_of(header)
+    if cipher.mode == "xts" and header.key_bytes % 2:
+        raise ImageError("LUKS key_bytes", header.key_bytes, "xts takes two keys of one length")
+    if cipher.mode == "xts" and cipher.algorithm == "cast5":
+        raise ImageError("LUKS cipher_mode", repr(_text(header.cipher_mode)), "not with cast5")
+    # QEMU tries one after the other, and gives up at the first whose material it cannot read.
+    first = next((n for n, slot in enumerate(header.key_slots) if slot.enabled), None)
+    if first is None:
+        raise ImageError("LUKS key slots", "all disabled", "no password opens the disk")
+    start = header.key_slots[first].key_material_offset * SECTOR
+    if start + header.key_bytes * STRIPES > room:
+        problem = f"reaches past the {room} bytes that the image has for the header"
+        raise ImageError(f"key_material_offset of LUKS key slot {first}", start // SECTOR, problem)
 
 
 def _check_slot(header: LuksHeader, index: int) -> None:
@@ -194,7 +243,7 @@ def cipher_of(header: LuksHeader) -> Cipher:
     generator, colon, iv_hash = generator.partition(":")
     if not dash or mode not in MODES or generator not in IV_GENERATORS:
         raise ImageError("LUKS cipher_mode", repr(specification), "not a known cipher mode")
-    if colon and iv_hash not in HASHES:
+    if colon and iv_hash not in DIGEST_BYTES:
         raise ImageError("LUKS cipher_mode", repr(specification), "not a known hash")
     if generator == "essiv" and not colon:
         raise ImageError("LUKS cipher_mode", repr(specification), "essiv needs a hash")
@@ -204,6 +253,10 @@ def cipher_of(header: LuksHeader) -> Cipher:
     if key_bytes not in CIPHER_KEY_BYTES.get(algorithm, ()):
         problem = f"not a cipher with keys of {key_bytes} bytes"
         raise ImageError("LUKS cipher_name", repr(algorithm), problem)
+    # What essiv encrypts sector numbers with takes a digest for its key.
+    if generator == "essiv" and DIGEST_BYTES[iv_hash] not in CIPHER_KEY_BYTES[algorithm]:
+        problem = f"{algorithm} takes no key as long as that digest"
+        raise ImageError("LUKS cipher_mode", repr(specification), problem)
     return Cipher(algorithm, key_bytes * 8, mode, generator, iv_hash if colon else None)
 
 

@@ -13,6 +13,7 @@ import pytest
 from instarfs.render import check as render
 from instarfs.render import findings as render_findings
 from instarfs.render.findings import findings_jsonl
+from instarfs.render.report import report_txt
 from planner import findings as findings_module
 from planner import mismatch as mismatch_module
 from planner.check import check_image
@@ -201,3 +202,15 @@ def test_where_a_file_ends_that_is_cut_off_and_what_it_needs():
     whole = check_image(plain().source)
     assert json.loads(render.result_json(whole, "x.qcow2"))["cut-off"] is None
     assert not list(render.check_messages(whole))
+
+
+def test_a_luks_header_that_opens_no_disk_says_what_is_wrong_with_it():
+    image = RULES["luks_header_that_is_gone"]().image
+    report = check_image(image.source)
+    wrong = "LUKS magic is 0x000000000000: must be 0x4c554b53babe"
+    value = json.loads(render.result_json(report, "x.qcow2"))
+    assert value["luks-error"]["message"] == wrong
+    (row,) = map(json.loads, b"".join(findings_jsonl(report)).splitlines())
+    assert f": {wrong}: with this LUKS header no password opens the disk" in row["message"]
+    assert f": {wrong}" in report_txt(report, "x.qcow2").decode()
+    assert "luks-error" not in json.loads(render.result_json(check_image(plain().source), "x"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from examples.make_image import Image
 from planner.findings import FindingKind as Kind
 from planner.findings import Structure
 from planner.qcow2.extensions import CRYPTO_HEADER
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout
-from tests.luks_headers import luks_bytes
+from planner.qcow2.luks import DISABLED, LUKS_BYTES, encode_luks
+from tests.luks_headers import luks_bytes, small_luks_header
 from tests.planner.corpus.rule import (
     SIZE,
     Rule,
@@ -144,16 +147,40 @@ def luks_header_longer_than_its_pointer_says() -> Rule:
         image,
         [
             finding(
-                Kind.LUKS_HEADER_INVALID,
+                Kind.LUKS_HEADER_LENGTH,
                 structure=Structure.LUKS,
                 host_offset=first * SIZE,
                 found=3 * SIZE,
+                expected=LUKS_CLUSTERS * SIZE,
             ),
+            finding(Kind.LUKS_HEADER_INVALID, structure=Structure.LUKS, found=3 * SIZE),
             leak(first + 3, LUKS_CLUSTERS - 3),
         ],
         leaks=LUKS_CLUSTERS - 3,
         complete=False,
     )
+
+
+@rule
+def luks_header_that_is_gone() -> Rule:
+    """Its clusters are its own all the same: nothing looks leaked that is not."""
+    image = luks()
+    first = luks_offset(image)
+    image.data[first : first + SIZE] = bytes(SIZE)
+    length = LUKS_CLUSTERS * SIZE
+    gone = {"structure": Structure.LUKS, "host_offset": first, "found": length}
+    return Rule(image, [finding(Kind.LUKS_HEADER_INVALID, **gone)])
+
+
+@rule
+def luks_header_without_keys() -> Rule:
+    """A LUKS header in which every key slot is disabled opens for nobody."""
+    header = small_luks_header()
+    slots = tuple(replace(slot, active=DISABLED) for slot in header.key_slots)
+    image = luks()
+    first = luks_offset(image)
+    image.data[first : first + LUKS_BYTES] = encode_luks(replace(header, key_slots=slots))
+    return Rule(image, [finding(Kind.LUKS_HEADER_INVALID, structure=Structure.LUKS)])
 
 
 # Bitmaps

@@ -12,16 +12,20 @@ from planner.errors import ImageError
 from planner.qcow2.extensions import CryptoPointer
 from planner.qcow2.luks import (
     LUKS_BYTES,
+    SECTOR,
+    STRIPES,
     Cipher,
     LuksHeader,
     check_luks,
+    check_unlocking,
     cipher_of,
     decode_luks,
     encode_luks,
+    luks_length,
     read_luks,
 )
 from planner.source import Bytes
-from tests.luks_headers import ACCEPTED, REFUSED, luks_header, with_slot
+from tests.luks_headers import ACCEPTED, LOCKED, REFUSED, luks_header, with_slot
 
 
 def test_header_is_as_long_as_the_specification_says() -> None:
@@ -49,6 +53,33 @@ def test_accepted(name: str) -> None:
 def test_refused(name: str) -> None:
     with pytest.raises(ImageError, match="LUKS"):
         check_luks(REFUSED[name])
+
+
+@pytest.mark.parametrize("name", ACCEPTED.keys() - LOCKED.keys())
+def test_a_password_may_open_it(name: str) -> None:
+    check_unlocking(ACCEPTED[name], 1 << 40)
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_no_password_opens_it(name: str) -> None:
+    check_luks(LOCKED[name])
+    with pytest.raises(ImageError, match="LUKS"):
+        check_unlocking(LOCKED[name], 1 << 40)
+
+
+def test_the_first_key_must_lie_where_the_image_has_the_header() -> None:
+    header = luks_header()
+    end = header.key_slots[0].key_material_offset * SECTOR + header.key_bytes * STRIPES
+    check_unlocking(header, end)
+    with pytest.raises(ImageError, match=f"LUKS key slot 0 is 8: reaches past the {end - 1} bytes"):
+        check_unlocking(header, end - 1)
+
+
+def test_how_long_a_header_is_said_to_be() -> None:
+    header = encode_luks(luks_header())
+    here = CryptoPointer(0, LUKS_BYTES)
+    assert luks_length(Bytes(header), here) == (8 + 8 * 504) * SECTOR
+    assert luks_length(Bytes(bytes(6) + header[6:]), here) == LUKS_BYTES
 
 
 @pytest.mark.parametrize(
