@@ -32,10 +32,12 @@ from instarfs.guest.reader import GuestReader
 from instarfs.image import FileSource, Generation, Image
 from instarfs.interrupted import pending
 from instarfs.journal import Summary
+from instarfs.looking import look_around
 from instarfs.outcome import Pending, RepairOutcome
 from instarfs.repairer import Repairer
 from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentage
 from instarfs.sharing import Sharing
+from instarfs.surroundings import Surroundings
 from planner.atlas import Atlas, draw_atlas
 from planner.check import check_image
 from planner.dirty import BitmapStates, read_bitmap_states
@@ -53,7 +55,7 @@ from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import SIGNED_MAX, Header
 from planner.qcow2.snapshots import Snapshot
-from planner.repair.tiers import Proposal, propose, total
+from planner.repair.tiers import Proposal, is_repairable, propose
 from planner.report import Report
 from planner.triage import Triage, triage_leaks
 
@@ -114,12 +116,13 @@ class Briefing:
     """A check, and what follows from it: all that a person needs who has to decide.
 
     ``proposals``: of each tier, or why there is none; empty where there is nothing to repair, or
-    nobody knows.
+    nobody knows. ``surroundings``: what is beside the image, to make files there.
     """
 
     checkup: Checkup
     triage: Triage | InstarfsError
     proposals: dict[RepairTier, Proposal | InstarfsError | PlannerError]
+    surroundings: Surroundings
 
 
 class Check(Protocol):
@@ -167,7 +170,7 @@ class Inspector:
         self.description = Computed(self._settled_generation, self._describe)
         self.checkup = Computed(self._state, self._run_check)
         self.leaks = Computed(self._state, self._look_into_leaks)
-        self.briefing = Computed(self._state, self._brief)
+        self.briefing = Computed(lambda: (self._state(), self._surroundings()), self._brief)
         self.proposals = {
             tier: Computed(self._state, partial(self._propose, tier)) for tier in RepairTier
         }
@@ -296,6 +299,9 @@ class Inspector:
         generation = self._settled_generation()
         return generation, self._is_written(), self.pending()
 
+    def _surroundings(self) -> Surroundings:
+        return look_around(self._image)
+
     def _is_written(self) -> bool:
         """Whether somebody, here or elsewhere, writes to it, or may."""
         return locks.is_written(self._image.fileno()) or self._sharing.has_writer
@@ -367,13 +373,14 @@ class Inspector:
             triage = trio.from_thread.run(self.leaks.get).value.triage
         except ImageReadFailed as error:  # of a leaked cluster, which the check did without
             triage = as_value(error)
-        briefing = Briefing(checkup, triage, {})
-        report = checkup.report
-        if report.error is None and not report.torn and total(report):
+        around = self._surroundings()
+        briefing = Briefing(checkup, triage, {}, around)
+        if is_repairable(checkup.report):
             for tier in RepairTier:
                 briefing.proposals[tier] = self._proposal_or_error(tier)
         if self._moment() != before:
-            return Briefing(replace(checkup, report=_torn(report)), triage, {})
+            torn = replace(checkup, report=_torn(checkup.report))
+            return Briefing(torn, triage, {}, around)
         return briefing
 
     def _proposal_or_error(self, tier: RepairTier) -> Proposal | InstarfsError | PlannerError:

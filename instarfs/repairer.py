@@ -189,8 +189,13 @@ class _Pass:
         )
         if not proposal.complete:
             error = RepairIncomplete(self._path, proposal.found, proposal.left_count)
-            status = Status.INCOMPLETE
-            self.outcome = replace(self.outcome, status=status, reason=str(error), error=error)
+            self.outcome = replace(
+                self.outcome,
+                status=Status.INCOMPLETE,
+                reason=str(error),
+                # Whoever quotes a plan asks for no more than what is in it.
+                error=None if quote else error,
+            )
 
     def _fresh_check(self, session: Session) -> Report:
         """The check that everything else follows from. Raises its error where it has one."""

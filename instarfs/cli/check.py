@@ -69,7 +69,7 @@ def command(
     Without -r nothing is written. A repair is proven before it is written, is taken back by
     `instarfs undo`, and what it leaves is named. Exit codes, after a repair of what is then: 0
     clean, 1 not completed or refused, 2 corruptions, 3 only leaks or not closed properly, 63 not
-    qcow2.
+    qcow2. With --plan, 0 says that exactly that plan was carried out, whatever it leaves.
 
     Of several images each is checked, whatever becomes of the others; the exit code is the worst,
     1 before 2 before 63 before 3, and JSON is an array. One image is repaired at a time.
@@ -82,7 +82,7 @@ def command(
     if tier is not None:
         _refuse_repair(names)
         outcome = _repair(names[0], tier, quote or "", keep_undo=not no_undo, progress=progress)
-        sys.exit(_conclude_repair(outcome, names[0], shown))
+        sys.exit(_conclude_repair(outcome, names[0], shown, is_quoted=bool(quote)))
     if quote is not None or no_undo:
         raise click.UsageError("--plan and --no-undo are for a repair: add -r")
     if len(names) > 1:
@@ -182,13 +182,17 @@ def _conclude_check(checked: _Checked, shown: str) -> int:
     return checked.exit_code
 
 
-def _conclude_repair(outcome: RepairOutcome, name: ImageName, shown: str) -> int:
+def _conclude_repair(
+    outcome: RepairOutcome, name: ImageName, shown: str, *, is_quoted: bool
+) -> int:
     from instarfs.cli import repairing  # noqa: PLC0415
     from instarfs.render.repair import fixed_human, outcome_human  # noqa: PLC0415
 
     after, path = outcome.after, name.path
     error = repairing.error_of(outcome, path)
     code = after.exit_code if after is not None else 1
+    if is_quoted and error is None:
+        code = 0  # exactly that was done, whatever it leaves
     if shown == "json" and after is not None:
         ends_with = code if error is None else name.failed(error).exit_code
         document = result_json(after, path, outcome, zeros=False, exit_code=ends_with)

@@ -21,6 +21,7 @@ _MODULES = {
     "mount": "instarfs.cli.mount",
     "umount": "instarfs.cli.umount",
     "check": "instarfs.cli.check",
+    "report": "instarfs.cli.report",
     "plan": "instarfs.cli.plan",
     "undo": "instarfs.cli.undo",
     "trim": "instarfs.cli.trim",

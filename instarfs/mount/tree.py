@@ -38,7 +38,8 @@ from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
 from instarfs.render import tables as render_tables
 from instarfs.render import triage as render_triage
-from instarfs.render.report import Aftermath, report_txt
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.report import report_txt
 from instarfs.render.text import printable
 from planner.errors import Cancelled, ImageError, RepairError
 from planner.explain import explain_guest, explain_host
@@ -78,7 +79,7 @@ def build_tree(inspector: Inspector, *, read_only: bool = False, mountpoint: str
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
-        *_check_files(inspector, mountpoint),
+        *_check_files(inspector, mountpoint, read_only=read_only),
         *_lost_files(inspector),
         *_repair_files(inspector, controls),
     ]
@@ -330,13 +331,20 @@ def _look_at(
 # ---- check/ ----
 
 
-def _check_files(inspector: Inspector, mountpoint: str) -> list[_Entry]:
+def _check_files(inspector: Inspector, mountpoint: str, *, read_only: bool) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
         return render_check.result_json(it.report, inspector.path, it.repaired, it.pending)
 
     def report(it: Briefing) -> bytes:
         checkup = it.checkup
-        known = Aftermath(it.triage, it.proposals, checkup.pending, mountpoint)
+        known = Aftermath(
+            it.triage,
+            it.proposals,
+            checkup.pending,
+            mountpoint,
+            has_controls=not read_only,
+            surroundings=it.surroundings,
+        )
         return report_txt(checkup.report, inspector.path, known)
 
     def progress() -> bytes:

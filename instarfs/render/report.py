@@ -6,13 +6,13 @@ the commands to go on with; the findings last, long lists by reference. All from
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import numpy as np
 
 from instarfs.outcome import Pending
+from instarfs.render.advice import what_to_do
+from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines
 from instarfs.render.text import printable
@@ -57,22 +57,6 @@ _HARMS = {
 
 _LABELS = {Harm.LOST: "lost", Harm.SUSPECT: "suspect", Harm.AT_RISK: "at risk"}
 
-_Proposals = Mapping[RepairTier, Proposal | Exception]
-
-
-@dataclass(frozen=True, slots=True)
-class Aftermath:
-    """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
-
-    ``triage``: or why the leaked clusters could not be looked into. ``mountpoint``: where the image
-    is mounted, if it is.
-    """
-
-    triage: Triage | Exception = field(default_factory=Triage)
-    proposals: _Proposals = field(default_factory=dict)
-    pending: Pending | None = None
-    mountpoint: str = ""
-
 
 def report_txt(report: Report, filename: str, known: Aftermath | None = None) -> bytes:
     """The report for a reader."""
@@ -83,7 +67,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
             _guest(report, known.triage),
             _leaked(known.triage),
             _tiers(known.proposals),
-            _commands(report, filename, known),
+            what_to_do(report, filename, known),
             *_findings(report),
         ]
     lines = "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -220,7 +204,7 @@ def _leaked(triage: Triage | Exception) -> list[str]:
     ]
 
 
-def _tiers(proposals: _Proposals) -> list[str]:
+def _tiers(proposals: Proposals) -> list[str]:
     if not proposals:
         return []
     lines = ["What a repair would do (nothing is written until you ask for it):"]
@@ -244,68 +228,6 @@ def _tier_lines(tier: RepairTier, proposal: Proposal | Exception) -> list[str]:
         lines.append("    refused without the plan's id: it would free what looks lost")
     lines += [f"    left: {line}" for line in left_lines(proposal.left)]
     return lines
-
-
-# ---- what to do ----
-
-
-def _commands(report: Report, filename: str, known: Aftermath) -> list[str]:
-    """The commands to go on with, in their order; ready to be pasted."""
-    image, mount = _quoted(filename), known.mountpoint
-    if report.torn or not known.proposals:
-        return []
-    lines = [
-        "What to do now:",
-        "  - Let nobody write to the image. Keep a copy of it:",
-        f"      cp --sparse=always {image} {_quoted(filename + '.copy')}",
-    ]
-    if isinstance(known.triage, Triage) and known.triage.suspect_count and mount:
-        lines += [
-            "  - Save the leaked clusters before any are freed:",
-            f"      cp -r {_quoted(mount + '/lost')} {_quoted(filename + '.lost')}",
-        ]
-    lines += _repair_commands(known.proposals, image, mount)
-    if report.counters.corruptions or report.counters.check_errors:
-        lines += [
-            "  - Or copy out what can be read, and leave the image as it is:",
-            f"      qemu-img convert -O raw {image} {_quoted(filename + '.raw')}",
-        ]
-    return lines
-
-
-def _repair_commands(proposals: _Proposals, image: str, mount: str) -> list[str]:
-    """What mends most and buries nothing comes first."""
-    lines = []
-    for tier in reversed(RepairTier):
-        proposal = proposals.get(tier)
-        if not isinstance(proposal, Proposal) or proposal.plan.changes_nothing:
-            continue
-        what = "Mend what the rest of the image determines"
-        if tier is RepairTier.LEAKS:
-            what = "Free the leaked clusters"
-            what += ", if what looks lost may go" if proposal.needs_quote else ", and no more"
-        look = f"cat {_quoted(f'{mount}/repair/plan/{tier}.json')}"
-        do = f'echo "{tier} {proposal.plan.id}" > {_quoted(mount + "/repair/tier")}'
-        if not mount:
-            look = f"instarfs plan {tier} {image}"
-            do = f"instarfs check -r {tier} --plan {proposal.plan.id} {image}"
-        lines += [
-            f"  - {what}: read every change, and have exactly that done, or nothing:",
-            f"      {look}",
-            f"      {do}",
-        ]
-    if lines:
-        undo = f"echo undo > {_quoted(mount + '/repair/undo')}" if mount else ""
-        lines += [
-            "    A plan holds for the image as it is: after a repair look again. To take it back:",
-            f"      {undo or f'instarfs undo {image}'}",
-        ]
-    return lines
-
-
-def _quoted(path: str) -> str:
-    """A path as one word of a shell, on one line."""
-    return printable(shlex.quote(path))
 
 
 # ---- the findings ----

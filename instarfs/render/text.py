@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
@@ -24,6 +25,27 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def shell_path(path: str) -> str:
+    r"""*path* as one word of a command for bash, on one line, that no program takes for an option.
+
+    What does not print, and what is not UTF-8, is written as in C: $'a\x0ab'.
+    """
+    if path.startswith("-"):
+        path = f"./{path}"
+    if path.isprintable():
+        return shlex.quote(path)
+    return "$'" + "".join(_in_c(character) for character in path) + "'"
+
+
+def _in_c(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    # History is expanded in some shells wherever a "!" stands.
+    if character.isprintable() and character != "!":
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
 
 
 def short_name(raw: bytes) -> str:

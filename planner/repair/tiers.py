@@ -145,6 +145,11 @@ def total(report: Report) -> int:
     )
 
 
+def is_repairable(report: Report) -> bool:
+    """Whether there is anything that a plan could be about, and the check bears one."""
+    return report.error is None and not report.torn and bool(total(report))
+
+
 def same_outcome(one: Report, other: Report) -> bool:
     """Whether two checks say the same: every counter, and how often each kind occurs."""
     return one.counters == other.counters and one.counts() == other.counts()

@@ -266,6 +266,14 @@ def test_what_cannot_be_mended_is_left_and_named(
     assert box.names() == {box.path.name}
 
 
+def test_whoever_quotes_a_plan_gets_success_when_exactly_that_was_done(box: Sandbox) -> None:
+    content = box.put(damaged("shared-cluster", "leaked-clusters"))
+    outcome = box.repair(ALL, propose_bytes(content, ALL).plan.id)
+    assert (outcome.status, outcome.error) == (Status.INCOMPLETE, None)
+    assert 0 < outcome.left_count == sum(left.count for left in outcome.left)
+    assert "findings are left" in outcome.reason
+
+
 def test_a_part_of_it_can_be_mended(box: Sandbox) -> None:
     content = box.put(damaged("shared-cluster", "leaked-clusters"))
     outcome = box.repair(ALL)

@@ -5,12 +5,13 @@ import json
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from examples.make_image import DAMAGES, MIB, sample
+from tests.advice import follow_all, run_here
 from tests.block_devices import attached, require_loop_devices
 from tests.mount.mounts import MakeMount, instarfs
 
@@ -150,3 +151,32 @@ def test_leaked_clusters_of_a_device_are_files_too(
     offset = int(it.read("check/leaks").splitlines()[1].split("\t")[0])
     data = (it / f"lost/{offset}").read_bytes()
     assert data == file.read_bytes()[offset : offset + len(data)]
+
+
+@pytest.mark.parametrize("option", ["", "--no-undo", "--read-only"])
+def test_what_a_mount_advises_works_and_keeps_nothing_beside_it(
+    device: Path, mount: MakeMount, tmp_path: Path, option: str
+) -> None:
+    it = mount(device, *filter(None, [option]))
+    follow_elsewhere(lambda: it.read("check/report.txt"), device, tmp_path)
+
+
+def test_what_is_advised_without_a_mount_works_too(tmp_path: Path, file: Path) -> None:
+    require_loop_devices()
+    write_image(file, "lost-l2-table", "shared-cluster")
+    with attached(file) as device:
+        follow_elsewhere(lambda: run_here(["report", device]).out, device, tmp_path)
+
+
+def follow_elsewhere(report: Callable[[], str], device: Path, tmp_path: Path) -> None:
+    """Follow all of it, in a folder where somebody has kept something under the same name."""
+    folder, before = tmp_path / "elsewhere", set(device.parent.iterdir())
+    folder.mkdir()
+    first = folder / f"{device.name}.copy"
+    first.write_bytes(b"the first copy")
+    text = report()
+    assert "What lies beside a device is in memory: go to a folder with room" in text
+    assert "That cannot be taken back: the copy is the only way back." in text
+    follow_all(report, device, folder)
+    assert (folder / f"{device.name}.copy.~1~").read_bytes() == b"the first copy"
+    assert set(device.parent.iterdir()) == before

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.render.report import Aftermath, report_txt
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.report import report_txt
 from planner.check import check_image
 from planner.plan import RepairTier
 from planner.qcow2.header import Header, read_header

@@ -2,8 +2,8 @@
 
 The planner is pure. Above it `cli` knows `mount`, `mount` knows the inspector, the inspector knows
 what opens, locks and writes; none of them is known from below. `render` knows values only, those of
-the planner and the outcome of a repair, and what stands between FUSE and the nodes knows nothing of
-qcow2.
+the planner, the outcome of a repair and what is around an image, and what stands between FUSE and
+the nodes knows nothing of qcow2.
 """
 
 import ast
@@ -109,12 +109,13 @@ def test_no_module_knows_one_above_it(module):
 @pytest.mark.parametrize("module", [name for name in INSTARFS if unit_of(name) == "render"])
 def test_render_takes_values(module):
     known = {name for name in ours(module) if name.startswith("instarfs")}
-    assert {unit_of(name) for name in known} <= {"render", "outcome"}
+    assert {unit_of(name) for name in known} <= {"render", "outcome", "surroundings"}
 
 
-def test_an_outcome_is_a_value_too():
-    known = {name for name in ours("instarfs.outcome") if name.startswith("instarfs")}
-    assert known == {"instarfs.errors"}
+@pytest.mark.parametrize("name", ["outcome", "surroundings"])
+def test_what_else_is_rendered_is_a_value_too(name):
+    known = {other for other in ours(f"instarfs.{name}") if other.startswith("instarfs")}
+    assert known <= {"instarfs.errors"}
 
 
 @pytest.mark.parametrize("name", ["operations", "nodes"])

@@ -18,6 +18,7 @@ from instarfs.cli.main import main
 from instarfs.cli.stopping import stoppable
 from instarfs.execute import execute
 from instarfs.names import SUFFIX
+from tests.advice import follow, follow_all, steps_of
 from tests.instarfs.test_repairer import healthy
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")
@@ -170,6 +171,22 @@ def test_what_is_refused_is_one_line_and_exit_code_1(instarfs: Run, make) -> Non
     assert value["suspect-count"] == len(value["suspects"]) == 1
     ended = instarfs("check", "-r", "leaks", "--plan", value["plan-id"], "-q", image)
     assert (ended.code, ended.out, ended.err) == (0, "", "")
+
+
+@pytest.mark.parametrize("tier", ["leaks", "all"])
+def test_who_quotes_a_plan_gets_success_when_exactly_that_was_done(
+    instarfs: Run, make, tier: str
+) -> None:
+    image = make("low-refcount", *TWO_OWNERS)
+    plan = instarfs("plan", tier, "--output=json", image).json
+    quoting = ("check", "-r", tier, "--plan", plan["plan-id"], "--output=json", image)
+    ended = instarfs(*quoting)
+    assert (ended.code, ended.err) == (0, "")
+    assert (ended.json["exit-code"], ended.json["verdict"]) == (0, "corrupt")
+    assert ended.json["left"] == plan["left"] > 0
+    assert instarfs("check", "-r", tier, "--output=json", image).code == 2
+    ended = instarfs(*quoting)  # of a plan that is another by now
+    assert (ended.code, ended.json["exit-code"]) == (1, 1)
 
 
 def test_a_plan_that_is_another(instarfs: Run, make) -> None:
@@ -343,6 +360,14 @@ def test_an_interrupted_repair_is_shown(instarfs: Run, interrupted: Path) -> Non
     assert "was interrupted" in ended.err
     assert instarfs("trim", interrupted).code == 1
     assert interrupted.read_bytes() == half
+
+
+def test_a_report_leads_out_of_an_interrupted_repair(instarfs: Run, interrupted: Path) -> None:
+    steps = steps_of(instarfs("report", interrupted).out)
+    assert steps[1].heading == "Take back the repair that was interrupted, then look again:"
+    assert follow(steps[1].commands, interrupted.parent).code == 0
+    assert interrupted.read_bytes() == content(*LEAKY)
+    follow_all(lambda: instarfs("report", interrupted).out, interrupted)
 
 
 def test_an_interrupted_repair_is_taken_back_before_another(

@@ -230,7 +230,7 @@ def repair_of(content: bytes, tier: str, quote: str) -> tuple[int, bytes]:
     if proposal.needs_quote and not quote:
         return errno.EUCLEAN, content
     after = read_bytes(Overlay(Bytes(content), proposal.plan), 0, proposal.plan.size_after)
-    return (0 if proposal.complete else errno.EUCLEAN), after
+    return (0 if proposal.complete or quote else errno.EUCLEAN), after
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,8 @@ import pytest
 from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.errors import ImageReadFailed
 from instarfs.outcome import Pending
-from instarfs.render.report import LISTED_RANGES, VERDICTS, Aftermath, report_txt
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.report import LISTED_RANGES, VERDICTS, report_txt
 from planner.check import check_image
 from planner.errors import ImageError, RepairError
 from planner.plan import RepairTier
@@ -118,7 +119,8 @@ def test_a_refusal_says_why():
 def test_commands_can_be_pasted():
     text = text_of(damaged(*TELLING))
     plans = [line.split()[-1] for line in text.splitlines() if "repair/plan" in line]
-    assert plans == [f"{MOUNT}/repair/plan/all.json", f"{MOUNT}/repair/plan/leaks.json"]
+    assert plans == [f"{MOUNT}/repair/plan/all.json"]
+    assert "Then `leaks`, with its new id, frees the leaked clusters, if what looks lost" in text
     (copy,) = (line for line in text.splitlines() if line.strip().startswith("cp --sparse"))
     assert shlex.split(copy)[2:] == [PATH, f"{PATH}.copy"]
     assert f"echo undo > {MOUNT}/repair/undo" in text
@@ -129,9 +131,10 @@ def test_without_a_mount_the_commands_are_those_of_the_command_line():
     text = text_of(damaged(*TELLING), mountpoint="")
     commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
     assert [shlex.split(line)[1] for line in commands] == [
-        "plan", "check", "plan", "check", "undo",
+        "mount", "umount", "plan", "check", "undo",
     ]  # fmt: skip
-    assert all(shlex.split(line)[-1] == PATH for line in commands)
+    assert shlex.split(commands[0])[-2:] == [PATH, f"{PATH}.mnt"]
+    assert all(shlex.split(line)[-1] == PATH for line in commands[2:])
     assert MOUNT not in text
 
 

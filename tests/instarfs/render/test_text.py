@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instarfs.render.text import (
@@ -19,6 +21,7 @@ from instarfs.render.text import (
     json_parts,
     json_text,
     printable,
+    shell_path,
     short_name,
 )
 
@@ -39,6 +42,27 @@ from instarfs.render.text import (
 )
 def test_printable(raw: bytes, shown: str) -> None:
     assert printable(decode_name(raw)) == shown
+
+
+PATHS = st.lists(
+    st.one_of(
+        st.sampled_from([bytes([byte]) for byte in range(1, 256)]),
+        st.sampled_from([b"'", b"\\", b"$(", b"!", b"-", b"~", b"\\x4", b"\xe2\x80\xae", b"\xc3"]),
+        st.text("aB/ \u00e9\u65e5\u202e\ud7ff", max_size=3).map(str.encode),
+    ),
+    max_size=9,
+).map(b"".join)
+
+
+@given(st.lists(PATHS, min_size=1, max_size=20))
+@settings(max_examples=50)
+def test_bash_reads_a_path_as_it_is_and_takes_it_for_no_option(paths: list[bytes]) -> None:
+    words = [shell_path(os.fsdecode(path)) for path in paths]
+    assert all(word.isprintable() for word in words)
+    script = "\n".join(f"printf '%s\\0' {word}" for word in words).encode()
+    read = subprocess.run(["bash", "-e"], input=script, check=True, capture_output=True).stdout
+    wanted = [b"./" + path if path.startswith(b"-") else path for path in paths]
+    assert read.split(b"\0")[:-1] == wanted
 
 
 @given(st.text().filter(lambda name: "\0" not in name))

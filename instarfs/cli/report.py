@@ -1,0 +1,78 @@
+"""`instarfs report`: what a mount shows as `check/report.txt`, without a mount."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import click
+
+from instarfs import locks
+from instarfs.cli.naming import named
+from instarfs.cli.progress import Tell, progress_bar
+from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
+from instarfs.image import Image
+from instarfs.interrupted import pending
+from instarfs.looking import look_around
+from instarfs.memory import limited
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.report import report_txt
+from planner.check import check_image
+from planner.errors import NotQcow2, RepairError, as_value
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal, is_repairable, propose
+from planner.report import Report
+from planner.triage import Triage, triage_leaks
+
+
+@click.command(name="report")
+@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@click.option(
+    "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
+)
+@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
+def command(path: str, *, progress: bool, force_share: bool) -> None:
+    """Say what is wrong with the qcow2 image IMAGE, what it means, and what to do about it.
+
+    This is check/report.txt of a mount: it checks all metadata, looks into the leaked clusters,
+    and plans both repairs. Nothing is written. The exit code is that of `instarfs check`.
+    """
+    access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
+    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
+        in_use, before = locks.is_written(image.fileno()), image.generation()
+        with progress_bar(shown=progress) as tell:
+            report = replace(check_image(image.source(), progress=tell), in_use=in_use)
+            if isinstance(report.error, NotQcow2):
+                raise named(report.error, path)
+            known = _aftermath(image, report, tell)
+        report = replace(report, changed=image.generation() != before)
+        click.echo(report_txt(report, image.path, known), nl=False)
+    sys.exit(1 if report.torn else report.exit_code)
+
+
+def _aftermath(image: Image, report: Report, tell: Tell | None) -> Aftermath:
+    """What is known beyond the check, as a mount knows it."""
+    interrupted = pending(image)
+    triage: Triage | ImageReadFailed
+    try:
+        triage = triage_leaks(image.source(), report)
+    except ImageReadFailed as error:  # of a leaked cluster, which the check did without
+        triage = as_value(error)
+    proposals: dict[RepairTier, Proposal | Exception] = {}
+    for tier in RepairTier if is_repairable(report) else ():
+        try:
+            if interrupted is not None:
+                raise RepairError(interrupted.sentence)
+            if isinstance(triage, ImageReadFailed):
+                raise triage
+            proposals[tier] = propose(
+                image.source(),
+                report,
+                tier,
+                can_grow=not image.is_device,
+                triage=triage,
+                progress=tell,
+            )
+        except DOMAIN_ERRORS as error:
+            proposals[tier] = as_value(error)
+    return Aftermath(triage, proposals, interrupted, surroundings=look_around(image))

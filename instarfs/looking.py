@@ -1,0 +1,67 @@
+"""Looking around an image: where files of it can be kept, and which names are free.
+
+Only looks, through the directory as it was opened; what is made of it is `instarfs.surroundings`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from instarfs.image import Image
+from instarfs.names import NEW, exists
+from instarfs.surroundings import LONGEST_NAME, SUFFIXES, Room, Surroundings, candidates
+
+
+def look_around(image: Image) -> Surroundings:
+    """What is around *image*."""
+    room = _room(image)
+    taken: frozenset[str] = frozenset()
+    if room is Room.BESIDE:
+        taken = frozenset(name for suffix in SUFFIXES for name in _taken(image, suffix))
+    return Surroundings(
+        room,
+        taken,
+        keeps_undo=room in (Room.BESIDE, Room.FULL) and _fits(image.name + NEW),
+        is_writable=_may_write(image, image.name),
+    )
+
+
+def _room(image: Image) -> Room:
+    if image.is_device:
+        return Room.DEVICE
+    if not _may_write(image, "."):
+        return Room.READ_ONLY
+    try:
+        there = os.fstatvfs(image.directory)
+    except OSError:
+        return Room.BESIDE
+    needed = image.allocated_size()
+    return Room.BESIDE if there.f_bavail * there.f_frsize >= needed else Room.FULL
+
+
+def _may_write(image: Image, name: str) -> bool:
+    """Whether *name* in the image's directory may be written to, as far as that can be told."""
+    if os.access(name, os.W_OK, dir_fd=image.directory):
+        return True
+    # A daemon has given up what root may; its broker has not.
+    return os.geteuid() == 0 and not _is_read_only(image)
+
+
+def _is_read_only(image: Image) -> bool:
+    try:
+        return bool(os.fstatvfs(image.directory).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
+def _fits(name: str) -> bool:
+    return len(os.fsencode(name)) <= LONGEST_NAME
+
+
+def _taken(image: Image, suffix: str) -> Iterator[str]:
+    """Names that something has, up to the first that nothing has."""
+    for name in candidates(image.name, suffix):
+        if not exists(image.directory, name):
+            return
+        yield name

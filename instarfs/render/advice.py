@@ -1,0 +1,206 @@
+"""What to do now, as commands to be pasted into bash.
+
+Each succeeds as it stands, one after the other, also under `set -e`; where one may not, the text
+says so before it. Nothing that exists is overwritten. All from values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.text import shell_path
+from instarfs.render.triage import LISTED_RUNS
+from instarfs.surroundings import COPY, FOLDER, LOST, RAW, Room
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal
+from planner.report import Report
+from planner.triage import Triage, adjacent
+
+_NOT_BESIDE = {
+    Room.DEVICE: "What lies beside a device is in memory",
+    Room.READ_ONLY: "No file can be made beside the image",
+    Room.FULL: "There is no space for a copy beside the image",
+}
+
+_TIERS = (RepairTier.ALL, RepairTier.LEAKS)
+"""What mends most and buries nothing comes first."""
+
+
+def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
+    """The lines of the section; none where there is nothing to do, or nobody knows.
+
+    *path*: the image's, absolute.
+    """
+    place = _Place(path, known)
+    if report.torn or not (known.proposals or place.is_interrupted):
+        return []
+    steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place), *_repair(place)]
+    if report.counters.corruptions or report.counters.check_errors:
+        steps += _copy_out(place)
+    return ["What to do now:", *steps]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What the commands are about: words of them."""
+
+    path: str
+    known: Aftermath
+
+    @property
+    def image(self) -> str:
+        return shell_path(self.path)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a repair was, and can be taken back."""
+        return self.known.pending is not None and self.known.pending.tier is not None
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether new files are made beside the image."""
+        return self.known.surroundings.room is Room.BESIDE
+
+    @property
+    def has_controls(self) -> bool:
+        """Whether the image can be repaired in its mount, and taken back there."""
+        around = self.known.surroundings
+        in_place = around.is_writable and around.keeps_undo
+        return bool(self.known.mountpoint) and self.known.has_controls and in_place
+
+    @property
+    def repaired(self) -> str:
+        """What is to be repaired: an image that cannot be written to is repaired as a copy."""
+        return self.image if self.known.surroundings.is_writable else self.new(COPY)
+
+    @property
+    def keeps_undo(self) -> bool:
+        """Whether a repair can be taken back."""
+        around = self.known.surroundings
+        return around.keeps_undo or not around.is_writable
+
+    def new(self, suffix: str) -> str:
+        """A file that is not there yet, as far as somebody looked."""
+        return shell_path(self.known.surroundings.path(self.path, suffix))
+
+    def mounted(self, name: str) -> str:
+        """A file of the mount."""
+        return shell_path(f"{self.known.mountpoint}/{name}")
+
+
+def _step(what: str, *commands: str) -> list[str]:
+    return [f"  - {what}", *(f"      {command}" for command in commands)]
+
+
+def _keep_a_copy(place: _Place) -> Iterator[str]:
+    around, backup = place.known.surroundings, ""
+    if not place.is_beside:
+        backup = " --backup=numbered"
+        yield from _step(
+            f"{_NOT_BESIDE[around.room]}: go to a folder with room for it before you go on. What"
+            " has a name there that is used below keeps its bytes, under another name."
+        )
+    keep = "Let nobody write to the image. Keep a copy of it"
+    if around.is_taken(place.path, COPY):
+        keep += "; the one that is there already may be of before a repair, and stays"
+    yield from _step(f"{keep}:", f"cp --sparse=always{backup} {place.image} {place.new(COPY)}")
+
+
+def _undo_interrupted(place: _Place) -> Iterator[str]:
+    if place.is_interrupted:
+        yield from _step(
+            "Take back the repair that was interrupted, then look again:", _undo(place)
+        )
+
+
+def _undo(place: _Place) -> str:
+    if place.has_controls:
+        return f"echo undo > {place.mounted('repair/undo')}"
+    return f"instarfs undo {place.repaired}"
+
+
+def _save_lost(place: _Place) -> Iterator[str]:
+    """Wherever something lost may be among what a repair could free."""
+    triage, folder = place.known.triage, place.known.mountpoint
+    proposals = place.known.proposals.values()
+    asks = any(isinstance(each, Proposal) and each.needs_quote for each in proposals)
+    if not isinstance(triage, Triage) or not (triage.suspect_count or asks):
+        return
+    what = "Save the leaked clusters before any are freed"
+    runs = len(adjacent(triage.clusters)[0])
+    if runs > LISTED_RUNS:
+        what += f" (the first {LISTED_RUNS} of {runs} runs: the copy of the image has them all)"
+    copy = "cp -r" if place.is_beside else "cp -rT --backup=numbered"
+    if folder:
+        yield from _step(f"{what}:", f"{copy} {place.mounted('lost')} {place.new(LOST)}")
+        return
+    folder = place.known.surroundings.path(place.path, FOLDER)
+    word = shell_path(folder)
+    yield from _step(
+        f"{what}, from a mount, in which they are files once the check has run:",
+        f"mkdir {word}",
+        f"instarfs mount --read-only {place.image} {word}",
+        f"cat {shell_path(f'{folder}/check/result.json')}",
+        f"{copy} {shell_path(f'{folder}/lost')} {place.new(LOST)}",
+        f"instarfs umount {word}",
+        f"rmdir {word}",
+    )
+
+
+def _repair(place: _Place) -> Iterator[str]:
+    """One repair: its plan would be another after any."""
+    plans = {
+        tier: proposal
+        for tier, proposal in place.known.proposals.items()
+        if isinstance(proposal, Proposal) and not proposal.plan.changes_nothing
+    }
+    if not plans:
+        return
+    leaks = plans.get(RepairTier.LEAKS)
+    # Where it leaves nothing and buries nothing, `all` would write more and mend no more.
+    is_enough = leaks is not None and not leaks.left_count and not leaks.needs_quote
+    tier = RepairTier.LEAKS if is_enough else next(tier for tier in _TIERS if tier in plans)
+    proposal = plans[tier]
+    if not place.known.surroundings.is_writable:
+        yield from _step("The image cannot be written to. Its copy can, and has the same plans.")
+    yield from _step(
+        f"{_purpose(proposal)}: read every change, and have exactly that done, or nothing:",
+        *_commands(place, proposal),
+    )
+    if not place.keeps_undo:
+        yield from _step("That cannot be taken back: the copy is the only way back.")
+    else:
+        yield from _step("To take that back, byte for byte:", _undo(place))
+    then = "A plan holds for the image as it is: after a repair look again"
+    if tier is RepairTier.ALL and leaks is not None and proposal.after.counters.leaks:
+        then += f". Then `{RepairTier.LEAKS}`, with its new id, frees the leaked clusters"
+        then += ", if what looks lost may go" if leaks.needs_quote else ""
+    yield from _step(f"{then}.")
+
+
+def _purpose(proposal: Proposal) -> str:
+    what = "Mend what the rest of the image determines"
+    if proposal.tier is RepairTier.LEAKS:
+        what = "Free the leaked clusters"
+        what += "" if proposal.needs_quote else ", and no more"
+    return what + (", if what looks lost may go" if proposal.needs_quote else "")
+
+
+def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
+    """To read a plan, and to have it carried out."""
+    tier, number = proposal.tier, proposal.plan.id
+    if place.has_controls:
+        look = f"cat {place.mounted(f'repair/plan/{tier}.json')}"
+        return look, f'echo "{tier} {number}" > {place.mounted("repair/tier")}'
+    option = "" if place.keeps_undo else " --no-undo"
+    repair = f"instarfs check -r {tier} --plan {number}{option} {place.repaired}"
+    return f"instarfs plan {tier} {place.repaired}", repair
+
+
+def _copy_out(place: _Place) -> Iterator[str]:
+    yield from _step(
+        "Or copy out what can be read, and leave the image as it is:",
+        f"qemu-img convert -O raw {place.image} {place.new(RAW)}",
+    )

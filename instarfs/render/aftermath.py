@@ -1,0 +1,30 @@
+"""What is known of an image beyond its check: all that a report for a reader is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from instarfs.outcome import Pending
+from instarfs.surroundings import Surroundings
+from planner.plan import RepairTier
+from planner.repair.tiers import Proposal
+from planner.triage import Triage
+
+Proposals = Mapping[RepairTier, Proposal | Exception]
+
+
+@dataclass(frozen=True, slots=True)
+class Aftermath:
+    """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
+
+    ``triage``: or why the leaked clusters could not be looked into. ``mountpoint``: where the image
+    is mounted, if it is; ``has_controls``: and whether it can be repaired there.
+    """
+
+    triage: Triage | Exception = field(default_factory=Triage)
+    proposals: Proposals = field(default_factory=dict)
+    pending: Pending | None = None
+    mountpoint: str = ""
+    has_controls: bool = True
+    surroundings: Surroundings = field(default_factory=Surroundings)

@@ -1,0 +1,108 @@
+"""`instarfs report`: what a mount says of an image, and advice that can be followed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from instarfs import locks
+from instarfs.image import Image
+from instarfs.render.aftermath import Aftermath
+from instarfs.render.report import report_txt
+from planner.check import check_image
+from planner.plan import RepairTier
+from planner.repair.tiers import propose
+from planner.triage import triage_leaks
+from tests.advice import KINDS, damaged, follow_all, run_here
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    folder = tmp_path / "some folder"
+    folder.mkdir()
+    return folder / "image.qcow2"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_advised_works(kind: str, image: Path) -> None:
+    image.write_bytes(damaged(kind))
+    follow_all(lambda: run_here(["report", image]).out, image)
+
+
+NAMES = [
+    "-r",
+    'it\'s; $(touch hacked) `touch hacked` "$HOME" !! * ?',
+    "two\nlines",
+    "\x1b[31mred\x1b[0m\\x41'\x07",
+    os.fsdecode(b"\xff\xfe broken \xc3"),
+    "right \u202e to left",
+    "~",
+    "x" * 250,
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_what_is_advised_works_whatever_the_image_is_called(name: str, image: Path) -> None:
+    folder = image.parent / name[:80]
+    folder.mkdir()
+    (folder / name).write_bytes(damaged("lost-l2-table"))
+    text = run_here(["report", "--", name], folder).out
+    assert all(line.isprintable() for line in text.splitlines())
+    follow_all(lambda: run_here(["report", folder / name]).out, folder / name)
+    made = [path for path in folder.iterdir() if path.name != name]
+    assert all(path.name.startswith(name[:200]) for path in made)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+
+
+# ---- what it prints, and how it ends ----
+
+
+def test_it_says_what_a_mount_says(image: Path) -> None:
+    image.write_bytes(damaged("lost-l2-table"))
+    ours = run_here(["report", image])
+    with Image.open(str(image)) as opened:
+        report = check_image(opened.source())
+        triage = triage_leaks(opened.source(), report)
+        proposals = {tier: propose(opened.source(), report, tier) for tier in RepairTier}
+    assert ours.err == ""
+    assert ours.out.encode() == report_txt(report, str(image), Aftermath(triage, proposals))
+    assert "missing: up to" in ours.out
+
+
+@pytest.mark.parametrize("kind", ["stale-bitmaps", "leaked-clusters", "corrupt-bit", "cut-short"])
+def test_the_exit_code_is_that_of_the_check(kind: str, image: Path) -> None:
+    image.write_bytes(damaged(kind))
+    ended = run_here(["report", image])
+    assert (ended.code, ended.err) == (run_here(["check", "-q", image]).code, "")
+    assert image.read_bytes() == damaged(kind)
+
+
+def test_a_header_that_cannot_be_read_is_reported(image: Path) -> None:
+    content = bytearray(damaged("stale-bitmaps"))
+    content[20:24] = (63).to_bytes(4, "big")
+    image.write_bytes(content)
+    ended = run_here(["report", image])
+    assert (ended.code, ended.err) == (1, "")
+    assert ended.out.startswith(f"{image}: unreadable\n")
+
+
+def test_what_is_no_image_is_one_line(image: Path) -> None:
+    image.write_bytes(b"hello\n" * 1000)
+    for path, code in ((image, 63), (image.parent, 1), (image.parent / "none", 1)):
+        ended = run_here(["report", path])
+        assert (ended.code, ended.out, ended.err.count("\n")) == (code, "", 1)
+        assert ended.err.startswith(f"instarfs: {path}: ")
+
+
+def test_an_image_in_use_is_looked_at_only_on_demand_and_gets_no_advice(image: Path) -> None:
+    image.write_bytes(damaged("leaked-clusters"))
+    with image.open("rb") as stranger, locks.held(stranger.fileno(), "", locks.READ_WRITE):
+        refused = run_here(["report", image])
+        assert (refused.code, refused.out) == (1, "")
+        assert "another process has the image open" in refused.err
+        ended = run_here(["report", "-U", image])
+    assert ended.code == 1
+    assert ended.out.startswith(f"{image}: torn\n")
+    assert "What to do now" not in ended.out

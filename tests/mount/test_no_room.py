@@ -1,0 +1,58 @@
+"""Advice for an image beside which nothing can be kept: a full disk, a folder for reading only."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.make_image import DAMAGES, MIB, sample
+from tests.advice import Step, steps_of
+from tests.mount.mounts import INSTARFS
+from tests.mount.small_disk import SmallDisk, small_disk
+
+NAME = "an image"
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    image = sample(size=64 * MIB, cluster_bits=12).build()
+    DAMAGES["lost-l2-table"](image, random.Random(1))
+    with small_disk(tmp_path / "small", 32 * MIB) as it:
+        (it.outside / NAME).write_bytes(image.data)
+        yield it
+
+
+def follow(disk: SmallDisk) -> list[Step]:
+    """Do in another folder what the report advises; all of it succeeds."""
+    report = disk.instarfs("report", disk.path / NAME)
+    steps = steps_of(report.stdout)
+    program = f'instarfs() {{ {" ".join(INSTARFS)} "$@"; }}\nset -e\n'
+    script = program + "\n".join(command for step in steps for command in step.commands)
+    elsewhere = disk.path.parent  # entering the namespace has led to its root
+    done = disk.run("bash", "-c", f'cd "$1"\n{script}', "bash", elsewhere)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (elsewhere / f"{NAME}.copy").stat().st_size > MIB
+    assert (elsewhere / f"{NAME}.lost/triage.json").exists()
+    return steps
+
+
+def test_a_full_disk(disk: SmallDisk) -> None:
+    disk.fill(left=MIB)
+    before = (disk.outside / NAME).read_bytes()
+    steps = follow(disk)
+    assert steps[0].heading.startswith("There is no space for a copy beside the image: go to")
+    assert "To take that back, byte for byte:" in [step.heading for step in steps]
+    assert (disk.outside / NAME).read_bytes() == before
+
+
+def test_a_file_system_for_reading_only(disk: SmallDisk) -> None:
+    remounted = disk.run("mount", "-o", "remount,ro", disk.path)
+    assert remounted.returncode == 0, remounted.stderr
+    headings = [step.heading for step in follow(disk)]
+    assert headings[0].startswith("No file can be made beside the image: go to a folder")
+    assert "The image cannot be written to. Its copy can, and has the same plans." in headings
+    copy = disk.path.with_name(f"{NAME}.copy")
+    assert copy.read_bytes() == (disk.outside / NAME).read_bytes()
