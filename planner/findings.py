@@ -124,6 +124,7 @@ class FindingKind(IntEnum):
     TABLE_OVERWRITTEN = 35
     CUT_OFF = 36
     LUKS_HEADER_LENGTH = 37
+    UNKNOWN_AUTOCLEAR = 38
 
     @property
     def label(self) -> str:
@@ -390,6 +391,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         " been larger, or a snapshot's machine state was here",
         "bytes",
         left="the image does not say whether its disk was larger",
+        counted=False,
+    ),
+    FindingKind.UNKNOWN_AUTOCLEAR: KindInfo(
+        _S.NOTICE,
+        "autoclear bits of an unknown meaning are set: a program that does not know them, this one"
+        " too, clears them with whatever else it writes",
+        "bits",
+        left="nothing else is written",
         counted=False,
     ),
 }

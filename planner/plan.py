@@ -51,7 +51,7 @@ class StageKind(IntEnum):
 
 
 _STAGES = {
-    StageKind.GUARD: "the corrupt bit is set, so that no one writes to a half-repaired image",
+    StageKind.GUARD: "the header is marked, so that no one trusts a half-repaired image",
     StageKind.PREPARE: "new structures are written where nothing points; refcounts are raised",
     StageKind.SWITCH: "the header is pointed at the new structures",
     StageKind.CORRECT: "entries and flags are corrected in place; refcounts are lowered",
@@ -266,6 +266,11 @@ class Draft:
     def is_empty(self) -> bool:
         """Whether nothing is drafted."""
         return not self._writes
+
+    @property
+    def writes_anything(self) -> bool:
+        """Whether anything would be otherwise than in the source."""
+        return not self.plan(RepairTier.ALL).changes_nothing
 
     def has(self, kind: StageKind) -> bool:
         """Whether something is drafted for a stage."""

@@ -21,7 +21,7 @@ from planner.grouped import FindingsBuilder
 from planner.overlaps import followed, followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
-from planner.qcow2.header import SIGNED_MAX
+from planner.qcow2.header import AUTOCLEAR_AT, SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.luks import luks_error, luks_length
 from planner.qcow2.snapshots import (
@@ -29,7 +29,7 @@ from planner.qcow2.snapshots import (
     Snapshot,
     Snapshots,
     SnapshotTable,
-    read_snapshots,
+    read_reachable_snapshots,
 )
 from planner.regions import Regions, RegionsBuilder, join_regions, make_regions
 from planner.source import READABLE_END, Source, nonzero_words, present_tables
@@ -115,13 +115,20 @@ class _Surveyor:
         ):
             if there:
                 self._findings.add(kind, structure=Structure.HEADER, host_offset=72, found=1)
+        if header.unknown_autoclear:
+            self._findings.add(
+                FindingKind.UNKNOWN_AUTOCLEAR,
+                structure=Structure.HEADER,
+                host_offset=AUTOCLEAR_AT,
+                found=np.uint64(header.unknown_autoclear),
+            )
 
     def read_snapshots(self) -> SnapshotTable:
-        try:
-            table = read_snapshots(self._source, self._layout.header, self._geometry)
-        except ImageError as error:
-            self._stop(error, structure=Structure.SNAPSHOT_TABLE)
-            return SnapshotTable()
+        header = self._layout.header
+        table, error = read_reachable_snapshots(self._source, header, self._geometry)
+        if error is not None:
+            place = min(header.snapshots_offset, READABLE_END)
+            self._stop(error, structure=Structure.SNAPSHOT_TABLE, host_offset=place)
         extra = table.snapshots.fields()["extra_data_size"].astype(np.int64)
         lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
         if self._geometry.version >= 3 and len(lacking):

@@ -23,7 +23,7 @@ from planner.mapping import Mapping
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
-from planner.qcow2.snapshots import Snapshot, read_snapshots
+from planner.qcow2.snapshots import Snapshot, read_reachable_snapshots
 
 MAX_FOUND = 8
 """Disks that are kept ready."""
@@ -131,8 +131,11 @@ class Guest:
         if place.part is Part.DISK:
             return Disk(self.chain.disk, self.chain.disk.size)
         layout = self.layout
-        table = read_snapshots(self._image.source(), layout.header, layout.geometry)
+        source = self._image.source()
+        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
         if place.index >= len(table.snapshots):
+            if error is not None:
+                raise error
             raise SnapshotMissing(self._image.path, place.index)
         snapshot, geometry = table.snapshots[place.index], layout.geometry
         size = size_of(place, snapshot, geometry)

@@ -15,7 +15,7 @@ from planner.qcow2.bitmaps import Bitmap, read_bitmaps
 from planner.qcow2.header import MAGIC, V3_LENGTH, Header, decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import LuksHeader, read_luks
-from planner.qcow2.snapshots import Snapshots, read_snapshots
+from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
 from planner.source import Source, read_bytes
 
 _Part = TypeVar("_Part")
@@ -23,7 +23,10 @@ _Part = TypeVar("_Part")
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The layout and the parts that could be read; ``errors``: why not, for each of the others."""
+    """The layout and the parts that could be read; ``errors``: why not, for each of the others.
+
+    Of a snapshot table that cannot be read, its first entries are there too.
+    """
 
     layout: Layout
     snapshots: Snapshots = field(default_factory=Snapshots)
@@ -45,15 +48,16 @@ class Contents:
                 return None
 
         header, geometry = layout.header, layout.geometry
-        table = attempt("snapshots", lambda: read_snapshots(source, header, geometry))
+        table, error = read_reachable_snapshots(source, header, geometry)
+        if error is not None:
+            errors.append(("snapshots", error))
         bitmaps: tuple[Bitmap, ...] | None = None
         if pointer := layout.extensions.bitmaps:
             bitmaps = attempt("bitmaps", lambda: read_bitmaps(source, pointer, geometry))
         luks: LuksHeader | None = None
         if crypto := layout.extensions.crypto:
             luks = attempt("encrypt", lambda: read_luks(source, crypto))
-        snapshots = table.snapshots if table else Snapshots()
-        return cls(layout, snapshots, bitmaps or (), luks, tuple(errors))
+        return cls(layout, table.snapshots, bitmaps or (), luks, tuple(errors))
 
 
 def bare_header(source: Source) -> Header | None:

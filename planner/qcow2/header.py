@@ -41,6 +41,9 @@ HEADER_V3 = Struct(
 V2_LENGTH = HEADER_V2.sizeof()
 V3_LENGTH = V2_LENGTH + HEADER_V3.sizeof()
 
+AUTOCLEAR_AT = 88
+"""Where the header of version 3 holds autoclear_features, 8 bytes."""
+
 CLUSTER_BITS = range(9, 22)
 MAX_REFCOUNT_ORDER = 6
 MAX_BACKING_NAME = 1023
@@ -75,6 +78,7 @@ class Autoclear(IntFlag):
     DATA_FILE_RAW = 1 << 1
 
 
+KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW)
 KNOWN_INCOMPATIBLE = int(
     Incompatible.DIRTY
     | Incompatible.CORRUPT
@@ -123,6 +127,11 @@ class Header:
     @property
     def corrupt(self) -> bool:
         return bool(self.incompatible_features & Incompatible.CORRUPT)
+
+    @property
+    def unknown_autoclear(self) -> int:
+        """The autoclear bits that only a program that knows them may leave when it writes."""
+        return self.autoclear_features & ~KNOWN_AUTOCLEAR
 
     @property
     def external_data(self) -> bool:

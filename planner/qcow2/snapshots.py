@@ -18,10 +18,11 @@ import numpy.typing as npt
 from construct import Int16ub, Int32ub, Int64ub, Struct
 
 from planner.arrays import I64
-from planner.errors import ImageError
+from planner.errors import ImageError, as_value
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import SIGNED_MAX, Header
+from planner.qcow2.layout import MAX_L1_BYTES
 from planner.source import READABLE_END, Source, read_bytes
 
 MAX_SNAPSHOTS = 65536
@@ -32,6 +33,12 @@ KNOWN_EXTRA_DATA = 24
 
 REQUIRED_EXTRA_DATA = 16
 """Bytes of extra data that every entry of a version 3 image must have."""
+
+SKIPPED_BYTES = 2048
+"""So far behind an entry that is garbage the next one is looked for."""
+
+_LIKELY_EXTRA_DATA = (KNOWN_EXTRA_DATA, REQUIRED_EXTRA_DATA)
+"""What QEMU writes, and wrote before version 6.0."""
 
 ENTRY = Struct(
     "l1_table_offset" / Int64ub,
@@ -55,10 +62,7 @@ READ_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One entry of the snapshot table; ``offset`` is where it stands in the file, bytes.
-
-    ``cut``: how many bytes of extra data it has beyond ``extra_data``, where there are too many.
-    """
+    """One entry of the snapshot table; ``offset`` is where it stands in the file, bytes."""
 
     offset: int
     l1_table_offset: int
@@ -70,7 +74,11 @@ class Snapshot:
     extra_data: bytes
     id_str: bytes
     name: bytes
-    cut: int = 0
+
+    @property
+    def is_zeros(self) -> bool:
+        """Whether nothing is there: what QEMU reads past the end of the file, or of the table."""
+        return not any(getattr(self, name) for name in self.__slots__ if name != "offset")
 
     @property
     def vm_state_size(self) -> int:
@@ -97,8 +105,8 @@ class Snapshot:
 class Snapshots(Sequence[Snapshot]):
     """The entries of a snapshot table, in its order.
 
-    ``raw``: their bytes, one after the other, without what pads them and what was cut. ``start``:
-    where each begins in there, int64. ``offset``: where it stands in the file, int64.
+    ``raw``: their bytes, one after the other, without what pads them. ``start``: where each begins
+    in there, int64. ``offset``: where it stands in the file, int64.
     """
 
     raw: bytes = b""
@@ -168,24 +176,19 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
 
 
-def decode_snapshot(source: Source, offset: int, *, may_cut: bool = False) -> Snapshot:
-    """The entry at *offset*.
-
-    Raises `ImageError` where its extra data is over the limit; with *may_cut* what is known of it
-    is kept.
-    """
-    raw, _ = _Reader(source, may_cut=may_cut).entry(offset, left=1)
+def decode_snapshot(source: Source, offset: int) -> Snapshot:
+    """The entry at *offset*. Raises `ImageError` where its extra data is over the limit."""
+    raw, _ = _Reader(source).entry(offset, left=1)
     return _decode(raw, 0, offset)
 
 
 def _decode(raw: bytes, start: int, offset: int) -> Snapshot:
-    """The entry that begins at *start* in *raw*, its extra data cut if it is too long."""
+    """The entry that begins at *start* in *raw*."""
     (
         l1_table_offset, l1_size, id_str_size, name_size,
         date_sec, date_nsec, vm_clock_nsec, vm_state_size, extra_data_size,
     ) = _FIXED.values(raw, start)  # fmt: skip
-    extra = _kept(extra_data_size)
-    id_at = start + ENTRY_BYTES + extra
+    id_at = start + ENTRY_BYTES + extra_data_size
     name_at = id_at + id_str_size
     return Snapshot(
         offset,
@@ -198,13 +201,7 @@ def _decode(raw: bytes, start: int, offset: int) -> Snapshot:
         raw[start + ENTRY_BYTES : id_at],
         raw[id_at:name_at],
         raw[name_at : name_at + name_size],
-        extra_data_size - extra,
     )
-
-
-def _kept(extra_data_size: int) -> int:
-    """How many bytes of extra data are kept."""
-    return extra_data_size if extra_data_size <= MAX_EXTRA_DATA else KNOWN_EXTRA_DATA
 
 
 class _Reader:
@@ -213,12 +210,12 @@ class _Reader:
     What lies there may not be readable, and is no part of the table.
     """
 
-    def __init__(self, source: Source, *, may_cut: bool) -> None:
-        self._source, self._may_cut = source, may_cut
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._ahead, self._start = b"", 0
 
     def entry(self, offset: int, left: int) -> tuple[bytes, int]:
-        """The bytes of the entry at *offset*, too much extra data cut, and where it ends.
+        """The bytes of the entry at *offset*, and where it ends.
 
         *left*: so many entries, this one included, are still to come. Raises `ImageError`.
         """
@@ -229,7 +226,7 @@ class _Reader:
             self._ahead = read_bytes(self._source, offset, min(left * ENTRY_BYTES, READ_BYTES))
             self._start, at = offset, 0
         id_size, name_size, extra = _SIZES.unpack_from(self._ahead, at)
-        if extra > MAX_EXTRA_DATA and not self._may_cut:
+        if extra > MAX_EXTRA_DATA:
             raise ImageError(
                 "extra_data_size",
                 extra,
@@ -239,16 +236,12 @@ class _Reader:
         if names_at > READABLE_END:
             raise ImageError("extra_data_size", extra, "past the end of any file")
         end = names_at + id_size + name_size
-        if end - self._start <= len(self._ahead) and extra <= MAX_EXTRA_DATA:
+        if end - self._start <= len(self._ahead):
             return self._ahead[at : end - self._start], end
-        raw = self._ahead[at : at + ENTRY_BYTES]
-        raw += read_bytes(self._source, offset + ENTRY_BYTES, _kept(extra))
-        return raw + read_bytes(self._source, names_at, end - names_at), end
+        return read_bytes(self._source, offset, end - offset), end
 
 
-def read_snapshots(
-    source: Source, header: Header, geometry: Geometry, *, may_cut: bool = False
-) -> SnapshotTable:
+def read_snapshots(source: Source, header: Header, geometry: Geometry) -> SnapshotTable:
     """The whole snapshot table. Raises `ImageError` where a check cannot go on.
 
     Entries past the end of the file are zeros, as for QEMU: snapshots of nothing.
@@ -258,7 +251,7 @@ def read_snapshots(
         raise ImageError("nb_snapshots", count, f"at most {MAX_SNAPSHOTS} are allowed")
     if offset % geometry.cluster_size or offset + count * ENTRY_BYTES > SIGNED_MAX:
         raise ImageError("snapshots_offset", offset, "not cluster aligned, or too large")
-    reader = _Reader(source, may_cut=may_cut)
+    reader = _Reader(source)
     raw = bytearray()
     starts: list[int] = []
     offsets: list[int] = []
@@ -275,3 +268,104 @@ def read_snapshots(
             raise ImageError("snapshot table", end - offset, "over 64 MiB")
     columns = (np.array(each, dtype=np.int64) for each in (starts, offsets))
     return SnapshotTable(offset, end - offset, Snapshots(bytes(raw), *columns))
+
+
+def read_reachable_snapshots(
+    source: Source, header: Header, geometry: Geometry
+) -> tuple[SnapshotTable, ImageError | None]:
+    """The whole snapshot table; where QEMU would not load it, what is whole in it, and the reason.
+
+    Those are the entries whose L1 table lies in the file, also behind one that is garbage. Of one
+    with too much extra data the rest is kept: at fault is mostly the word that says how much.
+    """
+    try:
+        return read_snapshots(source, header, geometry), None
+    except ImageError as error:
+        if header.snapshots_offset % geometry.cluster_size:
+            return SnapshotTable(), as_value(error)
+        return _Reachable(source, header, geometry).read(), as_value(error)
+
+
+class _Reachable:
+    """Reads the entries of a table that make sense."""
+
+    def __init__(self, source: Source, header: Header, geometry: Geometry) -> None:
+        self._source, self._header, self._geometry = source, header, geometry
+        self._reader = _Reader(source)
+
+    def read(self) -> SnapshotTable:
+        start = position = end = self._header.snapshots_offset
+        raw = bytearray()
+        starts: list[int] = []
+        offsets: list[int] = []
+        for left in range(min(self._header.nb_snapshots, MAX_SNAPSHOTS), 0, -1):
+            found = self._entry(position, left)
+            if found is None:
+                position = self._next_named(position)
+                found = self._entry(position, left)
+            if found is None or found[1] - start > MAX_TABLE_BYTES:
+                break
+            starts.append(len(raw))
+            offsets.append(position)
+            raw += found[0]
+            end = found[1]
+            position = (end + 7) & ~7
+        columns = (np.array(each, dtype=np.int64) for each in (starts, offsets))
+        return SnapshotTable(start, end - start, Snapshots(bytes(raw), *columns))
+
+    def _entry(self, position: int, left: int) -> tuple[bytes, int] | None:
+        """The bytes of an entry, and where it ends; None where it is none."""
+        if position + ENTRY_BYTES > self._source.size:
+            return None
+        fixed = read_bytes(self._source, position, ENTRY_BYTES)
+        if not self._has_l1(_decode(fixed, 0, position)):
+            return None
+        *_, extra = _SIZES.unpack_from(fixed)
+        if extra <= MAX_EXTRA_DATA:
+            return self._reader.entry(position, left)
+        declared = self._with_extra_data(position, fixed, extra)
+        guesses = (self._with_extra_data(position, fixed, size) for size in _LIKELY_EXTRA_DATA)
+        likely = (each for each in (declared, *guesses) if each and _is_named_as_by_qemu(each[0]))
+        return next(likely, None) or declared or (_without_names(fixed), position + ENTRY_BYTES)
+
+    def _next_named(self, position: int) -> int:
+        """Where behind garbage at *position* an entry stands as QEMU writes it, or else that."""
+        if self._header.nb_snapshots > MAX_SNAPSHOTS:
+            return position  # What is behind the table may be anything.
+        for at in range(position + 8, position + SKIPPED_BYTES, 8):
+            fixed = read_bytes(self._source, at, ENTRY_BYTES)
+            *_, extra = _SIZES.unpack_from(fixed)
+            if extra in _LIKELY_EXTRA_DATA and self._has_l1(_decode(fixed, 0, at)):
+                entry = self._with_extra_data(at, fixed, extra)
+                if entry and _is_named_as_by_qemu(entry[0]):
+                    return at
+        return position
+
+    def _with_extra_data(self, position: int, fixed: bytes, size: int) -> tuple[bytes, int] | None:
+        """The entry if it has *size* bytes of extra data; None where it is not in the file then."""
+        id_size, name_size, _ = _SIZES.unpack_from(fixed)
+        kept = size if size <= MAX_EXTRA_DATA else KNOWN_EXTRA_DATA
+        names_at = position + ENTRY_BYTES + size
+        end = names_at + id_size + name_size
+        if end > self._source.size:
+            return None
+        raw = fixed[:-4] + kept.to_bytes(4, "big")
+        raw += read_bytes(self._source, position + ENTRY_BYTES, kept)
+        return raw + read_bytes(self._source, names_at, end - names_at), end
+
+    def _has_l1(self, snapshot: Snapshot) -> bool:
+        offset, length = snapshot.l1_table_offset, snapshot.l1_size * 8
+        is_place = offset != 0 and offset % self._geometry.cluster_size == 0
+        return is_place and 0 < length <= min(MAX_L1_BYTES, self._source.size - offset)
+
+
+def _is_named_as_by_qemu(raw: bytes) -> bool:
+    """Whether an entry's ID is a number, and its name text."""
+    snapshot = _decode(raw, 0, 0)
+    name = snapshot.name.decode(errors="replace")
+    return snapshot.id_str.isdigit() and name.isprintable() and "\ufffd" not in name
+
+
+def _without_names(fixed: bytes) -> bytes:
+    """The entry with its fixed part alone: no ID, no name, no extra data."""
+    return fixed[:12] + bytes(4) + fixed[16:36] + bytes(4)

@@ -7,16 +7,18 @@ foreseen: it is refused, either way.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct
-from planner.errors import AmbiguousCorruption, ImageError
+from planner.errors import AmbiguousCorruption
 from planner.findings import FindingKind, Structure
 from planner.plan import COMPARED_SECTORS, Plan, Stage
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
-from planner.qcow2.header import Header, read_header
-from planner.qcow2.snapshots import Snapshots, read_snapshots
+from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
+from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
 from planner.regions import Regions, join_regions
 from planner.report import Report
 from planner.source import SECTOR, Overlay, Source
@@ -24,6 +26,7 @@ from planner.source import SECTOR, Overlay, Source
 _MAY_CHANGE = {
     "refcount_table_offset",
     "refcount_table_clusters",
+    "nb_snapshots",
     "snapshots_offset",
     "incompatible_features",
 }
@@ -90,6 +93,8 @@ def _require_nothing_worse(before: Report, after: Report) -> None:
 
 def _require_same_header(source: Source, plan: Plan) -> None:
     was, would_be = read_header(source), read_header(Overlay(source, plan))
+    if not plan.changes_nothing:
+        was = replace(was, autoclear_features=was.autoclear_features & KNOWN_AUTOCLEAR)
     for name in Header.__slots__:
         if name not in _MAY_CHANGE and getattr(was, name) != getattr(would_be, name):
             raise _Unproven(f"the header field {name} would change")
@@ -101,23 +106,19 @@ def _require_same_snapshots(source: Source, plan: Plan) -> None:
         raise _Unproven("the list of snapshots would change")
 
 
-def _snapshots(source: Source) -> Snapshots | ImageError:
+def _snapshots(source: Source) -> Snapshots:
+    """Those that can be reached: what else the table has may be cut off."""
     header = read_header(source)
-    if not header.nb_snapshots:
-        return Snapshots()
-    try:
-        return read_snapshots(source, header, header.geometry, may_cut=True).snapshots
-    except ImageError as error:
-        return error
+    table, _ = read_reachable_snapshots(source, header, header.geometry)
+    return table.snapshots
 
 
-def _told(snapshots: Snapshots | ImageError) -> list[tuple[object, ...]] | str:
-    """What the snapshot table says of each snapshot, but for its extra data."""
-    if isinstance(snapshots, ImageError):
-        return str(snapshots)
+def _told(snapshots: Snapshots) -> list[tuple[object, ...]]:
+    """What the snapshot table says of each snapshot, but for its extra data; zeros are none."""
     return [
         (s.l1_table_offset, s.l1_size, s.id_str, s.name, s.date_sec, s.date_nsec, s.vm_state_size)
         for s in snapshots
+        if not s.is_zeros
     ]
 
 

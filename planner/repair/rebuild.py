@@ -28,7 +28,7 @@ REFTABLE_OFFSET_AT = 48
 
 def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     """Draft a new refcount table and its blocks; clusters that *stay* keep their refcount."""
-    if not scope.may_grow:
+    if not scope.may_grow_for_refcounts:
         raise UnsupportedRepair(
             "new refcounts would make the file grow over offsets past its end that the image"
             " refers to: what is lost would look as if it were there",

@@ -20,6 +20,15 @@ from planner.stored import Reftable
 
 RAISED = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW)
 
+DAMAGED_STRUCTURE = (
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.REFBLOCK_PAST_END,
+    FindingKind.REFCOUNT_UNREADABLE,
+)
+"""What is wrong with the structure that holds refcounts, rather than with one of them."""
+
 
 def reclaim_leaks_in_refblocks(scope: Scope, stay: I64) -> None:
     """Lower the refcount of every leaked cluster to its references, but for those that *stay*."""
@@ -31,7 +40,17 @@ def correct_refcounts_in_refblocks(scope: Scope, stay: I64) -> None:
     _Corrector(scope, (*RAISED, FindingKind.LEAK), stay).run()
 
 
-def refblocks_cover(scope: Scope, stay: I64) -> bool:
+def must_rebuild(scope: Scope, stay: I64) -> bool:
+    """Whether the refcount structure is damaged, or a wrong cluster that does not *stay* has none.
+
+    Then refcounts cannot be corrected in place.
+    """
+    damaged = any(kind in scope.report.counts() for kind in DAMAGED_STRUCTURE)
+    lost = scope.report.findings.of(FindingKind.PAST_END, Structure.REFTABLE)
+    return damaged or len(lost) > 0 or not _refblocks_cover(scope, stay)
+
+
+def _refblocks_cover(scope: Scope, stay: I64) -> bool:
     """Whether all wrong clusters but those that *stay* have a block that may be written."""
     per_block = scope.geometry.refblock_entries
     blocks = scope.mismatches.blocks(per_block, *RAISED, FindingKind.LEAK)

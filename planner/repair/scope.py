@@ -88,8 +88,19 @@ class Scope:
 
         However little of it: zeros there would look like what was written.
         """
-        lost = {FindingKind.PAST_END, FindingKind.CUT_OFF}
-        return not lost & self.report.counts().keys()
+        return not self._lost()
+
+    @property
+    def may_grow_for_refcounts(self) -> bool:
+        """The same for new refcounts: what is lost of the old ones is not referred to any more."""
+        return self._lost() == self._lost(Structure.REFTABLE, Structure.REFBLOCK)
+
+    def _lost(self, *structures: Structure) -> int:
+        """How many things, of certain *structures* or of any, lie past the end of the file."""
+        kinds, counts = (FindingKind.PAST_END, FindingKind.CUT_OFF), self.report.counts()
+        if not structures:
+            return sum(counts.get(kind, 0) for kind in kinds)
+        return sum(len(self.report.findings.of(kind, *structures)) for kind in kinds)
 
     @property
     def first_new_cluster(self) -> int:

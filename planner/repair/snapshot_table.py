@@ -1,7 +1,7 @@
-"""The snapshot table rewritten: with the extra data that version 3 wants, and no more than allowed.
+"""The snapshot table made such as QEMU loads: cut to what is there, with the extra data it wants.
 
-The new table goes past the end of the file, where nothing can be lost, and the header is switched
-to it; the old one is left as it is and becomes free.
+A new table goes past the end of the file, where nothing can be lost, and the header is switched to
+it; the old one is left as it is and becomes free. Where entries are only cut off, no table is new.
 """
 
 from __future__ import annotations
@@ -9,53 +9,52 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 
-from planner.errors import ImageError
+import numpy as np
+
+from planner.errors import UnsupportedRepair
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
     Snapshot,
-    SnapshotTable,
     encode_snapshot,
-    read_snapshots,
+    read_reachable_snapshots,
 )
+from planner.repair.refcounts import must_rebuild
 from planner.repair.scope import Scope
+from planner.source import read_bytes
 
-SNAPSHOTS_OFFSET_AT = 64
-"""Where the header holds snapshots_offset."""
+NB_SNAPSHOTS_AT, SNAPSHOTS_OFFSET_AT = 60, 64
+"""Where the header holds nb_snapshots, and after it snapshots_offset."""
 
 
 def rewrite_snapshot_table(scope: Scope) -> None:
-    """Draft a new table where entries lack extra data, or have more than QEMU reads.
+    """Draft a table that QEMU loads, of the snapshots that are there: cut off is what is none.
 
-    The place of a table without entries, where it is none that a table can have, becomes 0.
+    An entry of zeros is no snapshot; nor is, in a table that QEMU does not load, what comes from
+    the first entry on without a whole L1 table. Clusters that only that referred to leak. The place
+    of a table without entries, where it is none that a table can have, becomes 0.
     """
     if _place_is_meaningless(scope):
         scope.draft.write(StageKind.SWITCH, SNAPSHOTS_OFFSET_AT, bytes(8))
         places = [(SNAPSHOTS_OFFSET_AT, 8, 1)]
         scope.explain(StageKind.SWITCH, Structure.HEADER, FindingKind.CHECK_STOPPED, places)
         return
-    wrong = scope.report.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
-    over_long = any(error.field == "extra_data_size" for error in scope.report.stopped)
-    if not (len(wrong) or over_long) or not scope.may_grow or scope.refcounts_are_shared:
+    header = scope.layout.header
+    table, error = read_reachable_snapshots(scope.source, header, scope.geometry)
+    lacking = FindingKind.SNAPSHOT_EXTRA_DATA in scope.report.counts()
+    if error.field == "snapshots_offset" if error else not lacking:
         return
-    old = _readable_table(scope)
-    if old is None:
+    snapshots = [each for each in table.snapshots if not each.is_zeros]
+    if len(snapshots) < header.nb_snapshots:
+        _require_refcounts(scope)
+    kind = FindingKind.CHECK_STOPPED if error else FindingKind.SNAPSHOT_EXTRA_DATA
+    offset = _place_table(scope, snapshots, kind)
+    if offset is None:
         return
-    virtual_size = scope.layout.header.size // 512 * 512
-    snapshots = [complete_extra_data(each, virtual_size) for each in old.snapshots]
-    table = b"".join(encode_snapshot(each) for each in snapshots)
-    kind = FindingKind.CHECK_STOPPED if over_long else FindingKind.SNAPSHOT_EXTRA_DATA
-    size = scope.geometry.cluster_size
-    offset = scope.first_of_new(-(-len(table) // size)) * size
-    if not scope.make_room(offset + -(-len(table) // size) * size):
-        return
-    scope.draft.write(StageKind.PREPARE, offset, table)
-    pointer = struct.pack(">Q", offset)
-    scope.draft.write(StageKind.SWITCH, SNAPSHOTS_OFFSET_AT, pointer)
-    places = [(offset, len(table), len(snapshots))]
-    scope.explain(StageKind.PREPARE, Structure.SNAPSHOT_TABLE, kind, places)
-    places = [(SNAPSHOTS_OFFSET_AT, len(pointer), 1)]
+    pointer = struct.pack(">IQ", len(snapshots), offset)
+    scope.draft.write(StageKind.SWITCH, NB_SNAPSHOTS_AT, pointer)
+    places = [(NB_SNAPSHOTS_AT, len(pointer), 1)]
     scope.explain(StageKind.SWITCH, Structure.HEADER, kind, places)
 
 
@@ -65,26 +64,37 @@ def _place_is_meaningless(scope: Scope) -> bool:
     return stopped and not scope.layout.header.nb_snapshots and not scope.report.counters.leaks
 
 
-def _readable_table(scope: Scope) -> SnapshotTable | None:
-    """The table, over-long extra data cut as QEMU cuts it; None where it is not to be trusted.
+def _require_refcounts(scope: Scope) -> None:
+    """Raise where refcounts, which say what a snapshot had that is cut off, are lost too."""
+    if must_rebuild(scope, np.zeros(0, dtype=np.int64)):
+        raise UnsupportedRepair(
+            "the snapshot table lists what is none, and the refcounts are damaged that would show"
+            " what it listed",
+            "copy the disk out with qemu-img convert",
+            FindingKind.SNAPSHOT_EXTRA_DATA.label,
+        )
 
-    Where the length of the extra data is what is damaged, the entries behind it are read from a
-    wrong place, and would come out as nonsense: each must have a whole L1 table in the file.
+
+def _place_table(scope: Scope, snapshots: list[Snapshot], kind: FindingKind) -> int | None:
+    """Draft a table of *snapshots*: its offset, or None where there is no room for it.
+
+    No table is new where one that begins like that is there.
     """
-    layout = scope.layout
-    try:
-        table = read_snapshots(scope.source, layout.header, layout.geometry, may_cut=True)
-    except ImageError:
+    header, size = scope.layout.header, scope.geometry.cluster_size
+    virtual_size = header.size // 512 * 512
+    wanted = b"".join(encode_snapshot(complete_extra_data(s, virtual_size)) for s in snapshots)
+    if read_bytes(scope.source, header.snapshots_offset, len(wanted)) == wanted:
+        return header.snapshots_offset
+    if not scope.may_grow or scope.refcounts_are_shared:
         return None
-    end, size = layout.file_size, layout.geometry.cluster_size
-    if table.offset + table.length > end:
+    clusters = -(-len(wanted) // size)
+    offset = scope.first_of_new(clusters) * size
+    if not scope.make_room(offset + clusters * size):
         return None
-    cut = any(each.cut for each in table.snapshots)
-    for each in table.snapshots:
-        offset, length = each.l1_table_offset, each.l1_size * 8
-        if cut and (offset % size or not offset or not length or offset + length > end):
-            return None
-    return table
+    scope.draft.write(StageKind.PREPARE, offset, wanted)
+    places = [(offset, len(wanted), len(snapshots))]
+    scope.explain(StageKind.PREPARE, Structure.SNAPSHOT_TABLE, kind, places)
+    return offset
 
 
 def complete_extra_data(snapshot: Snapshot, virtual_size: int) -> Snapshot:

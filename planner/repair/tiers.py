@@ -15,16 +15,19 @@ from planner.arrays import I64, distinct
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import KINDS, FindingKind, Severity, Structure
+from planner.looks import Look
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.qcow2.header import Incompatible
+from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
 from planner.repair.entries import clear_reserved_bits, correct_entries
 from planner.repair.proof import require_proof
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (
+    DAMAGED_STRUCTURE,
     correct_refcounts_in_refblocks,
+    must_rebuild,
     reclaim_leaks_in_refblocks,
-    refblocks_cover,
 )
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import rewrite_snapshot_table
@@ -37,14 +40,6 @@ FEATURES_AT = 72
 
 MAX_DRAFTS = 4
 """Drafts of a plan: what one shows not to work, the next leaves alone."""
-
-_DAMAGED_STRUCTURE = (
-    FindingKind.REFTABLE_ENTRY_RESERVED,
-    FindingKind.REFBLOCK_MISALIGNED,
-    FindingKind.REFBLOCK_SHARED,
-    FindingKind.REFBLOCK_PAST_END,
-    FindingKind.REFCOUNT_UNREADABLE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +188,7 @@ def propose(
     scope, triage = _draft_tier(source, report, tier, means)
     if tier is RepairTier.ALL:
         _settle_flags(scope, report)
+    clear_unknown_autoclear(scope)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
     require_proof(source, plan, report, after)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
@@ -232,8 +228,26 @@ def _first_step(source: Source, report: Report, means: _Means) -> Scope:
 
 def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     report, triage = scope.report, means.triage(scope)
-    if not report.counters.leaks:
-        return scope, triage
+    if report.counters.leaks:
+        _require_known_leaks(report)
+        reclaim_leaks_in_refblocks(scope, stay)
+        scope = _checked_anew(scope, means)
+        # Lowered to one reference, an entry gets its COPIED flag back.
+        update_copied_flags_for_l1(scope, known=report)
+        scope = _checked_anew(scope, means)
+    if _only_flags_are_wrong(scope.report):
+        update_copied_flags_for_l1(scope)
+    return _checked_anew(scope, means), triage
+
+
+def _only_flags_are_wrong(report: Report) -> bool:
+    """Whether refcounts and all else are right, so that they say what COPIED flags must be."""
+    wrong = {kind for kind in report.counts() if KINDS[kind].severity > Severity.NOTICE}
+    return bool(wrong) and wrong <= {FindingKind.L1_COPIED, FindingKind.L2_COPIED}
+
+
+def _require_known_leaks(report: Report) -> None:
+    """Raise where a cluster may be in use that seems leaked, or its refcount cannot be lowered."""
     if not report.complete:
         raise AmbiguousCorruption(
             "a table that could refer to the leaked clusters cannot be read, so that they are not"
@@ -242,16 +256,11 @@ def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
             report.hidden[0].label,
         )
     counts = report.counts()
-    damaged = [kind.label for kind in _DAMAGED_STRUCTURE if kind in counts]
+    damaged = [kind.label for kind in DAMAGED_STRUCTURE if kind in counts]
     if damaged:
         raise UnsupportedRepair(
             "the refcount structure itself is damaged", "the tier `all` rebuilds it", damaged[0]
         )
-    reclaim_leaks_in_refblocks(scope, stay)
-    scope = _checked_anew(scope, means)
-    # Lowered to one reference, an entry gets its COPIED flag back.
-    update_copied_flags_for_l1(scope, known=report)
-    return _checked_anew(scope, means), triage
 
 
 def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
@@ -262,6 +271,8 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     triage = means.triage(scope)
+    if _is_cut(scope, before):
+        _require_shown_loss(triage)
     if triage.suspect_count or not scope.report.complete:
         # What the repair itself ceased to refer to is no such leak: that reference was known.
         known = np.intersect1d(_leaked(before), _leaked(scope.report), assume_unique=True)
@@ -274,6 +285,27 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
         scope = _checked_anew(scope, means)
         planner(scope)
     return _checked_anew(scope, means), triage
+
+
+def _is_cut(scope: Scope, before: Report) -> bool:
+    """Whether entries are cut off that were no zeros: what leaks may be what they listed."""
+    was = before.layout.header.nb_snapshots if before.layout else 0
+    return not before.complete and scope.layout.header.nb_snapshots < was
+
+
+def _require_shown_loss(triage: Triage) -> None:
+    """Raise where leaked clusters hold data of snapshots that are cut off, and do not look so.
+
+    With nothing to show that they are lost, they would be freed.
+    """
+    holds_data = set(triage.looks()) - {Look.ZEROS, Look.IN_USE}
+    if holds_data and not triage.suspect_count:
+        raise AmbiguousCorruption(
+            "entries of the snapshot table are none, and leaked clusters that hold data may be"
+            " what they listed",
+            "copy the disk out with qemu-img convert",
+            FindingKind.CHECK_STOPPED.label,
+        )
 
 
 def _leaked(report: Report) -> I64:
@@ -293,12 +325,8 @@ def _checked_anew(scope: Scope, means: _Means) -> Scope:
 
 def _draft_refcounts(scope: Scope, stay: I64) -> None:
     """In place where every block that must change is sound, else anew; not of what must *stay*."""
-    counts = scope.report.counts()
-    lost = scope.report.findings.of(FindingKind.PAST_END, Structure.REFTABLE)
-    damaged = any(kind in counts for kind in _DAMAGED_STRUCTURE)
-    damaged |= len(lost) > 0
     # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
-    if (damaged or not refblocks_cover(scope, stay)) and not scope.refcounts_are_shared:
+    if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
         rebuild_refcount_structure(scope, stay)
     else:
         correct_refcounts_in_refblocks(scope, stay)

@@ -195,6 +195,10 @@ def convert_command(row: Row, path: Path, snapshot: str | None, raw: Path) -> li
     return ["qemu-img", "convert", "--salvage", "-O", "raw", *chosen, *named, str(raw)]
 
 
+BASE_NAME = "base.qcow2"
+"""What a base image is called in its directory."""
+
+
 def build(row: Row, directory: Path, seed: str) -> Path:
     """Make the base image of *row* in *directory*; what it holds follows from *seed*."""
     builder = _Builder(row, directory, random.Random(seed))
@@ -223,7 +227,7 @@ class _Builder:
         self.row = row
         self.rng = rng
         self.directory = directory
-        self.image = directory / "base.qcow2"
+        self.image = directory / BASE_NAME
         self.size = self._choose_size()
         self.touched: set[int] = set()
 

@@ -22,7 +22,7 @@ from planner.check import check_image
 from planner.errors import RepairError
 from planner.findings import KINDS, FindingKind, Structure
 from planner.plan import RepairTier
-from planner.qcow2.header import Autoclear
+from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.report import Report
 from planner.source import Overlay, Source, read_bytes
@@ -39,8 +39,6 @@ BADNESS = {0: 0, 3: 1, 2: 2, 1: 3, 63: 4}
 DAMAGE_COUNTERS = ("check-errors", "corruptions", "leaks")
 NB_SNAPSHOTS_AT = 60
 """Where the header holds nb_snapshots, 4 bytes."""
-AUTOCLEAR_AT = 88
-"""Where the header of version 3 holds autoclear_features, 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +157,8 @@ def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
         yield f"the proof is not what QEMU says: {'; '.join(differences)}; QEMU: {qemu}"
     with repaired.open("rb") as file:
         result = FileSource(file.fileno())
+        if read_header(result).unknown_autoclear:
+            yield "autoclear bits that are not known survive"
         again = check_image(result)
         if not same_outcome(again, after):
             yield f"checked again: {again.counters}, proven: {after.counters}"
@@ -406,22 +406,14 @@ def _flags_share_a_cluster(lag: Lag) -> bool:
     return bool(np.isin(wrong, contested).all())
 
 
-def _snapshot_table_is_lost(lag: Lag) -> bool:
-    layout, wrong = lag.after.layout, lag.after.findings.of(FindingKind.SNAPSHOT_EXTRA_DATA)
-    if lag.kind is not FindingKind.SNAPSHOT_EXTRA_DATA or layout is None:
-        return False
-    return bool((wrong.host_offset + wrong.length > layout.file_size).any())
-
-
 def _growth_would_hide_loss(lag: Lag) -> bool:
     refused = lag.error is not None and lag.error.finding == FindingKind.PAST_END.label
     return refused or FindingKind.PAST_END in lag.before.counts()
 
 
-def _snapshots_are_unreadable(lag: Lag) -> bool:
-    return lag.kind is FindingKind.CHECK_STOPPED and any(
-        error.field == "extra_data_size" for error in lag.after.stopped
-    )
+def _snapshots_would_be_cut(lag: Lag) -> bool:
+    of_table = {FindingKind.CHECK_STOPPED.label, FindingKind.SNAPSHOT_EXTRA_DATA.label}
+    return lag.error is not None and lag.error.finding in of_table
 
 
 def _has_bitmaps(report: Report) -> bool:
@@ -482,11 +474,6 @@ PURPOSES: tuple[Purpose, ...] = (
         _bitmaps_are_in_the_way,
     ),
     Purpose(
-        "copied-flags-left-to-all",
-        "The tier `leaks` only lowers refcounts, and flags where it lowered one; `all` does more.",
-        lambda lag: lag.tier is RepairTier.LEAKS and lag.kind in _COPIED,
-    ),
-    Purpose(
         "header-shared",
         "Something else refers to the header's cluster: a write there may change what that holds.",
         _header_is_contested,
@@ -500,11 +487,6 @@ PURPOSES: tuple[Purpose, ...] = (
         "flags-shared",
         "A wrong COPIED flag lies in a cluster with two owners: it may be the other's data.",
         _flags_share_a_cluster,
-    ),
-    Purpose(
-        "census-incomplete",
-        "A table cannot be read, and may refer to what looks leaked.",
-        lambda lag: lag.kind is FindingKind.LEAK and not lag.after.complete,
     ),
     Purpose(
         "lost-among-leaks",
@@ -524,13 +506,8 @@ PURPOSES: tuple[Purpose, ...] = (
         _growth_would_hide_loss,
     ),
     Purpose(
-        "snapshot-table-lost",
-        "The snapshot table lies past the end of the file: rewritten, it would list nonsense.",
-        _snapshot_table_is_lost,
-    ),
-    Purpose(
-        "snapshots-unreadable",
-        "Cut as QEMU cuts it, over-long extra data leaves a snapshot without a whole L1 table.",
-        _snapshots_are_unreadable,
+        "snapshots-cut",
+        "Cut off the snapshot table, nothing would show that what then leaks is a lost snapshot.",
+        _snapshots_would_be_cut,
     ),
 )

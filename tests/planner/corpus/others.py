@@ -412,3 +412,12 @@ def bitmaps_stale() -> Rule:
         ],
         leaks=3,
     )
+
+
+@rule
+def autoclear_unknown() -> Rule:
+    """Bits for a program that knows them; 1 << 0 vouches for bitmaps, of which there are none."""
+    image = plain()
+    image.change_header(autoclear_features=1 << 63 | 1 << 17 | Autoclear.BITMAPS)
+    bits = 1 << 63 | 1 << 17
+    return Rule(image, [finding(Kind.UNKNOWN_AUTOCLEAR, structure=Structure.HEADER, found=bits)])

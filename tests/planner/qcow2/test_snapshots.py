@@ -19,6 +19,7 @@ from planner.qcow2.snapshots import (
     SnapshotTable,
     decode_snapshot,
     encode_snapshot,
+    read_reachable_snapshots,
     read_snapshots,
 )
 from planner.source import Bytes
@@ -177,24 +178,95 @@ def test_extra_data_of_1024_bytes_is_read():
     assert table_of(builder.build()).snapshots[0].extra_data == b"e" * 1024
 
 
-def test_extra_data_over_the_limit_is_cut_where_it_may_be():
-    long = replace(EMPTY, extra_data=bytes(range(200)) * 6, id_str=b"1", name=b"long")
-    source = Bytes(encode_snapshot(long))
-    found = decode_snapshot(source, 0, may_cut=True)
-    assert found == replace(long, extra_data=bytes(range(24)), cut=1176)
+# ---- what can be reached of a table that cannot be read ----
+
+
+def reached(image, data: bytes | None = None) -> list[bytes]:
+    source = Bytes(data or bytes(image.data))
+    table, error = read_reachable_snapshots(source, image.header, image.geometry)
+    assert error is not None
+    return [snapshot.name for snapshot in table.snapshots]
+
+
+def with_field(image, index: int, at: int, width: int, value: int):
+    place = table_of(image).snapshots[index].offset + at
+    image.data[place : place + width] = value.to_bytes(width, "big")
+    return image
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_what_is_in_front_of_garbage_and_behind_it_can_be_reached(index):
+    image = image_with("one", "two", "three")
+    at = table_of(image).snapshots[index].offset
+    image.data[at : at + 40] = b"\xff" * 40
+    names = [b"one", b"two", b"three"]
+    del names[index]
+    assert reached(image) == names
+
+
+@pytest.mark.parametrize("size", [1025, 1 << 16, (1 << 32) - 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_an_entry_whose_length_of_extra_data_alone_is_wrong_is_read_as_it_was(size, index):
+    image = image_with("one", "two", "three")
+    before = list(table_of(image).snapshots)
+    with_field(image, index, 36, 4, size)
+    table, _ = read_reachable_snapshots(image.source, image.header, image.geometry)
+    assert list(table.snapshots) == before
+
+
+def test_extra_data_that_is_there_is_cut_to_what_has_a_meaning():
+    image = image_with("one")
+    l1 = table_of(image).snapshots[0].l1_table_offset
+    long = replace(
+        EMPTY, l1_table_offset=l1, l1_size=1, extra_data=bytes(range(200)) * 6, id_str=b"1"
+    )
+    data = bytearray(image.data).ljust(1 << 15, b"\0")
+    at = image.header.snapshots_offset
+    entry = encode_snapshot(long)
+    data[at : at + len(entry)] = entry
+    table, _ = read_reachable_snapshots(Bytes(bytes(data)), image.header, image.geometry)
+    assert list(table.snapshots) == [replace(long, offset=at, extra_data=bytes(range(24)))]
+
+
+@pytest.mark.parametrize("value", [0, 1, 512 * 1000], ids=["none", "misaligned", "past the end"])
+def test_an_entry_without_an_l1_table_cannot_be_reached(value):
+    image = image_with("one", "two", "three")
+    with_field(image, 0, 36, 4, 1025)
+    at = image.header.snapshots_offset + table_of(image_with("one", "two")).length + 7 & ~7
+    image.data[at : at + 8] = value.to_bytes(8, "big")
+    assert reached(image) == [b"one", b"two"]
+
+
+def test_an_entry_whose_names_cannot_be_found_is_reached_without_them():
+    image = image_with("one", "two")
+    with_field(image, 1, 12, 4, 0xFFFF_FFFF)
+    with_field(image, 1, 36, 4, 1 << 20)
+    assert reached(image) == [b"one", b""]
+
+
+def test_of_more_snapshots_than_there_can_be_those_in_the_file_can_be_reached():
+    image = image_with("one", "two")
+    image.change_header(nb_snapshots=(1 << 32) - 1)
+    assert reached(image) == [b"one", b"two"]
+
+
+def test_of_a_misplaced_table_nothing_can_be_reached():
+    image = image_with("one")
+    image.change_header(snapshots_offset=image.header.snapshots_offset + 8)
+    assert reached(image) == []
 
 
 # ---- the table as a whole, against its entries one by one ----
 
 
-def one_by_one(source, header, geometry, *, may_cut):
+def one_by_one(source, header, geometry):
     """What `read_snapshots` must find, an entry at a time, each read on its own."""
     found, position = [], header.snapshots_offset
     for _ in range(header.nb_snapshots):
         position = (position + 7) & ~7
-        snapshot = decode_snapshot(source, position, may_cut=may_cut)
+        snapshot = decode_snapshot(source, position)
         found.append(snapshot)
-        position += ENTRY_BYTES + len(snapshot.extra_data) + snapshot.cut
+        position += ENTRY_BYTES + len(snapshot.extra_data)
         position += len(snapshot.id_str) + len(snapshot.name)
         if position - header.snapshots_offset > MAX_TABLE_BYTES:
             raise ImageError("snapshot table", position - header.snapshots_offset, "over 64 MiB")
@@ -208,48 +280,46 @@ def answer_of(read):
         return str(error)
 
 
-def assert_read_the_same(source, count, *, may_cut):
+def assert_read_the_same(source, count):
     image = image_with()
     header = replace(image.header, snapshots_offset=512, nb_snapshots=count)
 
     def whole():
-        table = read_snapshots(source, header, image.geometry, may_cut=may_cut)
+        table = read_snapshots(source, header, image.geometry)
         assert len(table.snapshots) == count
         assert [table.snapshots[at] for at in range(count)] == list(table.snapshots)
         return table.length, list(table.snapshots)
 
-    slow = answer_of(lambda: one_by_one(source, header, image.geometry, may_cut=may_cut))
+    slow = answer_of(lambda: one_by_one(source, header, image.geometry))
     assert answer_of(whole) == slow
 
 
 @given(
     table=st.lists(st.binary(max_size=90) | snapshots.map(encode_snapshot), max_size=8),
     more=st.integers(0, 3),
-    may_cut=st.booleans(),
     read_bytes=st.sampled_from([ENTRY_BYTES, 100, 64 << 10]),
 )
-def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, may_cut, read_bytes):
+def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, read_bytes):
     source = Bytes(bytes(512) + b"".join(table))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshots_module, "READ_BYTES", read_bytes)
-        assert_read_the_same(source, len(table) + more, may_cut=may_cut)
+        assert_read_the_same(source, len(table) + more)
 
 
-@pytest.mark.parametrize("may_cut", [False, True])
-def test_a_long_table_is_the_same_as_its_entries(may_cut):
+def test_a_long_table_is_the_same_as_its_entries():
     rng = random.Random(1)
     entries = [
         replace(
             EMPTY,
             l1_table_offset=number,
-            extra_data=rng.randbytes(rng.choice((0, 16, 16, 24, 1024, 1025 if may_cut else 8))),
+            extra_data=rng.randbytes(rng.choice((0, 16, 16, 24, 1024, 8))),
             name=rng.randbytes(rng.choice((0, 3, 9, 300, 65535))),
         )
         for number in range(500)
     ]
     table = b"".join(map(encode_snapshot, entries))
-    assert_read_the_same(Bytes(bytes(512) + table), 500, may_cut=may_cut)
-    assert_read_the_same(Bytes(bytes(512) + table[:-2000]), 520, may_cut=may_cut)
+    assert_read_the_same(Bytes(bytes(512) + table), 500)
+    assert_read_the_same(Bytes(bytes(512) + table[:-2000]), 520)
 
 
 def test_nothing_behind_the_table_is_read():

@@ -8,6 +8,7 @@ from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import FindingKind as Kind
 from planner.plan import RepairTier, StageKind
 from planner.qcow2 import entries
+from planner.qcow2.header import Autoclear, read_header
 from planner.repair import scope, tiers
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
@@ -198,15 +199,27 @@ def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written():
 
 
 def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_following():
-    """`leaks` leaves the flag of entry 1; those of 0 and 2 beside it follow their refcounts."""
+    """Beside other damage `leaks` leaves the flag of entry 1; 0 and 2 follow their refcounts."""
     image = plain()
+    image.set_bits(image.l2_at(3), RESERVED)
     for entry in (0, 1, 2):
         image.set_word(image.l2_at(entry), image.host_offset(entry))
     for entry in (0, 2):
         image.set_refcount(image.host_offset(entry) // SIZE, 2)
     proposal = settled(image, RepairTier.LEAKS)
-    assert counts(proposal) == {Kind.L2_COPIED: 1}
+    assert counts(proposal) == {Kind.L2_COPIED: 1, Kind.L2_ENTRY_RESERVED: 1}
     assert [row.l2_index for row in proposal.after.rows(Kind.L2_COPIED)] == [1]
+
+
+def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong():
+    image = plain()
+    image.clear_bits(image.l1_at(0), COPIED)
+    image.clear_bits(image.l2_at(1), COPIED)
+    assert counts(settled(image, RepairTier.LEAKS)) == {}
+    image.set_refcount(image.host_offset(2) // SIZE, 0)
+    proposal = settled(image, RepairTier.LEAKS)
+    assert proposal.plan.changes_nothing
+    assert counts(proposal)[Kind.L1_COPIED] == 1
 
 
 def test_a_snapshot_table_on_the_header_is_refused_with_that_reason():
@@ -264,17 +277,18 @@ def test_a_new_snapshot_table_does_not_become_the_refcount_block_that_is_lost_pa
     assert counts(settled(image)) == {}
 
 
-def test_the_file_does_not_grow_over_the_rest_of_a_cut_snapshot_table():
+def test_of_a_snapshot_table_past_the_end_nothing_is_left_and_what_it_listed_stays_counted():
     image = with_snapshot()
     image.change_header(snapshots_offset=len(image.data))
     before = settled(image)
     assert before.plan.size_before == before.plan.size_after
-    assert Kind.SNAPSHOT_EXTRA_DATA in counts(before)
+    assert counts(before) == {Kind.LEAK: before.before.counters.leaks}
+    assert before.suspects
     image.set_word(image.reftable_at(0), 0)
     source = Bytes(bytes(image.data))
     with pytest.raises(UnsupportedRepair) as refused:
         propose(source, check_image(source), RepairTier.ALL)
-    assert refused.value.finding == Kind.PAST_END.label
+    assert refused.value.finding == Kind.SNAPSHOT_EXTRA_DATA.label
 
 
 def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end():
@@ -425,3 +439,106 @@ def test_an_unreadable_header_is_refused_with_a_way_out():
             propose(source, report, tier)
         assert "version" in refused.value.reason
         assert refused.value.wayout
+
+
+def leak_with_autoclear(bits: int) -> Image:
+    image = plain()
+    image.set_refcount(len(image.data) // SIZE - 1, 2)
+    image.change_header(autoclear_features=bits)
+    return image
+
+
+@pytest.mark.parametrize("tier", RepairTier)
+def test_autoclear_bits_that_are_not_known_go_before_anything_else_is_written(tier):
+    image = leak_with_autoclear(1 << 63 | 1 << 5 | Autoclear.BITMAPS)
+    proposal = settled(image, tier)
+    assert counts(proposal) == {}
+    outcome = Overlay(image.source, proposal.plan)
+    assert read_header(outcome).autoclear_features == Autoclear.BITMAPS
+    first = proposal.plan.stages[0]
+    assert first.kind is StageKind.GUARD
+    assert first.bytes_at(88, 8)[1] == int(Autoclear.BITMAPS).to_bytes(8, "big")
+    assert Kind.UNKNOWN_AUTOCLEAR in {edit.kind for edit in proposal.plan.edits}
+
+
+def test_a_header_that_may_not_be_written_to_stops_a_repair_that_would_have_to():
+    image = leak_with_autoclear(1 << 63)
+    image.set_word(image.l2_at(7), entries.COMPRESSED | 1)
+    with pytest.raises(AmbiguousCorruption, match="autoclear bits"):
+        propose(image.source, check_image(image.source), RepairTier.LEAKS)
+
+
+# --- the snapshot table -----------------------------------------------------------------------
+
+
+def snapshots_of(proposal: Proposal) -> list[bytes]:
+    return [snapshot.name for snapshot in proposal.after.snapshots]
+
+
+def three_snapshots() -> Image:
+    made = builder()
+    for number, name in enumerate(("one", "two", "three")):
+        made.write(number, bytes([number + 1]) * SIZE)
+        made.take_snapshot(name)
+    made.write(0, b"now" * (SIZE // 3))
+    return made.build()
+
+
+def test_entries_of_zeros_behind_the_snapshots_are_none_and_nothing_is_moved():
+    image = three_snapshots()
+    image.change_header(nb_snapshots=9)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert snapshots_of(proposal) == [b"one", b"two", b"three"]
+    assert proposal.plan.size_after == proposal.plan.size_before
+
+
+def test_entries_of_zeros_are_none_also_where_they_are_all_and_what_they_listed_stays_counted():
+    image = three_snapshots()
+    first, last = image.snapshots[0].offset, image.snapshots[-1].offset
+    image.data[first : last + 80] = bytes(last + 80 - first)
+    leaked = check_image(image.source).counters.leaks
+    proposal = settled(image)
+    assert snapshots_of(proposal) == []
+    assert counts(proposal) == {Kind.LEAK: leaked}
+
+
+def test_a_snapshot_that_is_cut_off_stays_counted():
+    image = three_snapshots()
+    second = image.snapshots[1].offset
+    image.data[second : second + 40] = b"\xff" * 40
+    leaked = check_image(image.source).counters.leaks
+    proposal = settled(image)
+    assert snapshots_of(proposal) == [b"one", b"three"]
+    assert counts(proposal) == {Kind.LEAK: leaked}
+    assert [table.offset for table in proposal.suspects if table.is_l1]
+
+
+def test_a_snapshot_is_not_cut_off_where_nothing_would_show_what_its_data_was():
+    """Its tables are overwritten too, so that what it had seems to be waste."""
+    image = three_snapshots()
+    snapshot = image.snapshots[2]
+    table = image.word(snapshot.l1_table_offset) & ~COPIED
+    image.data[snapshot.offset : snapshot.offset + 40] = b"\xff" * 40
+    for at in (table, snapshot.l1_table_offset):
+        image.data[at : at + SIZE] = b"?" * SIZE
+    with pytest.raises(AmbiguousCorruption, match="snapshot table"):
+        propose(image.source, check_image(image.source), RepairTier.ALL)
+
+
+def test_nothing_is_cut_off_where_refcounts_would_not_show_what_that_lost():
+    image = three_snapshots()
+    second = image.snapshots[1].offset
+    image.data[second : second + 40] = b"\xff" * 40
+    image.set_word(image.reftable_at(0), 0)
+    with pytest.raises(UnsupportedRepair, match="snapshot table"):
+        propose(image.source, check_image(image.source), RepairTier.ALL)
+
+
+def test_extra_data_that_would_reach_past_the_end_of_the_file_hides_no_snapshot():
+    image = three_snapshots()
+    at = image.snapshots[1].offset + 36
+    image.data[at : at + 4] = (1 << 16).to_bytes(4, "big")
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert snapshots_of(proposal) == [b"one", b"two", b"three"]

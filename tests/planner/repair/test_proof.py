@@ -75,6 +75,18 @@ def test_the_header_stays(offset: int, name: str):
     assert f"the header field {name} would change" in reason
 
 
+def test_autoclear_bits_that_are_not_known_do_not_survive_a_write_and_known_ones_do():
+    image = plain()
+    image.clear_bits(image.l1_at(0), COPIED)
+    mended = (image.l1_at(0), word(image.word(image.l1_at(0)) | COPIED))
+    image.change_header(autoclear_features=1 << 63 | 1)
+    field = "the header field autoclear_features would change"
+    prove(image, plan_of(image, mended, (88, word(1))))
+    prove(image, plan_of(image))
+    assert field in refused(image, plan_of(image, mended))
+    assert field in refused(image, plan_of(image, mended, (88, word(0))))
+
+
 def test_the_snapshots_stay():
     image = with_snapshot()
     snapshot = image.snapshots[0]

@@ -1,0 +1,34 @@
+"""Autoclear bits that are not known: the specification has every writer clear them.
+
+They vouch for something that this repair may change. A repair that writes nothing leaves them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.errors import AmbiguousCorruption
+from planner.findings import FindingKind, Structure
+from planner.plan import StageKind
+from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR
+from planner.repair.scope import Scope
+
+
+def clear_unknown_autoclear(scope: Scope) -> None:
+    """Draft them cleared before all else; raises where the header may not be written to."""
+    if not scope.draft.writes_anything:
+        return
+    header = scope.layout.header
+    if not header.unknown_autoclear:
+        return
+    if scope.contested(np.zeros(1, dtype=np.int64)).any():
+        raise AmbiguousCorruption(
+            "autoclear bits that are not known would have to be cleared, and something else refers"
+            " to the header's cluster, so that it is not written to",
+            "copy the disk out with qemu-img convert",
+            FindingKind.MULTIPLE_OWNERS.label,
+        )
+    kept = header.autoclear_features & KNOWN_AUTOCLEAR
+    scope.draft.write(StageKind.GUARD, AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+    place = [(AUTOCLEAR_AT, 8, 1)]
+    scope.explain(StageKind.GUARD, Structure.HEADER, FindingKind.UNKNOWN_AUTOCLEAR, place)

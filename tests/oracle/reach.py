@@ -1,0 +1,108 @@
+"""How far QEMU's repair and ours get with one damaged image, and whether the guest lost by it.
+
+Counted is a repair of QEMU's after which it finds nothing, and every disk reads as before: one that
+could not be read, as in the undamaged base. Ours is what a person gets who quotes the plans' ids:
+the tier, and after `all` what `leaks` then frees. Nothing here says what a repair must do.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.check import check_image
+from planner.errors import RepairError
+from planner.findings import KINDS
+from planner.plan import RepairTier
+from planner.repair.tiers import propose
+from planner.report import Report
+from planner.source import Overlay, Source
+from tests.oracle.guest_disks import Disk, faults_between, read_disk
+from tests.oracle.images import Row, copy, repair_command
+from tests.oracle.judge import ask_qemu
+from tests.oracle.scene import FileSource, dissect
+
+QEMU_REPAIR_SECONDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Of one tier. ``ours``: nothing where we mend it too; else what we leave, or why we refuse."""
+
+    tier: RepairTier
+    ours: str
+
+    def __str__(self) -> str:
+        return f"  {self.tier}: QEMU mends it; we: {self.ours or 'mend it too'}"
+
+
+def reaches(row: Row, base: Path, image: Path) -> Iterator[Reach]:
+    """Both tiers, of those that QEMU mends without loss; *base* is *image* before its damage."""
+    if ask_qemu(row, image).exit_code == 0:
+        return
+    disks: dict[str | None, Disk] = {}
+    for tier in RepairTier:
+        by_qemu = image.with_name("reached-by-qemu.qcow2")
+        copy(image, by_qemu)
+        if not _is_mended(row, by_qemu, tier):
+            continue
+        if not disks:
+            disks = _disks(row, base, image)
+        if not _loses(row, by_qemu, disks):
+            yield Reach(tier, what_we_leave(image, tier))
+
+
+def _is_mended(row: Row, image: Path, tier: RepairTier) -> bool:
+    try:
+        subprocess.run(
+            repair_command(row, image, tier.value),
+            check=False,
+            capture_output=True,
+            cwd=image.parent,
+            timeout=QEMU_REPAIR_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return ask_qemu(row, image).exit_code == 0
+
+
+def _disks(row: Row, base: Path, image: Path) -> dict[str | None, Disk]:
+    """What each disk of *base* holds, as far as it can be read from *image* from there."""
+    ids = [each.id_str.decode(errors="replace") for each in dissect(base).snapshots]
+    disks = {}
+    for at, each in enumerate((None, *ids)):
+        raw = image.with_name(f"reach{at}.raw")
+        disk = read_disk(row, image, each, raw) or read_disk(row, base, each, raw)
+        if disk is not None:
+            disks[each] = disk
+    return disks
+
+
+def _loses(row: Row, image: Path, disks: dict[str | None, Disk]) -> bool:
+    raw = image.with_name("reached.raw")
+    return any(
+        next(faults_between(before, read_disk(row, image, each, raw)), None)
+        for each, before in disks.items()
+    )
+
+
+def what_we_leave(image: Path, tier: RepairTier) -> str:
+    """Nothing where our repair ends without a counted finding; else the refusal, or the kinds."""
+    with image.open("rb") as file:
+        source: Source = FileSource(file.fileno())
+        report = check_image(source)
+        for each in dict.fromkeys((tier, RepairTier.LEAKS)):
+            try:
+                proposal = propose(source, report, each)
+            except RepairError as error:
+                return f"refused: {error.finding or ''} {error.reason.split(':')[0]}"
+            source, report = Overlay(source, proposal.plan), proposal.after
+        return ", ".join(_counted(report))
+
+
+def _counted(report: Report) -> Iterator[str]:
+    for kind in sorted(report.counts()):
+        if KINDS[kind].counted:
+            yield kind.label
