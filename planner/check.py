@@ -408,6 +408,7 @@ class _Check:
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             hidden=_hide_references(findings, found_entries, self._layout.file_size),
             luks_error=survey.luks_error,
+            holds_compressed=census.compressed is not None,
             cut_off=find_cut(self._source, self._layout, Found(findings, found_entries, stored)),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,16 @@ class EntryFindings:
             return no_findings()
         return self._told(kind, structure, held.select(slice(best, best + 1)))
 
+    def with_kind(
+        self, kind: FindingKind, structure: Structure, position: I64, found: U64
+    ) -> EntryFindings:
+        """The same and single entries at *position*, as of `_Held`, of a kind that it has not."""
+        parts = _Parts(position=[position], found=[found])
+        held = dict(sorted({**self._held, (kind, structure): _joined(parts)}.items()))
+        total = _total(kind, held[kind, structure], self.tables, self.geometry)
+        counts = {**self._counts, kind: total}
+        return replace(self, _held=held, _counts=counts)
+
     def tables_with(self, kind: FindingKind) -> I64:
         """Host offsets of the tables that have findings of a kind, ascending."""
         tables = [self._tables_of(held) for (each, _), held in self._held.items() if each is kind]
@@ -250,16 +260,16 @@ class EntryFindingsBuilder:
         held, counts = {}, Counter[FindingKind]()
         for key in sorted(self._parts):
             held[key] = _joined(self._parts.pop(key))
-            counts[key[0]] += self._count(key[0], held[key])
+            counts[key[0]] += _total(key[0], held[key], self._tables, self._geometry)
         return EntryFindings(self._geometry, self._tables, self._cut_at, held, counts)
 
-    def _count(self, kind: FindingKind, held: _Held) -> int:
-        total, width = 0, self._geometry.l2_entries
-        for start in range(0, len(held), CHUNK):
-            part = held.select(slice(start, start + CHUNK))
-            counted = _counted(kind, self._tables, part.position // width, part.lengths())
-            total += int(counted.sum())
-        return total
+
+def _total(kind: FindingKind, held: _Held, tables: L2Tables, geometry: Geometry) -> int:
+    total, width = 0, geometry.l2_entries
+    for start in range(0, len(held), CHUNK):
+        part = held.select(slice(start, start + CHUNK))
+        total += int(_counted(kind, tables, part.position // width, part.lengths()).sum())
+    return total
 
 
 def _joined(parts: _Parts) -> _Held:

@@ -125,6 +125,7 @@ class FindingKind(IntEnum):
     CUT_OFF = 36
     LUKS_HEADER_LENGTH = 37
     UNKNOWN_AUTOCLEAR = 38
+    COMPRESSED_UNREADABLE = 39
 
     @property
     def label(self) -> str:
@@ -233,6 +234,13 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a compressed cluster has a subcluster bitmap",
         "subcluster bitmap",
         left="either the entry or its bitmap is wrong",
+    ),
+    FindingKind.COMPRESSED_UNREADABLE: KindInfo(
+        _S.CORRUPTION,
+        "what is stored of a compressed cluster cannot be read or unpacked",
+        "offset",
+        left="what was there is not in the file",
+        counted=False,
     ),
     FindingKind.SUBCLUSTER_CONFLICT: KindInfo(
         _S.CORRUPTION,

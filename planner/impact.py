@@ -30,6 +30,7 @@ _HARM = {
         FindingKind.PAST_END,
         FindingKind.TABLE_OVERWRITTEN,
         FindingKind.CUT_OFF,
+        FindingKind.COMPRESSED_UNREADABLE,
         FindingKind.L2_TABLE_MISALIGNED,
         FindingKind.DATA_MISALIGNED,
         FindingKind.COMPRESSED_WITH_DATA_FILE,

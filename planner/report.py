@@ -63,10 +63,11 @@ class Report:
     not be read, each with its reason; QEMU ends its check at the first. ``needs_rebuild``: the
     refcount structure itself is damaged. ``hidden``: the kinds of findings because of which a table
     that could hold references was not walked. ``regions``: where all metadata lies. ``luks_error``:
-    why no password opens the disk. ``cut_off``: that the file is too short, where something shows
-    it. ``in_use``, ``changed``: a writer had the image, or it changed, while it was read.
-    ``entries``: what was found about L2 entries; ``mismatches``, ``totals``: stored against counted
-    refcounts. `rows` and `counts` join them in.
+    why no password opens the disk. ``holds_compressed``, ``compressed_looked_at``: whether there
+    are compressed clusters, and whether all were unpacked. ``cut_off``: that the file is too short,
+    where something shows it. ``in_use``, ``changed``: a writer had the image, or it changed, while
+    it was read. ``entries``: what was found about L2 entries; ``mismatches``, ``totals``: stored
+    against counted refcounts. `rows` and `counts` join them in.
     """
 
     layout: Layout | None
@@ -84,6 +85,8 @@ class Report:
     hidden: tuple[FindingKind, ...] = ()
     luks_error: ImageError | None = None
     cut_off: CutOff | None = None
+    holds_compressed: bool = False
+    compressed_looked_at: bool = False
     in_use: bool = False
     changed: bool = False
 

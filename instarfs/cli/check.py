@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from planner.check import check_image
 from planner.report import Report
 
 if TYPE_CHECKING:
+    from instarfs.image import FileSource
     from instarfs.outcome import Pending, RepairOutcome
 
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
@@ -46,6 +47,7 @@ corruption, and an image of another format hides none.
     "--plan", "quote", metavar="ID", help="With -r: carry out the plan of this id, or nothing."
 )
 @click.option("--no-undo", is_flag=True, help="With -r: keep no undo file beside the image.")
+@click.option("--data", is_flag=True, help="Unpack every compressed cluster, too.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.argument(
@@ -59,6 +61,7 @@ def command(
     words: tuple[str, ...],
     *,
     image_opts: bool,
+    data: bool,
     force_share: bool,
     no_undo: bool,
     quiet: bool,
@@ -80,14 +83,25 @@ def command(
     ]
     shown = "" if quiet else output
     if tier is not None:
+        if data:
+            raise click.UsageError("--data is for a check alone: no repair mends what it finds")
         _refuse_repair(names)
         outcome = _repair(names[0], tier, quote or "", keep_undo=not no_undo, progress=progress)
         sys.exit(_conclude_repair(outcome, names[0], shown, is_quoted=bool(quote)))
     if quote is not None or no_undo:
         raise click.UsageError("--plan and --no-undo are for a repair: add -r")
+    wanted = _Wanted(data, progress)
     if len(names) > 1:
-        sys.exit(_check_all(names, shown, progress=progress))
-    sys.exit(_conclude_check(_check(names[0], progress=progress), shown))
+        sys.exit(_check_all(names, shown, wanted))
+    sys.exit(_conclude_check(_check(names[0], wanted), shown))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What a check is to do: look into compressed ``data`` too, and show its ``progress``."""
+
+    data: bool
+    progress: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +150,26 @@ def _without_checks() -> Iterator[None]:
         raise
 
 
-def _check(name: ImageName, *, progress: bool) -> _Checked:
+def _check(name: ImageName, wanted: _Wanted) -> _Checked:
     with _without_checks(), name.opened() as image:
         in_use = locks.is_written(image.fileno())
         before = image.generation()
-        with progress_bar(shown=progress) as tell:
-            report = check_image(image.source(), progress=tell)
+        with progress_bar(shown=wanted.progress) as tell:
+            source = image.source()
+            report = check_image(source, progress=tell)
+            if wanted.data:
+                report = _look_at_data(source, report, tell)
         changed = image.generation() != before
         report = replace(report, in_use=in_use, changed=changed)
         return _Checked(name, report, pending(image))
+
+
+def _look_at_data(
+    source: FileSource, report: Report, tell: Callable[[str, int, int], None] | None
+) -> Report:
+    from instarfs.packed import look_at_packed  # noqa: PLC0415
+
+    return look_at_packed(source, report, progress=tell)
 
 
 def _refuse_repair(names: Sequence[ImageName]) -> None:
@@ -221,13 +246,13 @@ def _show_check(report: Report, label: str = "") -> None:
 # ---- several images ----
 
 
-def _check_all(names: Sequence[ImageName], shown: str, *, progress: bool) -> int:
+def _check_all(names: Sequence[ImageName], shown: str, wanted: _Wanted) -> int:
     """Check each, and say of each what is to be said: the worst exit code."""
     codes: list[int] = []
 
     def documents() -> Iterator[bytes]:
         for name in names:
-            outcome = _attempt(name, progress=progress)
+            outcome = _attempt(name, wanted)
             codes.append(_complain(outcome))
             if isinstance(outcome, _Checked):
                 yield outcome.json()
@@ -239,7 +264,7 @@ def _check_all(names: Sequence[ImageName], shown: str, *, progress: bool) -> int
             click.echo(part, nl=False)
         return min(codes, key=WORST_FIRST.index)
     for number, name in enumerate(names):
-        outcome = _attempt(name, progress=progress)
+        outcome = _attempt(name, wanted)
         if shown:
             click.echo(f"{chr(10) if number else ''}image: {printable(name.path)}")
             if isinstance(outcome, _Checked) and outcome.report.error is None:
@@ -248,9 +273,9 @@ def _check_all(names: Sequence[ImageName], shown: str, *, progress: bool) -> int
     return min(codes, key=WORST_FIRST.index)
 
 
-def _attempt(name: ImageName, *, progress: bool) -> _Checked | Failure:
+def _attempt(name: ImageName, wanted: _Wanted) -> _Checked | Failure:
     try:
-        return _check(name, progress=progress)
+        return _check(name, wanted)
     except FAILURES as error:
         return error
 

@@ -88,6 +88,7 @@ def result_json(
         "complete": report.complete,
         "refcount-rebuild-needed": report.needs_rebuild,
         "cut-off": _cut_off_value(report),
+        "compressed-looked-at": report.compressed_looked_at,
         "counts": {kind.label: number for kind, number in sorted(report.counts().items())},
     }
     if report.error is not None:

@@ -110,7 +110,7 @@ def _guest(report: Report, triage: Triage | Exception) -> list[str]:
     impact, missing = guest_impact(report), _missing_bytes(report, triage)
     lost_snapshot = isinstance(triage, Triage) and _has_lost_snapshot(triage)
     if impact.safe == impact.size and impact.is_whole and not missing and not lost_snapshot:
-        return []
+        return list(_unlooked_lines(report))
     lines = [f"What it means for the guest's disk of {impact.size} bytes:"]
     lines += [line for harm in Harm for line in _harm_lines(harm, impact.ranges[harm])]
     if missing:
@@ -124,7 +124,14 @@ def _guest(report: Report, triage: Triage | Exception) -> list[str]:
     least = "at least " if missing else ""
     safe = f"  safe: {least}{max(0, impact.safe - missing)} of {impact.size} bytes"
     safe += "" if impact.is_whole else ", as far as could be looked at"
-    return [*lines, safe, *_snapshot_lines(report)]
+    unlooked = (f"  {line}" for line in _unlooked_lines(report))
+    return [*lines, safe, *unlooked, *_snapshot_lines(report)]
+
+
+def _unlooked_lines(report: Report) -> Iterator[str]:
+    """That there is data which can be broken in itself, and that nobody has looked."""
+    if report.holds_compressed and not report.compressed_looked_at:
+        yield "compressed clusters were not unpacked; this does: instarfs check --data"
 
 
 def _missing_bytes(report: Report, triage: Triage | Exception) -> int:
