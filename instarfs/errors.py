@@ -121,7 +121,7 @@ class ReadCancelled(InstarfsError):
 @dataclass(eq=False)
 class NotEnoughMemory(InstarfsError):
     """{path}: what its tables hold takes more memory than instarfs may use (`ulimit -d`,
-    `ulimit -v`, or its own bound); allow it more, or copy the disk out with qemu-img convert
+    `ulimit -v`, or its own bound); allow it more, or export the disk (instarfs export)
     """
 
     path: str

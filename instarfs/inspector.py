@@ -39,6 +39,7 @@ from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentag
 from instarfs.sharing import Sharing
 from instarfs.surroundings import Surroundings
 from planner.atlas import Atlas, draw_atlas
+from planner.beside import Beside, look_beside
 from planner.check import check_image
 from planner.dirty import BitmapStates, read_bitmap_states
 from planner.errors import (
@@ -116,13 +117,15 @@ class Briefing:
     """A check, and what follows from it: all that a person needs who has to decide.
 
     ``proposals``: of each tier, or why there is none; empty where there is nothing to repair, or
-    nobody knows. ``surroundings``: what is beside the image, to make files there.
+    nobody knows. ``surroundings``: what is around the image, to make files there; ``beside``: what
+    the check did without.
     """
 
     checkup: Checkup
     triage: Triage | InstarfsError
     proposals: dict[RepairTier, Proposal | InstarfsError | PlannerError]
     surroundings: Surroundings
+    beside: Beside
 
 
 class Check(Protocol):
@@ -374,14 +377,21 @@ class Inspector:
         except ImageReadFailed as error:  # of a leaked cluster, which the check did without
             triage = as_value(error)
         around = self._surroundings()
-        briefing = Briefing(checkup, triage, {}, around)
+        beside = self._look_beside(checkup.report)
+        briefing = Briefing(checkup, triage, {}, around, beside)
         if is_repairable(checkup.report):
             for tier in RepairTier:
                 briefing.proposals[tier] = self._proposal_or_error(tier)
         if self._moment() != before:
             torn = replace(checkup, report=_torn(checkup.report))
-            return Briefing(torn, triage, {}, around)
+            return Briefing(torn, triage, {}, around, beside)
         return briefing
+
+    def _look_beside(self, report: Report) -> Beside:
+        guest = trio.from_thread.run(self.guest.get).value if report.layout else None
+        if report.layout is None or not isinstance(guest, Guest):
+            return Beside()
+        return look_beside(self._image.source(), report.layout, guest.members)
 
     def _proposal_or_error(self, tier: RepairTier) -> Proposal | InstarfsError | PlannerError:
         try:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from instarfs.image import Image
-from instarfs.names import NEW, exists
+from instarfs.names import SUFFIX, exists
 from instarfs.surroundings import LONGEST_NAME, SUFFIXES, Room, Surroundings, candidates
 
 
@@ -22,7 +22,7 @@ def look_around(image: Image) -> Surroundings:
     return Surroundings(
         room,
         taken,
-        keeps_undo=room in (Room.BESIDE, Room.FULL) and _fits(image.name + NEW),
+        keeps_undo=room in (Room.BESIDE, Room.FULL) and _fits(image.name + SUFFIX),
         is_writable=_may_write(image, image.name),
     )
 

@@ -243,7 +243,7 @@ class _Pass:
             if not isinstance(error, PutBackFailed):
                 session.withdraw()
             elif session.journal is None:
-                error.wayout = "no undo file was kept: copy the disk out with qemu-img convert"
+                error.wayout = "no undo file was kept: export the disk (instarfs export)"
             raise
         self._is_writing = False
         session.settle(keep_undo=self._repairer.keep_undo)

@@ -14,7 +14,7 @@ import numpy as np
 from planner.arrays import I64, U8, U64
 from planner.errors import ImageError
 from planner.qcow2 import entries
-from planner.qcow2.bitmaps import Bitmap, list_bitmaps
+from planner.qcow2.bitmaps import IN_USE, Bitmap, list_bitmaps
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.layout import Layout
 from planner.source import READABLE_END, Source, nonzero_words, read_tables
@@ -67,6 +67,18 @@ def read_bitmap_states(source: Source, tick: Callable[[int], None]) -> BitmapSta
     reader = _Reader(source, layout.geometry, tick)
     states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
     return BitmapStates(tuple(states), error)
+
+
+def unsaved_bitmaps(source: Source, layout: Layout) -> tuple[Bitmap, ...]:
+    """Those that are marked as in use, as far as the directory can be read.
+
+    Of an image that nobody writes to they were never saved: QEMU finds them inconsistent.
+    """
+    pointer = layout.extensions.bitmaps
+    if pointer is None:
+        return ()
+    listed, _ = list_bitmaps(source, pointer, layout.geometry)
+    return tuple(bitmap for bitmap, wrong in listed if wrong is None and bitmap.flags & IN_USE)
 
 
 class _Reader:

@@ -190,7 +190,7 @@ KINDS: dict[FindingKind, KindInfo] = {
         "more references than the refcount width can hold",
         "references",
         "maximum",
-        left="wider refcounts need a new image (qemu-img amend or convert)",
+        left="wider refcounts need a new image: export the disk",
     ),
     FindingKind.L1_ENTRY_RESERVED: KindInfo(
         _S.CORRUPTION, "reserved bits are set in an L1 entry", "entry", "entry", tier="all"

@@ -78,5 +78,13 @@ def command(
         from instarfs.repairer import Repairer  # noqa: PLC0415
 
         repairer = partial(Repairer, keep_undo=not no_undo)
-        code = serve(opened, directory, options, ready, follow=follow, make_repairer=repairer)
+        code = serve(
+            opened,
+            directory,
+            options,
+            ready,
+            follow=follow,
+            make_repairer=repairer,
+            keeps_undo=not no_undo,
+        )
     sys.exit(code)

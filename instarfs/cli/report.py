@@ -11,12 +11,15 @@ from instarfs import locks
 from instarfs.cli.naming import named
 from instarfs.cli.progress import Tell, progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest
 from instarfs.image import Image
 from instarfs.interrupted import pending
 from instarfs.looking import look_around
 from instarfs.memory import limited
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
+from planner.beside import Beside, look_beside
 from planner.check import check_image
 from planner.errors import NotQcow2, RepairError, as_value
 from planner.plan import RepairTier
@@ -30,13 +33,21 @@ from planner.triage import Triage, triage_leaks
 @click.option(
     "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
 )
+@click.option(
+    "--follow",
+    "directories",
+    multiple=True,
+    metavar="DIR",
+    help="Look for backing and data files that the image names, where they are below DIR.",
+)
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(path: str, *, progress: bool, force_share: bool) -> None:
+def command(path: str, directories: tuple[str, ...], *, progress: bool, force_share: bool) -> None:
     """Say what is wrong with the qcow2 image IMAGE, what it means, and what to do about it.
 
     This is check/report.txt of a mount: it checks all metadata, looks into the leaked clusters,
     and plans both repairs. Nothing is written. The exit code is that of `instarfs check`.
     """
+    follow = Follow(directories)
     access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
     with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
         in_use, before = locks.is_written(image.fileno()), image.generation()
@@ -44,13 +55,13 @@ def command(path: str, *, progress: bool, force_share: bool) -> None:
             report = replace(check_image(image.source(), progress=tell), in_use=in_use)
             if isinstance(report.error, NotQcow2):
                 raise named(report.error, path)
-            known = _aftermath(image, report, tell)
+            known = _aftermath(image, report, follow, tell)
         report = replace(report, changed=image.generation() != before)
         click.echo(report_txt(report, image.path, known), nl=False)
     sys.exit(1 if report.torn else report.exit_code)
 
 
-def _aftermath(image: Image, report: Report, tell: Tell | None) -> Aftermath:
+def _aftermath(image: Image, report: Report, follow: Follow, tell: Tell | None) -> Aftermath:
     """What is known beyond the check, as a mount knows it."""
     interrupted = pending(image)
     triage: Triage | ImageReadFailed
@@ -75,4 +86,9 @@ def _aftermath(image: Image, report: Report, tell: Tell | None) -> Aftermath:
             )
         except DOMAIN_ERRORS as error:
             proposals[tier] = as_value(error)
-    return Aftermath(triage, proposals, interrupted, surroundings=look_around(image))
+    beside = Beside()
+    if report.layout is not None:
+        members = Guest(image, follow).members
+        beside = look_beside(image.source(), report.layout, members)
+    around = look_around(image)
+    return Aftermath(triage, proposals, interrupted, surroundings=around, beside=beside)

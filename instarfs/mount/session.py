@@ -39,11 +39,13 @@ def serve(
     follow: Follow | None = None,
     check: Check = check_image,
     make_repairer: MakeRepairer = Repairer,
+    keeps_undo: bool = True,
 ) -> int:
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
     What the image needs of its directory from then on must come from an `instarfs.mount.broker`:
-    this process may no longer. *ready* is called once the mount answers. Raises before that, with
+    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *ready* is
+    called once the mount answers. Raises before that, with
     nothing mounted, when the image is not qcow2, or cannot be read, or mounting fails.
     """
     _require_qcow2(image)
@@ -73,7 +75,10 @@ def serve(
         ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
         operations = Operations(
             tree.build_tree(
-                inspector, read_only=options.read_only, mountpoint=str(Path(directory).absolute())
+                inspector,
+                read_only=options.read_only,
+                keeps_undo=keeps_undo,
+                mountpoint=str(Path(directory).absolute()),
             ),
             partial(tree.facts, inspector),
             ownership,

@@ -38,7 +38,7 @@ from instarfs.render import map as render_map
 from instarfs.render import repair as render_repair
 from instarfs.render import tables as render_tables
 from instarfs.render import triage as render_triage
-from instarfs.render.aftermath import Aftermath
+from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import report_txt
 from instarfs.render.text import printable
 from planner.errors import Cancelled, ImageError, RepairError
@@ -68,18 +68,26 @@ class _Entry:
     shown: str = ""
 
 
-def build_tree(inspector: Inspector, *, read_only: bool = False, mountpoint: str = "") -> Directory:
+def build_tree(
+    inspector: Inspector,
+    *,
+    read_only: bool = False,
+    keeps_undo: bool = True,
+    mountpoint: str = "",
+) -> Directory:
     """The root directory of the mount of one image; *read_only*: one that does not repair.
 
-    *mountpoint*: where it will be, for the commands that are told to a reader.
+    For the commands that are told to a reader: *mountpoint*, where it will be, and *keeps_undo*,
+    whether its repairs can be taken back.
     """
+    advised = Mounted(mountpoint, has_controls=not read_only, keeps_undo=keeps_undo)
     controls = Controls(inspector, read_only=read_only)
     entries = [
         *_guest_files(inspector),
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
-        *_check_files(inspector, mountpoint, read_only=read_only),
+        *_check_files(inspector, advised),
         *_lost_files(inspector),
         *_repair_files(inspector, controls),
     ]
@@ -331,7 +339,7 @@ def _look_at(
 # ---- check/ ----
 
 
-def _check_files(inspector: Inspector, mountpoint: str, *, read_only: bool) -> list[_Entry]:
+def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
         return render_check.result_json(it.report, inspector.path, it.repaired, it.pending)
 
@@ -341,9 +349,9 @@ def _check_files(inspector: Inspector, mountpoint: str, *, read_only: bool) -> l
             it.triage,
             it.proposals,
             checkup.pending,
-            mountpoint,
-            has_controls=not read_only,
-            surroundings=it.surroundings,
+            mounted,
+            it.surroundings,
+            it.beside,
         )
         return report_txt(checkup.report, inspector.path, known)
 

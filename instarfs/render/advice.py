@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from instarfs.render.aftermath import Aftermath
+from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.text import shell_path
 from instarfs.render.triage import LISTED_RUNS
 from instarfs.surroundings import COPY, FOLDER, LOST, RAW, Room
 from planner.plan import RepairTier
+from planner.reopened import is_mended_when_opened
 from planner.repair.tiers import Proposal
 from planner.report import Report
 from planner.triage import Triage, adjacent
@@ -33,7 +34,7 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
 
     *path*: the image's, absolute.
     """
-    place = _Place(path, known)
+    place = _Place(path, known, is_calm=is_mended_by_qemu(report, known))
     if report.torn or not (known.proposals or place.is_interrupted):
         return []
     steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place), *_repair(place)]
@@ -48,6 +49,8 @@ class _Place:
 
     path: str
     known: Aftermath
+    is_calm: bool
+    """Nothing comes to harm when somebody writes to the image."""
 
     @property
     def image(self) -> str:
@@ -64,11 +67,13 @@ class _Place:
         return self.known.surroundings.room is Room.BESIDE
 
     @property
-    def has_controls(self) -> bool:
-        """Whether the image can be repaired in its mount, and taken back there."""
-        around = self.known.surroundings
-        in_place = around.is_writable and around.keeps_undo
-        return bool(self.known.mountpoint) and self.known.has_controls and in_place
+    def controls(self) -> Mounted | None:
+        """Where the image is mounted and can be repaired."""
+        mounted, around = self.known.mounted, self.known.surroundings
+        if mounted is None or not mounted.has_controls or not around.is_writable:
+            return None
+        # A repair that keeps an undo file is refused where there can be none.
+        return mounted if around.keeps_undo or not mounted.keeps_undo else None
 
     @property
     def repaired(self) -> str:
@@ -79,15 +84,18 @@ class _Place:
     def keeps_undo(self) -> bool:
         """Whether a repair can be taken back."""
         around = self.known.surroundings
+        if self.controls is not None:
+            return self.controls.keeps_undo
         return around.keeps_undo or not around.is_writable
 
     def new(self, suffix: str) -> str:
         """A file that is not there yet, as far as somebody looked."""
         return shell_path(self.known.surroundings.path(self.path, suffix))
 
-    def mounted(self, name: str) -> str:
-        """A file of the mount."""
-        return shell_path(f"{self.known.mountpoint}/{name}")
+
+def _in(mounted: Mounted, name: str) -> str:
+    """A file of a mount, as a word."""
+    return shell_path(f"{mounted.directory}/{name}")
 
 
 def _step(what: str, *commands: str) -> list[str]:
@@ -102,10 +110,27 @@ def _keep_a_copy(place: _Place) -> Iterator[str]:
             f"{_NOT_BESIDE[around.room]}: go to a folder with room for it before you go on. What"
             " has a name there that is used below keeps its bytes, under another name."
         )
-    keep = "Let nobody write to the image. Keep a copy of it"
+    keep = (
+        "Keep a copy of the image"
+        if place.is_calm
+        else "Let nobody write to the image. Keep a copy of it"
+    )
     if around.is_taken(place.path, COPY):
         keep += "; the one that is there already may be of before a repair, and stays"
     yield from _step(f"{keep}:", f"cp --sparse=always{backup} {place.image} {place.new(COPY)}")
+
+
+def is_mended_by_qemu(report: Report, known: Aftermath) -> bool:
+    """Whether the image may be left to QEMU, which frees what is leaked without a look at it."""
+    return is_mended_when_opened(report) and not known.pending and not _buries_something(known)
+
+
+def _buries_something(known: Aftermath) -> bool:
+    """Whether something lost may be among what a repair frees, or nobody could look."""
+    if not isinstance(known.triage, Triage) or known.triage.suspect_count:
+        return True
+    proposals = known.proposals.values()
+    return any(isinstance(each, Proposal) and each.needs_quote for each in proposals)
 
 
 def _undo_interrupted(place: _Place) -> Iterator[str]:
@@ -116,34 +141,32 @@ def _undo_interrupted(place: _Place) -> Iterator[str]:
 
 
 def _undo(place: _Place) -> str:
-    if place.has_controls:
-        return f"echo undo > {place.mounted('repair/undo')}"
+    if place.controls is not None:
+        return f"echo undo > {_in(place.controls, 'repair/undo')}"
     return f"instarfs undo {place.repaired}"
 
 
 def _save_lost(place: _Place) -> Iterator[str]:
     """Wherever something lost may be among what a repair could free."""
-    triage, folder = place.known.triage, place.known.mountpoint
-    proposals = place.known.proposals.values()
-    asks = any(isinstance(each, Proposal) and each.needs_quote for each in proposals)
-    if not isinstance(triage, Triage) or not (triage.suspect_count or asks):
+    triage, mounted = place.known.triage, place.known.mounted
+    if not isinstance(triage, Triage) or not _buries_something(place.known):
         return
     what = "Save the leaked clusters before any are freed"
     runs = len(adjacent(triage.clusters)[0])
     if runs > LISTED_RUNS:
         what += f" (the first {LISTED_RUNS} of {runs} runs: the copy of the image has them all)"
     copy = "cp -r" if place.is_beside else "cp -rT --backup=numbered"
-    if folder:
-        yield from _step(f"{what}:", f"{copy} {place.mounted('lost')} {place.new(LOST)}")
+    if mounted is not None:
+        yield from _step(f"{what}:", f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}")
         return
-    folder = place.known.surroundings.path(place.path, FOLDER)
-    word = shell_path(folder)
+    mounted = Mounted(place.known.surroundings.path(place.path, FOLDER))
+    word = shell_path(mounted.directory)
     yield from _step(
         f"{what}, from a mount, in which they are files once the check has run:",
         f"mkdir {word}",
         f"instarfs mount --read-only {place.image} {word}",
-        f"cat {shell_path(f'{folder}/check/result.json')}",
-        f"{copy} {shell_path(f'{folder}/lost')} {place.new(LOST)}",
+        f"cat {_in(mounted, 'check/result.json')}",
+        f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}",
         f"instarfs umount {word}",
         f"rmdir {word}",
     )
@@ -191,9 +214,9 @@ def _purpose(proposal: Proposal) -> str:
 def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
     """To read a plan, and to have it carried out."""
     tier, number = proposal.tier, proposal.plan.id
-    if place.has_controls:
-        look = f"cat {place.mounted(f'repair/plan/{tier}.json')}"
-        return look, f'echo "{tier} {number}" > {place.mounted("repair/tier")}'
+    if place.controls is not None:
+        look = f"cat {_in(place.controls, f'repair/plan/{tier}.json')}"
+        return look, f'echo "{tier} {number}" > {_in(place.controls, "repair/tier")}'
     option = "" if place.keeps_undo else " --no-undo"
     repair = f"instarfs check -r {tier} --plan {number}{option} {place.repaired}"
     return f"instarfs plan {tier} {place.repaired}", repair

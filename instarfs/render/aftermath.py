@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from instarfs.outcome import Pending
 from instarfs.surroundings import Surroundings
+from planner.beside import Beside
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage import Triage
@@ -15,16 +16,26 @@ Proposals = Mapping[RepairTier, Proposal | Exception]
 
 
 @dataclass(frozen=True, slots=True)
+class Mounted:
+    """Where an image is mounted. ``has_controls``: whether it can be repaired there, and
+    ``keeps_undo``: be taken back then, if an undo file can be made.
+    """
+
+    directory: str
+    has_controls: bool = True
+    keeps_undo: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Aftermath:
     """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
 
-    ``triage``: or why the leaked clusters could not be looked into. ``mountpoint``: where the image
-    is mounted, if it is; ``has_controls``: and whether it can be repaired there.
+    ``triage``: or why the leaked clusters could not be looked into. ``mounted``: if it is.
     """
 
     triage: Triage | Exception = field(default_factory=Triage)
     proposals: Proposals = field(default_factory=dict)
     pending: Pending | None = None
-    mountpoint: str = ""
-    has_controls: bool = True
+    mounted: Mounted | None = None
     surroundings: Surroundings = field(default_factory=Surroundings)
+    beside: Beside = field(default_factory=Beside)

@@ -7,6 +7,7 @@ from planner.dirty import BitmapState, BitmapStates
 from planner.errors import ImageError
 from planner.qcow2.bitmaps import AUTO, IN_USE
 
+UNSAVED = "it was in use and never saved: QEMU takes it for inconsistent and does not use it"
 STALE = "a program without support for bitmaps has written to the image: they are void"
 
 _FLAGS = {IN_USE: "in-use", AUTO: "auto"}
@@ -15,7 +16,7 @@ _FLAGS = {IN_USE: "in-use", AUTO: "auto"}
 def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> bytes:
     """*is_written*: a program has the image open for writing; a bitmap in use is its own then.
 
-    Without one, a bitmap that is marked as in use was not saved: it is inconsistent.
+    Without one, a bitmap that is marked as in use was never saved: it is inconsistent, too.
     """
     if isinstance(states, ImageError):
         return json_bytes({"bitmaps": [], "errors": [_error(states)]})
@@ -32,17 +33,18 @@ def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> byte
 def _bitmap(state: BitmapState, *, is_written: bool) -> dict[str, object]:
     bitmap = state.bitmap
     marked = bool(bitmap.flags & IN_USE)
+    errors = [UNSAVED] if marked and not is_written else []
     return {
         "name": decode_name(bitmap.name),
         "granularity": bitmap.granularity,
         "flags": [name for bit, name in _FLAGS.items() if bitmap.flags & bit],
-        "in-use": marked and is_written,
+        "in-use": marked,
         "inconsistent": marked and not is_written,
         "dirty-bytes": state.dirty,
         "data-clusters": state.data_clusters,
         "table-offset": bitmap.bitmap_table_offset,
         "table-entries": bitmap.bitmap_table_size,
-        "errors": [_error(error) for error in state.errors],
+        "errors": [*errors, *map(_error, state.errors)],
     }
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from instarfs.outcome import Pending
-from instarfs.render.advice import what_to_do
+from instarfs.render.advice import is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines
-from instarfs.render.text import printable
+from instarfs.render.text import printable, short_name
 from instarfs.render.triage import triage_lines
+from planner.chain import Role
 from planner.errors import RepairError
 from planner.findings import ACTIVE, KINDS, FindingKind, Structure
 from planner.gaps import PlaceKind
@@ -32,7 +32,10 @@ LISTED_RANGES = 5
 LOOKED_AT_SNAPSHOTS = 64
 """Of so many that findings are about it is told what they mean; each costs a look at them all."""
 
-LISTED_SNAPSHOTS = 10
+LISTED_SNAPSHOTS = LISTED_BITMAPS = 10
+
+_NAMED = ("check/findings.jsonl", "lost/triage.json", "image/bitmaps.json")
+"""Files of a mount that a report may send a reader to."""
 
 VERDICTS = {
     "clean": "No errors were found: the metadata of this image is consistent.",
@@ -49,6 +52,13 @@ VERDICTS = {
     "unreadable": "The header cannot be interpreted, so nothing else is known.",
 }
 
+OUT_OF_DATE = (
+    "The image was not closed properly (dirty bit): its refcounts are out of date, and its tables"
+    " show nothing else that is wrong. QEMU mends that by itself when it next opens the image for"
+    " writing; so does `all`, which shows every change before."
+)
+"""Instead of that of the verdict, where it is so."""
+
 _HARMS = {
     Harm.LOST: "cannot be read, or read as zeros: what was there is not where the image says",
     Harm.SUSPECT: "may read wrong bytes",
@@ -61,21 +71,28 @@ _LABELS = {Harm.LOST: "lost", Harm.SUSPECT: "suspect", Harm.AT_RISK: "at risk"}
 def report_txt(report: Report, filename: str, known: Aftermath | None = None) -> bytes:
     """The report for a reader."""
     known = known or Aftermath()
-    sections = [_verdict(report, filename, known.pending)]
+    sections = [_verdict(report, filename, known)]
     if report.error is None:
         sections += [
             _guest(report, known.triage),
+            _elsewhere(report, known),
+            _bitmaps(report, known),
             _leaked(known.triage),
             _tiers(known.proposals),
             what_to_do(report, filename, known),
             *_findings(report),
         ]
-    lines = "\n\n".join("\n".join(lines) for lines in sections if lines)
-    return (lines + "\n").encode()
+    text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    if known.mounted is None and any(name in text for name in _NAMED):
+        text += f"\nFiles that are named here, as {_NAMED[0]}, are in a mount of the image.\n"
+    return text.encode()
 
 
-def _verdict(report: Report, filename: str, pending: Pending | None) -> list[str]:
-    lines = [f"{printable(filename)}: {report.verdict}", "", VERDICTS[report.verdict]]
+def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
+    pending, sentence = known.pending, VERDICTS[report.verdict]
+    if is_mended_by_qemu(report, known):
+        sentence = OUT_OF_DATE
+    lines = [f"{printable(filename)}: {report.verdict}", "", sentence]
     if pending is not None:
         lines += ["", f"Not finished: {printable(pending.sentence)}."]
     if report.error is not None:
@@ -195,6 +212,45 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
     more = len(touched) - LOOKED_AT_SNAPSHOTS
     if more > 0:
         yield f"  ... {more} more snapshots with findings: check/findings.jsonl"
+
+
+# ---- beside the guest's bytes in this file ----
+
+
+def _elsewhere(report: Report, known: Aftermath) -> list[str]:
+    """What other files hold of the disk, and whether they were found."""
+    lines = []
+    for member in known.beside.members:
+        held = "the data of this image"
+        if member.named.role is Role.BACKING:
+            held = f"{known.beside.in_backing_file} of {report.geometry.virtual_size} bytes"
+        if member.depth:
+            held = "what those do not hold"
+        what = "is there" if member.refusal is None else f"was not opened: {member.refusal}"
+        name = short_name(member.named.name)
+        lines.append(f"  {held}: in the {member.named.role} file '{name}', which {what}")
+    return ["What of the disk lies in other files, and is lost with them:", *lines] if lines else []
+
+
+def _bitmaps(report: Report, known: Aftermath) -> list[str]:
+    """What became of the backups that rely on persistent bitmaps."""
+    if not known.beside.unsaved or report.torn:
+        return []
+    lines = [
+        f"  '{short_name(bitmap.name)}' (granularity {bitmap.granularity})"
+        for bitmap in known.beside.unsaved[:LISTED_BITMAPS]
+    ]
+    more = len(known.beside.unsaved) - LISTED_BITMAPS
+    heading = (
+        "Bitmaps that are marked as in use, though nobody uses them: they were never saved. QEMU"
+        " ignores what they say and makes no others of their names, so a backup that relies on one"
+        " must begin anew, with the whole disk:"
+    )
+    return [
+        heading,
+        *lines,
+        *([f"  ... and {more} more: image/bitmaps.json"] if more > 0 else []),
+    ]
 
 
 # ---- leaks and repairs ----

@@ -59,7 +59,7 @@ class _MoreComesToLight(AmbiguousCorruption):
         super().__init__(
             "behind refcounts that cannot be looked up lies more damage, in clusters with two"
             f" owners, which are not written to: with the refcounts mended, {what}",
-            "nothing was written; copy the disk out with qemu-img convert",
+            "nothing was written; export the disk",
             FindingKind.REFCOUNT_UNREADABLE.label,
         )
 
@@ -70,7 +70,7 @@ class _Unproven(AmbiguousCorruption):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"the repair was planned and then not proven: {what}",
-            "nothing was written; copy the disk out with qemu-img convert, and report the image",
+            "nothing was written; export the disk, and report the image",
         )
 
 

@@ -32,7 +32,7 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
         raise UnsupportedRepair(
             "new refcounts would make the file grow over offsets past its end that the image"
             " refers to: what is lost would look as if it were there",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.PAST_END.label,
         )
     refcounts = _wanted_refcounts(scope, stay)
@@ -47,7 +47,7 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
         raise UnsupportedRepair(
             f"new refcounts would reach up to {end * size}, and a block device of"
             f" {scope.draft.size} bytes does not grow",
-            "make the device larger, or copy the disk out with qemu-img convert",
+            "make the device larger, or export the disk",
         )
     _draft_blocks(scope, refcounts, blocks, offsets, range(first, end))
     words = np.zeros(table_clusters * size // 8, dtype=">u8")
@@ -111,7 +111,7 @@ def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, in
             raise UnsupportedRepair(
                 f"a refcount table of {needed * size} bytes would be needed;"
                 f" QEMU allows {MAX_REFTABLE_BYTES}",
-                "copy the disk out with qemu-img convert",
+                "export the disk",
             )
         if len(more) == len(blocks) and needed == table_clusters:
             return more, needed

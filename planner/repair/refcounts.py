@@ -87,7 +87,7 @@ def set_refcounts_in_block(
         raise RefcountExhausted(
             f"a cluster has {highest} references, and the refcounts of this image end at"
             f" {geometry.refcount_max}",
-            "make a copy with wider ones: qemu-img convert -O qcow2 -o refcount_bits=64",
+            "export the disk, and make an image with wider ones of it",
         )
     refcounts[indices] = values.astype(refcounts.dtype)
 

@@ -252,7 +252,7 @@ def _require_known_leaks(report: Report) -> None:
         raise AmbiguousCorruption(
             "a table that could refer to the leaked clusters cannot be read, so that they are not"
             " proven to be free",
-            "check/report.txt names it",
+            "the report of the check names it",
             report.hidden[0].label,
         )
     counts = report.counts()
@@ -337,20 +337,20 @@ def _require_writable_header(report: Report) -> None:
     if header and header.nb_snapshots and header.snapshots_offset < report.geometry.cluster_size:
         raise AmbiguousCorruption(
             "the snapshot table is said to lie in the header's cluster: that is not written to",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.CHECK_STOPPED.label,
         )
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     if (contested == 0).any():
         raise AmbiguousCorruption(
             "something else refers to the header's cluster, so that it is not written to",
-            "`leaks` does not write there; or copy the disk out with qemu-img convert",
+            "`leaks` does not write there; or export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
     if report.owners.truncated:
         raise AmbiguousCorruption(
             "more clusters have two owners than can be listed",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
 

@@ -16,6 +16,7 @@ from planner.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage import triage_leaks
 from tests.advice import KINDS, damaged, follow_all, run_here
+from tests.mount.mounts import run
 
 
 @pytest.fixture
@@ -106,3 +107,19 @@ def test_an_image_in_use_is_looked_at_only_on_demand_and_gets_no_advice(image: P
     assert ended.code == 1
     assert ended.out.startswith(f"{image}: torn\n")
     assert "What to do now" not in ended.out
+
+
+def test_what_is_in_a_backing_file_and_whether_it_is_there(image: Path) -> None:
+    base = image.with_name("base.raw")
+    base.write_bytes(b"b" * 65536)
+    options = ["-b", base.name, "-F", "raw"]
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, image, "1M")
+    run("qemu-io", "-c", "write -q 0 64k", image)
+    named = f"  983040 of {1 << 20} bytes: in the backing file 'base.raw', which"
+    follow = ("--follow", image.parent)
+    assert f"{named} was not opened: no directory" in run_here(["report", image]).out
+    assert f"{named} is there\n" in run_here(["report", *follow, image]).out
+    base.unlink()
+    ended = run_here(["report", *follow, image])
+    assert f"{named} was not opened: there is no such file\n" in ended.out
+    assert ended.code == 0

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from instarfs.render.bitmaps import STALE, bitmaps_json
+from instarfs.render.bitmaps import STALE, UNSAVED, bitmaps_json
 from planner.dirty import BitmapStates, read_bitmap_states
 from planner.errors import ImageError
 from planner.qcow2.bitmaps import AUTO, IN_USE
@@ -52,7 +52,9 @@ def test_all_that_is_known_of_a_bitmap() -> None:
 def test_a_bitmap_in_use_is_inconsistent_once_nobody_uses_it() -> None:
     for is_written in (False, True):
         (bitmap,) = shown(made(IN_USE), is_written=is_written)["bitmaps"]
-        assert (bitmap["in-use"], bitmap["inconsistent"]) == (is_written, not is_written)
+        assert (bitmap["flags"], bitmap["in-use"]) == (["in-use"], True)
+        assert bitmap["inconsistent"] is not is_written
+        assert bitmap["errors"] == ([] if is_written else [UNSAVED])
 
 
 def test_errors_stand_where_they_belong() -> None:

@@ -3,23 +3,34 @@
 import random
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.errors import ImageReadFailed
 from instarfs.outcome import Pending
-from instarfs.render.aftermath import Aftermath
-from instarfs.render.report import LISTED_RANGES, VERDICTS, report_txt
+from instarfs.render.aftermath import Aftermath, Mounted
+from instarfs.render.report import (
+    LISTED_BITMAPS,
+    LISTED_RANGES,
+    OUT_OF_DATE,
+    VERDICTS,
+    report_txt,
+)
+from planner.beside import Beside
+from planner.chain import Member, Named, Role
 from planner.check import check_image
 from planner.errors import ImageError, RepairError
 from planner.plan import RepairTier
+from planner.qcow2.bitmaps import IN_USE, TYPE_DIRTY, Bitmap
 from planner.repair.tiers import Proposal, propose
 from planner.report import Report
 from planner.triage import triage_leaks
 from tests.planner.corpus import RULES
 
 PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"
+MOUNTED = Mounted(MOUNT)
 SECTIONS = [
     "What it means for the guest's disk",
     "What the leaked clusters look like",
@@ -44,12 +55,12 @@ def proposal(image: Image, report: Report, tier: RepairTier) -> Proposal | Repai
         return error
 
 
-def text_of(image: Image, mountpoint: str = MOUNT) -> str:
+def text_of(image: Image, mounted: Mounted | None = MOUNTED) -> str:
     report = check_image(image.source)
     triage = triage_leaks(image.source, report)
     proposals = {tier: proposal(image, report, tier) for tier in RepairTier}
     clean = report.verdict == "clean"
-    known = Aftermath(triage, {} if clean else proposals, mountpoint=mountpoint)
+    known = Aftermath(triage, {} if clean else proposals, mounted=mounted)
     return report_txt(report, PATH, known).decode()
 
 
@@ -128,7 +139,7 @@ def test_commands_can_be_pasted():
 
 
 def test_without_a_mount_the_commands_are_those_of_the_command_line():
-    text = text_of(damaged(*TELLING), mountpoint="")
+    text = text_of(damaged(*TELLING), mounted=None)
     commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
     assert [shlex.split(line)[1] for line in commands] == [
         "mount", "umount", "plan", "check", "undo",
@@ -144,6 +155,56 @@ def test_every_damage_can_be_told(name: str):
     assert text.endswith("\n")
     assert "\n\n\n" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+# ---- what the check did without ----
+
+
+def beside(**known: object) -> str:
+    report = check_image(damaged().source)
+    return report_txt(report, PATH, Aftermath(beside=Beside(**known))).decode()
+
+
+def test_how_much_is_in_files_that_are_not_there():
+    named = Named(Role.BACKING, b"../gone\x1b.qcow2", b"qcow2")
+    found = Member(0, named, "/srv/gone", None), Member(1, named, None, "there is no such file")
+    text = beside(members=found, in_backing_file=4096)
+    assert "What of the disk lies in other files, and is lost with them:\n" in text
+    name = r"'../gone\x1b.qcow2'"
+    assert f"  4096 of {1 << 31} bytes: in the backing file {name}, which is there\n" in text
+    assert f"  what those do not hold: in the backing file {name}, which was not opened: " in text
+
+
+def test_bitmaps_that_no_backup_can_rely_on():
+    bitmap = Bitmap(0, 0, 1, IN_USE, TYPE_DIRTY, 16, b"", b"backup\n")
+    text = beside(unsaved=(bitmap,) * (LISTED_BITMAPS + 2))
+    assert "must begin anew, with the whole disk:\n  'backup\\n' (granularity 65536)\n" in text
+    assert "  ... and 2 more: image/bitmaps.json\n" in text
+    report = replace(check_image(damaged().source), in_use=True)
+    known = Aftermath(beside=Beside(unsaved=(bitmap,)))
+    assert "backup" not in report_txt(report, PATH, known).decode()
+
+
+def test_a_dirty_image_that_qemu_mends_is_not_called_damaged():
+    text = text_of(damaged("dirty-bit", "low-refcount", "missing-refcount"))
+    assert text.startswith(f"{PATH}: corrupt\n\n{OUT_OF_DATE}\n")
+    assert "  - Keep a copy of the image:\n" in text
+    assert "Do not write" not in text
+    assert "nobody write" not in text
+    # What QEMU frees as well is looked at first.
+    text = text_of(damaged("dirty-bit", "lost-l2-table"))
+    assert text.startswith(f"{PATH}: leaks\n\n{VERDICTS['leaks']}\n")
+    assert "Let nobody write to the image" in text
+
+
+def test_files_of_a_mount_are_said_to_be_so_where_there_is_none():
+    image = damaged()
+    for cluster in image.mapped(0)[::2]:
+        image.set_word(image.l2_at(cluster), (image.host_clusters + 9) * image.cluster_size)
+    said = "Files that are named here, as check/findings.jsonl, are in a mount of the image.\n"
+    assert text_of(image, None).endswith(said)
+    assert said not in text_of(image)
+    assert said not in text_of(damaged("leaked-clusters"), None)
 
 
 # ---- what could not be found out ----
