@@ -207,6 +207,107 @@ class FollowImpossible(InstarfsError):
     reason: str
 
 
+# ---- the export ----
+
+
+@dataclass(eq=False)
+class ExportEncrypted(InstarfsError):
+    """{path}: its disk is encrypted ({method}), and no key is ever asked for: what can be read is
+    not the disk; copy the image as it is (cp --sparse=always), and decrypt the copy with qemu-img
+    convert --object secret,...
+    """
+
+    path: str
+    method: str
+
+
+@dataclass(eq=False)
+class SnapshotUnknown(InstarfsError):
+    """{path}: no snapshot {word}, by its number in snapshots/ of a mount, or by its name; see:
+    instarfs info
+    """
+
+    path: str
+    word: str
+
+
+@dataclass(eq=False)
+class OutOccupied(InstarfsError):
+    """{out}: is there, and {why}; nothing is written over it: name another file"""
+
+    out: str
+    why: str
+
+
+@dataclass(eq=False)
+class OutMissing(InstarfsError):
+    """{out}: is not there, though {map_file} lists what it holds; remove the list to begin anew"""
+
+    out: str
+    map_file: str
+
+
+@dataclass(eq=False)
+class OutOfSomethingElse(InstarfsError):
+    """{out}: {what}; name another file, or remove {out} and {map_file} to begin anew"""
+
+    out: str
+    what: str
+    map_file: str
+
+
+@dataclass(eq=False)
+class OutBusy(InstarfsError):
+    """{out}: another export is writing to it; wait for its end"""
+
+    out: str
+
+
+@dataclass(eq=False)
+class OutFailed(InstarfsError):
+    """{out}: {what} failed: {reason}; what was copied is kept: {wayout}, and start the same command
+    again
+    """
+
+    out: str
+    what: str
+    reason: str
+    wayout: str = "look at the disk beneath it (dmesg)"
+
+
+@dataclass(eq=False)
+class ExportTorn(InstarfsError):
+    """{path}: it was written to during the export, and {out} has parts of several moments; stop
+    what writes to it, remove {out} and {map_file}, and export it again
+    """
+
+    path: str
+    out: str
+    map_file: str
+
+
+@dataclass(eq=False)
+class ExportStopped(InstarfsError):
+    """{out}: stopped after {done} of {size} bytes; start the same command again to go on"""
+
+    out: str
+    done: int
+    size: int
+
+
+@dataclass(eq=False)
+class ExportIncomplete(InstarfsError):
+    """{out}: {unread} of {size} bytes could not be read{hint}; they are holes, listed in
+    {map_file}
+    """
+
+    out: str
+    unread: int
+    size: int
+    hint: str
+    map_file: str
+
+
 # ---- the mount ----
 
 

@@ -64,6 +64,18 @@ class HeaderCutOff(ImageError):
         return f"the file is cut off inside the qcow2 header: {self.problem}"
 
 
+class NotAMapfile(PlannerError):
+    """A text is no mapfile: the number of the line where that shows, and one sentence why."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(line, problem)
+        self.line = line
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.problem}"
+
+
 class RepairError(PlannerError):
     """A repair is refused: nothing is written.
 

@@ -27,6 +27,7 @@ _MODULES = {
     "trim": "instarfs.cli.trim",
     "info": "instarfs.cli.info",
     "map": "instarfs.cli.map",
+    "export": "instarfs.cli.export",
 }
 
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.

@@ -16,7 +16,6 @@ from instarfs.guest.follow import Follow, NotOpened, beside
 from instarfs.image import Image
 from planner.chain import MAX_DEPTH, Member, Named, Role, refusal_of
 from planner.errors import ImageError
-from planner.mapping import Mapping
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import Layout
@@ -31,9 +30,12 @@ class Chain:
     images: tuple[Image, ...]
 
 
-def open_chain(image: Image, layout: Layout, follow: Follow) -> Chain:
-    """Open what *image* needs, as far as that is to be followed. Never fails: see `Member`."""
-    opener = _Opener(image, follow)
+def open_chain(image: Image, layout: Layout, follow: Follow, *, strict: bool = False) -> Chain:
+    """Open what *image* needs, as far as that is to be followed. Never fails: see `Member`.
+
+    *strict*: what is past the end of a file, or in a table that cannot be read, is damaged.
+    """
+    opener = _Opener(image, follow, strict=strict)
     disk = opener.layer(image, opener.path, layout, 0)
     return Chain(disk, tuple(opener.members), tuple(opener.images))
 
@@ -78,8 +80,8 @@ def named_data_file(layout: Layout) -> Named | None:
 class _Opener:
     """Walks down a chain."""
 
-    def __init__(self, image: Image, follow: Follow) -> None:
-        self._follow = follow
+    def __init__(self, image: Image, follow: Follow, *, strict: bool = False) -> None:
+        self._follow, self._strict = follow, strict
         # Where its directory really is: a `..` in a name counts from there.
         self.path = str(Path(f"/proc/self/fd/{image.directory}").readlink() / image.name)
         self.members: list[Member] = []
@@ -96,8 +98,9 @@ class _Opener:
             data = HostFile(opened) if isinstance(opened, Image) else opened
             self._note(named, depth, opened)
         header = layout.header
-        beneath = Beneath(file, data, self._backing(layout, path, depth), layout)
-        mapping = Mapping(image.source(), layout.geometry, header.l1_table_offset, header.l1_size)
+        backing = self._backing(layout, path, depth)
+        beneath = Beneath(file, data, backing, layout, strict=self._strict)
+        mapping = beneath.mapping(header.l1_table_offset, header.l1_size)
         return Qcow2Layer(beneath, mapping, header.size // SECTOR * SECTOR)
 
     def _backing(

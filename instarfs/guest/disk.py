@@ -27,6 +27,9 @@ from planner.qcow2.layout import Layout
 MAX_STORED_BYTES = 4 << 20
 """Of compressed clusters that lie next to each other: so much is fetched in one read."""
 
+ANYWHERE = 1 << 62
+"""The end of a file that is not read."""
+
 UNPACKED_BYTES = 8 << 20
 """Of decompressed clusters: so much is kept, for a cluster is read in parts."""
 
@@ -66,12 +69,24 @@ class RawLayer:
 
 @dataclass(frozen=True, slots=True)
 class Beneath:
-    """What all disks of a qcow2 image are read from: its file, its data file, its backing disk."""
+    """What all disks of a qcow2 image are read from: its file, its data file, its backing disk.
+
+    ``strict``: whether what is not there is an error, rather than the zeros that QEMU reads.
+    """
 
     file: HostFile
     data: HostFile | Missing
     backing: RawLayer | Qcow2Layer | Missing | None
     layout: Layout
+    strict: bool = False
+
+    def mapping(self, l1_offset: int, l1_size: int) -> Mapping:
+        """Of the disk whose L1 table is there."""
+        data_end = None
+        if self.strict:
+            data_end = ANYWHERE if isinstance(self.data, Missing) else self.data.source().size
+        source = self.file.source()
+        return Mapping(source, self.layout.geometry, l1_offset, l1_size, data_end=data_end)
 
 
 class Qcow2Layer:

@@ -17,9 +17,8 @@ from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
 from instarfs.image import Generation, Image, Signature
 from planner.chain import Member, Role, full_name
-from planner.errors import ImageError
+from planner.errors import ImageError, ReadFailed
 from planner.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
-from planner.mapping import Mapping
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
@@ -54,11 +53,14 @@ class Place:
 class Guest:
     """The guest of *image*, as it is when this is made. Usable from several threads."""
 
-    def __init__(self, image: Image, follow: Follow) -> None:
-        """Raises `ImageError` where the layout makes no sense; of all else only a read tells."""
+    def __init__(self, image: Image, follow: Follow, *, strict: bool = False) -> None:
+        """Raises `ImageError` where the layout makes no sense; of all else only a read tells.
+
+        *strict*: as of `open_chain`.
+        """
         self._image = image
         self.layout = Layout.read(image.source())
-        self.chain: Chain = open_chain(image, self.layout, follow)
+        self.chain: Chain = open_chain(image, self.layout, follow, strict=strict)
         self._found: dict[Place, Disk] = {}
 
     @property
@@ -150,13 +152,18 @@ class Guest:
         offset, entries = snapshot.l1_table_offset, snapshot.l1_size
         geometry = self.layout.geometry
         check_table("snapshot L1 table", offset, entries * 8, MAX_L1_BYTES, geometry)
-        mapping = Mapping(self._image.source(), geometry, offset, entries)
-        return Qcow2Layer(self.chain.disk.beneath, mapping, size)
+        beneath = self.chain.disk.beneath
+        return Qcow2Layer(beneath, beneath.mapping(offset, entries), size)
 
     def _require_plain(self) -> None:
         method = self.layout.header.crypt_method
         if method != CRYPT_NONE:
             raise GuestEncrypted(self._image.path, CRYPT_NAMES[method])
+
+
+def disk_extents(disk: Disk, offset: int, end: int) -> Iterator[Extents]:
+    """The map of a part of *disk*, whatever it is of; rows start where its layer has them."""
+    return extents(_qcow2_stratum(disk.layer), disk.start + offset, disk.start + end)
 
 
 def stratum_of(layer: RawLayer | Qcow2Layer | Missing | None) -> Stratum | int | None:
@@ -172,17 +179,25 @@ def stratum_of(layer: RawLayer | Qcow2Layer | Missing | None) -> Stratum | int |
 
 def _qcow2_stratum(layer: Qcow2Layer) -> Stratum:
     beneath = layer.beneath
-    file = beneath.file
     return Stratum(
         layer.mapping,
         None if isinstance(beneath.data, Missing) else beneath.data.source(),
         layer.size,
-        sparse=has_preallocated_metadata(
-            file.source(), beneath.layout, file.image.allocated_size()
-        ),
+        sparse=_has_preallocated_metadata(layer),
         hidden=beneath.layout.header.crypt_method != CRYPT_NONE,
         backing=stratum_of(beneath.backing),
     )
+
+
+def _has_preallocated_metadata(layer: Qcow2Layer) -> bool:
+    beneath = layer.beneath
+    source, allocated = beneath.file.source(), beneath.file.image.allocated_size()
+    try:
+        return has_preallocated_metadata(source, beneath.layout, allocated)
+    except ReadFailed:
+        if not beneath.strict:
+            raise
+        return True  # holes are looked for then, which is slow and does no harm
 
 
 def size_of(place: Place, snapshot: Snapshot, geometry: Geometry) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import MIB, ImageBuilder
-from tests.mount.mounts import DEADLINE, MakeMount, Mount, mounted, settle, until
+from examples.make_image import MIB, Image, ImageBuilder
+from planner.mapfile import BAD, parse_mapfile
+from tests.mount.mounts import DEADLINE, MakeMount, Mount, instarfs, mounted, settle, until
 
 CLUSTER = 1 << 16
 CONTENT = b"the guest's data" * (CLUSTER // 16)
@@ -192,3 +193,29 @@ def test_a_file_that_is_cut_while_it_is_read(disk: Disk, mount_of_disk: Mount) -
     disk.fail()
     settle(disk.beneath)
     assert result(mount_of_disk)["verdict"] == "corrupt"
+
+
+def test_an_export_goes_around_what_cannot_be_read(disk: Disk, tmp_path: Path) -> None:
+    """Data, part of an L2 table, and refcounts on sectors that fail."""
+    image = Image(bytearray(disk.beneath.read_bytes()))
+    data, table = image.host_offset(3), image.l2_table(0)
+    disk.fail(
+        {"op": "read", "errno": errno.EIO, "from": data + 8193, "to": data + 12287},
+        {"op": "read", "errno": errno.EIO, "from": table + 100, "to": table + 101},
+        {"op": "read", "errno": errno.EIO, "from": image.refblock(0), "to": image.refblock(0) + 1},
+    )
+    out = tmp_path / "out"
+    done = instarfs("export", disk.path, out)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    bad = parse_mapfile((tmp_path / "out.map").read_bytes()).blocks(BAD)
+    assert bad == [(0, 64 * CLUSTER)]  # a sector of the table
+    disk.fail({"op": "read", "errno": errno.EIO, "from": data + 8193, "to": data + 12287})
+    assert instarfs("export", disk.path, out).returncode == 1
+    bad = parse_mapfile((tmp_path / "out.map").read_bytes()).blocks(BAD)
+    assert bad == [(3 * CLUSTER + 8192, 3 * CLUSTER + 12288)]
+    expected = bytearray((CONTENT * 64).ljust(64 * MIB, b"\0"))
+    expected[bad[0][0] : bad[0][1]] = bytes(4096)
+    assert out.read_bytes() == expected
+    disk.fail()
+    assert instarfs("export", disk.path, out).returncode == 0
+    assert out.read_bytes() == (CONTENT * 64).ljust(64 * MIB, b"\0")

@@ -1,0 +1,76 @@
+"""`instarfs export`: the guest's disk as a raw file, and a list of what cannot be read of it."""
+
+from __future__ import annotations
+
+import click
+
+from instarfs.cli.grammar import ImageName
+from instarfs.cli.progress import progress_bar
+from instarfs.cli.stopping import stoppable
+from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
+from instarfs.export import Export, Outcome
+from instarfs.guest.follow import Follow
+from instarfs.outfile import OutFile
+
+
+@click.command(name="export")
+@click.option(
+    "--snapshot",
+    metavar="N",
+    help="The disk of this internal snapshot: its number in snapshots/ of a mount, or its name.",
+)
+@click.option(
+    "--follow",
+    "directories",
+    multiple=True,
+    metavar="DIR",
+    help="Open backing and data files that the image names, where they are below DIR.",
+)
+@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@click.option("-U", "--force-share", is_flag=True, help="Also while another process has it open.")
+@click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
+@click.argument("out", metavar="OUT", type=click.Path(readable=False))
+def command(
+    path: str,
+    out: str,
+    snapshot: str | None,
+    directories: tuple[str, ...],
+    *,
+    progress: bool,
+    quiet: bool,
+    force_share: bool,
+) -> None:
+    """Copy the disk of the qcow2 image IMAGE into the new, sparse file OUT.
+
+    What cannot be read is a hole in OUT, and listed in OUT.map, in the format of GNU ddrescue; the
+    exit code is 1 then, and 0 where all was read. The image is not changed. Where it was stopped,
+    by whatever, the same command goes on, and tries again what could not be read.
+    """
+    name, follow = ImageName(path, force_share=force_share), Follow(directories)
+    with name.opened() as image, stoppable() as stopped, progress_bar(shown=progress) as tell:
+        try:
+            export = Export(image, follow, snapshot)
+        except DOMAIN_ERRORS as error:
+            raise name.failed(error) from error
+        target = OutFile.open(out, export.origin())
+        try:
+            outcome = export.run(target, tell or _tell_nobody, stopped)
+        finally:
+            target.close()
+    _conclude(outcome, target, quiet=quiet)
+
+
+def _conclude(outcome: Outcome, target: OutFile, *, quiet: bool) -> None:
+    if outcome.unread:
+        hint = ""
+        if outcome.elsewhere:
+            which = "all" if outcome.elsewhere == outcome.unread else outcome.elsewhere
+            hint = f", {which} of them in files that are not read (see --follow)"
+        raise ExportIncomplete(target.path, outcome.unread, outcome.size, hint, target.map_path)
+    if not quiet:
+        click.echo(f"{target.path}: all {outcome.size} bytes of the disk were read")
+
+
+def _tell_nobody(_stage: str, _done: int, _total: int) -> None:
+    pass
