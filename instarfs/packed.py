@@ -42,6 +42,8 @@ def look_at_packed(
         if cancelled is not None and cancelled():
             raise Cancelled
 
+    if report.error is not None:
+        return report
     packed = find_packed(source, report, tick)
     bad, done = [np.zeros(0, dtype=np.int64)], 0
     for part, failed in _unpacked(source, packed, report):

@@ -15,6 +15,7 @@ import numpy as np
 
 from planner.arrays import I64, U64, Mask, without_repeats
 from planner.census import decode_words, split_entries
+from planner.ending import CutOff
 from planner.findings import ACTIVE, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR, Geometry
@@ -76,7 +77,7 @@ def find_packed(source: Source, report: Report, tick: Callable[[int], None]) -> 
 
 def report_unreadable(source: Source, report: Report, bad: I64, packed: Packed) -> Report:
     """*report* of a check for which all of *packed* was unpacked, but for the keys *bad*."""
-    report = replace(report, compressed_looked_at=True)
+    report = replace(report, compressed_looked_at=True, cut_off=_cut(report, bad, packed))
     if not len(bad) or report.entries is None:
         return report
     parts = [(at, keys) for at, keys in _matching(source, report, np.sort(bad))]
@@ -86,6 +87,16 @@ def report_unreadable(source: Source, report: Report, bad: I64, packed: Packed) 
         FindingKind.COMPRESSED_UNREADABLE, Structure.COMPRESSED, position, offset
     )
     return replace(report, entries=held)
+
+
+def _cut(report: Report, bad: I64, packed: Packed) -> CutOff | None:
+    """Where the file should end; of the last sector of a compressed cluster only this shows it."""
+    size = report.layout.file_size if report.layout else 0
+    offset, length = Packed(bad, packed.geometry).ranges(slice(None))
+    ends = (offset + length)[offset < size]
+    if report.cut_off is not None or int(ends.max(initial=0)) <= size:
+        return report.cut_off
+    return CutOff(size, int(ends.max()))
 
 
 def _matching(source: Source, report: Report, bad: I64) -> Iterator[tuple[I64, I64]]:

@@ -428,6 +428,7 @@ def check_messages(report: Report) -> Iterator[str]:
 
 
 _UNCOUNTED = {
+    "unreadable": "The header cannot be interpreted, so nothing else is known.",
     "torn": "The image was in use, or written to, during the check: nothing is known of it.",
     "corrupt": "The image is damaged: something in it is, or may become, wrong.",
     "marked-corrupt": "The metadata is consistent, but the image is marked corrupt.",

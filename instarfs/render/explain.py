@@ -19,6 +19,7 @@ from planner.findings import KINDS, Finding, FindingKind, Owner, Structure
 from planner.mapping import FLAW_SENTENCES, NO_HOST, RunKind
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
+from planner.qcow2.geometry import SECTOR
 from planner.report import Report
 
 LISTED = 20
@@ -110,9 +111,12 @@ def _reading(it: GuestExplanation) -> str:
         case RunKind.ZERO:
             return "The guest reads zeros: the entry says so."
         case RunKind.COMPRESSED:
-            return "The guest reads it out of the compressed cluster."
+            cut = it.host + it.length - it.layout.file_size >= SECTOR
+            end = ", the end of which is not in this file" if cut else ""
+            return f"The guest reads it out of the compressed cluster{end}."
         case _:
-            end = "; that is past its end: zeros" if it.l2_findings & lost else ""
+            past = not geometry.external_data and it.read_from >= it.layout.file_size
+            end = "; that is past its end: zeros" if past else ""
             return f"The guest reads the byte at offset {it.read_from} of {where}{end}."
 
 

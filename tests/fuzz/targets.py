@@ -28,6 +28,7 @@ from instarfs.errors import DOMAIN_ERRORS, UndoFileDamaged
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image import Image
+from instarfs.packed import look_at_packed
 from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
@@ -121,8 +122,13 @@ def bitmaps(data: bytes) -> None:
 
 
 def check(data: bytes) -> None:
-    """The check of an image, and every file that shows it. Refuses nothing."""
-    _show_check(check_image(Bytes(data)))
+    """The check of an image, with its data, and every file that shows it. Refuses nothing."""
+    source = Bytes(data)
+    report = check_image(source)
+    _show_check(report)
+    with_data = look_at_packed(source, report)
+    if with_data.counts() != report.counts():
+        _show_check(with_data)
 
 
 def sparse(data: bytes) -> None:

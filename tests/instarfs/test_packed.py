@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.make_image import Image, ImageBuilder
+from examples.make_image import Image, ImageBuilder, zlib_compress
 from instarfs.errors import ImageReadFailed
 from instarfs.packed import look_at_packed
 from instarfs.render.report import report_txt
 from planner.check import check_image
+from planner.ending import CutOff
 from planner.errors import Cancelled
 from planner.findings import ACTIVE, FindingKind, Structure
 from planner.impact import Harm, guest_impact
@@ -109,6 +111,41 @@ def test_what_the_guest_does_not_see_is_no_loss() -> None:
     assert not unreadable(looked_at(image))
 
 
+def test_a_cut_within_the_last_sector_shows_when_it_is_unpacked() -> None:
+    image, stored = packed_image(), zlib_compress(random.Random(3).randbytes(800) + bytes(3296))
+    base = len(image.data)
+    assert 512 < 100 + len(stored) - 50 < 100 + len(stored) < 1024
+    image.data += bytes(100) + stored
+    image.set_refcount(base // image.cluster_size, 1)
+    more = 1 << image.geometry.compressed_shift
+    image.set_word(image.l2_at(78), entries.COMPRESSED | more | base + 100)
+    assert looked_at(image).cut_off is None
+    del image.data[-50:]
+    assert check_image(image.source).cut_off is None
+    report = looked_at(image)
+    assert unreadable(report) == [78 * image.cluster_size]
+    assert report.cut_off == CutOff(len(image.data), base + 1024)
+
+
+def test_ranges_take_little_memory_however_many_entries_lead_to_them() -> None:
+    made = ImageBuilder(cluster_bits=21, size=1 << 41)
+    for l1_index in range(4):
+        made.write_compressed(l1_index << 18, b"x")
+    image = made.build()
+    entry = entries.COMPRESSED | 1 << made.geometry.compressed_shift
+    for l1_index in range(4):
+        table = image.l2_table(l1_index)
+        words = entry + (np.arange(1 << 18, dtype=np.uint64) << np.uint64(9))
+        image.data[table : table + (1 << 21)] = words.astype(">u8").tobytes()
+    source, report = image.source, check_image(image.source)
+    tracemalloc.start()
+    packed = find_packed(source, report, lambda _: None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(packed) == 1 << 18
+    assert peak < 24 * (1 << 20) + (48 << 20)  # of a table at a time more is held
+
+
 def test_spans_hold_every_range_once_and_no_more_than_a_reader_has_room_for() -> None:
     image = packed_image(clusters=400, size=1 << 25)
     packed = find_packed(image.source, check_image(image.source), lambda _: None)
@@ -152,6 +189,14 @@ def test_what_cannot_be_read_is_told_from_its_neighbours() -> None:
     # The last sector of one is the first of the next: both need it.
     assert 10 * image.cluster_size in found
     assert len(found) <= 2
+
+
+def test_of_an_image_that_cannot_be_read_nothing_more_is_known() -> None:
+    image = packed_image()
+    image.change_header(crypt_method=9)
+    report = looked_at(image)
+    assert report.verdict == "unreadable"
+    assert not report.compressed_looked_at
 
 
 def test_it_can_be_stopped_and_says_how_far_it_is() -> None:

@@ -155,3 +155,14 @@ def test_names_from_the_image_obey_nobody() -> None:
     made.take_snapshot("a\x1b[31m\nb")
     told = host(made.build(), SIZE)
     assert "snapshot 0 (a\\x1b[31m\\nb)" in told
+
+
+def test_what_the_end_of_the_file_takes_of_a_cluster_is_not_said_to_be_there() -> None:
+    image = RULES["data_cut_by_the_end"]().image
+    end, size = 6 * SIZE - 100, len(image.data)
+    assert f"reads the byte at offset {size - 1} of this file." in guest(image, end - 1)
+    assert f"at offset {size} of this file; that is past its end: zeros." in guest(image, end)
+    out = "reads it out of the compressed cluster"
+    for name, ending in (("cut_by", ", the end of which is not in this file."), ("up_to", ".")):
+        image = RULES[f"compressed_{name}_the_end"]().image
+        assert f"{out}{ending}\n" in guest(image, 9 * SIZE)
