@@ -550,6 +550,17 @@ class Owners:
         rows = zip(*(column[low:high].tolist() for column in columns), strict=True)
         return [Owner(Structure(structure), *rest) for structure, *rest in rows]
 
+    def of_tables_alike(self) -> I64:
+        """The clusters all of whose owners are L1 tables, or all L2 tables."""
+        if self.truncated or not len(self.cluster):
+            return np.zeros(0, dtype=np.int64)
+        clusters, start = np.unique(self.cluster, return_index=True)
+        lowest = np.minimum.reduceat(self.structure, start)
+        alike = lowest == np.maximum.reduceat(self.structure, start)
+        alike &= (lowest == Structure.L1_TABLE) | (lowest == Structure.L2_TABLE)
+        found: I64 = clusters[alike]
+        return found
+
 
 def no_owners() -> Owners:
     """Columns without rows."""

@@ -5,8 +5,6 @@ They vouch for something that this repair may change. A repair that writes nothi
 
 from __future__ import annotations
 
-import numpy as np
-
 from planner.errors import AmbiguousCorruption
 from planner.findings import FindingKind, Structure
 from planner.plan import StageKind
@@ -21,11 +19,11 @@ def clear_unknown_autoclear(scope: Scope) -> None:
     header = scope.layout.header
     if not header.unknown_autoclear:
         return
-    if scope.contested(np.zeros(1, dtype=np.int64)).any():
+    if not scope.may_write_header:
         raise AmbiguousCorruption(
             "autoclear bits that are not known would have to be cleared, and something else refers"
             " to the header's cluster, so that it is not written to",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
     kept = header.autoclear_features & KNOWN_AUTOCLEAR

@@ -18,7 +18,7 @@ def update_copied_flags_for_l1(scope: Scope, known: Report | None = None) -> Non
     wrong = scope.report.findings.of(FindingKind.L1_COPIED)
     if known is not None:
         wrong = wrong.select((wrong.expected == 1) & ~_was_wrong(wrong, known))
-    wrong = wrong.select(~scope.contested(wrong.host_offset >> scope.geometry.cluster_bits))
+    wrong = wrong.select(scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits))
     flipped = read_words(scope.source, wrong.host_offset) ^ np.uint64(entries.COPIED)
     draft_words(scope, FindingKind.L1_COPIED, wrong.host_offset, flipped)
     for tables in marked_tables(scope, FindingKind.L2_COPIED):

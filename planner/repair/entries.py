@@ -41,7 +41,7 @@ def clear_reserved_bits(scope: Scope) -> None:
         chosen.words[chosen.marks] &= np.uint64(~entries.L2_RESERVED & _WORD)
         chosen.draft()
     wrong = scope.report.findings.of(FindingKind.L1_ENTRY_RESERVED)
-    free = ~scope.contested(wrong.host_offset >> scope.geometry.cluster_bits)
+    free = scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
     alone = ~np.isin(wrong.host_offset, _other_findings(scope))
     right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
     wrong = wrong.select(right)

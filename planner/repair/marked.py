@@ -47,10 +47,10 @@ class MarkedTables:
         return self.offset[table] + inside * self.scope.geometry.l2_entry_size
 
     def without_contested(self) -> MarkedTables:
-        """Without the marks in clusters with two owners: nothing in them is written."""
+        """Without the marks in clusters with two owners that are no tables alike."""
         bits, size = self.scope.geometry.cluster_bits, self.scope.geometry.cluster_size
         ends = np.stack((self.offset, self.offset + size - 1)) >> bits
-        first, last = self.scope.contested(ends)
+        first, last = ~self.scope.is_writable(ends)
         if not first.any() and not last.any():
             return self
         # A misaligned table goes on in a second cluster.

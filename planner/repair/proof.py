@@ -39,17 +39,23 @@ def require_proof(source: Source, plan: Plan, before: Report, after: Report) -> 
     _require_same_snapshots(source, plan)
     geometry = before.geometry
     # Of an entry that reads as zeros the repair drops the reference: that owner has nothing there.
-    contested, still = (
-        report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset for report in (before, after)
-    )
+    # In tables alike, what is right for one owner is it for the other.
+    contested, still = (_contested(report) for report in (before, after))
     contested = contested[np.isin(contested, still)]
     tables = _L2Words(join_regions(before.regions, after.regions), geometry)
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
-        if np.isin(cluster, contested >> geometry.cluster_bits).any():
+        if np.isin(cluster, contested).any():
             raise _Unproven("it would write to a cluster with two owners")
         _require_metadata(cluster, before, after, plan)
         tables.require_same_mapping(stage, cluster)
+
+
+def _contested(report: Report) -> I64:
+    """Clusters with owners of different kinds, which are not written to."""
+    found = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    clusters = found >> report.geometry.cluster_bits
+    return clusters[~np.isin(clusters, report.owners.of_tables_alike())]
 
 
 class _MoreComesToLight(AmbiguousCorruption):
@@ -107,8 +113,10 @@ def _require_same_snapshots(source: Source, plan: Plan) -> None:
 
 
 def _snapshots(source: Source) -> Snapshots:
-    """Those that can be reached: what else the table has may be cut off."""
+    """Those that can be reached: what else the table has may be cut off. The header is none."""
     header = read_header(source)
+    if not header.snapshots_offset:
+        return Snapshots()
     table, _ = read_reachable_snapshots(source, header, header.geometry)
     return table.snapshots
 

@@ -76,9 +76,15 @@ def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
         slot = index.slots_before(first)
         counted[slot : slot + last - first + 1] -= counted.dtype.type(1)
         freed[slot : slot + last - first + 1] = True
+    # A table that reaches past the end was not counted, and is none any more all the same.
+    for lost in report.findings.of(FindingKind.PAST_END, Structure.REFTABLE).rows():
+        end = lost.host_offset + lost.length
+        freed[
+            index.slots_before(lost.host_offset >> bits) : index.slots_before(-(-end >> bits))
+        ] = True
     slots, known = index.find(stay)
     slots = slots[known]
-    counted[slots] = np.where(freed[slots], 0, stored[slots])
+    counted[slots] = np.where(freed[slots], counted[slots], stored[slots])
     # A cluster with more references than the width can count stays full, and stays named.
     limit = scope.geometry.refcount_max
     if limit < int(np.iinfo(counted.dtype).max):

@@ -15,6 +15,7 @@ from planner.plan import Draft, Edit, StageKind
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
+from planner.repair.claims import refcounts_are_shared
 from planner.report import Report
 from planner.source import Source, read_present
 
@@ -103,6 +104,11 @@ class Scope:
         return sum(len(self.report.findings.of(kind, *structures)) for kind in kinds)
 
     @property
+    def may_write_header(self) -> bool:
+        """Whether nothing else refers to the header's cluster."""
+        return not self.contested(np.zeros(1, dtype=np.int64)).any()
+
+    @property
     def first_new_cluster(self) -> int:
         """Where the file may grow: behind its end, and behind all that reaches over it.
 
@@ -148,21 +154,11 @@ class Scope:
 
     @property
     def refcounts_are_shared(self) -> bool:
-        """Whether something else lies in a cluster of the refcount structure.
-
-        One of the two has overwritten the other.
-        """
-        contested = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
-        own = {Structure.REFTABLE, Structure.REFBLOCK}
-        for offset in contested.host_offset.tolist():
-            owners = self.report.owners.of(offset >> self.geometry.cluster_bits)
-            structures = {owner.structure for owner in owners}
-            if structures & own and structures - own:
-                return True
-        return False
+        """Whether something else lies where refcounts are, or may be."""
+        return refcounts_are_shared(self.source, self.report)
 
     def contested(self, clusters: I64) -> Mask:
-        """Which clusters have two owners: nothing in them is written.
+        """Which clusters have two owners.
 
         A table that reaches past the end of the file is not counted where it lies: what else is
         there does not count as shared, and may well be.
@@ -170,11 +166,26 @@ class Scope:
         bits = self.geometry.cluster_bits
         found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
         shared: Mask = np.isin(clusters, found.host_offset >> bits)
+        return shared | self._is_in_lost_table(clusters)
+
+    def is_writable(self, clusters: I64) -> Mask:
+        """In which clusters entries may be corrected: of one owner, or of tables of one kind.
+
+        What is the right word for one of these is it for all; which of them has its place there
+        stays open.
+        """
+        alike = np.isin(clusters, self.report.owners.of_tables_alike())
+        return ~self._is_in_lost_table(clusters) & (alike | ~self.contested(clusters))
+
+    def _is_in_lost_table(self, clusters: I64) -> Mask:
+        """Which clusters a table claims that reaches past the end of the file."""
+        bits = self.geometry.cluster_bits
         tables = self.report.findings.of(FindingKind.PAST_END, *_LONG_TABLES)
         first, end = tables.host_offset >> bits, tables.host_offset + tables.length
+        claimed: Mask = np.zeros(clusters.shape, dtype=np.bool_)
         for low, high in zip(first.tolist(), end.tolist(), strict=True):
-            shared |= (clusters >= low) & (clusters << bits < high)
-        return shared
+            claimed |= (clusters >= low) & (clusters << bits < high)
+        return claimed
 
     def explain(
         self,

@@ -41,6 +41,11 @@ def rewrite_snapshot_table(scope: Scope) -> None:
         scope.explain(StageKind.SWITCH, Structure.HEADER, FindingKind.CHECK_STOPPED, places)
         return
     header = scope.layout.header
+    if has_no_snapshots(scope):
+        scope.draft.write(StageKind.SWITCH, NB_SNAPSHOTS_AT, bytes(4))
+        places = [(NB_SNAPSHOTS_AT, 4, 1)]
+        scope.explain(StageKind.SWITCH, Structure.HEADER, FindingKind.MULTIPLE_OWNERS, places)
+        return
     table, error = read_reachable_snapshots(scope.source, header, scope.geometry)
     lacking = FindingKind.SNAPSHOT_EXTRA_DATA in scope.report.counts()
     if error.field == "snapshots_offset" if error else not lacking:
@@ -58,6 +63,19 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     scope.explain(StageKind.SWITCH, Structure.HEADER, kind, places)
 
 
+def has_no_snapshots(scope: Scope) -> bool:
+    """Whether snapshots are counted that are none: their table would be the header itself.
+
+    Of a table whose place was lost, at least the L1 tables would leak.
+    """
+    header = scope.layout.header
+    if not header.nb_snapshots or header.snapshots_offset or scope.report.counters.leaks:
+        return False
+    # What seems to be a table there lies over others: whether those are damaged is not known yet.
+    unknown = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.REFCOUNT_MISSING}
+    return not unknown & scope.report.counts().keys()
+
+
 def _place_is_meaningless(scope: Scope) -> bool:
     """Whether snapshots_offset, of no snapshots, stops a check; a lost table would have leaked."""
     stopped = any(error.field == "snapshots_offset" for error in scope.report.stopped)
@@ -70,7 +88,7 @@ def _require_refcounts(scope: Scope) -> None:
         raise UnsupportedRepair(
             "the snapshot table lists what is none, and the refcounts are damaged that would show"
             " what it listed",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.SNAPSHOT_EXTRA_DATA.label,
         )
 

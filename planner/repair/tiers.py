@@ -30,7 +30,7 @@ from planner.repair.refcounts import (
     reclaim_leaks_in_refblocks,
 )
 from planner.repair.scope import Scope
-from planner.repair.snapshot_table import rewrite_snapshot_table
+from planner.repair.snapshot_table import has_no_snapshots, rewrite_snapshot_table
 from planner.report import Report
 from planner.source import Source
 from planner.triage import Suspect, Triage, triage_leaks
@@ -265,9 +265,11 @@ def _require_known_leaks(report: Report) -> None:
 
 def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     before = scope.report
-    _require_writable_header(before)
-    for planner in (correct_entries, rewrite_snapshot_table):
-        planner(scope)
+    _require_plain_header(scope)
+    correct_entries(scope)
+    scope = _checked_anew(scope, means)
+    if scope.may_write_header or has_no_snapshots(scope):
+        rewrite_snapshot_table(scope)
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     triage = means.triage(scope)
@@ -303,7 +305,7 @@ def _require_shown_loss(triage: Triage) -> None:
         raise AmbiguousCorruption(
             "entries of the snapshot table are none, and leaked clusters that hold data may be"
             " what they listed",
-            "copy the disk out with qemu-img convert",
+            "export the disk",
             FindingKind.CHECK_STOPPED.label,
         )
 
@@ -327,25 +329,20 @@ def _draft_refcounts(scope: Scope, stay: I64) -> None:
     """In place where every block that must change is sound, else anew; not of what must *stay*."""
     # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
     if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
+        _require_writable_header(scope)
         rebuild_refcount_structure(scope, stay)
     else:
         correct_refcounts_in_refblocks(scope, stay)
 
 
-def _require_writable_header(report: Report) -> None:
-    header = report.layout.header if report.layout else None
-    if header and header.nb_snapshots and header.snapshots_offset < report.geometry.cluster_size:
+def _require_plain_header(scope: Scope) -> None:
+    report, header = scope.report, scope.layout.header
+    is_there = header.nb_snapshots and header.snapshots_offset < scope.geometry.cluster_size
+    if is_there and not has_no_snapshots(scope):
         raise AmbiguousCorruption(
             "the snapshot table is said to lie in the header's cluster: that is not written to",
             "export the disk",
             FindingKind.CHECK_STOPPED.label,
-        )
-    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-    if (contested == 0).any():
-        raise AmbiguousCorruption(
-            "something else refers to the header's cluster, so that it is not written to",
-            "`leaks` does not write there; or export the disk",
-            FindingKind.MULTIPLE_OWNERS.label,
         )
     if report.owners.truncated:
         raise AmbiguousCorruption(
@@ -355,9 +352,18 @@ def _require_writable_header(report: Report) -> None:
         )
 
 
+def _require_writable_header(scope: Scope) -> None:
+    if not scope.may_write_header:
+        raise AmbiguousCorruption(
+            "something else refers to the header's cluster, so that it is not written to",
+            "export the disk",
+            FindingKind.MULTIPLE_OWNERS.label,
+        )
+
+
 def _settle_flags(scope: Scope, before: Report) -> None:
     """Draft the corrupt and dirty bits as the outcome has them, and say why they go."""
-    if before.layout is None or before.layout.header.version < 3:
+    if before.layout is None or not _has_flags(scope):
         return
     draft = scope.draft
     clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
@@ -377,9 +383,14 @@ def _settle_flags(scope: Scope, before: Report) -> None:
             scope.explain(StageKind.RELEASE, Structure.HEADER, kind, place)
 
 
+def _has_flags(scope: Scope) -> bool:
+    """Whether there are a corrupt and a dirty bit, where they may be written."""
+    return scope.layout.header.version >= 3 and scope.may_write_header
+
+
 def _draft_flags(scope: Scope, before: Report, *, clean: bool) -> None:
     """Put the corrupt bit around what is drafted; clear both bits for a *clean* outcome."""
-    if before.layout is None or before.layout.header.version < 3:
+    if before.layout is None or not _has_flags(scope):
         return
     draft, bits = scope.draft, before.layout.header.incompatible_features
     final = bits & ~int(Incompatible.DIRTY | Incompatible.CORRUPT) if clean else bits

@@ -93,15 +93,78 @@ def misaligned_zero(image: Image) -> None:
     image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
 
 
-def test_reserved_bits_are_planned_where_no_refcount_at_all_can_be_looked_up():
-    """The refcount table is said to lie where the L1 table is, so that it stays as it is."""
+def test_reserved_bits_go_where_no_refcount_at_all_can_be_looked_up():
+    """The refcount table is said to lie where the L1 table is, which is no refcount table."""
     image = plain()
     for index in range(2):
         image.set_bits(image.l1_at(index), 1 << 1)
     image.change_header(refcount_table_offset=image.header.l1_table_offset)
-    left = counts(settled(image))
-    assert left[Kind.L1_ENTRY_RESERVED] == 2
-    assert left[Kind.REFTABLE_ENTRY_RESERVED] == 2
+    assert counts(settled(image)) == {}
+
+
+def claimed_as_refblock(image: Image, offset: int) -> Image:
+    image.set_word(image.reftable_at(0), offset)
+    return image
+
+
+@pytest.mark.parametrize("what", ["L2 table", "L1 table", "data", "header", "zeros"])
+def test_a_refcount_table_entry_that_leads_to_something_else_is_wrong(what):
+    made = fill(builder())
+    made.write(9, bytes(SIZE - 1) + b"x")
+    image = made.build()
+    places = {
+        "L2 table": image.l2_table(1),
+        "L1 table": image.header.l1_table_offset,
+        "data": image.host_offset(1),
+        "header": 0,
+        "zeros": image.host_offset(9),
+    }
+    image.data[image.host_offset(9) + SIZE - 1] = 0
+    guest = image.data[places[what] : places[what] + SIZE]
+    proposal = settled(claimed_as_refblock(image, places[what]))
+    # The old block is no more than a cluster that nothing refers to.
+    assert set(counts(proposal)) <= {Kind.LEAK}
+    assert read_bytes(Overlay(image.source, proposal.plan), places[what], SIZE)[104:] == guest[104:]
+
+
+@pytest.mark.parametrize("what", ["L1 entry", "data"])
+def test_what_leads_to_refcounts_that_are_right_stays_named(what):
+    image = plain()
+    block = image.refblock(0)
+    image.set_word(image.l1_at(1) if what == "L1 entry" else image.l2_at(1), block | COPIED)
+    assert Kind.MULTIPLE_OWNERS in counts(settled(image))
+
+
+def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named():
+    """Two L1 entries lead to one L2 table: a guest that writes to one must copy it first."""
+    image = plain()
+    image.set_word(image.l1_at(1), image.word(image.l1_at(0)))
+    proposal = settled(image)
+    assert Kind.MULTIPLE_OWNERS in counts(proposal)
+    assert counts(proposal).keys() <= {Kind.MULTIPLE_OWNERS, Kind.LEAK}
+    after = Overlay(image.source, proposal.plan)
+    for at in (image.l1_at(0), image.l1_at(1), image.l2_at(1)):
+        assert read_bytes(after, at, 1)[0] & 0x80 == 0
+
+
+def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared():
+    made = fill(builder())
+    made.write_zeros(9, allocated=True)
+    image = made.build()
+    image.set_word(image.l2_at(9), 0x200 | COPIED | entries.ZERO)
+    assert Kind.MULTIPLE_OWNERS in check_image(image.source).counts()
+    assert counts(settled(image)) == {}
+
+
+def test_where_something_leads_to_the_header_refcounts_are_corrected_without_it():
+    image = plain()
+    image.set_word(image.l2_at(7), entries.COMPRESSED | 1)
+    proposal = settled(image)
+    assert set(counts(proposal)) == {Kind.MULTIPLE_OWNERS}
+    assert all(stage.sectors[0] > 0 for stage in proposal.plan.stages)
+    image.set_word(image.reftable_at(0), 0)
+    with pytest.raises(AmbiguousCorruption, match="header"):
+        propose(image.source, check_image(image.source), RepairTier.ALL)
 
 
 def test_two_kinds_of_damage_in_one_table_go_with_one_repair():
@@ -222,10 +285,19 @@ def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong():
     assert counts(proposal)[Kind.L1_COPIED] == 1
 
 
-def test_a_snapshot_table_on_the_header_is_refused_with_that_reason():
+@pytest.mark.parametrize("number", [1, 2, 16])
+def test_snapshots_whose_table_would_be_the_header_are_none(number):
     image = plain()
-    image.change_header(nb_snapshots=16, snapshots_offset=0)
-    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    image.change_header(nb_snapshots=number, snapshots_offset=0)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert proposal.after.layout is not None
+    assert proposal.after.layout.header.nb_snapshots == 0
+
+
+def test_a_snapshot_table_on_the_header_is_refused_where_something_leaks():
+    image = with_snapshot()
+    image.change_header(snapshots_offset=0)
     source = Bytes(bytes(image.data))
     with pytest.raises(AmbiguousCorruption) as refused:
         propose(source, check_image(source), RepairTier.ALL)
