@@ -44,11 +44,7 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     offsets = (first + np.arange(len(blocks))) * size
     table_offset = (first + len(blocks)) * size
     if not scope.make_room(end * size):
-        raise UnsupportedRepair(
-            f"new refcounts would reach up to {end * size}, and a block device of"
-            f" {scope.draft.size} bytes does not grow",
-            "make the device larger, or export the disk",
-        )
+        raise _no_room(scope, end)
     _draft_blocks(scope, refcounts, blocks, offsets, range(first, end))
     words = np.zeros(table_clusters * size // 8, dtype=">u8")
     words[blocks] = offsets
@@ -57,6 +53,23 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     pointer = struct.pack(">QI", table_offset, table_clusters)
     scope.draft.write(StageKind.SWITCH, REFTABLE_OFFSET_AT, pointer)
     _explain(scope, offsets, table_offset, rows.size)
+
+
+def _no_room(scope: Scope, end: int) -> UnsupportedRepair:
+    """Why new refcounts up to cluster *end* have no room on a block device, and what makes some."""
+    size, filled, there = scope.geometry.cluster_size, scope.filled_behind, scope.draft.size
+    reason = f"new refcounts would reach up to {end * size}"
+    wayout = f"make the device larger, by {end * size - there} bytes or more"
+    if filled:
+        start = (scope.first_new_cluster - filled) * size
+        reason += (
+            f", behind what lies behind the image from {start} on: it may be of it, and is not"
+            " overwritten"
+        )
+        if (end - filled) * size <= there:
+            wayout += f"; or save what lies there, and zero it (blkdiscard -z -o {start})"
+    reason += f"; a block device of {there} bytes does not grow"
+    return UnsupportedRepair(reason, f"{wayout}; or export the disk")
 
 
 def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:

@@ -119,13 +119,21 @@ class Scope:
         if self.draft.can_grow:
             end = -(-self.draft.size // self.geometry.cluster_size)
             return max(end, self._end_of_used)
+        return self._end_of_used + self.filled_behind
+
+    @property
+    def filled_behind(self) -> int:
+        """How many clusters behind all that is used reach up to the end of what is there.
+
+        0 where that cannot be told, since very much is.
+        """
         first, size = self._end_of_used, self.geometry.cluster_size
         behind = np.frombuffer(read_present(self.source, first * size, LOOKED_AHEAD), np.uint8)
         if not len(behind):
-            return first
+            return 0
         holds_data = np.bitwise_or.reduceat(behind, np.arange(0, len(behind), size)) != 0
         filled = int(np.flatnonzero(holds_data)[-1:].sum()) + bool(holds_data.any())
-        return first if filled * size >= LOOKED_AHEAD else first + filled
+        return filled if filled * size < LOOKED_AHEAD else 0
 
     def first_of_new(self, count: int) -> int:
         """The first of *count* new clusters in a row at which no refcount table entry points.

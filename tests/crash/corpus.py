@@ -131,6 +131,12 @@ def no_refcounts(image: Image) -> None:
     image.data[start : start + length] = bytes(length)
 
 
+def leaks_and_autoclear(image: Image) -> None:
+    """Leaks, and bits in the header that no repair may leave."""
+    leaks_everywhere(image)
+    image.change_header(autoclear_features=image.header.autoclear_features | 1 << 63)
+
+
 def everything(image: Image) -> None:
     """Wrong refcounts, wrong flags, and a refcount block that is gone."""
     refcounts_everywhere(image)
@@ -140,6 +146,7 @@ def everything(image: Image) -> None:
 
 DAMAGE_TO_MANY: dict[str, Callable[[Image], None]] = {
     "leaks": leaks_everywhere,
+    "leaks and autoclear": leaks_and_autoclear,
     "refcounts": refcounts_everywhere,
     "copied": copied_everywhere,
     "rebuild": no_refcounts,
@@ -167,8 +174,10 @@ def _shaped(shape: str) -> Iterator[Case]:
     whole = _wide(**SHAPES[shape])
     for name, wound in DAMAGE_TO_MANY.items():
         image = Image(bytearray(whole.data))
+        if name == "leaks and autoclear" and image.header.version < 3:
+            continue
         wound(image)
-        for tier in RepairTier if name == "leaks" else (RepairTier.ALL,):
+        for tier in RepairTier if name.startswith("leaks") else (RepairTier.ALL,):
             yield Case(f"{shape}, {name}, {tier}", bytes(image.data), tier)
 
 

@@ -493,6 +493,21 @@ def test_without_room_new_refcounts_are_refused():
         on_device(image, len(image.data) + SIZE)
 
 
+def test_what_lies_behind_the_image_is_named_where_it_takes_the_room():
+    image = plain()
+    image.set_word(image.reftable_at(0), 0)
+    used = image.host_clusters - 1  # The last cluster is the refcount block that is lost.
+    image.data += b"old" * SIZE
+    with pytest.raises(UnsupportedRepair) as refused:
+        on_device(image, len(image.data))
+    assert f"lies behind the image from {used * SIZE} on" in refused.value.reason
+    assert f"larger, by {2 * SIZE} bytes or more; or save" in refused.value.wayout
+    assert f"zero it (blkdiscard -z -o {used * SIZE})" in refused.value.wayout
+    on_device(image, len(image.data) + 2 * SIZE)
+    image.data[used * SIZE :] = bytes(4 * SIZE)
+    on_device(image, len(image.data))
+
+
 def test_without_room_the_snapshot_table_stays_as_it_is():
     image = with_snapshot()
     at = image.snapshots[0].offset + 36
