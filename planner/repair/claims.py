@@ -36,6 +36,7 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
     """
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS)
     bits, zeros = report.geometry.cluster_bits, frozenset[tuple[int, int, int]]()
+    table_end: int | None = None
     for cluster in (contested.host_offset >> bits).tolist():
         owners = report.owners.of(cluster, limit=_OWNERS_WEIGHED)
         if Structure.DATA in {owner.structure for owner in owners}:
@@ -45,8 +46,10 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
         if not (structures & _OWN and structures - _OWN):
             continue
         blocks = [owner.index for owner in owners if owner.structure is Structure.REFBLOCK]
-        if Structure.REFTABLE in structures and _may_be_table(source, report, cluster):
-            return True
+        if Structure.REFTABLE in structures:
+            table_end = table_end or _end_of_table(source, report)
+            if cluster < table_end:
+                return True
         if any(_may_be_block(source, report, cluster << bits, block) for block in blocks):
             return True
     return False
@@ -88,6 +91,15 @@ def _counted_in_block(mismatches: Mismatches, block: int) -> U64:
     counted = np.zeros(per_block, dtype=np.uint64)
     counted[index.clusters_of(slots) - first] = mismatches.counted[slots]
     return counted
+
+
+def _end_of_table(source: Source, report: Report) -> int:
+    """The cluster at which the refcount table ends: where it is none, nothing behind is either."""
+    bits, regions = report.geometry.cluster_bits, report.regions
+    table = regions.select(regions.structure == Structure.REFTABLE)
+    first, end = int(table.first(bits).min()), int(table.last(bits).max()) + 1
+    clusters = range(first, end)
+    return next((at for at in clusters if not _may_be_table(source, report, at)), end)
 
 
 def _may_be_table(source: Source, report: Report, cluster: int) -> bool:

@@ -184,6 +184,13 @@ def test_a_refcount_table_past_the_end_is_made_anew(tmp_path: Path) -> None:
     assert judged(tmp_path, image, ALL).outcome == "clean"
 
 
+def test_a_refcount_table_that_seems_to_go_on_over_others_is_made_anew(tmp_path: Path) -> None:
+    path = _with_bitmaps(tmp_path, snapshot=True)
+    with Scene(path, dissect(path)) as scene:
+        scene.put(56, 6, 4)
+    assert judge_repairs(ROW, path)[ALL].outcome == "clean"
+
+
 def test_snapshots_cut(tmp_path: Path) -> None:
     """The snapshot table is lost, and with the refcounts all that would show what it listed."""
     image = plain()
