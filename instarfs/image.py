@@ -11,8 +11,9 @@ import errno
 import functools
 import os
 import stat
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,15 @@ MOUNT_TABLE = Path("/proc/self/mountinfo")
 # RWF_NOWAIT, which would tell for each read, they do not offer.
 _IN_MEMORY = (b"tmpfs", b"ramfs")
 
+_SECOND_NS = 10**9
+
+# A second write within one tick of the file system's clock leaves no trace in the times. The
+# kernel's ticks 100 times a second or more often; where a file system keeps no fractions of a
+# second (ext3, ext4 with small inodes, SSH and NFS servers on these), it is whole seconds, or every
+# other one (FAT).
+_TICK_NS = 20_000_000
+_COARSE_TICK_NS = 2 * _SECOND_NS + _TICK_NS
+
 READERS = 8
 """Requests under way at a time: a disk that is far away answers them together."""
 
@@ -65,6 +75,21 @@ class Generation:
     mtime_ns: int
     ctime_ns: int
     written: int = 0
+
+    def state(self) -> Hashable:
+        """What is equal for as long as the bytes are: this, or while it is young something new."""
+        return self if self.is_settled(time.time_ns()) else object()
+
+    def is_settled(self, now_ns: int) -> bool:
+        """Whether a write after *now_ns*, by the system's clock, gives another generation.
+
+        From a time that is still to come, by whatever clock that is, nothing follows.
+        """
+        newest, tick = self.mtime_ns, _TICK_NS
+        if self.mtime_ns % _SECOND_NS == self.ctime_ns % _SECOND_NS == 0:
+            # The other can be put back after a write.
+            newest, tick = max(newest, self.ctime_ns), _COARSE_TICK_NS
+        return now_ns - newest >= tick
 
 
 class WouldBlock(Exception):

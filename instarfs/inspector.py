@@ -8,7 +8,6 @@ and where they appear the tree's.
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +34,9 @@ from instarfs.journal import Summary
 from instarfs.looking import look_around
 from instarfs.outcome import Pending, RepairOutcome
 from instarfs.repairer import Repairer
-from instarfs.repairs import IDLE, MakeRepairer, Repairs, last_repair, percentage
+from instarfs.repairs import MakeRepairer, Repairs, last_repair
 from instarfs.sharing import Sharing
+from instarfs.stages import Stages
 from instarfs.surroundings import Surroundings
 from planner.atlas import Atlas, draw_atlas
 from planner.beside import Beside, look_beside
@@ -61,10 +61,6 @@ from planner.report import Report
 from planner.triage import Triage, triage_leaks
 
 T = TypeVar("T")
-
-# A second write within one tick of the file system's clock (10 ms at 100 Hz) leaves no trace in
-# the times: what was read of a file that young is not kept.
-_CLOCK_TICK_NS = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +159,14 @@ class Inspector:
         self._generation = image.generation()
         # The image itself, not its inode number: that of a file which is gone goes to another.
         self._reviewed = weakref.ref(image)
-        self._progress = self._planning = IDLE
+        self._stages = Stages()
         self._sharing = Sharing()
         self._described: Description | None = None
         self._snapshot_sizes: dict[Place, int] = {}
         self._size: tuple[Generation | None, int] = (None, 0)
         self.reader = GuestReader(self._look_at_guest, follow or Follow())
         self.guest = Computed(self.reader.state, self._open_guest)
-        self.description = Computed(self._settled_generation, self._describe)
+        self.description = Computed(self._image_state, self._describe)
         self.checkup = Computed(self._state, self._run_check)
         self.leaks = Computed(self._state, self._look_into_leaks)
         self.briefing = Computed(lambda: (self._state(), self._surroundings()), self._brief)
@@ -192,6 +188,13 @@ class Inspector:
         with contextlib.suppress(InstarfsError):
             self._generation = self._look()
         return self._generation
+
+    def state(self) -> Hashable:
+        """What changes when any byte of the image might; see `Generation.state`. Never raises."""
+        try:
+            return self._image_state()
+        except InstarfsError:
+            return object()
 
     def source(self) -> FileSource:
         """The image's bytes, as many as there are now."""
@@ -227,12 +230,12 @@ class Inspector:
         return self._snapshot_sizes.get(place, 0)
 
     def progress(self) -> str:
-        """What the check is doing: `IDLE`, or its stage and percentage."""
-        return self._progress
+        """How far is what is being computed: a check, or what follows from it; or `IDLE`."""
+        return self._stages.shown
 
     def repair_progress(self) -> str:
-        """What a repair, or the planning of one, is doing."""
-        return self.repairs.progress() if self.repairs.is_running else self._planning
+        """What a repair is doing, or what a plan of one is waiting for."""
+        return self.repairs.progress() if self.repairs.is_running else self.progress()
 
     def pending(self) -> Pending | None:
         """The repair of the image that was interrupted, if there is one."""
@@ -253,7 +256,7 @@ class Inspector:
 
         def key() -> Hashable:
             checkup = self.checkup.peek() if beside_check else None
-            return self._settled_generation(), checkup and weakref.ref(checkup)
+            return self._image_state(), checkup and weakref.ref(checkup)
 
         def compute(cancelled: Callable[[], bool]) -> T | ImageError:
             try:
@@ -288,18 +291,17 @@ class Inspector:
             self.guest.forget()
         return self._image.generation()
 
-    def _settled_generation(self) -> Hashable:
-        generation = self._look()
-        age = time.time_ns() - generation.mtime_ns
-        return object() if 0 <= age < _CLOCK_TICK_NS else generation
+    def _image_state(self) -> Hashable:
+        """Of the file that the path names now; see `Generation.state`."""
+        return self._look().state()
 
     def _look_at_guest(self) -> tuple[Image, Hashable]:
-        state = self._settled_generation()
+        state = self._image_state()
         return self._image, state
 
     def _state(self) -> Hashable:
         """What a check depends on: also on whether somebody writes, as it then is no verdict."""
-        generation = self._settled_generation()
+        generation = self._image_state()
         return generation, self._is_written(), self.pending()
 
     def _surroundings(self) -> Surroundings:
@@ -339,14 +341,8 @@ class Inspector:
     def _run_check(self, cancelled: Callable[[], bool]) -> Checkup:
         image = self._image
         before, interrupted = image.generation(), pending(image)
-        self._set_progress("opening", 0, 0)
-        try:
-            with self._sharing.reading(image) as is_kept:
-                report = self._check(
-                    image.source(), progress=self._set_progress, cancelled=cancelled
-                )
-        finally:
-            self._progress = IDLE
+        with self._stages.running("opening"), self._sharing.reading(image) as is_kept:
+            report = self._check(image.source(), progress=self._stages.tell, cancelled=cancelled)
         self._reviewed = weakref.ref(image)
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         repaired = None if report.changed else self.repairs.standing(before)
@@ -363,11 +359,17 @@ class Inspector:
     def _look_into_leaks(self, cancelled: Callable[[], bool]) -> Leaks:
         before, image = self._moment(), self._image
         report = trio.from_thread.run(self.checkup.get).value.report
-        with self._sharing.reading(image):
-            triage = triage_leaks(image.source(), report, cancelled=cancelled)
+        with self._stages.running("opening"), self._sharing.reading(image):
+            triage = triage_leaks(
+                image.source(), report, progress=self._stages.tell, cancelled=cancelled
+            )
         return Leaks(_torn(report) if self._moment() != before else report, triage)
 
     def _brief(self, _cancelled: Callable[[], bool]) -> Briefing:
+        with self._stages.running("opening"):
+            return self._make_briefing()
+
+    def _make_briefing(self) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
         before = self._moment()
         checkup = trio.from_thread.run(self.checkup.get).value
@@ -402,6 +404,15 @@ class Inspector:
             return as_value(error)
 
     def _propose(self, tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
+        with self._stages.running("opening"):
+            return self._make_proposal(tier, cancelled)
+
+    def _make_proposal(
+        self, tier: RepairTier, cancelled: Callable[[], bool]
+    ) -> Proposal | RepairError:
+        def tell(stage: str, done: int, total: int) -> None:
+            self._stages.tell(f"plan {tier} {stage}", done, total)
+
         before, image = self._moment(), self._image
         checkup = trio.from_thread.run(self.checkup.get).value
         if checkup.pending is not None:
@@ -416,13 +427,11 @@ class Inspector:
                     tier,
                     can_grow=not image.is_device,
                     triage=triage,
-                    progress=self._set_planning,
+                    progress=tell,
                     cancelled=cancelled,
                 )
         except RepairError as error:
             proposal = as_value(error)
-        finally:
-            self._planning = IDLE
         # A refusal, too, may come of the change; that of a torn report has the better advice.
         if self._moment() != before and not checkup.report.torn:
             return AmbiguousCorruption("the image changed while it was planned", "read again")
@@ -436,7 +445,8 @@ class Inspector:
         before, image = self._moment(), self._image
         report = trio.from_thread.run(self.checkup.get).value.report
         try:
-            atlas = draw_atlas(image.source(), report, tick)
+            with self._stages.running("drawing"):
+                atlas = draw_atlas(image.source(), report, tick)
         except ImageError as error:
             return as_value(error)
         return replace(atlas, torn=atlas.torn or self._moment() != before)
@@ -452,12 +462,6 @@ class Inspector:
         except ImageError as error:
             states = as_value(error)
         return Bitmaps(states, locks.is_written(self._image.fileno()))
-
-    def _set_progress(self, stage: str, done: int, total: int) -> None:
-        self._progress = percentage(stage, done, total)
-
-    def _set_planning(self, stage: str, done: int, total: int) -> None:
-        self._planning = percentage(stage, done, total)
 
 
 def _torn(report: Report) -> Report:

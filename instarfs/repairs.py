@@ -26,12 +26,11 @@ from instarfs.journal import Summary, read_summary
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.repairer import Repairer
 from instarfs.sharing import Sharing
+from instarfs.stages import IDLE, percentage
 from instarfs.undo_place import UndoPlace
 from planner.check import Progress
 from planner.errors import Cancelled, PlannerError, RepairError
 from planner.plan import RepairTier
-
-IDLE = "idle"
 
 _APPLIED = (Status.REPAIRED, Status.INCOMPLETE, Status.NOTHING_TO_DO)
 _NO_LONGER_KNOWN = (Status.UNDONE, Status.INTERRUPTED)
@@ -162,11 +161,6 @@ class Repairs:
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
         self._progress = percentage(stage, done, total)
-
-
-def percentage(stage: str, done: int, total: int) -> str:
-    """How far something is."""
-    return f"{stage} {100 * done // total if total else 0}%"
 
 
 def last_repair(image: Image) -> Summary | UndoFileDamaged | None:

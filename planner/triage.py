@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.report import Report
 from planner.signatures import NAMES
 from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+
+if TYPE_CHECKING:
+    from planner.check import Progress
 
 MAX_TRIAGED_BYTES = 1 << 30
 """Bytes of leaked clusters that are looked into; of more, every nth cluster."""
@@ -160,17 +164,24 @@ def adjacent(clusters: I64) -> tuple[I64, I64]:
 
 
 def triage_leaks(
-    source: Source, report: Report, *, cancelled: Callable[[], bool] = lambda: False
+    source: Source,
+    report: Report,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Triage:
     """Look into the leaked clusters of the image that *report* is about.
 
-    Raises `Cancelled` soon after *cancelled* has turned true.
+    *progress* is told how many bytes of them were read, and how many there are. Raises `Cancelled`
+    soon after *cancelled* has turned true.
     """
     mismatches = report.mismatches
     if mismatches is None or not report.counters.leaks:
         return Triage()
     leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    look, signature = _look(_Stoppable(source, cancelled), report, mismatches, leaked)
+    most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
+    watched = _Watched(source, cancelled, progress or _nobody, most)
+    look, signature = _look(watched, report, mismatches, leaked)
     return _Describer(source, report, mismatches, leaked, look).describe(signature)
 
 
@@ -181,12 +192,21 @@ def looker_of(report: Report) -> Looker:
     return Looker(report.layout, len(report.snapshots))
 
 
-@dataclass(frozen=True, slots=True)
-class _Stoppable:
-    """A source that is read no further once *cancelled* has turned true."""
+def _nobody(_stage: str, _done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A source that tells how much of ``most`` bytes was read, and is read no further once
+    ``cancelled`` has turned true.
+    """
 
     source: Source
     cancelled: Callable[[], bool]
+    progress: Progress
+    most: int
+    done: int = 0
 
     @property
     def size(self) -> int:
@@ -196,6 +216,8 @@ class _Stoppable:
         if self.cancelled():
             raise Cancelled
         self.source.read_into(offset, buffer)
+        self.done += buffer.nbytes
+        self.progress("leaks", min(self.done, self.most), self.most)
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self.source.data_extents(offset, length)

@@ -7,7 +7,7 @@ has changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -71,6 +71,10 @@ class Guest:
     def generations(self) -> tuple[Generation, ...]:
         """Of the other files that it is read from, as they are now. Raises `ImageReadFailed`."""
         return tuple(image.generation() for image in self.chain.images)
+
+    def state(self) -> Hashable:
+        """Of the same files; see `Generation.state`. Raises `ImageReadFailed`."""
+        return tuple(generation.state() for generation in self.generations())
 
     def signature(self) -> tuple[Signature, ...] | None:
         """Of all files that it is read from: see `Image.signature`."""

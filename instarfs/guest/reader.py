@@ -40,7 +40,7 @@ class GuestReader:
         """What changes when any byte might: equal states, equal bytes."""
         try:
             state, kept = self._look()[1], self._kept
-            return state, kept[1].generations() if kept else ()
+            return state, kept[1].state() if kept else ()
         except InstarfsError:
             return object()
 
@@ -97,7 +97,7 @@ class GuestReader:
                 return guest
         # Taken before the state is looked at: should the image change in between, it will differ.
         signature = guest.signature()
-        if (self._look()[1], guest.generations()) != state:
+        if (self._look()[1], guest.state()) != state:
             return None
         self._signature = signature
         return guest
@@ -106,5 +106,5 @@ class GuestReader:
         image, state = self._look()
         guest = await trio.to_thread.run_sync(Guest, image, self._follow, limiter=self._limiter)
         # The state from before: should the image have changed meanwhile, the next read notices.
-        self._kept, self._signature = ((state, guest.generations()), guest), None
+        self._kept, self._signature = ((state, guest.state()), guest), None
         return guest

@@ -367,3 +367,19 @@ class ControlFile(LiveFile):
         super().__init__(show)
         self.act = act
         self.begin_writing = begin_writing
+
+    async def open(self) -> ControlHandle:
+        return ControlHandle(self._show, self.act)
+
+
+class ControlHandle(_LiveHandle):
+    """A control file, opened; after a write it shows what has become of that."""
+
+    def __init__(self, show: Callable[[], bytes], act: Callable[[bytes], Awaitable[None]]) -> None:
+        super().__init__(show)
+        self._act = act
+
+    async def write(self, command: bytes) -> None:
+        """Obey *command*. Raises a domain error where that was not done."""
+        self._is_begun = True
+        await self._act(command)

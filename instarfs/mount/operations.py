@@ -43,6 +43,7 @@ from instarfs.errors import DOMAIN_ERRORS
 from instarfs.mount.interrupts import is_interrupted
 from instarfs.mount.nodes import (
     ControlFile,
+    ControlHandle,
     DataFile,
     DataHandle,
     Directory,
@@ -67,6 +68,10 @@ _ATTR_TIMEOUT = 0.0
 # cache where size or time are others. As often as a file system's clock ticks will do.
 _DATA_ATTR_TIMEOUT = 0.01
 
+# Times in nanoseconds that a file may be shown with while its own says nothing; no two in a row are
+# the same, and it stays the same second.
+_SHOWN_UNSETTLED = 1000
+
 _DOTS = (".", "..")
 
 INTERRUPT_POLL_SECONDS = 0.1
@@ -74,10 +79,14 @@ INTERRUPT_POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the whole mount shares at a moment: the size and the time of what it shows."""
+    """What the whole mount shares at a moment: the size and the time of what it shows.
+
+    ``is_settled``: whether another content would have another time.
+    """
 
     size: int
     mtime_ns: int
+    is_settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +185,7 @@ class Operations(pyfuse3.Operations):
         self._numbers[root] = pyfuse3.ROOT_INODE
         self._next_inode = itertools.count(pyfuse3.ROOT_INODE + 1)
         self._next_handle = itertools.count(1)
+        self._unsettled = itertools.cycle(range(1, _SHOWN_UNSETTLED))
         self._files: dict[int, _Opened] = {}
         self._open: dict[File, dict[int, _Opened]] = {}
         self._listings: dict[int, tuple[Directory, Sequence[str]]] = {}
@@ -252,6 +262,9 @@ class Operations(pyfuse3.Operations):
         entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = facts.mtime_ns
         entry.st_blksize = BLOCK_SIZE
+        if isinstance(node, DataFile) and not facts.is_settled:
+            # Or the kernel would keep, for whoever has it open, what may no longer be true.
+            entry.st_mtime_ns += next(self._unsettled)
         if isinstance(node, Directory):
             entry.st_nlink = 2 + node.subdirectories
         else:
@@ -399,10 +412,10 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         opened = self._files[fh]
-        if not isinstance(opened.node, ControlFile):
+        if not isinstance(opened.handle, ControlHandle):
             raise _read_only()
         with self._interruptible(opened.pid):
-            await opened.node.act(buf)
+            await opened.handle.write(buf)
             return len(buf)
         raise FUSEError(errno.EINTR)
 

@@ -6,6 +6,7 @@ What a file contains is made in `instarfs.render`, when it is computed is up to 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,8 @@ def _directory(nodes: Iterable[tuple[list[str], Node]]) -> Directory:
 def facts(inspector: Inspector) -> Facts:
     """The size and time that the mount shows: those of the image."""
     generation = inspector.generation()
-    return Facts(size=generation.size, mtime_ns=generation.mtime_ns)
+    is_settled = generation.is_settled(time.time_ns())
+    return Facts(generation.size, generation.mtime_ns, is_settled=is_settled)
 
 
 # ---- the guest's bytes ----
@@ -402,7 +404,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
         ),
         _Entry(
             "check/progress",
-            "how far a running check is: `idle`, or its stage and percentage",
+            "how far a check is, or what follows from it: `idle`, or its stage and percentage",
             LiveFile(progress),
         ),
     ]
@@ -423,7 +425,7 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
         run = await runs.find(int(name)) if is_offset else None
         if run is None:
             return None
-        return DataFile(lambda: run.length, partial(runs.read, run), inspector.generation)
+        return DataFile(lambda: run.length, partial(runs.read, run), inspector.state)
 
     triage = GeneratedFile(
         inspector.leaks, lambda it: render_triage.triage_json(it.triage, it.report, inspector.path)
@@ -477,7 +479,7 @@ def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
         ),
         _Entry(
             "repair/progress",
-            "how far a running repair is: `idle`, or its stage and percentage",
+            "how far a repair is, or the plan of one: `idle`, or its stage and percentage",
             LiveFile(progress),
         ),
         _Entry("repair/undo", "write `undo` to take the last repair back", controls.undo_file()),

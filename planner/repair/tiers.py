@@ -179,7 +179,9 @@ def propose(
         nonlocal known
         if scope.report is report and known is not None:
             return known
-        found = triage_leaks(scope.source, scope.report, cancelled=cancelled or _never)
+        found = triage_leaks(
+            scope.source, scope.report, progress=progress, cancelled=cancelled or _never
+        )
         known = found if scope.report is report else known
         return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from instarfs import errors, image
-from instarfs.image import Image
+from instarfs.image import Generation, Image
 
 
 def read(opened: Image, offset: int, length: int) -> bytes:
@@ -211,6 +211,58 @@ def test_writing_makes_another_generation(path: Path) -> None:
             file.write(b"other")
         assert opened.generation() != before
         assert not opened.is_replaced()
+
+
+S, MS = 10**9, 10**6
+
+
+def generation(mtime_ns: int, ctime_ns: int | None = None) -> Generation:
+    return Generation(1, 2, 3, mtime_ns, mtime_ns if ctime_ns is None else ctime_ns)
+
+
+@pytest.mark.parametrize(
+    ("known", "settled_at"),
+    [
+        (generation(1000 * S + 1), 1000 * S + 20 * MS + 1),
+        # Its time was set, and the other shows what its clock can tell apart.
+        (generation(999 * S, 1000 * S + 1), 999 * S + 20 * MS),
+        # Whole seconds, or every other one, and a tick.
+        (generation(1000 * S), 1002 * S + 20 * MS),
+        (generation(0, 1000 * S), 1002 * S + 20 * MS),
+        (generation(1000 * S, 0), 1002 * S + 20 * MS),
+    ],
+)
+def test_a_generation_is_young_for_as_long_as_its_clock_takes(
+    known: Generation, settled_at: int
+) -> None:
+    assert known.is_settled(settled_at)
+    assert known.is_settled(settled_at + 1000 * S)
+    # Also while its time is still to come.
+    for now in (settled_at - 1, settled_at - 20 * MS, settled_at - 3 * S, 0):
+        assert not known.is_settled(now), now
+
+
+@pytest.mark.parametrize("step_ns", [10 * MS, S, 2 * S])
+def test_whoever_writes_later_gives_a_settled_one_another_time(step_ns: int) -> None:
+    def time(now: int) -> int:
+        return now // step_ns * step_ns
+
+    for written in range(0, 2 * S, 3 * MS):
+        known = generation(time(1000 * S + written))
+        for looked_at in range(written, written + 3 * S, 7 * MS):
+            if known.is_settled(1000 * S + looked_at):
+                assert generation(time(1000 * S + looked_at)) != known
+                break
+
+
+def test_what_is_settled_is_one_state_and_what_is_not_is_always_another(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = path.stat()
+    with Image.open(str(path)) as opened:
+        for ahead, is_one in ((-S, False), (0, False), (S, True)):
+            monkeypatch.setattr("time.time_ns", lambda at=status.st_mtime_ns + ahead: at)
+            assert (opened.generation().state() == opened.generation().state()) is is_one
 
 
 def test_a_replaced_image_is_noticed_and_reopened(path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import itertools
 import os
 import random
 import threading
@@ -22,9 +23,10 @@ from instarfs.computed import Computed
 from instarfs.errors import ImageIsDirectory, ImageIsNoFile, ImageReadFailed, ReadCancelled
 from instarfs.guest.guest import Part, Place
 from instarfs.image import FileSource, Image
-from instarfs.inspector import IDLE, Inspector, Leaks
+from instarfs.inspector import Inspector, Leaks
 from instarfs.locks import Access, Permission, held
 from instarfs.outcome import RepairOutcome, Status
+from instarfs.stages import IDLE
 from planner.errors import Cancelled, NotQcow2, RepairError
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
@@ -305,6 +307,42 @@ async def test_a_briefing_joins_check_triage_and_plans(path: Path) -> None:
         assert isinstance(proposal, Proposal)
         assert briefing.proposals[tier] is proposal
         assert proposal.triage is leaks.triage
+
+
+async def test_says_how_far_a_briefing_is_from_its_beginning_to_its_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspector = damaged(path, "leaked-clusters")
+    shown: list[str] = []
+    read_into = FileSource.read_into
+
+    def read(source: FileSource, offset: int, buffer: memoryview) -> None:
+        assert inspector.repair_progress() == inspector.progress()
+        shown.append(inspector.progress())
+        read_into(source, offset, buffer)
+
+    async def watch() -> None:
+        while True:
+            shown.append(inspector.progress())
+            await trio.sleep(0)
+
+    monkeypatch.setattr(FileSource, "read_into", read)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inspector.briefing.get)
+        while inspector.progress() == IDLE:
+            await trio.sleep(0)
+        nursery.start_soon(watch)
+        await inspector.briefing.get()
+        nursery.cancel_scope.cancel()
+    assert inspector.progress() == IDLE
+    while shown[-1] == IDLE:
+        shown.pop()  # it had ended, and who waited for it had not heard of that yet
+    assert IDLE not in shown
+    stages = [stage.rpartition(" ")[0] for stage in shown]
+    order = [stage for stage, _ in itertools.groupby(stages)]
+    assert order.index("opening") < order.index("census") < order.index("leaks")
+    assert order.index("leaks") < order.index("plan leaks census")
+    assert order.index("plan leaks census") < order.index("plan all census")
 
 
 async def test_a_briefing_of_an_image_in_use_plans_nothing(path: Path) -> None:

@@ -38,14 +38,14 @@ def test_what_is_expected_has_no_traceback(fake: Mount) -> None:
 def test_what_is_not_has_one(fake: Mount) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         fake.read("bug")
-    assert "unexpected error in read" in fake.log
+    assert "unexpected error in open" in fake.log
     assert "ZeroDivisionError: a bug" in fake.log
 
 
 def test_what_takes_too_much_memory_says_so(fake: Mount) -> None:
     with pytest.raises(OSError, match="Cannot allocate memory"):
         fake.read("huge")
-    assert fake.log.endswith("not enough memory in read\n")
+    assert fake.log.endswith("not enough memory in open\n")
     assert fake.read("good") == "content"
 
 

@@ -414,6 +414,10 @@ def test_what_is_no_tier_is_invalid(clean: Mount, tier: Path, command: bytes) ->
     # Nothing is sent to us for a write of no bytes.
     assert tell(tier, command) == (errno.EINVAL if command else 0)
     assert not is_applied(tier)
+    if command:
+        result = values(clean, "repair/result.json")
+        assert (result["status"], result["errno"]) == ("refused", "EINVAL")
+        assert "means nothing here; write `leaks` or `all`" in result["reason"]
     for name in ("undo", "trim"):
         if command.strip() != name.encode():
             assert tell(clean / f"repair/{name}", command) == (errno.EINVAL if command else 0)

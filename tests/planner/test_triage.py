@@ -263,3 +263,15 @@ def test_tables_beyond_those_that_are_described_are_counted(monkeypatch: pytest.
     found = triage(image)
     assert len(found.tables) == 2
     assert found.suspect_count == 4
+
+
+def test_says_how_much_of_it_was_read():
+    image = damaged("leaked-clusters")
+    report = check_image(image.source)
+    told: list[tuple[str, int, int]] = []
+    triage_leaks(image.source, report, progress=lambda *far: told.append(far))
+    stages, done, totals = zip(*told, strict=True)
+    assert set(stages) == {"leaks"}
+    assert set(totals) == {report.counters.leaks * image.cluster_size}
+    assert list(done) == sorted(done)
+    assert 0 < done[0] <= done[-1] <= totals[0]

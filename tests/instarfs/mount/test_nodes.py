@@ -362,3 +362,18 @@ async def test_a_control_file_acts_on_what_it_is_handed() -> None:
     await node.act(b"leaks\n")
     assert commands == [b"leaks\n"]
     assert await (await node.open()).read(0, 100) == b"[none] leaks all\n"
+
+
+async def test_after_a_write_a_control_file_shows_what_came_of_it() -> None:
+    state = [b"[none] leaks all\n"]
+
+    async def act(command: bytes) -> None:
+        if command != b"all":
+            raise ZeroDivisionError
+        state[0] = b"none leaks [all]\n"
+
+    handle = await ControlFile(lambda: state[0], act).open()
+    with pytest.raises(ZeroDivisionError):
+        await handle.write(b"nonsense")
+    await handle.write(b"all")
+    assert await handle.read(0, 100) == state[0]

@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 from collections.abc import Awaitable
+from itertools import pairwise
 from typing import Any
 
 import pyfuse3
@@ -15,7 +16,14 @@ from pyfuse3 import EntryAttributes, FUSEError
 from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.mount import operations as module
-from instarfs.mount.nodes import ControlFile, Directory, FixedDirectory, GeneratedFile, LiveFile
+from instarfs.mount.nodes import (
+    ControlFile,
+    DataFile,
+    Directory,
+    FixedDirectory,
+    GeneratedFile,
+    LiveFile,
+)
 from instarfs.mount.operations import Facts, Operations, Ownership
 from tests.instarfs.mount.kernel import caller, fields
 
@@ -141,6 +149,28 @@ async def test_the_filesystem_is_as_large_as_its_image_and_full() -> None:
     statistics = await make_operations().statfs(caller())
     assert (statistics.f_frsize, statistics.f_blocks, statistics.f_bfree) == (4096, 3, 0)
     assert (statistics.f_files, statistics.f_ffree) == (6, 0)
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+async def test_the_kernel_keeps_nothing_whose_time_says_nothing(is_settled: bool) -> None:
+    async def read(offset: int, size: int) -> bytes:
+        return b""
+
+    files = {"disk.raw": DataFile(lambda: 0, read, lambda: 0), "README.txt": LiveFile(lambda: b"")}
+    facts = Facts(0, 10**18, is_settled=is_settled)
+    operations = Operations(FixedDirectory(files), lambda: facts, Ownership(1000, 100))
+
+    async def times(name: str) -> list[int]:
+        return [(await walk(operations, name)).st_mtime_ns for _ in range(3000)]
+
+    assert set(await times("README.txt")) == {10**18}
+    shown = await times("disk.raw")
+    if is_settled:
+        assert set(shown) == {10**18}
+    else:
+        assert all(one != other for one, other in pairwise(shown))
+        assert 10**18 not in shown
+        assert {time // 10**9 for time in shown} == {10**9}
 
 
 # ---- directories ----
