@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from instarfs import locks
-from instarfs.computed import Computed
+from instarfs.computed import Computed, Edition
 from instarfs.errors import (
     DOMAIN_ERRORS,
     ImageReadFailed,
@@ -176,6 +176,7 @@ class Inspector:
         self.atlas = Computed(self._state, self._draw_atlas)
         self.bitmaps = Computed(self._state, self._read_bitmaps)
         self.l1_page = self.look(lambda source, _cancelled: read_l1_page(source))
+        self._checked: tuple[Generation, Edition[Checkup]] | None = None
         self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
     @property
@@ -199,6 +200,14 @@ class Inspector:
     def source(self) -> FileSource:
         """The image's bytes, as many as there are now."""
         return self._image.source()
+
+    def last_check(self) -> Edition[Checkup] | None:
+        """The checkup that was made last, while nothing shows that the image has changed since.
+
+        Unlike what `checkup` gives also of an image whose times do not tell. Never checks.
+        """
+        known = self._checked
+        return known[1] if known and known[0] == self.generation() else None
 
     def disk_size(self) -> int:
         """Bytes of the guest's disk, from the header alone; 0 where there is none."""
@@ -346,7 +355,9 @@ class Inspector:
         self._reviewed = weakref.ref(image)
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         repaired = None if report.changed else self.repairs.standing(before)
-        return Checkup(report, repaired, interrupted)
+        checkup = Checkup(report, repaired, interrupted)
+        self._checked = None if report.changed else (before, Edition(checkup))
+        return checkup
 
     def _moment(self) -> Hashable:
         """The image and whether it is written; for worker threads.

@@ -414,7 +414,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
 
 
 def _lost_files(inspector: Inspector) -> list[_Entry]:
-    runs = LostRuns(inspector.checkup.peek, inspector.source)
+    runs = LostRuns(inspector.last_check, inspector.source)
 
     async def listed() -> Sequence[str]:
         return [str(offset) for offset in await runs.offsets(render_triage.LISTED_RUNS)]

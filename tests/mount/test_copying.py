@@ -88,6 +88,10 @@ def test_also_of_an_image_of_which_nothing_is_kept(
     there = files_below(fresh.path)
     run("sh", "-c", COPY[program].format(source=fresh.path, copy=copy))
     require_whole(fresh, copy, there)
+    # A check has run: what it found leaked can be copied.
+    run("cp", "-r", fresh / "lost", tmp_path / "lost")
+    (lost,) = files_below(tmp_path / "lost") - {"triage.json"}
+    assert (tmp_path / "lost" / lost).read_bytes() == lossy.read_bytes()[int(lost) :]
 
 
 def test_looking_around_computes_nothing(mount: MakeMount, lossy: Path) -> None:
