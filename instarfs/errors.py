@@ -60,6 +60,22 @@ class ImageMissing(InstarfsError):
 
 
 @dataclass(eq=False)
+class ImageDeleted(InstarfsError):
+    """{path}: was deleted since it was opened; bring it back first: check/report.txt says how"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ENOENT
+
+
+@dataclass(eq=False)
+class ImageMoved(InstarfsError):
+    """{path}: was renamed or moved since it was opened; put it back, or use the name it has now"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ENOENT
+
+
+@dataclass(eq=False)
 class ImageForbidden(InstarfsError):
     """{path}: no permission to read it; run as its owner, or as root"""
 

@@ -29,6 +29,7 @@ from instarfs.errors import (
     InstarfsError,
 )
 from instarfs.names import Hands, Opening, OwnHands
+from instarfs.surroundings import Gone
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -288,6 +289,17 @@ class Image:
         except OSError:
             return False
         return (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino)
+
+    def gone(self) -> Gone | None:
+        """Whether there is no file any more under its path, nor another, as far as can be told."""
+        descriptor = f"/proc/{os.getpid()}/fd/{self._fd}"
+        try:
+            os.stat(self._name, dir_fd=self._directory)
+        except FileNotFoundError:
+            return Gone(os.fstat(self._fd).st_nlink == 0, descriptor)
+        except OSError:
+            return None
+        return None
 
     def signature(self) -> Signature | None:
         """What its path names now, in one system call; None where that does not tell.

@@ -8,6 +8,7 @@ and where they appear the tree's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +36,10 @@ from instarfs.looking import look_around
 from instarfs.outcome import Pending, RepairOutcome
 from instarfs.repairer import Repairer
 from instarfs.repairs import MakeRepairer, Repairs, last_repair
+from instarfs.session import missing
 from instarfs.sharing import Sharing
 from instarfs.stages import Stages
-from instarfs.surroundings import Surroundings
+from instarfs.surroundings import Gone, Surroundings
 from planner.atlas import Atlas, draw_atlas
 from planner.beside import Beside, look_beside
 from planner.check import check_image
@@ -61,6 +63,8 @@ from planner.report import Report
 from planner.triage import Triage, triage_leaks
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +96,13 @@ class Checkup:
     """The check of an image, and what is known of its repairs.
 
     ``repaired``: the repair that left the image as it was checked. ``pending``: one that was
-    interrupted and comes first.
+    interrupted and comes first. ``gone``: that the file has no name any more.
     """
 
     report: Report
     repaired: RepairOutcome | None = None
     pending: Pending | None = None
+    gone: Gone | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +316,7 @@ class Inspector:
     def _state(self) -> Hashable:
         """What a check depends on: also on whether somebody writes, as it then is no verdict."""
         generation = self._image_state()
-        return generation, self._is_written(), self.pending()
+        return generation, self._is_written(), self.pending(), self._image.gone()
 
     def _surroundings(self) -> Surroundings:
         return look_around(self._image)
@@ -349,13 +354,15 @@ class Inspector:
 
     def _run_check(self, cancelled: Callable[[], bool]) -> Checkup:
         image = self._image
-        before, interrupted = image.generation(), pending(image)
+        before, interrupted, gone = image.generation(), pending(image), image.gone()
+        if gone is not None:
+            log.warning("%s", missing(image))
         with self._stages.running("opening"), self._sharing.reading(image) as is_kept:
             report = self._check(image.source(), progress=self._stages.tell, cancelled=cancelled)
         self._reviewed = weakref.ref(image)
         report = replace(report, in_use=not is_kept, changed=image.generation() != before)
         repaired = None if report.changed else self.repairs.standing(before)
-        checkup = Checkup(report, repaired, interrupted)
+        checkup = Checkup(report, repaired, interrupted, gone)
         self._checked = None if report.changed else (before, Edition(checkup))
         return checkup
 

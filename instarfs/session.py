@@ -15,11 +15,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from instarfs import locks
 from instarfs.errors import (
     ImageChanged,
+    ImageDeleted,
     ImageMissing,
+    ImageMoved,
     ImageOpenFailed,
     ImageReadFailed,
     ImageReadOnly,
     ImageReplaced,
+    InstarfsError,
     UndoFileFailed,
     UndoFileImpossible,
     UndoFileMissing,
@@ -64,8 +67,8 @@ class Session:
     ) -> Iterator[Session]:
         """Open *image* for writing, for as long as the context lasts.
 
-        Raises `ImageReadOnly`, `ImageMissing`, `ImageOpenFailed`, `ImageReplaced`, `ImageInUse`,
-        `UndoFileDamaged`.
+        Raises `ImageReadOnly`, `ImageDeleted`, `ImageMoved`, `ImageMissing`, `ImageOpenFailed`,
+        `ImageReplaced`, `ImageInUse`, `UndoFileDamaged`.
         """
         with ExitStack() as stack:
             fd = _open_for_writing(image)
@@ -197,7 +200,7 @@ def _open_for_writing(image: Image) -> int:
     try:
         fd = image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name)
     except FileNotFoundError as error:
-        raise ImageMissing(image.path) from error
+        raise missing(image) from error
     except OSError as error:
         kind = ImageOpenFailed if error.errno == errno.EIO else ImageReadOnly
         raise kind(image.path, reason_of(error)) from error
@@ -206,6 +209,14 @@ def _open_for_writing(image: Image) -> int:
         os.close(fd)
         raise ImageReplaced(image.path)
     return fd
+
+
+def missing(image: Image) -> InstarfsError:
+    """Why there is no file under the path of *image*, which was opened under it."""
+    gone = image.gone()
+    if gone is None:
+        return ImageMissing(image.path)
+    return ImageDeleted(image.path) if gone.is_deleted else ImageMoved(image.path)
 
 
 def _place_beside(image: Image) -> UndoPlace:

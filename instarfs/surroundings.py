@@ -21,6 +21,17 @@ LONGEST_NAME = 255
 """Bytes of a file name, in all file systems that matter here."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """That the path of an image, which is open, names nothing any more.
+
+    ``is_deleted``: nor does any other path. ``descriptor``: what the file can be copied from.
+    """
+
+    is_deleted: bool
+    descriptor: str
+
+
 class Room(Enum):
     """Whether files can be kept beside the image, and why not."""
 

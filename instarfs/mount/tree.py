@@ -343,7 +343,9 @@ def _look_at(
 
 def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
-        return render_check.result_json(it.report, inspector.path, it.repaired, it.pending)
+        return render_check.result_json(
+            it.report, inspector.path, it.repaired, it.pending, gone=it.gone
+        )
 
     def report(it: Briefing) -> bytes:
         checkup = it.checkup
@@ -354,6 +356,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
             mounted,
             it.surroundings,
             it.beside,
+            checkup.gone,
         )
         return report_txt(checkup.report, inspector.path, known)
 

@@ -35,12 +35,42 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
     *path*: the image's, absolute.
     """
     place = _Place(path, known, is_calm=is_mended_by_qemu(report, known))
-    if report.torn or not (known.proposals or place.is_interrupted):
+    if known.gone or report.torn or not (known.proposals or place.is_interrupted):
         return []
     steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place), *_repair(place)]
     if report.counters.corruptions or report.counters.check_errors:
         steps += _copy_out(place)
     return ["What to do now:", *steps]
+
+
+def bring_back(path: str, known: Aftermath) -> list[str]:
+    """What can be done with an image that has no name any more; none where it has one."""
+    place, gone = _Place(path, known, is_calm=False), known.gone
+    if gone is None or known.mounted is None:
+        return []
+    if not gone.is_deleted:
+        what = (
+            "The file of this image was renamed or moved. It can be read here all the same, and not"
+            " repaired: put it back, or mount it under the name that it has now."
+        )
+        return [what]
+    what = (
+        "The file of this image was deleted. What is open here is all that is left of it, and gone"
+        " for good when it is unmounted. Before that:"
+    )
+    copy, disk = place.new(COPY), shell_path(f"{known.mounted.directory}/disk.raw")
+    return [
+        what,
+        # Not in its place at once: the mount shows whatever stands there, be it whole or not.
+        *_step(
+            "Bring the file back, as root or as who mounted it:",
+            f"cp --sparse=always {gone.descriptor} {copy} && mv -n {copy} {place.image}",
+        ),
+        *_step(
+            "Or copy out what can be read:",
+            f"cp --sparse=always {disk} {place.new(RAW)}",
+        ),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from instarfs.outcome import Pending
-from instarfs.surroundings import Surroundings
+from instarfs.surroundings import Gone, Surroundings
 from planner.beside import Beside
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
@@ -31,6 +31,7 @@ class Aftermath:
     """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
 
     ``triage``: or why the leaked clusters could not be looked into. ``mounted``: if it is.
+    ``gone``: that its file has no name any more.
     """
 
     triage: Triage | Exception = field(default_factory=Triage)
@@ -39,3 +40,4 @@ class Aftermath:
     mounted: Mounted | None = None
     surroundings: Surroundings = field(default_factory=Surroundings)
     beside: Beside = field(default_factory=Beside)
+    gone: Gone | None = None

@@ -22,6 +22,7 @@ from instarfs.render.columns import (
 )
 from instarfs.render.outcome import pending_value, repair_value
 from instarfs.render.text import json_bytes, printable, short_name
+from instarfs.surroundings import Gone
 from planner.arrays import U8, U64
 from planner.errors import ImageError
 from planner.findings import (
@@ -63,12 +64,14 @@ def result_json(
     *,
     zeros: bool = True,
     exit_code: int | None = None,
+    gone: Gone | None = None,
 ) -> bytes:
     """The keys of ``qemu-img check --output=json``, then ours.
 
     *repair*: the one that the check belongs to, if any. *pending*: one that was interrupted.
     *zeros*: print counters of QEMU's that are 0; `qemu-img` leaves them out, and callers ask for
-    the key. *exit_code*: of the command that prints it, where that is not the check's.
+    the key. *exit_code*: of the command that prints it, where that is not the check's. *gone*: that
+    the file has no name any more.
     """
     counters = {
         **counters_value(report),
@@ -101,6 +104,8 @@ def result_json(
         value |= {"repair-status": repair.status.value, **repair_value(repair)}
     if pending is not None:
         value["interrupted-repair"] = pending_value(pending)
+    if gone is not None:
+        value["image-gone"] = "deleted" if gone.is_deleted else "moved"
     return json_bytes(value)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from instarfs.render.advice import is_mended_by_qemu, what_to_do
+from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines
@@ -71,7 +71,7 @@ _LABELS = {Harm.LOST: "lost", Harm.SUSPECT: "suspect", Harm.AT_RISK: "at risk"}
 def report_txt(report: Report, filename: str, known: Aftermath | None = None) -> bytes:
     """The report for a reader."""
     known = known or Aftermath()
-    sections = [_verdict(report, filename, known)]
+    sections = [_verdict(report, filename, known), bring_back(filename, known)]
     if report.error is None:
         sections += [
             _guest(report, known.triage),

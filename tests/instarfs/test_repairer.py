@@ -19,8 +19,8 @@ from examples.make_image import DAMAGES, MIB, ImageBuilder
 from examples.make_image import Image as Made
 from instarfs import locks
 from instarfs.errors import (
+    ImageDeleted,
     ImageInUse,
-    ImageMissing,
     ImageReadOnly,
     ImageReplaced,
     NotEnoughMemory,
@@ -445,7 +445,7 @@ def test_an_image_that_was_replaced_or_deleted(box: Sandbox) -> None:
         assert outcome.error.errno == errno.ESTALE
         box.path.unlink()
         outcome = Repairer(image).repair(LEAKS)
-        assert isinstance(outcome.error, ImageMissing)
+        assert isinstance(outcome.error, ImageDeleted)
 
 
 def test_an_image_behind_a_link_has_its_undo_file_beside_the_file(

@@ -81,10 +81,62 @@ def test_replaced_by_something_else_and_put_back(mounted: Mount) -> None:
     assert result(mounted)["verdict"] == "clean"
 
 
-def test_deleted_is_still_readable(mounted: Mount) -> None:
-    mounted.image.unlink()
-    assert result(mounted)["verdict"] == "clean"
+def commands(report: str) -> list[str]:
+    """The commands that a report tells its reader to run."""
+    return [line.strip() for line in report.splitlines() if line.startswith(" " * 6)]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_deleted_is_still_readable_and_can_be_brought_back(
+    mount: MakeMount, tmp_path: Path, is_damaged: bool
+) -> None:
+    image = make_image(tmp_path / "the image's.qcow2")
+    run("qemu-io", "-f", "qcow2", "-c", "write -q -P 1 0 1M", image)
+    if is_damaged:
+        leak(image, 2)
+    settle(image)
+    mounted, content = mount(image), image.read_bytes()
+    assert "image-gone" not in result(mounted)
+    image.unlink()
+    gone = result(mounted)
+    assert (gone["verdict"], gone["image-gone"]) == ("leaks" if is_damaged else "clean", "deleted")
+    assert "was deleted since it was opened" in mounted.log
     run("ls", "-lR", mounted.path)
+    with pytest.raises(FileNotFoundError):
+        (mounted / "repair/tier").write_text("leaks")
+    told = json.loads(mounted.read("repair/result.json"))
+    assert (told["status"], told["errno"]) == ("refused", "ENOENT")
+    assert "bring it back first: check/report.txt says how" in told["reason"]
+    report = mounted.read("check/report.txt")
+    assert "was deleted. What is open here is all that is left of it" in report
+    bring_back, copy_out = commands(report)
+    run("bash", "-e", "-c", copy_out)
+    assert (tmp_path / "the image's.qcow2.raw").read_bytes()[: 1 << 20] == b"\1" * (1 << 20)
+    run("bash", "-e", "-c", bring_back)
+    assert image.read_bytes() == content
+    settle(image)
+    assert "image-gone" not in result(mounted)
+    assert "was deleted" not in mounted.read("check/report.txt")
+    (mounted / "repair/tier").write_text("leaks")
+
+
+def test_renamed_is_still_readable_and_says_so(mounted: Mount) -> None:
+    away = mounted.image.with_name("away")
+    mounted.image.rename(away)
+    assert result(mounted)["image-gone"] == "moved"
+    assert "was renamed or moved" in mounted.read("check/report.txt")
+    with pytest.raises(FileNotFoundError):
+        (mounted / "repair/tier").write_text("leaks")
+    assert "was renamed or moved" in json.loads(mounted.read("repair/result.json"))["reason"]
+    away.rename(mounted.image)
+    assert "image-gone" not in result(mounted)
+    (mounted / "repair/tier").write_text("leaks")
+
+
+def test_one_of_two_links_that_is_removed_is_not_a_deleted_file(mounted: Mount) -> None:
+    mounted.image.with_name("other").hardlink_to(mounted.image)
+    mounted.image.unlink()
+    assert result(mounted)["image-gone"] == "moved"
 
 
 # ---- in use ----
