@@ -123,7 +123,7 @@ class ImageInUse(InstarfsError):
 
     path: str
     lock: str
-    wayout: str = "stop it, or check it all the same with -U"
+    wayout: str = "stop it first"
     errno: ClassVar[int] = _errno.EBUSY
 
 
@@ -353,8 +353,36 @@ class NoSuchCommand(InstarfsError):
 
 @dataclass(eq=False)
 class FuseMissing(InstarfsError):
-    """FUSE is not usable here: {reason}; install fuse3, and load the module with: modprobe fuse"""
+    """FUSE is not usable here: {reason}; load its module with: modprobe fuse; a container must be
+    given the device
+    """
 
+    reason: str
+
+
+@dataclass(eq=False)
+class FuseForbidden(InstarfsError):
+    """FUSE is not usable here: {reason}; see who may with: ls -l /dev/fuse; a container must be
+    allowed the device
+    """
+
+    reason: str
+
+
+@dataclass(eq=False)
+class FuseNotInstalled(InstarfsError):
+    """what a mount needs is not installed: {reason}; install fuse3, and pyfuse3 for this Python"""
+
+    reason: str
+
+
+@dataclass(eq=False)
+class MountTableMissing(InstarfsError):
+    """{directory}: what is mounted there is not known: {reason}; mount /proc with: mount -t proc
+    proc /proc
+    """
+
+    directory: str
     reason: str
 
 

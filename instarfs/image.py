@@ -205,8 +205,8 @@ class Image:
 
         Raises an error for whatever else is there, and for what cannot be read.
         """
-        absolute = str(Path(path).absolute())
         try:
+            absolute = str(Path(path).absolute())
             # Looked at before it is opened: opening some devices, or a FIFO, has effects.
             _refuse_other_kinds(path, Path(path).stat().st_mode)
             fd = os.open(path, _OPEN_FLAGS)

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from instarfs.errors import ImageInUse
@@ -44,10 +44,14 @@ class Permission(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The permissions that a user uses, and those that it denies to others meanwhile."""
+    """The permissions that a user uses, and those that it denies to others meanwhile.
+
+    ``wayout``: what is to be done where others have it otherwise.
+    """
 
     uses: tuple[Permission, ...]
     denies: tuple[Permission, ...]
+    wayout: str = "stop it first"
 
     @property
     def bytes(self) -> tuple[int, ...]:
@@ -57,6 +61,9 @@ class Access:
 
 READ_ONLY = Access((Permission.CONSISTENT_READ,), (Permission.WRITE, Permission.RESIZE))
 """A qcow2 opened read-only, as by `qemu-img check`: nobody may write meanwhile."""
+
+READ_UNLESS_SHARED = replace(READ_ONLY, wayout="stop it, or look at it all the same with -U")
+"""The same, by a command that could be told to open it with force-share."""
 
 READ_WRITE = Access(
     (Permission.CONSISTENT_READ, Permission.WRITE, Permission.RESIZE),
@@ -110,9 +117,7 @@ def _refuse_conflict(fd: int, path: str, access: Access) -> None:
 
 
 def _in_use(path: str, access: Access, lock: str) -> ImageInUse:
-    if Permission.WRITE in access.uses:
-        return ImageInUse(path, lock, "stop it first")
-    return ImageInUse(path, lock)
+    return ImageInUse(path, lock, access.wayout)
 
 
 def _is_held(fd: int, byte: int) -> bool:

@@ -88,7 +88,7 @@ class ImageName:
     @contextmanager
     def opened(self) -> Iterator[Image]:
         """The image, under QEMU's locks of a reader, and within the bound of memory."""
-        access = locks.FORCE_SHARE if self.force_share else locks.READ_ONLY
+        access = locks.FORCE_SHARE if self.force_share else locks.READ_UNLESS_SHARED
         with (
             Image.open(self.path) as image,
             limited(image),

@@ -8,7 +8,7 @@ from functools import partial
 
 import click
 
-from instarfs.errors import FuseMissing
+from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image import Image
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
@@ -61,7 +61,7 @@ def command(
     try:
         from instarfs.mount import daemon  # noqa: PLC0415 - its absence is a message, not a crash
     except ImportError as error:
-        raise FuseMissing(str(error)) from error
+        raise FuseNotInstalled(str(error)) from error
     if foreground:
         daemon.log_to_stderr()
         ready = daemon.nobody_waits

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 Tell = Callable[[str, int, int], None]
+
+_ENDING = (signal.SIGHUP, signal.SIGTERM)
+
+
+class _Ended(BaseException):
+    """A signal that ends the process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 @contextmanager
 def progress_bar(*, shown: bool) -> Iterator[Tell | None]:
-    """What `check_image` wants as its progress; None where nothing is to be shown."""
+    """What `check_image` wants as its progress; None where nothing is to be shown.
+
+    While it is shown the terminal has no cursor: a signal that ends the process gives it back.
+    """
     if not shown:
         yield None
         return
@@ -18,7 +32,9 @@ def progress_bar(*, shown: bool) -> Iterator[Tell | None]:
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
-    with Progress(console=Console(stderr=True)) as bar:
+    # What is printed meanwhile goes where it is meant to, not to the bar's stream.
+    bar = Progress(console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
+    with _ended_in_order(), bar:
         tasks = {}
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -27,3 +43,29 @@ def progress_bar(*, shown: bool) -> Iterator[Tell | None]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield tell
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have what is within end first where a signal ends the process; ends it by the same signal.
+
+    Signals that are ignored, or asked for by others, stay theirs.
+    """
+    ours = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for each in ours:  # once is enough
+            signal.signal(each, signal.SIG_IGN)
+        raise _Ended(number)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Ended as ended:
+        signal.signal(ended.number, signal.SIG_DFL)
+        signal.raise_signal(ended.number)
+        raise
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

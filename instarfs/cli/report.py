@@ -48,7 +48,7 @@ def command(path: str, directories: tuple[str, ...], *, progress: bool, force_sh
     and plans both repairs. Nothing is written. The exit code is that of `instarfs check`.
     """
     follow = Follow(directories)
-    access = locks.FORCE_SHARE if force_share else locks.READ_ONLY
+    access = locks.FORCE_SHARE if force_share else locks.READ_UNLESS_SHARED
     with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
         in_use, before = locks.is_written(image.fileno()), image.generation()
         with progress_bar(shown=progress) as tell:

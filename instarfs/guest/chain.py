@@ -82,8 +82,7 @@ class _Opener:
 
     def __init__(self, image: Image, follow: Follow, *, strict: bool = False) -> None:
         self._follow, self._strict = follow, strict
-        # Where its directory really is: a `..` in a name counts from there.
-        self.path = str(Path(f"/proc/self/fd/{image.directory}").readlink() / image.name)
+        self.path = str(_real_directory(image) / image.name)
         self.members: list[Member] = []
         self.images: list[Image] = []
         self._seen = {_identity(image)}
@@ -146,6 +145,14 @@ class _Opener:
             self.members.append(Member(depth, named, opened.path, None))
         else:
             self.members.append(Member(depth, named, None, opened.refusal))
+
+
+def _real_directory(image: Image) -> Path:
+    """Where its directory really is: a ``..`` in a name counts from there."""
+    try:
+        return Path(f"/proc/self/fd/{image.directory}").readlink()
+    except FileNotFoundError:  # no /proc: what its path says now
+        return Path(image.path).parent.resolve()
 
 
 def _require_plain(layout: Layout) -> None:

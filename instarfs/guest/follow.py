@@ -64,10 +64,11 @@ class Follow:
         for directory in directories:
             try:
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+                path = os.path.realpath(directory)
                 fd = os.open(directory, flags)
             except OSError as error:
                 raise FollowImpossible(directory, reason_of(error)) from error
-            self._roots.append((os.path.realpath(directory), fd))
+            self._roots.append((path, fd))
 
     @property
     def directories(self) -> tuple[str, ...]:

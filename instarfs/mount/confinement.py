@@ -13,6 +13,7 @@ called before there are others.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -137,9 +138,8 @@ class Confinement:
     def enforce(self) -> None:
         """Give up everything else, for good. Never fails: what cannot be had is logged."""
         time.tzset()  # reads a file, once
-        # Not 0: a program that the kernel hands core dumps to would get one all the same.
-        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
         steps: dict[str, Callable[[], None]] = {
+            "core dumps": _rule_out_core_dumps,
             "capabilities": self._drop_capabilities,
             "new privileges": _rule_out_new_privileges,
             "files": self._restrict,
@@ -200,6 +200,8 @@ def _libraries() -> Iterator[str]:
 
 # ---- the kernel ----
 
+_CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+
 
 def _syscall(number: int, *arguments: object) -> int:
     result: int = _libc.syscall(number, *arguments)
@@ -211,6 +213,21 @@ def _require(succeeded: bool) -> None:
     if not succeeded:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def _rule_out_core_dumps() -> None:
+    """None is written, nor handed to a program that collects them (do_coredump of the kernel)."""
+    # Not 0: such a program would get one all the same.
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:
+        # 0 is what whoever started it left, and more only a privileged process may have.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(FileNotFoundError):
+            if _CORE_PATTERN.read_bytes().startswith(b"|"):
+                raise OSError(
+                    errno.EPERM, "the hard limit is 0, and a program collects them"
+                ) from None
 
 
 def _rule_out_new_privileges() -> None:

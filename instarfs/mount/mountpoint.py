@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from instarfs.errors import (
+    FuseForbidden,
     FuseMissing,
     FusermountMissing,
     MountpointBusy,
@@ -30,9 +31,11 @@ from instarfs.errors import (
     MountpointIsNoDirectory,
     MountpointMissing,
     MountpointNotEmpty,
+    MountTableMissing,
     NotMounted,
     UnmountBusy,
     UnmountFailed,
+    reason_of,
 )
 from instarfs.mount.options import FILESYSTEM_TYPE
 
@@ -43,6 +46,7 @@ STOP_COMPUTING = signal.SIGUSR1
 """Tells that process to end what it computes, so that those who wait for it let go."""
 
 _DEVICE = Path("/dev/fuse")
+_TABLE = Path("/proc/self/mountinfo")
 _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
@@ -63,8 +67,8 @@ _END_SECONDS = 10.0
 
 def check_mountpoint(directory: str) -> None:
     """Raise the error that says why nothing can be mounted on *directory*, if there is one."""
-    is_mounted = _find_mount(directory) is not None
     try:
+        is_mounted = _find_mount(directory) is not None
         mode = Path(directory).stat().st_mode
         if not stat.S_ISDIR(mode):
             raise MountpointIsNoDirectory(directory)
@@ -90,7 +94,12 @@ def check_fuse(directory: str) -> None:
     try:
         os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise FuseMissing(f"{_DEVICE}: {error.strerror}") from error
+        reason = f"{_DEVICE}: {reason_of(error)}"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise FuseForbidden(reason) from error
+        if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+            raise FuseMissing(reason) from error
+        raise
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         raise FusermountMissing(directory)
 
@@ -142,7 +151,10 @@ def unmount(directory: str) -> None:
 
     A computation that somebody waits for is ended; any other use makes it `UnmountBusy`.
     """
-    mount = _find_mount(directory)
+    try:
+        mount = _find_mount(directory)
+    except FileNotFoundError as error:  # the caller's own directory is gone
+        raise NotMounted(directory) from error
     if mount is None or mount.filesystem != FILESYSTEM_TYPE:
         raise NotMounted(directory)
     target = os.path.realpath(directory)
@@ -216,8 +228,9 @@ class Unmounter:
 
     def unmount(self) -> bool:
         """Whether it is unmounted, by us or by somebody before."""
-        if self._mount is None or _mount_at(self._target) != self._mount:
-            return True
+        with contextlib.suppress(MountTableMissing):  # then it is taken to be there still
+            if self._mount is None or _mount_at(self._target) != self._mount:
+                return True
         try:
             self._program.communicate(b"\n", _END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -276,7 +289,8 @@ class _Mount:
 def _find_mount(directory: str) -> _Mount | None:
     """What is mounted on *directory*, the topmost if several; None: nothing.
 
-    From the kernel's list: a mount whose process died, or hangs, answers nothing itself.
+    From the kernel's list: a mount whose process died, or hangs, answers nothing itself. Raises
+    `MountTableMissing`, and FileNotFoundError for a relative path where there is no directory.
     """
     return _mount_at(os.path.realpath(directory))
 
@@ -284,7 +298,11 @@ def _find_mount(directory: str) -> _Mount | None:
 def _mount_at(path: str) -> _Mount | None:
     """The same of a real path, which is not looked up: it may lead to the caller's own mount."""
     target, found = os.fsencode(path), None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    try:
+        table = _TABLE.read_bytes()
+    except OSError as error:
+        raise MountTableMissing(path, f"{_TABLE}: {reason_of(error)}") from error
+    for line in table.splitlines():
         mount, _, rest = line.partition(b" - ")
         if _unescaped(mount.split()[4]) == target:
             filesystem, _, options = rest.split(b" ", 2)

@@ -1,6 +1,8 @@
 """From `instarfs mount` to the end of its process, in the background as users run it."""
 
+import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from tests.mount.mounts import (
     Mount,
     environment,
     instarfs,
+    mounted,
     mounted_type,
     run,
     until,
@@ -191,3 +194,38 @@ def test_the_kernel_reads_ahead_as_much_as_a_request_can_ask_for(shared: Mount) 
     ahead = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
     expected = 1024 if os.geteuid() == 0 else 128  # only root may choose
     until(lambda: int(ahead.read_text()) == expected, "it was set")
+
+
+@pytest.mark.parametrize(
+    "limit", ["ulimit -c 0", "ulimit -d 2000000", "ulimit -v 4000000"], ids=lambda text: text[7:9]
+)
+def test_a_hard_limit_that_is_lower_already(limit: str, image: Path, tmp_path: Path) -> None:
+    """As a service that forbids core dumps starts it, or a shell that bounds its memory."""
+    command = ["sh", "-c", f'{limit}; exec "$@"', "sh", *INSTARFS, "mount", "-f", image]
+    with mounted([*command, tmp_path / "mnt"], image, tmp_path / "mnt") as it:
+        assert json.loads(it.read("check/result.json"))["verdict"] == "clean"
+        core = resource.prlimit(it.process.pid, resource.RLIMIT_CORE)
+        assert core in ((0, 0), (1, 1))
+
+
+@pytest.mark.parametrize("descriptors", [8, 12, 16, 20, 24, 28, 32])
+def test_few_descriptors_are_one_line_or_enough(
+    descriptors: int, image: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *INSTARFS, "mount"]
+    done = subprocess.run(
+        [*command, image, directory],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=DEADLINE,
+    )
+    if done.returncode:
+        line = "instarfs: there are too few file descriptors for that (ulimit -n)\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+        assert mounted_type(directory) is None
+    else:
+        assert instarfs("umount", directory).returncode == 0

@@ -73,6 +73,35 @@ def test_no_fuse_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         mountpoint.check_fuse("/mnt")
 
 
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.EACCES, errors.FuseForbidden),
+        (errno.EPERM, errors.FuseForbidden),
+        (errno.ENODEV, errors.FuseMissing),
+        (errno.ENXIO, errors.FuseMissing),
+        (errno.EMFILE, OSError),
+    ],
+)
+def test_a_fuse_device_that_cannot_be_opened(
+    code: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(kind, match=os.strerror(code)) as caught:
+        mountpoint.check_fuse("/mnt")
+    assert ("modprobe" in str(caught.value)) == (kind is errors.FuseMissing)
+
+
+def test_without_a_mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mountpoint, "_TABLE", tmp_path / "none")
+    for refused in (mountpoint.check_mountpoint, mountpoint.unmount):
+        with pytest.raises(errors.MountTableMissing, match=f"^{tmp_path}: .*No such file"):
+            refused(str(tmp_path))
+
+
 def test_no_fusermount(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mountpoint, "_DEVICE", Path(os.devnull))
     monkeypatch.setattr(shutil, "which", lambda program: None)
