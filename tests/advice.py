@@ -225,12 +225,17 @@ def may_fail(step: Step) -> bool:
     return "exit code 1" in step.heading or any("convert" in word for word in step.commands)
 
 
-def _files(folder: Path, image: Path) -> dict[str, bytes]:
-    """All files in *folder* but the image and its undo file."""
+LARGE = 8 << 20
+
+
+def _files(folder: Path, image: Path) -> dict[str, bytes | tuple[int, ...]]:
+    """All files in *folder* but the image and its undo file: their bytes; of large ones, times."""
     others = {image.name, image.name + SUFFIX}
-    files = (
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in others and path.suffix != ".raw"
-    )
-    return {str(path): path.read_bytes() for path in files}
+    found: dict[str, bytes | tuple[int, ...]] = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in others and path.suffix != ".raw":
+            status = path.stat()
+            is_large = status.st_size > LARGE
+            times = (status.st_size, status.st_mtime_ns)
+            found[str(path)] = times if is_large else path.read_bytes()
+    return found

@@ -25,9 +25,6 @@ _NOT_BESIDE = {
     Room.FULL: "There is no space for a copy beside the image",
 }
 
-_TIERS = (RepairTier.ALL, RepairTier.LEAKS)
-"""What mends most and buries nothing comes first."""
-
 
 def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
     """The lines of the section; none where there is nothing to do, or nobody knows.
@@ -38,6 +35,11 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
     if known.gone or report.torn or not (known.proposals or place.is_interrupted):
         return []
     steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place), *_repair(place)]
+    if report.cut_off:
+        whole = (
+            "If this file is a copy that ended early, make it again: the rest may still be there."
+        )
+        steps = [*_step(whole), *steps]
     if report.counters.corruptions or report.counters.check_errors:
         steps += _copy_out(place)
     return ["What to do now:", *steps]
@@ -185,7 +187,7 @@ def _save_lost(place: _Place) -> Iterator[str]:
     runs = len(adjacent(triage.clusters)[0])
     if runs > LISTED_RUNS:
         what += f" (the first {LISTED_RUNS} of {runs} runs: the copy of the image has them all)"
-    copy = "cp -r" if place.is_beside else "cp -rT --backup=numbered"
+    copy = "cp -r --sparse=always" + ("" if place.is_beside else " -T --backup=numbered")
     if mounted is not None:
         yield from _step(f"{what}:", f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}")
         return
@@ -211,10 +213,11 @@ def _repair(place: _Place) -> Iterator[str]:
     }
     if not plans:
         return
-    leaks = plans.get(RepairTier.LEAKS)
-    # Where it leaves nothing and buries nothing, `all` would write more and mend no more.
-    is_enough = leaks is not None and not leaks.left_count and not leaks.needs_quote
-    tier = RepairTier.LEAKS if is_enough else next(tier for tier in _TIERS if tier in plans)
+    leaks, everything = (plans.get(tier) for tier in (RepairTier.LEAKS, RepairTier.ALL))
+    tier = RepairTier.LEAKS if everything is None else RepairTier.ALL
+    if leaks is not None and everything is not None and not leaks.needs_quote:
+        # Where it mends as much, `all` would write more.
+        tier = tier if everything.left_count < leaks.left_count else RepairTier.LEAKS
     proposal = plans[tier]
     if not place.known.surroundings.is_writable:
         yield from _step("The image cannot be written to. Its copy can, and has the same plans.")

@@ -135,7 +135,7 @@ def test_commands_can_be_pasted():
     (copy,) = (line for line in text.splitlines() if line.strip().startswith("cp --sparse"))
     assert shlex.split(copy)[2:] == [PATH, f"{PATH}.copy"]
     assert f"echo undo > {MOUNT}/repair/undo" in text
-    assert f"cp -r {MOUNT}/lost '{PATH}.lost'" in text
+    assert f"cp -r --sparse=always {MOUNT}/lost '{PATH}.lost'" in text
 
 
 def test_without_a_mount_the_commands_are_those_of_the_command_line():
