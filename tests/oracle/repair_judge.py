@@ -408,7 +408,11 @@ def _flags_share_a_cluster(lag: Lag) -> bool:
 
 def _growth_would_hide_loss(lag: Lag) -> bool:
     refused = lag.error is not None and lag.error.finding == FindingKind.PAST_END.label
-    return refused or FindingKind.PAST_END in lag.before.counts()
+    return refused or bool({FindingKind.PAST_END, FindingKind.CUT_OFF} & lag.before.counts().keys())
+
+
+def _table_is_cut(lag: Lag) -> bool:
+    return lag.error is not None and lag.error.finding == FindingKind.CUT_OFF.label
 
 
 def _snapshots_would_be_cut(lag: Lag) -> bool:
@@ -499,6 +503,11 @@ PURPOSES: tuple[Purpose, ...] = (
         "refcounts-of-flags-shared",
         "The refcount of what a COPIED flag is about cannot be mended where the flag must not be.",
         lambda lag: lag.kind in _REFCOUNTS and _entries_share_a_cluster(lag.after),
+    ),
+    Purpose(
+        "table-cut",
+        "The file ends in a table: what its lost entries led to looks leaked, and is evidence.",
+        _table_is_cut,
     ),
     Purpose(
         "past-end-not-grown",
