@@ -7,15 +7,18 @@ its loss would not show any more.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
-from planner.arrays import U64
+from planner.arrays import Counts
 from planner.findings import FindingKind, Owner, Structure
 from planner.mismatch import Mismatches
 from planner.qcow2 import entries
+from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.report import Report
-from planner.source import Source, read_bytes
+from planner.source import READABLE_END, Source, read_bytes
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
 
@@ -34,92 +37,100 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
 
     An entry that reads as zeros has nothing where it leads, misaligned as it is.
     """
+    layout, mismatches, bits = report.layout, report.mismatches, report.geometry.cluster_bits
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS)
-    bits, zeros = report.geometry.cluster_bits, frozenset[tuple[int, int, int]]()
-    table_end: int | None = None
+    if layout is None or mismatches is None:
+        return len(contested) > 0
+    claims = _Claims(source, report, layout, mismatches)
     for cluster in (contested.host_offset >> bits).tolist():
         owners = report.owners.of(cluster, limit=_OWNERS_WEIGHED)
-        if Structure.DATA in {owner.structure for owner in owners}:
-            zeros = zeros or _entries_of_zeros(report)
-            owners = [owner for owner in owners if _entry_of(owner) not in zeros]
-        structures = {owner.structure for owner in owners}
-        if not (structures & _OWN and structures - _OWN):
-            continue
-        blocks = [owner.index for owner in owners if owner.structure is Structure.REFBLOCK]
-        if Structure.REFTABLE in structures:
-            table_end = table_end or _end_of_table(source, report)
-            if cluster < table_end:
-                return True
-        if any(_may_be_block(source, report, cluster << bits, block) for block in blocks):
+        own = [owner for owner in owners if owner.structure in _OWN]
+        others = (owner for owner in owners if owner.structure not in _OWN)
+        is_claimed = bool(own) and any(map(claims.is_real, others))
+        if is_claimed and any(claims.may_hold(cluster, owner) for owner in own):
             return True
     return False
 
 
-_Entry = tuple[int, int, int]
+class _Claims:
+    """What the refcount structure of one image says of where it lies."""
 
+    def __init__(
+        self, source: Source, report: Report, layout: Layout, mismatches: Mismatches
+    ) -> None:
+        self._source, self._report = source, report
+        self._layout, self._mismatches = layout, mismatches
+        self._geometry = layout.geometry
 
-def _entry_of(owner: Owner) -> _Entry:
-    return owner.snapshot, owner.l1_index, owner.l2_index
+    def is_real(self, owner: Owner) -> bool:
+        """Whether an owner has anything where it leads."""
+        entry = (owner.snapshot, owner.l1_index, owner.l2_index)
+        return owner.structure is not Structure.DATA or entry not in self._zeros
 
+    @cached_property
+    def _zeros(self) -> frozenset[tuple[int, int, int]]:
+        """The entries that read as zeros."""
+        if self._report.entries is None:
+            return frozenset()
+        found = self._report.entries.of(FindingKind.ZERO_MISALIGNED)
+        columns = (found.snapshot.tolist(), found.l1_index.tolist(), found.l2_index.tolist())
+        return frozenset(zip(*columns, strict=True))
 
-def _entries_of_zeros(report: Report) -> frozenset[_Entry]:
-    if report.entries is None:
-        return frozenset()
-    found = report.entries.of(FindingKind.ZERO_MISALIGNED)
-    columns = (found.snapshot.tolist(), found.l1_index.tolist(), found.l2_index.tolist())
-    return frozenset(zip(*columns, strict=True))
+    def may_hold(self, cluster: int, owner: Owner) -> bool:
+        """Whether *cluster* may be the refcount block, or in the table, that *owner* says it is."""
+        if owner.structure is Structure.REFTABLE:
+            return cluster < self._end_of_table
+        entry = self._layout.header.refcount_table_offset + 8 * owner.index
+        if entry >> self._geometry.cluster_bits >= self._end_of_table:
+            return False
+        return self._may_be_block(cluster << self._geometry.cluster_bits, owner.index)
 
+    @cached_property
+    def _end_of_table(self) -> int:
+        """The cluster at which the table ends: where it is none, nothing behind is either."""
+        bits, regions = self._geometry.cluster_bits, self._report.regions
+        table = regions.select(regions.structure == Structure.REFTABLE)
+        if not len(table.offset):
+            return READABLE_END  # It reaches past the end of the file, and was not counted.
+        first, end = int(table.first(bits).min()), int(table.last(bits).max()) + 1
+        return next((at for at in range(first, end) if not self._may_be_table(at)), end)
 
-def _may_be_block(source: Source, report: Report, offset: int, block: int) -> bool:
-    """Whether what lies at *offset* may be the refcount block of that index."""
-    mismatches, geometry = report.mismatches, report.geometry
-    if mismatches is None:
-        return True
-    raw = np.frombuffer(read_bytes(source, offset, geometry.cluster_size), dtype=np.uint8)
-    stored = unpack_refcounts(raw.reshape(1, -1), geometry.refcount_order)[0]
-    counted = _counted_in_block(mismatches, block)
-    used = (stored != 0) | (counted != 0)
-    agreeing = int(np.count_nonzero((stored == counted) & used))
-    return agreeing * _AGREEING_OF >= int(np.count_nonzero(used))
+    def _may_be_table(self, cluster: int) -> bool:
+        """Whether what lies in *cluster* may be that part of the refcount table."""
+        size = self._geometry.cluster_size
+        within = cluster * size - self._layout.header.refcount_table_offset
+        raw = read_bytes(self._source, cluster * size, size)
+        words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+        used = np.flatnonzero(words)
+        if within < 0 or not len(used):
+            return within != 0  # The header, at least, has a refcount.
+        offset = words[used] & np.uint64(entries.REFTABLE_OFFSET)
+        sound = (words[used] & np.uint64(entries.REFTABLE_RESERVED)) == 0
+        sound &= offset % np.uint64(size) == 0
+        sound &= offset < np.uint64(self._layout.file_size)
+        if np.count_nonzero(sound) * 2 < len(used):
+            return False
+        blocks = used[sound][:_ENTRIES_READ] + within // 8
+        places = offset[sound][:_ENTRIES_READ].astype(np.int64)
+        pairs = zip(places.tolist(), blocks.tolist(), strict=True)
+        return any(self._may_be_block(place, block) for place, block in pairs)
 
+    def _may_be_block(self, offset: int, block: int) -> bool:
+        """Whether what lies at *offset* may be the refcount block of that index."""
+        raw = np.frombuffer(
+            read_bytes(self._source, offset, self._geometry.cluster_size), dtype=np.uint8
+        )
+        stored = unpack_refcounts(raw.reshape(1, -1), self._geometry.refcount_order)[0]
+        counted = self._counted_in_block(block)
+        used = (stored != 0) | (counted != 0)
+        agreeing = int(np.count_nonzero((stored == counted) & used))
+        return agreeing * _AGREEING_OF >= int(np.count_nonzero(used))
 
-def _counted_in_block(mismatches: Mismatches, block: int) -> U64:
-    """What the census counts for the clusters of a refcount block, uint64."""
-    index, per_block = mismatches.index, mismatches.geometry.refblock_entries
-    first = block * per_block
-    slots = np.arange(index.slots_before(first), index.slots_before(first + per_block))
-    counted = np.zeros(per_block, dtype=np.uint64)
-    counted[index.clusters_of(slots) - first] = mismatches.counted[slots]
-    return counted
-
-
-def _end_of_table(source: Source, report: Report) -> int:
-    """The cluster at which the refcount table ends: where it is none, nothing behind is either."""
-    bits, regions = report.geometry.cluster_bits, report.regions
-    table = regions.select(regions.structure == Structure.REFTABLE)
-    first, end = int(table.first(bits).min()), int(table.last(bits).max()) + 1
-    clusters = range(first, end)
-    return next((at for at in clusters if not _may_be_table(source, report, at)), end)
-
-
-def _may_be_table(source: Source, report: Report, cluster: int) -> bool:
-    """Whether what lies in *cluster* may be that part of the refcount table."""
-    layout, size = report.layout, report.geometry.cluster_size
-    if layout is None:
-        return True
-    within = cluster * size - layout.header.refcount_table_offset
-    if within < 0:
-        return True
-    words = np.frombuffer(read_bytes(source, cluster * size, size), dtype=">u8").astype(np.uint64)
-    used = np.flatnonzero(words)
-    if not len(used):
-        return within > 0  # The header, at least, has a refcount.
-    offset = words[used] & np.uint64(entries.REFTABLE_OFFSET)
-    sound = (words[used] & np.uint64(entries.REFTABLE_RESERVED)) == 0
-    sound &= (offset % np.uint64(size) == 0) & (offset < np.uint64(layout.file_size))
-    blocks = used[sound][:_ENTRIES_READ] + within // 8
-    places = offset[sound][:_ENTRIES_READ].astype(np.int64)
-    if np.count_nonzero(sound) * 2 < len(used):
-        return False
-    pairs = zip(places.tolist(), blocks.tolist(), strict=True)
-    return any(_may_be_block(source, report, place, block) for place, block in pairs)
+    def _counted_in_block(self, block: int) -> Counts:
+        """What the census counts for the clusters of a refcount block."""
+        index, per_block = self._mismatches.index, self._geometry.refblock_entries
+        first = block * per_block
+        slots = np.arange(index.slots_before(first), index.slots_before(first + per_block))
+        counted: Counts = np.zeros(per_block, dtype=self._mismatches.counted.dtype)
+        counted[index.clusters_of(slots) - first] = self._mismatches.counted[slots]
+        return counted
