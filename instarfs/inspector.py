@@ -26,6 +26,7 @@ from instarfs.errors import (
     InstarfsError,
     ReadCancelled,
 )
+from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Place, size_of
 from instarfs.guest.reader import GuestReader
@@ -170,6 +171,7 @@ class Inspector:
         self._snapshot_sizes: dict[Place, int] = {}
         self._size: tuple[Generation | None, int] = (None, 0)
         self.reader = GuestReader(self._look_at_guest, follow or Follow())
+        self.allocated = AllocatedBytes(self._look_at_guest)
         self.guest = Computed(self.reader.state, self._open_guest)
         self.description = Computed(self._image_state, self._describe)
         self.checkup = Computed(self._state, self._run_check)

@@ -62,6 +62,13 @@ class File(ABC):
     def size(self) -> int:
         """Bytes to be read, as far as that is known without computing anything."""
 
+    def allocated(self) -> int | None:
+        """Bytes that are more than zeros, or a bound for them; None where all may be.
+
+        Computes nothing.
+        """
+        return None
+
     @abstractmethod
     async def open(self) -> Handle:
         """Open it, and first compute what it shows. May raise a domain error."""
@@ -279,7 +286,8 @@ class DataFile(File):
 
     *length*: bytes there are now. *read* may raise a domain error, for the part that it was asked
     for alone; so may *ready*, which gives the same where nothing has to be waited for, else None.
-    *content*: changes when what the kernel may have kept of it is no longer good.
+    *content*: changes when what the kernel may have kept of it is no longer good. *allocated*: as
+    of `File`; *learn* has it know more.
     """
 
     def __init__(
@@ -288,14 +296,23 @@ class DataFile(File):
         read: Callable[[int, int], Awaitable[Data]],
         content: Callable[[], Hashable],
         ready: Callable[[int, int], Data | None] = lambda _offset, _size: None,
+        *,
+        allocated: Callable[[], int | None] = lambda: None,
+        learn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._length, self._read, self._content, self._ready = length, read, content, ready
+        self._allocated, self._learn = allocated, learn
         self._cached: Hashable = object()
 
     def size(self) -> int:
         return self._length()
 
+    def allocated(self) -> int | None:
+        return self._allocated()
+
     async def open(self) -> Handle:
+        if self._learn is not None:
+            await self._learn()
         return DataHandle(self._length, self._read, self._ready)
 
     def may_keep_cache(self) -> bool:

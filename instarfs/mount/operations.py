@@ -269,7 +269,8 @@ class Operations(pyfuse3.Operations):
             entry.st_nlink = 2 + node.subdirectories
         else:
             entry.st_size = self._size(node, pid)
-            entry.st_blocks = -(-entry.st_size // 512)
+            allocated = node.allocated()
+            entry.st_blocks = -(-(entry.st_size if allocated is None else allocated) // 512)
         return entry
 
     @_guarded

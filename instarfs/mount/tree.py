@@ -137,9 +137,10 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
 
 
 def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> DataFile:
-    reader = inspector.reader
+    reader, allocated = inspector.reader, inspector.allocated
     read, ready = partial(reader.read, place), partial(reader.ready, place)
-    return DataFile(size, read, reader.state, ready)
+    known, learn = partial(allocated.known, place), partial(allocated.learn, place)
+    return DataFile(size, read, reader.state, ready, allocated=known, learn=learn)
 
 
 async def _snapshot_names(inspector: Inspector) -> list[str]:

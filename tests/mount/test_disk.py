@@ -18,7 +18,7 @@ from planner.qcow2.entries import COMPRESSED
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import ENTRY_BYTES, read_snapshots
 from tests.block_devices import require_loop_devices
-from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run, settle
+from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run, settle, until
 
 CLUSTER = 1 << 16
 MIB = 1 << 20
@@ -292,3 +292,20 @@ def test_a_directory_to_follow_must_be_one(image: Path, tmp_path: Path) -> None:
     done = instarfs("map", "--follow", image, image)
     assert done.returncode == 1
     assert "cannot be followed: Not a directory" in done.stderr
+
+
+def test_the_blocks_of_a_disk_are_those_that_hold_something(
+    mount: MakeMount, tmp_path: Path
+) -> None:
+    image = tmp_path / "sparse.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "256G")
+    run("qemu-io", "-c", "write -q -P 65 0 4M", image)
+    run("qemu-img", "snapshot", "-c", "one", image)
+    run("qemu-io", "-c", "write -q -P 66 100G 64k", image)
+    settle(image)
+    it = mount(image)
+    disk, snapshot = it / "disk.raw", it / "snapshots/0/disk.raw"
+    with disk.open("rb"), snapshot.open("rb"):
+        until(lambda: disk.stat().st_blocks == (4096 + 64) * 2, "the count")
+        until(lambda: snapshot.stat().st_blocks == 4096 * 2, "that of the snapshot")
+    assert disk.stat().st_size == snapshot.stat().st_size == 1 << 38
