@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import IntFlag
 from itertools import islice
 
@@ -47,6 +47,9 @@ NSEC = 10**9
 
 LINES_A_PART = 1000
 
+MAX_LISTED_ID, MAX_LISTED_NAME = 127, 255
+"""Bytes. In an image each may have 65535, and a list of them a hundred megabytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
@@ -63,13 +66,13 @@ class ImageFacts:
 def info(contents: Contents, facts: ImageFacts, unread: str = "") -> Json:
     """The value of `qemu-img info --output=json`, and ``errors`` where a part was not readable.
 
-    Its snapshots are an iterator: there may be 65,536. *unread*: why nothing is shown of its
-    backing file, where that was asked for.
+    Its snapshots and bitmaps are iterators: there may be 65,536 of each. *unread*: why nothing is
+    shown of its backing file, where that was asked for.
     """
     layout = contents.layout
     return {
         **_backing(layout, facts),
-        **({"snapshots": map(_snapshot, contents.snapshots)} if contents.snapshots else {}),
+        **({"snapshots": map(_listed, contents.snapshots)} if contents.snapshots else {}),
         "virtual-size": _virtual_size(layout),
         "filename": facts.filename,
         "cluster-size": layout.geometry.cluster_size,
@@ -107,6 +110,16 @@ def _backing(layout: Layout, facts: ImageFacts) -> Json:
     return found
 
 
+def _cut(snapshot: Snapshot) -> Snapshot:
+    """With an ID and a name as long as QEMU has room for in a list (QEMUSnapshotInfo)."""
+    identity, name = snapshot.id_str[:MAX_LISTED_ID], snapshot.name[:MAX_LISTED_NAME]
+    return replace(snapshot, id_str=identity, name=name)
+
+
+def _listed(snapshot: Snapshot) -> Json:
+    return _snapshot(_cut(snapshot))
+
+
 def _snapshot(snapshot: Snapshot) -> Json:
     shown: Json = {} if snapshot.icount is None else {"icount": snapshot.icount}
     return shown | {
@@ -132,7 +145,7 @@ def _specific(contents: Contents) -> Json:
     if is_v3:
         data["lazy-refcounts"] = bool(header.compatible_features & Compatible.LAZY_REFCOUNTS)
     if contents.bitmaps:
-        data["bitmaps"] = [_bitmap(b) for b in contents.bitmaps]
+        data["bitmaps"] = map(_bitmap, contents.bitmaps)
     data["refcount-bits"] = geometry.refcount_bits
     if is_v3 and layout.extensions.data_file is not None:
         data["data-file"] = decode_name(layout.extensions.data_file)
@@ -298,7 +311,7 @@ def _human_lines(contents: Contents, facts: ImageFacts, unread: str) -> Iterator
     if contents.snapshots:
         yield "Snapshot list:"
         yield "ID        TAG               VM SIZE                DATE     VM CLOCK     ICOUNT"
-        yield from (_snapshot_line(snapshot) for snapshot in contents.snapshots)
+        yield from (_snapshot_line(_cut(snapshot)) for snapshot in contents.snapshots)
     yield "Format specific information:"
     yield from _dump(_specific(contents), 1)
     if unread:
@@ -338,9 +351,10 @@ def _dump(values: Mapping[str, object], depth: int) -> Iterator[str]:
         if isinstance(value, dict):
             yield f"{label}:"
             yield from _dump(value, depth + 1)
-        elif isinstance(value, list):
+        elif isinstance(value, list | Iterator):
             yield f"{label}:"
-            yield from _dump({f"[{index}]": item for index, item in enumerate(value)}, depth + 1)
+            for index, item in enumerate(value):
+                yield from _dump({f"[{index}]": item}, depth + 1)
         else:
             text = str(value).lower() if isinstance(value, bool) else printable(str(value))
             yield f"{label}: {text}"

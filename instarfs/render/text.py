@@ -121,26 +121,40 @@ _ENCODE = json.JSONEncoder(separators=(",\n            ", ": ")).encode
 def json_parts(value: Mapping[str, object]) -> Iterator[bytes]:
     """As `json_bytes`, in parts, of a *value* that is not empty.
 
-    What is an iterator in it becomes a list of objects, of which there may be very many. They hold
-    no other objects or lists.
+    What is an iterator in it, or in an object of it, becomes a list of objects that are not empty,
+    of which there may be very many. Those that hold no lists or objects are encoded fast.
     """
-    opening = "{"
+    yield from _object_parts(value)
+    yield b"\n"
+
+
+def _object_parts(value: Mapping[str, object], edge: str = "\n") -> Iterator[bytes]:
+    """Of an object that is not empty; *edge* begins the line that it ends on."""
+    opening, inner = "{", edge + "    "
     for key, item in value.items():
-        yield f"{opening}\n    {json_text(key)}: ".encode("ascii")
+        yield f"{opening}{inner}{json_text(key)}: ".encode("ascii")
         if isinstance(item, Iterator):
-            yield from _list_parts(item)
+            for part in _list_parts(item):
+                yield part.replace(b"\n    ", inner.encode("ascii"))
+        elif isinstance(item, dict) and item:
+            yield from _object_parts(item, inner)
         else:
-            yield json_text(item, indent=4).replace("\n", "\n    ").encode("ascii")
+            yield json_text(item, indent=4).replace("\n", inner).encode("ascii")
         opening = ","
-    yield b"\n}\n"
+    yield f"{edge}}}".encode("ascii")
+
+
+def _object_of_list(value: Mapping[str, object]) -> str:
+    if any(isinstance(item, list | dict) for item in value.values()):
+        text = json_text(value, indent=4).replace("\n", "\n        ")
+    else:
+        text = f"{{\n            {_valid(_ENCODE(value))[1:-1]}\n        }}"
+    return f"\n        {text}"
 
 
 def _list_parts(objects: Iterator[Mapping[str, object]]) -> Iterator[bytes]:
     opening = "["
     while part := list(islice(objects, OBJECTS_A_PART)):
-        lines = [
-            f"\n        {{\n            {_valid(_ENCODE(each))[1:-1]}\n        }}" for each in part
-        ]
-        yield (opening + ",".join(lines)).encode("ascii")
+        yield (opening + ",".join(map(_object_of_list, part))).encode("ascii")
         opening = ","
     yield b"[]" if opening == "[" else b"\n    ]"

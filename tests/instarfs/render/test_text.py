@@ -107,6 +107,26 @@ def test_parts_are_the_same_json(objects: list[dict[str, object]]) -> None:
     assert b"".join(parts) == json_bytes(value)
 
 
+@given(
+    st.lists(
+        st.dictionaries(
+            st.text(),
+            st.lists(st.text()) | st.text("\n ") | st.dictionaries(st.text(), st.none()),
+            min_size=1,
+        )
+    )
+)
+def test_lists_that_lie_deeper_are_the_same_json(objects: list[dict[str, object]]) -> None:
+    def value(listed: object) -> dict[str, object]:
+        return {"a": {"b": {"list": listed, "c": [{"d": []}]}, "list": listed}, "e": {}}
+
+    once = value(objects)
+    parts = json_parts(
+        {"a": {"b": {"list": iter(objects), "c": [{"d": []}]}, "list": iter(objects)}, "e": {}}
+    )
+    assert b"".join(parts) == json_bytes(once)
+
+
 def test_a_long_list_comes_in_many_parts() -> None:
     objects = [{"a": n, "b": "x"} for n in range(4 * OBJECTS_A_PART)]
     parts = list(json_parts({"list": iter(objects)}))
