@@ -95,7 +95,7 @@ async def _serve(
             try:
                 async with trio.open_nursery() as nursery:
                     stop = nursery.cancel_scope.cancel
-                    nursery.start_soon(_obey, signals, service.cancel, stop)
+                    nursery.start_soon(_obey, signals, service, stop)
                     nursery.start_soon(_announce, service, read_ahead, ready, stop)
                     nursery.start_soon(service.operations.watch_callers)
                     take_turns_fast()
@@ -107,12 +107,11 @@ async def _serve(
     return 0
 
 
-async def _obey(
-    signals: AsyncIterator[int], cancel: Callable[[], None], stop: Callable[[], None]
-) -> None:
+async def _obey(signals: AsyncIterator[int], service: Service, stop: Callable[[], None]) -> None:
     async for number in signals:
         if number == STOP_COMPUTING:
-            cancel()
+            service.cancel()
+            service.operations.cancel_opening()
         else:
             log.info("%s: unmounting", signal.Signals(number).name)
             stop()

@@ -190,6 +190,7 @@ class Operations(pyfuse3.Operations):
         self._open: dict[File, dict[int, _Opened]] = {}
         self._listings: dict[int, tuple[Directory, Sequence[str]]] = {}
         self._waiting: dict[trio.CancelScope, int] = {}
+        self._opening: set[trio.CancelScope] = set()
         self._somebody_waits = trio.Event()
         self.answering = trio.Event()
         """Set once the kernel has begun to talk to us."""
@@ -388,15 +389,28 @@ class Operations(pyfuse3.Operations):
                 raise _read_only()
             node.begin_writing()
         # Also with O_NONBLOCK, which `tar` opens files with, and reads all of them.
-        with self._interruptible(ctx.pid):
-            opened = _Opened(node, await node.open(), ctx.pid)
-            number = next(self._next_handle)
-            self._files[number] = self._open.setdefault(node, {})[number] = opened
-            if isinstance(node, DataFile):
-                return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
-            # Past the page cache, which all handles share: each shows what it was opened with.
-            return FileInfo(fh=number, direct_io=True, keep_cache=False)
-        raise FUSEError(errno.EINTR)
+        handle = await self._open_for(ctx.pid, node)
+        number = next(self._next_handle)
+        opened = _Opened(node, handle, ctx.pid)
+        self._files[number] = self._open.setdefault(node, {})[number] = opened
+        if isinstance(node, DataFile):
+            return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
+        # Past the page cache, which all handles share: each shows what it was opened with.
+        return FileInfo(fh=number, direct_io=True, keep_cache=False)
+
+    async def _open_for(self, pid: int, node: File) -> Handle:
+        with self._interruptible(pid) as scope:
+            self._opening.add(scope)
+            try:
+                return await node.open()
+            finally:
+                self._opening.discard(scope)
+        raise FUSEError(errno.ECANCELED)
+
+    def cancel_opening(self) -> None:
+        """End what is made for those who are opening a file; they get ECANCELED."""
+        for scope in self._opening:
+            scope.cancel()
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -421,13 +435,13 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.EINTR)
 
     @contextlib.contextmanager
-    def _interruptible(self, pid: int) -> Iterator[None]:
+    def _interruptible(self, pid: int) -> Iterator[trio.CancelScope]:
         """What is done for the process *pid*, and ends early should that be killed."""
         with trio.CancelScope() as scope:
             self._waiting[scope] = pid
             self._somebody_waits.set()
             try:
-                yield
+                yield scope
             finally:
                 del self._waiting[scope]
 

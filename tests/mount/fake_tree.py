@@ -1,5 +1,6 @@
 """Mounts a tree without an image, whose files fail in every way: fake_tree.py DIR"""
 
+import itertools
 import os
 import sys
 from typing import NoReturn
@@ -52,6 +53,7 @@ ROOT = FixedDirectory(
         "huge": GeneratedFile(Known(), take_too_much),
         "text": GeneratedFile(Known(), str.upper),  # type: ignore[arg-type]
         "large": GeneratedFile(Known(), lambda _: bytes(range(256)) * 20_000),
+        "endless": GeneratedFile(Known(), lambda _: itertools.repeat(b"and so on\n" * 1000)),
         "control": ControlFile(lambda: b"state\n", fail_to_act),
         "below": FixedDirectory({"unknown": UnknownSize(lambda: b"")}),
         "empty": FixedDirectory({}),

@@ -207,3 +207,18 @@ def settle(path: Path) -> None:
     """A file written this very moment is checked again at the next read; this one is not."""
     status = path.stat()
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+
+
+OPENAT = ("257", "56")
+"""Its number on x86-64 and on arm64."""
+
+
+def is_opening(pid: int) -> bool:
+    """Whether the process sleeps while it opens a file, which of this machine's own takes none."""
+    system_call = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+    return system_call in OPENAT and state_of(pid) in "SD"
+
+
+def state_of(pid: int) -> str:
+    """The letter that ps(1) shows."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -11,27 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import DEADLINE, Gate, instarfs, leak, run, settle, until
-
-OPENAT = ("257", "56")
-"""Its number on x86-64 and on arm64."""
+from tests.mount.mounts import (
+    DEADLINE,
+    Gate,
+    instarfs,
+    is_opening,
+    leak,
+    run,
+    settle,
+    state_of,
+    until,
+)
 
 
 def start_reading(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["cat", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def is_opening(pid: int) -> bool:
-    """Whether the process sleeps while it opens a file, which of this machine's own takes none."""
-    system_call = Path(f"/proc/{pid}/syscall").read_text().split()[0]
-    return system_call in OPENAT and state_of(pid) in "SD"
-
-
-def state_of(pid: int) -> str:
-    """The letter that ps(1) shows."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.fixture

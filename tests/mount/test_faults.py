@@ -1,13 +1,16 @@
 """A tree whose files fail: what the caller sees, and that the mount goes on."""
 
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import Mount, mounted
+from instarfs.mount.mountpoint import STOP_COMPUTING
+from tests.mount.mounts import DEADLINE, Mount, is_opening, mounted, run, until
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +81,22 @@ def test_a_file_of_many_reads(fake: Mount) -> None:
         assert os.pread(file.fileno(), 1000, 3_000_001) == whole[3_000_001:3_001_001]
         assert os.pread(file.fileno(), 1000, len(whole)) == b""
         assert os.pread(file.fileno(), 1000, 1 << 60) == b""
+
+
+@pytest.mark.parametrize("number", [STOP_COMPUTING, signal.SIGTERM])
+def test_who_opens_a_file_without_an_end_holds_no_unmount_up(tmp_path: Path, number: int) -> None:
+    directory = tmp_path / "mnt"
+    command = [sys.executable, Path(__file__).with_name("fake_tree.py"), directory]
+    cat = ["cat", directory / "endless"]
+    with mounted(command, Path(os.devnull), directory) as it:
+        reader = subprocess.Popen(cat, stderr=subprocess.PIPE, text=True)
+        try:
+            until(lambda: is_opening(reader.pid), "it was being opened")
+            it.process.send_signal(number)
+            _, complaint = reader.communicate(timeout=DEADLINE)
+        finally:
+            reader.kill()
+        if number == STOP_COMPUTING:
+            assert "Operation canceled" in complaint
+            run("fusermount3", "-u", directory)
+        assert it.wait_for_end() == 0

@@ -444,7 +444,7 @@ async def test_the_opening_of_a_file_ends_with_the_process(monkeypatch: pytest.M
 
     async def open_as(pid: int) -> None:
         opening = operations.open(inode, os.O_RDONLY, caller(pid=pid))
-        assert await errno_of(opening) == errno.EINTR
+        assert await errno_of(opening) == errno.ECANCELED
         ended.append(pid)
 
     with trio.fail_after(DEADLINE):
@@ -460,6 +460,25 @@ async def test_the_opening_of_a_file_ends_with_the_process(monkeypatch: pytest.M
     assert ended == [2, 1]
     assert not operations._files
     assert not operations._waiting
+
+
+async def test_opening_can_be_cancelled_for_all() -> None:
+    operations = make_operations(Value(waits=True))
+    inode = (await walk(operations, "check/leaks")).st_ino
+
+    async def cancelled() -> None:
+        opening = operations.open(inode, os.O_RDONLY, caller())
+        assert await errno_of(opening) == errno.ECANCELED
+
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(cancelled)
+            while len(operations._opening) < 3:
+                await trio.sleep(0)
+            operations.cancel_opening()
+    assert not operations._opening
+    assert not operations._files
 
 
 async def test_the_write_of_a_killed_process_is_cancelled_and_answered_when_it_ends(
