@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from instarfs.image import Image
 from instarfs.names import SUFFIX, exists
-from instarfs.surroundings import LONGEST_NAME, SUFFIXES, Room, Surroundings, candidates
+from instarfs.surroundings import LONGEST_NAME, RAW, SUFFIXES, Room, Surroundings, candidates
 
 
 def look_around(image: Image) -> Surroundings:
@@ -62,6 +62,7 @@ def _fits(name: str) -> bool:
 def _taken(image: Image, suffix: str) -> Iterator[str]:
     """Names that something has, up to the first that nothing has."""
     for name in candidates(image.name, suffix):
-        if not exists(image.directory, name):
+        lists = name + ".map" if suffix == RAW else name
+        if not exists(image.directory, name) and not exists(image.directory, lists):
             return
         yield name

@@ -14,6 +14,7 @@ from instarfs.render.text import shell_path
 from instarfs.render.triage import LISTED_RUNS
 from instarfs.surroundings import COPY, FOLDER, LOST, RAW, Room
 from planner.plan import RepairTier
+from planner.qcow2.header import CRYPT_NONE
 from planner.reopened import is_mended_when_opened
 from planner.repair.tiers import Proposal
 from planner.report import Report
@@ -41,7 +42,7 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
         )
         steps = [*_step(whole), *steps]
     if report.counters.corruptions or report.counters.check_errors:
-        steps += _copy_out(place)
+        steps += _copy_out(place, report)
     return ["What to do now:", *steps]
 
 
@@ -255,8 +256,17 @@ def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
     return f"instarfs plan {tier} {place.repaired}", repair
 
 
-def _copy_out(place: _Place) -> Iterator[str]:
+def _copy_out(place: _Place, report: Report) -> Iterator[str]:
+    """Not of an encrypted disk, of which no byte could be read."""
+    header = report.layout.header if report.layout else None
+    if header is None or header.crypt_method != CRYPT_NONE:
+        return
+    notes = "exit code 1: not all of it could be read, and its .map lists what"
+    if not place.is_beside:
+        notes += "; or a file of that name is there, and stays"
+    if any(member.refusal for member in place.known.beside.members):
+        notes += "; --follow DIR: with what lies in other files, where they are below DIR"
     yield from _step(
-        "Or copy out what can be read, and leave the image as it is:",
-        f"qemu-img convert -O raw {place.image} {place.new(RAW)}",
+        f"Or copy out what can be read, and leave the image as it is ({notes}):",
+        f"instarfs export {place.image} {place.new(RAW)}",
     )

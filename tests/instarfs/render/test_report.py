@@ -142,10 +142,11 @@ def test_without_a_mount_the_commands_are_those_of_the_command_line():
     text = text_of(damaged(*TELLING), mounted=None)
     commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
     assert [shlex.split(line)[1] for line in commands] == [
-        "mount", "umount", "plan", "check", "undo",
+        "mount", "umount", "plan", "check", "undo", "export",
     ]  # fmt: skip
     assert shlex.split(commands[0])[-2:] == [PATH, f"{PATH}.mnt"]
-    assert all(shlex.split(line)[-1] == PATH for line in commands[2:])
+    assert all(shlex.split(line)[-1] == PATH for line in commands[2:-1])
+    assert shlex.split(commands[-1])[-2:] == [PATH, f"{PATH}.raw"]
     assert MOUNT not in text
 
 
