@@ -37,7 +37,7 @@ from planner.errors import ReadFailed
 from planner.extents import UNKNOWN, Extents
 from planner.mapfile import BAD, READ, UNTRIED
 from planner.mapping import Flaw
-from planner.qcow2.snapshots import read_snapshots
+from planner.qcow2.snapshots import read_reachable_snapshots
 
 PART_BYTES = 2 << 20
 """Of the disk's data: so much is copied by one thread at a time."""
@@ -91,11 +91,14 @@ class Export:
 
     def _index_of(self, word: str) -> int:
         layout = self._guest.layout
-        table = read_snapshots(self._image.source(), layout.header, layout.geometry)
+        source = self._image.source()
+        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
         if word.isdecimal() and int(word) < len(table.snapshots):
             return int(word)
         name = os.fsencode(word)
         named = [at for at, snapshot in enumerate(table.snapshots) if snapshot.name == name]
+        if not named and error is not None:
+            raise error
         if len(named) != 1:
             raise SnapshotUnknown(self._image.path, word)
         return named[0]

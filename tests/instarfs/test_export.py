@@ -192,6 +192,23 @@ def test_snapshots_by_number_and_by_name(export: Command, tmp_path: Path) -> Non
     refused(said, "was begun from another disk, disk of", image)
 
 
+def test_snapshots_beside_an_entry_that_is_garbage(export: Command, tmp_path: Path) -> None:
+    builder = ImageBuilder(size=4 * MIB)
+    for name in ("one", "two", "three"):
+        builder.write(0, name.encode() * 1000)
+        builder.take_snapshot(name)
+    made = builder.build()
+    at = made.snapshots[1].offset
+    made.data[at : at + 40] = b"\xff" * 40
+    image = tmp_path / "image"
+    image.write_bytes(made.data)
+    for word, expected in (("one", b"one"), ("three", b"three"), ("1", b"three")):
+        out = tmp_path / f"out {word}"
+        assert export("--snapshot", word, image, out).code == 0
+        assert out.read_bytes() == (expected * 1000).ljust(4 * MIB, b"\0")
+    refused(export("--snapshot", "two", image, tmp_path / "none"), image, "extra_data_size")
+
+
 def test_what_is_in_a_backing_file_that_is_not_read(export: Command, tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(b"base" * (MIB // 4))
     builder = ImageBuilder(size=4 * MIB, backing_file=b"base", backing_format=b"raw")
