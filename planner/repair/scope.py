@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, Mask
+from planner.claims import refcounts_are_shared
 from planner.entry_findings import EntryFindings
 from planner.errors import ParseFailed
 from planner.findings import FindingKind, Structure
@@ -15,7 +16,6 @@ from planner.plan import Draft, Edit, StageKind
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.repair.claims import refcounts_are_shared
 from planner.report import Report
 from planner.source import Source, read_present
 

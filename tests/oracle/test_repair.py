@@ -18,8 +18,9 @@ from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
 from planner.source import Bytes
 from tests.oracle.campaign import groups, row_of
 from tests.oracle.guest_disks import Disk, faults_between, first_difference
-from tests.oracle.images import Row, run
+from tests.oracle.images import Row, copy, run
 from tests.oracle.judge import Answer
+from tests.oracle.reach import reaches
 from tests.oracle.repair_campaign import run_repair_group
 from tests.oracle.repair_judge import (
     PURPOSES,
@@ -199,9 +200,9 @@ def test_a_refcount_table_that_seems_to_go_on_over_others_is_made_anew(tmp_path:
 
 
 def test_snapshots_cut(tmp_path: Path) -> None:
-    """The snapshot table is lost, and with the refcounts all that would show what it listed."""
-    image = plain()
-    image.change_header(nb_snapshots=1, snapshots_offset=len(image.data))
+    """An entry is zeros, and lost are the refcounts that would show what it listed."""
+    image = with_snapshot()
+    image.change_header(nb_snapshots=2)
     image.set_word(image.reftable_at(0), 0)
     excused(judged(tmp_path, image, ALL), "snapshots-cut")
 
@@ -270,3 +271,31 @@ def test_a_lost_or_changed_guest_is_seen(tmp_path: Path) -> None:
     assert not [*faults_between(Disk(paths[0], frozenset({1})), other)]
     assert [*faults_between(was, Disk(paths[1], frozenset({1})))]
     assert [*faults_between(was, None)] == ["cannot be read any more"]
+
+
+def reached(directory: Path, image: Image) -> dict[RepairTier, str]:
+    base, damaged = directory / "base.qcow2", directory / "case.qcow2"
+    base.write_bytes(plain().data)
+    damaged.write_bytes(image.data)
+    return {each.tier: each.ours for each in reaches(ROW, base, damaged)}
+
+
+def test_a_repair_without_loss_is_counted_with_what_we_leave(tmp_path: Path) -> None:
+    image = plain()
+    assert reached(tmp_path, image) == {}
+    image.clear_bits(image.l1_at(0), COPIED)
+    assert reached(tmp_path, image) == {RepairTier.LEAKS: "", RepairTier.ALL: ""}
+    image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
+    (what,) = reached(tmp_path, image).values()
+    assert "refblock-shared" in what
+
+
+def test_a_repair_that_loses_a_snapshot_is_not_counted(tmp_path: Path) -> None:
+    base, damaged = _with_bitmaps(tmp_path, snapshot=True), tmp_path / "case.qcow2"
+    anatomy = dissect(base)
+    copy(base, damaged)
+    with Scene(damaged, anatomy) as scene:
+        data = scene.get(anatomy.snapshot_l2[0].offset) % COPIED // SIZE
+        scene.put(anatomy.refblocks[0] + 2 * data, 1, 2)
+    assert "snapshots-deleted" in judge_repairs(ROW, damaged)[LEAKS].purposes
+    assert RepairTier.LEAKS not in [each.tier for each in reaches(ROW, base, damaged)]

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import Counts
+from planner.arrays import I64
 from planner.findings import FindingKind, Owner, Structure
 from planner.mismatch import Mismatches
 from planner.qcow2 import entries
@@ -19,6 +19,7 @@ from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.report import Report
 from planner.source import READABLE_END, Source, read_bytes
+from planner.stored import Reftable
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
 
@@ -30,6 +31,9 @@ _ENTRIES_READ = 64
 
 _AGREEING_OF = 8
 """A refcount block says of one cluster in so many, or more, what the census counts."""
+
+_BLOCKS_READ = 1 << 14
+"""Refcount blocks with a wrong refcount that are looked into."""
 
 
 def refcounts_are_shared(source: Source, report: Report) -> bool:
@@ -50,6 +54,14 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
         if is_claimed and any(claims.may_hold(cluster, owner) for owner in own):
             return True
     return False
+
+
+def blocks_that_are_none(source: Source, report: Report) -> I64:
+    """Indices of refcount blocks in whose place something else lies: their refcounts are lost."""
+    if report.layout is None or report.mismatches is None:
+        return np.zeros(0, dtype=np.int64)
+    claims = _Claims(source, report, report.layout, report.mismatches)
+    return claims.blocks_that_are_none()
 
 
 class _Claims:
@@ -116,21 +128,42 @@ class _Claims:
         return any(self._may_be_block(place, block) for place, block in pairs)
 
     def _may_be_block(self, offset: int, block: int) -> bool:
-        """Whether what lies at *offset* may be the refcount block of that index."""
-        raw = np.frombuffer(
-            read_bytes(self._source, offset, self._geometry.cluster_size), dtype=np.uint8
-        )
-        stored = unpack_refcounts(raw.reshape(1, -1), self._geometry.refcount_order)[0]
-        counted = self._counted_in_block(block)
-        used = (stored != 0) | (counted != 0)
-        agreeing = int(np.count_nonzero((stored == counted) & used))
-        return agreeing * _AGREEING_OF >= int(np.count_nonzero(used))
+        """Whether what lies at *offset* may be the refcount block of that index.
 
-    def _counted_in_block(self, block: int) -> Counts:
-        """What the census counts for the clusters of a refcount block."""
+        It goes by the clusters that are in use: others may leak. Behind the end of a file that is
+        whole there are none, and no refcounts.
+        """
         index, per_block = self._mismatches.index, self._geometry.refblock_entries
-        first = block * per_block
+        size, first = self._geometry.cluster_size, block * per_block
+        raw = np.frombuffer(read_bytes(self._source, offset, size), dtype=np.uint8)
+        stored = unpack_refcounts(raw.reshape(1, -1), self._geometry.refcount_order)[0]
         slots = np.arange(index.slots_before(first), index.slots_before(first + per_block))
-        counted: Counts = np.zeros(per_block, dtype=self._mismatches.counted.dtype)
-        counted[index.clusters_of(slots) - first] = self._mismatches.counted[slots]
-        return counted
+        counted = self._mismatches.counted[slots]
+        inside = index.clusters_of(slots[counted != 0]) - first
+        agreeing = int(np.count_nonzero(stored[inside] == counted[counted != 0]))
+        used = len(inside)
+        if not self._is_cut:
+            behind = max(0, self._layout.host_clusters + 1 - first)
+            used += int(np.count_nonzero(stored[behind:]))
+        return agreeing * _AGREEING_OF >= used
+
+    @cached_property
+    def _is_cut(self) -> bool:
+        """Whether the file seems to have been longer."""
+        lost = {FindingKind.PAST_END, FindingKind.CUT_OFF}
+        return bool(lost & self._report.counts().keys())
+
+    def blocks_that_are_none(self) -> I64:
+        """Indices of the refcount blocks in whose place something else lies.
+
+        Only in those with a wrong refcount; of very many, all behind the first are taken for one.
+        """
+        per_block, table = self._geometry.refblock_entries, Reftable(self._source, self._layout)
+        kinds = (FindingKind.LEAK, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING)
+        wrong = self._mismatches.blocks(per_block, *kinds)
+        sound = table.blocks()
+        known, at, _ = np.intersect1d(table.index[sound], wrong, return_indices=True)
+        places = table.offset[sound[at]][:_BLOCKS_READ]
+        pairs = zip(places.tolist(), known.tolist(), strict=False)
+        none = [block for place, block in pairs if not self._may_be_block(place, block)]
+        return np.concatenate((np.array(none, dtype=np.int64), known[_BLOCKS_READ:]))
