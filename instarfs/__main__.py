@@ -1,6 +1,6 @@
 """`python -m instarfs`."""
 
-from instarfs.cli.main import main
+from instarfs.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from instarfs.cli.complaints import FAILURES, NAME, complain, sentence_of
+from instarfs.cli.loading import Loading
 from instarfs.cli.streams import standard_streams
 
 _MODULES = {
@@ -60,7 +61,8 @@ class _Commands(click.Group):
         # to look through it again and again later a tenth of a check's.
         gc.disable()
         try:
-            command: click.Command = importlib.import_module(_MODULES[cmd_name]).command
+            with Loading():
+                command: click.Command = importlib.import_module(_MODULES[cmd_name]).command
         finally:
             gc.freeze()
             gc.enable()
@@ -109,6 +111,6 @@ def _run() -> int:
             raise
         complain(shortage)
         return 1
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED_EXIT_CODE
     return int(result or 0)

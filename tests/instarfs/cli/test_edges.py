@@ -266,3 +266,38 @@ def test_a_signal_that_is_ignored_stays_so(run_on_a_terminal) -> None:
     process.stdin.close()
     shown_on(terminal)
     assert process.wait(20) == 0
+
+
+# ---- an interrupt while modules are loaded ----
+
+INTERRUPTED_AT = """
+import builtins, os, signal, sys
+from instarfs.cli.start import main
+
+load = builtins.__import__
+
+def interrupted(name, *rest):
+    if name == {name!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *rest)
+
+builtins.__import__ = interrupted
+sys.argv = ["instarfs", "check", {image!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["click", "instarfs.render.text", "numpy", "planner.report"])
+def test_an_interrupt_while_modules_are_loaded_ends_it_silently(name: str, image: Path) -> None:
+    program = INTERRUPTED_AT.format(name=name, image=str(image))
+    for ignored in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            timeout=60,
+            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+        )
+        assert (done.returncode, done.stderr) == (0 if ignored else -signal.SIGINT, "")
