@@ -61,7 +61,7 @@ def bring_back(path: str, known: Aftermath) -> list[str]:
         "The file of this image was deleted. What is open here is all that is left of it, and gone"
         " for good when it is unmounted. Before that:"
     )
-    copy, disk = place.new(COPY), shell_path(f"{known.mounted.directory}/disk.raw")
+    copy = place.new(COPY)
     return [
         what,
         # Not in its place at once: the mount shows whatever stands there, be it whole or not.
@@ -71,7 +71,7 @@ def bring_back(path: str, known: Aftermath) -> list[str]:
         ),
         *_step(
             "Or copy out what can be read:",
-            f"cp --sparse=always {disk} {place.new(RAW)}",
+            f"instarfs export {gone.descriptor} {place.new(RAW)}",
         ),
     ]
 
