@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno as _errno
 from dataclasses import dataclass
-from typing import ClassVar
+from string import Formatter
+from typing import Any, ClassVar
 
+from instarfs.render.text import shell_path
 from planner.errors import PlannerError, ReadFailed
 
 
@@ -22,7 +24,15 @@ class InstarfsError(Exception):
 
     def __str__(self) -> str:
         # Joined before the fields come in, so that a long message may be wrapped in the source.
-        return " ".join((self.__doc__ or type(self).__name__).split()).format_map(vars(self))
+        sentence = " ".join((self.__doc__ or type(self).__name__).split())
+        return _Sentences().vformat(sentence, (), vars(self))
+
+
+class _Sentences(Formatter):
+    """``{path!q}`` is a path as a word of a command for bash."""
+
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        return shell_path(value) if conversion == "q" else super().convert_field(value, conversion)
 
 
 DOMAIN_ERRORS = (InstarfsError, PlannerError)
@@ -404,7 +414,7 @@ class UnknownMountOption(InstarfsError):
 
 @dataclass(eq=False)
 class MountpointMissing(InstarfsError):
-    """{directory}: no such directory; make it with: mkdir {directory}"""
+    """{directory}: no such directory; make it with: mkdir {directory!q}"""
 
     directory: str
 
@@ -440,7 +450,7 @@ class MountpointBusy(InstarfsError):
 @dataclass(eq=False)
 class MountpointDead(InstarfsError):
     """{directory}: a mount whose process has died is still there; clear it with: instarfs
-    umount {directory}
+    umount {directory!q}
     """
 
     directory: str
@@ -463,7 +473,7 @@ class NotMounted(InstarfsError):
 
 @dataclass(eq=False)
 class UnmountBusy(InstarfsError):
-    """{directory}: in use; leave the directory and close its files (fuser -vm {directory}),
+    """{directory}: in use; leave the directory and close its files (fuser -vm {directory!q}),
     then unmount again
     """
 

@@ -11,6 +11,7 @@ import pytest
 
 from instarfs import errors
 from instarfs.mount import mountpoint
+from instarfs.render.text import printable
 
 
 def with_a_file(directory: Path) -> None:
@@ -37,6 +38,16 @@ def test_refuses_what_cannot_be_mounted_on(
     with pytest.raises(kind, match=f"^{directory}: ") as caught:
         mountpoint.check_mountpoint(str(directory))
     assert caught.value.exit_code != 0
+
+
+@pytest.mark.parametrize("name", ["a folder", "it's\n\x1b[31m $(id)", os.fsdecode(b"\xff")])
+def test_the_command_that_makes_a_mountpoint_can_be_pasted(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / name
+    with pytest.raises(errors.MountpointMissing) as caught:
+        mountpoint.check_mountpoint(str(directory))
+    command = str(caught.value).rpartition("make it with: ")[2]
+    subprocess.run(["bash", "-e", "-c", printable(command)], check=True)
+    assert directory.is_dir()
 
 
 def test_takes_an_empty_directory(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from instarfs.render.report import (
     VERDICTS,
     report_txt,
 )
+from instarfs.surroundings import Room, Surroundings
 from planner.beside import Beside
 from planner.chain import Member, Named, Role
 from planner.check import check_image
@@ -156,6 +157,43 @@ def test_every_damage_can_be_told(name: str):
     assert text.endswith("\n")
     assert "\n\n\n" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def advice(surroundings: Surroundings, mounted: Mounted | None = MOUNTED) -> str:
+    image = damaged("leaked-clusters")
+    report = check_image(image.source)
+    proposals = {tier: proposal(image, report, tier) for tier in RepairTier}
+    known = Aftermath(proposals=proposals, mounted=mounted, surroundings=surroundings)
+    return report_txt(report, PATH, known).decode()
+
+
+def test_no_copy_is_advised_in_the_place_of_another():
+    assert "there already" not in advice(Surroundings())
+    text = advice(Surroundings(taken=frozenset({"my disk.qcow2.copy"})))
+    assert "the one that is there already may be of before a repair, and stays:\n" in text
+    assert f"      cp --sparse=always '{PATH}' '{PATH}.copy-2'\n" in text
+
+
+@pytest.mark.parametrize("room", [Room.DEVICE, Room.READ_ONLY, Room.FULL])
+def test_where_nothing_can_be_kept_beside_the_image_it_is_kept_elsewhere(room: Room):
+    text = advice(Surroundings(room))
+    assert "go to a folder with room for it before you go on" in text
+    assert f"cp --sparse=always --backup=numbered '{PATH}' './my disk.qcow2.copy'\n" in text
+    assert f"{PATH}.copy" not in text
+
+
+def test_an_image_that_cannot_be_written_to_is_repaired_as_a_copy():
+    text = advice(Surroundings(Room.READ_ONLY, keeps_undo=False, is_writable=False))
+    assert "The image cannot be written to. Its copy can, and has the same plans.\n" in text
+    (repair,) = (line for line in text.splitlines() if "check -r" in line)
+    assert shlex.split(repair)[-1] == "./my disk.qcow2.copy"
+    assert "repair/tier" not in text
+
+
+def test_the_gentler_tier_is_advised_where_it_mends_as_much():
+    text = advice(Surroundings(), None)
+    (repair,) = (line for line in text.splitlines() if "check -r" in line)
+    assert shlex.split(repair)[2:4] == ["-r", "leaks"]
 
 
 # ---- what the check did without ----
