@@ -12,7 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from planner.arrays import I64
-from planner.findings import FindingKind, Owner, Structure
+from planner.errors import ParseFailed
+from planner.findings import ACTIVE, FindingKind, Owner, Structure
 from planner.mismatch import Mismatches
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -64,6 +65,20 @@ def blocks_that_are_none(source: Source, report: Report) -> I64:
     return claims.blocks_that_are_none()
 
 
+def place_of_entry(source: Source, report: Report, owner: Owner) -> int:
+    """Where in the file the L2 entry is by which *owner*, a guest cluster, has what it has.
+
+    Several snapshots may have one entry in common.
+    """
+    if report.layout is None:
+        raise ParseFailed(str(report.error))
+    header, of_snapshot = report.layout.header, owner.snapshot != ACTIVE
+    table = report.snapshots[owner.snapshot] if of_snapshot else header
+    word = read_bytes(source, table.l1_table_offset + 8 * owner.l1_index, 8)
+    l2_offset = int.from_bytes(word, "big") & entries.L1_OFFSET
+    return l2_offset + owner.l2_index * report.geometry.l2_entry_size
+
+
 class _Claims:
     """What the refcount structure of one image says of where it lies."""
 
@@ -76,17 +91,17 @@ class _Claims:
 
     def is_real(self, owner: Owner) -> bool:
         """Whether an owner has anything where it leads."""
-        entry = (owner.snapshot, owner.l1_index, owner.l2_index)
-        return owner.structure is not Structure.DATA or entry not in self._zeros
+        if owner.structure is not Structure.DATA:
+            return True
+        return place_of_entry(self._source, self._report, owner) not in self._zeros
 
     @cached_property
-    def _zeros(self) -> frozenset[tuple[int, int, int]]:
-        """The entries that read as zeros."""
+    def _zeros(self) -> frozenset[int]:
+        """Where the entries are that read as zeros."""
         if self._report.entries is None:
             return frozenset()
         found = self._report.entries.of(FindingKind.ZERO_MISALIGNED)
-        columns = (found.snapshot.tolist(), found.l1_index.tolist(), found.l2_index.tolist())
-        return frozenset(zip(*columns, strict=True))
+        return frozenset(found.host_offset.tolist())
 
     def may_hold(self, cluster: int, owner: Owner) -> bool:
         """Whether *cluster* may be the refcount block, or in the table, that *owner* says it is."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U64, Mask
-from planner.findings import FindingKind
+from planner.claims import place_of_entry
+from planner.findings import FindingKind, Owner, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
@@ -75,15 +76,20 @@ def _shared_with_zeros_alone(tables: MarkedTables) -> Mask:
     if FindingKind.PAST_END in scope.report.counts():
         marks[:] = False
         return marks
-    zeros = scope.entries.of(tables.kind)
-    columns = (zeros.snapshot.tolist(), zeros.l1_index.tolist(), zeros.l2_index.tolist())
-    known = frozenset(zip(*columns, strict=True))
+    zeros = frozenset(scope.entries.of(tables.kind).host_offset.tolist())
+
+    def is_real(owner: Owner) -> bool:
+        is_data = owner.structure is Structure.DATA
+        return not is_data or place_of_entry(scope.source, scope.report, owner) not in zeros
 
     def is_alone(cluster: int) -> bool:
         owners = scope.report.owners.of(cluster, limit=_OWNERS_WEIGHED)
-        real = [
-            each for each in owners if (each.snapshot, each.l1_index, each.l2_index) not in known
-        ]
+        # Snapshots that have the table in common are one owner of it.
+        real = {
+            each if each.structure is not Structure.L2_TABLE else (each.structure, each.l1_index)
+            for each in owners
+            if is_real(each)
+        }
         return len(owners) < _OWNERS_WEIGHED and len(real) == 1
 
     clusters = tables.host_offsets() >> scope.geometry.cluster_bits

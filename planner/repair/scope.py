@@ -105,8 +105,14 @@ class Scope:
 
     @property
     def may_write_header(self) -> bool:
-        """Whether nothing else refers to the header's cluster."""
-        return not self.contested(np.zeros(1, dtype=np.int64)).any()
+        """Whether nothing else refers to the header's cluster, or only a claim to hold refcounts.
+
+        That one is wrong, and they are made anew.
+        """
+        if not self.contested(np.zeros(1, dtype=np.int64)).any():
+            return True
+        others = {owner.structure for owner in self.report.owners.of(0)} - {Structure.HEADER}
+        return others <= {Structure.REFTABLE, Structure.REFBLOCK} and not self.refcounts_are_shared
 
     @property
     def first_new_cluster(self) -> int:

@@ -147,9 +147,18 @@ def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named():
         assert read_bytes(after, at, 1)[0] & 0x80 == 0
 
 
-def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared():
+def test_a_refcount_table_that_is_said_to_be_the_header_is_made_anew():
+    image = plain()
+    image.change_header(refcount_table_offset=0)
+    assert counts(settled(image)) == {}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["active", "with a snapshot"])
+def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared(shared):
     made = fill(builder())
     made.write_zeros(9, allocated=True)
+    if shared:
+        made.take_snapshot("snapshot")
     image = made.build()
     image.set_word(image.l2_at(9), 0x200 | COPIED | entries.ZERO)
     assert Kind.MULTIPLE_OWNERS in check_image(image.source).counts()
