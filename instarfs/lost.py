@@ -1,7 +1,8 @@
 """The runs of leaked clusters that a check has found, and their bytes as they lie in the file.
 
-Never checks anything: without a check that still holds there are no runs. How they are named and
-where they appear is up to the tree.
+Also those of clusters that only look free, since their refcounts are lost. Never checks anything:
+without a check that still holds there are no runs. How they are named and where they appear is up
+to the tree.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 import trio
 
 from instarfs.computed import Edition
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.findings import FindingKind
 from planner.report import Report
 from planner.source import Source, read_bytes
 from planner.triage import adjacent
+from planner.uncounted import uncounted_clusters
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,25 @@ class LostRuns(Generic[C]):
     async def _runs(self) -> tuple[I64, I64]:
         edition = self._peek()
         if edition is None:
-            return _runs_of(None)
+            return _no_runs()
         if edition not in self._known:
             # Millions of clusters take a while.
-            self._known[edition] = await trio.to_thread.run_sync(_runs_of, edition.value.report)
+            self._known[edition] = await trio.to_thread.run_sync(
+                _runs_of, edition.value.report, self._source()
+            )
         return self._known[edition]
 
 
-def _runs_of(report: Report | None) -> tuple[I64, I64]:
+def _no_runs() -> tuple[I64, I64]:
+    return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+
+
+def _runs_of(report: Report, source: Source) -> tuple[I64, I64]:
     """Offset and length of every run, bytes, ascending."""
-    if report is None or report.layout is None or report.mismatches is None:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    if report.layout is None or report.mismatches is None:
+        return _no_runs()
     bits, end = report.geometry.cluster_bits, report.layout.file_size
-    clusters = report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    first, count = adjacent(clusters)
+    leaked = report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+    every = distinct(np.concatenate((leaked, uncounted_clusters(source, report))))
+    first, count = adjacent(every)
     return first << bits, np.clip(end - (first << bits), 0, count << bits)

@@ -82,7 +82,7 @@ class RepairOutcome:
             return 0
         before: int = getattr(self.before.counters, counter)
         after: int = getattr(self.after.counters, counter)
-        return before - after
+        return max(0, before - after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,6 @@ from planner.repair.tiers import Proposal, propose, same_outcome, total
 from planner.report import Report
 from planner.source import SECTOR, Source
 
-SUSPECTS_NAMED = 3
-
 
 class Check(Protocol):
     """`planner.check.check_image`."""
@@ -172,6 +170,7 @@ class _Pass:
         self.outcome = replace(
             self.outcome,
             plan_id=plan.id,
+            found=proposal.found,
             planned=proposal.planned,
             suspects=proposal.suspects,
             suspect_count=proposal.triage.suspect_count,
@@ -212,13 +211,10 @@ class _Pass:
         plan = proposal.plan
         if quote and not plan.is_quoted_by(quote):
             raise PlanStale(self._path, quote, plan.id)
-        if proposal.needs_quote and not quote:
-            named = [suspect.sentence for suspect in proposal.suspects[:SUSPECTS_NAMED]]
-            more = proposal.triage.suspect_count - len(named)
-            named += [f"and {more} more"] if more else []
+        if proposal.needs_quote and not quote and not plan.changes_nothing:
             raise AmbiguousCorruption(
-                "; ".join(named),
-                f"if they are to go all the same, quote the plan: {plan.tier} {plan.id}"
+                "; ".join(proposal.warnings),
+                f"if that is to be done all the same, quote the plan: {plan.tier} {plan.id}"
                 f" (check -r {plan.tier} --plan {plan.id})",
             )
 

@@ -82,7 +82,7 @@ class Impact:
     """What became of the ``size`` bytes of a disk.
 
     ``ranges``: by harm; a byte is in the worst one that befalls it. ``is_whole``: whether nothing
-    else can be wrong: every table was read, and every owner looked up.
+    else can be wrong: every table was read, every owner looked up, and the data is in this file.
     """
 
     size: int
@@ -95,10 +95,11 @@ class Impact:
         return self.size - sum(ranges.size for ranges in self.ranges.values())
 
 
-def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
+def guest_impact(report: Report, snapshot: int = ACTIVE, *, misread: bool = False) -> Impact:
     """What the findings mean for the active disk, or for a snapshot's.
 
-    Damage in a table that both share is told of the active disk alone.
+    Damage in a table that both share is told of the active disk alone. *misread*: a bit of the
+    header is wrong, so that tables are taken for what they are not.
     """
     size = report.geometry.virtual_size
     if snapshot != ACTIVE and report.snapshots[snapshot].disk_size is not None:
@@ -112,6 +113,7 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
                     *_of_findings(report, harm, snapshot),
                     _of_owners(report, harm, snapshot),
                     _of_l1_table(report, harm, snapshot, size),
+                    _of_whole_disk(report, harm, size, misread=misread),
                     np.stack((worse.start, worse.end)),
                 ],
                 axis=1,
@@ -123,6 +125,7 @@ def guest_impact(report: Report, snapshot: int = ACTIVE) -> Impact:
     low = sum(report.totals.get(kind, 0) for kind in _OF_CLUSTERS)
     looked_up = len(_low(report))
     is_whole = report.complete and not report.owners.truncated and looked_up == low
+    is_whole &= not report.geometry.external_data
     return Impact(size, ranges, is_whole)
 
 
@@ -159,6 +162,13 @@ def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:
         shared = np.isin(owners.cluster[mine] << report.geometry.cluster_bits, contested).any()
         start = [0] if mine.any() and shared else []
     return np.array([start, [size] * len(start)], dtype=np.int64).reshape(2, -1)
+
+
+def _of_whole_disk(report: Report, harm: Harm, size: int, *, misread: bool) -> I64:
+    """All of it, where nothing can be decrypted, or everything is taken for something else."""
+    is_sealed = FindingKind.LUKS_HEADER_INVALID in report.counts()
+    everything = is_sealed if harm is Harm.LOST else misread and harm is Harm.SUSPECT
+    return np.array([[0], [size]] if everything else [[], []], dtype=np.int64)
 
 
 def _of_owners(report: Report, harm: Harm, snapshot: int) -> I64:

@@ -42,6 +42,8 @@ class Look(IntEnum):
     REFBLOCK = 5
     SNAPSHOT_TABLE = 6
     IN_USE = 7
+    BITMAP = 8
+    REFTABLE = 9
 
     @property
     def label(self) -> str:
@@ -57,6 +59,8 @@ _LABELS = {
     Look.REFBLOCK: "refcount block",
     Look.SNAPSHOT_TABLE: "snapshot table",
     Look.IN_USE: "in use, counted too high",
+    Look.BITMAP: "bitmap",
+    Look.REFTABLE: "refcount table",
 }
 
 

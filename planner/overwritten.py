@@ -21,7 +21,7 @@ from planner.grouped import FindingsBuilder
 from planner.looks import Looker
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.source import SECTOR, Source, read_bytes, read_tables
+from planner.source import SECTOR, Source, read_tables
 from planner.survey import Survey
 from planner.tables import L2Tables
 
@@ -80,26 +80,23 @@ def find_overwritten_l1(
     source: Source, layout: Layout, looker: Looker, survey: Survey, findings: FindingsBuilder
 ) -> None:
     """Add a finding for each L1 table of which little else is left."""
-    geometry, l1 = layout.geometry, survey.l1
-    wild = np.flatnonzero(_wild(l1.word, layout, entries.L1_RESERVED, packed=False))
-    for number, count in zip(*np.unique(l1.snapshot[wild], return_counts=True), strict=True):
-        mine = l1.snapshot == number
-        if count < MIN_WILD or count * 2 < np.count_nonzero(mine):
-            continue
-        entry = int(np.argmax(mine))
-        start = int(l1.host_offset[entry] - l1.l1_index[entry] * 8)
-        tables = survey.regions.select(survey.regions.structure == Structure.L1_TABLE)
-        size = int(tables.size[tables.snapshot == number].max(initial=0))
-        content = np.frombuffer(read_bytes(source, start, geometry.cluster_size), np.uint8)
+    size, l1 = layout.geometry.cluster_size, survey.l1
+    wild = _wild(l1.word, layout, entries.L1_RESERVED, packed=False)
+    bad, all_ = (np.bincount(numbers + 1) for numbers in (l1.snapshot[wild], l1.snapshot))
+    gone = np.flatnonzero((bad >= MIN_WILD) & (bad * 2 >= all_[: len(bad)])) - 1
+    tables = survey.regions.select(survey.regions.structure == Structure.L1_TABLE)
+    tables = tables.select(np.isin(tables.snapshot, gone))
+    tables = tables.select(np.argsort(tables.offset, kind="stable"))
+    for part, rows in read_tables(source, tables.offset, size):
         findings.add(
             FindingKind.TABLE_OVERWRITTEN,
             structure=Structure.L1_TABLE,
-            host_offset=start,
-            length=size,
-            snapshot=int(number),
+            host_offset=tables.offset[part],
+            length=tables.size[part],
+            snapshot=tables.snapshot[part],
             guest_offset=0,
-            guest_length=size // 8 * geometry.l2_coverage,
-            found=int(looker.contents(content.reshape(1, -1))[0]),
+            guest_length=tables.size[part] // 8 * layout.geometry.l2_coverage,
+            found=looker.contents(rows).astype(np.uint64),
         )
 
 

@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from planner.arrays import I32, I64, U8, Mask, distinct
+from planner.census import decode_words
+from planner.check import check_image
 from planner.errors import Cancelled, ImageError
 from planner.findings import NONE, FindingKind, Structure
-from planner.gaps import Place, PlaceKind, read_gaps
+from planner.gaps import Gaps, Place, PlaceKind, read_gaps
 from planner.looks import Look, Looker
+from planner.losses import CauseKind, Leaked, Losses, bitmap_clusters, find_losses
 from planner.mismatch import Mismatches
+from planner.plan import Draft, StageKind
 from planner.qcow2 import entries
+from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.report import Report
 from planner.signatures import NAMES
 from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+from planner.uncounted import uncounted_clusters
 
 if TYPE_CHECKING:
     from planner.check import Progress
@@ -45,6 +51,9 @@ MAX_LOST_SNAPSHOTS = 1 << 10
 MAX_LOST_L1 = 256
 """Clusters of lost L1 tables that are read once more, for where their L2 tables stood."""
 
+MAX_REFERENCES = 1 << 31
+"""A refcount above says nothing."""
+
 PLACES_NAMED = 4
 """Runs of L1 entries that are named as where a lost table may have stood."""
 
@@ -59,6 +68,8 @@ class Suspect:
     tables themselves, as those of a lost snapshot's L1 table are. ``looks_lost``: whether freeing
     it could bury something; otherwise it is an old table whose targets have gone other ways.
 
+    ``in_use``: something refers to it still, so that nothing of it is freed.
+
     ``places``: where it may have stood, the first of ``place_count`` L1 entries. ``snapshot``: the
     lost snapshot whose L1 table it is, where the snapshot table still names it. ``mapped``: what
     its leaked targets look like; by ``starts_with`` what the data among them begins with.
@@ -71,6 +82,7 @@ class Suspect:
     leaked_targets: int
     is_l1: bool
     looks_lost: bool = True
+    in_use: bool = False
     places: tuple[Place, ...] = ()
     place_count: int = 0
     snapshot: Snapshot | None = None
@@ -108,11 +120,13 @@ def snapshot_phrase(snapshot: Snapshot) -> str:
 class Triage:
     """``looked_at`` of ``leaked`` clusters were read whole or are all zeros.
 
-    ``clusters``: the leaked ones, ascending, int64; of each its `Look` and the signature of its
+    ``clusters``: the leaked ones, and those of ``uncounted``, which look free since their refcount
+    is lost, and hold data; ascending, int64; of each its `Look` and the signature of its
     data (position in `signatures.NAMES`), uint8, and ``group``, int32: the position in ``tables``
     of the first that points at it, or `NONE`. ``tables``: the former tables, ascending, at most
-    `MAX_TABLES`. ``suspect_count``: how many of all look lost. ``snapshots``: those that the
-    snapshot table still names, though the image no longer counts them.
+    `MAX_TABLES`. ``suspect_count``: how many of all look lost; ``buried_count``: how many of those
+    would be freed. ``snapshots``: those that the snapshot table still names, though the image no
+    longer counts them. ``losses``: what the data among them may have been.
     """
 
     clusters: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -121,7 +135,28 @@ class Triage:
     group: I32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     tables: tuple[Suspect, ...] = ()
     suspect_count: int = 0
+    buried_count: int = 0
     snapshots: tuple[Snapshot, ...] = ()
+    uncounted: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    losses: Losses = field(default_factory=Losses)
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether freeing these clusters could bury something."""
+        return self.buried_count > 0 or bool(self.losses.causes)
+
+    @property
+    def is_table_lost(self) -> bool:
+        """Whether more than single clusters may be lost among them."""
+        causes = {cause.kind for cause in self.losses.causes} - {CauseKind.DAMAGED_ENTRY}
+        return self.buried_count > 0 or bool(causes)
+
+    def warnings(self, limit: int) -> list[str]:
+        """What a person who is about to free them has to know, a line each, *limit* of tables."""
+        named = [table.sentence for table in self.suspects if not table.in_use][:limit]
+        more = self.buried_count - len(named)
+        named += [f"and {more} more tables that look lost"] if more else []
+        return [*named, *self.losses.sentences]
 
     @property
     def suspects(self) -> tuple[Suspect, ...]:
@@ -167,22 +202,38 @@ def triage_leaks(
     source: Source,
     report: Report,
     *,
+    ignored: I64 | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Triage:
     """Look into the leaked clusters of the image that *report* is about.
 
-    *progress* is told how many bytes of them were read, and how many there are. Raises `Cancelled`
-    soon after *cancelled* has turned true.
+    Where refcounts are lost, also into those that nothing refers to and that hold data. Those in
+    *ignored* are known to be waste. *progress* is told how many bytes of them were read, and how
+    many there are. Raises `Cancelled` soon after *cancelled* has turned true.
     """
     mismatches = report.mismatches
-    if mismatches is None or not report.counters.leaks:
+    if mismatches is None:
         return Triage()
-    leaked = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+    counted = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+    if ignored is not None:
+        counted = counted[~np.isin(counted, ignored)]
+    uncounted = uncounted_clusters(source, report)
+    leaked = np.concatenate((counted, uncounted))
+    if not len(leaked):
+        return Triage()
+    leaked.sort()
     most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
     watched = _Watched(source, cancelled, progress or _nobody, most)
     look, signature = _look(watched, report, mismatches, leaked)
-    return _Describer(source, report, mismatches, leaked, look).describe(signature)
+    if len(uncounted):  # what is free and empty there is free, and empty
+        kept = ~np.isin(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
+        leaked, look, signature = leaked[kept], look[kept], signature[kept]
+        uncounted = uncounted[np.isin(uncounted, leaked)]
+    describer = _Describer(
+        watched, report, mismatches, leaked=leaked, look=look, uncounted=uncounted
+    )
+    return describer.describe(signature)
 
 
 def looker_of(report: Report) -> Looker:
@@ -230,7 +281,7 @@ def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -
     signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
     # may have lost one of the L1 entries that shared it.
-    unused = mismatches.counted[mismatches.index.slots_of(leaked)] == 0
+    unused = mismatches.count_references(leaked) == 0
     at = np.flatnonzero(unused | np.isin(leaked, _known_l2_tables(report)))
     offsets = leaked[at] << geometry.cluster_bits
     present = present_tables(source, offsets, size)
@@ -281,35 +332,120 @@ class _Tables:
     is_l1: Mask
     copied: Mask
     looks_lost: Mask
+    in_use: Mask
 
 
 class _Describer:
     """Turns what clusters look like into what they are to each other."""
 
     def __init__(
-        self, source: Source, report: Report, mismatches: Mismatches, leaked: I64, look: U8
+        self,
+        source: Source,
+        report: Report,
+        mismatches: Mismatches,
+        *,
+        leaked: I64,
+        look: U8,
+        uncounted: I64,
     ) -> None:
         self._source, self._report, self._leaked, self._look = source, report, leaked, look
-        self._geometry, self._index = report.geometry, mismatches.index
+        self._geometry, self._mismatches = report.geometry, mismatches
+        self._uncounted = uncounted
+        self._unused = mismatches.count_references(leaked) == 0
         self._looker = looker_of(report)
         self._group = np.full(len(leaked), NONE, dtype=np.int32)
-        # For every slot, which of the leaked clusters it is.
-        self._rank = np.full(self._index.slots, NONE, dtype=np.int32)
-        self._rank[self._index.slots_of(leaked)] = np.arange(len(leaked), dtype=np.int32)
+        self._gaps = read_gaps(source, report)
+        # For every cluster that has a slot, which of the leaked ones it is.
+        index = mismatches.index
+        self._rank = np.full(index.slots if index.keys is None else 0, NONE, dtype=np.int32)
+        if len(self._rank):
+            self._rank[leaked] = np.arange(len(leaked), dtype=np.int32)
 
     def describe(self, signature: U8) -> Triage:
+        self._set_bitmaps_aside()
         tables = self._judge(np.flatnonzero(self._look == Look.L2_TABLE))
         self._look[tables.at[tables.is_l1]] = Look.L1_TABLE
         snapshots = self._lost_snapshots()
+        described = tuple(self._objects(tables, signature, snapshots)) if len(tables.at) else ()
         return Triage(
             clusters=self._leaked,
             look=self._look,
             signature=signature,
             group=self._group,
-            tables=tuple(self._objects(tables, signature, snapshots)) if len(tables.at) else (),
+            tables=described,
             suspect_count=int(np.count_nonzero(tables.looks_lost)),
+            buried_count=int(np.count_nonzero(tables.looks_lost & ~tables.in_use)),
             snapshots=snapshots,
+            uncounted=self._uncounted,
+            losses=self._losses(tables, described),
         )
+
+    def _set_bitmaps_aside(self) -> None:
+        """Clusters of bitmaps that nothing vouches for are waste, whatever they look like.
+
+        Where their directory is gone too, their tables are known by what they lack: the COPIED
+        flag, which entries of the active disk have.
+        """
+        clusters, is_whole = bitmap_clusters(self._source, self._report)
+        mine = self._unused & np.isin(self._leaked, clusters)
+        self._look[mine] = Look.BITMAP
+        if is_whole or len(self._report.snapshots):
+            return
+        at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
+        offsets = self._leaked[at] << self._geometry.cluster_bits
+        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
+            words = decode_words(rows)
+            wrong = (words & np.uint64(entries.BITMAP_RESERVED)) != 0
+            sound = ~wrong.any(axis=1)
+            targets = words[sound] >> np.uint64(self._geometry.cluster_bits)
+            self._look[at[part][sound]] = Look.BITMAP
+            self._look[self._unused & np.isin(self._leaked, targets.astype(np.int64))] = Look.BITMAP
+
+    def _losses(self, tables: _Tables, described: tuple[Suspect, ...]) -> Losses:
+        """What the clusters that hold data, or may, were: but for those with a place elsewhere."""
+        is_table = np.zeros(len(self._leaked), dtype=np.bool_)
+        is_table[tables.at[tables.looks_lost]] = True
+        holds_data = ~is_table & ~np.isin(self._look, _NO_DATA)
+        lost = _references_lost(self._mismatches, self._leaked)
+        if all(table.snapshot for table in described if table.is_l1):
+            # What a lost L1 table leads to was a snapshot's, if all of them were.
+            elsewhere = [
+                number
+                for number, table in enumerate(described)
+                if table.is_l1 or {place.kind for place in table.places} == {PlaceKind.LOST}
+            ]
+            lost[np.isin(self._group, elsewhere) & (lost == 1)] = 0
+        leads = np.append(tables.looks_lost, False)  # the last for those of no group
+        leaked = Leaked(
+            cluster=self._leaked,
+            lost=lost,
+            unused=self._unused,
+            holds_data=holds_data,
+            has_table=leads[self._group],
+            is_refcounts=self._look == Look.REFBLOCK,
+            is_empty=self._look == Look.ZEROS,
+            is_room_for_tables=self._gaps.entries(only_active=True) > 0,
+        )
+        return find_losses(self._source, self._report, leaked, self._other_reading)
+
+    def _other_reading(self, data: I64) -> str:
+        """The header bit without which clusters with *data* are in use, if there is one."""
+        layout = self._report.layout
+        if layout is None or len(data) * 4 < self._report.counters.allocated_clusters:
+            return ""
+        features = layout.header.incompatible_features
+        for bit, name in _BITS.items():
+            if layout.header.version < 3 or not features & bit:
+                continue
+            draft = Draft(self._source, can_grow=False)
+            draft.write(StageKind.CORRECT, FEATURES_AT, (features & ~bit).to_bytes(8, "big"))
+            other = check_image(draft.overlay()).mismatches
+            if other is None:
+                continue
+            explained = np.count_nonzero(other.count_references(data))
+            if explained * 10 >= len(data) * 9:
+                return name
+        return ""
 
     # -- tables ----------------------------------------------------------------------------------
 
@@ -319,11 +455,9 @@ class _Describer:
         With an external data file the targets are not in this file: there, looking like a table is
         enough, if all of it does.
         """
-        is_table = np.zeros(self._index.slots, dtype=np.bool_)
-        for clusters in (_known_l2_tables(self._report), self._leaked[at]):
-            slots, known = self._index.find(clusters)
-            is_table[slots[known]] = True
-        numbers = np.zeros((5, len(at)), dtype=np.int64)
+        known = (_known_l2_tables(self._report), self._leaked[at])
+        tables = distinct(np.concatenate(known))
+        numbers = np.zeros((6, len(at)), dtype=np.int64)
         copied = np.zeros(len(at), dtype=np.bool_)
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
@@ -334,16 +468,22 @@ class _Describer:
             numbers[0, part] = np.count_nonzero(filled, axis=1)
             numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
             targets = self._looker.targets(words, plausible)
-            numbers[2:, part] = self._count_targets(targets, part.start, is_table)
-        entries_, plausible_, targets_, hits, to_tables = numbers
+            numbers[2:, part] = self._count_targets(targets, part.start, tables)
+        entries_, plausible_, targets_, hits, to_tables, to_refblocks = numbers
         lost: Mask = hits * 2 >= targets_
         if self._geometry.external_data:
             lost = entries_ == plausible_
         is_l1 = to_tables * 2 > targets_
-        return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost)
+        is_reftable = ~copied & (to_refblocks > 0) & (to_refblocks == hits)
+        self._look[at[is_reftable]] = Look.REFTABLE
+        lost &= ~is_reftable
+        in_use = ~self._unused[at]
+        # What is in use has lost something only where it is missing.
+        lost &= ~in_use | (self._gaps.entries(only_active=False) > 0)
+        return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost, in_use)
 
-    def _count_targets(self, targets: I64, first: int, is_table: Mask) -> I64:
-        """Of each table: its targets, those that are leaked, and those that are tables; (3, n).
+    def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
+        """Of each table: its targets, and those that are leaked, *tables*, refcount blocks; (4, n).
 
         Puts the leaked ones into the group of their table, which is number *first* and up.
         """
@@ -352,13 +492,21 @@ class _Describer:
         new = targets != 0
         new[:, 1:] &= targets[:, 1:] != targets[:, :-1]
         row = np.repeat(np.arange(len(targets)), np.count_nonzero(new, axis=1))
-        slots, known = self._index.find(targets[new])
-        rank = np.where(known, self._rank[slots], NONE)
+        rank = self._ranks(targets[new])
         hit = rank != NONE
         free = hit & (self._group[rank] == NONE)
         self._group[rank[free]] = first + row[free]
-        rows = (row, row[hit], row[known & is_table[slots]])
+        is_refblock = self._look[rank[hit]] == Look.REFBLOCK
+        rows = (row, row[hit], row[np.isin(targets[new], tables)], row[hit][is_refblock])
         return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
+
+    def _ranks(self, clusters: I64) -> I64:
+        """Which of the leaked ones each of *clusters* is; `NONE`: it is none of them."""
+        if len(self._rank):
+            known = clusters < len(self._rank)
+            return np.where(known, self._rank[np.where(known, clusters, 0)], NONE)
+        at = np.minimum(np.searchsorted(self._leaked, clusters), len(self._leaked) - 1)
+        return np.where(self._leaked[at] == clusters, at, NONE)
 
     def _objects(
         self, tables: _Tables, signature: U8, snapshots: tuple[Snapshot, ...]
@@ -366,7 +514,14 @@ class _Describer:
         """The first tables, each with where it stood and what it mapped."""
         listed = slice(0, MAX_TABLES)
         offsets = self._leaked[tables.at[listed]] << self._geometry.cluster_bits
-        places = _Places(self._source, self._report, offsets, tables, snapshots)
+        places = _Places(
+            self._source,
+            self._report,
+            self._gaps,
+            offsets=offsets,
+            tables=tables,
+            snapshots=snapshots,
+        )
         members = self._members(len(offsets))
         return [
             Suspect(
@@ -377,6 +532,7 @@ class _Describer:
                 leaked_targets=int(tables.leaked_targets[number]),
                 is_l1=bool(tables.is_l1[number]),
                 looks_lost=bool(tables.looks_lost[number]),
+                in_use=bool(tables.in_use[number]),
                 places=places.of(number)[0],
                 place_count=places.of(number)[1],
                 snapshot=places.snapshot_of(number),
@@ -411,8 +567,7 @@ class _Describer:
         found: dict[int, Snapshot] = {}
         for snapshot in islice(listed, MAX_LOST_SNAPSHOTS):
             at = np.array([snapshot.l1_table_offset >> self._geometry.cluster_bits])
-            slots, known = self._index.find(at)
-            if known[0] and self._rank[slots[0]] != NONE:
+            if self._ranks(at)[0] != NONE:
                 found.setdefault(snapshot.l1_table_offset, snapshot)
         return tuple(found.values())
 
@@ -433,6 +588,27 @@ class _Describer:
             position += len(snapshot.id_str) + len(snapshot.name)
 
 
+_NO_DATA = (Look.ZEROS, Look.BITMAP, Look.REFTABLE)
+
+_BITS = {
+    Incompatible.DATA_FILE: "external data file",
+    Incompatible.EXTENDED_L2: "extended L2 entries",
+}
+"""Under whose other reading the tables refer to other clusters, by the names that QEMU gives."""
+
+
+def _references_lost(mismatches: Mismatches, leaked: I64) -> I64:
+    """How many references each cluster has lost, as far as its refcount can tell; int64."""
+    slots, known = mismatches.index.find(leaked)
+    lost = np.ones(len(leaked), dtype=np.int64)
+    stored, counted = (
+        np.minimum(values[slots[known]].astype(np.uint64), MAX_REFERENCES).astype(np.int64)
+        for values in (mismatches.stored, mismatches.counted)
+    )
+    lost[known] = np.maximum(stored - counted, 1)
+    return lost
+
+
 class _Places:
     """Where former tables may have stood."""
 
@@ -440,13 +616,15 @@ class _Places:
         self,
         source: Source,
         report: Report,
+        gaps: Gaps,
+        *,
         offsets: I64,
         tables: _Tables,
         snapshots: tuple[Snapshot, ...],
     ) -> None:
         self._report, self._offsets, self._tables = report, offsets, tables
         self._snapshots = snapshots
-        self._gaps = read_gaps(source, report)
+        self._gaps = gaps
         self._anywhere = {
             only_active: (
                 self._gaps.first(PLACES_NAMED, only_active=only_active),

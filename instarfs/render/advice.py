@@ -160,7 +160,7 @@ def is_mended_by_qemu(report: Report, known: Aftermath) -> bool:
 
 def _buries_something(known: Aftermath) -> bool:
     """Whether something lost may be among what a repair frees, or nobody could look."""
-    if not isinstance(known.triage, Triage) or known.triage.suspect_count:
+    if not isinstance(known.triage, Triage) or known.triage.is_evidence:
         return True
     proposals = known.proposals.values()
     return any(isinstance(each, Proposal) and each.needs_quote for each in proposals)
@@ -241,8 +241,10 @@ def _purpose(proposal: Proposal) -> str:
     what = "Mend what the rest of the image determines"
     if proposal.tier is RepairTier.LEAKS:
         what = "Free the leaked clusters"
-        what += "" if proposal.needs_quote else ", and no more"
-    return what + (", if what looks lost may go" if proposal.needs_quote else "")
+        what += ", if what looks lost may go" if proposal.needs_quote else ", and no more"
+    elif proposal.needs_quote:
+        what += ", which does not bring back what may be lost, and frees none of it"
+    return what
 
 
 def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:

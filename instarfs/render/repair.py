@@ -42,6 +42,7 @@ def plan_json(proposal: Proposal, filename: str) -> Iterator[bytes]:
             "left": proposal.left_count,
             "complete": proposal.complete,
             "plan-id-must-be-quoted": proposal.needs_quote,
+            "plan-id-must-be-quoted-because": proposal.warnings,
             "suspects": [suspect.sentence for suspect in proposal.suspects],
             **triage_value(proposal.triage),
             "leaks-in-words": triage_lines(proposal.triage),
@@ -115,11 +116,11 @@ def plan_human(proposal: Proposal, filename: str) -> str:
         return "\n".join([*lines, *_left_section(proposal.left)]) + "\n"
     lines.insert(0, f"{name}: plan {plan.id} for the tier `{proposal.tier}`")
     if proposal.needs_quote:
-        lines += ["", "WARNING: it would free clusters that look like something lost."]
+        lines += ["", f"WARNING: {quote_warning(proposal)}"]
     words = triage_lines(proposal.triage, "see: instarfs mount, lost/triage.json")
     lines += ["", "Leaked clusters:", *(f"  - {line}" for line in words)] if words else []
     if proposal.needs_quote:
-        lines.append("If they are to go all the same, quote the plan's id when you repair.")
+        lines.append("If it is to be done all the same, quote the plan's id when you repair.")
     lines += ["", "Stages:"]
     lines += [
         f"  {stage.kind.name.lower()}: {stage.changed_bytes()} bytes in {len(stage.sectors)}"
@@ -138,6 +139,13 @@ def plan_human(proposal: Proposal, filename: str) -> str:
     lines += _left_section(proposal.left)
     lines += ["", f"Afterwards the check says: {proposal.after.verdict}."]
     return "\n".join(lines) + "\n"
+
+
+def quote_warning(proposal: Proposal) -> str:
+    """Why the id of a plan must be quoted, in a few words."""
+    if proposal.tier is RepairTier.LEAKS:
+        return "it would free clusters that may be what is left of something lost."
+    return "something may be lost, and this does not bring it back; the leaked clusters stay."
 
 
 def _numbers_line(proposal: Proposal) -> str:

@@ -13,14 +13,14 @@ import numpy as np
 from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
-from instarfs.render.repair import left_lines
+from instarfs.render.repair import left_lines, quote_warning
 from instarfs.render.text import printable, short_name
 from instarfs.render.triage import triage_lines
 from planner.chain import Role
 from planner.errors import RepairError
 from planner.findings import ACTIVE, KINDS, FindingKind, Structure
-from planner.gaps import PlaceKind
 from planner.impact import Harm, Ranges, guest_impact
+from planner.losses import Losses
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.report import Report
@@ -44,8 +44,8 @@ VERDICTS = {
         "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
         " earlier and refuses to write to it."
     ),
-    "leaks": "Only leaks: space is wasted, no data is at risk. A leak can be what is left of"
-    " something lost, so look before you reclaim it.",
+    "leaks": "Leaked clusters: space is wasted, or they are what is left of something lost. Look"
+    " before you reclaim them.",
     "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
     "incomplete": "The check could not look at everything: what follows is not the whole truth.",
     "torn": "What was read belongs to no single moment: nothing below can be relied on.",
@@ -58,6 +58,12 @@ OUT_OF_DATE = (
     " writing; so does `all`, which shows every change before."
 )
 """Instead of that of the verdict, where it is so."""
+
+_LOSS = (
+    "Something may be lost: leaked clusters hold data, and there is a place that it could have come"
+    " from. Free nothing, and let nobody write, before you have read what follows."
+)
+"""What stands beside the verdict's own words, or, of leaks, in their place."""
 
 _HARMS = {
     Harm.LOST: "cannot be read, or read as zeros: what was there is not where the image says",
@@ -89,10 +95,14 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
 
 
 def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
-    pending, sentence = known.pending, VERDICTS[report.verdict]
+    pending, triage = known.pending, known.triage
+    is_evidence = isinstance(triage, Triage) and triage.is_evidence
+    sentences = [VERDICTS[report.verdict]]
     if is_mended_by_qemu(report, known):
-        sentence = OUT_OF_DATE
-    lines = [f"{printable(filename)}: {report.verdict}", "", sentence]
+        sentences = [OUT_OF_DATE]
+    elif is_evidence:
+        sentences = [*(sentences if report.verdict != "leaks" else []), _LOSS]
+    lines = [f"{printable(filename)}: {report.verdict}", "", *sentences]
     if pending is not None:
         lines += ["", f"Not finished: {printable(pending.sentence)}."]
     if report.error is not None:
@@ -124,7 +134,9 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
 
 def _guest(report: Report, triage: Triage | Exception) -> list[str]:
     """What became of the bytes of the active disk, and of the snapshots."""
-    impact, missing = guest_impact(report), _missing_bytes(report, triage)
+    losses = triage.losses if isinstance(triage, Triage) else Losses()
+    impact = guest_impact(report, misread=losses.misread)
+    missing = losses.missing
     lost_snapshot = isinstance(triage, Triage) and _has_lost_snapshot(triage)
     if impact.safe == impact.size and impact.is_whole and not missing and not lost_snapshot:
         return list(_unlooked_lines(report))
@@ -133,7 +145,7 @@ def _guest(report: Report, triage: Triage | Exception) -> list[str]:
     if missing:
         backed = report.layout is not None and report.layout.header.backing_file_offset != 0
         lines.append(
-            f"  missing: up to {missing} bytes that lost L2 tables mapped: they read as"
+            f"  missing: up to {missing} bytes, which leaked clusters may hold: they read as"
             f" {'the backing file' if backed else 'zeros'} now; see below"
         )
     if lost_snapshot:
@@ -149,18 +161,6 @@ def _unlooked_lines(report: Report) -> Iterator[str]:
     """That there is data which can be broken in itself, and that nobody has looked."""
     if report.holds_compressed and not report.compressed_looked_at:
         yield "compressed clusters were not unpacked; this does: instarfs check --data"
-
-
-def _missing_bytes(report: Report, triage: Triage | Exception) -> int:
-    """As many guest bytes as the lost tables of the active disk can have mapped."""
-    if not isinstance(triage, Triage):
-        return 0
-    elsewhere = {PlaceKind.LOST, PlaceKind.SHARED}
-    tables = sum(
-        not table.is_l1 and not elsewhere & {place.kind for place in table.places}
-        for table in triage.suspects
-    )
-    return min(tables * report.geometry.l2_coverage, report.geometry.virtual_size)
 
 
 def _has_lost_snapshot(triage: Triage) -> bool:
@@ -288,7 +288,7 @@ def _tier_lines(tier: RepairTier, proposal: Proposal | Exception) -> list[str]:
     after = f"afterwards the check says: {proposal.after.verdict}"
     lines = [f"  {tier}: plan {proposal.plan.id}: {numbers}; {after}"]
     if proposal.needs_quote:
-        lines.append("    refused without the plan's id: it would free what looks lost")
+        lines.append(f"    refused without the plan's id: {quote_warning(proposal)}")
     lines += [f"    left: {line}" for line in left_lines(proposal.left)]
     return lines
 

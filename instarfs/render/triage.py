@@ -61,6 +61,10 @@ def triage_value(triage: Triage) -> dict[str, object]:
         "looks-like": _looks_value(triage.looks()),
         "starts-with": dict(triage.starts_with().most_common()),
         "suspect-count": triage.suspect_count,
+        "leaked-clusters-with-data": triage.losses.data,
+        "may-have-come-from": [cause.kind.value for cause in triage.losses.causes],
+        "missing-bytes-at-most": triage.losses.missing,
+        "clusters-without-refcounts": len(triage.uncounted),
         "lost-snapshots": [_snapshot_value(snapshot) for snapshot in triage.snapshots],
     }
 
@@ -157,7 +161,13 @@ def triage_lines(triage: Triage, way_to_the_rest: str = "lost/triage.json") -> l
         f" {printable(decode_name(snapshot.id_str))}, taken {_date(snapshot)}"
         for snapshot in triage.snapshots[:LISTED_TABLES]
     ]
-    if not triage.suspect_count and not triage.snapshots:
+    lines += triage.losses.sentences
+    if len(triage.uncounted):
+        lines.append(
+            f"{len(triage.uncounted)} of them look free: their refcounts are lost, nothing refers"
+            " to them, and they hold data"
+        )
+    if not triage.suspect_count and not triage.snapshots and not triage.losses.causes:
         lines.append("nothing among them looks like a lost table")
     return lines
 

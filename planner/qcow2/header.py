@@ -55,6 +55,10 @@ COMPRESSION_ZLIB, COMPRESSION_ZSTD = 0, 1
 COMPRESSION_NAMES = {COMPRESSION_ZLIB: "zlib", COMPRESSION_ZSTD: "zstd"}
 
 
+FEATURES_AT = 72
+"""Where the header holds incompatible_features, 8 bytes."""
+
+
 class Incompatible(IntFlag):
     """Bits that a reader must understand."""
 

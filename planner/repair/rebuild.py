@@ -26,8 +26,11 @@ REFTABLE_OFFSET_AT = 48
 """Where the header holds refcount_table_offset, and after it refcount_table_clusters."""
 
 
-def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
-    """Draft a new refcount table and its blocks; clusters that *stay* keep their refcount."""
+def rebuild_refcount_structure(scope: Scope, stay: I64, kept: I64) -> None:
+    """Draft a new refcount table and its blocks; clusters that *stay* keep their refcount.
+
+    Those in *kept*, whose refcounts are lost and which nothing refers to, are counted once.
+    """
     if not scope.may_grow_for_refcounts:
         raise UnsupportedRepair(
             "new refcounts would make the file grow over offsets past its end that the image"
@@ -38,14 +41,14 @@ def rebuild_refcount_structure(scope: Scope, stay: I64) -> None:
     refcounts = _wanted_refcounts(scope, stay)
     size, per_block = scope.geometry.cluster_size, scope.geometry.refblock_entries
     first = scope.first_new_cluster
-    used = _blocks_in_use(scope, refcounts)
+    used = distinct(np.concatenate((_blocks_in_use(scope, refcounts), kept // per_block)))
     blocks, table_clusters = _allocate(used, first, size, per_block)
     end = first + len(blocks) + table_clusters
     offsets = (first + np.arange(len(blocks))) * size
     table_offset = (first + len(blocks)) * size
     if not scope.make_room(end * size):
         raise _no_room(scope, end)
-    _draft_blocks(scope, refcounts, blocks, offsets, range(first, end))
+    _draft_blocks(scope, refcounts, kept, blocks, offsets, new=range(first, end))
     words = np.zeros(table_clusters * size // 8, dtype=">u8")
     words[blocks] = offsets
     rows = words.view(np.uint8).reshape(1, -1)
@@ -137,8 +140,13 @@ def _allocate(used: I64, first: int, size: int, per_block: int) -> tuple[I64, in
         blocks, table_clusters = more, needed
 
 
-def _draft_blocks(scope: Scope, refcounts: Counts, blocks: I64, offsets: I64, new: range) -> None:
-    """Fill the new blocks, some at a time; the *new* clusters, theirs too, have one reference."""
+def _draft_blocks(
+    scope: Scope, refcounts: Counts, kept: I64, blocks: I64, offsets: I64, *, new: range
+) -> None:
+    """Fill the new blocks, some at a time; the *new* clusters, theirs too, have one reference.
+
+    So have those in *kept*.
+    """
     index, per_block = scope.mismatches.index, scope.geometry.refblock_entries
     batch = max(1, (8 << 20) // (per_block * 8))
     for low in range(0, len(blocks), batch):
@@ -149,6 +157,7 @@ def _draft_blocks(scope: Scope, refcounts: Counts, blocks: I64, offsets: I64, ne
             slots = slice(index.slots_before(first), index.slots_before(end))
             inside = index.clusters_of(np.arange(slots.start, slots.stop)) - first
             row[inside] = refcounts[slots]
+            row[kept[slice(*np.searchsorted(kept, (first, end)))] - first] = 1
             row[max(new.start - first, 0) : max(new.stop - first, 0)] = 1
         rows: U8 = pack_refcounts(values, scope.geometry.refcount_order)
         scope.draft.write_tables(StageKind.PREPARE, offsets[low : low + batch], rows)

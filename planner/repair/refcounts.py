@@ -35,9 +35,12 @@ def reclaim_leaks_in_refblocks(scope: Scope, stay: I64) -> None:
     _Corrector(scope, (FindingKind.LEAK,), stay).run()
 
 
-def correct_refcounts_in_refblocks(scope: Scope, stay: I64) -> None:
-    """Set every wrong refcount to the number of references, but for the clusters that *stay*."""
-    _Corrector(scope, (*RAISED, FindingKind.LEAK), stay).run()
+def correct_refcounts_in_refblocks(scope: Scope, stay: I64, kept: I64) -> None:
+    """Set every wrong refcount to the number of references, but for the clusters that *stay*.
+
+    Those in *kept*, which nothing refers to, are counted once.
+    """
+    _Corrector(scope, (*RAISED, FindingKind.LEAK), stay, kept).run()
 
 
 def must_rebuild(scope: Scope, stay: I64) -> bool:
@@ -95,8 +98,14 @@ def set_refcounts_in_block(
 class _Corrector:
     """Drafts new contents of refcount blocks for the wrong clusters of some kinds."""
 
-    def __init__(self, scope: Scope, kinds: tuple[FindingKind, ...], stay: I64) -> None:
-        self._scope, self._kinds, self._stay = scope, kinds, stay
+    def __init__(
+        self,
+        scope: Scope,
+        kinds: tuple[FindingKind, ...],
+        stay: I64,
+        kept: I64 = np.zeros(0, dtype=np.int64),  # noqa: B008 - it is empty
+    ) -> None:
+        self._scope, self._kinds, self._stay, self._kept = scope, kinds, stay, kept
         self._order = scope.geometry.refcount_order
         self._per_block = scope.geometry.refblock_entries
 
@@ -126,7 +135,10 @@ class _Corrector:
             rising = kind != FindingKind.LEAK
             set_refcounts_in_block(refcounts[row], index[rising], counted[rising], geometry)
             set_refcounts_in_block(final[row], index, counted, geometry)
+            kept = self._kept_in(first)
+            refcounts[row][kept] = final[row][kept] = 1
             self._explain(offset, index, kind)
+            self._explain(offset, kept, np.full(len(kept), FindingKind.LEAK, dtype=np.uint8))
         if not touched.any():
             return
         draft, offsets = self._scope.draft, offsets[touched]
@@ -135,6 +147,11 @@ class _Corrector:
             draft.write_tables(StageKind.PREPARE, offsets, raised)
         final = pack_refcounts(final[touched], self._order)
         draft.write_tables(StageKind.CORRECT, offsets, final)
+
+    def _kept_in(self, first: int) -> I64:
+        """Which of the kept clusters have their refcounts in the block of cluster *first*."""
+        low, high = np.searchsorted(self._kept, (first, first + self._per_block))
+        return self._kept[low:high] - first
 
     def _explain(self, offset: int, index: I64, kind: U8) -> None:
         """One edit for each run of neighbours of one kind."""

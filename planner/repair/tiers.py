@@ -15,9 +15,8 @@ from planner.arrays import I64, distinct
 from planner.check import Progress, check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings import KINDS, FindingKind, Severity, Structure
-from planner.looks import Look
 from planner.plan import Draft, Plan, RepairTier, StageKind
-from planner.qcow2.header import Incompatible
+from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
 from planner.repair.entries import clear_reserved_bits, correct_entries
@@ -35,8 +34,8 @@ from planner.report import Report
 from planner.source import Source
 from planner.triage import Suspect, Triage, triage_leaks
 
-FEATURES_AT = 72
-"""Where the header holds incompatible_features."""
+TABLES_NAMED = 3
+"""Tables that look lost that a refusal names."""
 
 MAX_DRAFTS = 4
 """Drafts of a plan: what one shows not to work, the next leaves alone."""
@@ -66,7 +65,8 @@ class Proposal:
     """A plan with its reason and its proof.
 
     ``before``: the check that it was made from. ``after``: the check of the image with the plan
-    laid on it. ``triage``: leaked clusters that look like something lost.
+    laid on it. ``triage``: what the leaked clusters look like. ``kept``: clusters whose refcounts
+    are lost, that are counted again since they may be evidence.
     """
 
     tier: RepairTier
@@ -75,6 +75,7 @@ class Proposal:
     after: Report
     triage: Triage
     left: tuple[Left, ...]
+    kept: int = 0
 
     @property
     def suspects(self) -> tuple[Suspect, ...]:
@@ -83,8 +84,8 @@ class Proposal:
 
     @property
     def found(self) -> int:
-        """How many things the check finds."""
-        return total(self.before)
+        """How many things there are to mend or to keep: what the check finds, and what is kept."""
+        return total(self.before) + self.kept
 
     @property
     def left_count(self) -> int:
@@ -105,15 +106,25 @@ class Proposal:
 
     @property
     def needs_quote(self) -> bool:
-        """Whether it would bury something lost, so that its id must be quoted."""
-        return bool(self.suspects) and self.tier is RepairTier.LEAKS
+        """Whether its id must be quoted: something may be lost, and who repairs must know.
+
+        `all` frees nothing of that; a cluster that an entry has lost it leaves, and names.
+        """
+        if self.tier is RepairTier.ALL:
+            return self.triage.is_table_lost
+        return self.triage.is_evidence and not self.plan.changes_nothing
+
+    @property
+    def warnings(self) -> list[str]:
+        """Why the id must be quoted, a line each; empty where it need not be."""
+        return self.triage.warnings(TABLES_NAMED) if self.needs_quote else []
 
     @property
     def counters(self) -> RepairCounters:
         """What it mends, by sort."""
         before, after = self.before.counts(), self.after.counts()
         refcounts = (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING)
-        mended = {kind: before[kind] - after.get(kind, 0) for kind in before}
+        mended = {kind: max(0, before[kind] - after.get(kind, 0)) for kind in before}
         leaks = mended.get(FindingKind.LEAK, 0)
         wrong = sum(mended.get(kind, 0) for kind in refcounts)
         return RepairCounters(leaks, wrong, self.planned - leaks - wrong, not self.complete)
@@ -127,7 +138,7 @@ class _Means:
     """How an image is looked at while a repair of it is drafted, and whether it may grow."""
 
     check: Callable[[Source], Report]
-    triage: Callable[[Scope], Triage]
+    triage: Callable[[Scope, I64], Triage]
     can_grow: bool
 
 
@@ -175,12 +186,16 @@ def propose(
     def check(image: Source) -> Report:
         return check_image(image, progress=progress, cancelled=cancelled)
 
-    def look(scope: Scope) -> Triage:
+    def look(scope: Scope, ignored: I64) -> Triage:
         nonlocal known
         if scope.report is report and known is not None:
             return known
         found = triage_leaks(
-            scope.source, scope.report, progress=progress, cancelled=cancelled or _never
+            scope.source,
+            scope.report,
+            ignored=ignored,
+            progress=progress,
+            cancelled=cancelled or _never,
         )
         known = found if scope.report is report else known
         return found
@@ -192,8 +207,9 @@ def propose(
         _settle_flags(scope, report)
     clear_unknown_autoclear(scope)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
-    require_proof(source, plan, report, after)
-    return Proposal(tier, plan, report, after, triage, _left(tier, after, triage))
+    kept = int(np.isin(_leaked(after), triage.uncounted).sum())
+    require_proof(source, plan, report, after, kept=kept)
+    return Proposal(tier, plan, report, after, triage, _left(tier, after, triage), kept)
 
 
 def _never() -> bool:
@@ -229,7 +245,7 @@ def _first_step(source: Source, report: Report, means: _Means) -> Scope:
 
 
 def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
-    report, triage = scope.report, means.triage(scope)
+    report, triage = scope.report, means.triage(scope, stay[:0])
     if report.counters.leaks:
         _require_known_leaks(report)
         reclaim_leaks_in_refblocks(scope, stay)
@@ -274,14 +290,15 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
         rewrite_snapshot_table(scope)
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
-    triage = means.triage(scope)
+    # What the repair itself ceased to refer to is no such leak: that reference was known.
+    was, leaked = _leaked(before), _leaked(scope.report)
+    triage = means.triage(scope, np.setdiff1d(leaked, was, assume_unique=True))
     if _is_cut(scope, before):
         _require_shown_loss(triage)
-    if triage.suspect_count or not scope.report.complete:
-        # What the repair itself ceased to refer to is no such leak: that reference was known.
-        known = np.intersect1d(_leaked(before), _leaked(scope.report), assume_unique=True)
+    if triage.is_evidence or not scope.report.complete:
+        known = np.intersect1d(was, leaked, assume_unique=True)
         stay = distinct(np.concatenate((stay, known)))
-    _draft_refcounts(scope, stay)
+    _draft_refcounts(scope, stay, _kept(scope.report, triage))
     if not scope.draft.is_empty:
         # Mostly nothing is left then: with the bits that follow, the next check is the proof.
         _draft_flags(scope, before, clean=True)
@@ -302,14 +319,23 @@ def _require_shown_loss(triage: Triage) -> None:
 
     With nothing to show that they are lost, they would be freed.
     """
-    holds_data = set(triage.looks()) - {Look.ZEROS, Look.IN_USE}
-    if holds_data and not triage.suspect_count:
+    if triage.losses.data and not triage.is_evidence:
         raise AmbiguousCorruption(
             "entries of the snapshot table are none, and leaked clusters that hold data may be"
             " what they listed",
             "export the disk",
             FindingKind.CHECK_STOPPED.label,
         )
+
+
+def _kept(report: Report, triage: Triage) -> I64:
+    """Clusters whose refcounts are lost that stay counted: what they hold may be lost too."""
+    hidden = set(report.hidden)
+    # Refcounts that lie past the end hide no reference.
+    past_end = {kind for kind, _ in report.findings.groups if kind is FindingKind.PAST_END}
+    if past_end and set(report.findings.structures(FindingKind.PAST_END)) == {Structure.REFTABLE}:
+        hidden -= past_end
+    return triage.uncounted if triage.is_evidence or hidden else triage.uncounted[:0]
 
 
 def _leaked(report: Report) -> I64:
@@ -327,14 +353,17 @@ def _checked_anew(scope: Scope, means: _Means) -> Scope:
     return scope.after(image, means.check(image))
 
 
-def _draft_refcounts(scope: Scope, stay: I64) -> None:
-    """In place where every block that must change is sound, else anew; not of what must *stay*."""
+def _draft_refcounts(scope: Scope, stay: I64, kept: I64) -> None:
+    """In place where every block that must change is sound, else anew; not of what must *stay*.
+
+    The clusters in *kept* are counted once, though nothing refers to them.
+    """
     # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
     if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
         _require_writable_header(scope)
-        rebuild_refcount_structure(scope, stay)
+        rebuild_refcount_structure(scope, stay, kept)
     else:
-        correct_refcounts_in_refblocks(scope, stay)
+        correct_refcounts_in_refblocks(scope, stay, kept)
 
 
 def _require_plain_header(scope: Scope) -> None:
@@ -429,8 +458,8 @@ def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) 
             "a table that could refer to these clusters cannot be read",
         ),
         (
-            is_leak and bool(triage.suspects),
-            "something among them looks lost; `leaks` with its plan id reclaims them",
+            is_leak and triage.is_evidence,
+            "something among them may be lost; `leaks` with its plan id reclaims them",
         ),
         (kind in (FindingKind.CORRUPT_BIT, FindingKind.DIRTY_BIT), "the image is not clean"),
         (

@@ -1,6 +1,7 @@
 """Long campaigns: python -m tests.oracle [--repair] --cases 5000 --seed 1
 
 Prints every disagreement as it is met, and a summary. Exit code 1 where there was one.
+With --truth, what the report calls safe or missing is held against the disk before the damage.
 With --repair, every image is repaired under both tiers, by us and by qemu-img; and counted is how
 many of the repairs that QEMU makes without losing guest data we make, with plan ids quoted. Those
 that we do not make are listed, by what we leave and by damage.
@@ -21,12 +22,14 @@ from pathlib import Path
 from tests.oracle.campaign import GROUP_CASES, Case, groups, run_group
 from tests.oracle.damage import KINDS
 from tests.oracle.repair_campaign import RepairCase, run_repair_group
+from tests.oracle.truth import TruthCase, run_truth_group
 
 
 def main() -> int:
     """Run the campaign that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     parser.add_argument("--repair", action="store_true", help="judge repairs rather than checks")
+    parser.add_argument("--truth", action="store_true", help="judge what is called safe")
     parser.add_argument("--cases", type=int, default=5000, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
@@ -36,7 +39,7 @@ def main() -> int:
     if arguments.only is not None:
         run_one = _repair_one if arguments.repair else _run_one
         return run_one(arguments.seed, arguments.only, arguments.keep)
-    run_all = _repair_all if arguments.repair else _run_all
+    run_all = _repair_all if arguments.repair else _truth_all if arguments.truth else _run_all
     return run_all(arguments.seed, arguments.cases, arguments.jobs)
 
 
@@ -45,6 +48,27 @@ def _run_one(seed: int, number: int, keep: Path | None) -> int:
         print(case)
         return 0 if case.judgement.agreed else 1
     return 1
+
+
+def _true_group(group: int, seed: int, cases: int) -> list[TruthCase]:
+    return list(run_truth_group(seed, group, cases))
+
+
+def _truth_all(seed: int, cases: int, jobs: int) -> int:
+    started = time.monotonic()
+    vouched = harmed = wrong = 0
+    with ProcessPoolExecutor(jobs) as pool:
+        for done in pool.map(partial(_true_group, seed=seed, cases=cases), groups(cases)):
+            for case in done:
+                vouched += case.verdict.vouched
+                harmed += case.verdict.changed > 0
+                if case.verdict.faults:
+                    wrong += 1
+                    print(case, flush=True)
+    seconds = time.monotonic() - started
+    print(f"{cases} cases of seed {seed} in {seconds:.0f} s: {wrong} untrue")
+    print(f"{vouched} disks were vouched for; of those {harmed} read otherwise somewhere")
+    return 1 if wrong else 0
 
 
 def _whole_group(group: int, seed: int, cases: int) -> list[Case]:

@@ -691,3 +691,36 @@ def _l2_garbage(scene: Scene, rng: random.Random) -> str | None:
     at = rng.choice(scene.at.l2).offset
     scene.write(at, rng.randbytes(min(scene.cluster, 1 << 14)))
     return f"at {at}"
+
+
+@_kind("l2-wiped", 1.0)
+def _l2_wiped(scene: Scene, rng: random.Random) -> str | None:
+    """A whole table, or several, of nothing but zeros."""
+    if not scene.at.l2:
+        return None
+    wiped = sorted({rng.choice(scene.at.l2).offset for _ in range(rng.choice((1, 1, 2, 5)))})
+    for at in wiped:
+        scene.write(at, bytes(scene.cluster))
+    return f"at {' '.join(map(str, wiped))}"
+
+
+@_kind("l2-text", 0.5)
+def _l2_text(scene: Scene, rng: random.Random) -> str | None:
+    """Somebody's log over a table, or over a part of it."""
+    if not scene.at.l2:
+        return None
+    at, length = rng.choice(scene.at.l2).offset, rng.choice((512, 4096, scene.cluster))
+    line = b"2024-03-01 host5 app[4607]: request 0cce98ce timeout\n"
+    scene.write(at, (line * (scene.cluster // len(line) + 1))[: min(length, scene.cluster)])
+    return f"{length} bytes at {at}"
+
+
+@_kind("l1-wiped", 0.5)
+def _l1_wiped(scene: Scene, rng: random.Random) -> str | None:
+    """The active L1 table is empty, or its first entries are."""
+    table = scene.at.l1
+    if not table.count:
+        return None
+    count = rng.choice((1, table.count))
+    scene.write(table.offset, bytes(8 * count))
+    return f"{count} entries at {table.offset}"

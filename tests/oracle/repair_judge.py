@@ -210,7 +210,7 @@ def _faults_of_command(
     image.with_name(f"{image.name}.instarfs-undo").unlink(missing_ok=True)
     copy(patient.image, image)
     repair = ["check", "-q", "-r", tier.value]
-    if isinstance(answer, RepairError) or answer.needs_quote:
+    if isinstance(answer, RepairError) or _is_refused_unquoted(answer):
         refused = _run_command(*repair, str(image))
         if refused.returncode not in (1, 63) or not refused.stderr.strip():
             yield f"the command refused with {refused}"
@@ -227,6 +227,10 @@ def _faults_of_command(
         if undone.returncode:
             yield f"undo ended with {undone}"
         yield from _faults_of_file("undo", image, patient.source)
+
+
+def _is_refused_unquoted(answer: Proposal) -> bool:
+    return answer.needs_quote and not answer.plan.changes_nothing
 
 
 def _run_command(*words: str) -> subprocess.CompletedProcess[str]:

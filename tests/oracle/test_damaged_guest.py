@@ -12,55 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.errors import GuestDamaged
-from instarfs.guest.disk import Disk
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image import Image
 from planner.errors import ImageError, NotQcow2
-from planner.mapping import RunKind
 from planner.source import SECTOR
 from tests.oracle.damage import inflict_some
 from tests.oracle.guest_disks import first_difference, read_disk
 from tests.oracle.images import MATRIX, Row, build, copy, describe, random_row
+from tests.oracle.patched import Patched
 from tests.oracle.scene import FileSource, Scene, dissect
 
 LARGEST = 1 << 32
 """Bytes of a disk that QEMU is made to read sector by sector."""
-
-
-class Patched:
-    """A disk of ours as a source, with zeros for what cannot be read.
-
-    ``unreadable``: the sectors that were zeros for that reason.
-    """
-
-    def __init__(self, disk: Disk) -> None:
-        self.disk, self.size = disk, disk.size
-        self.unreadable: set[int] = set()
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        try:
-            content = self.disk.read(offset, len(buffer))
-        except GuestDamaged:
-            self._read_around(offset, buffer)
-        else:
-            buffer[:] = bytes(content).ljust(len(buffer), b"\0")
-
-    def _read_around(self, offset: int, buffer: memoryview) -> None:
-        if len(buffer) <= SECTOR:
-            self.unreadable.add(offset // SECTOR)
-            buffer[:] = bytes(len(buffer))
-            return
-        half = -(-len(buffer) // 2 // SECTOR) * SECTOR
-        self.read_into(offset, buffer[:half])
-        self.read_into(offset + half, buffer[half:])
-
-    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
-        for runs in self.disk.layer.mapping.walk(offset, offset + length):
-            held = runs.select((runs.kind == RunKind.DATA) | (runs.kind == RunKind.COMPRESSED))
-            for start, size in zip(held.guest.tolist(), held.length.tolist(), strict=True):
-                yield start, start + size
 
 
 def faults_of(row: Row, image: Path) -> str | None:

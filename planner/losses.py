@@ -1,0 +1,404 @@
+"""Whether leaked clusters that hold data may have been lost, where from, and how much that can be.
+
+A leak is waste unless there is a place that it could have come from: a table that is gone, an entry
+that leads elsewhere, a header bit under whose other reading everything is in its place. What could
+have been lost is bounded twice: by the references that the leaked clusters have lost, and by the
+guest's clusters that read as nothing. Nothing is decided here but that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from planner.arrays import I64, U8, Mask, distinct
+from planner.census import data_and_compressed, decode_words, split_entries
+from planner.errors import ImageError
+from planner.findings import ACTIVE, NONE, FindingKind, Structure
+from planner.overlaps import followed_tables
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import list_bitmaps
+from planner.qcow2.extensions import BITMAPS, decode_bitmaps
+from planner.report import Report
+from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.tables import read_l1_tables
+
+
+class CauseKind(StrEnum):
+    """What leaked data could have come from."""
+
+    EMPTY_TABLE = "table-of-zeros"
+    OVERWRITTEN_TABLE = "table-overwritten"
+    EMPTY_ENTRY = "empty-l1-entry"
+    DAMAGED_ENTRY = "damaged-entry"
+    FEATURE_BIT = "feature-bit"
+    LUKS_HEADER = "luks-header"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A place that leaked data may have come from.
+
+    ``snapshot``: `ACTIVE`, or whose tables they are. ``l1_index``, ``count``: the first run of L1
+    entries, of ``entries`` in all; ``coverage``: guest bytes that one of them maps. ``what``: the
+    bit, or the findings.
+    """
+
+    kind: CauseKind
+    snapshot: int = ACTIVE
+    l1_index: int = NONE
+    count: int = 0
+    entries: int = 0
+    coverage: int = 0
+    what: str = ""
+
+    @property
+    def phrase(self) -> str:
+        """In words; what is lost has been said."""
+        match self.kind:
+            case CauseKind.EMPTY_TABLE:
+                return f"{self._entries('leads', 'lead')} to a table of nothing but zeros"
+            case CauseKind.OVERWRITTEN_TABLE:
+                return f"{self._entries('leads', 'lead')} to a table that was overwritten"
+            case CauseKind.EMPTY_ENTRY:
+                return (
+                    f"{self._entries('is', 'are')} empty, and the table may be among the leaked"
+                    " clusters that hold nothing but zeros"
+                )
+            case CauseKind.DAMAGED_ENTRY:
+                return f"entries that lead elsewhere may have led to them: {self.what}"
+            case CauseKind.FEATURE_BIT:
+                return (
+                    f"without the header's bit `{self.what}` the tables refer to exactly them:"
+                    " that bit is wrong, more likely than not"
+                )
+            case CauseKind.LUKS_HEADER:
+                return "they may be a part of the LUKS header, without which nothing can be read"
+
+    def _entries(self, one: str, more: str) -> str:
+        of = "" if self.snapshot == ACTIVE else f" of snapshot {self.snapshot}"
+        start = self.l1_index * self.coverage
+        size = f"{self.count * self.coverage} bytes at guest offset {start}"
+        if self.count == 1:
+            named = f"L1 entry {self.l1_index}{of} ({size})"
+        else:
+            last = self.l1_index + self.count - 1
+            named = f"L1 entries {self.l1_index} to {last}{of} ({size})"
+        rest = self.entries - self.count
+        named += f" and {rest} more" if rest else ""
+        return f"{named} {one if self.entries == 1 else more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What leaked clusters may have been.
+
+    ``data``: leaked clusters that hold data, or may, and to which no table leads, lost or not.
+    ``causes``: where they could have come from. ``missing``: bytes of the active disk that read as
+    if never written, and were; at most.
+    """
+
+    data: int = 0
+    causes: tuple[Cause, ...] = ()
+    missing: int = 0
+
+    @property
+    def misread(self) -> bool:
+        """Whether a bit of the header is wrong, and all tables are read as what they are not."""
+        return any(cause.kind is CauseKind.FEATURE_BIT for cause in self.causes)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What a person who is about to free them has to know, a line each."""
+        clusters = (
+            "1 leaked cluster holds" if self.data == 1 else f"{self.data} leaked clusters hold"
+        )
+        return [f"{clusters} data, and {cause.phrase}" for cause in self.causes]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaked:
+    """Leaked clusters in columns: ``cluster``, ascending; ``lost``: references that each has lost;
+    ``unused``: whether none is left; ``holds_data``; ``has_table``: a lost table that leaks too
+    leads to it; ``is_refcounts``: it looks like an old refcount block; ``is_empty``: nothing but
+    zeros. ``is_room_for_tables``: whether an L1 entry of the
+    active disk leads to no table of its own.
+    """
+
+    cluster: I64
+    lost: I64
+    unused: Mask
+    holds_data: Mask
+    has_table: Mask
+    is_refcounts: Mask
+    is_empty: Mask
+    is_room_for_tables: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What L1 entries lead to, by `snapshot`: each (snapshot, L1 index) in two columns."""
+
+    zeros: tuple[I64, I64]
+    overwritten: tuple[I64, I64]
+
+
+_ELSEWHERE = (
+    FindingKind.PAST_END,
+    FindingKind.L2_TABLE_MISALIGNED,
+    FindingKind.DATA_MISALIGNED,
+    FindingKind.MULTIPLE_OWNERS,
+    FindingKind.COMPRESSED_SUBCLUSTERS,
+    FindingKind.UNALLOCATED_SUBCLUSTERS,
+    FindingKind.SNAPSHOT_L1_MISALIGNED,
+    FindingKind.SNAPSHOT_L1_TOO_LARGE,
+)
+"""What is found where an entry of the guest's, or of a snapshot's, does not lead where it did."""
+
+_OF_GUEST = (Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE)
+
+
+def find_losses(
+    source: Source, report: Report, leaked: Leaked, other_reading: Callable[[I64], str]
+) -> Losses:
+    """What the *leaked* clusters of the image that *report* is about may have been.
+
+    *other_reading*: of clusters with data, the name of a header bit without which they are in use;
+    empty where there is none.
+    """
+    is_data = leaked.holds_data & leaked.unused
+    homeless = leaked.cluster[is_data & ~leaked.has_table & ~leaked.is_refcounts]
+    has_backing = bool(report.layout and report.layout.header.backing_file_offset)
+    # Zeros hide what the backing file has there: without them that comes to light.
+    hidden = leaked.is_empty & has_backing
+    candidates = leaked.holds_data | hidden
+    if not candidates.any():
+        return Losses()
+    disk = _Disk(source, report, leaked.cluster[~leaked.unused])
+    causes = tuple(_causes(report, disk, leaked, homeless, other_reading))
+    references = _references_lost(disk, leaked, candidates)
+    room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
+    missing = min(references * report.geometry.cluster_size, room, disk.size)
+    return Losses(len(homeless), causes, missing)
+
+
+def _causes(
+    report: Report,
+    disk: _Disk,
+    leaked: Leaked,
+    homeless: I64,
+    other_reading: Callable[[I64], str],
+) -> Iterator[Cause]:
+    """Where clusters with data that no table leads to may have come from."""
+    if not len(homeless):
+        return
+    coverage, counts = report.geometry.l2_coverage, report.counts()
+    yield from _of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage)
+    yield from _of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage)
+    elsewhere = _leading_elsewhere(report)
+    # A table that is nothing but zeros by now leaks with what it mapped.
+    if (leaked.is_empty & leaked.unused).any() and len(homeless) > sum(elsewhere.values()):
+        yield from _of_windows(CauseKind.EMPTY_ENTRY, *disk.empty_entries(), coverage)
+    if elsewhere:
+        kinds = ", ".join(kind.label for kind in elsewhere)
+        yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
+    bit = other_reading(homeless)
+    if bit:
+        yield Cause(CauseKind.FEATURE_BIT, what=bit)
+    if FindingKind.LUKS_HEADER_INVALID in counts:
+        yield Cause(CauseKind.LUKS_HEADER)
+
+
+def _leading_elsewhere(report: Report) -> dict[FindingKind, int]:
+    """How many entries of the guest's lead elsewhere, by what was found."""
+    of_entries = report.entries.counts() if report.entries else {}
+    found = {}
+    for kind in _ELSEWHERE:
+        number = of_entries.get(kind, 0) + len(report.findings.of(kind, *_OF_GUEST))
+        if kind is FindingKind.MULTIPLE_OWNERS:
+            number = int(np.count_nonzero(report.findings.of(kind).guest_offset != NONE))
+        if number:
+            found[kind] = number
+    return found
+
+
+def _of_windows(kind: CauseKind, snapshot: I64, index: I64, coverage: int) -> Iterator[Cause]:
+    """One cause for the active disk, or, if its tables are sound, for the first snapshot."""
+    for number in distinct(snapshot)[:1].tolist():
+        mine = np.sort(index[snapshot == number])
+        run = int(np.flatnonzero(np.append(np.diff(mine) != 1, True))[0]) + 1
+        yield Cause(kind, number, int(mine[0]), run, len(mine), coverage)
+
+
+def _references_lost(disk: _Disk, leaked: Leaked, candidates: Mask) -> int:
+    """How many guest clusters of the active disk can have had data in the leaked clusters.
+
+    Each had a reference to its own, which a refcount still counts. What the active disk has whole
+    in a cluster it has there once; what a table of the image lies in was never the guest's.
+    """
+    chosen = candidates & leaked.unused
+    chosen[~leaked.unused] = disk.may_have_had_more()
+    if not leaked.is_room_for_tables and not disk.has_lost_windows:
+        # Then a table without a place is what is left of a snapshot that was deleted.
+        chosen &= ~leaked.has_table | (leaked.lost > 1)
+    return int(leaked.lost[chosen].sum())
+
+
+class _Disk:
+    """The active disk's tables as they are: what they leave out, and which of the clusters *in_use*
+    they map.
+    """
+
+    def __init__(self, source: Source, report: Report, in_use: I64) -> None:
+        self._source, self._report, self._in_use = source, report, in_use
+        self._geometry = report.geometry
+        self.size = self._geometry.virtual_size
+        header = report.layout.header if report.layout else None
+        needed = self._geometry.l1_entries_needed
+        self._needed = min(header.l1_size, needed) if header else 0
+        start = header.l1_table_offset if header else 0
+        self._l1 = read_l1_tables(source, [(ACTIVE, start, self._needed)])
+        self._free = 0
+        self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)
+        self.windows = self._walk()
+
+    def _walk(self) -> _Windows:
+        """Go through all L2 tables once: those without an entry, and what the active ones map."""
+        geometry, regions = self._geometry, self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        tables = tables.select(tables.offset % geometry.cluster_size == 0)
+        order = np.argsort(tables.offset, kind="stable")
+        tables = tables.select(order)
+        gone = self._report.findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
+        gone = gone.select(gone.l2_index == NONE)
+        is_gone = np.isin(tables.offset, gone.host_offset)
+        wanted = np.flatnonzero(~is_gone)
+        offsets = tables.offset[wanted]
+        present = present_tables(self._source, offsets, geometry.cluster_size)
+        empty = [wanted[~present]]
+        wanted, offsets = wanted[present], offsets[present]
+        is_active = np.isin(offsets, self._l1.offset)
+        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
+            words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
+            filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
+            empty.append(wanted[part][~filled.any(axis=1)])
+            mine = is_active[part]
+            self._look_at(offsets[part][mine], rows[mine], filled[mine])
+        zeros = distinct(np.concatenate(empty))
+        return _Windows(self._entries_of(tables.offset[zeros]), self._entries_of(gone.host_offset))
+
+    def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
+        """Count the entries of active tables that map nothing, and mark what the others map."""
+        used = filled.any(axis=1)
+        free, offsets = ~filled[used], offsets[used]
+        order = np.argsort(self._l1.offset, kind="stable")
+        low, high = (
+            np.searchsorted(self._l1.offset, offsets, side=side, sorter=order)
+            for side in ("left", "right")
+        )
+        # The last table goes on behind the end of the disk.
+        first = self._l1.l1_index[order[low]] * free.shape[1]
+        free &= np.arange(free.shape[1]) < self._geometry.guest_clusters - first[:, None]
+        self._free += int((np.count_nonzero(free, axis=1) * (high - low)).sum())
+        if self._report.layout is not None and self._can_share:
+            data, _ = data_and_compressed(np.ascontiguousarray(rows), self._report.layout)
+            self._is_mapped |= np.isin(self._in_use, data)
+
+    @property
+    def _can_share(self) -> bool:
+        """Whether a cluster in use can have lost a reference of the guest's."""
+        is_packed = self._report.counters.compressed_clusters > 0
+        return len(self._in_use) > 0 and (len(self._report.snapshots) > 0 or is_packed)
+
+    def _entries_of(self, offsets: I64) -> tuple[I64, I64]:
+        """(snapshot, L1 index) of the entries that lead to those tables; the active ones first.
+
+        For a table that only snapshots have, the first of them.
+        """
+        mine = np.isin(self._l1.offset, offsets)
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        others = tables.select(np.isin(tables.offset, offsets) & (tables.snapshot != ACTIVE))
+        active = np.full(int(mine.sum()), ACTIVE, dtype=np.int64)
+        return (
+            np.concatenate((active, others.snapshot.astype(np.int64))),
+            np.concatenate((self._l1.l1_index[mine], others.l1_index)),
+        )
+
+    def empty_entries(self) -> tuple[I64, I64]:
+        """(snapshot, L1 index) of the active disk's L1 entries that are zero."""
+        index = np.setdiff1d(np.arange(self._needed), self._l1.l1_index, assume_unique=True)
+        return np.full(len(index), ACTIVE, dtype=np.int64), index
+
+    @property
+    def has_lost_windows(self) -> bool:
+        """Whether a table of the active disk is gone, though its L1 entry is there."""
+        return any(
+            (windows[0] == ACTIVE).any()
+            for windows in (self.windows.zeros, self.windows.overwritten)
+        )
+
+    def unmapped_bytes(self, *, with_empty_entries: bool) -> int:
+        """Guest bytes of the active disk that no entry says anything about, rounded up.
+
+        Behind an L1 entry that is empty nothing was, unless its table was a cluster too.
+        """
+        coverage, (number, index) = self._geometry.l2_coverage, self.windows.zeros
+        index = index[number == ACTIVE]
+        if with_empty_entries:
+            index = np.concatenate((index, self.empty_entries()[1]))
+        windows = int(np.clip(self.size - index * coverage, 0, coverage).sum())
+        return self._free * self._geometry.cluster_size + windows
+
+    def may_have_had_more(self) -> Mask:
+        """Which clusters in use may have had one more guest cluster of the active disk in them."""
+        clusters = self._in_use
+        if not self._can_share:
+            return np.zeros(len(clusters), dtype=np.bool_)
+        bits, regions = self._geometry.cluster_bits, self._report.regions
+        low, high = np.searchsorted(clusters, (regions.first(bits), regions.last(bits) + 1))
+        change = np.zeros(len(clusters) + 1, dtype=np.int64)
+        np.add.at(change, low, 1)
+        np.add.at(change, high, -1)
+        more: Mask = (np.cumsum(change[:-1]) == 0) & ~self._is_mapped
+        return more
+
+
+def bitmap_clusters(source: Source, report: Report) -> tuple[I64, bool]:
+    """The clusters of the bitmaps that the header names, vouched for or not, ascending; and whether
+    their directory can be read to its end.
+
+    A program that knows nothing of bitmaps leaves them behind like that.
+    """
+    nothing, layout = np.zeros(0, dtype=np.int64), report.layout
+    if layout is None:
+        return nothing, True
+    raw = [each for each in layout.extensions.all if each.magic == BITMAPS]
+    if not raw:
+        return nothing, True
+    bits, size = report.geometry.cluster_bits, source.size
+    try:
+        pointer = decode_bitmaps(raw[-1].data, layout.header)
+    except ImageError:
+        return nothing, False
+    listed, broken = list_bitmaps(source, pointer, report.geometry)
+    spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
+    tables = [
+        (number, each.bitmap_table_offset, each.bitmap_table_size)
+        for number, (each, error) in enumerate(listed)
+        if error is None
+    ]
+    found = [nothing]
+    for (_, offset, entries_), kept in zip(tables, followed_tables(tables, size), strict=True):
+        spans.append((offset, entries_ * 8))
+        if kept:
+            _, word = nonzero_words(source, offset, entries_)
+            found.append((word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64) >> bits)
+    for offset, length in spans:
+        end = min(offset + length, size)
+        found.append(np.arange(offset >> bits, max(offset, end + (1 << bits) - 1) >> bits))
+    is_whole = broken is None and all(error is None for _, error in listed)
+    return distinct(np.concatenate(found)), is_whole

@@ -1,0 +1,83 @@
+"""Clusters whose refcounts are lost, that nothing refers to, and that may hold data.
+
+A leak is seen because its refcount was kept. Where refcounts are gone too, a cluster that lost its
+last reference looks free, and a rebuild would make it so: these are as much evidence as leaks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from planner.arrays import I64, distinct, without_repeats
+from planner.findings import FindingKind
+from planner.mismatch import CHUNK, Mismatches
+from planner.report import Report
+from planner.source import SECTOR, Source
+from planner.stored import Reftable
+
+
+def uncounted_clusters(source: Source, report: Report) -> I64:
+    """Clusters inside the file that are no hole, have no reference, and whose refcount is lost.
+
+    Ascending, int64. Lost is what cannot be looked up, and a run of sectors of a refcount block in
+    which every refcount is 0, though something there is in use.
+    """
+    mismatches, layout = report.mismatches, report.layout
+    if mismatches is None or layout is None:
+        return np.zeros(0, dtype=np.int64)
+    bits = report.geometry.cluster_bits
+    found = [np.zeros(0, dtype=np.int64)]
+    for first, end in _lost_ranges(source, report):
+        length = max(0, min(end, layout.host_clusters) - first)
+        found += [
+            np.arange(low >> bits, min(first + length, -(-high >> bits)))
+            for low, high in source.data_extents(first << bits, length << bits)
+        ]
+    clusters = distinct(np.concatenate(found))
+    unused: I64 = clusters[mismatches.count_references(clusters) == 0]
+    return unused
+
+
+def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
+    """Ranges of clusters (first, end) whose refcounts are lost."""
+    mismatches, layout = report.mismatches, report.layout
+    if mismatches is None or layout is None:
+        return
+    per_block = report.geometry.refblock_entries
+    table = Reftable(source, layout)
+    sound = table.blocks()
+    sound = sound[table.offset[sound] >> report.geometry.cluster_bits < layout.host_clusters]
+    used = -(-mismatches.first_unused() // per_block)
+    blocks = np.setdiff1d(np.arange(used), table.index[sound], assume_unique=True)
+    yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
+    if report.totals.get(FindingKind.REFCOUNT_MISSING):
+        per_sector = max(1, SECTOR * 8 >> report.geometry.refcount_order)
+        yield from _zero_runs(mismatches, per_sector, per_block)
+
+
+def _zero_runs(
+    mismatches: Mismatches, per_sector: int, per_block: int
+) -> Iterator[tuple[int, int]]:
+    """Runs of sectors of one block without a refcount, of which one at least should have some."""
+    nothing = np.zeros(0, dtype=np.int64)
+    missing, filled = [nothing], [nothing]
+    for low, high in mismatches.spans:
+        for first in range(low, high, CHUNK):
+            part = slice(first, min(high, first + CHUNK))
+            sector = mismatches.index.clusters_of(np.arange(part.start, part.stop)) // per_sector
+            has, needs = mismatches.stored[part] != 0, mismatches.counted[part] != 0
+            filled.append(without_repeats(sector[has]))
+            missing.append(without_repeats(sector[needs & ~has]))
+    full = distinct(np.concatenate(filled))
+    empty = distinct(np.concatenate(missing))
+    empty = empty[~np.isin(empty, full)]
+    sectors, reached = max(1, per_block // per_sector), 0
+    for sector in empty.tolist():
+        if sector < reached:
+            continue
+        block, at = sector - sector % sectors, int(np.searchsorted(full, sector))
+        first = max(block, int(full[at - 1]) + 1 if at else 0)
+        reached = min(block + sectors, int(full[at]) if at < len(full) else block + sectors)
+        yield first * per_sector, reached * per_sector

@@ -1,0 +1,197 @@
+"""What is said to be safe, held against the truth, byte by byte.
+
+The disk is read before the damage and after it. What reads otherwise must be in a range that the
+report names, or be counted as missing; and no more may be missing than can be. What no metadata
+tells of is left out: `UNKNOWABLE`, and what a compressed cluster unpacks to. Nothing here makes or
+damages images.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from instarfs.errors import InstarfsError
+from instarfs.guest.disk import Disk
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Part, Place
+from instarfs.image import Image
+from planner.arrays import I64
+from planner.check import check_image
+from planner.errors import PlannerError
+from planner.findings import FindingKind
+from planner.impact import Harm, Ranges, guest_impact
+from planner.mapping import RunKind
+from planner.report import Report
+from planner.source import SECTOR, read_bytes
+from planner.triage import Triage, triage_leaks
+from tests.oracle.campaign import images_of_group, row_of
+from tests.oracle.images import Row, describe
+from tests.oracle.patched import Patched
+from tests.oracle.scene import FileSource
+
+CHUNK = 1 << 20
+
+UNKNOWABLE = (
+    frozenset({"cluster-overwritten"}),
+    frozenset({"grown", "cut-short"}),
+    frozenset({"grown", "cut-near-end"}),
+    frozenset({"grown-far", "cut-short"}),
+    frozenset({"grown-far", "cut-near-end"}),
+)
+"""Kinds of damage that, together, may leave no trace: an older copy of a table in its place; a file
+that was cut off and is long again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``faults``: what was said and is not so. ``vouched``: whether anything was called safe."""
+
+    faults: tuple[str, ...] = ()
+    vouched: bool = False
+    changed: int = 0
+    missing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TruthCase:
+    """One damaged image, and whether its report was true."""
+
+    seed: int
+    number: int
+    row: Row
+    damages: tuple[str, ...]
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        lines = [
+            f"seed {self.seed}, case {self.number}, row {self.row.name} ({describe(self.row)})",
+            *(f"  damage: {damage}" for damage in self.damages),
+            *(f"  fault:  {fault}" for fault in self.verdict.faults),
+        ]
+        return "\n".join(lines)
+
+
+def run_truth_group(seed: int, group: int, cases: int) -> Iterator[TruthCase]:
+    """Judge the cases of *group*, those below *cases*; the first is undamaged."""
+    row = row_of(seed, group)
+    truth: Truth | None = None
+    for number, damages, image in images_of_group(seed, group, range(cases)):
+        truth = truth or Truth(image.with_name("base.qcow2"))
+        kinds = {damage.partition(":")[0] for damage in damages}
+        if not any(each <= kinds for each in UNKNOWABLE):
+            yield TruthCase(seed, number, row, tuple(damages), truth.judge(image))
+
+
+@dataclass(slots=True)
+class Truth:
+    """The disk of the undamaged *base*."""
+
+    base: Path
+    _disk: Patched | None = field(default=None, init=False)
+
+    def judge(self, image: Path) -> Verdict:
+        """Whether the report of *image*, a damaged copy of the base, is true."""
+        with image.open("rb") as file:
+            source = FileSource(file.fileno())
+            report = check_image(source)
+            if report.error is not None:
+                return Verdict()
+            triage = triage_leaks(source, report)
+        before, after = self._before(), open_disk(image)
+        if before is None or after is None:
+            return Verdict()
+        changed = _changed(before, after)
+        # An entry that says zeros says so, whoever set its flag; what is compressed was not
+        # unpacked, and that is said.
+        told = _ranges(after.disk, RunKind.ZERO, RunKind.COMPRESSED)
+        changed = changed[~_touches(told, changed)]
+        faults = [
+            *_faults_of_safe(report, triage, changed),
+            *_faults_of_missing(report, triage, after),
+        ]
+        missing = triage.losses.missing
+        return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
+
+    def _before(self) -> Patched | None:
+        if self._disk is None:
+            self._disk = open_disk(self.base)
+        return self._disk
+
+
+def open_disk(image: Path) -> Patched | None:
+    """The guest's disk of *image*; None where nothing of it can be read."""
+    with suppress(InstarfsError, PlannerError):
+        guest = Guest(Image.open(str(image)), Follow([str(image.parent)]))
+        return Patched(guest.find(Place(Part.DISK)))
+    return None
+
+
+def _changed(before: Patched, after: Patched) -> I64:
+    """The sectors that read otherwise, or not at all any more; those of both disks."""
+    end = min(before.size, after.size)
+    found, reached = [np.zeros(0, dtype=np.int64)], 0
+    extents = heapq.merge(before.data_extents(0, end), after.data_extents(0, end))
+    for start, stop in extents:
+        for offset in range(max(reached, start // SECTOR * SECTOR), min(stop, end), CHUNK):
+            length = -(-min(CHUNK, min(stop, end) - offset) // SECTOR) * SECTOR
+            rows = [
+                np.frombuffer(read_bytes(disk, offset, length), dtype=np.uint8).reshape(-1, SECTOR)
+                for disk in (before, after)
+            ]
+            found.append(np.flatnonzero((rows[0] != rows[1]).any(axis=1)) + offset // SECTOR)
+        reached = max(reached, -(-stop // SECTOR) * SECTOR)
+    lost = np.array(sorted(after.unreadable - before.unreadable), dtype=np.int64)
+    return np.unique(np.concatenate([*found, lost]))
+
+
+def _faults_of_safe(report: Report, triage: Triage, changed: I64) -> Iterator[str]:
+    """What reads otherwise, is in no range that is named, and is not counted as missing."""
+    impact = guest_impact(report, misread=triage.losses.misread)
+    inside = np.zeros(len(changed), dtype=np.bool_)
+    for harm in (Harm.LOST, Harm.SUSPECT):
+        inside |= _touches(impact.ranges[harm], changed)
+    unnamed = changed[~inside]
+    if len(unnamed) * SECTOR > triage.losses.missing and impact.is_whole:
+        yield (
+            f"{len(unnamed) * SECTOR} bytes read otherwise and are called safe, the first at"
+            f" {int(unnamed[0]) * SECTOR}; missing: {triage.losses.missing}"
+        )
+
+
+def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
+    """Which sectors have a byte in *ranges*: a file may end in the middle of one."""
+    at = np.searchsorted(ranges.start, (sectors + 1) * SECTOR) - 1
+    inside = at >= 0
+    inside[inside] = sectors[inside] * SECTOR < ranges.end[at[inside]]
+    return inside
+
+
+def _faults_of_missing(report: Report, triage: Triage, after: Patched) -> Iterator[str]:
+    """More missing than leaked clusters can have held, or than the disk has room for."""
+    missing = triage.losses.missing
+    if not missing:
+        return
+    leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
+    bound = (leaks + len(triage.uncounted)) * report.geometry.cluster_size
+    if missing > bound:
+        yield f"{missing} bytes missing, and the leaked clusters held {bound} at most"
+    room = _ranges(after.disk, RunKind.UNALLOCATED).size
+    if missing > room + report.geometry.cluster_size:  # the last cluster of a disk may be cut off
+        yield f"{missing} bytes missing, and only {room} read as nothing"
+
+
+def _ranges(disk: Disk, *kinds: RunKind) -> Ranges:
+    """The guest bytes that are in runs of these kinds."""
+    start, end = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for runs in disk.layer.mapping.walk(0, disk.size):
+        chosen = runs.select(np.isin(runs.kind, kinds))
+        start.append(chosen.guest)
+        end.append(chosen.guest + chosen.length)
+    return Ranges(np.concatenate(start), np.concatenate(end))
