@@ -1,19 +1,20 @@
 """A guest's disk, copied into a sparse file: what can be read, and a list of what cannot.
 
 How a part of the disk is copied, and in which order, is here; what the tables say of it is
-`instarfs.guest`'s business, the file and its list that of `instarfs.outfile`. Parts are copied by
-several threads, and accounted for in order: up to where the list says so, everything was tried.
+`instarfs.guest`'s business, the file and its list that of `instarfs.outfile`. Parts are read by
+several threads, and written and accounted for in order: up to where the list says so, everything
+was tried.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -40,7 +41,7 @@ from planner.mapping import Flaw
 from planner.qcow2.snapshots import read_reachable_snapshots
 
 PART_BYTES = 2 << 20
-"""Of the disk's data: so much is copied by one thread at a time."""
+"""Of the disk's data: so much is read by one thread at a time."""
 
 PART_PIECES = 256
 """No more stretches than this, however short."""
@@ -146,7 +147,8 @@ def _shown(generation: Generation) -> str:
 class _PartOfDisk:
     """Guest bytes from ``start`` to ``end``: stretches to be read, and those that cannot be.
 
-    What is in neither is zeros.
+    What is in neither is zeros. ``found``: what was read and is no zeros, by guest offset; in
+    ``buffer``, as long as that is not another's.
     """
 
     start: int
@@ -154,6 +156,8 @@ class _PartOfDisk:
     data: list[tuple[int, int]] = field(default_factory=list)
     bad: list[tuple[int, int]] = field(default_factory=list)
     elsewhere: int = 0
+    found: list[tuple[int, memoryview]] = field(default_factory=list)
+    buffer: U8 | None = None
 
     @property
     def is_full(self) -> bool:
@@ -174,7 +178,7 @@ class _Run:
     ) -> None:
         self._export, self._disk, self._out = export, disk, out
         self._tell, self._stopped = tell, stopped
-        self._copier = _Copier(disk, out)
+        self._reader = _Reader(disk)
         self._base = out.mapfile
         self._blocks: list[tuple[int, int, int]] = []
         self._elsewhere, self._tried = 0, 0
@@ -184,12 +188,12 @@ class _Run:
     def run(self) -> Outcome:
         threads = min(4, 1 + (os.cpu_count() or 1))
         with (
-            ThreadPoolExecutor(threads, "instarfs-copy") as copiers,
+            ThreadPoolExecutor(threads, "instarfs-export") as readers,
             ThreadPoolExecutor(1, "instarfs-flush") as flusher,
         ):
             pending: deque[tuple[_PartOfDisk, Future[_PartOfDisk]]] = deque()
             try:
-                self._copy_all(copiers, flusher, pending)
+                self._copy_all(readers, flusher, pending)
             finally:
                 for _, left in pending:
                     left.cancel()
@@ -201,12 +205,12 @@ class _Run:
 
     def _copy_all(
         self,
-        copiers: ThreadPoolExecutor,
+        readers: ThreadPoolExecutor,
         flusher: ThreadPoolExecutor,
         pending: deque[tuple[_PartOfDisk, Future[_PartOfDisk]]],
     ) -> None:
         for part in self._parts():
-            pending.append((part, copiers.submit(self._copier.copy, part)))
+            pending.append((part, readers.submit(self._reader.read, part)))
             while len(pending) > 8 or (pending and pending[0][1].done()):
                 self._account(pending.popleft()[1].result())
             if self._stopped():
@@ -254,7 +258,10 @@ class _Run:
     # ---- what became of it ----
 
     def _account(self, part: _PartOfDisk) -> None:
-        """*part* was tried: what of it is bad, is in the order of offsets."""
+        """*part* was read: write what was found, and note what of it is bad."""
+        for offset, content in part.found:
+            self._out.write(offset, content)
+        self._reader.give_back(part)
         position = part.start
         for start, end in sorted(part.bad):
             self._note(position, start, READ)
@@ -313,29 +320,31 @@ def _stretches(rows: Extents, unread: list[int]) -> Iterator[tuple[int, int, int
 
 
 def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The stretch in parts that one thread copies; those within begin where a multiple ends."""
+    """The stretch in parts that one thread reads; those within begin where a multiple ends."""
     while start < end:
         stop = min(end, start // PART_BYTES * PART_BYTES + PART_BYTES)
         yield start, stop
         start = stop
 
 
-class _Copier:
-    """Copies parts, from several threads."""
+class _Reader:
+    """Reads parts, in several threads."""
 
-    def __init__(self, disk: Disk, out: OutFile) -> None:
-        self._disk, self._out = disk, out
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
         self._smallest = _smallest_cluster(disk.layer)
-        self._mine = threading.local()
+        self._buffers: SimpleQueue[U8] = SimpleQueue()
 
-    def copy(self, part: _PartOfDisk) -> _PartOfDisk:
-        """Copy its data. What cannot be read of that is bad in what is returned."""
+    def read(self, part: _PartOfDisk) -> _PartOfDisk:
+        """*part* with what was found. What could not be read of its data is bad."""
+        part.buffer = self._buffer()
+        at = 0
         for start, end in part.data:
-            self._copy(part, start, end)
+            self._read(part, start, end, part.buffer[at : at + end - start])
+            at += end - start
         return part
 
-    def _copy(self, part: _PartOfDisk, start: int, end: int) -> None:
-        content = self._buffer()[: end - start]
+    def _read(self, part: _PartOfDisk, start: int, end: int, content: U8) -> None:
         try:
             self._disk.layer.fill(self._disk.start + start, content.data, wait=True)
         except (GuestDamaged, GuestElsewhere, ImageReadFailed) as error:
@@ -347,18 +356,24 @@ class _Copier:
                 part.bad.append((start, end))
                 part.elsewhere += end - start if isinstance(error, GuestElsewhere) else 0
                 return
-            self._copy(part, start, middle)
-            self._copy(part, middle, end)
+            self._read(part, start, middle, content[: middle - start])
+            self._read(part, middle, end, content[middle - start :])
         else:
             for low, high in _without_zeros(content):
-                self._out.write(start + low, content[low:high].data)
+                part.found.append((start + low, content[low:high].data))
 
     def _buffer(self) -> U8:
-        """This thread's: memory that is new each time costs as much as what is done with it."""
-        buffer: U8 | None = getattr(self._mine, "buffer", None)
-        if buffer is None:
-            buffer = self._mine.buffer = np.empty(PART_BYTES, dtype=np.uint8)
-        return buffer
+        """One that was given back: memory that is new costs as much as what is done with it."""
+        try:
+            return self._buffers.get_nowait()
+        except Empty:
+            return np.empty(2 * PART_BYTES, dtype=np.uint8)
+
+    def give_back(self, part: _PartOfDisk) -> None:
+        """What was found in *part* is no longer needed."""
+        if part.buffer is not None:
+            self._buffers.put(part.buffer)
+        part.found, part.buffer = [], None
 
 
 def _smallest_cluster(layer: Qcow2Layer) -> int:

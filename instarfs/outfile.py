@@ -92,7 +92,7 @@ class OutFile:
         return made
 
     def write(self, offset: int, content: memoryview) -> None:
-        """Write all of *content*. Usable from several threads. Raises `OutFailed`."""
+        """Write all of *content*. Raises `OutFailed`."""
         done = 0
         while done < len(content):
             try:

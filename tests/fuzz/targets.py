@@ -44,8 +44,9 @@ from instarfs.render.triage import triage_json
 from planner.atlas import draw_atlas
 from planner.check import check_image
 from planner.dirty import read_bitmap_states
-from planner.errors import ImageError, RepairError
+from planner.errors import ImageError, NotAMapfile, RepairError
 from planner.explain import explain_guest, explain_host
+from planner.mapfile import BAD, READ, Mapfile, parse_mapfile
 from planner.pages import read_l1_page, read_l2_page
 from planner.plan import Draft, Plan, RepairTier, StageKind
 from planner.qcow2.bitmaps import read_bitmaps
@@ -200,8 +201,13 @@ def triage(data: bytes) -> None:
 
 def guest(data: bytes) -> None:
     """The guest's bytes, of the disk and of a snapshot, and its map. Refuses with domain errors."""
+    for strict in (False, True):
+        _read_guest(data, strict=strict)
+
+
+def _read_guest(data: bytes, *, strict: bool) -> None:
     with _image_of(data) as image, suppress(*DOMAIN_ERRORS):
-        opened = Guest(image, Follow())
+        opened = Guest(image, Follow(), strict=strict)
         json.loads(_shown(chain_json(opened.members)))
         for place in (Place(Part.DISK), Place(Part.SNAPSHOT), Place(Part.VMSTATE)):
             with suppress(*DOMAIN_ERRORS):
@@ -211,6 +217,16 @@ def guest(data: bytes) -> None:
                         content = disk.read(offset, 9000)
                         assert len(content) == max(0, min(9000, disk.size - offset))
         _shown(map_json(opened.extents(), opened.members))
+
+
+def mapfile(data: bytes) -> None:
+    """The list beside a copy, which comes again as it was. Refuses with `NotAMapfile`."""
+    with suppress(NotAMapfile):
+        found = parse_mapfile(data)
+        again = parse_mapfile(b"".join(found.render()))
+        assert (again.size, again.position) == (found.size, found.position)
+        assert again.blocks(READ) == found.blocks(READ)
+        assert again.blocks(BAD) == found.blocks(BAD)
 
 
 def _image_of(data: bytes) -> AbstractContextManager[Image]:
@@ -417,6 +433,14 @@ def _undo_seeds() -> Iterator[bytes]:
             yield from (whole, whole[: journal.BODY_AT], whole[: len(whole) // 2])
 
 
+def _mapfile_seeds() -> Iterator[bytes]:
+    """Of a copy that has come to everything, and one by hand."""
+    blocks = [(0, 1 << 20, READ), (1 << 20, 1 << 21, BAD)]
+    listed = Mapfile.untried(1 << 30, ("of a copy",)).overlaid(blocks)
+    yield b"".join(listed.render())
+    yield b"0 ? 1\n0 0x8 +\n0x8 0x200 * # by hand\n"
+
+
 TARGETS = {
     "header": Target(header, _header_seeds),
     "snapshots": Target(snapshots, _snapshot_seeds),
@@ -429,4 +453,5 @@ TARGETS = {
     "guest": Target(guest, _image_seeds),
     "plan": Target(plan, _image_seeds),
     "undo-file": Target(undo_file, _undo_seeds),
+    "mapfile": Target(mapfile, _mapfile_seeds),
 }

@@ -18,6 +18,7 @@ from examples.make_image import MIB, Image, ImageBuilder
 from instarfs.cli.main import main
 from planner.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
 from planner.qcow2 import entries
+from planner.qcow2.header import CRYPT_AES
 from tests.mount.small_disk import small_disk
 
 CLUSTER = 1 << 16
@@ -244,10 +245,10 @@ def test_a_data_file_that_is_not_read(export: Command, tmp_path: Path) -> None:
 
 def test_an_encrypted_disk_is_not_its_ciphertext(export: Command, tmp_path: Path) -> None:
     image, out = tmp_path / "image", tmp_path / "out"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=pass"]
-    subprocess.run([*command, "-o", options, image, "4M"], check=True)
-    refused(export(image, out), image, "encrypted (luks)", "copy the image as it is")
+    made = make(image)
+    made.change_header(crypt_method=CRYPT_AES)
+    image.write_bytes(made.data)
+    refused(export(image, out), image, "encrypted (aes)", "copy the image as it is")
     assert not out.exists()
 
 
@@ -260,7 +261,7 @@ from instarfs.cli.main import main
 export.PART_BYTES, export.SAVE_SECONDS = 1 << 16, 0.0
 write = outfile.OutFile.write
 def slowly(self, offset, content):
-    time.sleep(0.02)
+    time.sleep(0.007)
     write(self, offset, content)
 outfile.OutFile.write = slowly
 sys.argv[1:] = ["export", *sys.argv[1:]]
@@ -440,7 +441,7 @@ def test_an_image_that_is_written_to_meanwhile(
         os.utime(image, ns=(0, len(copied)))
         return part
 
-    monkeypatch.setattr("instarfs.export._Copier.copy", write)
+    monkeypatch.setattr("instarfs.export._Reader.read", write)
     refused(export(image, out), image, "was written to during the export", "out.map")
     monkeypatch.undo()
 
