@@ -103,7 +103,7 @@ class Computed(Generic[T]):
             pass  # run.edition stays None
         except Exception as error:  # noqa: BLE001 - it is raised again in every reader
             if isinstance(error, DOMAIN_ERRORS):
-                log.warning("%s", error)
+                log.warning("%s", str(error))  # not the error: it holds on to what it came out of
             run.error = error
         finally:
             self._run = None

@@ -638,7 +638,28 @@ class RepairInterrupted(InstarfsError):
 
 @dataclass(eq=False)
 class UndoFileMissing(InstarfsError):
-    """{path}: there is nothing to undo: no file {undo_file}"""
+    """{path}: there is nothing to undo: no file {undo_file}{hint}"""
+
+    path: str
+    undo_file: str
+    hint: str = ""
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class UndoEmpty(InstarfsError):
+    """{path}: there is nothing to undo: {undo_file} holds no repair"""
+
+    path: str
+    undo_file: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class UndoSealed(InstarfsError):
+    """{path}: its last repair was made with --no-undo: neither that one can be taken back byte for
+    byte, nor those before it, which {undo_file} keeps; nothing was written
+    """
 
     path: str
     undo_file: str
@@ -660,10 +681,48 @@ class UndoFileUnreachable(UndoFileDamaged):
     errno: ClassVar[int] = _errno.EIO
 
 
+class UndoFileForbidden(UndoFileDamaged):
+    """{undo_file}: the undo file may not be opened, and may be needed: {problem}; run as its owner,
+    or as root
+    """
+
+    errno: ClassVar[int] = _errno.EACCES
+
+
+class UndoFileForeign(UndoFileDamaged):
+    """{undo_file}: {problem}; if it belongs to this image, name it with --undo-file, else move it
+    away
+    """
+
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
+class UndoFileElsewhere(InstarfsError):
+    """{path}: it has an undo file already, {beside}: go on with that one, without --undo-file, or
+    move it to {undo_file}
+    """
+
+    path: str
+    beside: str
+    undo_file: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class ImageNameless(InstarfsError):
+    """{path}: this is not the name of a file, or of one that was deleted: an undo file beside it
+    would never be found; nothing was written; use its own name, or say where with --undo-file
+    """
+
+    path: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
 @dataclass(eq=False)
 class UndoFileImpossible(InstarfsError):
-    """{undo_file}: the undo file cannot be made: {reason}; nothing was written; make it possible,
-    or repair with --no-undo
+    """{undo_file}: the undo file cannot be made: {reason}; nothing was written; name another place
+    with --undo-file, or repair with --no-undo
     """
 
     undo_file: str
@@ -671,9 +730,13 @@ class UndoFileImpossible(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
+class UndoFileAmbiguous(UndoFileImpossible):
+    """{undo_file}: {reason}; nothing was written; say where it is to be, with --undo-file"""
+
+
 class UndoFileNoSpace(UndoFileImpossible):
-    """{undo_file}: there is no space for the undo file: {reason}; nothing was written; make space,
-    or repair with --no-undo
+    """{undo_file}: there is no space for the undo file: {reason}; nothing was written; make space
+    (df, df -i), name another place with --undo-file, or repair with --no-undo
     """
 
     errno: ClassVar[int] = _errno.ENOSPC
@@ -689,12 +752,12 @@ class UndoFileFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
-class UndoneAlready(InstarfsError):
-    """{path}: its last repair has been taken back already; there is nothing more to undo"""
+class UndoFileFull(UndoFileFailed):
+    """{undo_file}: the undo file cannot be brought up to date: {reason}; make space (df), then try
+    again
+    """
 
-    path: str
-    errno: ClassVar[int] = _errno.ESTALE
+    errno: ClassVar[int] = _errno.ENOSPC
 
 
 @dataclass(eq=False)

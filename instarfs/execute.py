@@ -35,7 +35,7 @@ from instarfs.errors import (
 from planner.arrays import I64, U8, Mask, distinct
 from planner.check import Progress
 from planner.plan import COMPARED_SECTORS, Plan, Stage, StageKind, equal_rows
-from planner.source import SECTOR, read_tables
+from planner.source import SECTOR, Source, read_tables
 
 MAX_WRITE_SECTORS = (1 << 20) // SECTOR
 """One write at most: between two of them a repair can be cancelled."""
@@ -184,9 +184,17 @@ def require_start(device: Device, plan: Plan) -> None:
     """Raise `ImageChanged` unless the device holds what *plan* starts from, and is as long."""
     if device.size != plan.size_before:
         raise ImageChanged(device.name, f"it has {device.size} bytes, not {plan.size_before}")
-    changed = [sectors[~_hold(device, sectors, before)] for sectors, before in _starts(plan)]
+    source = DeviceSource(device)
+    changed = [sectors[~_hold(source, sectors, before)] for sectors, before in _starts(plan)]
     if any(map(len, changed)):
         raise ImageChanged(device.name, _not_expected(np.concatenate(changed)))
+
+
+def holds_start(source: Source, plan: Plan) -> bool:
+    """Whether *source* is what *plan* starts from, as far as its sectors tell."""
+    return source.size == plan.size_before and all(
+        bool(_hold(source, sectors, before).all()) for sectors, before in _starts(plan)
+    )
 
 
 def put_back(device: Device, plan: Plan, cause: BaseException) -> None:
@@ -220,11 +228,12 @@ def require_remnant(device: Device, plan: Plan) -> None:
         )
     sectors = distinct(np.concatenate([_NO_SECTORS, *(stage.sectors for stage in plan.stages)]))
     known = np.zeros(len(sectors), dtype=np.bool_)
+    source = DeviceSource(device)
     for mine, before in _starts(plan):
-        known[np.searchsorted(sectors, mine)] = _hold(device, mine, before)
+        known[np.searchsorted(sectors, mine)] = _hold(source, mine, before)
     for stage in plan.stages:
         at = np.searchsorted(sectors, stage.sectors)
-        known[at] |= _hold(device, stage.sectors, stage.after)
+        known[at] |= _hold(source, stage.sectors, stage.after)
     if not known.all():
         raise ImageChanged(device.name, _not_expected(sectors[~known]))
 
@@ -318,14 +327,14 @@ def _undo_steps(device: Device, plan: Plan, steps: Sequence[_Step], choose: _Cho
 def _differs_from_before(device: Device, stage: Stage) -> Mask:
     """Which sectors of a stage that was begun must be put back."""
     try:
-        return ~_hold(device, stage.sectors, stage.before)
+        return ~_hold(DeviceSource(device), stage.sectors, stage.before)
     except ImageReadFailed:
         return np.ones(len(stage.sectors), dtype=np.bool_)
 
 
 def _is_written(device: Device, stage: Stage) -> Mask:
     """Which sectors of a stage that may have been begun are as it leaves them."""
-    return _hold(device, stage.sectors, stage.after)
+    return _hold(DeviceSource(device), stage.sectors, stage.after)
 
 
 # ---- giving space back ----
@@ -376,19 +385,19 @@ def _starts(plan: Plan) -> Iterator[tuple[I64, U8]]:
         seen = np.concatenate((seen, stage.sectors))
 
 
-def _hold(device: Device, sectors: I64, rows: U8) -> Mask:
-    """Which *sectors* of the device, ascending, hold these *rows*."""
+def _hold(source: Source, sectors: I64, rows: U8) -> Mask:
+    """Which *sectors* of the source, ascending, hold these *rows*."""
     hold: Mask = np.empty(len(sectors), dtype=np.bool_)
     for start in range(0, len(sectors), COMPARED_SECTORS):
         part = slice(start, start + COMPARED_SECTORS)
-        visible = _visible(rows[part], sectors[part], device.size)
-        hold[part] = equal_rows(_read(device, sectors[part]), visible)
+        visible = _visible(rows[part], sectors[part], source.size)
+        hold[part] = equal_rows(_read(source, sectors[part]), visible)
     return hold
 
 
-def _read(device: Device, sectors: I64) -> U8:
+def _read(source: Source, sectors: I64) -> U8:
     rows = np.empty((len(sectors), SECTOR), dtype=np.uint8)
-    for part, found in read_tables(DeviceSource(device), sectors * SECTOR, SECTOR):
+    for part, found in read_tables(source, sectors * SECTOR, SECTOR):
         rows[part] = found
     return rows
 

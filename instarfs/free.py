@@ -5,6 +5,9 @@ Only values here: nothing is read, and nothing is punched.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import numpy as np
 
 from planner.arrays import I64, distinct
@@ -37,3 +40,26 @@ def free_runs(report: Report, size: int, kept: I64) -> tuple[I64, I64]:
     free = end > first
     offset = first[free] << bits
     return offset, np.minimum(end[free] << bits, size) - offset
+
+
+def table_of(extents: Iterable[tuple[int, int]]) -> I64:
+    """Extents (start, end) as an array, int64 (n, 2)."""
+    flat = itertools.chain.from_iterable(extents)
+    return np.fromiter(flat, dtype=np.int64).reshape(-1, 2)
+
+
+def held_within(extents: I64, offset: I64, length: I64) -> int:
+    """How many bytes of the runs (offset, length) lie in *extents*, int64 (n, 2), ascending."""
+    if not len(extents):
+        return 0
+    starts, ends = extents[:, 0], extents[:, 1]
+    total = np.concatenate(([0], np.cumsum(ends - starts)))
+
+    def below(place: I64) -> I64:
+        """How many bytes of all extents lie before each place."""
+        index = np.searchsorted(starts, place, side="right")
+        overhang = np.maximum(ends[index - 1] - place, 0) * (index > 0)
+        before: I64 = total[index] - overhang
+        return before
+
+    return int((below(offset + length) - below(offset)).sum())

@@ -27,8 +27,9 @@ from instarfs.errors import (
     ImageOpenFailed,
     ImageReadFailed,
     InstarfsError,
+    UndoFileImpossible,
 )
-from instarfs.names import Hands, Opening, OwnHands
+from instarfs.names import Hands, Opening, OwnHands, Spot
 from instarfs.surroundings import Gone
 
 if TYPE_CHECKING:
@@ -177,9 +178,10 @@ def _readers() -> Executor:
 class Image:
     """An image file or block device, open for reading. Use `Image.open`.
 
-    ``hands``: what opens it anew, and whatever lies beside it. The descriptor is closed by `close`,
-    and otherwise with the last reference to the image, so that replacing an image never takes the
-    descriptor from a thread that still reads it.
+    ``hands``: what opens it anew, and whatever lies beside it. ``undo``: where its undo file is to
+    be, if somebody said so. The descriptors are closed by `close`, and otherwise with the last
+    reference to the image, so that replacing an image never takes the descriptor from a thread that
+    still reads it.
     """
 
     def __init__(
@@ -190,21 +192,25 @@ class Image:
         *,
         is_device: bool,
         hands: Hands | None = None,
+        undo: Spot | None = None,
     ) -> None:
         self.path = path
         self.hands = hands or OwnHands()
+        self.undo = undo
         self._name = Path(path).name
         self._fd = fd
         self._directory = directory
         self._is_device = is_device
-        self._close = weakref.finalize(self, _close_all, fd, directory)
+        also = (undo.directory,) if undo else ()
+        self._close = weakref.finalize(self, _close_all, fd, directory, *also)
 
     @classmethod
-    def open(cls, path: str) -> Image:
-        """Open the regular file or block device at *path*.
+    def open(cls, path: str, undo_file: str | None = None) -> Image:
+        """Open the regular file or block device at *path*; its undo file is to be at *undo_file*.
 
         Raises an error for whatever else is there, and for what cannot be read.
         """
+        undo = _spot_of(undo_file) if undo_file is not None else None
         try:
             absolute = str(Path(path).absolute())
             # Looked at before it is opened: opening some devices, or a FIFO, has effects.
@@ -222,7 +228,7 @@ class Image:
         except InstarfsError:
             os.close(fd)
             raise
-        return cls(absolute, fd, directory, is_device=stat.S_ISBLK(mode))
+        return cls(absolute, fd, directory, is_device=stat.S_ISBLK(mode), undo=undo)
 
     def fileno(self) -> int:
         """The descriptor, open for reading only."""
@@ -329,7 +335,8 @@ class Image:
             os.close(fd)
             raise
         directory, is_device = os.dup(self._directory), stat.S_ISBLK(mode)
-        return Image(self.path, fd, directory, is_device=is_device, hands=self.hands)
+        undo = Spot(os.dup(self.undo.directory), self.undo.name) if self.undo else None
+        return Image(self.path, fd, directory, is_device=is_device, hands=self.hands, undo=undo)
 
     def close(self) -> None:
         """Close it now; nothing may read from it any more."""
@@ -350,6 +357,14 @@ class Image:
 def _close_all(*descriptors: int) -> None:
     for fd in descriptors:
         os.close(fd)
+
+
+def _spot_of(undo_file: str) -> Spot:
+    path = Path(undo_file)
+    try:
+        return Spot(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), path.name)
+    except OSError as error:
+        raise UndoFileImpossible(undo_file, _reason(error)) from error
 
 
 def _sectors_written(device: int) -> int:

@@ -21,13 +21,16 @@ def pending(image: Image) -> Pending | None:
 
     None while somebody writes to the image: then a repair may be under way.
     """
-    if image.is_device or locks.is_written(image.fileno()):
+    if locks.is_written(image.fileno()):
         return None
     try:
-        with UndoPlace.beside(image) as place:
-            return _pending_in(place) if place.is_taken() else None
+        place = UndoPlace.of(image)
     except OSError:
         return None
+    if place is None:
+        return None
+    with place:
+        return _pending_in(place) if place.is_taken() else None
 
 
 def _pending_in(place: UndoPlace) -> Pending | None:
@@ -37,8 +40,7 @@ def _pending_in(place: UndoPlace) -> Pending | None:
     try:
         summary = read_summary(place)
     except UndoFileDamaged as error:
-        is_hidden = isinstance(error.__cause__, PermissionError)
-        return None if is_hidden else Pending(str(error), error.undo_file)
+        return Pending(str(error), error.undo_file)
     if summary is None or summary.status.state is not State.APPLYING:
         return None
     sentence = (

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from instarfs.image import Image
 from instarfs.names import SUFFIX, exists
 from instarfs.surroundings import LONGEST_NAME, RAW, SUFFIXES, Room, Surroundings, candidates
+from instarfs.undo_place import UndoPlace
 
 
 def look_around(image: Image) -> Surroundings:
@@ -19,10 +20,12 @@ def look_around(image: Image) -> Surroundings:
     taken: frozenset[str] = frozenset()
     if room is Room.BESIDE:
         taken = frozenset(name for suffix in SUFFIXES for name in _taken(image, suffix))
+    keeps_undo = image.undo is not None or _keeps_undo(image, room)
     return Surroundings(
         room,
         taken,
-        keeps_undo=room in (Room.BESIDE, Room.FULL) and _fits(image.name + SUFFIX),
+        keeps_undo=keeps_undo,
+        undo_elsewhere="" if keeps_undo else f"./{next(candidates(image.name, SUFFIX))}",
         is_writable=_may_write(image, image.name),
     )
 
@@ -51,6 +54,17 @@ def _may_write(image: Image, name: str) -> bool:
 def _is_read_only(image: Image) -> bool:
     try:
         return bool(os.fstatvfs(image.directory).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
+def _keeps_undo(image: Image, room: Room) -> bool:
+    """Whether an undo file can be beside the image."""
+    if room not in (Room.BESIDE, Room.FULL) or not _fits(image.name + SUFFIX):
+        return False
+    try:
+        with UndoPlace.beside(image) as place:
+            return place.is_taken() or not place.other_names()
     except OSError:
         return False
 

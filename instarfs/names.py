@@ -1,14 +1,17 @@
-"""The names that are an image's own in its directory, and all that is ever done under them.
+"""The names that are an image's own, and all that is ever done under them.
 
-Its own name, and those of its undo file. Everything goes through a directory as it was opened,
-never by path again. A process that must not reach into that directory lets another one do the
-same: see `instarfs.mount.broker`. What is in the files is not known here.
+Its own name, and that of its undo file, beside it or where its user says. Everything goes through
+a directory as it was opened, never by path again. A process that must not reach into those
+directories lets another one do the same: see `instarfs.mount.broker`. What is in the files is not
+known here.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
@@ -16,19 +19,20 @@ from typing import Protocol
 SUFFIX = ".instarfs-undo"
 """What the undo file's name has after the image's."""
 
-NEW, OLD = SUFFIX + ".new", SUFFIX + ".old"
-"""Of one that is not complete yet, and of the one before it, which is kept aside meanwhile."""
-
 MAX_LINKS = 40
 """As the kernel follows."""
 
 _O_PATH_OF_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: should a FIFO take a file's place after it was looked at, opening must not wait.
 _O_ANY = os.O_NONBLOCK | os.O_CLOEXEC
+_MODE = 0o600
 
 
 class Opening(IntEnum):
-    """What can be opened. An image may be behind a link, an undo file may not."""
+    """What can be opened. An image may be behind a link, an undo file may not.
+
+    `NEW_UNDO` makes what is not there yet.
+    """
 
     IMAGE = 1
     IMAGE_TO_WRITE = 2
@@ -38,45 +42,40 @@ class Opening(IntEnum):
 
 
 class Change(IntEnum):
-    """What can be done to the names of an undo file, and the flush that makes it durable.
+    """What can be done to the name of an undo file, and the flush that makes it durable."""
 
-    Each but the flush is one system call, whole or not at all.
-    """
-
-    DISCARD_NEW = 16
-    DROP_OLD = 17
-    DROP_UNDO = 18
-    KEEP_ASIDE = 19
-    PUT_IN_PLACE = 20
-    BRING_BACK = 21
-    SYNC = 22
+    REMOVE_UNDO = 16
+    SYNC = 17
 
 
 OF_IMAGE = frozenset({Opening.IMAGE, Opening.IMAGE_TO_WRITE})
-"""What is done under the name that the image was opened by; all else beside the file itself."""
+"""What is done under the name that the image was opened by; all else where the undo file is."""
 
 OF_READERS = frozenset({Opening.IMAGE, Opening.UNDO})
 """What changes nothing, nor lets anything be changed."""
 
-_OPENED = {
-    Opening.IMAGE: ("", os.O_RDONLY),
-    Opening.IMAGE_TO_WRITE: ("", os.O_RDWR),
-    Opening.UNDO: (SUFFIX, os.O_RDONLY | os.O_NOFOLLOW),
-    Opening.UNDO_TO_WRITE: (SUFFIX, os.O_RDWR | os.O_NOFOLLOW),
-    Opening.NEW_UNDO: (NEW, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW),
+_FLAGS = {
+    Opening.IMAGE: os.O_RDONLY,
+    Opening.IMAGE_TO_WRITE: os.O_RDWR,
+    Opening.UNDO: os.O_RDONLY | os.O_NOFOLLOW,
+    Opening.UNDO_TO_WRITE: os.O_RDWR | os.O_NOFOLLOW,
+    Opening.NEW_UNDO: os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
 }
-_REMOVED = {Change.DISCARD_NEW: NEW, Change.DROP_OLD: OLD, Change.DROP_UNDO: SUFFIX}
-_RENAMED = {
-    Change.KEEP_ASIDE: (SUFFIX, OLD),
-    Change.PUT_IN_PLACE: (NEW, SUFFIX),
-    Change.BRING_BACK: (OLD, SUFFIX),
-}
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A name in a directory, which is an O_PATH descriptor."""
+
+    directory: int
+    name: str
 
 
 class Hands(Protocol):
     """What reaches into the directory of an image: this process, or another that it asks.
 
-    *directory* is a descriptor, *name* the image's name there. What fails raises `OSError`.
+    *directory* is a descriptor, *name* that of the image there, or of its undo file. What fails
+    raises `OSError`.
     """
 
     def open(self, what: Opening, directory: int, name: str) -> int:
@@ -94,15 +93,15 @@ class OwnHands:
     """This process itself."""
 
     def open(self, what: Opening, directory: int, name: str) -> int:
-        suffix, flags = _OPENED[what]
-        return os.open(name + suffix, flags | _O_ANY, 0o600, dir_fd=directory)
+        fd = os.open(name, _FLAGS[what] | _O_ANY, _MODE, dir_fd=directory)
+        if what is Opening.NEW_UNDO:
+            with suppress(OSError):  # some file systems keep no modes
+                os.fchmod(fd, _MODE)  # whatever the umask: its owner must be able to read it
+        return fd
 
     def change(self, change: Change, directory: int, name: str) -> None:
-        if change in _REMOVED:
-            os.unlink(name + _REMOVED[change], dir_fd=directory)
-        elif change in _RENAMED:
-            old, new = _RENAMED[change]
-            os.rename(name + old, name + new, src_dir_fd=directory, dst_dir_fd=directory)
+        if change is Change.REMOVE_UNDO:
+            os.unlink(name, dir_fd=directory)
         else:
             _sync(directory)
 

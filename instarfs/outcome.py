@@ -39,8 +39,8 @@ class RepairOutcome:
     what it mended, by sort. ``suspects``: leaked clusters that look like something lost, the first
     of ``suspect_count``. ``after``: the check of the image as it now is, where known.
     ``recovered``: an interrupted repair was taken back first. ``trimmed``: bytes of disk space
-    given back. ``error``: None exactly where all that was asked for was done; ``reason`` then says
-    what else is worth knowing.
+    given back. ``undoable``: how many repairs can be taken back now, one by one. ``error``: None
+    exactly where all that was asked for was done; ``reason`` then says what else is worth knowing.
     """
 
     status: Status = Status.REFUSED
@@ -58,6 +58,7 @@ class RepairOutcome:
     before: Report | None = None
     after: Report | None = None
     undo_file: str = ""
+    undoable: int = 0
     recovered: bool = False
     trimmed: int = 0
     error: InstarfsError | PlannerError | None = None

@@ -7,7 +7,7 @@ undo file are kept in `instarfs.session`; `instarfs.execute` writes. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -17,6 +17,7 @@ import numpy as np
 from instarfs.errors import (
     DOMAIN_ERRORS,
     ImageChanged,
+    ImageReadFailed,
     InstarfsError,
     NotEnoughMemory,
     PlanStale,
@@ -27,16 +28,14 @@ from instarfs.errors import (
     RepairUnproven,
     TrimRefused,
     TrimUnsupported,
+    UndoFileDamaged,
     UndoFileFailed,
     UndoFileImpossible,
-    UndoFileMissing,
-    UndoneAlready,
-    UndoStale,
 )
 from instarfs.execute import Device, FileDevice, execute, punch, put_back
-from instarfs.free import free_runs, used_clusters
+from instarfs.free import free_runs, held_within, table_of, used_clusters
 from instarfs.image import Image
-from instarfs.journal import State
+from instarfs.journal import State, StateWord
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.session import Session
 from planner.arrays import I64, distinct
@@ -80,10 +79,11 @@ class Repairer:
     """Repairs one image. Each method is one pass, runs in the calling thread, and never raises an
     error that it can explain: it is in the outcome.
 
-    Without *keep_undo* no undo file is kept once the repair stands, and where none can be made the
-    repair goes on without: then an I/O error is still rolled back, but not a crash or a power
-    failure in the middle. *progress* is told of every check and of the writing; *cancelled* is
-    asked often, and what was written by then is rolled back.
+    Without *keep_undo* nothing can be taken back once the repair stands, neither this one nor those
+    before it; and where no undo file can be made the repair goes on without: then an I/O error is
+    still rolled back, but not a crash or a power failure in the middle. *progress* is told of every
+    check and of the writing; *cancelled* is asked often, and what was written by then is rolled
+    back.
     """
 
     image: Image
@@ -225,6 +225,7 @@ class _Pass:
         except UndoFileImpossible:
             if self._repairer.keep_undo:
                 raise
+            session.go_without_journal()
         self._is_writing = True
         try:
             execute(
@@ -238,13 +239,15 @@ class _Pass:
             # What could not be flushed may read as put back, and is not: then the undo file stays.
             if not isinstance(error, PutBackFailed):
                 session.withdraw()
-            elif session.journal is None:
+            elif not session.is_interrupted:
                 error.wayout = "no undo file was kept: export the disk (instarfs export)"
             raise
         self._is_writing = False
         session.settle(keep_undo=self._repairer.keep_undo)
         self.outcome = replace(
-            self.outcome, undo_file=session.journal.file if session.journal else ""
+            self.outcome,
+            undo_file=session.undo_file if session.is_recorded else "",
+            undoable=session.journal.status.depth if session.journal else 0,
         )
         return after
 
@@ -253,8 +256,7 @@ class _Pass:
         try:
             after = self.check(session.source)
             self._require_same(after, proposal.after)
-            if session.journal is not None:
-                session.journal.advance(State.APPLIED)
+            session.stand()
         except BaseException as error:
             put_back(session.device, proposal.plan, error)
             raise
@@ -275,10 +277,35 @@ class _Pass:
         else:
             self._undo_applied(session)
         self.outcome = replace(self.outcome, status=Status.UNDONE)
+        self._tell_what_is_left(session)
         with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
             after = self.check(session.source)
             number = total(after)
             self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
+
+    def _tell_what_is_left(self, session: Session) -> None:
+        """How many repairs more can be taken back; or why those that are kept cannot."""
+        if session.journal is None or session.is_interrupted:
+            return
+        status = session.journal.status
+        undoable, reason = status.depth, ""
+        if status.state is State.SEALED:
+            reason = "the repair before was made with --no-undo: it cannot be taken back"
+        elif undoable:
+            try:
+                fits = session.next_fits()
+            except UndoFileDamaged as error:
+                undoable, reason = 0, f"the repair before cannot be taken back: {error}"
+            else:
+                if not fits:
+                    undoable = 0
+                    reason = "the repair before stays: the image was written to after it"
+        self.outcome = replace(self.outcome, undoable=undoable)
+        self._add_reason(reason)
+
+    def _add_reason(self, reason: str) -> None:
+        reasons = [each for each in (self.outcome.reason, reason) if each]
+        self.outcome = replace(self.outcome, reason="; ".join(reasons))
 
     def _recover(self, session: Session) -> bool:
         recovered = session.recover()
@@ -287,7 +314,7 @@ class _Pass:
 
     def _undo_applied(self, session: Session) -> None:
         journal, _ = session.undoable()
-        plan = journal.plan
+        plan, status = journal.plan, journal.status
         self.outcome = replace(
             self.outcome, tier=plan.tier, plan_id=plan.id, undo_file=journal.file
         )
@@ -305,17 +332,24 @@ class _Pass:
                 session.reinstate()
             raise
         self._is_writing = False
-        reason, trimmed = "", journal.status.trimmed
-        if trimmed:
-            reason = (
-                f"free clusters were trimmed after the repair ({trimmed} bytes of the file):"
+        self._tell_what_may_differ(session, status)
+        try:
+            session.drop_journal()
+        except UndoFileFailed as error:  # the next repair takes it back again: that changes nothing
+            self._add_reason(str(error))
+
+    def _tell_what_may_differ(self, session: Session, status: StateWord) -> None:
+        """Undo promises the bytes that the repair changed; where others may differ, it says so."""
+        if status.trimmed:
+            self._add_reason(
+                f"free clusters were trimmed after the repair ({status.trimmed} bytes of the file):"
                 " what they held is gone"
             )
-        try:
-            journal.advance(State.UNDONE)
-        except UndoFileFailed as error:  # the next repair takes it back again: that changes nothing
-            reason = str(error)
-        self.outcome = replace(self.outcome, reason=reason)
+        elif session.is_touched:
+            self._add_reason(
+                "what the repair had changed is as it was before; the image may have been written"
+                " to since, and what the repair had freed may hold other bytes now"
+            )
 
     # ---- trim ----
 
@@ -330,36 +364,63 @@ class _Pass:
             raise TrimRefused(image.path, report.verdict)
         is_undoable, kept = self._needed_by_undo(session)
         offset, length = free_runs(report, session.device.size, kept)
-        size, before = int(length.sum()), image.allocated_size()
-        if not size:
+        before = image.allocated_size()
+        if not len(offset):
             status = Status.NOTHING_TO_DO
             self.outcome = replace(self.outcome, status=status, reason="no cluster is free")
             return
-        if is_undoable and session.journal is not None:
-            session.journal.note_trim(size)
-        punch(
-            session.device,
-            zip(offset.tolist(), length.tolist(), strict=True),
-            size,
-            progress=self._repairer.progress,
-            cancelled=self._repairer.cancelled,
-        )
+        self._punch(session, offset, length)
         final = "what the free clusters held is gone"
         if is_undoable:
             final += "; undo still takes the last repair back, but does not bring that back"
         given = max(0, before - image.allocated_size())
         self.outcome = replace(self.outcome, status=Status.TRIMMED, trimmed=given, reason=final)
 
-    def _needed_by_undo(self, session: Session) -> tuple[bool, I64]:
-        """Whether the last repair can be undone, and the clusters that are in use then.
+    def _punch(self, session: Session, offset: I64, length: I64) -> None:
+        """Punch these runs; what was lost by that is in the undo file before, and right after."""
 
-        What the repair has replaced is free now, and would be metadata again. So would be the bytes
+        punched = 0
+
+        def extents() -> I64:
+            source = session.source
+            return table_of(source.data_extents(0, source.size))
+
+        def runs() -> Iterator[tuple[int, int]]:
+            nonlocal punched
+            for run in zip(offset.tolist(), length.tolist(), strict=True):
+                yield run
+                punched += 1
+
+        before = extents()
+        most = held_within(before, offset, length)
+        session.note_trim(most, is_done=False)
+        try:
+            punch(
+                session.device,
+                runs(),
+                int(length.sum()),
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+        finally:
+            with suppress(UndoFileFailed, ImageReadFailed):  # then it says too much
+                done, begun = slice(punched), slice(punched, punched + 1)
+                gone = held_within(before, offset[done], length[done])
+                # One that failed may have been punched in part.
+                gone += held_within(before, offset[begun], length[begun])
+                gone -= held_within(extents(), offset[begun], length[begun])
+                session.note_trim(gone - most, is_done=True)
+
+    def _needed_by_undo(self, session: Session) -> tuple[bool, I64]:
+        """Whether the last repair can be undone, and the clusters that are in use then; and after
+        undoing the one before it, and so on.
+
+        What a repair has replaced is free now, and would be metadata again. So would be the bytes
         by which the undo file knows the image.
         """
-        try:
-            journal, undone = session.undoable()
-        except (UndoFileMissing, UndoneAlready, UndoStale):
-            return False, np.zeros(0, dtype=np.int64)
-        bits = undone.geometry.cluster_bits
-        written = [stage.sectors * SECTOR >> bits for stage in journal.plan.stages]
-        return True, distinct(np.concatenate([used_clusters(undone, stored=False), *written]))
+        kept = [np.zeros(0, dtype=np.int64)]
+        for record, undone in session.each_undone():
+            bits = undone.geometry.cluster_bits
+            kept += [stage.sectors * SECTOR >> bits for stage in record.plan.stages]
+            kept.append(used_clusters(undone, stored=False))
+        return len(kept) > 1, distinct(np.concatenate(kept))

@@ -165,10 +165,11 @@ class Repairs:
 
 def last_repair(image: Image) -> Summary | UndoFileDamaged | None:
     """What the undo file of *image* says of itself, or why it cannot; None where there is none."""
-    if image.is_device:
-        return None
     try:
-        with UndoPlace.beside(image) as place:
+        place = UndoPlace.of(image)
+        if place is None:
+            return None
+        with place:
             return read_summary(place)
     except UndoFileDamaged as error:
         return error

@@ -46,14 +46,18 @@ class Room(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What is around an image. ``taken``: of the names that a file of it could have, those that
-    something has already, as far as they were looked at. ``keeps_undo``: whether an undo file can
-    be made beside it; ``is_writable``: whether it can be repaired where it is.
+    """What is around an image.
+
+    ``taken``: of the names that a file of it could have, those that something has already, as far
+    as they were looked at. ``keeps_undo``: whether it has an undo file where nobody says one;
+    ``undo_elsewhere``: where else, always the same. ``is_writable``: whether it can be repaired
+    where it is.
     """
 
     room: Room = Room.BESIDE
     taken: frozenset[str] = frozenset()
     keeps_undo: bool = True
+    undo_elsewhere: str = ""
     is_writable: bool = True
 
     def is_taken(self, image: str, suffix: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where an undo file is: its names beside the image, and who may have made it.
+"""Where an undo file is: beside the image or where its user says, and who may have made it.
 
 What is in it is `instarfs.journal`'s business.
 """
@@ -11,47 +11,84 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from instarfs.errors import UndoFileDamaged, UndoFileUnreachable, reason_of
+from instarfs.errors import (
+    ImageNameless,
+    UndoFileAmbiguous,
+    UndoFileDamaged,
+    UndoFileForbidden,
+    UndoFileForeign,
+    UndoFileUnreachable,
+    reason_of,
+)
 from instarfs.image import Image
-from instarfs.names import OLD, SUFFIX, Change, Hands, HandsGone, Opening, behind_links, exists
+from instarfs.names import SUFFIX, Change, HandsGone, Opening, Spot, behind_links, exists
+
+_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+class Identity(NamedTuple):
+    """Which file an image is. Both numbers may be others after a restart, or for a copy."""
+
+    device: int
+    inode: int
 
 
 class UndoPlace:
-    """Where an image's undo file is: the directory of the file itself, and the names in it.
+    """Where an image's undo file is: a directory, and the name in it.
 
     Looks for itself; whatever else is done there it lets the image's hands do.
     """
 
-    def __init__(
-        self, hands: Hands, directory: int, image_name: str, owner: os.stat_result
-    ) -> None:
-        """Takes *directory* over. *owner*: whose the image is, and who may write to it."""
-        self._hands = hands
-        self._directory = directory
-        self._image_name = image_name
-        self._owners = frozenset({0, os.geteuid(), owner.st_uid})
-        self._image_mode = owner.st_mode
+    def __init__(self, image: Image, spot: Spot, *, is_named: bool) -> None:
+        """Takes the directory of *spot* over. *is_named*: by whoever gave the command.
+
+        *image* must not be closed before the place is.
+        """
+        self._hands = image.hands
+        self._image_path, self._image_fd = image.path, image.fileno()
+        self._spot = spot
+        self._status = os.fstat(image.fileno())
+        self._owners = frozenset({0, os.geteuid(), self._status.st_uid})
+        self._is_named = is_named
+
+    @classmethod
+    def of(cls, image: Image) -> Self | None:
+        """Where *image* has its undo file; None for a device, unless somebody named a place.
+
+        Raises `OSError`.
+        """
+        if image.undo is not None:
+            spot = Spot(os.dup(image.undo.directory), image.undo.name)
+            return cls(image, spot, is_named=True)
+        return None if image.is_device else cls.beside(image)
 
     @classmethod
     def beside(cls, image: Image) -> Self:
-        """The place for *image*; a link leads beside the file that it means. Raises `OSError`."""
-        status = os.fstat(image.fileno())
+        """Beside *image*; a link leads beside the file that it means. Raises `OSError`."""
         directory, name = behind_links(image.directory, image.name)
-        return cls(image.hands, directory, name, status)
+        return cls(image, Spot(directory, name + SUFFIX), is_named=False)
 
     @property
     def file(self) -> str:
         """The undo file's path, for messages."""
         try:
-            directory = Path(f"/proc/self/fd/{self._directory}").readlink()
+            directory = Path(f"/proc/self/fd/{self._spot.directory}").readlink()
         except OSError:
-            return self._image_name + SUFFIX
-        return str(directory / (self._image_name + SUFFIX))
+            return self._spot.name
+        return str(directory / self._spot.name)
+
+    @property
+    def identity(self) -> Identity:
+        """Which file the image is."""
+        is_device = stat.S_ISBLK(self._status.st_mode)
+        return Identity(
+            self._status.st_rdev if is_device else self._status.st_dev, self._status.st_ino
+        )
 
     def close(self) -> None:
-        os.close(self._directory)
+        os.close(self._spot.directory)
 
     def __enter__(self) -> Self:
         return self
@@ -68,14 +105,16 @@ class UndoPlace:
         """A descriptor of the undo file, to read or to write it; None where there is none.
 
         Raises `UndoFileDamaged` for what cannot be one, or may have been made by somebody else;
-        `UndoFileUnreachable` where that cannot be known.
+        `UndoFileForbidden` and `UndoFileUnreachable` where that cannot be known.
         """
         try:
-            fd = self._hands.open(what, self._directory, self._image_name)
+            fd = self._hands.open(what, *self._place())
         except FileNotFoundError:
             return None
         except HandsGone as error:
             raise UndoFileUnreachable(self.file, reason_of(error)) from error
+        except PermissionError as error:
+            raise UndoFileForbidden(self.file, reason_of(error)) from error
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return None
@@ -89,65 +128,90 @@ class UndoPlace:
         return fd
 
     def make(self) -> int:
-        """A descriptor of a new, empty file, still without the undo file's name."""
-        self.discard_new()  # what a crash left; the image's locks exclude a rival
-        return self._hands.open(Opening.NEW_UNDO, self._directory, self._image_name)
+        """A descriptor of a new, empty undo file. Raises `OSError`, `UndoFileAmbiguous`."""
+        if not self._is_named:
+            self._require_one_name()
+        return self._hands.open(Opening.NEW_UNDO, *self._place())
 
-    def discard_new(self) -> None:
-        """Remove what `make` made, if it has not been put in place."""
-        self._remove(Change.DISCARD_NEW)
-
-    def put_in_place(self) -> None:
-        """Give the file of `make` its name; the undo file that had it is kept aside."""
+    def remove(self) -> None:
+        """Remove the undo file, if there is one. Raises `OSError`."""
         with suppress(FileNotFoundError):
-            self._change(Change.KEEP_ASIDE)
-        try:
-            self._change(Change.PUT_IN_PLACE)
-            self._change(Change.SYNC)
-        except OSError:
-            with suppress(OSError):
-                self._bring_back()
-            raise
+            self._hands.change(Change.REMOVE_UNDO, *self._place())
 
-    def drop_old(self) -> None:
-        """Remove the undo file that was kept aside."""
-        self._remove(Change.DROP_OLD)
-
-    def drop_current(self) -> None:
-        """Remove the undo file; the one that was kept aside, if any, takes its place."""
-        self._bring_back()
-        self._change(Change.SYNC)
+    def sync(self) -> None:
+        """Return once the name is durable. Raises `OSError`."""
+        self._hands.change(Change.SYNC, *self._place())
 
     def is_taken(self) -> bool:
         """Whether there is something under the undo file's name."""
-        return exists(self._directory, self._image_name + SUFFIX)
+        return exists(self._spot.directory, self._spot.name)
 
-    def restore_old(self) -> None:
-        """Bring back the undo file that was kept aside, where a crash left no other."""
-        if self.has_old() and not self.is_taken():
-            self.drop_current()
+    def is_same(self, other: UndoPlace) -> bool:
+        """Whether both are one name in one directory."""
+        ours, its = os.fstat(self._spot.directory), os.fstat(other._spot.directory)
+        names = self._spot.name, other._spot.name
+        return os.path.samestat(ours, its) and names[0] == names[1]
 
-    def has_old(self) -> bool:
-        """Whether an undo file is kept aside."""
-        return exists(self._directory, self._image_name + OLD)
+    def require_image_here(self) -> None:
+        """Raise `ImageNameless` where the image's name leads to another file, or to none.
 
-    def _bring_back(self) -> None:
+        So it is with descriptors in /proc: what is beside them is nowhere.
+        """
+        image_name = self._spot.name.removesuffix(SUFFIX)
+        if self._is_named:
+            return
         try:
-            self._change(Change.BRING_BACK)
-        except FileNotFoundError:
-            self._remove(Change.DROP_UNDO)
+            named = os.stat(image_name, dir_fd=self._spot.directory, follow_symlinks=False)
+        except OSError:
+            named = None
+        if named is None or not os.path.samestat(named, self._status):
+            raise ImageNameless(self._image_path)
 
-    def _remove(self, change: Change) -> None:
-        with suppress(FileNotFoundError):
-            self._change(change)
+    def require_own(self, identity: Identity) -> None:
+        """Raise `UndoFileForeign` where an undo file of the image *identity* may be a planted one.
 
-    def _change(self, change: Change) -> None:
-        self._hands.change(change, self._directory, self._image_name)
+        That is in a folder where others can put files: they need not have made this one.
+        """
+        if self._is_named or identity == self.identity:
+            return
+        status = os.fstat(self._spot.directory)
+        if status.st_uid not in self._owners or status.st_mode & _OF_OTHERS:
+            raise UndoFileForeign(
+                self.file, "it was made for another file, and others may put files into this folder"
+            )
+
+    def other_names(self) -> str:
+        """What makes the image reachable under other names too, in words; empty where nothing."""
+        if self._status.st_nlink > 1 and not stat.S_ISBLK(self._status.st_mode):
+            return f"the image has {self._status.st_nlink} names (hard links)"
+        mounts = {_mount_of(self._image_fd), _mount_of(self._spot.directory)}
+        if len(mounts) > 1 and None not in mounts:
+            return "the image is a mount of its own here (a bind mount)"
+        return ""
+
+    def _require_one_name(self) -> None:
+        names = self.other_names()
+        if names:
+            raise UndoFileAmbiguous(
+                self.file, f"{names}, and what lies beside one is not found from another"
+            )
+
+    def _place(self) -> tuple[int, str]:
+        return self._spot.directory, self._spot.name
 
     def _require_trust(self, status: os.stat_result) -> None:
         """Refuse what somebody made who may not write to the image: its bytes go in there."""
         if not stat.S_ISREG(status.st_mode):
             raise UndoFileDamaged(self.file, "this is no undo file")
-        writers = status.st_mode & ~self._image_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        writers = status.st_mode & ~self._status.st_mode & _OF_OTHERS
         if status.st_uid not in self._owners or writers:
             raise UndoFileDamaged(self.file, "others than the image's owner may write to it")
+
+
+def _mount_of(fd: int) -> str | None:
+    """Which mount an open file was found on; None where that is not told."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line for line in lines if line.startswith("mnt_id:")), None)

@@ -13,6 +13,7 @@ import click
 from instarfs import locks
 from instarfs.cli.complaints import FAILURES, Failure, complain, sentence_of
 from instarfs.cli.grammar import ImageName, image_name, image_options
+from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import FormatHasNoChecks, FormatNotRead
 from instarfs.interrupted import pending
@@ -46,7 +47,10 @@ corruption, and an image of another format hides none.
 @click.option(
     "--plan", "quote", metavar="ID", help="With -r: carry out the plan of this id, or nothing."
 )
-@click.option("--no-undo", is_flag=True, help="With -r: keep no undo file beside the image.")
+@click.option(
+    "--no-undo", is_flag=True, help="With -r: for good, and so are the repairs before it then."
+)
+@undo_file_option
 @click.option("--data", is_flag=True, help="Unpack every compressed cluster, too.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
@@ -60,6 +64,7 @@ def command(
     quote: str | None,
     words: tuple[str, ...],
     *,
+    undo_file: str | None,
     image_opts: bool,
     data: bool,
     force_share: bool,
@@ -81,6 +86,10 @@ def command(
         image_name(word, image_format, image_opts=image_opts, force_share=force_share)
         for word in words
     ]
+    if undo_file is not None:
+        if len(names) > 1:
+            raise click.UsageError("--undo-file is for one image at a time")
+        names = [replace(names[0], undo_file=undo_file)]
     shown = "" if quiet else output
     if tier is not None:
         if data:
@@ -193,6 +202,7 @@ def _repair(
         name.path,
         lambda repairer: repairer.repair(RepairTier(tier), quote),
         keep_undo=keep_undo,
+        undo_file=name.undo_file,
         progress=progress,
     )
 
@@ -223,11 +233,12 @@ def _conclude_repair(
         document = result_json(after, path, outcome, zeros=False, exit_code=ends_with)
         click.echo(document, nl=False)
     if error is not None:
+        repairing.tell_what_came_first(outcome)
         raise name.failed(error)
     if shown == "human" and after is not None:
         click.echo(fixed_human(outcome), nl=False)
         _show_check(after)
-        click.echo("\n" + outcome_human(outcome, path), nl=False)
+        click.echo("\n" + outcome_human(outcome, path, name.undo_file), nl=False)
     return code
 
 

@@ -78,19 +78,23 @@ _UNUSED: Mapping[str, Sequence[str] | None] = {
 
 @dataclass(frozen=True, slots=True)
 class ImageName:
-    """An image as the caller named it. ``format``: as said, empty where it was not said."""
+    """An image as the caller named it. ``format``: as said, empty where it was not said.
+
+    ``undo_file``: where its undo file is, if that was said.
+    """
 
     path: str
     format: str = ""
     force_share: bool = False
     read_only: bool = False
+    undo_file: str | None = None
 
     @contextmanager
     def opened(self) -> Iterator[Image]:
         """The image, under QEMU's locks of a reader, and within the bound of memory."""
         access = locks.FORCE_SHARE if self.force_share else locks.READ_UNLESS_SHARED
         with (
-            Image.open(self.path) as image,
+            Image.open(self.path, self.undo_file) as image,
             limited(image),
             locks.held(image.fileno(), self.path, access),
         ):

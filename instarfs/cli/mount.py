@@ -8,6 +8,7 @@ from functools import partial
 
 import click
 
+from instarfs.cli.options import undo_file_option
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image import Image
@@ -28,7 +29,8 @@ from instarfs.mount.options import MountOptions
 @click.option(
     "--read-only", is_flag=True, help="Refuse to repair: control files cannot be written."
 )
-@click.option("--no-undo", is_flag=True, help="Keep no undo file of repairs beside the image.")
+@click.option("--no-undo", is_flag=True, help="Repair for good, so that nothing can be taken back.")
+@undo_file_option
 @click.option(
     "--follow",
     "directories",
@@ -43,6 +45,7 @@ def command(
     image: str,
     directory: str,
     directories: tuple[str, ...],
+    undo_file: str | None,
     *,
     foreground: bool,
     read_only: bool,
@@ -55,7 +58,7 @@ def command(
     """
     options = MountOptions.parse(words, read_only=read_only)
     # Opened before the mount could hide it.
-    opened, follow = Image.open(image), Follow(directories)
+    opened, follow = Image.open(image, undo_file), Follow(directories)
     check_mountpoint(directory)
     check_fuse(directory)
     try:

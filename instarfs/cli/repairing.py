@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import click
+
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
@@ -11,6 +13,7 @@ from instarfs.errors import InstarfsError, RepairIncomplete
 from instarfs.image import Image
 from instarfs.memory import limited
 from instarfs.outcome import RepairOutcome
+from instarfs.render.repair import TAKEN_BACK_FIRST
 from instarfs.repairer import Repairer
 from planner.errors import PlannerError
 
@@ -20,13 +23,18 @@ def run(
     job: Callable[[Repairer], RepairOutcome],
     *,
     keep_undo: bool = True,
+    undo_file: str | None = None,
     progress: bool = False,
 ) -> RepairOutcome:
-    """Do *job* on the image at *path*. A signal that asks to stop rolls it back."""
+    """Do *job* on the image at *path*. A signal that asks to stop rolls it back.
+
+    One that comes when it is done changes nothing: the command ends by itself, and its exit code
+    says what became of the image.
+    """
+    asked_to_stop = click.get_current_context().with_resource(stoppable())
     with (
-        Image.open(path) as image,
+        Image.open(path, undo_file) as image,
         limited(image),
-        stoppable() as asked_to_stop,
         progress_bar(shown=progress) as tell,
     ):
         repairer = Repairer(
@@ -46,7 +54,14 @@ def raise_error(outcome: RepairOutcome, path: str) -> None:
     """Raise what went wrong, if anything did."""
     error = error_of(outcome, path)
     if error is not None:
+        tell_what_came_first(outcome)
         raise error
+
+
+def tell_what_came_first(outcome: RepairOutcome) -> None:
+    """What was done all the same, before what was asked for failed."""
+    if outcome.recovered:
+        click.echo(f"NOTE {TAKEN_BACK_FIRST}", err=True)
 
 
 def _tell_nobody(_stage: str, _done: int, _total: int) -> None:

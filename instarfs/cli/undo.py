@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.cli import repairing
+from instarfs.cli.options import undo_file_option
 from instarfs.render.repair import outcome_human
 from instarfs.repairer import Repairer
 
@@ -12,13 +13,16 @@ from instarfs.repairer import Repairer
 @click.command(name="undo")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@undo_file_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(path: str, *, quiet: bool, progress: bool) -> None:
-    """Take the last repair of the qcow2 image IMAGE back, byte for byte.
+def command(path: str, undo_file: str | None, *, quiet: bool, progress: bool) -> None:
+    """Take the last repair of the qcow2 image IMAGE back: every byte that it changed.
 
-    Refused when the image was written to since. What a repair was interrupted in is taken back too.
+    Repairs are a stack: do it again for the one before, down to the first. Refused where the image
+    was written to since, as far as its tables show. What a repair was interrupted in is taken back
+    too.
     """
-    outcome = repairing.run(path, Repairer.undo, progress=progress)
+    outcome = repairing.run(path, Repairer.undo, undo_file=undo_file, progress=progress)
     repairing.raise_error(outcome, path)
     if not quiet:
-        click.echo(outcome_human(outcome, path), nl=False)
+        click.echo(outcome_human(outcome, path, undo_file), nl=False)

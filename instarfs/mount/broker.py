@@ -3,8 +3,9 @@
 The daemon, which reads the image, must not: there are the images of others. It asks the broker for
 one of a few fixed things, each under the image's own name or that of its undo file, and gets a
 descriptor, or word that it is done. No path is ever asked for, and the broker reads no file. It is
-forked before anything is known of the image but its name, keeps the directory and nothing else,
-and ends when the daemon does. What there is to ask for is declared in `instarfs.names`.
+forked before anything is known of the image but its name, keeps its directory, that of an undo file
+elsewhere, and nothing else, and ends when the daemon does. What there is to ask for is declared in
+`instarfs.names`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from instarfs.mount.confinement import Confinement
 from instarfs.names import (
     OF_IMAGE,
     OF_READERS,
+    SUFFIX,
     Change,
     HandsGone,
     Opening,
     OwnHands,
+    Spot,
     behind_links,
 )
 
@@ -139,9 +142,11 @@ def _place_of(directory: int, name: str) -> tuple[int, int, int]:
 class Attendant:
     """What carries out the requests: the little that the broker knows, and it never changes."""
 
-    def __init__(self, directory: int, name: str, *, read_only: bool = False) -> None:
-        """*directory* stays the caller's."""
-        self._directory, self._name = directory, name
+    def __init__(self, image: Spot, undo: Spot | None = None, *, read_only: bool = False) -> None:
+        """*undo*: of an undo file that is not beside the image. The directories stay the
+        caller's.
+        """
+        self._image, self._undo = image, undo
         self._allowed = OF_READERS if read_only else frozenset((*Opening, *Change))
         self._hands = OwnHands()
 
@@ -171,10 +176,7 @@ class Attendant:
             raise OSError(errno.EINVAL, "no request")
         if what not in self._allowed:
             raise OSError(errno.EROFS, "nothing is written")
-        if what in OF_IMAGE:
-            directory, name = os.dup(self._directory), self._name
-        else:
-            directory, name = behind_links(self._directory, self._name)
+        directory, name = self._find(what)
         try:
             if _place_of(directory, name) != tuple(place):
                 raise OSError(errno.ESTALE, "the name leads elsewhere by now")
@@ -185,6 +187,14 @@ class Attendant:
         finally:
             os.close(directory)
 
+    def _find(self, what: Opening | Change) -> tuple[int, str]:
+        """The directory, a new descriptor, and the name in it."""
+        spot = self._image if what in OF_IMAGE else self._undo
+        if spot is not None:
+            return os.dup(spot.directory), spot.name
+        directory, name = behind_links(self._image.directory, self._image.name)
+        return directory, name + SUFFIX
+
 
 def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only: bool) -> None:
     """What the new process does, until the daemon has ended."""
@@ -194,11 +204,14 @@ def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"instarfs-broker", 0, 0, 0)
     os.chdir("/")
-    _let_go_of_all_but({image.directory, *(channel.fileno() for channel in channels)})
+    spots = [Spot(image.directory, image.name), *([image.undo] if image.undo else [])]
+    _let_go_of_all_but(
+        {*(spot.directory for spot in spots), *(channel.fileno() for channel in channels)}
+    )
     # What it cannot give up the daemon cannot either, and says so.
     logging.disable()
     Confinement.of_broker(image, read_only=read_only).enforce()
-    attendant = Attendant(image.directory, image.name, read_only=read_only)
+    attendant = Attendant(*spots, read_only=read_only)
     threads = [threading.Thread(target=attendant.attend, args=[each]) for each in channels]
     for thread in threads:
         thread.start()

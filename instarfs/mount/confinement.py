@@ -118,18 +118,21 @@ class Confinement:
         """Of what opens the files of the image for the daemon."""
         confinement = cls(_TO_USE)
         writing = Right(0) if read_only else _REPAIR
+        rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
+        if image.undo is not None:
+            confinement._keep(".", rights, image.undo.directory)
         if image.is_device:
             confinement._keep(image.path, Right.READ_FILE | writing)
             return confinement
         # The directory, not the file: another may take its place, and its undo file lies beside it.
-        rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
         for path in {Path(image.path), Path(image.path).resolve()}:
             confinement._keep(str(path.parent), rights)
         return confinement
 
-    def _keep(self, path: str, rights: Right) -> None:
+    def _keep(self, path: str, rights: Right, directory: int | None = None) -> None:
+        """*path* may begin at a *directory*, which stays the caller's."""
         try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
         except OSError:  # Whoever needs it will hear why it cannot be had.
             return
         self._stack.callback(os.close, fd)

@@ -30,8 +30,8 @@ _TIER_GRAMMAR = "`leaks` or `all`, or either with the id of a plan"
 _UNDO_LINES = {
     State.APPLYING: "a repair was interrupted: write `undo` to take it back",
     State.APPLIED: "write `undo` to take the last repair back",
-    State.UNDONE: "nothing to take back: the last repair has been taken back already",
 }
+_SEALED_LINE = "nothing to take back: the last repair was made with --no-undo\n"
 _TRIM_LINE = (
     "write `trim` to give the disk space of all free clusters back, if a fresh check is clean;"
     " what they held is gone then, also for undo\n"
@@ -139,5 +139,9 @@ class Controls:
             return b"nothing to take back\n"
         if not isinstance(last, Summary):
             return f"{last}\n".encode(errors="surrogateescape")
+        if last.status.state not in _UNDO_LINES:
+            return _SEALED_LINE.encode()
         plan = f" (tier {last.tier}, plan {last.plan_id})"
-        return f"{_UNDO_LINES[last.status.state]}{plan}\n".encode()
+        more = last.status.depth - 1
+        rest = f"; {more} more before it" if more else ""
+        return f"{_UNDO_LINES[last.status.state]}{plan}{rest}\n".encode()

@@ -486,7 +486,11 @@ def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
             "how far a repair is, or the plan of one: `idle`, or its stage and percentage",
             LiveFile(progress),
         ),
-        _Entry("repair/undo", "write `undo` to take the last repair back", controls.undo_file()),
+        _Entry(
+            "repair/undo",
+            "write `undo` to take the last repair back; again: the one before",
+            controls.undo_file(),
+        ),
         _Entry(
             "repair/trim",
             "write `trim` to give the disk space of free clusters back",
@@ -526,8 +530,8 @@ To repair, read check/report.txt and repair/plan/leaks.json, and then:
 
 or, to have exactly the plan carried out that you have read, or nothing, its id with it. The
 command ends when the repair has; should it fail, repair/result.json says why. Each write is one
-command. What a repair changes is kept beside the image until the next one, unless mounted with
---no-undo: `echo undo > repair/undo` takes it back.
+command. What a repair changes is kept in the undo file, unless mounted with --no-undo: `echo undo >
+repair/undo` takes the last one back, and again the one before.
 
 To unmount: instarfs umount DIRECTORY
 """

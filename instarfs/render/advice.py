@@ -114,12 +114,17 @@ class _Place:
         return self.image if self.known.surroundings.is_writable else self.new(COPY)
 
     @property
+    def undo_option(self) -> str:
+        """What says where the undo file is, with a blank before it; empty where it is beside."""
+        around = self.known.surroundings
+        if self.controls is not None or around.keeps_undo or not around.is_writable:
+            return ""
+        return f" --undo-file {shell_path(around.undo_elsewhere)}"
+
+    @property
     def keeps_undo(self) -> bool:
         """Whether a repair can be taken back."""
-        around = self.known.surroundings
-        if self.controls is not None:
-            return self.controls.keeps_undo
-        return around.keeps_undo or not around.is_writable
+        return self.controls is None or self.controls.keeps_undo
 
     def new(self, suffix: str) -> str:
         """A file that is not there yet, as far as somebody looked."""
@@ -176,7 +181,7 @@ def _undo_interrupted(place: _Place) -> Iterator[str]:
 def _undo(place: _Place) -> str:
     if place.controls is not None:
         return f"echo undo > {_in(place.controls, 'repair/undo')}"
-    return f"instarfs undo {place.repaired}"
+    return f"instarfs undo{place.undo_option} {place.repaired}"
 
 
 def _save_lost(place: _Place) -> Iterator[str]:
@@ -253,8 +258,7 @@ def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
     if place.controls is not None:
         look = f"cat {_in(place.controls, f'repair/plan/{tier}.json')}"
         return look, f'echo "{tier} {number}" > {_in(place.controls, "repair/tier")}'
-    option = "" if place.keeps_undo else " --no-undo"
-    repair = f"instarfs check -r {tier} --plan {number}{option} {place.repaired}"
+    repair = f"instarfs check -r {tier} --plan {number}{place.undo_option} {place.repaired}"
     return f"instarfs plan {tier} {place.repaired}", repair
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
-from instarfs.render.text import json_bytes, json_parts, printable
+from instarfs.render.text import json_bytes, json_parts, printable, shell_path
 from instarfs.render.triage import triage_lines, triage_value
 from planner.errors import RepairError
 from planner.findings import KINDS
@@ -180,6 +180,7 @@ def outcome_json(outcome: RepairOutcome | None, filename: str, pending: Pending 
             "leaks-fixed": outcome.leaks_fixed,
             "corruptions-fixed": outcome.corruptions_fixed,
             "interrupted-repair-taken-back": outcome.recovered,
+            "undoable": outcome.undoable,
             "trimmed-bytes": outcome.trimmed,
             "verdict": after.verdict if after else None,
             "counters": counters_value(after) if after else None,
@@ -191,15 +192,31 @@ def outcome_json(outcome: RepairOutcome | None, filename: str, pending: Pending 
     return json_bytes(value)
 
 
-def outcome_human(outcome: RepairOutcome, filename: str) -> str:
-    """What a repair, an undo or a trim did, for a reader; after the check that followed it."""
+TAKEN_BACK_FIRST = "A repair that had been interrupted was taken back first."
+
+
+def outcome_human(outcome: RepairOutcome, filename: str, undo_file: str | None = None) -> str:
+    """What a repair, an undo or a trim did, for a reader; after the check that followed it.
+
+    *undo_file*: where the undo file is, if that was said in the command.
+    """
     lines = [outcome_line(outcome)]
     if outcome.recovered and outcome.status is not Status.UNDONE:
-        lines.insert(0, "A repair that had been interrupted was taken back first.")
+        lines.insert(0, TAKEN_BACK_FIRST)
     lines += _left_section(outcome.left)
+    place = f"--undo-file {shell_path(undo_file)} " if undo_file is not None else ""
+    command = f"instarfs undo {place}{shell_path(filename)}"
     if outcome.undo_file and outcome.stands:
-        lines.append(f"To take it back: instarfs undo {printable(filename)}")
+        before = outcome.undoable - 1
+        more = f" ({_repairs(before)} before it can be taken back after that)" if before else ""
+        lines.append(f"To take it back: {command}{more}")
+    elif outcome.status is Status.UNDONE and outcome.undoable:
+        lines.append(f"To go on: {command}")
     return "\n".join(lines) + "\n"
+
+
+def _repairs(number: int) -> str:
+    return f"{number} repair" if number == 1 else f"{number} repairs"
 
 
 def fixed_human(outcome: RepairOutcome) -> str:
@@ -229,6 +246,10 @@ def outcome_line(outcome: RepairOutcome) -> str:
                 f": {plan}: found {outcome.found}, planned {outcome.planned},"
                 f" repaired {outcome.repaired}, left {outcome.left_count}"
             )
+    if outcome.recovered and outcome.error is not None:
+        line += ": a repair that had been interrupted was taken back first; then"
     if outcome.reason and outcome.status is not Status.INCOMPLETE:
         line += f": {outcome.reason}"
+    if outcome.status is Status.UNDONE and outcome.undoable:
+        line += f": {_repairs(outcome.undoable)} more can be taken back"
     return printable(line)

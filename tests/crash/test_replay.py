@@ -16,19 +16,11 @@ import pytest
 from examples.make_image import Image as Made
 from instarfs.execute import take_back
 from instarfs.image import Image
-from instarfs.journal import (
-    BODY_AT,
-    SLOTS_AT,
-    Record,
-    State,
-    StateWord,
-    digest_of,
-    encode,
-    encode_slot,
-)
+from instarfs.journal import BODY_AT, SLOTS_AT, Record, State, digest_of, encode_slot
 from instarfs.names import SUFFIX
 from instarfs.outcome import RepairOutcome
 from instarfs.repairer import Repairer
+from instarfs.undo_place import Identity
 from planner.arrays import U8
 from planner.errors import RepairError
 from planner.findings import KINDS, FindingKind
@@ -40,6 +32,7 @@ from tests.crash.guest import disks
 from tests.crash.judge import Original, faults
 from tests.crash.replay import Crash, crashes, record
 from tests.devices import MemoryDevice
+from tests.undo_files import encoded, stack_of
 
 SHARE = 6
 """Of a group, every sixth case is also played further: on real files, with a second crash."""
@@ -138,8 +131,9 @@ class Files:
         self.undo_path = directory / ("disk.qcow2" + SUFFIX)
         self._case = case
         head = digest_of(case.content[:SECTOR])
-        record = Record(case.proposal.plan, head, case.proposal.before.counters)
-        self.journal = b"".join(encode(record, StateWord()))
+        counters = case.proposal.before.counters
+        self.record = Record(case.proposal.plan, head, counters, Identity(0, 0))
+        self.journal = encoded(self.record)
 
     def put(self, content: bytes, journal: bytes | None) -> None:
         self.path.write_bytes(content)
@@ -179,11 +173,12 @@ def test_the_next_repair_takes_a_crash_back_and_comes_to_the_same_end(
 def test_a_crash_while_the_state_is_written_leaves_a_way_on_and_a_way_back(
     group: str, tmp_path: Path
 ) -> None:
-    applied = encode_slot(StateWord(State.APPLIED, 0, 1))
     for case in share_of(group):
         plan, files = case.proposal.plan, Files(tmp_path, case)
         end = carried_out(case.content, plan)
-        for length in (0, 8, 9, 21, SECTOR):
+        word = replace(stack_of(files.record)[-1], state=State.APPLIED, sequence=1)
+        applied = encode_slot(word)
+        for length in (0, 8, 9, 21, 50, SECTOR):
             at = SLOTS_AT + SECTOR
             torn = files.journal[:at] + applied[:length] + files.journal[at + length :]
             assert len(torn) == len(files.journal) > BODY_AT

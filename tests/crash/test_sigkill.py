@@ -127,39 +127,67 @@ def test_a_killed_undo_is_finished(kills: int, seed: int, order: Order, tmp_path
         scene.order(order, "repair", ENDLESS)
         assert scene.order(order, "undo", rng.randrange(calls)) == "killed"
         outcome = scene.run(Repairer.undo)
-        assert outcome.error is None or "already" in outcome.reason
+        assert outcome.error is None or "to undo" in outcome.reason
         assert scene.path.read_bytes() == scene.case.content
 
 
-def test_a_killed_second_repair_leaves_the_way_back_from_the_first(
-    kills: int, seed: int, order: Order, tmp_path: Path
-) -> None:
-    """Unless it had come to its end: then the way back is its own."""
-    rng = random.Random(seed + 2)
+def two_repairs(directory: Path, seed: int) -> tuple[Scene, Scene]:
+    """Of one image: the second begins where the first ends."""
     [leaks] = [each for each in cases("damages") if each.name == "leaked-clusters, leaks"]
     dirty = Made(bytearray(leaks.content))
-    DAMAGES["dirty-bit"](dirty, rng)
-    scene = Scene(tmp_path, Case("", bytes(dirty.data), RepairTier.LEAKS))
-    second = Scene(tmp_path, Case("", scene.end, RepairTier.ALL))
-    scene.begin()
-    scene.order(order, "repair", ENDLESS)
+    DAMAGES["dirty-bit"](dirty, random.Random(seed))
+    first = Scene(directory, Case("", bytes(dirty.data), RepairTier.LEAKS))
+    return first, Scene(directory, Case("", first.end, RepairTier.ALL))
+
+
+def take_all_back(scene: Scene) -> list[bytes]:
+    """What each undo leaves, until there is nothing more."""
+    left = []
+    while (outcome := scene.run(Repairer.undo)).error is None:
+        left.append(scene.path.read_bytes())
+    assert "nothing" in outcome.reason
+    assert scene.names() == {scene.path.name}
+    return left
+
+
+def test_a_killed_second_repair_leaves_the_way_back_to_the_first_byte(
+    kills: int, seed: int, order: Order, tmp_path: Path
+) -> None:
+    rng = random.Random(seed + 2)
+    first, second = two_repairs(tmp_path, seed)
+    first.begin()
+    first.order(order, "repair", ENDLESS)
     calls = int(second.order(order, "repair", ENDLESS))
     for number in rng.sample(range(calls), min(calls, kills // 3)):
-        scene.begin()
-        scene.order(order, "repair", ENDLESS)
+        first.begin()
+        first.order(order, "repair", ENDLESS)
         assert second.order(order, "repair", number) == "killed"
-        outcome = scene.run(Repairer.undo)
-        assert outcome.error is None
-        if outcome.recovered:
-            assert scene.path.read_bytes() == scene.end
-            outcome = scene.run(Repairer.undo)
-            assert outcome.error is None
-            assert scene.path.read_bytes() == scene.case.content
-        else:
-            assert scene.path.read_bytes() in (scene.end, scene.case.content)
-        assert scene.names() <= {scene.path.name, *undo_names(scene)}
+        left = take_all_back(first)
+        assert left in ([second.case.content, first.case.content], [first.case.content])
 
 
-def undo_names(scene: Scene) -> set[str]:
-    """The undo file, and one that was not finished: the next repair takes its place."""
-    return {scene.path.name + SUFFIX, scene.path.name + SUFFIX + ".new"}
+def test_a_killed_second_undo_leaves_the_way_back_to_the_first_byte(
+    kills: int, seed: int, order: Order, tmp_path: Path
+) -> None:
+    rng = random.Random(seed + 3)
+    first, second = two_repairs(tmp_path, seed)
+
+    def repair_twice() -> None:
+        first.begin()
+        assert first.order(order, "repair", ENDLESS) != "killed"
+        assert second.order(order, "repair", ENDLESS) != "killed"
+        assert first.path.read_bytes() == second.end
+
+    repair_twice()
+    for undone in (0, 1):
+        calls = int(first.order(order, "undo", ENDLESS))
+        for number in rng.sample(range(calls), min(calls, kills // 4)):
+            repair_twice()
+            for _ in range(undone):
+                first.order(order, "undo", ENDLESS)
+            assert first.order(order, "undo", number) == "killed"
+            left = take_all_back(first)
+            assert set(left) <= {second.case.content, first.case.content}
+            assert first.path.read_bytes() == first.case.content
+        repair_twice()
+        first.order(order, "undo", ENDLESS)

@@ -41,6 +41,7 @@ from instarfs.render import tables as render_tables
 from instarfs.render.guest_map import chain_json, map_json
 from instarfs.render.report import report_txt
 from instarfs.render.triage import triage_json
+from instarfs.undo_place import Identity
 from planner.atlas import draw_atlas
 from planner.check import check_image
 from planner.dirty import read_bitmap_states
@@ -63,6 +64,7 @@ from planner.source import SECTOR, Bytes, Overlay, Source, read_bytes
 from planner.triage import triage_leaks
 from tests.luks_headers import luks_header
 from tests.planner.sources import Sparse
+from tests.undo_files import encoded
 
 SECONDS = 2.0
 MEMORY = 256 << 20
@@ -299,42 +301,62 @@ def _require_printable(text: bytes | str) -> None:
 def undo_file(data: bytes) -> None:
     """An undo file. Refuses with `UndoFileDamaged`."""
     for raw in (data, _sealed(data)):
+
+        def read(offset: int, length: int, raw: bytes = raw) -> bytes:
+            return raw[offset : offset + length]
+
         with suppress(UndoFileDamaged):
-            journal.decode_summary(raw, "undo")
+            found = journal.decode_summary(read, len(raw), "undo")
+            if found is not None:
+                _require_printable(found[0].plan_id)
         with suppress(UndoFileDamaged):
-            record, status = journal.decode(raw, "undo")
-            assert journal.decode(b"".join(journal.encode(record, status)), "undo")[0] == record
-            Overlay(Bytes(bytes(SECTOR)), record.plan.inverse()).read_into(
-                0, memoryview(bytearray(SECTOR))
-            )
+            status = journal.decode_word(raw[: journal.BODY_AT], len(raw), "undo")
+            while status.depth:
+                record, below = journal.decode_record(read, status, "undo")
+                assert below.end < status.end
+                pieces = b"".join(map(bytes, journal.encode_record(record, below)))
+                again = journal.decode_record(
+                    lambda at, length, p=pieces, top=status.top: p[at - top : at - top + length],  # type: ignore[misc]
+                    status,
+                    "undo",
+                )
+                assert again == (record, below)
+                Overlay(Bytes(bytes(SECTOR)), record.plan.inverse()).read_into(
+                    0, memoryview(bytearray(SECTOR))
+                )
+                status = below
 
 
 def _sealed(data: bytes) -> bytes:
     """*data* with the magic and the checksums that it lacks, so that what they guard is reached."""
-    end, length = journal.HEADER.sizeof(), journal.DIGEST_LENGTH
     raw = bytearray(data.ljust(journal.BODY_AT, b"\0"))
     fixed = journal.MAGIC + journal.VERSION
     raw[: len(fixed)] = fixed
-    raw[end - length : end] = journal.digest_of(bytes(raw[journal.BODY_AT :]))
-    with suppress(ValueError):
-        _name_plan(raw)
-    raw[end : end + length] = journal.digest_of(bytes(raw[:end]))
     for at in range(journal.SLOTS_AT, journal.BODY_AT, SECTOR):
-        to = at + journal.SLOT.sizeof()
+        to = at + journal.WORD.sizeof()
+        top = journal.WORD.parse(bytes(raw[at:to])).top
+        if journal.BODY_AT <= top <= len(raw) - SECTOR:
+            _seal_record(raw, top)
         raw[to : to + 4] = zlib.crc32(raw[at:to]).to_bytes(4, "little")
     return bytes(raw)
 
 
-def _name_plan(raw: bytearray) -> None:
-    """Give the plan in an undo file the id that it has."""
-    found = journal.HEADER.parse(bytes(raw))
-    tier = RepairTier(found.tier.rstrip(b"\0").decode("ascii"))
-    body = memoryview(bytes(raw))[journal.BODY_AT :]
-    if len(body) == sum(found.sectors) * (8 + 2 * SECTOR):
-        stages = tuple(journal._stages(body, found.sectors))
-        named = Plan(tier, stages, found.size_before, found.size_after).id.encode()
-        at = raw.index(found.plan_id, len(journal.MAGIC + journal.VERSION) + journal.TIER_LENGTH)
-        raw[at : at + len(named)] = named
+def _seal_record(raw: bytearray, top: int) -> None:
+    """Give the record at *top* the checksums, and its plan the id, that it has."""
+    length = journal.HEADER.sizeof()
+    found = journal.HEADER.parse(bytes(raw[top : top + length]))
+    found.magic = journal.RECORD_MAGIC
+    size = sum(found.sectors) * (8 + 2 * SECTOR)
+    body = memoryview(bytes(raw))[top + SECTOR : top + SECTOR + size]
+    found.body_digest = journal.digest_of(body)
+    with suppress(ValueError):
+        tier = RepairTier(found.tier.rstrip(b"\0").decode("ascii"))
+        if len(body) == size:
+            stages = tuple(journal._stages(body, found.sectors))
+            named = Plan(tier, stages, found.size_before, found.size_after)
+            found.plan_id = named.id.encode()
+    header: bytes = journal.HEADER.build(found)
+    raw[top : top + length + journal.DIGEST_LENGTH] = header + journal.digest_of(header)
 
 
 # ---- seeds ----
@@ -428,9 +450,11 @@ def _undo_seeds() -> Iterator[bytes]:
             draft.write(kind, 512 * int(kind) + 7, b"changed")
         draft.size += 512
         for tier in RepairTier:
-            record = journal.Record(draft.plan(tier), bytes(32), CheckCounters(leaks=3), 1, 2)
-            whole = b"".join(journal.encode(record, journal.StateWord()))
-            yield from (whole, whole[: journal.BODY_AT], whole[: len(whole) // 2])
+            identity = Identity(1, 2)
+            record = journal.Record(draft.plan(tier), bytes(32), CheckCounters(leaks=3), identity)
+            for records in ([record], [record, record]):
+                whole = encoded(*records)
+                yield from (whole, whole[: journal.BODY_AT], whole[: len(whole) // 2])
 
 
 def _mapfile_seeds() -> Iterator[bytes]:

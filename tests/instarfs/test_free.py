@@ -1,12 +1,15 @@
 """instarfs.free: which clusters nothing uses."""
 
+import itertools
 import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from examples.make_image import DAMAGES, MIB, Image, ImageBuilder
-from instarfs.free import free_runs, used_clusters
+from instarfs.free import free_runs, held_within, table_of, used_clusters
 from planner.check import check_image
 from planner.source import Bytes
 
@@ -60,3 +63,18 @@ def test_the_tail_of_the_file_is_free_as_far_as_it_goes(image: Image) -> None:
 
 def test_a_file_that_cannot_be_read_has_nothing_that_is_used() -> None:
     assert not len(used_clusters(check_image(Bytes(b"no image"))))
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.lists(st.integers(1, 9), max_size=12))
+def test_what_of_some_runs_lies_in_extents(one: list[int], other: list[int]) -> None:
+    """As counted byte by byte."""
+
+    def alternating(lengths: list[int]) -> list[tuple[int, int]]:
+        ends = np.cumsum([0, *lengths]).tolist()
+        return list(itertools.pairwise(ends))[1::2]
+
+    extents, runs = alternating(one), alternating(other)
+    inside = {byte for start, end in extents for byte in range(start, end)}
+    counted = sum(byte in inside for start, end in runs for byte in range(start, end))
+    table = table_of(runs)
+    assert held_within(table_of(extents), table[:, 0], table[:, 1] - table[:, 0]) == counted

@@ -21,6 +21,7 @@ from instarfs import locks
 from instarfs.errors import (
     ImageDeleted,
     ImageInUse,
+    ImageNameless,
     ImageReadOnly,
     ImageReplaced,
     NotEnoughMemory,
@@ -32,21 +33,28 @@ from instarfs.errors import (
     RepairNoSpace,
     RepairUnproven,
     RepairWriteFailed,
+    TrimCancelled,
+    TrimFailed,
     TrimRefused,
     TrimUnsupported,
+    UndoEmpty,
+    UndoFileAmbiguous,
     UndoFileDamaged,
+    UndoFileElsewhere,
     UndoFileFailed,
+    UndoFileForeign,
+    UndoFileFull,
     UndoFileImpossible,
     UndoFileMissing,
-    UndoneAlready,
+    UndoSealed,
     UndoStale,
 )
 from instarfs.execute import FileDevice
 from instarfs.image import Image
 from instarfs.interrupted import pending
-from instarfs.journal import Journal, State
+from instarfs.journal import BODY_AT, Journal, State, read_summary
 from instarfs.locks import Access, Permission
-from instarfs.names import OLD, SUFFIX
+from instarfs.names import SUFFIX
 from instarfs.outcome import RepairOutcome, Status
 from instarfs.repairer import Repairer
 from instarfs.undo_place import UndoPlace
@@ -120,6 +128,7 @@ class Sandbox:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.undo_path = path.with_name(path.name + SUFFIX)
+        self.is_named = False
 
     def put(self, content: bytes) -> bytes:
         self.path.write_bytes(content)
@@ -127,7 +136,7 @@ class Sandbox:
         return content
 
     def open(self) -> Image:
-        return Image.open(str(self.path))
+        return Image.open(str(self.path), str(self.undo_path) if self.is_named else None)
 
     def repair(self, tier: RepairTier = ALL, quote: str = "", **options: object) -> RepairOutcome:
         with self.open() as image:
@@ -211,8 +220,8 @@ def test_a_repair_does_what_was_proven_and_undo_takes_it_back(
     assert (taken_back.tier, taken_back.plan_id) == (tier, outcome.plan_id)
     assert taken_back.left_count == outcome.found
     assert box.read() == content
-    assert box.undo_state() is State.UNDONE
-    assert box.names() == {box.path.name, box.undo_path.name}
+    assert taken_back.undoable == 0
+    assert box.names() == {box.path.name}
 
 
 @pytest.mark.parametrize("tier", list(RepairTier))
@@ -495,28 +504,250 @@ def test_where_no_undo_file_can_be_made_nothing_is_written(
     assert box.names() == {box.path.name}
 
 
-def test_without_undo_none_is_kept_and_that_of_the_repair_before_goes_too(box: Sandbox) -> None:
-    box.put(damaged("leaked-clusters", "dirty-bit"))
-    assert box.repair(LEAKS).status is Status.REPAIRED
-    outcome = box.repair(ALL, keep_undo=False)
+def test_without_undo_none_is_kept(box: Sandbox) -> None:
+    box.put(damaged("leaked-clusters"))
+    outcome = box.repair(LEAKS, keep_undo=False)
     assert outcome.status is Status.REPAIRED
     assert outcome.undo_file == ""
     assert box.names() == {box.path.name}
     assert isinstance(box.undo().error, UndoFileMissing)
 
 
-def test_there_is_always_the_way_back_from_the_last_repair(box: Sandbox) -> None:
+def test_after_a_repair_without_undo_nothing_before_it_is_taken_back(
+    box: Sandbox, untouched: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there was no space to keep its way back while it ran."""
+    for has_space in (True, False):
+        box.put(damaged("leaked-clusters", "dirty-bit"))
+        box.undo_path.unlink(missing_ok=True)
+        assert box.repair(LEAKS).status is Status.REPAIRED
+        record = box.undo_path.read_bytes()[BODY_AT:]
+        with monkeypatch.context() as patch:
+            if not has_space:
+                patch.setattr(Journal, "_append", no_space)
+            assert box.repair(ALL, keep_undo=False, device=failing(once(1, EIO))).error
+            assert box.undo_state() is State.APPLIED, "that one was put back"
+            outcome = box.repair(ALL, keep_undo=False)
+        assert (outcome.status, outcome.undo_file) == (Status.REPAIRED, "")
+        content = box.put(box.read())
+        for _ in range(2):
+            outcome = box.undo()
+            assert isinstance(outcome.error, UndoSealed)
+            assert outcome.error.errno == errno.ESTALE
+        untouched(content)
+        assert box.undo_path.read_bytes()[BODY_AT:] == record, "what was kept is not thrown away"
+        box.put(damaged("leaked-clusters", content=content))
+        assert box.repair(LEAKS).undoable == 1
+        outcome = box.undo()
+        assert outcome.status is Status.UNDONE
+        assert "--no-undo: it cannot be taken back" in outcome.reason
+        assert isinstance(box.undo().error, UndoSealed)
+
+
+def no_space(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_seal(journal: Journal) -> None:
+    raise UndoFileFull(journal.file, "No space left on device")
+
+
+def test_where_not_even_that_can_be_said_it_is_not_repaired(
+    box: Sandbox, untouched: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.put(damaged("leaked-clusters", "dirty-bit"))
+    assert box.repair(LEAKS).status is Status.REPAIRED
+    content = box.put(box.read())
+    monkeypatch.setattr(Journal, "_append", no_space)
+    monkeypatch.setattr(Journal, "seal", no_seal)
+    assert isinstance(box.repair(ALL, keep_undo=False).error, UndoFileFull)
+    untouched(content)
+
+
+STEPS = [
+    ("leaked-clusters", LEAKS),
+    ("missing-refcount", ALL),
+    ("wrong-copied", ALL),
+    ("lost-refblock", ALL),
+    ("dirty-bit", ALL),
+]
+
+
+def repair_often(box: Sandbox) -> list[bytes]:
+    """One repair after the other, of new damage each time; the image before each, and after all."""
+    box.put(healthy())
+    states = []
+    for name, tier in STEPS:
+        states.append(box.put(damaged(name, content=box.read())))
+        outcome = box.repair(tier)
+        assert outcome.status is Status.REPAIRED, outcome.reason
+        assert outcome.undoable == len(states)
+    return [*states, box.read()]
+
+
+def test_repairs_are_taken_back_one_by_one_to_the_first_byte(box: Sandbox) -> None:
+    """Of an image that only repairs wrote to."""
+    content = box.put(damaged("leaked-clusters", "dirty-bit", "wrong-copied"))
+    states = [content]
+    for quote in (LEAKS, ALL):
+        assert box.repair(quote).status is Status.REPAIRED
+        states.append(box.read())
+    assert len(set(states)) == 3
+    for left in (1, 0):
+        outcome = box.undo()
+        assert outcome.status is Status.UNDONE
+        assert (outcome.undoable, outcome.reason) == (left, "")
+        assert box.read() == states[left]
+    assert box.names() == {box.path.name}
+    outcome = box.undo()
+    assert isinstance(outcome.error, UndoFileMissing)
+    assert outcome.error.errno == errno.ESTALE
+
+
+def test_each_of_many_is_taken_back_though_others_wrote_in_between(box: Sandbox) -> None:
+    """Once the image is again as a repair left it; and until then nothing is, and that is said."""
+    states = repair_often(box)
+    for number in range(len(STEPS) - 1, -1, -1):
+        outcome = box.undo()
+        assert outcome.status is Status.UNDONE
+        assert box.read() == states[number]
+        assert ("may hold other bytes now" in outcome.reason) == (number < len(STEPS) - 1)
+        if number:
+            assert outcome.undoable in (0, number)
+            content = box.put(repaired(STEPS[number - 1][1], states[number - 1]))
+            assert content != states[number]
+    assert box.names() == {box.path.name}
+
+
+def test_an_interrupted_repair_leaves_those_before_it(box: Sandbox) -> None:
+    content = damaged("lost-refblock", content=repair_often(box)[-1])
+    count = operations(box, ALL, content)
+    box.undo_path.unlink(missing_ok=True)
+    states = repair_often(box)
+    for number in range(1, count):
+        box.put(content)
+        box.repair(ALL, device=failing(from_then_on(number, EIO)))
+        outcome = box.undo()
+        assert outcome.recovered
+        assert box.read() == content
+        with box.open() as image, UndoPlace.beside(image) as place:
+            summary = read_summary(place)
+        assert summary
+        assert (summary.status.state, summary.status.depth) == (State.APPLIED, len(STEPS))
+    box.put(states[-1])
+    assert box.undo().status is Status.UNDONE
+    assert box.read() == states[-2]
+
+
+def test_a_machine_that_wrote_to_what_was_freed_is_not_hidden(box: Sandbox) -> None:
+    """It discards again what it wrote, and all tables are as the repair left them."""
+    content = box.put(damaged("leaked-clusters", content=filled()))
+    box.repair(LEAKS)
+    [first, *_] = free_clusters(box.read()) - free_clusters(content)
+    with box.path.open("r+b") as file:
+        file.seek(first * SIZE)
+        file.write(b"\0" * SIZE)
+    outcome = box.undo()
+    assert outcome.status is Status.UNDONE
+    assert "what the repair had changed is as it was before" in outcome.reason
+    assert "may hold other bytes now" in outcome.reason
+    assert box.read() != content
+
+
+def test_an_undo_file_elsewhere(box: Sandbox, tmp_path: Path) -> None:
+    (tmp_path / "undo").mkdir()
+    box.undo_path = tmp_path / "undo" / "any name"
+    box.is_named = True
+    content = box.put(damaged("leaked-clusters", "dirty-bit"))
+    for tier in (LEAKS, ALL):
+        outcome = box.repair(tier)
+        assert (outcome.status, outcome.undo_file) == (Status.REPAIRED, str(box.undo_path))
+    assert box.names() == {box.path.name, "undo"}
+    box.is_named = False
+    assert isinstance(box.undo().error, UndoFileMissing)
+    box.is_named = True
+    assert [box.undo().status for _ in range(2)] == [Status.UNDONE] * 2
+    assert box.read() == content
+    assert not box.undo_path.exists()
+
+
+@pytest.mark.parametrize("work", [Sandbox.repair, Sandbox.undo, Sandbox.trim])
+def test_an_image_has_one_undo_file(
+    box: Sandbox,
+    untouched: Callable[[bytes], None],
+    tmp_path: Path,
+    work: Callable[[Sandbox], RepairOutcome],
+) -> None:
     box.put(damaged("leaked-clusters", "dirty-bit"))
     box.repair(LEAKS)
-    between = box.read()
-    box.repair(ALL)
-    assert box.undo().status is Status.UNDONE
-    assert box.read() == between
-    assert box.names() == {box.path.name, box.undo_path.name}
-    outcome = box.undo()
-    assert isinstance(outcome.error, UndoneAlready)
-    assert outcome.error.errno == errno.ESTALE
+    content, beside = box.put(box.read()), box.undo_path
+    box.is_named, box.undo_path = True, tmp_path / "another"
+    outcome = work(box)
+    assert isinstance(outcome.error, UndoFileElsewhere)
+    assert str(beside) in outcome.reason
+    untouched(content)
+    beside.rename(box.undo_path)  # as that says
     assert box.repair(ALL).status is Status.REPAIRED
+    assert [box.undo().status for _ in range(2)] == [Status.UNDONE] * 2
+
+
+def test_an_undo_file_that_is_named_holds_the_repairs_of_one_image(
+    box: Sandbox, tmp_path: Path, untouched: Callable[[bytes], None]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = Sandbox(tmp_path / "elsewhere" / "other.qcow2")
+    box.undo_path = other.undo_path = tmp_path / "undo"
+    box.is_named = other.is_named = True
+    other.put(damaged("leaked-clusters"))
+    assert other.repair(LEAKS).status is Status.REPAIRED
+    content = box.put(damaged("missing-refcount"))
+    for keep_undo in (True, False):
+        outcome = box.repair(ALL, keep_undo=keep_undo)
+        assert isinstance(outcome.error, UndoFileForeign)
+        assert "another image" in outcome.reason
+    untouched(content)
+    assert other.undo().status is Status.UNDONE
+
+
+def test_an_image_without_a_name_of_its_own_is_refused(tmp_path: Path) -> None:
+    """What lies beside a descriptor lies nowhere."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(damaged("leaked-clusters"))
+    with path.open("r+b") as file:
+        through = Sandbox(Path(f"/proc/self/fd/{file.fileno()}"))
+        assert through.repair(LEAKS).undo_file == f"{path}{SUFFIX}", "its name is known"
+        assert through.undo().status is Status.UNDONE
+        path.unlink()
+        before = set(tmp_path.iterdir()), set(Path("/").iterdir())
+        for work in (through.repair, through.undo, through.trim):
+            outcome = work()
+            assert isinstance(outcome.error, ImageNameless)
+            assert "\n" not in outcome.reason
+        assert (set(tmp_path.iterdir()), set(Path("/").iterdir())) == before
+        through.is_named, through.undo_path = True, tmp_path / "undo"
+        assert through.repair(LEAKS).status is Status.REPAIRED
+        assert through.undo().status is Status.UNDONE
+        file.seek(0)
+        assert file.read() == damaged("leaked-clusters")
+
+
+def test_an_image_with_two_names_is_repaired_where_it_is_said_which_undo_file(
+    box: Sandbox, tmp_path: Path, untouched: Callable[[bytes], None]
+) -> None:
+    content = box.put(damaged("leaked-clusters", "dirty-bit"))
+    other = Sandbox(tmp_path / "other.qcow2")
+    other.path.hardlink_to(box.path)
+    for each in (box, other):
+        assert isinstance(each.repair(LEAKS).error, UndoFileAmbiguous)
+        outcome = each.undo()
+        assert isinstance(outcome.error, UndoFileMissing)
+        assert "2 names (hard links): it may lie beside another" in outcome.reason
+    untouched(content)
+    for each, tier in ((box, LEAKS), (other, ALL)):
+        each.is_named, each.undo_path = True, tmp_path / "undo"
+        assert each.repair(tier).status is Status.REPAIRED
+    assert [each.undo().status for each in (box, other)] == [Status.UNDONE] * 2
+    assert box.read() == content
 
 
 def test_without_an_undo_file_there_is_nothing_to_undo(
@@ -529,7 +760,7 @@ def test_without_an_undo_file_there_is_nothing_to_undo(
     untouched(content)
 
 
-@pytest.mark.parametrize("undo_file", [b"", b"damaged" * 1000])
+@pytest.mark.parametrize("undo_file", [b"\0", b"damaged" * 1000])
 @pytest.mark.parametrize("work", [Sandbox.repair, Sandbox.undo, Sandbox.trim])
 def test_a_damaged_undo_file_comes_first_for_it_may_be_the_only_way_back(
     box: Sandbox,
@@ -552,7 +783,7 @@ def test_a_cut_off_undo_file_changes_nothing(box: Sandbox) -> None:
     after, whole = box.read(), box.undo_path.read_bytes()
     for length in range(0, len(whole), 311):
         box.undo_path.write_bytes(whole[:length])
-        assert isinstance(box.undo().error, UndoFileDamaged)
+        assert isinstance(box.undo().error, UndoFileDamaged if length else UndoEmpty)
     assert box.read() == after
 
 
@@ -568,7 +799,10 @@ def test_the_undo_file_of_another_image_changes_nothing(
     outcome = box.undo()
     assert isinstance(outcome.error, UndoStale)
     untouched(content)
-    # A repair takes its place: the other image still has its own.
+    # Nor is the way back of this one put on top of that of the other.
+    assert isinstance(box.repair(ALL).error, UndoFileForeign)
+    untouched(content)
+    box.undo_path.unlink()
     assert box.repair(ALL).status is Status.REPAIRED
     assert box.undo().status is Status.UNDONE
     assert box.read() == content
@@ -713,11 +947,15 @@ def test_where_putting_back_fails_the_undo_file_stays_and_the_next_one_finishes(
 
 @pytest.mark.parametrize("work", [Sandbox.repair, Sandbox.undo])
 def test_what_was_put_back_is_said_to_be_also_where_its_undo_file_stays(
-    box: Sandbox, work: Callable[[Sandbox], RepairOutcome]
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch, work: Callable[[Sandbox], RepairOutcome]
 ) -> None:
     content = box.put(damaged("lost-refblock"))
     box.repair(ALL, device=failing(from_then_on(6, EIO)))
-    box.path.with_name(box.path.name + OLD).mkdir()  # so that nothing can be moved there and back
+
+    def fail(journal: Journal, _mtime_ns: int) -> None:
+        raise UndoFileFailed(journal.file, "Input/output error")
+
+    monkeypatch.setattr(Journal, "drop", fail)
     outcome = work(box)
     assert box.read() == content
     assert outcome.recovered
@@ -739,7 +977,7 @@ def test_a_failed_repair_leaves_the_undo_file_of_the_one_before(box: Sandbox) ->
     assert box.read() == between
     assert box.undo().status is Status.UNDONE
     assert box.read() == content
-    assert box.names() == {box.path.name, box.undo_path.name}
+    assert box.names() == {box.path.name}
 
 
 def test_an_interrupted_repair_of_an_image_that_was_written_to_since_is_left_alone(
@@ -802,7 +1040,7 @@ def test_where_the_state_cannot_be_made_durable_the_image_is_put_back(
 ) -> None:
     content = box.put(damaged("leaked-clusters"))
 
-    def fail(journal: Journal, state: State) -> None:
+    def fail(journal: Journal, state: State, mtime_ns: int) -> None:
         raise UndoFileFailed(journal.file, "Input/output error")
 
     with monkeypatch.context() as patch:
@@ -912,7 +1150,7 @@ def test_a_repair_under_way_is_not_an_interrupted_one(box: Sandbox) -> None:
     assert set(seen) == {None}
 
 
-def test_a_damaged_undo_file_is_shown_and_a_hidden_one_is_not(
+def test_a_damaged_undo_file_is_shown_and_so_is_one_that_may_not_be_read(
     box: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     box.put(damaged())
@@ -930,7 +1168,9 @@ def test_a_damaged_undo_file_is_shown_and_a_hidden_one_is_not(
             return whole(path, *args, **kwargs)
 
         monkeypatch.setattr(os, "open", refuse)
-        assert pending(image) is None
+        found = pending(image)
+        assert found is not None
+        assert found.sentence.endswith("run as its owner, or as root")
 
 
 # ---- trim ----
@@ -1052,6 +1292,75 @@ def test_trim_without_anything_to_undo_says_nothing_about_undo(box: Sandbox) -> 
     assert "undo" not in box.trim().reason
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EOPNOTSUPP])
+def test_a_trim_counts_what_was_punched(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Not what it was asked to, nor twice what is gone."""
+    content = box.put(damaged("leaked-clusters", content=filled()))
+    box.repair(LEAKS)
+    before = box.read()
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileDevice, "punch_hole", refuse)
+        for _ in range(3):
+            assert isinstance(box.trim().error, TrimFailed | TrimUnsupported)
+    assert box.read() == before
+    first: list[int] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "trimming":
+            first.append(done)
+
+    assert isinstance(
+        box.trim(progress=progress, cancelled=lambda: bool(first)).error, TrimCancelled
+    )
+    assert trimmed(box) == first[0] > 0
+    for _ in range(3):
+        assert box.trim().error is None
+    # Every cluster that was filled and is punched reads as zeros.
+    after = box.read()
+    gone = [at for at in range(0, len(after), SIZE) if after[at:][:SIZE] != before[at:][:SIZE]]
+    assert trimmed(box) == len(gone) * SIZE
+    outcome = box.undo()
+    assert f"({len(gone) * SIZE} bytes of the file)" in outcome.reason
+    assert box.read() != content
+
+
+def trimmed(box: Sandbox) -> int:
+    with box.open() as image, UndoPlace.beside(image) as place:
+        summary = read_summary(place)
+    assert summary
+    return summary.status.trimmed
+
+
+def test_trim_keeps_what_every_repair_before_needs(box: Sandbox) -> None:
+    """Not only the last one: both are taken back, and the image lives by the old tables again."""
+    builder = ImageBuilder(cluster_bits=9, size=MIB)
+    for cluster in range(0, 600, 2):
+        builder.write(cluster, b"x" * 512)
+    builder.skip(3)
+    builder.write(900, b"y" * 512)
+    whole = bytes(builder.build().data)
+    content = box.put(damaged("lost-l2-table", "lost-refblock", content=whole))
+    between = []
+    for tier in (ALL, LEAKS):  # which leaves what looks lost; and frees that, too
+        between.append(check_image(Bytes(box.read())).counters)
+        assert box.repair(tier, propose_bytes(box.read(), tier).plan.id).stands
+    block = Made(bytearray(content)).refblock(1)
+    assert Made(bytearray(box.read())).refcount(block // 512) == 0
+    assert box.trim().status is Status.TRIMMED
+    assert box.read()[block : block + 512] == content[block : block + 512]
+    for counters in reversed(between):
+        outcome = box.undo()
+        assert outcome.status is Status.UNDONE, outcome.reason
+        assert "trimmed" in outcome.reason
+        assert check_image(Bytes(box.read())).counters == counters
+
+
 def test_trim_can_be_cancelled(box: Sandbox) -> None:
     content = box.put(filled())
     calls: list[int] = []
@@ -1089,3 +1398,18 @@ def test_a_block_device_is_repaired_without_an_undo_file_only(
         assert outcome.status is Status.REPAIRED
     assert box.read() == repaired(LEAKS, content)
     assert box.names() == {box.path.name}
+
+
+def test_a_block_device_can_be_undone_where_its_undo_file_has_a_place(
+    box: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.is_named, box.undo_path = True, tmp_path / "undo"
+    content = box.put(damaged("leaked-clusters", "dirty-bit"))
+    monkeypatch.setattr(Image, "is_device", True)
+    for tier in (LEAKS, ALL):
+        assert box.repair(tier, propose=propose).status is Status.REPAIRED
+    outcomes = [box.undo() for _ in range(2)]
+    assert [each.status for each in outcomes] == [Status.UNDONE] * 2
+    assert "may hold other bytes" in outcomes[0].reason, "of a device nobody knows"
+    assert box.read() == content
+    assert not box.undo_path.exists()

@@ -51,8 +51,8 @@ def have_an_undo_file_made() -> None:
         fd = place.make()
         os.write(fd, b"undo")
         os.close(fd)
-        place.put_in_place()
-        place.drop_current()
+        place.sync()
+        place.remove()
 
 
 def children() -> Iterator[int]:

@@ -85,6 +85,34 @@ def test_a_repair_without_undo(device: Path) -> None:
     assert "nothing to undo" in undone.stderr
 
 
+def test_with_an_undo_file_elsewhere_it_is_taken_back_to_the_first_byte(
+    device: Path, tmp_path: Path, file: Path
+) -> None:
+    before, undo = file.read_bytes(), tmp_path / "undo"
+    done = instarfs("check", "-r", "leaks", "--undo-file", undo, device)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"instarfs undo --undo-file {undo} {device}" in done.stdout
+    assert checked_by_qemu(device) == 0
+    undone = instarfs("undo", "--undo-file", undo, device)
+    assert (undone.returncode, undone.stderr) == (0, "")
+    assert file.read_bytes() == before
+    assert not undo.exists()
+
+
+def test_a_mount_with_an_undo_file_elsewhere_takes_it_back(
+    device: Path, mount: MakeMount, tmp_path: Path, file: Path
+) -> None:
+    before, undo = file.read_bytes(), tmp_path / "undo"
+    it = mount(device, "--undo-file", str(undo))
+    (it / "repair/tier").write_text("leaks")
+    assert json.loads(it.read("repair/result.json"))["undo-file"] == str(undo)
+    assert undo.exists()
+    (it / "repair/undo").write_text("undo")
+    assert json.loads(it.read("repair/result.json"))["status"] == "undone"
+    assert file.read_bytes() == before
+    assert not undo.exists()
+
+
 def test_new_refcounts_have_room_on_the_device(tmp_path: Path) -> None:
     require_loop_devices()
     file = write_image(tmp_path / "disk", "lost-refblock")
@@ -176,7 +204,8 @@ def follow_elsewhere(report: Callable[[], str], device: Path, tmp_path: Path) ->
     first.write_bytes(b"the first copy")
     text = report()
     assert "What lies beside a device is in memory: go to a folder with room" in text
-    assert "That cannot be taken back: the copy is the only way back." in text
+    named, gone = f"--undo-file ./{device.name}.instarfs-undo", "That cannot be taken back"
+    assert (named in text) != (gone in text)
     follow_all(report, device, folder)
     assert (folder / f"{device.name}.copy.~1~").read_bytes() == b"the first copy"
     assert set(device.parent.iterdir()) == before

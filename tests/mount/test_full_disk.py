@@ -99,7 +99,7 @@ def test_no_space_for_the_undo_file(disk: SmallDisk, refused: Refused) -> None:
     errno, reason = refused(disk, RepairTier.LEAKS)
     assert errno == NO_SPACE
     assert "there is no space for the undo file: No space left on device" in reason
-    assert "nothing was written; make space, or repair with --no-undo" in reason
+    assert "nothing was written; make space (df, df -i), name another place" in reason
     assert digest(image) == before
     assert disk.names() == {"image"}
 

@@ -18,6 +18,7 @@ from instarfs.cli.main import main
 from instarfs.cli.stopping import stoppable
 from instarfs.execute import execute
 from instarfs.names import SUFFIX
+from instarfs.render.text import shell_path
 from tests.advice import follow, follow_all, steps_of
 from tests.instarfs.test_repairer import healthy
 
@@ -93,7 +94,7 @@ def test_check_r_all_prints_what_qemu_img_prints_and_what_was_done(instarfs: Run
     again = subprocess.run(["qemu-img", "check", image], check=True, capture_output=True, text=True)
     assert again.stdout in ended.out
     assert shown[-2].startswith("repaired: tier all, plan ")
-    assert shown[-1] == f"To take it back: instarfs undo {image}"
+    assert shown[-1] == f"To take it back: instarfs undo {shell_path(str(image))}"
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,29 @@ def test_without_an_undo_file(instarfs: Run, make) -> None:
     assert not undo_file_of(image).exists()
 
 
+def test_repairs_are_taken_back_one_by_one_from_where_the_command_says(
+    instarfs: Run, make, tmp_path: Path
+) -> None:
+    image, undo = make(*LEAKY), tmp_path / "the undo"
+    option = ("--undo-file", undo)
+    assert instarfs("check", "-r", "leaks", *option, image).code == 2
+    ended = instarfs("check", "-r", "all", *option, image)
+    assert (ended.code, ended.err) == (0, "")
+    command = f"instarfs undo --undo-file {shell_path(str(undo))} {shell_path(str(image))}"
+    last = f"To take it back: {command} (1 repair before it can be taken back after that)"
+    assert ended.out.splitlines()[-1] == last
+    assert not undo_file_of(image).exists()
+    assert "nothing to undo" in instarfs("undo", image).err
+    ended = instarfs("undo", *option, image)
+    assert (ended.code, ended.err) == (0, "")
+    assert ": 1 repair more can be taken back\n" in ended.out
+    assert ended.out.splitlines()[-1] == f"To go on: {command}"
+    ended = instarfs("undo", *option, image)
+    assert (ended.code, len(ended.out.splitlines())) == (0, 1)
+    assert image.read_bytes() == content(*LEAKY)
+    assert instarfs("undo", *option, image).code == 1
+
+
 def test_progress_is_on_stderr(instarfs: Run, make) -> None:
     ended = instarfs("check", "-r", "all", "-p", "-q", make(*LEAKY))
     assert (ended.code, ended.out) == (0, "")
@@ -232,6 +256,7 @@ def test_progress_is_on_stderr(instarfs: Run, make) -> None:
         (("check", "-r", "all", "-U", "x"), "shares the image with nobody"),
         (("check", "--plan", "3f9a2c", "x"), "add -r"),
         (("check", "--no-undo", "x"), "add -r"),
+        (("check", "--undo-file", "u", "x", "y"), "one image at a time"),
         (("check", "-r", "all"), "Missing argument 'IMAGE...'"),
         (("plan", "x"), "'x' is not one of 'leaks', 'all'"),
         (("undo",), "Missing argument 'IMAGE'"),
@@ -379,6 +404,27 @@ def test_an_interrupted_repair_is_taken_back_before_another(
     assert ended.code == 0
     assert "A repair that had been interrupted was taken back first.\n" in ended.out
     assert instarfs("undo", interrupted).code == 0
+    assert interrupted.read_bytes() == content(*LEAKY)
+
+
+def test_what_was_taken_back_is_said_also_where_the_repair_is_then_refused(
+    instarfs: Run, interrupted: Path
+) -> None:
+    ended = instarfs("check", "-r", "all", "--plan", "000000", interrupted)
+    assert (ended.code, ended.out) == (1, "")
+    first, second = ended.err.splitlines()
+    assert first == "NOTE A repair that had been interrupted was taken back first."
+    assert second.startswith(f"instarfs: {interrupted}: plan 000000 is not what would be done now")
+    assert interrupted.read_bytes() == content(*LEAKY)
+
+
+def test_an_interrupted_repair_is_shown_where_its_undo_file_is_elsewhere(
+    instarfs: Run, interrupted: Path, tmp_path: Path
+) -> None:
+    undo = undo_file_of(interrupted).rename(tmp_path / "the undo")
+    assert "was interrupted" not in instarfs("check", interrupted).err
+    assert "was interrupted" in instarfs("check", "--undo-file", undo, interrupted).err
+    assert instarfs("undo", "--undo-file", undo, interrupted).code == 0
     assert interrupted.read_bytes() == content(*LEAKY)
 
 

@@ -22,14 +22,14 @@ from instarfs.errors import ImageOpenFailed
 from instarfs.image import Image
 from instarfs.interrupted import pending
 from instarfs.mount.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
-from instarfs.names import NEW, OF_READERS, OLD, SUFFIX, Change, Hands, Opening, OwnHands
+from instarfs.names import OF_IMAGE, OF_READERS, SUFFIX, Change, Hands, Opening, OwnHands, Spot
 from instarfs.undo_place import UndoPlace
 
 Request = Opening | Change
 REQUESTS: tuple[Request, ...] = (*Opening, *Change)
 
 IMAGE = "image"
-NAMES = {IMAGE: b"image", **{IMAGE + suffix: suffix.encode() for suffix in (SUFFIX, NEW, OLD)}}
+NAMES = {IMAGE: b"image", IMAGE + SUFFIX: b"undo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +49,12 @@ class Attended:
 
 
 @contextmanager
-def attended(folder: Path, name: str = IMAGE, *, read_only: bool = False) -> Iterator[Attended]:
+def attended(
+    folder: Path, name: str = IMAGE, undo: Spot | None = None, *, read_only: bool = False
+) -> Iterator[Attended]:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     directory = os.open(folder, os.O_PATH)
-    attendant = Attendant(directory, name, read_only=read_only)
+    attendant = Attendant(Spot(directory, name), undo, read_only=read_only)
     thread = threading.Thread(target=attendant.attend, args=[its])
     thread.start()
     try:
@@ -77,7 +79,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def outcome(hands: Hands, what: Request, folder: Path, name: str = IMAGE) -> object:
-    """The errno; or what was opened, and how; or None."""
+    """Of the image *name*, or its undo file: the errno; or what was opened, and how; or None."""
+    name += "" if what in OF_IMAGE else SUFFIX
     directory = os.open(folder, os.O_PATH)
     try:
         if isinstance(what, Change):
@@ -116,14 +119,33 @@ def test_names_behind_links(tmp_path: Path) -> None:
     with Image.open(str(tmp_path / "link")) as image, attended(tmp_path, "link") as it:
         image.hands = it.hands
         with UndoPlace.beside(image) as place:
+            place.remove()
             fd = place.make()
             os.write(fd, b"another")
             os.close(fd)
-            place.put_in_place()
-            place.drop_old()
+            place.sync()
         with image.reopen() as again:
             assert os.pread(again.fileno(), 5, 0) == b"image"
     assert content(folder) == {IMAGE: b"image", IMAGE + SUFFIX: b"another"}
+
+
+def test_an_undo_file_elsewhere(tmp_path: Path) -> None:
+    """Where it was said to be when the mount was made, and nowhere else."""
+    folder, elsewhere = fill(tmp_path / "folder", NAMES), fill(tmp_path / "elsewhere", {})
+    with Image.open(str(folder / IMAGE), str(elsewhere / "chosen")) as image:
+        assert image.undo
+        with attended(folder, undo=image.undo) as it:
+            image.hands = it.hands
+            place = UndoPlace.of(image)
+            assert place
+            with place:
+                os.close(place.make())
+            assert content(elsewhere) == {"chosen": b""}
+            for what in (Opening.UNDO, Change.REMOVE_UNDO):
+                assert outcome(it.hands, what, folder) == errno.ESTALE
+                assert outcome(it.hands, what, elsewhere) == errno.ESTALE
+    assert content(folder) == NAMES
+    assert content(elsewhere) == {"chosen": b""}
 
 
 def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
@@ -216,7 +238,7 @@ def test_without_a_broker_nothing_can_be_opened_and_that_is_said_once(
             with pytest.raises(ImageOpenFailed, match="mount again") as caught:
                 image.reopen()
             assert caught.value.errno == errno.EIO
-        assert outcome(it.hands, Change.DROP_UNDO, folder) == errno.EIO
+        assert outcome(it.hands, Change.REMOVE_UNDO, folder) == errno.EIO
         assert os.pread(image.fileno(), 5, 0) == b"image"
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 

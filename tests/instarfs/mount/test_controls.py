@@ -217,8 +217,8 @@ async def test_the_tier_last_applied(
 PLAN = "tier all, plan 3f9a2c012345"
 
 
-def summary(state: State) -> Summary:
-    return Summary(ALL, "3f9a2c012345", StateWord(state))
+def summary(state: State, depth: int = 1) -> Summary:
+    return Summary(ALL, "3f9a2c012345", StateWord(state, depth))
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,12 @@ def summary(state: State) -> Summary:
         ),
         (summary(State.APPLIED), f"write `undo` to take the last repair back ({PLAN})"),
         (
-            summary(State.UNDONE),
-            f"nothing to take back: the last repair has been taken back already ({PLAN})",
+            summary(State.APPLIED, 3),
+            f"write `undo` to take the last repair back ({PLAN}); 2 more before it",
+        ),
+        (
+            summary(State.SEALED, 0),
+            "nothing to take back: the last repair was made with --no-undo",
         ),
         (
             UndoFileDamaged("i\udcffmage.undo", "it is cut off"),

@@ -256,7 +256,8 @@ def _sector(disk: Any, at: int) -> bytes | int:
 
 class MountLife(RuleBasedStateMachine):
     """``held``: how many references the kernel has to an inode. ``reviewed``: which of the files
-    that were there has been checked. ``undoes_to``: what undo gives, where the model knows.
+    that were there has been checked. ``undoes_to``: what undo gives, one after the other,
+    the last first, where the model knows.
     """
 
     def __init__(self) -> None:
@@ -277,8 +278,8 @@ class MountLife(RuleBasedStateMachine):
         self.listings: dict[int, Listed] = {}
         self.moments: dict[str, dict[int, bytes]] = {}
         self.file = self.reviewed = 0
-        self.undoes_to: bytes | None = None
-        self.is_undo_known = True
+        self.undoes_to: list[bytes] = []
+        self.is_bottom_known = True
 
     def teardown(self) -> None:
         try:
@@ -329,8 +330,13 @@ class MountLife(RuleBasedStateMachine):
         moment = next(self.clock)
         os.utime(self.path, ns=(moment, moment))
         time.sleep(0.0015)  # for so long a reader believes that nothing has changed
-        self.undoes_to, self.is_undo_known = None, not self.undo_path.exists()
+        self.undoes_to, self.is_bottom_known = [], not self.undo_path.exists()
         self.moments.clear()
+
+    @property
+    def is_undo_known(self) -> bool:
+        """Whether it is known what undo gives, or that it refuses."""
+        return bool(self.undoes_to) or self.is_bottom_known
 
     @property
     def undo_path(self) -> Path:
@@ -653,13 +659,11 @@ class MountLife(RuleBasedStateMachine):
         assert result["errno"] == (errno.errorcode[code] if code else None)
         match word:
             case "undo":
-                is_known, back = self.is_undo_known, self.undoes_to
                 assert code in {0, errno.ESTALE, errno.EUCLEAN}
                 assert now == before or not code
-                if is_known:
-                    assert (code == 0) == (back is not None), result
-                    assert now == (back or before)
-                self.undoes_to, self.is_undo_known = None, is_known
+                if self.is_undo_known:
+                    assert (code == 0) == bool(self.undoes_to), result
+                    assert now == (self.undoes_to.pop() if self.undoes_to else before)
                 assert code or result["status"] == "undone"
             case "trim":
                 report = check_bytes(before)
@@ -668,14 +672,14 @@ class MountLife(RuleBasedStateMachine):
                 assert code in {0 if is_trimmed else refusal, errno.EUCLEAN}
                 assert not is_trimmed or not code or not self.is_undo_known
                 assert now == before or not code
-                self.is_undo_known = self.undoes_to is None
-                self.undoes_to = None
+                if self.undoes_to:
+                    self.undoes_to, self.is_bottom_known = [], False
             case tier:
                 expected, after = repair_of(before, tier, quote)
-                is_blocked = code == errno.EUCLEAN and not self.is_undo_known
+                is_blocked = code in {errno.EUCLEAN, errno.ESTALE} and not self.is_undo_known
                 assert (code, now) == (expected, after) or (is_blocked and now == before), result
                 if now != before:
-                    self.undoes_to, self.is_undo_known = before, True
+                    self.undoes_to.append(before)
                 tiers = self.shown("repair/tier").decode().split()
                 was_applied = not code or result["status"] == "incomplete"
                 assert (f"[{tier}]" in tiers) or not was_applied
@@ -704,7 +708,7 @@ class MountLife(RuleBasedStateMachine):
         now = self.read_image()
         assert (codes, now) in expected
         if now != before:
-            self.undoes_to, self.is_undo_known = None, False
+            self.undoes_to, self.is_bottom_known = [], False
             time.sleep(0.0015)
 
     async def write_both(self, commands: list[tuple[int, str]]) -> tuple[int, ...]:
@@ -759,7 +763,7 @@ class MountLife(RuleBasedStateMachine):
             self.path.mkdir()
         elif kind == "FIFO":
             os.mkfifo(self.path)
-        self.undoes_to, self.is_undo_known = None, False
+        self.undoes_to, self.is_bottom_known = [], False
 
     @rule(raw=st.sampled_from((b"", b"nonsense", None)))
     def put_an_undo_file_there(self, raw: bytes | None) -> None:
@@ -767,7 +771,7 @@ class MountLife(RuleBasedStateMachine):
             self.undo_path.unlink(missing_ok=True)
         else:
             self.undo_path.write_bytes(raw)
-        self.undoes_to, self.is_undo_known = None, raw is None
+        self.undoes_to, self.is_bottom_known = [], raw is None
 
     # ---- the end ----
 

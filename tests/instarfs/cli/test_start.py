@@ -1,0 +1,50 @@
+"""instarfs.cli.start: signals that come after a command has done its work."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.instarfs.cli.test_repair import LEAKY, content
+
+# The last that happens in a Python program before it tears itself down; and while results are told.
+AT_END = "import atexit, os, sys; atexit.register(lambda: os.kill(os.getpid(), {number}))\n"
+IN_OUTPUT = """
+import os, sys
+import instarfs.render.repair as it
+whole = it.fixed_human
+def told(outcome):
+    os.kill(os.getpid(), {number})
+    return whole(outcome)
+it.fixed_human = told
+"""
+
+RUN = "from instarfs.cli.start import main; main()\n"
+NUMBERS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
+
+
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program + RUN, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("moment", [AT_END, IN_OUTPUT], ids=["at the end", "in the output"])
+def test_what_was_done_is_what_the_exit_code_says(
+    tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(content(*LEAKY))
+    done = run(moment.format(number=int(number)), "check", "-r", "all", image)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "To take it back: instarfs undo" in done.stdout
+    assert image.read_bytes() != content(*LEAKY)
