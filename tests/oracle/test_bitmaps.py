@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from instarfs.image import Image
 from instarfs.render.bitmaps import bitmaps_json
-from planner.dirty import read_bitmap_states
+from planner.dirty import read_bitmap_states, unsaved_bitmaps
+from planner.qcow2.bitmaps import AUTO, IN_USE
+from planner.qcow2.layout import Layout
 from tests.mount.mounts import run
 
 DISK = 96 << 20
@@ -45,3 +48,25 @@ def test_what_was_written_is_dirty(granularity: int, tmp_path: Path) -> None:
         min(granularity, DISK - bit * granularity) for bit in dirty
     )
     assert ours["disabled"]["dirty-bytes"] == 0
+
+
+def test_one_that_was_never_saved_is_what_qemu_takes_for_inconsistent(tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
+    for name in ("unsaved", "sound"):
+        run("qemu-img", "bitmap", "--add", path, name)
+    with Image.open(str(path)) as image:
+        states = read_bitmap_states(image.source(), lambda _: None)
+    with path.open("r+b") as file:
+        file.seek(states.bitmaps[0].bitmap.offset + 12)
+        file.write((IN_USE | AUTO).to_bytes(4, "big"))
+    for change in ("--add", "--enable", "--clear"):
+        command = ["qemu-img", "bitmap", change, path, "unsaved"]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 1
+    with Image.open(str(path)) as image:
+        states = read_bitmap_states(image.source(), lambda _: None)
+        unsaved = unsaved_bitmaps(image.source(), Layout.read(image.source()))
+    shown = json.loads(bitmaps_json(states, is_written=False))["bitmaps"]
+    assert [bitmap["inconsistent"] for bitmap in shown] == [True, False]
+    assert [bitmap.name for bitmap in unsaved] == [b"unsaved"]
+    run("qemu-img", "bitmap", "--remove", path, "unsaved")
