@@ -232,7 +232,8 @@ class _Run:
             part = _PartOfDisk(low, low)
             for rows in disk_extents(self._disk, low, high):
                 for start, end, flaw in _stretches(rows, self._unread_depths()):
-                    for first, last in _cut(start - self._disk.start, end - self._disk.start):
+                    stretch = start - self._disk.start, end - self._disk.start
+                    for first, last in [stretch] if flaw else _cut(*stretch):
                         if flaw:
                             part.bad.append((first, last))
                             part.elsewhere += last - first if flaw == UNKNOWN else 0

@@ -488,3 +488,17 @@ def test_what_is_no_image(export: Command, tmp_path: Path) -> None:
     make(tmp_path / "image")
     refused(export(tmp_path / "image", tmp_path / "none/out"), "none/out", "No such file")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_lost_costs_nothing_however_much_it_is(export: Command, tmp_path: Path) -> None:
+    """All L2 tables of a petabyte lie past the end of the file."""
+    made = ImageBuilder(size=1 << 50, cluster_bits=21).build()
+    for index in range((1 << 50) // made.geometry.l2_coverage):
+        made.set_word(made.l1_at(index), (1 << 40) + (index << 21) | entries.COPIED)
+    image, out = tmp_path / "image", tmp_path / "out"
+    image.write_bytes(made.data)
+    with small_disk(tmp_path / "room", 4 * MIB) as room:  # whose files may be as large
+        said = room.instarfs("export", image, room.path / "out")
+        assert f"{1 << 50} of {1 << 50} bytes could not be read" in said.stderr
+        assert listed(room.outside / "out").blocks(BAD) == [(0, 1 << 50)]
+    assert not out.exists()
