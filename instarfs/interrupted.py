@@ -45,6 +45,6 @@ def _pending_in(place: UndoPlace) -> Pending | None:
         return None
     sentence = (
         f"a repair (tier {summary.tier}, plan {summary.plan_id}) was interrupted; the next repair"
-        " takes it back first, and so does: instarfs undo"
+        f" takes it back first, and so does: instarfs undo{place.option}"
     )
     return Pending(sentence, place.file, summary.tier, summary.plan_id)

@@ -112,7 +112,10 @@ class Repairer:
         work = _Pass(self, outcome)
         try:
             with Session.open(self.image, self.device, work.check) as session:
-                job(work, session)
+                try:
+                    job(work, session)
+                finally:
+                    work.count_undoable(session)
         except Cancelled:
             work.fail(RepairCancelled(self.image.path))
         except MemoryError:
@@ -151,6 +154,11 @@ class _Pass:
             reason=str(error),
             error=error,
         )
+
+    def count_undoable(self, session: Session) -> None:
+        """How many repairs can be taken back now; after an undo that is known better."""
+        if self.outcome.status is not Status.UNDONE:
+            self.outcome = replace(self.outcome, undoable=session.undoable_count)
 
     # ---- repair ----
 
@@ -247,7 +255,6 @@ class _Pass:
         self.outcome = replace(
             self.outcome,
             undo_file=session.undo_file if session.is_recorded else "",
-            undoable=session.journal.status.depth if session.journal else 0,
         )
         return after
 

@@ -105,9 +105,14 @@ class Session:
         return self.journal is not None and self.journal.status.state is State.APPLYING
 
     @property
+    def undoable_count(self) -> int:
+        """How many repairs can be taken back one after the other, as far as the undo file tells."""
+        return self.journal.status.depth if self.journal else 0
+
+    @property
     def is_recorded(self) -> bool:
         """Whether there is a repair on top of the undo file that can be taken back."""
-        return self.journal is not None and self.journal.status.depth > 0
+        return self.undoable_count > 0
 
     @property
     def is_touched(self) -> bool:

@@ -80,6 +80,11 @@ class UndoPlace:
         return str(directory / self._spot.name)
 
     @property
+    def option(self) -> str:
+        """What a command needs to find it, with a blank before it; empty where it is beside."""
+        return f" --undo-file {self.file}" if self._is_named else ""
+
+    @property
     def identity(self) -> Identity:
         """Which file the image is."""
         is_device = stat.S_ISBLK(self._status.st_mode)

@@ -593,6 +593,8 @@ def test_repairs_are_taken_back_one_by_one_to_the_first_byte(box: Sandbox) -> No
         assert box.repair(quote).status is Status.REPAIRED
         states.append(box.read())
     assert len(set(states)) == 3
+    assert box.repair(ALL).undoable == 2, "also where there was nothing to do"
+    assert box.repair(ALL, "000000").undoable == 2, "or it was refused"
     for left in (1, 0):
         outcome = box.undo()
         assert outcome.status is Status.UNDONE

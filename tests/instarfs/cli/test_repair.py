@@ -423,7 +423,9 @@ def test_an_interrupted_repair_is_shown_where_its_undo_file_is_elsewhere(
 ) -> None:
     undo = undo_file_of(interrupted).rename(tmp_path / "the undo")
     assert "was interrupted" not in instarfs("check", interrupted).err
-    assert "was interrupted" in instarfs("check", "--undo-file", undo, interrupted).err
+    shown = instarfs("check", "--undo-file", undo, interrupted).err
+    assert "was interrupted" in shown
+    assert f"and so does: instarfs undo --undo-file {undo}\n" in shown
     assert instarfs("undo", "--undo-file", undo, interrupted).code == 0
     assert interrupted.read_bytes() == content(*LEAKY)
 
