@@ -120,17 +120,21 @@ class _Claims:
         if not len(table.offset):
             return READABLE_END  # It reaches past the end of the file, and was not counted.
         first, end = int(table.first(bits).min()), int(table.last(bits).max()) + 1
-        return next((at for at in range(first, end) if not self._may_be_table(at)), end)
+        answers = [self._is_table(cluster) for cluster in range(first, end)]
+        if False not in answers:
+            return end
+        # Its length is wrong: it goes no further than there is something in it.
+        return first + next(at for at, answer in enumerate(answers) if not answer)
 
-    def _may_be_table(self, cluster: int) -> bool:
-        """Whether what lies in *cluster* may be that part of the refcount table."""
+    def _is_table(self, cluster: int) -> bool | None:
+        """Whether *cluster* looks like its part of the refcount table; None where it is empty."""
         size = self._geometry.cluster_size
         within = cluster * size - self._layout.header.refcount_table_offset
         raw = read_bytes(self._source, cluster * size, size)
         words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
         used = np.flatnonzero(words)
-        if within < 0 or not len(used):
-            return within != 0  # The header, at least, has a refcount.
+        if not len(used):
+            return None if within else False  # The header, at least, has a refcount.
         offset = words[used] & np.uint64(entries.REFTABLE_OFFSET)
         sound = (words[used] & np.uint64(entries.REFTABLE_RESERVED)) == 0
         sound &= offset % np.uint64(size) == 0

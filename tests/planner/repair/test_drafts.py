@@ -153,6 +153,22 @@ def test_a_refcount_table_that_is_said_to_be_the_header_is_made_anew():
     assert counts(settled(image)) == {}
 
 
+def test_a_refcount_table_that_seems_to_go_on_over_zeros_and_text_ends_where_it_did():
+    image = plain()
+    old, new = image.header.refcount_table_offset // SIZE, image.host_clusters
+    image.data += image.data[old * SIZE : (old + 1) * SIZE] + bytes(SIZE) + b"text" * (SIZE // 4)
+    image.set_refcount(old, 0)
+    for cluster in range(new, new + 3):
+        image.set_refcount(cluster, 1)
+    image.set_word(image.l2_at(7), (new + 1) * SIZE | COPIED)
+    image.set_word(image.l2_at(8), (new + 2) * SIZE | COPIED)
+    image.change_header(refcount_table_offset=new * SIZE)
+    assert check_image(image.source).counts() == {}
+    image.change_header(refcount_table_clusters=3)
+    assert Kind.MULTIPLE_OWNERS in check_image(image.source).counts()
+    assert counts(settled(image)) == {}
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["active", "with a snapshot"])
 def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared(shared):
     made = fill(builder())
