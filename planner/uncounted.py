@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.arrays import I64, distinct, without_repeats
+from planner.claims import blocks_that_are_none
 from planner.findings import FindingKind
 from planner.mismatch import CHUNK, Mismatches
 from planner.report import Report
@@ -21,8 +22,9 @@ from planner.stored import Reftable
 def uncounted_clusters(source: Source, report: Report) -> I64:
     """Clusters inside the file that are no hole, have no reference, and whose refcount is lost.
 
-    Ascending, int64. Lost is what cannot be looked up, and a run of sectors of a refcount block in
-    which every refcount is 0, though something there is in use.
+    Ascending, int64. Lost is what cannot be looked up, a run of sectors of a refcount block in
+    which every refcount is 0, though something there is in use, and what something else lies in the
+    place of. There, what is not 0 by chance looks like a leak, and is none of these.
     """
     mismatches, layout = report.mismatches, report.layout
     if mismatches is None or layout is None:
@@ -36,7 +38,9 @@ def uncounted_clusters(source: Source, report: Report) -> I64:
             for low, high in source.data_extents(first << bits, length << bits)
         ]
     clusters = distinct(np.concatenate(found))
-    unused: I64 = clusters[mismatches.count_references(clusters) == 0]
+    clusters = clusters[mismatches.count_references(clusters) == 0]
+    slots, known = mismatches.index.find(clusters)
+    unused: I64 = clusters[~known | (mismatches.stored[slots] == 0)] if len(clusters) else clusters
     return unused
 
 
@@ -51,6 +55,7 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     sound = sound[table.offset[sound] >> report.geometry.cluster_bits < layout.host_clusters]
     used = -(-mismatches.first_unused() // per_block)
     blocks = np.setdiff1d(np.arange(used), table.index[sound], assume_unique=True)
+    blocks = distinct(np.concatenate((blocks, blocks_that_are_none(source, report))))
     yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
         per_sector = max(1, SECTOR * 8 >> report.geometry.refcount_order)

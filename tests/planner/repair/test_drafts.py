@@ -127,6 +127,25 @@ def test_a_refcount_table_entry_that_leads_to_something_else_is_wrong(what):
     assert read_bytes(Overlay(image.source, proposal.plan), places[what], SIZE)[104:] == guest[104:]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text " * (SIZE // 5), b"\x80\0\0\0\0\7\0\0" * (SIZE // 8)],
+    ids=["zeros", "text", "table"],
+)
+def test_what_is_lost_stays_counted_where_something_else_lies_in_the_place_of_refcounts(content):
+    image = plain()
+    lost = image.l2_table(1)
+    data = [image.word(lost + 8 * index) % COPIED for index in range(SIZE // 8)]
+    evidence = {lost, *filter(None, data)}
+    image.data[image.host_offset(1) : image.host_offset(2)] = content.ljust(SIZE, b"\0")
+    image.set_word(image.reftable_at(0), image.host_offset(1))
+    image.set_word(image.l1_at(1), 0)
+    proposal = settled(image)
+    assert proposal.after.mismatches is not None
+    still = proposal.after.mismatches.clusters(Kind.LEAK, 1 << 20)
+    assert evidence <= {cluster * SIZE for cluster in still.tolist()}
+
+
 @pytest.mark.parametrize("what", ["L1 entry", "data"])
 def test_what_leads_to_refcounts_that_are_right_stays_named(what):
     image = plain()
