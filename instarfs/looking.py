@@ -13,6 +13,8 @@ from instarfs.names import SUFFIX, exists
 from instarfs.surroundings import LONGEST_NAME, RAW, SUFFIXES, Room, Surroundings, candidates
 from instarfs.undo_place import UndoPlace
 
+FUSE = "/dev/fuse"
+
 
 def look_around(image: Image) -> Surroundings:
     """What is around *image*."""
@@ -27,6 +29,7 @@ def look_around(image: Image) -> Surroundings:
         keeps_undo=keeps_undo,
         undo_elsewhere="" if keeps_undo else f"./{next(candidates(image.name, SUFFIX))}",
         is_writable=_may_write(image, image.name),
+        can_mount=os.access(FUSE, os.R_OK | os.W_OK),
     )
 
 

@@ -51,7 +51,7 @@ class Surroundings:
     ``taken``: of the names that a file of it could have, those that something has already, as far
     as they were looked at. ``keeps_undo``: whether it has an undo file where nobody says one;
     ``undo_elsewhere``: where else, always the same. ``is_writable``: whether it can be repaired
-    where it is.
+    where it is; ``can_mount``: and be mounted by who looks.
     """
 
     room: Room = Room.BESIDE
@@ -59,6 +59,7 @@ class Surroundings:
     keeps_undo: bool = True
     undo_elsewhere: str = ""
     is_writable: bool = True
+    can_mount: bool = True
 
     def is_taken(self, image: str, suffix: str) -> bool:
         """Whether the first choice of a name is taken."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
 from instarfs import locks
-from instarfs.cli.naming import named
+from instarfs.cli.grammar import ImageName
+from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import Tell, progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
 from instarfs.guest.follow import Follow
@@ -16,9 +18,9 @@ from instarfs.guest.guest import Guest
 from instarfs.image import Image
 from instarfs.interrupted import pending
 from instarfs.looking import look_around
-from instarfs.memory import limited
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
+from instarfs.surroundings import Surroundings
 from planner.beside import Beside, look_beside
 from planner.check import check_image
 from planner.errors import NotQcow2, RepairError, as_value
@@ -33,6 +35,7 @@ from planner.triage import Triage, triage_leaks
 @click.option(
     "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
 )
+@undo_file_option
 @click.option(
     "--follow",
     "directories",
@@ -41,21 +44,29 @@ from planner.triage import Triage, triage_leaks
     help="Look for backing and data files that the image names, where they are below DIR.",
 )
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(path: str, directories: tuple[str, ...], *, progress: bool, force_share: bool) -> None:
+def command(
+    path: str,
+    directories: tuple[str, ...],
+    undo_file: str | None,
+    *,
+    progress: bool,
+    force_share: bool,
+) -> None:
     """Say what is wrong with the qcow2 image IMAGE, what it means, and what to do about it.
 
     This is check/report.txt of a mount: it checks all metadata, looks into the leaked clusters,
     and plans both repairs. Nothing is written. The exit code is that of `instarfs check`.
     """
     follow = Follow(directories)
-    access = locks.FORCE_SHARE if force_share else locks.READ_UNLESS_SHARED
-    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path, access):
+    name = ImageName(path, force_share=force_share, undo_file=undo_file)
+    with name.opened() as image:
         in_use, before = locks.is_written(image.fileno()), image.generation()
         with progress_bar(shown=progress) as tell:
             report = replace(check_image(image.source(), progress=tell), in_use=in_use)
             if isinstance(report.error, NotQcow2):
-                raise named(report.error, path)
+                raise name.failed(report.error)
             known = _aftermath(image, report, follow, tell)
+        known = replace(known, surroundings=_around(image, undo_file))
         report = replace(report, changed=image.generation() != before)
         click.echo(report_txt(report, image.path, known), nl=False)
     sys.exit(1 if report.torn else report.exit_code)
@@ -90,5 +101,12 @@ def _aftermath(image: Image, report: Report, follow: Follow, tell: Tell | None) 
     if report.layout is not None:
         members = Guest(image, follow).members
         beside = look_beside(image.source(), report.layout, members)
+    return Aftermath(triage, proposals, interrupted, beside=beside)
+
+
+def _around(image: Image, undo_file: str | None) -> Surroundings:
+    """What is around it; an undo file that was named is to be named with every command."""
     around = look_around(image)
-    return Aftermath(triage, proposals, interrupted, surroundings=around, beside=beside)
+    if undo_file is None:
+        return around
+    return replace(around, keeps_undo=False, undo_elsewhere=str(Path(undo_file).absolute()))

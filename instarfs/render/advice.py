@@ -197,6 +197,9 @@ def _save_lost(place: _Place) -> Iterator[str]:
     if mounted is not None:
         yield from _step(f"{what}:", f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}")
         return
+    if not place.known.surroundings.can_mount:
+        yield from _step("The copy holds the leaked clusters, too; in a mount they are files.")
+        return
     mounted = Mounted(place.known.surroundings.path(place.path, FOLDER))
     word = shell_path(mounted.directory)
     yield from _step(

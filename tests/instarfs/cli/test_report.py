@@ -9,6 +9,7 @@ import pytest
 
 from instarfs import locks
 from instarfs.image import Image
+from instarfs.names import SUFFIX
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
 from planner.check import check_image
@@ -55,6 +56,36 @@ def test_what_is_advised_works_whatever_the_image_is_called(name: str, image: Pa
     made = [path for path in folder.iterdir() if path.name != name]
     assert all(path.name.startswith(name[:200]) for path in made)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+
+
+def test_an_undo_file_that_was_named_is_named_in_what_is_advised(image: Path) -> None:
+    content = damaged("leaked-clusters")
+    image.write_bytes(content)
+    undo = image.parent / "it's\nkept here"
+    follow_all(lambda: run_here(["report", "--undo-file", undo, image]).out, image)
+    assert undo.exists()
+    assert not image.with_name(image.name + SUFFIX).exists()
+    assert run_here(["undo", "--undo-file", undo, image]).code == 0
+    assert image.read_bytes() == content
+
+
+def test_what_is_advised_works_for_an_image_with_two_names(image: Path) -> None:
+    image.write_bytes(damaged("lost-l2-table"))
+    other = image.parent.parent / "another name"
+    other.hardlink_to(image)
+    follow_all(lambda: run_here(["report", image]).out, image)
+    assert other.samefile(image)
+
+
+def test_nothing_is_mounted_where_nothing_can_be(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.looking.FUSE", str(image.with_name("none")))
+    image.write_bytes(damaged("lost-l2-table"))
+    text = run_here(["report", image]).out
+    assert "The copy holds the leaked clusters, too; in a mount they are files." in text
+    assert "instarfs mount" not in text
+    follow_all(lambda: run_here(["report", image]).out, image)
 
 
 # ---- what it prints, and how it ends ----
