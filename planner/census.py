@@ -341,6 +341,17 @@ class Walker:
             entry.width,
             found=entry.word[bad],
         )
+        if self._geometry.version < 3:
+            bad = np.flatnonzero(
+                np.isin(entry.types, (ClusterType.ZERO_PLAIN, ClusterType.ZERO_ALLOC))
+            )
+            self._report(
+                FindingKind.ZERO_IN_VERSION_2,
+                batch,
+                entry.positions[bad],
+                entry.width,
+                found=entry.word[bad],
+            )
         allocated = (entry.bitmap & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
         bad = np.flatnonzero((entry.types == ClusterType.UNALLOCATED) & allocated)
         self._report(

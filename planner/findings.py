@@ -126,6 +126,7 @@ class FindingKind(IntEnum):
     LUKS_HEADER_LENGTH = 37
     UNKNOWN_AUTOCLEAR = 38
     COMPRESSED_UNREADABLE = 39
+    ZERO_IN_VERSION_2 = 40
 
     @property
     def label(self) -> str:
@@ -384,6 +385,13 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a program without support for bitmaps has written to the image: they are void now",
         "bitmaps",
         left="the bitmaps no longer describe the disk",
+        counted=False,
+    ),
+    FindingKind.ZERO_IN_VERSION_2: KindInfo(
+        _S.CORRUPTION,
+        "an entry has the zero flag, which version 2 does not know: the guest cannot read it",
+        "entry",
+        left="either the flag or the version is wrong",
         counted=False,
     ),
     FindingKind.TABLE_OVERWRITTEN: KindInfo(

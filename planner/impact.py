@@ -33,6 +33,7 @@ _HARM = {
         FindingKind.COMPRESSED_UNREADABLE,
         FindingKind.L2_TABLE_MISALIGNED,
         FindingKind.DATA_MISALIGNED,
+        FindingKind.ZERO_IN_VERSION_2,
         FindingKind.COMPRESSED_WITH_DATA_FILE,
     ),
     Harm.SUSPECT: (

@@ -40,6 +40,7 @@ def judge_l2(words: U64, bitmaps: U64 | None, layout: Layout, stored: StoredRefc
     subclusters = np.zeros(len(words), dtype=np.uint64) if bitmaps is None else bitmaps
     packed, nowhere = types == ClusterType.COMPRESSED, types == ClusterType.UNALLOCATED
     data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+    is_zero = (types == ClusterType.ZERO_PLAIN) | (types == ClusterType.ZERO_ALLOC)
     allocated = (subclusters & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
     both = ((subclusters >> np.uint64(32)) & subclusters) != 0
     offset = entries.l2_offsets(words)
@@ -58,6 +59,7 @@ def judge_l2(words: U64, bitmaps: U64 | None, layout: Layout, stored: StoredRefc
         len(words),
         (FindingKind.L2_ENTRY_RESERVED, ~packed & ((words & np.uint64(entries.L2_RESERVED)) != 0)),
         (FindingKind.UNALLOCATED_SUBCLUSTERS, nowhere & allocated),
+        (FindingKind.ZERO_IN_VERSION_2, is_zero & (geometry.version < 3)),
         (FindingKind.COMPRESSED_COPIED, packed & (words >= np.uint64(entries.COPIED))),
         (FindingKind.SUBCLUSTER_CONFLICT, data & both),
         (FindingKind.DATA_MISALIGNED, misaligned & holds_data),

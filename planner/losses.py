@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8, Mask, distinct
+from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.census import data_and_compressed, decode_words, split_entries
 from planner.errors import ImageError
 from planner.findings import ACTIVE, NONE, FindingKind, Structure
@@ -60,7 +60,7 @@ class Cause:
         """In words; what is lost has been said."""
         match self.kind:
             case CauseKind.EMPTY_TABLE:
-                return f"{self._entries('leads', 'lead')} to a table of nothing but zeros"
+                return f"{self._entries('leads', 'lead')} to a table without any entry left"
             case CauseKind.OVERWRITTEN_TABLE:
                 return f"{self._entries('leads', 'lead')} to a table that was overwritten"
             case CauseKind.EMPTY_ENTRY:
@@ -122,19 +122,22 @@ class Losses:
 @dataclass(frozen=True, slots=True)
 class Leaked:
     """Leaked clusters in columns: ``cluster``, ascending; ``lost``: references that each has lost;
-    ``unused``: whether none is left; ``holds_data``; ``has_table``: a lost table that leaks too
-    leads to it; ``is_refcounts``: it looks like an old refcount block; ``is_empty``: nothing but
-    zeros. ``is_room_for_tables``: whether an L1 entry of the
-    active disk leads to no table of its own.
+    ``uncounted``: whether there is no refcount to tell; ``unused``: whether no reference is left;
+    ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
+    looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
+    tables look lost. ``is_room_for_tables``: whether an L1 entry of the active disk leads to no
+    table of its own.
     """
 
     cluster: I64
     lost: I64
+    uncounted: Mask
     unused: Mask
     holds_data: Mask
     has_table: Mask
     is_refcounts: Mask
     is_empty: Mask
+    lost_tables: int
     is_room_for_tables: bool
 
 
@@ -181,7 +184,12 @@ def find_losses(
     causes = tuple(_causes(report, disk, leaked, homeless, other_reading))
     references = _references_lost(disk, leaked, candidates)
     room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
-    missing = min(references * report.geometry.cluster_size, room, disk.size)
+    lost = references * report.geometry.cluster_size
+    if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
+        lost = disk.size  # in one cluster as many compressed ones as nobody has counted any more
+    if has_backing:  # entries that said zeros had no cluster, and hid what the backing file has
+        lost += (leaked.lost_tables + disk.lost_windows) * report.geometry.l2_coverage
+    missing = min(lost, room, disk.size)
     return Losses(len(homeless), causes, missing)
 
 
@@ -241,7 +249,7 @@ def _references_lost(disk: _Disk, leaked: Leaked, candidates: Mask) -> int:
     """
     chosen = candidates & leaked.unused
     chosen[~leaked.unused] = disk.may_have_had_more()
-    if not leaked.is_room_for_tables and not disk.has_lost_windows:
+    if not leaked.is_room_for_tables and not disk.lost_windows:
         # Then a table without a place is what is left of a snapshot that was deleted.
         chosen &= ~leaked.has_table | (leaked.lost > 1)
     return int(leaked.lost[chosen].sum())
@@ -284,11 +292,18 @@ class _Disk:
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
             filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
-            empty.append(wanted[part][~filled.any(axis=1)])
+            empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
             mine = is_active[part]
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
         zeros = distinct(np.concatenate(empty))
         return _Windows(self._entries_of(tables.offset[zeros]), self._entries_of(gone.host_offset))
+
+    def _are_sound(self, words: U64) -> Mask:
+        """Which words could be entries, wherever they lead."""
+        unusual = entries.L2_RESERVED | entries.L2_OFFSET & (self._geometry.cluster_size - 1)
+        sound: Mask = (words & np.uint64(unusual)) == 0
+        sound |= (words & np.uint64(entries.COMPRESSED)) != 0
+        return sound
 
     def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
         """Count the entries of active tables that map nothing, and mark what the others map."""
@@ -334,12 +349,10 @@ class _Disk:
         return np.full(len(index), ACTIVE, dtype=np.int64), index
 
     @property
-    def has_lost_windows(self) -> bool:
-        """Whether a table of the active disk is gone, though its L1 entry is there."""
-        return any(
-            (windows[0] == ACTIVE).any()
-            for windows in (self.windows.zeros, self.windows.overwritten)
-        )
+    def lost_windows(self) -> int:
+        """How many L1 entries of the active disk lead to a table that is gone."""
+        windows = (self.windows.zeros, self.windows.overwritten)
+        return sum(int(np.count_nonzero(number == ACTIVE)) for number, _ in windows)
 
     def unmapped_bytes(self, *, with_empty_entries: bool) -> int:
         """Guest bytes of the active disk that no entry says anything about, rounded up.

@@ -377,7 +377,7 @@ class _Describer:
             buried_count=int(np.count_nonzero(tables.looks_lost & ~tables.in_use)),
             snapshots=snapshots,
             uncounted=self._uncounted,
-            losses=self._losses(tables, described),
+            losses=self._losses(tables, described, snapshots),
         )
 
     def _set_bitmaps_aside(self) -> None:
@@ -401,9 +401,11 @@ class _Describer:
             self._look[at[part][sound]] = Look.BITMAP
             self._look[self._unused & np.isin(self._leaked, targets.astype(np.int64))] = Look.BITMAP
 
-    def _losses(self, tables: _Tables, described: tuple[Suspect, ...]) -> Losses:
+    def _losses(
+        self, tables: _Tables, described: tuple[Suspect, ...], snapshots: tuple[Snapshot, ...]
+    ) -> Losses:
         """What the clusters that hold data, or may, were: but for those with a place elsewhere."""
-        is_table = np.zeros(len(self._leaked), dtype=np.bool_)
+        is_table = (self._look == Look.SNAPSHOT_TABLE) & (len(snapshots) > 0)
         is_table[tables.at[tables.looks_lost]] = True
         holds_data = ~is_table & ~np.isin(self._look, _NO_DATA)
         lost = _references_lost(self._mismatches, self._leaked)
@@ -419,11 +421,13 @@ class _Describer:
         leaked = Leaked(
             cluster=self._leaked,
             lost=lost,
+            uncounted=np.isin(self._leaked, self._uncounted),
             unused=self._unused,
             holds_data=holds_data,
             has_table=leads[self._group],
             is_refcounts=self._look == Look.REFBLOCK,
             is_empty=self._look == Look.ZEROS,
+            lost_tables=int(np.count_nonzero(tables.looks_lost)),
             is_room_for_tables=self._gaps.entries(only_active=True) > 0,
         )
         return find_losses(self._source, self._report, leaked, self._other_reading)

@@ -24,7 +24,7 @@ def uncounted_clusters(source: Source, report: Report) -> I64:
 
     Ascending, int64. Lost is what cannot be looked up, a run of sectors of a refcount block in
     which every refcount is 0, though something there is in use, and what something else lies in the
-    place of. There, what is not 0 by chance looks like a leak, and is none of these.
+    place of, or may. There, what is not 0 by chance looks like a leak, and is none of these.
     """
     mismatches, layout = report.mismatches, report.layout
     if mismatches is None or layout is None:
@@ -54,8 +54,10 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     sound = table.blocks()
     sound = sound[table.offset[sound] >> report.geometry.cluster_bits < layout.host_clusters]
     used = -(-mismatches.first_unused() // per_block)
+    # Where a block's cluster is something else's too, its numbers may be no refcounts at all.
+    shared = report.findings.of(FindingKind.REFBLOCK_SHARED).index
     blocks = np.setdiff1d(np.arange(used), table.index[sound], assume_unique=True)
-    blocks = distinct(np.concatenate((blocks, blocks_that_are_none(source, report))))
+    blocks = distinct(np.concatenate((blocks, shared, blocks_that_are_none(source, report))))
     yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
         per_sector = max(1, SECTOR * 8 >> report.geometry.refcount_order)

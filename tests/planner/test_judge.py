@@ -22,6 +22,7 @@ OF_L1 = {
 OF_L2 = {
     FindingKind.L2_ENTRY_RESERVED,
     FindingKind.UNALLOCATED_SUBCLUSTERS,
+    FindingKind.ZERO_IN_VERSION_2,
     FindingKind.COMPRESSED_COPIED,
     FindingKind.COMPRESSED_WITH_DATA_FILE,
     FindingKind.COMPRESSED_SUBCLUSTERS,

@@ -915,3 +915,13 @@ def l1_table_overwritten() -> Rule:
         guest_length=8 * COVERAGE,
     )
     return Rule(image, [*beyond, gone], corruptions=4, complete=False)
+
+
+@rule
+def zero_flag_in_version_2() -> Rule:
+    """Version 2 knows no zero flag: QEMU counts nothing, and gives the guest an error."""
+    image = plain(version=2)
+    word = image.word(image.l2_at(1)) | entries.ZERO
+    image.set_word(image.l2_at(1), word)
+    flag = finding(Kind.ZERO_IN_VERSION_2, **in_guest(1, image), found=word)
+    return Rule(image, [flag])
