@@ -47,7 +47,7 @@ def require_proof(
     # In tables alike, what is right for one owner is it for the other.
     contested, still = (_contested(report) for report in (before, after))
     contested = contested[np.isin(contested, still)]
-    tables = _L2Words(join_regions(before.regions, after.regions), geometry)
+    tables = _L2Words(_tables_of(before, after), geometry)
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
         if np.isin(cluster, contested).any():
@@ -61,6 +61,14 @@ def _contested(report: Report) -> I64:
     found = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     clusters = found >> report.geometry.cluster_bits
     return clusters[~np.isin(clusters, report.owners.of_tables_alike())]
+
+
+def _tables_of(before: Report, after: Report) -> Regions:
+    """What the image has of tables; those of snapshots whose table would be the header are none."""
+    header = before.layout.header if before.layout else None
+    if header and header.nb_snapshots and not header.snapshots_offset:
+        return after.regions
+    return join_regions(before.regions, after.regions)
 
 
 class _MoreComesToLight(AmbiguousCorruption):

@@ -284,9 +284,12 @@ def _require_known_leaks(report: Report) -> None:
 def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     before = scope.report
     _require_plain_header(scope)
+    if has_no_snapshots(scope):  # what seems to be their table lies over all that follows
+        rewrite_snapshot_table(scope)
+        scope = _checked_anew(scope, means)
     correct_entries(scope)
     scope = _checked_anew(scope, means)
-    if scope.may_write_header or has_no_snapshots(scope):
+    if scope.may_write_header:
         rewrite_snapshot_table(scope)
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.

@@ -150,7 +150,7 @@ def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
     repaired, after = patient.beside("repaired.qcow2"), proposal.after
     write_out(Overlay(patient.source, proposal.plan), repaired)
     qemu = ask_qemu(patient.row, repaired)
-    yield from faults_of_getting_worse(patient.qemu, qemu)
+    yield from faults_of_getting_worse(patient.qemu, qemu, proposal.kept)
     ours = answer_of(after)
     differences = compare(qemu, ours)
     if differences and not any(one.applies(qemu, ours) for one in EXCEPTIONS):
@@ -169,12 +169,16 @@ def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
     yield from patient.disks.faults_of(repaired)
 
 
-def faults_of_getting_worse(before: Answer, after: Answer) -> Iterator[str]:
-    """By what QEMU says: the exit code, and every counter of damage."""
+def faults_of_getting_worse(before: Answer, after: Answer, kept: int = 0) -> Iterator[str]:
+    """By what QEMU says: the exit code, and every counter of damage.
+
+    *kept*: so many clusters leak since they are counted again, lest they be overwritten.
+    """
     if BADNESS.get(after.exit_code, 5) > BADNESS.get(before.exit_code, 5):
         yield f"worse: QEMU said {before}; now {after}"
     for name in DAMAGE_COUNTERS if before.counters else ():
-        if after.counters.get(name, 1) > before.counters[name]:
+        allowed = before.counters[name] + (kept if name == "leaks" else 0)
+        if after.counters.get(name, 1) > allowed:
             yield f"worse: {name} was {before.counters[name]}; QEMU now: {after}"
 
 
@@ -264,7 +268,7 @@ class Lag:
     error: RepairError | None
     before: Report
     after: Report
-    suspects: int
+    is_evidence: bool
     fewer_snapshots: bool
     despite_bitmaps: bool
 
@@ -310,12 +314,12 @@ def _lags(
 ) -> Iterator[Lag]:
     before, of_qemu = patient.report, (fewer_snapshots, despite_bitmaps)
     if isinstance(answer, RepairError):
-        yield Lag(tier, None, answer, before, before, 0, *of_qemu)
+        yield Lag(tier, None, answer, before, before, False, *of_qemu)
         return
-    after, suspects = answer.after, len(answer.suspects)
+    after, is_evidence = answer.after, answer.triage.is_evidence
     for kind in after.counts():
         if KINDS[kind].counted:
-            yield Lag(tier, kind, None, before, after, suspects, *of_qemu)
+            yield Lag(tier, kind, None, before, after, is_evidence, *of_qemu)
 
 
 def repair_by_qemu(
@@ -499,9 +503,7 @@ PURPOSES: tuple[Purpose, ...] = (
     Purpose(
         "lost-among-leaks",
         "Leaked clusters look like a lost table: `leaks` frees them, when its plan is quoted.",
-        lambda lag: (
-            lag.tier is RepairTier.ALL and lag.kind is FindingKind.LEAK and lag.suspects > 0
-        ),
+        lambda lag: lag.tier is RepairTier.ALL and lag.kind is FindingKind.LEAK and lag.is_evidence,
     ),
     Purpose(
         "refcounts-of-flags-shared",

@@ -331,8 +331,11 @@ def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong():
 
 
 @pytest.mark.parametrize("number", [1, 2, 16])
-def test_snapshots_whose_table_would_be_the_header_are_none(number):
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_snapshots_whose_table_would_be_the_header_are_none(number, misaligned):
     image = plain()
+    if misaligned:
+        misaligned_zero(image)
     image.change_header(nb_snapshots=number, snapshots_offset=0)
     proposal = settled(image)
     assert counts(proposal) == {}
