@@ -697,6 +697,14 @@ class UndoFileForeign(UndoFileDamaged):
     errno: ClassVar[int] = _errno.ESTALE
 
 
+class UndoFileTaken(UndoFileDamaged):
+    """{undo_file}: {problem}; nothing was written; move it away, or name another place with
+    --undo-file
+    """
+
+    errno: ClassVar[int] = _errno.ESTALE
+
+
 @dataclass(eq=False)
 class UndoFileElsewhere(InstarfsError):
     """{path}: it has an undo file already, {beside}: go on with that one, without --undo-file, or

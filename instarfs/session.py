@@ -27,9 +27,9 @@ from instarfs.errors import (
     UndoFileDamaged,
     UndoFileElsewhere,
     UndoFileFailed,
-    UndoFileForeign,
     UndoFileImpossible,
     UndoFileMissing,
+    UndoFileTaken,
     UndoSealed,
     UndoStale,
     reason_of,
@@ -150,7 +150,7 @@ class Session:
     def start_journal(self, plan: Plan, before: Report) -> None:
         """Put the record of a repair that is about to begin on top of the others.
 
-        Raises `UndoFileImpossible`, and `UndoFileForeign` where these are of another image.
+        Raises `UndoFileImpossible`, and `UndoFileTaken` where these are of another image.
         """
         if self._place is None:
             reason = "what lies beside a device does not outlive a restart"
@@ -267,7 +267,8 @@ class Session:
             return
         is_other = journal.record.identity.inode != self._place.identity.inode
         if is_other and not holds_start(self.source, journal.plan.inverse()):
-            raise UndoFileForeign(journal.file, "it holds the repairs of another image")
+            what = "its repairs are of another file, and do not fit this one"
+            raise UndoFileTaken(journal.file, what)
 
     def _require_fit(
         self, record: Record, require: Callable[[Device, Plan], None], plan: Plan

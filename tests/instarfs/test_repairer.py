@@ -42,10 +42,10 @@ from instarfs.errors import (
     UndoFileDamaged,
     UndoFileElsewhere,
     UndoFileFailed,
-    UndoFileForeign,
     UndoFileFull,
     UndoFileImpossible,
     UndoFileMissing,
+    UndoFileTaken,
     UndoSealed,
     UndoStale,
 )
@@ -705,8 +705,8 @@ def test_an_undo_file_that_is_named_holds_the_repairs_of_one_image(
     content = box.put(damaged("missing-refcount"))
     for keep_undo in (True, False):
         outcome = box.repair(ALL, keep_undo=keep_undo)
-        assert isinstance(outcome.error, UndoFileForeign)
-        assert "another image" in outcome.reason
+        assert isinstance(outcome.error, UndoFileTaken)
+        assert "of another file, and do not fit this one" in outcome.reason
     untouched(content)
     assert other.undo().status is Status.UNDONE
 
@@ -802,7 +802,7 @@ def test_the_undo_file_of_another_image_changes_nothing(
     assert isinstance(outcome.error, UndoStale)
     untouched(content)
     # Nor is the way back of this one put on top of that of the other.
-    assert isinstance(box.repair(ALL).error, UndoFileForeign)
+    assert isinstance(box.repair(ALL).error, UndoFileTaken)
     untouched(content)
     box.undo_path.unlink()
     assert box.repair(ALL).status is Status.REPAIRED
