@@ -31,6 +31,7 @@ from instarfs.errors import (
     UndoFileDamaged,
     UndoFileFailed,
     UndoFileImpossible,
+    UndoStale,
 )
 from instarfs.execute import Device, FileDevice, execute, punch, put_back
 from instarfs.free import free_runs, held_within, table_of, used_clusters
@@ -146,6 +147,8 @@ class _Pass:
             status, after = Status.INTERRUPTED, None
         elif self._is_writing and not isinstance(error, ImageChanged):
             status = Status.ROLLED_BACK
+        if isinstance(error, UndoStale):
+            self.outcome = replace(self.outcome, undoable=0)
         self.outcome = replace(
             self.outcome,
             status=status,

@@ -202,7 +202,11 @@ def test_without_its_undo_file_a_crash_is_mended_as_well_as_the_image_could_be(g
         guest = disks(case.content)
         for crash in some(prefixes_of(case)):
             proposal = propose_bytes(crash.content, RepairTier.ALL)
-            assert kinds_left(crash.content) == wanted, f"{case.name}: {crash.where}"
+            left = kinds_left(crash.content)
+            assert left is not None, f"{case.name}: {crash.where}"
+            # Less, where what was freed as somebody asked for is not freed unasked.
+            more = {kind for kind, number in left.items() if number > wanted.get(kind, 0)}
+            assert not more, f"{case.name}: {crash.where}"
             now = disks(carried_out(crash.content, proposal.plan))
             for name, disk in guest.items():
                 assert disk.items() <= now[name].items(), f"{case.name}: {crash.where}"
