@@ -16,6 +16,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.census import data_and_compressed, decode_words, split_entries
+from planner.claims import refcounts_are_shared
 from planner.errors import ImageError
 from planner.findings import ACTIVE, NONE, FindingKind, Structure
 from planner.overlaps import followed_tables
@@ -206,7 +207,7 @@ def _causes(
     coverage, counts = report.geometry.l2_coverage, report.counts()
     yield from _of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage)
     yield from _of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage)
-    elsewhere = _leading_elsewhere(report)
+    elsewhere = _leading_elsewhere(disk.source, report)
     # A table that is nothing but zeros by now leaks with what it mapped.
     if (leaked.is_empty & leaked.unused).any() and len(homeless) > sum(elsewhere.values()):
         yield from _of_windows(CauseKind.EMPTY_ENTRY, *disk.empty_entries(), coverage)
@@ -220,17 +221,33 @@ def _causes(
         yield Cause(CauseKind.LUKS_HEADER)
 
 
-def _leading_elsewhere(report: Report) -> dict[FindingKind, int]:
+def _leading_elsewhere(source: Source, report: Report) -> dict[FindingKind, int]:
     """How many entries of the guest's lead elsewhere, by what was found."""
     of_entries = report.entries.counts() if report.entries else {}
     found = {}
     for kind in _ELSEWHERE:
         number = of_entries.get(kind, 0) + len(report.findings.of(kind, *_OF_GUEST))
         if kind is FindingKind.MULTIPLE_OWNERS:
-            number = int(np.count_nonzero(report.findings.of(kind).guest_offset != NONE))
+            number = _contested_by_guest(source, report)
         if number:
             found[kind] = number
     return found
+
+
+def _contested_by_guest(source: Source, report: Report) -> int:
+    """How many clusters of the guest's something else has too, but for refcounts that are none."""
+    found = report.findings.of(FindingKind.MULTIPLE_OWNERS)
+    found = found.select(found.guest_offset != NONE)
+    if not len(found) or refcounts_are_shared(source, report):
+        return len(found)
+    owners, bits = report.owners, report.geometry.cluster_bits
+    others = np.flatnonzero(~np.isin(owners.structure, (Structure.REFTABLE, Structure.REFBLOCK)))
+    # Of a snapshot and of the disk it is one guest cluster.
+    columns = (owners.cluster, owners.structure, owners.l1_index, owners.l2_index)
+    one_each = np.unique(np.stack([column[others] for column in columns]), axis=1)[0]
+    clusters = found.host_offset >> bits
+    low, high = (np.searchsorted(one_each, clusters, side=side) for side in ("left", "right"))
+    return int(np.count_nonzero(high - low > 1))
 
 
 def _of_windows(kind: CauseKind, snapshot: I64, index: I64, coverage: int) -> Iterator[Cause]:
@@ -261,14 +278,16 @@ class _Disk:
     """
 
     def __init__(self, source: Source, report: Report, in_use: I64) -> None:
-        self._source, self._report, self._in_use = source, report, in_use
+        self.source, self._report, self._in_use = source, report, in_use
         self._geometry = report.geometry
         self.size = self._geometry.virtual_size
         header = report.layout.header if report.layout else None
         needed = self._geometry.l1_entries_needed
         self._needed = min(header.l1_size, needed) if header else 0
         start = header.l1_table_offset if header else 0
-        self._l1 = read_l1_tables(source, [(ACTIVE, start, self._needed)])
+        # Also behind the end of the disk: it may have been larger.
+        size = header.l1_size if header else 0
+        self._l1 = read_l1_tables(source, [(ACTIVE, start, size)])
         self._free = 0
         self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)
         self.windows = self._walk()
@@ -285,11 +304,11 @@ class _Disk:
         is_gone = np.isin(tables.offset, gone.host_offset)
         wanted = np.flatnonzero(~is_gone)
         offsets = tables.offset[wanted]
-        present = present_tables(self._source, offsets, geometry.cluster_size)
+        present = present_tables(self.source, offsets, geometry.cluster_size)
         empty = [wanted[~present]]
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
-        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
+        for part, rows in read_tables(self.source, offsets, geometry.cluster_size):
             words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
             filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
             empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
