@@ -111,6 +111,17 @@ class ImageIsNoFile(InstarfsError):
 
 
 @dataclass(eq=False)
+class ImageNotFollowed(InstarfsError):
+    """{path}: what is there now is {kind}, and not opened: only a regular file of the same owner
+    can take the place of an image that is mounted; put one there, or unmount, and mount again
+    """
+
+    path: str
+    kind: str
+    errno: ClassVar[int] = _errno.EACCES
+
+
+@dataclass(eq=False)
 class ImageOpenFailed(InstarfsError):
     """{path}: cannot be opened: {reason}"""
 

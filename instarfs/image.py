@@ -24,18 +24,19 @@ from instarfs.errors import (
     ImageIsDirectory,
     ImageIsNoFile,
     ImageMissing,
+    ImageNotFollowed,
     ImageOpenFailed,
     ImageReadFailed,
     InstarfsError,
     UndoFileImpossible,
 )
-from instarfs.names import Hands, Opening, OwnHands, Spot
+from instarfs.names import Hands, Opening, Origin, OwnHands, Spot, behind_links
+from instarfs.openat2 import look_at, open_looked_at
 from instarfs.surroundings import Gone
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-# O_NONBLOCK: should a FIFO take the path's place after it was looked at, opening must not wait.
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 BLOCK_STATISTICS = Path("/sys/dev/block")
@@ -179,9 +180,10 @@ class Image:
     """An image file or block device, open for reading. Use `Image.open`.
 
     ``hands``: what opens it anew, and whatever lies beside it. ``undo``: where its undo file is to
-    be, if somebody said so. The descriptors are closed by `close`, and otherwise with the last
-    reference to the image, so that replacing an image never takes the descriptor from a thread that
-    still reads it.
+    be, if somebody said so. ``spot``: where the file itself is, no link, as far as its path led to
+    one when it was opened; what stands there later is looked at, and a link is not followed. The
+    descriptors are closed by `close`, and otherwise with the last reference to the image, so that
+    replacing an image never takes the descriptor from a thread that still reads it.
     """
 
     def __init__(
@@ -191,44 +193,63 @@ class Image:
         directory: int,
         *,
         is_device: bool,
+        spot: Spot | None = None,
+        origin: Origin | None = None,
+        is_named: bool = True,
         hands: Hands | None = None,
         undo: Spot | None = None,
     ) -> None:
+        """Takes all descriptors over. Without *spot* it is its own name in *directory*.
+
+        *is_named*: whether that leads to it. Otherwise, as of a descriptor in /proc, there is none.
+        """
         self.path = path
-        self.hands = hands or OwnHands()
-        self.undo = undo
         self._name = Path(path).name
+        self.spot = spot or Spot(directory, self._name)
+        self.origin = origin or Origin.of(os.fstat(fd))
+        self.hands = hands or OwnHands(self.origin)
+        self.undo = undo
+        self._is_named = is_named
         self._fd = fd
         self._directory = directory
         self._is_device = is_device
-        also = (undo.directory,) if undo else ()
+        also = [each.directory for each in (spot, undo) if each]
         self._close = weakref.finalize(self, _close_all, fd, directory, *also)
 
     @classmethod
     def open(cls, path: str, undo_file: str | None = None) -> Image:
         """Open the regular file or block device at *path*; its undo file is to be at *undo_file*.
 
-        Raises an error for whatever else is there, and for what cannot be read.
+        Links are followed here, and never again. Raises an error for whatever else is there, and
+        for what cannot be read.
         """
         undo = _spot_of(undo_file) if undo_file is not None else None
         try:
-            absolute = str(Path(path).absolute())
-            # Looked at before it is opened: opening some devices, or a FIFO, has effects.
-            _refuse_other_kinds(path, Path(path).stat().st_mode)
-            fd = os.open(path, _OPEN_FLAGS)
+            absolute = Path(path).absolute()
+            fd = _open_file(path)
         except OSError as error:
             raise _open_error(path, error) from error
-        try:
-            mode = os.fstat(fd).st_mode
-            _refuse_other_kinds(path, mode)
-            directory = os.open(str(Path(absolute).parent), os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            os.close(fd)
-            raise _open_error(path, error) from error
-        except InstarfsError:
-            os.close(fd)
-            raise
-        return cls(absolute, fd, directory, is_device=stat.S_ISBLK(mode), undo=undo)
+        with contextlib.ExitStack() as opened:
+            opened.callback(os.close, fd)
+            try:
+                directory = os.open(absolute.parent, os.O_PATH | os.O_CLOEXEC)
+            except OSError as error:
+                raise _open_error(path, error) from error
+            opened.callback(os.close, directory)
+            spot = _real_spot(directory, absolute.name)
+            opened.pop_all()
+        status = os.fstat(fd)
+        origin = Origin.of(status, is_mount=_is_mounted_on(fd, spot.directory))
+        return cls(
+            str(absolute),
+            fd,
+            directory,
+            is_device=stat.S_ISBLK(status.st_mode),
+            spot=spot,
+            origin=origin,
+            is_named=_leads_to(spot, origin, status),
+            undo=undo,
+        )
 
     def fileno(self) -> int:
         """The descriptor, open for reading only."""
@@ -286,21 +307,25 @@ class Image:
         return os.fstat(self._fd).st_blocks * 512
 
     def is_replaced(self) -> bool:
-        """Whether its path names another file by now; one that names nothing does not."""
-        try:
-            # Through the directory as it was opened: the path may lead over a mount of our own by
-            # now, and a process that asks its own mount waits for itself.
-            named = os.stat(self._name, dir_fd=self._directory)
-            opened = os.fstat(self._fd)
-        except OSError:
+        """Whether something else stands in its place by now; where there is nothing it does not.
+
+        Of a device that is never said: it was named, not what its name leads to.
+        """
+        if self._is_device or not self._is_named:
             return False
-        return (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino)
+        try:
+            named, opened = self._look(), os.fstat(self._fd)
+        except OSError as error:
+            return error.errno == errno.EXDEV
+        return not os.path.samestat(named, opened)
 
     def gone(self) -> Gone | None:
-        """Whether there is no file any more under its path, nor another, as far as can be told."""
+        """Whether there is no file any more in its place, nor another, as far as can be told."""
+        if not self._is_named:
+            return None
         descriptor = f"/proc/{os.getpid()}/fd/{self._fd}"
         try:
-            os.stat(self._name, dir_fd=self._directory)
+            self._look()
         except FileNotFoundError:
             return Gone(os.fstat(self._fd).st_nlink == 0, descriptor)
         except OSError:
@@ -308,7 +333,7 @@ class Image:
         return None
 
     def signature(self) -> Signature | None:
-        """What its path names now, in one system call; None where that does not tell.
+        """What stands in its place now, as one look tells; None where that does not.
 
         Equal signatures mean equal generations, and no other file in its place. For a device only
         its generation tells.
@@ -316,27 +341,55 @@ class Image:
         if self._is_device:
             return None
         try:
-            status = os.stat(self._name, dir_fd=self._directory)
+            status = self._look() if self._is_named else os.fstat(self._fd)
         except OSError:
             return None
         times = status.st_mtime_ns, status.st_ctime_ns
         return status.st_dev, status.st_ino, status.st_size, *times
 
     def reopen(self) -> Image:
-        """The file that its path names now. Raises as `open` does."""
+        """The file that stands in its place now.
+
+        Raises as `open` does, and `ImageNotFollowed` for what is not opened any more.
+        """
         try:
-            fd = self.hands.open(Opening.IMAGE, self._directory, self._name)
+            self._require_origin()
+            fd = self.hands.open(Opening.IMAGE, self.spot.directory, self.spot.name)
         except OSError as error:
             raise _open_error(self.path, error) from error
-        mode = os.fstat(fd).st_mode
+        return Image(
+            self.path,
+            fd,
+            os.dup(self._directory),
+            is_device=self._is_device,
+            spot=_again(self.spot),
+            origin=self.origin,
+            is_named=self._is_named,
+            hands=self.hands,
+            undo=_again(self.undo) if self.undo else None,
+        )
+
+    def open_to_write(self) -> int:
+        """A second descriptor, of what stands in its place now. Raises OSError."""
+        if not self._is_named:
+            return os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        return self.hands.open(Opening.IMAGE_TO_WRITE, self.spot.directory, self.spot.name)
+
+    def _look(self) -> os.stat_result:
+        # Through the directory as it was opened, entering no mount and following no link: a process
+        # that asks what it serves itself waits for itself.
+        return look_at(self.spot.directory, self.spot.name, across=self.origin.is_mount)
+
+    def _require_origin(self) -> None:
+        """Say what is wrong with what stands there; whoever opens it looks once more."""
         try:
-            _refuse_other_kinds(self.path, mode)
-        except InstarfsError:
-            os.close(fd)
-            raise
-        directory, is_device = os.dup(self._directory), stat.S_ISBLK(mode)
-        undo = Spot(os.dup(self.undo.directory), self.undo.name) if self.undo else None
-        return Image(self.path, fd, directory, is_device=is_device, hands=self.hands, undo=undo)
+            status = self._look()
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            raise ImageNotFollowed(self.path, "a mount of its own") from error
+        if not self.origin.admits(status):
+            raise ImageNotFollowed(self.path, _kind_of(status))
 
     def close(self) -> None:
         """Close it now; nothing may read from it any more."""
@@ -357,6 +410,54 @@ class Image:
 def _close_all(*descriptors: int) -> None:
     for fd in descriptors:
         os.close(fd)
+
+
+def _open_file(path: str) -> int:
+    """The regular file or block device at *path*, which is looked at first.
+
+    Opening some devices, or a FIFO, has effects. Raises OSError, and an error for whatever else.
+    """
+    looked_at = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        _refuse_other_kinds(path, os.fstat(looked_at).st_mode)
+        return open_looked_at(looked_at, _OPEN_FLAGS, path)
+    finally:
+        os.close(looked_at)
+
+
+def _real_spot(directory: int, name: str) -> Spot:
+    """Where the file itself is that *name* leads to; where that is not told, there."""
+    try:
+        return Spot(*behind_links(directory, name))
+    except OSError:
+        return Spot(os.dup(directory), name)
+
+
+def _leads_to(spot: Spot, origin: Origin, status: os.stat_result) -> bool:
+    try:
+        found = look_at(spot.directory, spot.name, across=origin.is_mount)
+    except OSError:
+        return False
+    return os.path.samestat(found, status)
+
+
+def _again(spot: Spot) -> Spot:
+    return Spot(os.dup(spot.directory), spot.name)
+
+
+def _is_mounted_on(fd: int, directory: int) -> bool:
+    """Whether the open file was mounted on its own name in *directory* (a bind mount)."""
+    mounts = {mount_id(fd), mount_id(directory)}
+    return len(mounts) > 1 and None not in mounts
+
+
+def mount_id(fd: int) -> int | None:
+    """Which mount an open file was found on; None where that is not told. Asks nobody for it."""
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("mnt_id:")), None)
 
 
 def _spot_of(undo_file: str) -> Spot:
@@ -381,6 +482,15 @@ _KINDS = {
     stat.S_IFSOCK: "socket",
     stat.S_IFCHR: "character device",
 }
+
+
+def _kind_of(status: os.stat_result) -> str:
+    """What stands in the place of an image that was not opened, in words."""
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFREG:
+        return "a file of another owner"
+    names = {stat.S_IFLNK: "symbolic link", stat.S_IFDIR: "directory", stat.S_IFBLK: "block device"}
+    return f"a {(_KINDS | names).get(kind, 'special file')}"
 
 
 def _refuse_other_kinds(path: str, mode: int) -> None:

@@ -28,7 +28,7 @@ def look_around(image: Image) -> Surroundings:
         taken,
         keeps_undo=keeps_undo,
         undo_elsewhere="" if keeps_undo else f"./{next(candidates(image.name, SUFFIX))}",
-        is_writable=_may_write(image, image.name),
+        is_writable=_may_write(image, f"/proc/self/fd/{image.fileno()}"),
         can_mount=os.access(FUSE, os.R_OK | os.W_OK),
     )
 
@@ -47,7 +47,7 @@ def _room(image: Image) -> Room:
 
 
 def _may_write(image: Image, name: str) -> bool:
-    """Whether *name* in the image's directory may be written to, as far as that can be told."""
+    """Whether *name*, as seen from the image's directory, may be written to, as far as is told."""
     if os.access(name, os.W_OK, dir_fd=image.directory):
         return True
     # A daemon has given up what root may; its broker has not.

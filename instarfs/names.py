@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
+
+from instarfs.openat2 import look, open_looked_at
 
 SUFFIX = ".instarfs-undo"
 """What the undo file's name has after the image's."""
@@ -29,10 +32,7 @@ _MODE = 0o600
 
 
 class Opening(IntEnum):
-    """What can be opened. An image may be behind a link, an undo file may not.
-
-    `NEW_UNDO` makes what is not there yet.
-    """
+    """What can be opened, nothing behind a link. `NEW_UNDO` makes what is not there yet."""
 
     IMAGE = 1
     IMAGE_TO_WRITE = 2
@@ -71,6 +71,42 @@ class Spot:
     name: str
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an image was when its user named it: what may be opened under its name afterwards.
+
+    A regular file of the same ``owner``, or the very ``device`` (st_rdev). ``is_mount``: whether it
+    was mounted on its name (a bind mount); no other is entered there.
+    """
+
+    owner: int
+    device: int | None = None
+    is_mount: bool = False
+
+    @classmethod
+    def of(cls, status: os.stat_result, *, is_mount: bool = False) -> Self:
+        """Of an image that is open."""
+        device = status.st_rdev if stat.S_ISBLK(status.st_mode) else None
+        return cls(status.st_uid, device, is_mount)
+
+    def admits(self, status: os.stat_result) -> bool:
+        """Whether it may be opened."""
+        if self.device is not None:
+            return stat.S_ISBLK(status.st_mode) and status.st_rdev == self.device
+        return stat.S_ISREG(status.st_mode) and status.st_uid == self.owner
+
+    def open(self, directory: int, name: str, flags: int) -> int:
+        """What stands there, which is looked at first. Raises OSError: ESTALE for anything else."""
+        looked_at = look(directory, name, across=self.is_mount)
+        try:
+            status = os.fstat(looked_at)
+            if not self.admits(status):
+                raise OSError(errno.ESTALE, "it is not what was named: not opened")
+            return open_looked_at(looked_at, flags | os.O_NOFOLLOW, name, directory)
+        finally:
+            os.close(looked_at)
+
+
 class Hands(Protocol):
     """What reaches into the directory of an image: this process, or another that it asks.
 
@@ -92,7 +128,13 @@ class HandsGone(OSError):
 class OwnHands:
     """This process itself."""
 
+    def __init__(self, origin: Origin) -> None:
+        """*origin*: of the image that it opens."""
+        self._origin = origin
+
     def open(self, what: Opening, directory: int, name: str) -> int:
+        if what in OF_IMAGE:
+            return self._origin.open(directory, name, _FLAGS[what] | _O_ANY)
         fd = os.open(name, _FLAGS[what] | _O_ANY, _MODE, dir_fd=directory)
         if what is Opening.NEW_UNDO:
             with suppress(OSError):  # some file systems keep no modes
@@ -133,7 +175,8 @@ def behind_links(directory: int, name: str) -> tuple[int, str]:
 def exists(directory: int, name: str) -> bool:
     """Whether there is anything under *name*, be it a link that leads nowhere."""
     try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
+        # No more than that: what is mounted there may be what the calling process serves.
+        os.close(look(directory, name, across=True))
     except OSError:
         return False
     return True

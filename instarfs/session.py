@@ -37,7 +37,7 @@ from instarfs.errors import (
 from instarfs.execute import Device, holds_start, require_remnant, require_start, take_back
 from instarfs.image import Image
 from instarfs.journal import Journal, Record, State, digest_of
-from instarfs.names import SUFFIX, Opening
+from instarfs.names import SUFFIX
 from instarfs.undo_place import UndoPlace
 from planner.plan import Plan
 from planner.report import Report
@@ -311,10 +311,12 @@ def _is_as_recorded(undone: Source, report: Report, record: Record) -> bool:
 def _open_for_writing(image: Image) -> int:
     """A second descriptor of the image's file. The first stays as it is, for reading only."""
     try:
-        fd = image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name)
+        fd = image.open_to_write()
     except FileNotFoundError as error:
         raise missing(image) from error
     except OSError as error:
+        if error.errno in (errno.ESTALE, errno.EXDEV):
+            raise ImageReplaced(image.path) from error
         kind = ImageOpenFailed if error.errno == errno.EIO else ImageReadOnly
         raise kind(image.path, reason_of(error)) from error
     ours, its = os.fstat(fd), os.fstat(image.fileno())

@@ -22,8 +22,8 @@ from instarfs.errors import (
     UndoFileUnreachable,
     reason_of,
 )
-from instarfs.image import Image
-from instarfs.names import SUFFIX, Change, HandsGone, Opening, Spot, behind_links, exists
+from instarfs.image import Image, mount_id
+from instarfs.names import SUFFIX, Change, HandsGone, Opening, Spot, exists
 
 _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -66,9 +66,9 @@ class UndoPlace:
 
     @classmethod
     def beside(cls, image: Image) -> Self:
-        """Beside *image*; a link leads beside the file that it means. Raises `OSError`."""
-        directory, name = behind_links(image.directory, image.name)
-        return cls(image, Spot(directory, name + SUFFIX), is_named=False)
+        """Beside *image*; a link led beside the file that it meant. Raises `OSError`."""
+        spot = Spot(os.dup(image.spot.directory), image.spot.name + SUFFIX)
+        return cls(image, spot, is_named=False)
 
     @property
     def file(self) -> str:
@@ -189,7 +189,7 @@ class UndoPlace:
         """What makes the image reachable under other names too, in words; empty where nothing."""
         if self._status.st_nlink > 1 and not stat.S_ISBLK(self._status.st_mode):
             return f"the image has {self._status.st_nlink} names (hard links)"
-        mounts = {_mount_of(self._image_fd), _mount_of(self._spot.directory)}
+        mounts = {mount_id(self._image_fd), mount_id(self._spot.directory)}
         if len(mounts) > 1 and None not in mounts:
             return "the image is a mount of its own here (a bind mount)"
         return ""
@@ -211,12 +211,3 @@ class UndoPlace:
         writers = status.st_mode & ~self._status.st_mode & _OF_OTHERS
         if status.st_uid not in self._owners or writers:
             raise UndoFileDamaged(self.file, "others than the image's owner may write to it")
-
-
-def _mount_of(fd: int) -> str | None:
-    """Which mount an open file was found on; None where that is not told."""
-    try:
-        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line for line in lines if line.startswith("mnt_id:")), None)

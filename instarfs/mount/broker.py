@@ -34,9 +34,9 @@ from instarfs.names import (
     Change,
     HandsGone,
     Opening,
+    Origin,
     OwnHands,
     Spot,
-    behind_links,
 )
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,7 @@ class Broker:
 
 
 def _place_of(directory: int, name: str) -> tuple[int, int, int]:
-    """Stands for *name* in *directory*: both must mean the same by what is asked for.
-
-    A link may lead elsewhere from one moment to the next, and what is begun beside one file must
-    not go on beside another.
-    """
+    """Stands for *name* in *directory*: both must mean the same by what is asked for."""
     status = os.fstat(directory)
     return zlib.crc32(os.fsencode(name)), status.st_dev, status.st_ino
 
@@ -142,13 +138,16 @@ def _place_of(directory: int, name: str) -> tuple[int, int, int]:
 class Attendant:
     """What carries out the requests: the little that the broker knows, and it never changes."""
 
-    def __init__(self, image: Spot, undo: Spot | None = None, *, read_only: bool = False) -> None:
-        """*undo*: of an undo file that is not beside the image. The directories stay the
-        caller's.
+    def __init__(
+        self, image: Spot, origin: Origin, undo: Spot | None = None, *, read_only: bool = False
+    ) -> None:
+        """*origin*: what may be opened under the image's name. *undo*: of an undo file that is not
+        beside it. The directories stay the caller's.
         """
-        self._image, self._undo = image, undo
+        self._image = image
+        self._undo = undo or Spot(image.directory, image.name + SUFFIX)
         self._allowed = OF_READERS if read_only else frozenset((*Opening, *Change))
-        self._hands = OwnHands()
+        self._hands = OwnHands(origin)
 
     def attend(self, channel: socket.socket) -> None:
         """Answer what comes on *channel* until its other end is closed."""
@@ -176,24 +175,13 @@ class Attendant:
             raise OSError(errno.EINVAL, "no request")
         if what not in self._allowed:
             raise OSError(errno.EROFS, "nothing is written")
-        directory, name = self._find(what)
-        try:
-            if _place_of(directory, name) != tuple(place):
-                raise OSError(errno.ESTALE, "the name leads elsewhere by now")
-            if isinstance(what, Opening):
-                return [self._hands.open(what, directory, name)]
-            self._hands.change(what, directory, name)
-            return []
-        finally:
-            os.close(directory)
-
-    def _find(self, what: Opening | Change) -> tuple[int, str]:
-        """The directory, a new descriptor, and the name in it."""
         spot = self._image if what in OF_IMAGE else self._undo
-        if spot is not None:
-            return os.dup(spot.directory), spot.name
-        directory, name = behind_links(self._image.directory, self._image.name)
-        return directory, name + SUFFIX
+        if _place_of(spot.directory, spot.name) != tuple(place):
+            raise OSError(errno.ESTALE, "this is not where it is")
+        if isinstance(what, Opening):
+            return [self._hands.open(what, spot.directory, spot.name)]
+        self._hands.change(what, spot.directory, spot.name)
+        return []
 
 
 def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only: bool) -> None:
@@ -204,14 +192,14 @@ def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"instarfs-broker", 0, 0, 0)
     os.chdir("/")
-    spots = [Spot(image.directory, image.name), *([image.undo] if image.undo else [])]
+    spots = [image.spot, *([image.undo] if image.undo else [])]
     _let_go_of_all_but(
         {*(spot.directory for spot in spots), *(channel.fileno() for channel in channels)}
     )
     # What it cannot give up the daemon cannot either, and says so.
     logging.disable()
     Confinement.of_broker(image, read_only=read_only).enforce()
-    attendant = Attendant(*spots, read_only=read_only)
+    attendant = Attendant(image.spot, image.origin, image.undo, read_only=read_only)
     threads = [threading.Thread(target=attendant.attend, args=[each]) for each in channels]
     for thread in threads:
         thread.start()

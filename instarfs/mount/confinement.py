@@ -121,12 +121,12 @@ class Confinement:
         rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
         if image.undo is not None:
             confinement._keep(".", rights, image.undo.directory)
+        spot = image.spot
         if image.is_device:
-            confinement._keep(image.path, Right.READ_FILE | writing)
+            confinement._keep(spot.name, Right.READ_FILE | writing, spot.directory)
             return confinement
         # The directory, not the file: another may take its place, and its undo file lies beside it.
-        for path in {Path(image.path), Path(image.path).resolve()}:
-            confinement._keep(str(path.parent), rights)
+        confinement._keep(".", rights, spot.directory)
         return confinement
 
     def _keep(self, path: str, rights: Right, directory: int | None = None) -> None:

@@ -151,17 +151,6 @@ def test_refuses_what_is_no_image(
     assert caught.value.exit_code == 1
 
 
-def test_a_fifo_that_took_the_place_in_between_does_not_block(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = path.stat()
-    path.unlink()
-    os.mkfifo(path)
-    monkeypatch.setattr(Path, "stat", lambda self: before)
-    with pytest.raises(errors.ImageIsNoFile, match="FIFO"):
-        Image.open(str(path))
-
-
 def test_no_permission(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may read everything, so the kernel's answer is made here.
     def refuse(*args: object, **kwargs: object) -> int:
@@ -188,9 +177,8 @@ def test_a_block_device_is_as_large_as_its_end_and_counted_by_the_kernel(
         values[stat.ST_SIZE] = 0
         return os.stat_result(values, {"st_rdev": os.makedev(7, 3)})
 
-    fstat, path_stat = os.fstat, Path.stat
+    fstat = os.fstat
     monkeypatch.setattr(os, "fstat", lambda fd: as_device(fstat(fd)))
-    monkeypatch.setattr(Path, "stat", lambda self: as_device(path_stat(self)))
     with Image.open(str(path)) as opened:
         before = opened.generation()
         assert before.size == opened.source().size == 1024
@@ -276,18 +264,6 @@ def test_a_replaced_image_is_noticed_and_reopened(path: Path) -> None:
             assert again.path == opened.path
             assert read(again, 0, 3) == b"new"
             assert not again.is_replaced()
-
-
-def test_a_link_that_points_elsewhere_now_is_a_replaced_image(path: Path) -> None:
-    link = path.with_name("link")
-    link.symlink_to(path.name)
-    with Image.open(str(link)) as opened:
-        assert not opened.is_replaced()
-        link.unlink()
-        link.symlink_to("/dev/null")
-        assert opened.is_replaced()
-        with pytest.raises(errors.ImageIsNoFile, match="character device"):
-            opened.reopen()
 
 
 def test_a_deleted_image_stays_what_it_is(path: Path) -> None:

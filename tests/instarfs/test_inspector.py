@@ -20,7 +20,7 @@ import trio
 from examples.make_image import DAMAGES, sample
 from instarfs import computed, locks
 from instarfs.computed import Computed
-from instarfs.errors import ImageIsDirectory, ImageIsNoFile, ImageReadFailed, ReadCancelled
+from instarfs.errors import ImageNotFollowed, ImageReadFailed, ReadCancelled
 from instarfs.guest.guest import Part, Place
 from instarfs.image import FileSource, Image
 from instarfs.inspector import Inspector, Leaks
@@ -257,7 +257,7 @@ async def test_what_is_no_image_any_more_is_an_error_until_it_is_one(
     os.mkfifo(path)
     assert inspector.checkup.peek() is None
     assert inspector.generation() == before
-    with pytest.raises(ImageIsNoFile):
+    with pytest.raises(ImageNotFollowed):
         await report(inspector)
     assert "FIFO" in caplog.text
     path.unlink()
@@ -467,7 +467,7 @@ def test_an_image_that_was_replaced_is_let_go(
             path.rename(path.with_name("first"))
             path.mkdir()
         for value in values:
-            with contextlib.suppress(ImageIsDirectory):
+            with contextlib.suppress(ImageNotFollowed):
                 await value.get()
                 assert is_readable
         if not is_readable:

@@ -128,7 +128,7 @@ ODD_NAMES = ("", ".", "..", "nothing", "00.tsv", "-1", "0x", "1" * 300, "\udcff"
 ONE_MOMENT = (*GENERATED, "snapshots/0/info.json", "tables/l2/0.tsv", "tables/l2/1.tsv")
 """What a handle shows is one moment, whatever becomes of the image."""
 
-GONE = {errno.EISDIR, errno.EINVAL, errno.ENOENT, errno.ESTALE}
+GONE = {errno.EACCES, errno.ENOENT, errno.ESTALE}
 """What may be said of an image in whose place something else is, or nothing."""
 
 DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EMEDIUMTYPE, errno.EACCES, errno.ESTALE}
