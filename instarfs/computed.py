@@ -8,7 +8,7 @@ and what it depends on, comes from outside.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -33,15 +33,20 @@ class Computed(Generic[T]):
     """A value that is computed when it is first asked for, and again when its key has changed.
 
     *key* says what the value depends on. It is called often, in the event loop, and may raise a
-    domain error, which readers get. *compute* runs in a worker thread and is handed a function
+    domain error, which readers get; what it takes from others *refresh* has looked at before, where
+    that may have to be waited for. *compute* runs in a worker thread and is handed a function
     that turns true when it should stop; what it raises goes to those who wait, and is not kept.
     Neither is a value whose key changed while it was computed.
     """
 
     def __init__(
-        self, key: Callable[[], Hashable], compute: Callable[[Callable[[], bool]], T]
+        self,
+        key: Callable[[], Hashable],
+        compute: Callable[[Callable[[], bool]], T],
+        refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._key = key
+        self._refresh = refresh
         self._compute = compute
         self._run: _Run[T] | None = None
         self._kept: tuple[Hashable, Edition[T]] | None = None
@@ -64,6 +69,8 @@ class Computed(Generic[T]):
         while one is under way whose key then changes gets a later one: what it began with may have
         been over before the reader came.
         """
+        if self._refresh is not None:
+            await self._refresh()
         early = self._run
         while True:
             edition = self.peek()

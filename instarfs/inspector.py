@@ -172,7 +172,7 @@ class Inspector:
         self._size: tuple[Generation | None, int] = (None, 0)
         self.reader = GuestReader(self._look_at_guest, follow or Follow())
         self.allocated = AllocatedBytes(self._look_at_guest)
-        self.guest = Computed(self.reader.state, self._open_guest)
+        self.guest = Computed(self.reader.state, self._open_guest, self.reader.refresh)
         self.description = Computed(self._image_state, self._describe)
         self.checkup = Computed(self._state, self._run_check)
         self.leaks = Computed(self._state, self._look_into_leaks)

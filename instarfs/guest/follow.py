@@ -1,28 +1,39 @@
 """Opening what an image names, but only beneath the directories that the user named.
 
 Everything about how such a file is found and opened lives here: no link is followed, nothing
-outside a followed directory is touched, and nothing but a regular file is opened.
+outside a followed directory is touched, and nothing but a regular file is opened. A process that
+serves a mount enters no mount of instarfs on the way, its own least of all: it would wait for
+itself, or for one that waits for it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from instarfs.errors import FollowImpossible, reason_of
-from instarfs.image import Image
+from instarfs.image import MOUNT_TABLE, Image, mount_id
+from instarfs.openat2 import (
+    BENEATH,
+    NO_MAGICLINKS,
+    NO_SYMLINKS,
+    NO_XDEV,
+    open_looked_at,
+    openat2,
+)
 
-_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+FILESYSTEM_TYPE = "fuse.instarfs"
+"""What the kernel calls a mount of ours, whoever serves it."""
 
-_SYS_OPENAT2 = 437  # on every architecture but alpha
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
-_RESOLVE = _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+# Without O_NOFOLLOW: then a link is what stops it.
+_LOOK = os.O_PATH | os.O_CLOEXEC
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_RESOLVE = NO_MAGICLINKS | NO_SYMLINKS | BENEATH
 
 _SENTENCES = {
     errno.ENOENT: "there is no such file",
@@ -35,10 +46,6 @@ _SENTENCES = {
 
 class NotOpened(Exception):
     """A file that is not opened; its message says why."""
-
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 def beside(image: str, name: str) -> str:
@@ -55,10 +62,14 @@ def beside(image: str, name: str) -> str:
 
 
 class Follow:
-    """The directories of ``--follow``: opened once, by the user's word, and held."""
+    """The directories of ``--follow``: opened once, by the user's word, and held.
 
-    def __init__(self, directories: Sequence[str] = ()) -> None:
+    ``enters_mounts``: whether files in mounts of instarfs are opened too; not by who serves one.
+    """
+
+    def __init__(self, directories: Sequence[str] = (), *, enters_mounts: bool = True) -> None:
         """Raises `FollowImpossible` for what is no directory."""
+        self._enters_mounts = enters_mounts
         self._roots: list[tuple[str, int]] = []
         self._close = weakref.finalize(self, _close_all, self._roots)
         for directory in directories:
@@ -84,59 +95,98 @@ class Follow:
         for root, fd in self._roots:
             prefix = root.rstrip("/") + "/"
             if path.startswith(prefix) and path != prefix:
-                return _open_beneath(fd, path.removeprefix(prefix), path)
+                return self._open_beneath(fd, path.removeprefix(prefix), path)
         if not self._roots:
             raise NotOpened("no directory is followed; see --follow")
         raise NotOpened("it is in none of the followed directories")
 
-
-def _open_beneath(root: int, name: str, path: str) -> Image:
-    try:
-        # Looked at before it is opened: opening a FIFO or a device has effects.
-        looked_at = _openat2(root, name, _LOOK)
+    def _open_beneath(self, root: int, name: str, path: str) -> Image:
         try:
-            _require_regular(looked_at)
-            directory = _openat2(root, str(Path(name).parent), _LOOK | os.O_DIRECTORY)
-            try:
-                fd = _openat2(root, name, _OPEN)
-            except OSError:
-                os.close(directory)
+            with _Walk(root, enters_mounts=self._enters_mounts) as walk:
+                for step in name.split("/"):
+                    walk.take(step)
+                # Looked at before it is opened: opening a FIFO or a device has effects.
+                _require_regular(walk.fd)
+                fd = open_looked_at(walk.fd, _OPEN, Path(name).name, walk.parent)
+                # There was no link in it, so `..` meant what it seems to.
+                return Image(os.path.normpath(path), fd, os.dup(walk.parent), is_device=False)
+        except OSError as error:
+            sentence = _SENTENCES.get(error.errno or 0, f"it cannot be opened: {reason_of(error)}")
+            raise NotOpened(sentence) from error
+
+
+class _Walk:
+    """A way down from a directory, a step at a time: nothing is asked of what must not be entered.
+
+    Everything on the way is held, so that ``..`` is where it came from.
+    """
+
+    def __init__(self, root: int, *, enters_mounts: bool) -> None:
+        """*root* stays the caller's."""
+        self._enters_mounts = enters_mounts
+        self._way = [os.dup(root)]
+
+    @property
+    def fd(self) -> int:
+        """Where it has come to: an O_PATH descriptor."""
+        return self._way[-1]
+
+    @property
+    def parent(self) -> int:
+        """The directory that the last step was taken in."""
+        return self._way[-2]
+
+    def take(self, step: str) -> None:
+        """Raises `OSError`, and `NotOpened`."""
+        if step in ("", "."):
+            # As a directory: what is no such thing has no inside.
+            os.close(openat2(self.fd, ".", _LOOK | os.O_DIRECTORY, _RESOLVE))
+        elif step == "..":
+            if len(self._way) < 2:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            self.take(".")
+            os.close(self._way.pop())
+        else:
+            self._way.append(self._next(step))
+
+    def _next(self, step: str) -> int:
+        try:
+            return openat2(self.fd, step, _LOOK, _RESOLVE | NO_XDEV)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
                 raise
-            # There was no link in it, so `..` meant what it seems to.
-            image = Image(os.path.normpath(path), fd, directory, is_device=False)
-            if not os.path.sameopenfile(fd, looked_at):
-                raise NotOpened("it was replaced while it was opened")
-            return image
-        finally:
-            os.close(looked_at)
-    except OSError as error:
-        sentence = _SENTENCES.get(error.errno or 0, f"it cannot be opened: {reason_of(error)}")
-        raise NotOpened(sentence) from error
+        # Something is mounted there. A look at its root asks nobody yet.
+        fd = openat2(self.fd, step, _LOOK, _RESOLVE)
+        if not self._enters_mounts and _is_ours(fd):
+            os.close(fd)
+            raise NotOpened("it is in a mount of instarfs, which a mount does not follow")
+        return fd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._way:
+            os.close(fd)
+
+
+def _is_ours(fd: int) -> bool:
+    """Whether this is in a mount of instarfs; where that is not told, too."""
+    number = mount_id(fd)
+    try:
+        table = MOUNT_TABLE.read_bytes().splitlines()
+    except OSError:
+        return True
+    for line in table:
+        mount, _, rest = line.partition(b" - ")
+        if int(mount.split()[0]) == number:
+            return rest.split()[0].decode() == FILESYSTEM_TYPE
+    return True
 
 
 def _require_regular(fd: int) -> None:
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISLNK(mode):
-        raise NotOpened(_SENTENCES[errno.ELOOP])
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise NotOpened("it is not a regular file")
-
-
-def _openat2(directory: int, name: str, flags: int) -> int:
-    """openat2(2), which the standard library does not have. Raises OSError."""
-    how = _OpenHow(flags, 0, _RESOLVE)
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.syscall(
-        ctypes.c_long(_SYS_OPENAT2),
-        ctypes.c_int(directory),
-        ctypes.c_char_p(os.fsencode(name)),
-        ctypes.byref(how),
-        ctypes.c_size_t(ctypes.sizeof(how)),
-    )
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return fd
 
 
 def _close_all(roots: list[tuple[str, int]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from instarfs.errors import GuestEncrypted, SnapshotMissing
+from instarfs.errors import GuestEncrypted, ImageReadFailed, SnapshotMissing
 from instarfs.guest.chain import Chain, open_chain
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
@@ -72,19 +72,21 @@ class Guest:
         """Of the other files that it is read from, as they are now. Raises `ImageReadFailed`."""
         return tuple(image.generation() for image in self.chain.images)
 
-    def state(self) -> Hashable:
-        """Of the same files; see `Generation.state`. Raises `ImageReadFailed`."""
-        return tuple(generation.state() for generation in self.generations())
+    @property
+    def follows(self) -> bool:
+        """Whether it is read from other files too: whoever serves these may not answer."""
+        return bool(self.chain.images)
 
-    def signature(self) -> tuple[Signature, ...] | None:
-        """Of all files that it is read from: see `Image.signature`."""
-        found = []
-        for image in (self._image, *self.chain.images):
-            signature = image.signature()
-            if signature is None:
-                return None
-            found.append(signature)
-        return tuple(found)
+    def state_beneath(self) -> Hashable:
+        """Of the other files; see `Generation.state`. Waits for whoever serves them."""
+        try:
+            return tuple(generation.state() for generation in self.generations())
+        except ImageReadFailed:
+            return object()
+
+    def signature(self) -> Signature | None:
+        """Of the image itself: see `Image.signature`."""
+        return self._image.signature()
 
     def extents(self, offset: int = 0, end: int = LARGEST) -> Iterator[Extents]:
         """The map of the active disk from *offset* to *end*, or as long as it is.

@@ -37,7 +37,7 @@ from instarfs.errors import (
     UnmountFailed,
     reason_of,
 )
-from instarfs.mount.options import FILESYSTEM_TYPE
+from instarfs.guest.follow import FILESYSTEM_TYPE
 
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
 """Extended attribute of a mount's root: the identity of the process behind it."""

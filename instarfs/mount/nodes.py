@@ -250,10 +250,13 @@ class _GeneratedHandle:
         if parts is None or offset + size <= len(content):
             return content[offset : offset + size]
         async with self._lock:
-            if self._stream is None or offset < self._stream.start:
-                self._stream = _Stream(parts())
-            # Not abandoned on cancellation: the next read goes on where this one ended.
-            return await trio.to_thread.run_sync(self._stream.read, offset, size)
+            stream, self._stream = self._stream, None
+            if stream is None or offset < stream.start:
+                stream = _Stream(parts())
+            # Who leaves leaves it to its thread, which may wait for a file that nobody serves.
+            part = await trio.to_thread.run_sync(stream.read, offset, size, abandon_on_cancel=True)
+            self._stream = stream
+            return part
 
 
 class _Stream:

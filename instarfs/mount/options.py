@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from instarfs.errors import UnknownMountOption
 
-FILESYSTEM_TYPE = "fuse.instarfs"
-
 _PASSED_ON = frozenset(
     "allow_other allow_root auto_unmount default_permissions"  # noqa: SIM905
     " ro nosuid nodev noexec noatime nodiratime sync dirsync".split()

@@ -139,7 +139,12 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
 def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> DataFile:
     reader, allocated = inspector.reader, inspector.allocated
     read, ready = partial(reader.read, place), partial(reader.ready, place)
-    known, learn = partial(allocated.known, place), partial(allocated.learn, place)
+    known = partial(allocated.known, place)
+
+    async def learn() -> None:
+        await reader.refresh()  # the kernel keeps what it has read while its state is the same
+        await allocated.learn(place)
+
     return DataFile(size, read, reader.state, ready, allocated=known, learn=learn)
 
 

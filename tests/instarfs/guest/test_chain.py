@@ -9,9 +9,9 @@ import pytest
 
 from examples.make_image import ImageBuilder
 from instarfs.errors import FollowImpossible, GuestElsewhere
-from instarfs.guest.follow import Follow, beside
+from instarfs.guest.follow import FILESYSTEM_TYPE, Follow, NotOpened, beside
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image
+from instarfs.image import Image, mount_id
 from planner.chain import Member
 
 MIB = 1 << 20
@@ -69,6 +69,9 @@ REFUSED = {
     b"/etc/passwd": "in none of the followed directories",
     b"../outside": "in none of the followed directories",
     b"folder/../../outside": "out of the followed directory",
+    b"folder/../..": "out of the followed directory",
+    b"inside/../inside": "no such file",
+    b"missing/../inside": "no such file",
     b"link": "symbolic link",
     b"escape": "symbolic link",
     b"linked/outside": "symbolic link",
@@ -89,9 +92,36 @@ def test_what_is_not_opened(name: bytes, folder: Path) -> None:
     assert REFUSED[name] in str(refused(guest).refusal)
 
 
-@pytest.mark.parametrize("name", [b"inside", b"./inside", b"folder/../inside"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"inside",
+        b"./inside",
+        b"folder/../inside",
+        b"folder/./..//folder/../inside",
+    ],
+)
 def test_what_is_below_is_opened(name: bytes, folder: Path) -> None:
     assert read(guest_of(overlay(folder / "image.qcow2", name), folder)) == b"public"
+
+
+def test_a_process_that_serves_a_mount_follows_into_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own or another one of instarfs; here a file system of the kernel passes for that."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    number = mount_id(os.open("/proc", os.O_PATH))
+    for table, kind in ((mine, FILESYSTEM_TYPE), (other, "fuse.sshfs")):
+        table.write_text(f"9999 1 0:9 / /p rw - x x rw\n{number} 1 0:5 / /proc rw - {kind} x rw\n")
+    follow = Follow(["/"], enters_mounts=False)
+    for table in (mine, tmp_path / "missing"):
+        monkeypatch.setattr("instarfs.guest.follow.MOUNT_TABLE", table)
+        for name in ("/proc/version", "/proc/nothing", "/proc/sys/../version", "/etc/../proc/x"):
+            with pytest.raises(NotOpened, match="in a mount of instarfs"):
+                follow.open(name)
+    Follow(["/"]).open("/proc/version").close()
+    monkeypatch.setattr("instarfs.guest.follow.MOUNT_TABLE", other)
+    follow.open("/proc/version").close()
 
 
 def test_an_image_may_be_elsewhere(folder: Path) -> None:

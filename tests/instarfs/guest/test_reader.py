@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
+import trio
 
 from examples.make_image import ImageBuilder
 from instarfs.errors import GuestDamaged, ImageMissing
@@ -28,13 +29,28 @@ def image_of(path: Path, content: bytes) -> Path:
     return path
 
 
-def reader_of(image: Path) -> GuestReader:
+def overlay_of(folder: Path) -> Path:
+    """An image that reads from its backing file, which is raw."""
+    (folder / "beneath").write_bytes(b"first".ljust(1 << 20, b"\0"))
+    settle(folder / "beneath")
+    builder = ImageBuilder(size=1 << 20, backing_file=b"beneath", backing_format=b"raw")
+    (folder / "overlay").write_bytes(builder.build().data)
+    return folder / "overlay"
+
+
+def settle(path: Path) -> None:
+    """Let its last write be long ago."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+
+
+def reader_of(image: Path, follow: Follow | None = None) -> GuestReader:
     opened = Image.open(str(image))
 
     def look() -> tuple[Image, Hashable]:
         return opened, opened.generation()
 
-    return GuestReader(look, Follow())
+    return GuestReader(look, follow or Follow())
 
 
 @pytest.fixture
@@ -148,3 +164,85 @@ def test_a_file_system_in_memory_is_known_by_its_type(
         assert Image.open(str(image)).is_in_memory is expected
     table.unlink()
     assert Image.open(str(image)).is_in_memory is False
+
+
+# ---- files that are followed ----
+
+
+class Asked:
+    """Which threads ask for anything of a file, whoever serves it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.threads: list[threading.Thread] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        inode = path.stat().st_ino
+        whole = os.fstat
+
+        def fstat(fd: int) -> os.stat_result:
+            status = whole(fd)
+            if status.st_ino == inode:
+                self.threads.append(threading.current_thread())
+                self.may_answer.wait()
+            return status
+
+        monkeypatch.setattr(os, "fstat", fstat)
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    return overlay_of(tmp_path)
+
+
+async def test_nothing_is_asked_of_what_is_followed_in_the_event_loop(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 0)
+    beneath = overlay.with_name("beneath")
+    reader = reader_of(overlay, Follow([str(overlay.parent)]))
+    asked = Asked(beneath, monkeypatch)
+    for content in (b"first", b"other", b"third"):
+        beneath.write_bytes(content.ljust(1 << 20, b"\0"))
+        settle(beneath)
+        assert await reader.read(DISK, 0, 5) == content
+        assert reader.ready(DISK, 0, 5) is None
+        state = reader.state()
+        await reader.refresh()
+        assert reader.state() == state
+        assert await reader.read(DISK, 0, 5) == content
+    assert asked.threads
+    assert threading.main_thread() not in asked.threads
+
+
+async def test_who_waits_for_what_is_followed_holds_nobody_up_and_can_leave(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 0)
+    reader = reader_of(overlay, Follow([str(overlay.parent)]))
+    asked = Asked(overlay.with_name("beneath"), monkeypatch)
+    try:
+        for is_opened in (False, True):
+            asked.may_answer.clear()
+            for _ in range(20):  # more than there are threads
+                with trio.move_on_after(0.01) as scope:
+                    await reader.read(DISK, 0, 5)
+                assert scope.cancelled_caught
+                reader.state()
+            asked.may_answer.set()
+            if not is_opened:
+                assert await reader.read(DISK, 0, 5) == b"first"
+        assert await reader.read(DISK, 0, 5) == b"first"
+    finally:
+        asked.may_answer.set()
+
+
+async def test_what_was_looked_at_a_moment_ago_is_believed(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 60)
+    reader = reader_of(overlay, Follow([str(overlay.parent)]))
+    assert await reader.read(DISK, 0, 5) == b"first"
+    asked = Asked(overlay.with_name("beneath"), monkeypatch)
+    assert await reader.read(DISK, 0, 5) == b"first"
+    await reader.refresh()
+    assert asked.threads == []
