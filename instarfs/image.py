@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import stat
+import threading
 import time
 import weakref
 from collections.abc import Hashable, Iterator
@@ -196,12 +197,14 @@ class Image:
         spot: Spot | None = None,
         origin: Origin | None = None,
         is_named: bool = True,
+        closes_aside: bool = False,
         hands: Hands | None = None,
         undo: Spot | None = None,
     ) -> None:
         """Takes all descriptors over. Without *spot* it is its own name in *directory*.
 
         *is_named*: whether that leads to it. Otherwise, as of a descriptor in /proc, there is none.
+        *closes_aside*: in a thread, for closing a file waits for whoever serves it.
         """
         self.path = path
         self._name = Path(path).name
@@ -214,7 +217,9 @@ class Image:
         self._directory = directory
         self._is_device = is_device
         also = [each.directory for each in (spot, undo) if each]
-        self._close = weakref.finalize(self, _close_all, fd, directory, *also)
+        close = _close_aside if closes_aside else _close_all
+        self._close = weakref.finalize(self, close, fd, directory, *also)
+        self._close.atexit = not closes_aside  # then there are no threads any more
 
     @classmethod
     def open(cls, path: str, undo_file: str | None = None) -> Image:
@@ -409,7 +414,12 @@ class Image:
 
 def _close_all(*descriptors: int) -> None:
     for fd in descriptors:
-        os.close(fd)
+        with contextlib.suppress(OSError):  # of a file that nobody serves any more: it is closed
+            os.close(fd)
+
+
+def _close_aside(*descriptors: int) -> None:
+    threading.Thread(target=_close_all, args=descriptors, daemon=True).start()
 
 
 def _open_file(path: str) -> int:

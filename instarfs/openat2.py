@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 
 NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, BENEATH = 0x01, 0x02, 0x04, 0x08
@@ -20,23 +21,32 @@ _NUMBER = 437  # on every architecture but alpha
 # An older kernel, and what some containers say in its place.
 _NOT_THERE = (errno.ENOSYS, errno.EPERM)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.argtypes = (
+    ctypes.c_long,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(_OpenHow),
+    ctypes.c_size_t,
+)
+_syscall.restype = ctypes.c_long
+
+
+@functools.cache
+def _how(flags: int, resolve: int) -> _OpenHow:
+    """There are few of them, and a mount looks at its image for every answer."""
+    return _OpenHow(flags, 0, resolve)
+
+
 def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
     """A new descriptor. Raises OSError; EXDEV is what *resolve* rules out."""
-    how = _OpenHow(flags, 0, resolve)
-    fd: int = _libc.syscall(
-        ctypes.c_long(_NUMBER),
-        ctypes.c_int(directory),
-        ctypes.c_char_p(os.fsencode(name)),
-        ctypes.byref(how),
-        ctypes.c_size_t(ctypes.sizeof(how)),
-    )
+    how = _how(flags, resolve)
+    fd: int = _syscall(_NUMBER, directory, os.fsencode(name), how, ctypes.sizeof(how))
     if fd < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

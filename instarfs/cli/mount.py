@@ -58,7 +58,7 @@ def command(
     """
     options = MountOptions.parse(words, read_only=read_only)
     # Opened before the mount could hide it.
-    opened, follow = Image.open(image, undo_file), Follow(directories, enters_mounts=False)
+    opened, follow = Image.open(image, undo_file), Follow(directories, serving=True)
     check_mountpoint(directory)
     check_fuse(directory)
     try:

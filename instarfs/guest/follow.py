@@ -64,12 +64,13 @@ def beside(image: str, name: str) -> str:
 class Follow:
     """The directories of ``--follow``: opened once, by the user's word, and held.
 
-    ``enters_mounts``: whether files in mounts of instarfs are opened too; not by who serves one.
+    *serving*: whether it is for a process that serves a mount. That opens no file in a mount of
+    instarfs, and has files closed by threads, for closing too may wait for whoever serves them.
     """
 
-    def __init__(self, directories: Sequence[str] = (), *, enters_mounts: bool = True) -> None:
+    def __init__(self, directories: Sequence[str] = (), *, serving: bool = False) -> None:
         """Raises `FollowImpossible` for what is no directory."""
-        self._enters_mounts = enters_mounts
+        self._serving = serving
         self._roots: list[tuple[str, int]] = []
         self._close = weakref.finalize(self, _close_all, self._roots)
         for directory in directories:
@@ -102,14 +103,20 @@ class Follow:
 
     def _open_beneath(self, root: int, name: str, path: str) -> Image:
         try:
-            with _Walk(root, enters_mounts=self._enters_mounts) as walk:
+            with _Walk(root, enters_mounts=not self._serving) as walk:
                 for step in name.split("/"):
                     walk.take(step)
                 # Looked at before it is opened: opening a FIFO or a device has effects.
                 _require_regular(walk.fd)
                 fd = open_looked_at(walk.fd, _OPEN, Path(name).name, walk.parent)
                 # There was no link in it, so `..` meant what it seems to.
-                return Image(os.path.normpath(path), fd, os.dup(walk.parent), is_device=False)
+                return Image(
+                    os.path.normpath(path),
+                    fd,
+                    os.dup(walk.parent),
+                    is_device=False,
+                    closes_aside=self._serving,
+                )
         except OSError as error:
             sentence = _SENTENCES.get(error.errno or 0, f"it cannot be opened: {reason_of(error)}")
             raise NotOpened(sentence) from error

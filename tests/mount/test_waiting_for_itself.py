@@ -172,6 +172,41 @@ def test_its_own_mount_mounted_on_the_image(
     end(mount)
 
 
+@contextlib.contextmanager
+def overlaid(mount: Mount, folder: Path) -> Iterator[None]:
+    """What *mount* shows, shown again on *folder* by a file system that does not say so."""
+    folder.mkdir()
+    (empty := folder.with_name("empty")).mkdir()
+    lower = f"lowerdir={mount.path}:{empty}"
+    done = subprocess.run(["mount", "-t", "overlay", "none", "-o", lower, folder], check=False)
+    if done.returncode:
+        pytest.skip("no overlay can be mounted here")
+    try:
+        yield
+    finally:
+        run("umount", "-l", folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount an overlay")
+def test_its_own_mount_behind_another_file_system(hangable: MakeMount, tmp_path: Path) -> None:
+    """That cannot be seen: who reads the disk waits, and nobody else, until the mount is ended."""
+    image = overlay(tmp_path / "image", "overlay/disk.raw")
+    mount = hangable(image, tmp_path / "mnt", "--follow", tmp_path)
+    with overlaid(mount, tmp_path / "overlay"):
+        readers = [
+            subprocess.Popen(["cat", mount / "disk.raw"], stderr=subprocess.DEVNULL)
+            for _ in range(20)
+        ]
+        for _ in range(3):
+            for name in ("README.txt", "image/info.json", "check/result.json"):
+                assert answers(mount / name) == 0, name
+        assert any(reader.poll() is None for reader in readers)
+        end_by_signal(mount)
+        assert mount.process.wait(SECONDS) == 0
+        assert not mount.is_mounted()
+        assert [reader.wait(SECONDS) for reader in readers] == [1] * len(readers)
+
+
 def test_two_mounts_that_name_each_other(
     hangable: MakeMount, tmp_path: Path, end: Callable[[Mount], None]
 ) -> None:

@@ -113,7 +113,7 @@ def test_a_process_that_serves_a_mount_follows_into_none(
     number = mount_id(os.open("/proc", os.O_PATH))
     for table, kind in ((mine, FILESYSTEM_TYPE), (other, "fuse.sshfs")):
         table.write_text(f"9999 1 0:9 / /p rw - x x rw\n{number} 1 0:5 / /proc rw - {kind} x rw\n")
-    follow = Follow(["/"], enters_mounts=False)
+    follow = Follow(["/"], serving=True)
     for table in (mine, tmp_path / "missing"):
         monkeypatch.setattr("instarfs.guest.follow.MOUNT_TABLE", table)
         for name in ("/proc/version", "/proc/nothing", "/proc/sys/../version", "/etc/../proc/x"):

@@ -1,6 +1,7 @@
 """Reads while the image changes, and who waits for a disk: the event loop never does."""
 
 import errno
+import gc
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -234,6 +235,30 @@ async def test_who_waits_for_what_is_followed_holds_nobody_up_and_can_leave(
         assert await reader.read(DISK, 0, 5) == b"first"
     finally:
         asked.may_answer.set()
+
+
+async def test_what_is_followed_is_not_closed_in_the_event_loop(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may answer a close as late as a read."""
+    reader = reader_of(overlay, Follow([str(overlay.parent)], serving=True))
+    assert await reader.read(DISK, 0, 5) == b"first"
+    beneath = overlay.with_name("beneath").stat().st_ino
+    whole, closed, threads = os.close, threading.Event(), []
+
+    def close(fd: int) -> None:
+        is_beneath = os.fstat(fd).st_ino == beneath
+        if is_beneath:
+            threads.append(threading.current_thread())
+        whole(fd)
+        if is_beneath:
+            closed.set()
+
+    monkeypatch.setattr(os, "close", close)
+    reader.forget()
+    gc.collect()
+    assert await trio.to_thread.run_sync(closed.wait, 10)
+    assert threading.main_thread() not in threads
 
 
 async def test_what_was_looked_at_a_moment_ago_is_believed(
