@@ -4,6 +4,7 @@ Fixtures live beside the tests that use them; here stands only what all levels n
 """
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -33,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LC_ALL"] = "C.UTF-8"
     # mkfs.ext4 and losetup are not in everybody's path.
     os.environ["PATH"] += ":/usr/sbin:/sbin"
+    # What a caller ignores, nohup or a shell's &, so does all that is started here.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     # A slow machine is not a failure, and a failure must come back on the next run.
     hypothesis.settings.register_profile("instarfs", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("instarfs")
