@@ -275,3 +275,47 @@ def test_what_is_mounted_on_a_name_is_not_entered(name: str) -> None:
         assert exists(root, name)
     finally:
         os.close(root)
+
+
+# ---- what is not there ----
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
+def test_a_kernel_without_openat2(
+    folder: Path, directory: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("instarfs.openat2.openat2", refuse)
+    assert outcome(OwnHands(OWN), Opening.IMAGE, directory) == (os.O_RDONLY, b"image")
+    (folder / IMAGE).unlink()
+    (folder / IMAGE).symlink_to(NEIGHBOUR)
+    assert outcome(OwnHands(OWN), Opening.IMAGE, directory) == errno.ESTALE
+
+
+@pytest.mark.parametrize(
+    ("comes", "expected"),
+    [(None, (os.O_RDWR, b"image")), (NEIGHBOUR, errno.ESTALE), ("link", errno.ELOOP)],
+)
+def test_without_proc_what_comes_between_is_not_used(
+    folder: Path,
+    directory: int,
+    comes: str | None,
+    expected: object,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "link").symlink_to(NEIGHBOUR)
+    whole = os.open
+
+    def without_proc(path: str, *args: int, **kwargs: int) -> int:
+        if path.startswith("/proc/"):
+            if comes is not None:
+                (folder / comes).rename(folder / IMAGE)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", without_proc)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert outcome(OwnHands(OWN), Opening.IMAGE_TO_WRITE, directory) == expected
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
