@@ -19,12 +19,13 @@ from planner.census import data_and_compressed, decode_words, split_entries
 from planner.claims import refcounts_are_shared
 from planner.errors import ImageError
 from planner.findings import ACTIVE, NONE, FindingKind, Structure
+from planner.gaps import Gaps, read_gaps
 from planner.overlaps import followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import list_bitmaps
 from planner.qcow2.extensions import BITMAPS, decode_bitmaps
 from planner.report import Report
-from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
 from planner.tables import read_l1_tables
 
 
@@ -32,11 +33,21 @@ class CauseKind(StrEnum):
     """What leaked data could have come from."""
 
     EMPTY_TABLE = "table-of-zeros"
+    EMPTY_PART = "part-of-a-table"
     OVERWRITTEN_TABLE = "table-overwritten"
     EMPTY_ENTRY = "empty-l1-entry"
     DAMAGED_ENTRY = "damaged-entry"
     FEATURE_BIT = "feature-bit"
     LUKS_HEADER = "luks-header"
+
+
+_TABLES = {
+    CauseKind.EMPTY_TABLE: "a table without any entry left",
+    CauseKind.EMPTY_PART: (
+        "a table of which a part is empty, beside entries that lead to their neighbours"
+    ),
+    CauseKind.OVERWRITTEN_TABLE: "a table that was overwritten",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +71,6 @@ class Cause:
     def phrase(self) -> str:
         """In words; what is lost has been said."""
         match self.kind:
-            case CauseKind.EMPTY_TABLE:
-                return f"{self._entries('leads', 'lead')} to a table without any entry left"
-            case CauseKind.OVERWRITTEN_TABLE:
-                return f"{self._entries('leads', 'lead')} to a table that was overwritten"
-            case CauseKind.EMPTY_ENTRY:
-                return (
-                    f"{self._entries('is', 'are')} empty, and the table may be among the leaked"
-                    " clusters that hold nothing but zeros"
-                )
             case CauseKind.DAMAGED_ENTRY:
                 return f"entries that lead elsewhere may have led to them: {self.what}"
             case CauseKind.FEATURE_BIT:
@@ -78,6 +80,10 @@ class Cause:
                 )
             case CauseKind.LUKS_HEADER:
                 return "they may be a part of the LUKS header, without which nothing can be read"
+            case CauseKind.EMPTY_ENTRY:
+                entries_are = self._entries("is", "are")
+                return f"{entries_are} empty, and the table may be among what leaks"
+        return f"{self._entries('leads', 'lead')} to {_TABLES[self.kind]}"
 
     def _entries(self, one: str, more: str) -> str:
         of = "" if self.snapshot == ACTIVE else f" of snapshot {self.snapshot}"
@@ -147,6 +153,7 @@ class _Windows:
     """What L1 entries lead to, by `snapshot`: each (snapshot, L1 index) in two columns."""
 
     zeros: tuple[I64, I64]
+    parts: tuple[I64, I64]
     overwritten: tuple[I64, I64]
 
 
@@ -174,16 +181,23 @@ def find_losses(
     empty where there is none.
     """
     is_data = leaked.holds_data & leaked.unused
-    homeless = leaked.cluster[is_data & ~leaked.has_table & ~leaked.is_refcounts]
+    # More than the file can have had were never refcount blocks, whatever they look like.
+    blocks = 1 + (report.layout.host_clusters if report.layout else 0) // (
+        report.geometry.refblock_entries
+    )
+    is_refcounts = leaked.is_refcounts & (np.count_nonzero(leaked.is_refcounts) <= blocks)
+    homeless = leaked.cluster[is_data & ~leaked.has_table & ~is_refcounts]
     has_backing = bool(report.layout and report.layout.header.backing_file_offset)
     # Zeros hide what the backing file has there: without them that comes to light.
     hidden = leaked.is_empty & has_backing
     candidates = leaked.holds_data | hidden
     if not candidates.any():
         return Losses()
-    disk = _Disk(source, report, leaked.cluster[~leaked.unused])
-    causes = tuple(_causes(report, disk, leaked, homeless, other_reading))
-    references = _references_lost(disk, leaked, candidates)
+    disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless)
+    causes = tuple(
+        _causes(source, report, disk, leaked, homeless=homeless, other_reading=other_reading)
+    )
+    references = _references_lost(disk, report, leaked, candidates)
     room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
     lost = references * report.geometry.cluster_size
     if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
@@ -195,9 +209,11 @@ def find_losses(
 
 
 def _causes(
+    source: Source,
     report: Report,
     disk: _Disk,
     leaked: Leaked,
+    *,
     homeless: I64,
     other_reading: Callable[[I64], str],
 ) -> Iterator[Cause]:
@@ -206,11 +222,18 @@ def _causes(
         return
     coverage, counts = report.geometry.l2_coverage, report.counts()
     yield from _of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage)
+    yield from _of_windows(CauseKind.EMPTY_PART, *disk.windows.parts, coverage)
     yield from _of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage)
-    elsewhere = _leading_elsewhere(disk.source, report)
-    # A table that is nothing but zeros by now leaks with what it mapped.
-    if (leaked.is_empty & leaked.unused).any() and len(homeless) > sum(elsewhere.values()):
-        yield from _of_windows(CauseKind.EMPTY_ENTRY, *disk.empty_entries(), coverage)
+    elsewhere = _leading_elsewhere(source, report)
+    # A table that is nothing but zeros by now leaks with what it mapped; and where nothing is
+    # mapped any more all tables do, whatever lies there now.
+    is_table_left = bool((leaked.is_empty & leaked.unused).any())
+    is_table_left |= not report.counters.allocated_clusters and not leaked.uncounted.all()
+    if is_table_left and len(homeless) > sum(elsewhere.values()):
+        number, index = disk.empty_entries()
+        yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, coverage)
+        if not len(index):
+            yield from _of_gaps_in_snapshots(read_gaps(source, report))
     if elsewhere:
         kinds = ", ".join(kind.label for kind in elsewhere)
         yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
@@ -219,6 +242,16 @@ def _causes(
         yield Cause(CauseKind.FEATURE_BIT, what=bit)
     if FindingKind.LUKS_HEADER_INVALID in counts:
         yield Cause(CauseKind.LUKS_HEADER)
+
+
+def _of_gaps_in_snapshots(gaps: Gaps) -> Iterator[Cause]:
+    """One cause for the first snapshot with L1 entries that are zero."""
+    is_gap = (gaps.snapshot != ACTIVE) & ~gaps.damaged
+    for number in distinct(gaps.snapshot[is_gap])[:1].tolist():
+        mine = np.flatnonzero(is_gap & (gaps.snapshot == number))
+        index, count = int(gaps.l1_index[mine[0]]), gaps.count[mine]
+        kind, every = CauseKind.EMPTY_ENTRY, int(count.sum())
+        yield Cause(kind, number, index, int(count[0]), every, gaps.coverage)
 
 
 def _leading_elsewhere(source: Source, report: Report) -> dict[FindingKind, int]:
@@ -258,7 +291,7 @@ def _of_windows(kind: CauseKind, snapshot: I64, index: I64, coverage: int) -> It
         yield Cause(kind, number, int(mine[0]), run, len(mine), coverage)
 
 
-def _references_lost(disk: _Disk, leaked: Leaked, candidates: Mask) -> int:
+def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Mask) -> int:
     """How many guest clusters of the active disk can have had data in the leaked clusters.
 
     Each had a reference to its own, which a refcount still counts. What the active disk has whole
@@ -269,16 +302,22 @@ def _references_lost(disk: _Disk, leaked: Leaked, candidates: Mask) -> int:
     if not leaked.is_room_for_tables and not disk.lost_windows:
         # Then a table without a place is what is left of a snapshot that was deleted.
         chosen &= ~leaked.has_table | (leaked.lost > 1)
-    return int(leaked.lost[chosen].sum())
+    lost = leaked.lost[chosen]
+    if (
+        not report.holds_compressed
+    ):  # the disk has a cluster that is still in use once, or not at all
+        lost = np.where(leaked.unused[chosen], lost, np.minimum(lost, 1))
+    return int(lost.sum())
 
 
 class _Disk:
     """The active disk's tables as they are: what they leave out, and which of the clusters *in_use*
-    they map.
+    they map. *homeless*: clusters with data that no table leads to.
     """
 
-    def __init__(self, source: Source, report: Report, in_use: I64) -> None:
-        self.source, self._report, self._in_use = source, report, in_use
+    def __init__(self, source: Source, report: Report, in_use: I64, homeless: I64) -> None:
+        self._source, self._report = source, report
+        self._in_use, self._homeless = in_use, homeless
         self._geometry = report.geometry
         self.size = self._geometry.virtual_size
         header = report.layout.header if report.layout else None
@@ -304,18 +343,38 @@ class _Disk:
         is_gone = np.isin(tables.offset, gone.host_offset)
         wanted = np.flatnonzero(~is_gone)
         offsets = tables.offset[wanted]
-        present = present_tables(self.source, offsets, geometry.cluster_size)
-        empty = [wanted[~present]]
+        present = present_tables(self._source, offsets, geometry.cluster_size)
+        empty, parted = [wanted[~present]], [wanted[:0]]
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
-        for part, rows in read_tables(self.source, offsets, geometry.cluster_size):
+        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
             filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
             empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
+            parted.append(wanted[part][self._are_parted(words, filled)])
             mine = is_active[part]
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
         zeros = distinct(np.concatenate(empty))
-        return _Windows(self._entries_of(tables.offset[zeros]), self._entries_of(gone.host_offset))
+        parts = distinct(np.concatenate(parted))
+        places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
+        return _Windows(*map(self._entries_of, places))
+
+    def _are_parted(self, words: U64, filled: Mask) -> Mask:
+        """In which tables entries end at the border of a sector, and what would go on leaks.
+
+        Next to an entry that is empty stands one that leads to the cluster beside a homeless one: a
+        part of the table was wiped. Storage loses sectors and pages, a machine that dies does not
+        stop at their borders.
+        """
+        border = np.arange(SECTOR // self._geometry.l2_entry_size, words.shape[1])
+        border = border[:: SECTOR // self._geometry.l2_entry_size]
+        hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
+        is_plain = (words & np.uint64(entries.COMPRESSED)) == 0
+        parted: Mask = np.zeros(len(words), dtype=np.bool_)
+        for near, far, step in ((border - 1, border, 1), (border, border - 1, -1)):
+            is_end = (hosts[:, near] != 0) & is_plain[:, near] & ~filled[:, far]
+            parted |= (is_end & np.isin(hosts[:, near] + step, self._homeless)).any(axis=1)
+        return parted
 
     def _are_sound(self, words: U64) -> Mask:
         """Which words could be entries, wherever they lead."""
@@ -355,7 +414,9 @@ class _Disk:
         mine = np.isin(self._l1.offset, offsets)
         regions = self._report.regions
         tables = regions.select(regions.structure == Structure.L2_TABLE)
-        others = tables.select(np.isin(tables.offset, offsets) & (tables.snapshot != ACTIVE))
+        # Behind the end of the disk is the state of a machine, which a snapshot may share.
+        behind = (tables.snapshot != ACTIVE) | (tables.l1_index >= self._needed)
+        others = tables.select(np.isin(tables.offset, offsets) & behind)
         active = np.full(int(mine.sum()), ACTIVE, dtype=np.int64)
         return (
             np.concatenate((active, others.snapshot.astype(np.int64))),

@@ -10,21 +10,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, distinct, without_repeats
+from planner.arrays import I64, distinct
 from planner.claims import blocks_that_are_none
 from planner.findings import FindingKind
 from planner.mismatch import CHUNK, Mismatches
 from planner.report import Report
-from planner.source import SECTOR, Source
+from planner.source import READABLE_END, Source
 from planner.stored import Reftable
 
 
 def uncounted_clusters(source: Source, report: Report) -> I64:
     """Clusters inside the file that are no hole, have no reference, and whose refcount is lost.
 
-    Ascending, int64. Lost is what cannot be looked up, a run of sectors of a refcount block in
-    which every refcount is 0, though something there is in use, and what something else lies in the
-    place of, or may. There, what is not 0 by chance looks like a leak, and is none of these.
+    Ascending, int64. Lost is what cannot be looked up, a run of refcounts of a block that are all
+    0, though something there is in use, and what something else lies in the place of, or may.
+    There, what is not 0 by chance looks like a leak, and is none of these.
     """
     mismatches, layout = report.mismatches, report.layout
     if mismatches is None or layout is None:
@@ -60,31 +60,28 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     blocks = distinct(np.concatenate((blocks, shared, blocks_that_are_none(source, report))))
     yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
-        per_sector = max(1, SECTOR * 8 >> report.geometry.refcount_order)
-        yield from _zero_runs(mismatches, per_sector, per_block)
+        yield from _zero_runs(mismatches, per_block)
 
 
-def _zero_runs(
-    mismatches: Mismatches, per_sector: int, per_block: int
-) -> Iterator[tuple[int, int]]:
-    """Runs of sectors of one block without a refcount, of which one at least should have some."""
+def _zero_runs(mismatches: Mismatches, per_block: int) -> Iterator[tuple[int, int]]:
+    """Runs of clusters of one block without a refcount, of which one at least should have some.
+
+    A block that is an older copy of itself ends so, in the middle of a sector.
+    """
     nothing = np.zeros(0, dtype=np.int64)
     missing, filled = [nothing], [nothing]
     for low, high in mismatches.spans:
         for first in range(low, high, CHUNK):
             part = slice(first, min(high, first + CHUNK))
-            sector = mismatches.index.clusters_of(np.arange(part.start, part.stop)) // per_sector
+            cluster = mismatches.index.clusters_of(np.arange(part.start, part.stop))
             has, needs = mismatches.stored[part] != 0, mismatches.counted[part] != 0
-            filled.append(without_repeats(sector[has]))
-            missing.append(without_repeats(sector[needs & ~has]))
-    full = distinct(np.concatenate(filled))
-    empty = distinct(np.concatenate(missing))
-    empty = empty[~np.isin(empty, full)]
-    sectors, reached = max(1, per_block // per_sector), 0
-    for sector in empty.tolist():
-        if sector < reached:
-            continue
-        block, at = sector - sector % sectors, int(np.searchsorted(full, sector))
-        first = max(block, int(full[at - 1]) + 1 if at else 0)
-        reached = min(block + sectors, int(full[at]) if at < len(full) else block + sectors)
-        yield first * per_sector, reached * per_sector
+            filled.append(cluster[has])
+            missing.append(cluster[needs & ~has])
+    full, empty = np.concatenate(filled), np.concatenate(missing)
+    # Between two that have one: the bounds of a block are as good.
+    full = np.concatenate((np.full(1, -1), full, np.full(1, READABLE_END)))
+    block, after = empty - empty % per_block, np.searchsorted(full, empty)
+    low = np.maximum(block, full[after - 1] + 1)
+    high = np.minimum(block + per_block, full[after])
+    first = np.diff(low, prepend=-1) != 0
+    yield from zip(low[first].tolist(), high[first].tolist(), strict=True)
