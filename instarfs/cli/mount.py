@@ -12,6 +12,7 @@ from instarfs.cli.options import undo_file_option
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image import Image
+from instarfs.mount import descriptors
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
 
@@ -56,6 +57,7 @@ def command(
     Returns when the mount answers; a process in the background serves it until it is unmounted,
     and logs to syslog. The image is not changed, unless somebody writes to a file in repair/.
     """
+    inherited = descriptors.open_now()
     options = MountOptions.parse(words, read_only=read_only)
     # Opened before the mount could hide it.
     opened, follow = Image.open(image, undo_file), Follow(directories, serving=True)
@@ -65,6 +67,7 @@ def command(
         from instarfs.mount import daemon  # noqa: PLC0415 - its absence is a message, not a crash
     except ImportError as error:
         raise FuseNotInstalled(str(error)) from error
+    descriptors.let_go_of(inherited)
     if foreground:
         daemon.log_to_stderr()
         ready = daemon.nobody_waits

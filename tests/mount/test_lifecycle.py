@@ -86,6 +86,30 @@ def test_closed_standard_descriptors_are_not_taken_for_the_image(
     assert instarfs("umount", directory).returncode == 0
 
 
+@pytest.mark.parametrize("option", ["-f", "--read-only"], ids=["foreground", "background"])
+def test_of_the_descriptors_of_its_caller_none_is_left(
+    image: Path, directory: Path, option: str
+) -> None:
+    secret = image.with_name("secret")
+    secret.touch()
+    words = [*INSTARFS, "mount", option, '"$0"', '"$1"', '7<"$2"', '300>>"$2"', '<"$2"', '>"$2"']
+    command = ["bash", "-c", " ".join(words), image, directory, secret]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as caller:
+        until(lambda: mounted_type(directory) is not None, "it was mounted")
+        assert '"clean"' in (directory / "check/result.json").read_text()
+        daemon = daemon_of(directory)
+        helpers = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+        assert len(helpers) == 2
+        for process in (daemon, *helpers):
+            descriptors = Path(f"/proc/{process}/fd")
+            opened = {it.name: str(it.readlink()) for it in descriptors.iterdir()}
+            assert opened["0"] == os.devnull or opened["0"].startswith("pipe:")
+            assert opened["1"] == os.devnull
+            assert str(secret) not in opened.values()
+        assert instarfs("umount", directory).returncode == 0
+    assert caller.returncode == 0
+
+
 def stop_by_signal(number: signal.Signals) -> Callable[[Path], None]:
     return lambda directory: os.kill(daemon_of(directory), number)
 
