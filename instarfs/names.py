@@ -138,7 +138,9 @@ class OwnHands:
         fd = os.open(name, _FLAGS[what] | _O_ANY, _MODE, dir_fd=directory)
         if what is Opening.NEW_UNDO:
             with suppress(OSError):  # some file systems keep no modes
-                os.fchmod(fd, _MODE)  # whatever the umask: its owner must be able to read it
+                # Whatever the umask: its owner must be able to read it.
+                if stat.S_IMODE(os.fstat(fd).st_mode) != _MODE:
+                    os.fchmod(fd, _MODE)
         return fd
 
     def change(self, change: Change, directory: int, name: str) -> None:

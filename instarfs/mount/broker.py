@@ -192,6 +192,7 @@ def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"instarfs-broker", 0, 0, 0)
     os.chdir("/")
+    os.umask(0o077)  # it could not put a mode right afterwards
     spots = [image.spot, *([image.undo] if image.undo else [])]
     _let_go_of_all_but(
         {*(spot.directory for spot in spots), *(channel.fileno() for channel in channels)}

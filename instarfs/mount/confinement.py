@@ -3,9 +3,10 @@
 The daemon has read an image that nobody vouches for, so whatever the image made of it must not
 reach the rest of the machine. By Landlock it keeps the directories that are followed, and Python's
 own files; nothing in the image's directory, for there are the images of others. What it needs from
-there its broker opens, which keeps nothing else. No program can be run and no mount changed. By a
-filter of nine instructions no socket can be made. No right comes back: not by a set-user-ID
-program, nor by a capability. What the kernel lacks of this is said once, in the log.
+there its broker opens, which keeps nothing else. By seccomp each makes the system calls that it is
+known to make, and no others (`instarfs.mount.calls`): no program can be run, no mount changed, no
+socket made, and nobody else's file, process or limits changed. No right comes back: not by a
+set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the log.
 
 All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
 called before there are others.
@@ -18,7 +19,6 @@ import ctypes
 import errno
 import logging
 import os
-import platform
 import resource
 import site
 import stat
@@ -27,19 +27,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntFlag
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from instarfs.errors import reason_of
 from instarfs.image import BLOCK_STATISTICS, Image
+from instarfs.mount import calls, seccomp
 
 log = logging.getLogger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
-# Numbers of linux/prctl.h, linux/landlock.h, linux/seccomp.h, linux/capability.h.
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+# Numbers of linux/prctl.h, linux/landlock.h, linux/capability.h.
 _PR_SET_NO_NEW_PRIVS = 38
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_OF_LANDLOCK = 1
@@ -91,16 +92,19 @@ class Confinement:
     and a process that asks its own mount waits for itself.
     """
 
-    def __init__(self, capabilities: int) -> None:
-        """*capabilities*: those that are kept, if there are any, as a set of bits."""
-        self._capabilities = capabilities
+    def __init__(self, capabilities: int, allowed: Callable[[int], Sequence[calls.Call]]) -> None:
+        """*capabilities*: those that are kept, if there are any, as a set of bits.
+
+        *allowed*: the system calls that are, to a process of the number that it gets.
+        """
+        self._capabilities, self._allowed = capabilities, allowed
         self._stack = ExitStack()
         self._kept: list[tuple[int, Right]] = []
 
     @classmethod
     def of_daemon(cls, image: Image, followed: Sequence[str] = ()) -> Self:
         """Of what serves the mount. *followed*: directories with files that the image may name."""
-        confinement = cls(_TO_LOOK)
+        confinement = cls(_TO_LOOK, calls.of_daemon)
         if image.is_device:
             device = os.fstat(image.fileno()).st_rdev
             name = f"{os.major(device)}:{os.minor(device)}"
@@ -116,7 +120,7 @@ class Confinement:
     @classmethod
     def of_broker(cls, image: Image, *, read_only: bool) -> Self:
         """Of what opens the files of the image for the daemon."""
-        confinement = cls(_TO_USE)
+        confinement = cls(_TO_USE, partial(calls.of_broker, read_only=read_only))
         writing = Right(0) if read_only else _REPAIR
         rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
         if image.undo is not None:
@@ -141,12 +145,14 @@ class Confinement:
     def enforce(self) -> None:
         """Give up everything else, for good. Never fails: what cannot be had is logged."""
         time.tzset()  # reads a file, once
+        with contextlib.suppress(OSError):  # glibc would load it when a thread is ended from within
+            ctypes.CDLL("libgcc_s.so.1")
         steps: dict[str, Callable[[], None]] = {
             "core dumps": _rule_out_core_dumps,
             "capabilities": self._drop_capabilities,
             "new privileges": _rule_out_new_privileges,
             "files": self._restrict,
-            "sockets": _deny_sockets,
+            "system calls": self._deny_calls,  # the last: what it takes to get here is among them
         }
         with self._stack:
             for what, step in steps.items():
@@ -163,6 +169,9 @@ class Confinement:
         permitted = struct.unpack("=6I", current.raw)[1]
         low = permitted & self._capabilities
         _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
+
+    def _deny_calls(self) -> None:
+        seccomp.deny_all_but(self._allowed(os.getpid()))
 
     def _restrict(self) -> None:
         """Landlock: everything that this kernel knows of is ruled out but what is kept."""
@@ -236,40 +245,3 @@ def _rule_out_core_dumps() -> None:
 def _rule_out_new_privileges() -> None:
     """No program that this process runs gets more rights than it has."""
     _require(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
-
-
-# Classic BPF over struct seccomp_data: the call's number, the architecture.
-_NUMBER, _ARCHITECTURE = 0, 4
-_LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _DENY = 0x7FFF0000, 0x00050000 | errno.EACCES
-_IO_URING_SETUP = 425
-_SOCKET_CALLS = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}
-"""Of each machine: the architecture, and the numbers of socket(2) and socketpair(2)."""
-_OTHER_ABI = 0x40000000
-
-
-def _deny_sockets() -> None:
-    """socket(2) and socketpair(2) are refused; and what could go around that.
-
-    The second too: an end of a pair of datagram sockets can be connected elsewhere.
-    """
-    machine = platform.machine()
-    if machine not in _SOCKET_CALLS:
-        raise OSError(errno.ENOSYS, f"it is not known how on {machine}")
-    architecture, socket, socketpair = _SOCKET_CALLS[machine]
-    # (code, jump if true, jump if false, value); a jump is relative to the next one.
-    program = [
-        (_LOAD, 0, 0, _ARCHITECTURE),
-        (_IF_EQUAL, 0, 5, architecture),
-        (_LOAD, 0, 0, _NUMBER),
-        (_IF_AT_LEAST, 3, 0, _OTHER_ABI),
-        (_IF_EQUAL, 2, 0, _IO_URING_SETUP),
-        (_IF_EQUAL, 1, 0, socket),
-        (_IF_EQUAL, 0, 1, socketpair),
-        (_RETURN, 0, 0, _DENY),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-    instructions = b"".join(struct.pack("=HBBI", *each) for each in program)
-    kept = ctypes.create_string_buffer(instructions)
-    described = struct.pack("@HxxxxxxP", len(program), ctypes.addressof(kept))
-    _require(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, described, 0, 0) == 0)

@@ -133,8 +133,8 @@ async def _announce(
 
 @contextlib.contextmanager
 def _mounted(operations: Operations, directory: str, options: set[str]) -> Iterator[None]:
-    with Unmounter(directory) as unmounter:
-        with _captured_stderr() as said:
+    with Unmounter(directory) as unmounter, _file_in_memory() as kept:
+        with _captured_stderr(kept) as said:
             try:
                 pyfuse3.init(operations, directory, options)
             except RuntimeError as error:
@@ -148,15 +148,24 @@ def _mounted(operations: Operations, directory: str, options: set[str]) -> Itera
         finally:
             if not unmounter.unmount():
                 log.warning("%s: could not be unmounted: see instarfs umount", directory)
-            with _captured_stderr():  # it tries once more, and may not
+            with _captured_stderr(kept):  # it tries once more, and may not
                 pyfuse3.close()
 
 
 @contextlib.contextmanager
-def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """What libfuse and fusermount3 say on stderr goes into an error's one line instead."""
+def _file_in_memory() -> Iterator[int]:
+    """A descriptor of what can be written to. Once the process is confined none can be made."""
+    fd = os.memfd_create("stderr")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _captured_stderr(captured: int) -> Iterator[Callable[[], str]]:
+    """What libfuse and fusermount3 say on stderr goes to *captured*, for an error's one line."""
     saved = os.dup(2)
-    captured = os.memfd_create("stderr")
 
     def said() -> str:
         text = os.pread(captured, 4096, 0).decode(errors="replace")
@@ -168,7 +177,6 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-        os.close(captured)
 
 
 def nobody_waits() -> None:

@@ -7,6 +7,7 @@ import codecs
 import ctypes
 import errno
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from instarfs.image import FileSource, Image
 from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from instarfs.names import Opening
+from instarfs.openat2 import openat2
 from instarfs.undo_place import UndoPlace
 from planner.check import check_image
 from planner.report import Report
@@ -24,7 +26,9 @@ IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
 UNDO = IMAGE.with_name(f"{IMAGE.name}.instarfs-undo")
 
+AT_FDCWD = -100
 PROC_KCORE = "/proc/kcore"
+NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 
 def open_socket(family: int, kind: int) -> None:
@@ -90,6 +94,9 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "change-root": lambda: os.chroot("/"),
     "have-3-gibibytes": lambda: bytearray(3 << 30),
     "signal-its-parent": lambda: os.kill(os.getppid(), 0),
+    "limit-its-parent": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU, NO_LIMIT),
+    "make-a-program-set-user-id": lambda: Path(sys.executable).chmod(0o4755),
+    "run-from-memory": lambda: os.close(os.memfd_create("program")),
     "read-memory-of-children": read_memory_of_children,
     "open-image": lambda: open_and_close(IMAGE, os.O_RDONLY),
     "open-image-again-to-write": lambda: open_and_close(
@@ -101,7 +108,18 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
         NEIGHBOUR.name, os.O_RDONLY, directory=image.directory
     ),
     "write-neighbour": lambda: open_and_close(NEIGHBOUR, os.O_WRONLY),
+    "write-neighbour-by-openat2": lambda: os.close(openat2(AT_FDCWD, str(NEIGHBOUR), os.O_RDWR, 0)),
+    "write-neighbour-by-descriptor": lambda: os.close(
+        openat2(image.directory, NEIGHBOUR.name, os.O_RDWR, 0)
+    ),
+    "make-neighbour-by-openat2": lambda: os.close(
+        openat2(image.directory, "new.qcow2", os.O_RDWR | os.O_CREAT, 0)
+    ),
     "cut-neighbour": lambda: os.truncate(NEIGHBOUR, 0),
+    "open-neighbour-to-all": lambda: NEIGHBOUR.chmod(0o666),
+    "give-neighbour-away": lambda: os.chown(NEIGHBOUR, -1, os.getgid()),
+    "label-neighbour": lambda: os.setxattr(NEIGHBOUR, "user.instarfs", b"was here"),
+    "change-times-of-neighbour": lambda: os.utime(NEIGHBOUR, (1, 1)),
     "rename-neighbour": lambda: NEIGHBOUR.rename(NEIGHBOUR.with_suffix(".old")),
     "remove-neighbour": NEIGHBOUR.unlink,
     "replace-neighbour": lambda: IMAGE.rename(NEIGHBOUR),

@@ -1,8 +1,11 @@
 """instarfs.mount.confinement where the kernel can do less: as much as it can, and the rest is said.
 
-What is given up never comes back, so each test is a process of its own.
+The filter of system calls, which would refuse more, is switched off but where it is what is tested;
+what it refuses is in test_calls.py. What is given up never comes back, so each test is a process of
+its own.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from instarfs.mount.confinement import landlock_version
+from instarfs.mount.seccomp import MACHINES
 from tests.mount.mounts import environment
 
 PROGRAM = """
@@ -21,6 +25,7 @@ from instarfs.mount import confinement
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 image, other, version, who = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 confinement.landlock_version = lambda: version
+confinement.seccomp.deny_all_but = lambda calls: None
 opened, whose = Image.open(str(image)), confinement.Confinement
 if who == "daemon":
     whose.of_daemon(opened).enforce()
@@ -102,3 +107,56 @@ def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None
     outcomes = confined(image, -1, "daemon")
     assert outcomes.pop(f"{SAID} this kernel has no") == "Landlock"
     assert set(outcomes.values()) == {"done"}
+
+
+# ---- where it cannot filter system calls ----
+
+OF_KERNELS = """
+import errno, logging, os, sys
+from instarfs.image import Image
+from instarfs.mount import confinement, seccomp
+from instarfs.mount.calls import Call, Only
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+image, kernel = Image.open(sys.argv[1]), sys.argv[2]
+confinement._rule_out_new_privileges()
+answers = {
+    "without seccomp": (Call("seccomp", 317, 277), errno.ENOSYS),
+    "before 4.14": (Call("seccomp", 317, 277, (Only(1, (2,)),)), errno.EINVAL),
+}
+if kernel in answers:
+    call, code = answers[kernel]
+    machine, answered = seccomp.this_machine(), [(call, seccomp.ERRNO | code)]
+    program = seccomp.compile_filter(answered, machine, otherwise=seccomp.ALLOW)
+    seccomp._install(program, machine, 0)
+else:
+    seccomp.MACHINES.clear()
+confinement.Confinement.of_daemon(image).enforce()
+try:
+    os.chmod(sys.argv[1], 0o600)
+except OSError as failed:
+    print(errno.errorcode[failed.errno])
+"""
+NOT_GIVEN_UP = "not confined: system calls are not given up:"
+
+
+@pytest.mark.skipif(os.uname().machine not in MACHINES, reason="its calls are not known")
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("without seccomp", [f"{NOT_GIVEN_UP} Function not implemented"]),
+        ("before 4.14", ["EPERM"]),
+        ("another machine", [f"{NOT_GIVEN_UP} it is not known how on {os.uname().machine}"]),
+    ],
+)
+def test_system_calls_are_filtered_or_it_is_said_that_they_are_not(
+    image: Path, kernel: str, said: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OF_KERNELS, image, kernel],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (done.stdout.splitlines(), done.stderr) == (said, "")
