@@ -29,6 +29,8 @@ def disks(content: bytes) -> dict[str, Disk]:
     except ImageError:
         return found
     for snapshot in snapshots:
+        if not (snapshot.l1_size or snapshot.id_str or snapshot.name):
+            continue  # an entry of zeros is no snapshot
         if snapshot.l1_table_offset % layout.geometry.cluster_size == 0:
             name = f"{snapshot.id_str!r} {snapshot.name!r}"
             found[name] = _disk(content, layout, snapshot.l1_table_offset, snapshot.l1_size)
