@@ -19,7 +19,7 @@ from planner.census import data_and_compressed, decode_words, split_entries
 from planner.claims import refcounts_are_shared
 from planner.errors import ImageError
 from planner.findings import ACTIVE, NONE, FindingKind, Structure
-from planner.gaps import Gaps, read_gaps
+from planner.gaps import Gaps
 from planner.overlaps import followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import list_bitmaps
@@ -132,8 +132,7 @@ class Leaked:
     ``uncounted``: whether there is no refcount to tell; ``unused``: whether no reference is left;
     ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
     looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
-    tables look lost. ``is_room_for_tables``: whether an L1 entry of the active disk leads to no
-    table of its own.
+    tables look lost. ``gaps``: the L1 entries that lead to no table of their own.
     """
 
     cluster: I64
@@ -145,7 +144,7 @@ class Leaked:
     is_refcounts: Mask
     is_empty: Mask
     lost_tables: int
-    is_room_for_tables: bool
+    gaps: Gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +232,7 @@ def _causes(
         number, index = disk.empty_entries()
         yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, coverage)
         if not len(index):
-            yield from _of_gaps_in_snapshots(read_gaps(source, report))
+            yield from _of_gaps_in_snapshots(leaked.gaps)
     if elsewhere:
         kinds = ", ".join(kind.label for kind in elsewhere)
         yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
@@ -299,13 +298,12 @@ def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Ma
     """
     chosen = candidates & leaked.unused
     chosen[~leaked.unused] = disk.may_have_had_more()
-    if not leaked.is_room_for_tables and not disk.lost_windows:
+    if not leaked.gaps.entries(only_active=True) and not disk.lost_windows:
         # Then a table without a place is what is left of a snapshot that was deleted.
         chosen &= ~leaked.has_table | (leaked.lost > 1)
     lost = leaked.lost[chosen]
-    if (
-        not report.holds_compressed
-    ):  # the disk has a cluster that is still in use once, or not at all
+    if not report.holds_compressed:
+        # The disk has a cluster that is still in use once, or not at all.
         lost = np.where(leaked.unused[chosen], lost, np.minimum(lost, 1))
     return int(lost.sum())
 

@@ -16,7 +16,7 @@ import numpy as np
 from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.census import decode_words
 from planner.entry_findings import EntryFindings
-from planner.findings import FindingKind, Structure
+from planner.findings import NONE, FindingKind, Structure
 from planner.grouped import FindingsBuilder
 from planner.looks import Looker
 from planner.qcow2 import entries
@@ -157,7 +157,7 @@ def _report_runs(
         length=runs.count * SECTOR,
         snapshot=tables.snapshot[at],
         l1_index=l1_index,
-        l2_index=np.where(is_whole, -1, first),
+        l2_index=np.where(is_whole, NONE, first),
         guest_offset=(l1_index * geometry.l2_entries + first) << geometry.cluster_bits,
         guest_length=count << geometry.cluster_bits,
         found=runs.content.astype(np.uint64),

@@ -218,7 +218,7 @@ def triage_leaks(
     counted = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
     if ignored is not None:
         counted = counted[~np.isin(counted, ignored)]
-    uncounted = uncounted_clusters(source, report)
+    uncounted = uncounted_clusters(_Watched(source, cancelled, _nobody, 0), report)
     leaked = np.concatenate((counted, uncounted))
     if not len(leaked):
         return Triage()
@@ -428,7 +428,7 @@ class _Describer:
             is_refcounts=self._look == Look.REFBLOCK,
             is_empty=self._look == Look.ZEROS,
             lost_tables=int(np.count_nonzero(tables.looks_lost)),
-            is_room_for_tables=self._gaps.entries(only_active=True) > 0,
+            gaps=self._gaps,
         )
         return find_losses(self._source, self._report, leaked, self._other_reading)
 

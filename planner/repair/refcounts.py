@@ -32,7 +32,7 @@ DAMAGED_STRUCTURE = (
 
 def reclaim_leaks_in_refblocks(scope: Scope, stay: I64) -> None:
     """Lower the refcount of every leaked cluster to its references, but for those that *stay*."""
-    _Corrector(scope, (FindingKind.LEAK,), stay).run()
+    _Corrector(scope, (FindingKind.LEAK,), stay, kept=stay[:0]).run()
 
 
 def correct_refcounts_in_refblocks(scope: Scope, stay: I64, kept: I64) -> None:
@@ -98,13 +98,7 @@ def set_refcounts_in_block(
 class _Corrector:
     """Drafts new contents of refcount blocks for the wrong clusters of some kinds."""
 
-    def __init__(
-        self,
-        scope: Scope,
-        kinds: tuple[FindingKind, ...],
-        stay: I64,
-        kept: I64 = np.zeros(0, dtype=np.int64),  # noqa: B008 - it is empty
-    ) -> None:
+    def __init__(self, scope: Scope, kinds: tuple[FindingKind, ...], stay: I64, kept: I64) -> None:
         self._scope, self._kinds, self._stay, self._kept = scope, kinds, stay, kept
         self._order = scope.geometry.refcount_order
         self._per_block = scope.geometry.refblock_entries
