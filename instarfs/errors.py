@@ -365,9 +365,9 @@ class RepairRunning(InstarfsError):
 
 @dataclass(eq=False)
 class NoSuchCommand(InstarfsError):
-    """{command!r} means nothing here; write {grammar}"""
+    """'{command}' means nothing here; write {grammar}"""
 
-    command: bytes
+    command: str
     grammar: str
     errno: ClassVar[int] = _errno.EINVAL
 

@@ -31,6 +31,7 @@ from instarfs.errors import (
     InstarfsError,
     UndoFileImpossible,
 )
+from instarfs.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.names import Hands, Opening, Origin, OwnHands, Spot, behind_links
 from instarfs.openat2 import look_at, open_looked_at
 from instarfs.surroundings import Gone
@@ -45,10 +46,9 @@ BLOCK_STATISTICS = Path("/sys/dev/block")
 
 _SECTORS_WRITTEN = 6
 
-MOUNT_TABLE = Path("/proc/self/mountinfo")
 
 # RWF_NOWAIT, which would tell for each read, they do not offer.
-_IN_MEMORY = (b"tmpfs", b"ramfs")
+_IN_MEMORY = ("tmpfs", "ramfs")
 
 _SECOND_NS = 10**9
 
@@ -279,12 +279,11 @@ class Image:
     def is_in_memory(self) -> bool:
         """Whether its file system keeps files in memory, so that no read waits for a disk."""
         device = os.fstat(self._fd).st_dev
-        number = f"{os.major(device)}:{os.minor(device)}".encode()
+        number = f"{os.major(device)}:{os.minor(device)}"
         with contextlib.suppress(OSError):
-            for line in MOUNT_TABLE.read_bytes().splitlines():
-                mount, _, rest = line.partition(b" - ")
-                if mount.split()[2] == number:
-                    return rest.split()[0] in _IN_MEMORY
+            for mount in mounts_in(MOUNT_TABLE.read_bytes()):
+                if mount.device == number:
+                    return mount.filesystem in _IN_MEMORY
         return False
 
     def source(self, *, wait: bool = True) -> FileSource:

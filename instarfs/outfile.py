@@ -28,6 +28,7 @@ from instarfs.errors import (
     OutOfSomethingElse,
     reason_of,
 )
+from instarfs.render.text import json_text
 from planner.errors import NotAMapfile
 from planner.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
 
@@ -124,7 +125,7 @@ class OutFile:
             "boot": self._boot,
             "flushed": self._flushed,
         }
-        listed = replace(mapfile, position=position, remarks=(_TITLE, _MARK + json.dumps(head)))
+        listed = replace(mapfile, position=position, remarks=(_TITLE, _MARK + json_text(head)))
         new = self.map_path + _NEW
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -96,7 +96,7 @@ class Mapfile:
 def parse_mapfile(text: bytes) -> Mapfile:
     """Read one. Raises `NotAMapfile`."""
     remarks, position, starts, statuses, end = [], -1, [], [], 0
-    for number, line in enumerate(text.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(text.decode("utf-8", "replace").split("\n"), 1):
         content, mark, remark = line.partition("#")
         words = content.split()
         if mark and not words:

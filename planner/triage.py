@@ -23,6 +23,7 @@ from planner.gaps import Gaps, Place, PlaceKind, read_gaps
 from planner.looks import Look, Looker
 from planner.losses import CauseKind, Leaked, Losses, bitmap_clusters, find_losses
 from planner.mismatch import Mismatches
+from planner.names import quoted
 from planner.plan import Draft, StageKind
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
@@ -111,9 +112,8 @@ class Suspect:
 
 
 def snapshot_phrase(snapshot: Snapshot) -> str:
-    """Its ID and name, as the image has them, in a form that a terminal does not obey."""
-    raw_id, name = (part.decode(errors="replace") for part in (snapshot.id_str, snapshot.name))
-    return f"ID {raw_id!r}, name {name!r}"
+    """Its ID and name, as the image has them."""
+    return f"ID {quoted(snapshot.id_str)}, name {quoted(snapshot.name)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from instarfs import locks
-from instarfs.cli.complaints import FAILURES, Failure, complain, sentence_of
+from instarfs.cli.complaints import FAILURES, Failure, complain, remark, sentence_of
 from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
@@ -244,13 +244,13 @@ def _conclude_repair(
 
 def _show_checked(checked: _Checked, label: str = "") -> None:
     if checked.left_over is not None:
-        click.echo(f"{label}NOTE {checked.left_over.sentence}", err=True)
+        remark(f"{label}NOTE {checked.left_over.sentence}")
     _show_check(checked.report, label)
 
 
 def _show_check(report: Report, label: str = "") -> None:
     for message in check_messages(report):
-        click.echo(label + message, err=True)
+        remark(label + message)
     click.echo(check_human(report), nl=False)
 
 
@@ -279,7 +279,7 @@ def _check_all(names: Sequence[ImageName], shown: str, wanted: _Wanted) -> int:
         if shown:
             click.echo(f"{chr(10) if number else ''}image: {printable(name.path)}")
             if isinstance(outcome, _Checked) and outcome.report.error is None:
-                _show_checked(outcome, f"{printable(name.path)}: ")
+                _show_checked(outcome, f"{name.path}: ")
         codes.append(_complain(outcome))
     return min(codes, key=WORST_FIRST.index)
 

@@ -23,4 +23,9 @@ def sentence_of(error: Failure) -> str:
 
 def complain(sentence: str) -> None:
     """Say it."""
-    click.echo(f"{NAME}: {printable(sentence)}", err=True)
+    remark(f"{NAME}: {sentence}")
+
+
+def remark(line: str) -> None:
+    """Say what is no result: a line on stderr."""
+    click.echo(printable(line), err=True)

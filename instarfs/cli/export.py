@@ -11,6 +11,7 @@ from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
 from instarfs.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.outfile import OutFile
+from instarfs.render.text import printable
 
 
 @click.command(name="export")
@@ -69,7 +70,7 @@ def _conclude(outcome: Outcome, target: OutFile, *, quiet: bool) -> None:
             hint = f", {which} of them in files that are not read (see --follow)"
         raise ExportIncomplete(target.path, outcome.unread, outcome.size, hint, target.map_path)
     if not quiet:
-        click.echo(f"{target.path}: all {outcome.size} bytes of the disk were read")
+        click.echo(printable(f"{target.path}: all {outcome.size} bytes of the disk were read"))
 
 
 def _tell_nobody(_stage: str, _done: int, _total: int) -> None:

@@ -12,6 +12,7 @@ from instarfs.cli.options import undo_file_option
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image import Image
+from instarfs.logs import log_to_stderr
 from instarfs.mount import descriptors
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
@@ -69,7 +70,7 @@ def command(
         raise FuseNotInstalled(str(error)) from error
     descriptors.let_go_of(inherited)
     if foreground:
-        daemon.log_to_stderr()
+        log_to_stderr()
         ready = daemon.nobody_waits
     else:
         ready = daemon.to_background()

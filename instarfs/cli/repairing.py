@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import click
 
+from instarfs.cli.complaints import remark
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import InstarfsError, RepairIncomplete
 from instarfs.image import Image
+from instarfs.logs import warn_on_stderr
 from instarfs.memory import limited
 from instarfs.outcome import RepairOutcome
 from instarfs.render.repair import TAKEN_BACK_FIRST
@@ -31,6 +33,7 @@ def run(
     One that comes when it is done changes nothing: the command ends by itself, and its exit code
     says what became of the image.
     """
+    warn_on_stderr()
     asked_to_stop = click.get_current_context().with_resource(stoppable())
     with (
         Image.open(path, undo_file) as image,
@@ -61,7 +64,7 @@ def raise_error(outcome: RepairOutcome, path: str) -> None:
 def tell_what_came_first(outcome: RepairOutcome) -> None:
     """What was done all the same, before what was asked for failed."""
     if outcome.recovered:
-        click.echo(f"NOTE {TAKEN_BACK_FIRST}", err=True)
+        remark(f"NOTE {TAKEN_BACK_FIRST}")
 
 
 def _tell_nobody(_stage: str, _done: int, _total: int) -> None:

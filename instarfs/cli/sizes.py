@@ -26,7 +26,7 @@ class Size(click.ParamType[int]):
         size = parse_size(str(value))
         if size is None:
             self.fail(
-                f"{value!r} is not a number of bytes; k, M, G, T, P or E may follow it", param, ctx
+                f"'{value}' is not a number of bytes; k, M, G, T, P or E may follow it", param, ctx
             )
         if size > LARGEST:
             self.fail(f"{value} is not between 0 and {LARGEST}", param, ctx)

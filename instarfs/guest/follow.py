@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Self
 
 from instarfs.errors import FollowImpossible, reason_of
-from instarfs.image import MOUNT_TABLE, Image, mount_id
+from instarfs.image import Image, mount_id
+from instarfs.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.openat2 import (
     BENEATH,
     NO_MAGICLINKS,
@@ -181,13 +182,12 @@ def _is_ours(fd: int) -> bool:
     """Whether this is in a mount of instarfs; where that is not told, too."""
     number = mount_id(fd)
     try:
-        table = MOUNT_TABLE.read_bytes().splitlines()
+        table = MOUNT_TABLE.read_bytes()
     except OSError:
         return True
-    for line in table:
-        mount, _, rest = line.partition(b" - ")
-        if int(mount.split()[0]) == number:
-            return rest.split()[0].decode() == FILESYSTEM_TYPE
+    for mount in mounts_in(table):
+        if mount.number == number:
+            return mount.filesystem == FILESYSTEM_TYPE
     return True
 
 

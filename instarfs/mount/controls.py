@@ -56,13 +56,9 @@ def parse_word(command: bytes, word: str) -> None:
         raise NoSuchCommand(_shortened(command), f"`{word}`")
 
 
-def _shortened(command: bytes) -> bytes:
-    return command if len(command) <= _SHOWN_BYTES else command[:_SHOWN_BYTES] + b"..."
-
-
-def _shown(command: bytes) -> str:
-    """A command, for the log."""
-    return printable(_shortened(command.strip()).decode(errors="backslashreplace"))
+def _shortened(command: bytes) -> str:
+    shown = command if len(command) <= _SHOWN_BYTES else command[:_SHOWN_BYTES] + b"..."
+    return shown.decode(errors="surrogateescape")
 
 
 class Controls:
@@ -93,10 +89,10 @@ class Controls:
                 outcome = await act(command)
             except DOMAIN_ERRORS as error:
                 self._inspector.repairs.refuse(as_value(error))
-                log.info("%s: nothing was begun: %s", _shown(command), printable(str(error)))
+                log.info("%s: nothing was begun: %s", _shortened(command.strip()), error)
                 raise
             # Not another await: when the mount ends, this is all that there is still time for.
-            log.info("%s: %s", _shown(command), outcome_line(outcome))
+            log.info("%s: %s", _shortened(command.strip()), outcome_line(outcome))
             if outcome.error is not None:
                 raise outcome.error.with_traceback(None)  # or it grows each time
 
@@ -138,7 +134,7 @@ class Controls:
         if last is None:
             return b"nothing to take back\n"
         if not isinstance(last, Summary):
-            return f"{last}\n".encode(errors="surrogateescape")
+            return f"{printable(str(last))}\n".encode()
         if last.status.state not in _UNDO_LINES:
             return _SEALED_LINE.encode()
         plan = f" (tier {last.tier}, plan {last.plan_id})"

@@ -24,6 +24,7 @@ import pyfuse3
 import trio
 
 from instarfs.errors import MountFailed
+from instarfs.logs import log_to
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter
 from instarfs.mount.operations import Operations
 from instarfs.mount.requests import take_turns_fast
@@ -224,18 +225,9 @@ def _detach(writer: int, null: int) -> None:
 # ---- the log ----
 
 
-def log_to_stderr() -> None:
-    """For a mount in the foreground."""
-    _log_to(logging.StreamHandler(), "instarfs: %(message)s")
-
-
 def log_to_syslog(address: str = "/dev/log") -> None:
     """For a mount in the background. *address*: where the program listens that keeps the log."""
-    _log_to(_SyslogHandler(address), "%(message)s")
-
-
-def _log_to(handler: logging.Handler, line: str) -> None:
-    logging.basicConfig(level=logging.INFO, format=line, handlers=[handler], force=True)
+    log_to(_SyslogHandler(address), "%(message)s")
 
 
 class _SyslogHandler(logging.Handler):
@@ -262,7 +254,6 @@ class _SyslogHandler(logging.Handler):
         )
         # As syslog(3) writes it (RFC 3164, but for the host).
         begin = f"<{syslog.LOG_DAEMON | level}>{time.strftime('%b %e %T')} instarfs[{os.getpid()}]:"
-        for line in self.format(record).splitlines():
+        for line in self.format(record).split("\n"):
             with contextlib.suppress(OSError):
-                message = f"{begin} {line}".encode(errors="backslashreplace")
-                self._socket.sendto(message, self._address)
+                self._socket.sendto(f"{begin} {line}".encode(), self._address)

@@ -31,7 +31,7 @@ def is_interrupted(pid: int) -> bool:
         return False
     masks = {
         name: int(value, 16)
-        for name, _, value in (line.partition(":") for line in status.splitlines())
+        for name, _, value in (line.partition(":") for line in status.split("\n"))
         if name in ("SigPnd", "ShdPnd", "SigBlk")
     }
     pending = masks.get("SigPnd", 0) | masks.get("ShdPnd", 0)

@@ -38,6 +38,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.guest.follow import FILESYSTEM_TYPE
+from instarfs.mount_table import MOUNT_TABLE, mounts_in
 
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
 """Extended attribute of a mount's root: the identity of the process behind it."""
@@ -46,7 +47,6 @@ STOP_COMPUTING = signal.SIGUSR1
 """Tells that process to end what it computes, so that those who wait for it let go."""
 
 _DEVICE = Path("/dev/fuse")
-_TABLE = Path("/proc/self/mountinfo")
 _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
@@ -299,19 +299,11 @@ def _mount_at(path: str) -> _Mount | None:
     """The same of a real path, which is not looked up: it may lead to the caller's own mount."""
     target, found = os.fsencode(path), None
     try:
-        table = _TABLE.read_bytes()
+        table = MOUNT_TABLE.read_bytes()
     except OSError as error:
-        raise MountTableMissing(path, f"{_TABLE}: {reason_of(error)}") from error
-    for line in table.splitlines():
-        mount, _, rest = line.partition(b" - ")
-        if _unescaped(mount.split()[4]) == target:
-            filesystem, _, options = rest.split(b" ", 2)
-            user = re.search(rb"\buser_id=(\d+)", options)
-            device = mount.split()[2].decode()
-            found = _Mount(device, filesystem.decode(), int(user[1]) if user else None)
+        raise MountTableMissing(path, f"{MOUNT_TABLE}: {reason_of(error)}") from error
+    for mount in mounts_in(table):
+        if mount.point == target:
+            user = re.search(rb"\buser_id=(\d+)", mount.options)
+            found = _Mount(mount.device, mount.filesystem, int(user[1]) if user else None)
     return found
-
-
-def _unescaped(field: bytes) -> bytes:
-    r"""The kernel writes blanks, tabs, newlines and backslashes as ``\ooo``."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import json_bytes, printable
 from planner.dirty import BitmapState, BitmapStates
 from planner.errors import ImageError
+from planner.names import decode_name
 from planner.qcow2.bitmaps import AUTO, IN_USE
 
 UNSAVED = "it was in use and never saved: QEMU takes it for inconsistent and does not use it"

@@ -21,7 +21,7 @@ from instarfs.render.columns import (
     tsv_lines,
 )
 from instarfs.render.outcome import pending_value, repair_value
-from instarfs.render.text import json_bytes, printable, short_name
+from instarfs.render.text import json_bytes, printable
 from instarfs.surroundings import Gone
 from planner.arrays import U8, U64
 from planner.errors import ImageError
@@ -38,6 +38,7 @@ from planner.findings import (
     Structure,
 )
 from planner.looks import content_name
+from planner.names import brief_name
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.snapshots import Snapshot
 from planner.report import Report
@@ -375,7 +376,7 @@ def snapshot_name(report: Report, number: int) -> str:
 
 def _snapshot_name(snapshots: Sequence[Snapshot], number: int) -> str:
     name = snapshots[number].name if number < len(snapshots) else b""
-    return f"snapshot {number} ({short_name(name)})" if name else f"snapshot {number}"
+    return f"snapshot {number} ({printable(brief_name(name))})" if name else f"snapshot {number}"
 
 
 def owner_phrase(owner: Owner, geometry: Geometry, snapshots: Sequence[Snapshot]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from instarfs.render.check import owner_phrase, sentence
 from instarfs.render.tables import TYPE_LABELS
-from instarfs.render.text import printable
+from instarfs.render.text import text_lines
 from planner.atlas import kinds_in
 from planner.errors import ImageError
 from planner.explain import GuestExplanation, HostCluster, HostExplanation
@@ -30,7 +30,7 @@ def host_txt(it: HostExplanation | ImageError, offset: int, report: Report | Non
     """What a byte of the image file is used for. *report*: of a check, if there was one."""
     lines = [f"host offset {offset} ({offset:#x})", ""]
     if isinstance(it, ImageError):
-        return _text([*lines, f"Nothing is known of it: {printable(str(it))}."])
+        return _text([*lines, f"Nothing is known of it: {it}."])
     cluster, size = it.cluster, it.cluster.layout.file_size
     if offset >= size:
         lines.append(f"It is past the end of the file, which has {size} bytes: it reads as zero.")
@@ -44,7 +44,7 @@ def guest_txt(it: GuestExplanation | ImageError, offset: int, report: Report | N
     """The way to a byte of the active disk. *report*: of a check, if there was one."""
     lines = [f"guest offset {offset} ({offset:#x})", ""]
     if isinstance(it, ImageError):
-        return _text([*lines, f"There is no way to it: {printable(str(it))}."])
+        return _text([*lines, f"There is no way to it: {it}."])
     lines += [*_l1_lines(it), *_l2_lines(it), "", _reading(it)]
     for number, cluster in enumerate(it.clusters):
         what = "the L2 table" if it.l2_table and not number else "the data"
@@ -55,7 +55,7 @@ def guest_txt(it: GuestExplanation | ImageError, offset: int, report: Report | N
 
 
 def _text(lines: list[str]) -> bytes:
-    return ("\n".join(lines) + "\n").encode()
+    return text_lines(lines).encode()
 
 
 # ---- the way to a guest byte ----
@@ -139,7 +139,7 @@ def _cluster_lines(cluster: HostCluster, it: HostExplanation | None = None) -> I
     yield from _contradictions(cluster)
     if cluster.stopped:
         yield "Not every table could be read; what follows may refer to it, too:"
-        yield from (f"  - {printable(str(error))}" for error in cluster.stopped[:LISTED])
+        yield from (f"  - {error}" for error in cluster.stopped[:LISTED])
 
 
 def _times(cluster: HostCluster) -> str:

@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import IntFlag
 from itertools import islice
 
-from instarfs.render.text import decode_name, json_bytes, json_parts, printable
+from instarfs.render.text import json_bytes, json_parts, printable, text_lines
 from planner.chain import full_name
 from planner.errors import ImageError
+from planner.names import decode_name
 from planner.qcow2 import bitmaps, extensions
 from planner.qcow2.contents import Contents
 from planner.qcow2.geometry import SECTOR
@@ -287,12 +288,12 @@ def info_human(contents: Contents, facts: ImageFacts, unread: str = "") -> Itera
     """The text of `qemu-img info`, in parts; what could not be read is listed at its end."""
     lines = _human_lines(contents, facts, unread)
     while part := list(islice(lines, LINES_A_PART)):
-        yield ("\n".join(part) + "\n").encode()
+        yield text_lines(part).encode()
 
 
 def _common_lines(facts: ImageFacts, image_format: str, size: int) -> Iterator[str]:
     """What there is to say of an image of any format."""
-    yield f"image: {printable(facts.filename)}"
+    yield f"image: {facts.filename}"
     yield f"file format: {image_format}"
     yield f"virtual size: {size_text(size)} ({size} bytes)"
     yield f"disk size: {size_text(facts.allocated_size)}"
@@ -315,10 +316,10 @@ def _human_lines(contents: Contents, facts: ImageFacts, unread: str) -> Iterator
     yield "Format specific information:"
     yield from _dump(_specific(contents), 1)
     if unread:
-        yield f"backing file not shown: {printable(unread)}"
+        yield f"backing file not shown: {unread}"
     if contents.errors:
         yield "Not readable:"
-        yield from (f"    {part}: {printable(str(e))}" for part, e in contents.errors)
+        yield from (f"    {part}: {e}" for part, e in contents.errors)
 
 
 def _backing_lines(layout: Layout, facts: ImageFacts) -> Iterator[str]:
@@ -326,10 +327,10 @@ def _backing_lines(layout: Layout, facts: ImageFacts) -> Iterator[str]:
     if not backing:
         return
     name, full = str(backing["backing-filename"]), str(backing["full-backing-filename"])
-    actual = f" (actual path: {printable(full)})" if full != name else ""
-    yield f"backing file: {printable(name)}{actual}"
+    actual = f" (actual path: {full})" if full != name else ""
+    yield f"backing file: {name}{actual}"
     if "backing-filename-format" in backing:
-        yield f"backing file format: {printable(str(backing['backing-filename-format']))}"
+        yield f"backing file format: {backing['backing-filename-format']}"
 
 
 def _snapshot_line(snapshot: Snapshot) -> str:
@@ -339,6 +340,7 @@ def _snapshot_line(snapshot: Snapshot) -> str:
     minutes = seconds // 60
     clock = f"{minutes // 60:02}:{minutes % 60:02}:{seconds % 60:02}.{nanoseconds // 10**6:03}"
     icount = "" if snapshot.icount is None else str(snapshot.icount)
+    # Before they are made as wide as their columns.
     identity, name = printable(decode_name(snapshot.id_str)), printable(decode_name(snapshot.name))
     state = size_text(snapshot.vm_state_size)
     return f"{identity:<9} {name:<16} {state:>8}{date:>20}{clock:>13}{icount:>11}"
@@ -356,7 +358,7 @@ def _dump(values: Mapping[str, object], depth: int) -> Iterator[str]:
             for index, item in enumerate(value):
                 yield from _dump({f"[{index}]": item}, depth + 1)
         else:
-            text = str(value).lower() if isinstance(value, bool) else printable(str(value))
+            text = str(value).lower() if isinstance(value, bool) else value
             yield f"{label}: {text}"
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from instarfs.render.text import printable
+
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
     from instarfs.outcome import Pending, RepairOutcome
     from planner.repair.tiers import Left
@@ -28,7 +30,7 @@ def repair_value(repair: RepairOutcome) -> dict[str, object]:
         "repaired": repair.repaired,
         "left": repair.left_count,
         "left-findings": left_values(repair.left),
-        "suspects": [each.sentence for each in repair.suspects[:LISTED_SUSPECTS]],
+        "suspects": [printable(each.sentence) for each in repair.suspects[:LISTED_SUSPECTS]],
         "suspect-count": repair.suspect_count,
         "undo-file": repair.undo_file or None,
         "reason": repair.reason or None,

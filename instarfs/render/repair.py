@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
-from instarfs.render.text import json_bytes, json_parts, printable, shell_path
+from instarfs.render.text import json_bytes, json_parts, printable, shell_path, text_lines
 from instarfs.render.triage import triage_lines, triage_value
 from planner.errors import RepairError
 from planner.findings import KINDS
@@ -43,7 +43,7 @@ def plan_json(proposal: Proposal, filename: str) -> Iterator[bytes]:
             "complete": proposal.complete,
             "plan-id-must-be-quoted": proposal.needs_quote,
             "plan-id-must-be-quoted-because": proposal.warnings,
-            "suspects": [suspect.sentence for suspect in proposal.suspects],
+            "suspects": [printable(suspect.sentence) for suspect in proposal.suspects],
             **triage_value(proposal.triage),
             "leaks-in-words": triage_lines(proposal.triage),
             "left-findings": left_values(proposal.left),
@@ -109,12 +109,12 @@ def _hex(data: bytes) -> str:
 
 def plan_human(proposal: Proposal, filename: str) -> str:
     """The dry run for a reader."""
-    plan, name = proposal.plan, printable(filename)
+    plan = proposal.plan
     lines = [_numbers_line(proposal)]
     if plan.changes_nothing:
-        lines.insert(0, f"{name}: the tier `{proposal.tier}` has nothing to change.")
-        return "\n".join([*lines, *_left_section(proposal.left)]) + "\n"
-    lines.insert(0, f"{name}: plan {plan.id} for the tier `{proposal.tier}`")
+        lines.insert(0, f"{filename}: the tier `{proposal.tier}` has nothing to change.")
+        return text_lines([*lines, *_left_section(proposal.left)])
+    lines.insert(0, f"{filename}: plan {plan.id} for the tier `{proposal.tier}`")
     if proposal.needs_quote:
         lines += ["", f"WARNING: {quote_warning(proposal)}"]
     words = triage_lines(proposal.triage, "see: instarfs mount, lost/triage.json")
@@ -138,7 +138,7 @@ def plan_human(proposal: Proposal, filename: str) -> str:
         lines.append("  ... all of them: --output json")
     lines += _left_section(proposal.left)
     lines += ["", f"Afterwards the check says: {proposal.after.verdict}."]
-    return "\n".join(lines) + "\n"
+    return text_lines(lines)
 
 
 def quote_warning(proposal: Proposal) -> str:
@@ -212,7 +212,7 @@ def outcome_human(outcome: RepairOutcome, filename: str, undo_file: str | None =
         lines.append(f"To take it back: {command}{more}")
     elif outcome.status is Status.UNDONE and outcome.undoable:
         lines.append(f"To go on: {command}")
-    return "\n".join(lines) + "\n"
+    return text_lines(lines)
 
 
 def _repairs(number: int) -> str:

@@ -14,13 +14,14 @@ from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines, quote_warning
-from instarfs.render.text import printable, short_name
+from instarfs.render.text import text_lines
 from instarfs.render.triage import triage_lines
 from planner.chain import Role
 from planner.errors import RepairError
 from planner.findings import ACTIVE, KINDS, FindingKind, Structure
 from planner.impact import Harm, Ranges, guest_impact
 from planner.losses import Losses
+from planner.names import brief_name
 from planner.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.report import Report
@@ -88,7 +89,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
             what_to_do(report, filename, known),
             *_findings(report),
         ]
-    text = "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
+    text = "\n".join(text_lines(lines) for lines in sections if lines)
     if known.mounted is None and any(name in text for name in _NAMED):
         text += f"\nFiles that are named here, as {_NAMED[0]}, are in a mount of the image.\n"
     return text.encode()
@@ -102,11 +103,11 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
         sentences = [OUT_OF_DATE]
     elif is_evidence:
         sentences = [*(sentences if report.verdict != "leaks" else []), _LOSS]
-    lines = [f"{printable(filename)}: {report.verdict}", "", *sentences]
+    lines = [f"{filename}: {report.verdict}", "", *sentences]
     if pending is not None:
-        lines += ["", f"Not finished: {printable(pending.sentence)}."]
+        lines += ["", f"Not finished: {pending.sentence}."]
     if report.error is not None:
-        return [*lines, "", printable(str(report.error))]
+        return [*lines, "", str(report.error)]
     if report.torn:
         lines.append(
             "The image is in use: a program has it open for writing; check again when it has ended."
@@ -114,7 +115,7 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
             else "It was written to during the check; check again."
         )
     lines += cut_off_lines(report)
-    lines += [""] + [printable(str(error)) for error in report.stopped]
+    lines += ["", *map(str, report.stopped)]
     counters = report.counters
     return [
         *lines,
@@ -227,7 +228,7 @@ def _elsewhere(report: Report, known: Aftermath) -> list[str]:
         if member.depth:
             held = "what those do not hold"
         what = "is there" if member.refusal is None else f"was not opened: {member.refusal}"
-        name = short_name(member.named.name)
+        name = brief_name(member.named.name)
         lines.append(f"  {held}: in the {member.named.role} file '{name}', which {what}")
     return ["What of the disk lies in other files, and is lost with them:", *lines] if lines else []
 
@@ -237,7 +238,7 @@ def _bitmaps(report: Report, known: Aftermath) -> list[str]:
     if not known.beside.unsaved or report.torn:
         return []
     lines = [
-        f"  '{short_name(bitmap.name)}' (granularity {bitmap.granularity})"
+        f"  '{brief_name(bitmap.name)}' (granularity {bitmap.granularity})"
         for bitmap in known.beside.unsaved[:LISTED_BITMAPS]
     ]
     more = len(known.beside.unsaved) - LISTED_BITMAPS
@@ -258,7 +259,7 @@ def _bitmaps(report: Report, known: Aftermath) -> list[str]:
 
 def _leaked(triage: Triage | Exception) -> list[str]:
     if not isinstance(triage, Triage):
-        return ["The leaked clusters could not be looked into:", f"  {printable(str(triage))}"]
+        return ["The leaked clusters could not be looked into:", f"  {triage}"]
     if not triage.leaked:
         return []
     return [
@@ -279,9 +280,9 @@ def _tiers(proposals: Proposals) -> list[str]:
 def _tier_lines(tier: RepairTier, proposal: Proposal | Exception) -> list[str]:
     if isinstance(proposal, RepairError):
         finding = f" (because of: {proposal.finding})" if proposal.finding else ""
-        return [f"  {tier}: refused{finding}: {printable(str(proposal))}"]
+        return [f"  {tier}: refused{finding}: {proposal}"]
     if not isinstance(proposal, Proposal):
-        return [f"  {tier}: cannot be planned: {printable(str(proposal))}"]
+        return [f"  {tier}: cannot be planned: {proposal}"]
     numbers = f"found {proposal.found}, planned {proposal.planned}, left {proposal.left_count}"
     if proposal.plan.changes_nothing:
         return [f"  {tier}: nothing to change: {numbers}"]

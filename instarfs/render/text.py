@@ -1,4 +1,19 @@
-"""Bytes and names of an image as text that no terminal obeys and no JSON reader chokes on."""
+r"""How text that is not ours leaves the program: one function for each way out, and no other.
+
+What an image, an undo file, another file's name or another program says may hold any character. It
+is kept as it is (`planner.names` decodes it: bytes that are not UTF-8 are lone surrogates) until it
+is written somewhere. What *prints* is what Python calls printable: letters, marks, digits, signs
+and the blank; no control (C0, DEL, C1), no format character (U+202E, U+FEFF), no separator but the
+blank (U+2028), nothing that is not assigned, no surrogate.
+
+    to                              by             what prints   what does not      ends
+    terminal, log, TSV, SVG, text   `printable`    as it is      \n \x1b \u202e    never a line
+    a command for bash              `shell_path`   quoted        $'\x1b'            never a word
+    JSON                            `json_text`    ASCII, \u    \u; U+FFFD for     never a string
+                                                                 a broken byte
+
+`text_lines` is `printable` for all lines of a text.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +23,20 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
-SHORT = 60
-"""Characters of a name that stands in a sentence. In an image it may have 65535 bytes."""
-
-
-def decode_name(raw: bytes) -> str:
-    """A name from the image: it ends at its first NUL, as it does for QEMU.
-
-    Bytes that are not UTF-8 become lone surrogates, which tell them apart where somebody reads.
-    """
-    return raw.partition(b"\0")[0].decode(errors="surrogateescape")
-
 
 def printable(text: str) -> str:
-    r"""*text* on one line for a terminal: what does not print becomes \n, \x1b, \u202e, \xff."""
+    r"""*text* on one line for a terminal: what does not print becomes \n, \x1b, \u202e, \xff.
+
+    What has been through it comes back as it is.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def text_lines(lines: Iterable[str]) -> str:
+    """A text of *lines*, each printable and ended."""
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def shell_path(path: str) -> str:
@@ -48,14 +60,6 @@ def _in_c(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
 
 
-def short_name(raw: bytes) -> str:
-    """A name from the image for a sentence: printable, and no longer than a line has room for."""
-    name = raw.partition(b"\0")[0]
-    text = decode_name(name[: 4 * SHORT])
-    is_whole = len(text) <= SHORT and len(name) <= 4 * SHORT
-    return printable(text if is_whole else f"{text[:SHORT]}...")
-
-
 def _escaped(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
@@ -75,12 +79,15 @@ _ESCAPE = re.compile(
 def json_text(value: object, *, indent: int | None = None) -> str:
     """*value* as ASCII JSON that every reader takes. All JSON of this program is made here.
 
-    JSON is Unicode: where a name is not, U+FFFD stands, one for each broken character.
+    Nothing in it but ASCII that prints, and the newlines of its *indent*. JSON is Unicode: where a
+    name is not, U+FFFD stands, one for each broken character.
     """
     return _valid(json.dumps(value, indent=indent))
 
 
 def _valid(text: str) -> str:
+    # Of all that is not printable json leaves one as it is.
+    text = text.replace("\x7f", r"\u007f")
     return _ESCAPE.sub(_unbroken, text) if "\\ud" in text else text
 
 
@@ -90,7 +97,8 @@ def _unbroken(escape: re.Match[str]) -> str:
     if not escape["bytes"]:
         return escape[0]
     raw = bytes.fromhex(escape[0].replace(r"\udc", ""))
-    return len(raw.decode(errors="replace")) * r"\ufffd"
+    # Where the locale is ASCII, what Python takes for broken in a path is mostly UTF-8.
+    return json.dumps(raw.decode(errors="replace"))[1:-1]
 
 
 def json_bytes(value: Mapping[str, object]) -> bytes:

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from instarfs.render.text import decode_name, json_bytes, printable
+from instarfs.render.text import json_bytes, printable
 from planner.arrays import I64
 from planner.findings import ACTIVE, NONE
 from planner.gaps import Place, PlaceKind
 from planner.looks import Look
+from planner.names import brief_name, decode_name
 from planner.qcow2.snapshots import Snapshot
 from planner.report import Report
 from planner.triage import Suspect, Triage, adjacent, looks_of, names_of
@@ -97,7 +98,7 @@ def _table_value(table: Suspect, report: Report) -> dict[str, object]:
         "offset": table.offset,
         "looks-like": (Look.L1_TABLE if table.is_l1 else Look.L2_TABLE).label,
         "looks-lost": table.looks_lost,
-        "message": table.sentence,
+        "message": printable(table.sentence),
         "entries": table.words,
         "plausible-entries": table.plausible,
         "targets": table.targets,
@@ -157,8 +158,7 @@ def triage_lines(triage: Triage, way_to_the_rest: str = "lost/triage.json") -> l
         lines.append(f"... and {more} more that look lost: {way_to_the_rest}")
     lines += [
         f"the snapshot table still names a snapshot that the header does not count:"
-        f" {printable(decode_name(snapshot.name))!r}, ID"
-        f" {printable(decode_name(snapshot.id_str))}, taken {_date(snapshot)}"
+        f" '{brief_name(snapshot.name)}', ID {brief_name(snapshot.id_str)}, taken {_date(snapshot)}"
         for snapshot in triage.snapshots[:LISTED_TABLES]
     ]
     lines += triage.losses.sentences
@@ -169,7 +169,7 @@ def triage_lines(triage: Triage, way_to_the_rest: str = "lost/triage.json") -> l
         )
     if not triage.suspect_count and not triage.snapshots and not triage.losses.causes:
         lines.append("nothing among them looks like a lost table")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _summary(triage: Triage) -> str:

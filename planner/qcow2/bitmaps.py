@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError, as_value
+from planner.names import quoted
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import SECTOR, Geometry
@@ -135,7 +136,9 @@ def _entry_error(bitmap: Bitmap, names: set[bytes], geometry: Geometry) -> Image
     except ImageError as error:
         return as_value(error)
     if not bitmap.flags & IN_USE and bitmap.name in names:
-        return ImageError(f"name of the bitmap at {bitmap.offset}", repr(bitmap.name), "not unique")
+        return ImageError(
+            f"name of the bitmap at {bitmap.offset}", quoted(bitmap.name), "not unique"
+        )
     return None
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from construct import Bytes, GreedyRange, Int8ub, Int32ub, Int64ub, Padded, Struct
 
 from planner.errors import ImageError
+from planner.names import decode_name
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.header import CRYPT_LUKS, Autoclear, Header
 from planner.source import Source, read_present
@@ -97,7 +98,7 @@ class Extensions:
         """
         found: dict[tuple[int, int], str] = {}
         for kind, bit, name in self.feature_names:
-            text = name.partition(b"\0")[0].decode(errors="backslashreplace")
+            text = decode_name(name)
             if not text:
                 break
             found.setdefault((kind, bit), text)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from construct import Array, Bytes, Int16ub, Int32ub, Struct
 
 from planner.errors import ImageError, as_value
+from planner.names import decode_name, quoted
 from planner.qcow2.extensions import CryptoPointer
 from planner.source import Source, read_bytes
 
@@ -114,12 +115,12 @@ class LuksHeader:
     @property
     def hash_name(self) -> str:
         """The hash of key derivation and anti-forensic splitter."""
-        return _text(self.hash_spec)
+        return decode_name(self.hash_spec)
 
     @property
     def uuid_text(self) -> str:
         """The UUID as text, which is how it is stored."""
-        return _text(self.uuid)
+        return decode_name(self.uuid)
 
     @property
     def key_material_sectors(self) -> int:
@@ -194,7 +195,7 @@ def check_luks(header: LuksHeader) -> None:
         _check_slot(header, index)
     cipher_of(header)
     if header.hash_name not in DIGEST_BYTES:
-        raise ImageError("LUKS hash_spec", repr(header.hash_name), "not a known hash")
+        raise ImageError("LUKS hash_spec", quoted(header.hash_spec), "not a known hash")
 
 
 def check_unlocking(header: LuksHeader, room: int) -> None:
@@ -206,7 +207,7 @@ def check_unlocking(header: LuksHeader, room: int) -> None:
     if cipher.mode == "xts" and header.key_bytes % 2:
         raise ImageError("LUKS key_bytes", header.key_bytes, "xts takes two keys of one length")
     if cipher.mode == "xts" and cipher.algorithm == "cast5":
-        raise ImageError("LUKS cipher_mode", repr(_text(header.cipher_mode)), "not with cast5")
+        raise ImageError("LUKS cipher_mode", quoted(header.cipher_mode), "not with cast5")
     # QEMU tries one after the other, and gives up at the first whose material it cannot read.
     first = next((n for n, slot in enumerate(header.key_slots) if slot.enabled), None)
     if first is None:
@@ -238,27 +239,23 @@ def _check_slot(header: LuksHeader, index: int) -> None:
 
 def cipher_of(header: LuksHeader) -> Cipher:
     """The cipher that the header names. Raises `ImageError` for one that QEMU does not know."""
-    algorithm, specification = _text(header.cipher_name), _text(header.cipher_mode)
+    algorithm, specification = decode_name(header.cipher_name), decode_name(header.cipher_mode)
     mode, dash, generator = specification.partition("-")
     generator, colon, iv_hash = generator.partition(":")
     if not dash or mode not in MODES or generator not in IV_GENERATORS:
-        raise ImageError("LUKS cipher_mode", repr(specification), "not a known cipher mode")
+        raise ImageError("LUKS cipher_mode", quoted(header.cipher_mode), "not a known cipher mode")
     if colon and iv_hash not in DIGEST_BYTES:
-        raise ImageError("LUKS cipher_mode", repr(specification), "not a known hash")
+        raise ImageError("LUKS cipher_mode", quoted(header.cipher_mode), "not a known hash")
     if generator == "essiv" and not colon:
-        raise ImageError("LUKS cipher_mode", repr(specification), "essiv needs a hash")
+        raise ImageError("LUKS cipher_mode", quoted(header.cipher_mode), "essiv needs a hash")
     key_bytes = header.key_bytes
     if mode == "xts":  # two keys in one; QEMU does not mind a byte left over
         key_bytes //= 2
     if key_bytes not in CIPHER_KEY_BYTES.get(algorithm, ()):
         problem = f"not a cipher with keys of {key_bytes} bytes"
-        raise ImageError("LUKS cipher_name", repr(algorithm), problem)
+        raise ImageError("LUKS cipher_name", quoted(header.cipher_name), problem)
     # What essiv encrypts sector numbers with takes a digest for its key.
     if generator == "essiv" and DIGEST_BYTES[iv_hash] not in CIPHER_KEY_BYTES[algorithm]:
         problem = f"{algorithm} takes no key as long as that digest"
-        raise ImageError("LUKS cipher_mode", repr(specification), problem)
+        raise ImageError("LUKS cipher_mode", quoted(header.cipher_mode), problem)
     return Cipher(algorithm, key_bytes * 8, mode, generator, iv_hash if colon else None)
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("ascii", errors="backslashreplace")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from instarfs.image import FileSource, Image
+from instarfs.logs import log_to_stderr
 from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from instarfs.names import Opening
@@ -151,7 +152,7 @@ def check(
     return check_image(source, progress=progress, cancelled=cancelled)
 
 
-daemon.log_to_stderr()
+log_to_stderr()
 image = Image.open(str(IMAGE))
 if UID:
     codecs.lookup("ascii")  # which the user may not be able to read afterwards

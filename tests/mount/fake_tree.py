@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed
+from instarfs.logs import log_to_stderr
 from instarfs.mount import daemon
 from instarfs.mount.nodes import ControlFile, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
@@ -61,7 +62,7 @@ ROOT = FixedDirectory(
     }
 )
 
-daemon.log_to_stderr()
+log_to_stderr()
 operations = Operations(
     ROOT, lambda: Facts(size=0, mtime_ns=0), Ownership(os.getuid(), os.getgid())
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from instarfs.errors import ImageReadFailed
 from instarfs.image import FileSource, Image
+from instarfs.logs import log_to_stderr
 from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from planner.check import check_image
@@ -42,7 +43,7 @@ def check(
     return check_image(source, progress=progress, cancelled=cancelled)
 
 
-daemon.log_to_stderr()
+log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):
     code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)

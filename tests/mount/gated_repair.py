@@ -12,6 +12,7 @@ from pathlib import Path
 
 from instarfs.execute import FileDevice
 from instarfs.image import Image
+from instarfs.logs import log_to_stderr
 from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
 from instarfs.repairer import Repairer
@@ -42,7 +43,7 @@ def make_repairer(image: Image, *, progress: Progress, cancelled: Callable[[], b
     return Repairer(image, progress=progress, cancelled=cancelled, device=device)
 
 
-daemon.log_to_stderr()
+log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):
     code = session.serve(

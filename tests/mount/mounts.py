@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from instarfs.mount_table import MOUNT_TABLE, mounts_in
+
 DEADLINE = 20.0
 PROJECT = Path(__file__).parents[2]
 INSTARFS = (sys.executable, "-m", "instarfs")
@@ -80,10 +82,9 @@ def until(condition: Callable[[], object], what: str) -> None:
 def mounted_type(directory: Path) -> str | None:
     """The type of the topmost mount on *directory*."""
     found = None
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        mount, _, filesystem = line.partition(b" - ")
-        if mount.split()[4].decode("unicode_escape") == str(directory.resolve()):
-            found = filesystem.split()[0].decode()
+    for mount in mounts_in(MOUNT_TABLE.read_bytes()):
+        if os.fsdecode(mount.point) == str(directory.resolve()):
+            found = mount.filesystem
     return found
 
 

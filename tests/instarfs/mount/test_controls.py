@@ -17,6 +17,7 @@ from instarfs.errors import (
     UndoFileDamaged,
 )
 from instarfs.journal import State, StateWord, Summary
+from instarfs.logs import Lines
 from instarfs.mount.controls import Controls, parse_tier, parse_word
 from instarfs.outcome import RepairOutcome, Status
 from planner.errors import AmbiguousCorruption
@@ -165,10 +166,10 @@ async def test_what_nothing_came_of_is_remembered_and_logged_in_a_line(
     kinds = [type(error) for error in inspector.repairs.refused]
     assert kinds == [NoSuchCommand, NoSuchCommand, NoSuchCommand, ImageReplaced]
     assert all(len(str(error)) < 500 for error in inspector.repairs.refused)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = list(map(Lines("%(message)s").format, caplog.records))
     assert len(lines) == 4
     assert all(line.isprintable() and "nothing was begun" in line for line in lines)
-    assert lines[0].startswith("repair, please: nothing was begun: b'repair, please\\n' means")
+    assert lines[0].startswith("repair, please: nothing was begun: 'repair, please\\n' means")
 
 
 async def test_a_mount_that_does_not_repair(inspector: FakeInspector) -> None:
@@ -240,7 +241,7 @@ def summary(state: State, depth: int = 1) -> Summary:
         ),
         (
             UndoFileDamaged("i\udcffmage.undo", "it is cut off"),
-            "i\udcffmage.undo: it is cut off; move it away if it is of no use to you",
+            "i\\xffmage.undo: it is cut off; move it away if it is of no use to you",
         ),
     ],
 )
@@ -249,4 +250,4 @@ async def test_whether_there_is_something_to_take_back(
 ) -> None:
     inspector.last = last
     read = await (await controls(inspector).undo_file().open()).read(0, 200)
-    assert read == f"{shown}\n".encode(errors="surrogateescape")
+    assert read == f"{shown}\n".encode()

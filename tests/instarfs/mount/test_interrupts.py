@@ -61,3 +61,15 @@ def test_a_blocked_signal_does_not_count() -> None:
 @pytest.mark.parametrize("pid", [0, 1 << 22])
 def test_a_process_that_cannot_be_seen_is_not_interrupted(pid: int) -> None:
     assert not is_interrupted(pid)
+
+
+def test_a_process_cannot_name_itself_so_that_it_is_misread() -> None:
+    name = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'a\\r\\x0bSigPnd:zz')\n"
+    program = name + "print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert not is_interrupted(process.pid)
+        process.communicate()

@@ -107,7 +107,7 @@ def test_a_fuse_device_that_cannot_be_opened(
 
 
 def test_without_a_mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mountpoint, "_TABLE", tmp_path / "none")
+    monkeypatch.setattr(mountpoint, "MOUNT_TABLE", tmp_path / "none")
     for refused in (mountpoint.check_mountpoint, mountpoint.unmount):
         with pytest.raises(errors.MountTableMissing, match=f"^{tmp_path}: .*No such file"):
             refused(str(tmp_path))
@@ -182,8 +182,7 @@ def test_other_mounts_and_no_mounts_are_left_alone(directory: str) -> None:
         mountpoint.unmount(directory)
 
 
-def test_the_mount_table_is_read_unescaped() -> None:
-    assert mountpoint._unescaped(rb"/mnt/a\040b\134c") == b"/mnt/a b\\c"
+def test_what_the_mount_table_says_of_a_directory() -> None:
     found = mountpoint._find_mount("/proc")
     assert found is not None
     assert (found.filesystem, found.user) == ("proc", None)

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 
 from instarfs.render.text import (
     OBJECTS_A_PART,
-    SHORT,
-    decode_name,
     json_array,
     json_bytes,
     json_parts,
     json_text,
     printable,
     shell_path,
-    short_name,
+    text_lines,
 )
+from planner.names import SHORT, brief_name, decode_name
 
 
 @pytest.mark.parametrize(
@@ -86,6 +85,11 @@ def test_an_escape_of_two_surrogates_is_one_character() -> None:
     assert json.loads(json_text("\U0001f600\udcff\\ud800")) == "\U0001f600\ufffd\\ud800"
 
 
+def test_a_path_under_an_ascii_locale_is_what_it_is() -> None:
+    broken = 'bäck"日本'.encode().decode("ascii", "surrogateescape")
+    assert json.loads(json_text(broken)) == 'bäck"日本'
+
+
 @given(st.lists(st.dictionaries(st.text(), st.lists(st.text()), min_size=1)), st.randoms())
 def test_an_array_of_documents(values: list[dict[str, object]], rng: random.Random) -> None:
     def cut(document: bytes) -> Iterator[bytes]:
@@ -136,18 +140,31 @@ def test_a_long_list_comes_in_many_parts() -> None:
 
 @given(st.binary())
 def test_nothing_that_a_terminal_obeys_is_left(raw: bytes) -> None:
-    assert printable(decode_name(raw)).isprintable()
+    shown = printable(decode_name(raw))
+    assert shown.isprintable()
+    assert printable(shown) == shown
+
+
+@given(st.lists(st.text()))
+def test_a_line_stays_a_line(lines: list[str]) -> None:
+    assert text_lines(lines).split("\n") == [*map(printable, lines), ""]
+
+
+@given(st.text())
+def test_json_is_ascii_that_prints(text: str) -> None:
+    assert json_text([text]).isprintable()
+    assert json_text([text]).isascii()
 
 
 @given(st.binary())
 def test_a_name_in_a_sentence_is_short_or_whole(raw: bytes) -> None:
-    shown = short_name(raw)
-    assert shown.isprintable()
+    shown = brief_name(raw)
+    assert len(shown) <= SHORT + len("...")
     if len(raw.partition(b"\0")[0]) <= SHORT:
-        assert shown == printable(decode_name(raw))
+        assert shown == decode_name(raw)
 
 
 def test_a_name_as_long_as_an_image_can_have_it() -> None:
-    assert short_name(b"a" * 65535) == "a" * SHORT + "..."
-    assert short_name("日".encode() * SHORT) == "日" * SHORT
-    assert short_name("日".encode() * (SHORT + 1)) == "日" * SHORT + "..."
+    assert brief_name(b"a" * 65535) == "a" * SHORT + "..."
+    assert brief_name("日".encode() * SHORT) == "日" * SHORT
+    assert brief_name("日".encode() * (SHORT + 1)) == "日" * SHORT + "..."
