@@ -13,8 +13,8 @@ from pathlib import Path
 
 from examples.make_image import DAMAGES, TELLING, sample
 from instarfs.render.map import map_svg
-from planner.atlas import draw_atlas
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.views.host_map import draw_atlas
 
 DEFAULT = Path(__file__).with_name("map.svg")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, ClassVar
 
-from instarfs.render.text import shell_path
+from instarfs.text import shell_path
 from planner.errors import PlannerError, ReadFailed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from types import TracebackType
 
-from instarfs.render.text import printable
+from instarfs.text import printable
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 

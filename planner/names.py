@@ -1,7 +1,7 @@
 """Names that an image holds, as text. Nothing is escaped here: that is for whoever shows it.
 
 A sentence of the planner may hold any character of such a name. It becomes harmless where it leaves
-the program, by the rules of `instarfs.render.text`.
+the program, by the rules of `instarfs.text`.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from construct import Const, Int32ul, Int64ul, Padding, Struct
 
+from planner.check.report import Report
 from planner.errors import ImageError
-from planner.findings import KINDS, FindingKind, Severity
-from planner.report import Report
+from planner.findings.kinds import KINDS, FindingKind, Severity
 
 if TYPE_CHECKING:
     from planner.repair.tiers import RepairCounters

@@ -21,7 +21,7 @@ from typing import IO
 
 from examples.make_image import DAMAGES, MIB, sample
 from instarfs.cli.main import main
-from instarfs.names import SUFFIX
+from instarfs.image.directory import SUFFIX
 from tests.mount.mounts import DEADLINE, environment
 from tests.planner.corpus import RULES
 

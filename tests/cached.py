@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from functools import lru_cache
 
-from planner.check import Progress, check_image
-from planner.plan import RepairTier
+from planner.check.check import Progress, check_image
+from planner.check.report import Report
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
-from planner.report import Report
 from planner.source import Bytes, Source, read_bytes
 
 
@@ -28,7 +28,7 @@ def cached_check(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Report:
-    """`planner.check.check_image`."""
+    """`planner.check.check.check_image`."""
     return check_bytes(read_bytes(source, 0, source.size))
 
 

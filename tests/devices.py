@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from instarfs.execute import Device, FileDevice
+from instarfs.repair.execute import Device, FileDevice
 
 
 @dataclass(frozen=True, slots=True)

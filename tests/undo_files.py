@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from instarfs.journal import (
+from instarfs.repair.journal import (
     BODY_AT,
     Record,
     State,

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from instarfs import locks
 from instarfs.cli.complaints import FAILURES, Failure, complain, remark, sentence_of
 from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import FormatHasNoChecks, FormatNotRead
-from instarfs.interrupted import pending
+from instarfs.image import locks
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
-from instarfs.render.text import json_array, printable
-from planner.check import check_image
-from planner.report import Report
+from instarfs.repair.interrupted import pending
+from instarfs.text import json_array, printable
+from planner.check.check import check_image
+from planner.check.report import Report
 
 if TYPE_CHECKING:
-    from instarfs.image import FileSource
-    from instarfs.outcome import Pending, RepairOutcome
+    from instarfs.image.file import FileSource
+    from instarfs.repair.outcome import Pending, RepairOutcome
 
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
 # time than loading it.
@@ -176,7 +176,7 @@ def _check(name: ImageName, wanted: _Wanted) -> _Checked:
 def _look_at_data(
     source: FileSource, report: Report, tell: Callable[[str, int, int], None] | None
 ) -> Report:
-    from instarfs.packed import look_at_packed  # noqa: PLC0415
+    from instarfs.guest.compressed import look_at_packed  # noqa: PLC0415
 
     return look_at_packed(source, report, progress=tell)
 
@@ -194,7 +194,7 @@ def _repair(
     name: ImageName, tier: str, quote: str, *, keep_undo: bool, progress: bool
 ) -> RepairOutcome:
     from instarfs.cli import repairing  # noqa: PLC0415
-    from planner.plan import RepairTier  # noqa: PLC0415
+    from planner.repair.plan import RepairTier  # noqa: PLC0415
 
     with _without_checks():
         name.require_qcow2()

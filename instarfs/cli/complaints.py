@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.errors import DOMAIN_ERRORS, InstarfsError
-from instarfs.render.text import printable
+from instarfs.text import printable
 from planner.errors import PlannerError
 
 NAME = "instarfs"

@@ -8,10 +8,10 @@ from instarfs.cli.grammar import ImageName
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
-from instarfs.export import Export, Outcome
+from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
-from instarfs.outfile import OutFile
-from instarfs.render.text import printable
+from instarfs.guest.outfile import OutFile
+from instarfs.text import printable
 
 
 @click.command(name="export")

@@ -19,11 +19,11 @@ from typing import TypeVar
 
 import click
 
-from instarfs import locks
 from instarfs.cli.naming import named
 from instarfs.errors import FormatNotRead, ImageNotQcow2, ImageUnreadable, InstarfsError
-from instarfs.image import Image
-from instarfs.memory import limited
+from instarfs.image import locks
+from instarfs.image.file import Image
+from instarfs.image.memory import limited
 from planner.errors import PlannerError
 
 FORMAT = "qcow2"

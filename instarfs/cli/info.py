@@ -11,11 +11,11 @@ from instarfs.cli.grammar import image_name, image_options
 from instarfs.guest.chain import backing_files
 from instarfs.guest.disk import Missing
 from instarfs.guest.follow import Follow
-from instarfs.image import Image
+from instarfs.image.file import Image
 from instarfs.render.info import ImageFacts, info_human, info_json, raw_human, raw_json
-from instarfs.render.text import json_array
-from planner.chain import Named, full_name
+from instarfs.text import json_array
 from planner.errors import ImageError
+from planner.guest.chain import Named, full_name
 from planner.qcow2.contents import Contents
 
 

@@ -9,11 +9,11 @@ from functools import partial
 import click
 
 from instarfs.cli.options import undo_file_option
+from instarfs.daemon import descriptors
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
-from instarfs.image import Image
+from instarfs.image.file import Image
 from instarfs.logs import log_to_stderr
-from instarfs.mount import descriptors
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
 
@@ -65,7 +65,7 @@ def command(
     check_mountpoint(directory)
     check_fuse(directory)
     try:
-        from instarfs.mount import daemon  # noqa: PLC0415 - its absence is a message, not a crash
+        from instarfs.daemon import process as daemon  # noqa: PLC0415 - its absence is a message, not a crash
     except ImportError as error:
         raise FuseNotInstalled(str(error)) from error
     descriptors.let_go_of(inherited)
@@ -77,12 +77,12 @@ def command(
         daemon.log_to_syslog()
     # Its threads, which nothing here uses, would not be confined with the rest.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    from instarfs.mount.broker import separated  # noqa: PLC0415
+    from instarfs.daemon.broker import separated  # noqa: PLC0415
 
     with separated(opened, read_only=options.read_only):
         # Not before the forks: numpy starts threads, and a fork takes only the calling one along.
-        from instarfs.mount.session import serve  # noqa: PLC0415
-        from instarfs.repairer import Repairer  # noqa: PLC0415
+        from instarfs.daemon.serve import serve  # noqa: PLC0415
+        from instarfs.repair.run import Repairer  # noqa: PLC0415
 
         repairer = partial(Repairer, keep_undo=not no_undo)
         code = serve(

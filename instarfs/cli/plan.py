@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import click
 
-from instarfs import locks
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import RepairInterrupted
-from instarfs.image import Image
-from instarfs.interrupted import pending
-from instarfs.memory import limited
+from instarfs.image import locks
+from instarfs.image.file import Image
+from instarfs.image.memory import limited
 from instarfs.render.repair import plan_human, plan_json, refusal_json
-from planner.check import check_image
+from instarfs.repair.interrupted import pending
+from planner.check.check import check_image
 from planner.errors import RepairError
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 
 

@@ -11,12 +11,12 @@ from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import InstarfsError, RepairIncomplete
-from instarfs.image import Image
+from instarfs.image.file import Image
+from instarfs.image.memory import limited
 from instarfs.logs import warn_on_stderr
-from instarfs.memory import limited
-from instarfs.outcome import RepairOutcome
 from instarfs.render.repair import TAKEN_BACK_FIRST
-from instarfs.repairer import Repairer
+from instarfs.repair.outcome import RepairOutcome
+from instarfs.repair.run import Repairer
 from planner.errors import PlannerError
 
 

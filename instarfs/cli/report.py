@@ -8,26 +8,26 @@ from pathlib import Path
 
 import click
 
-from instarfs import locks
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import Tell, progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
-from instarfs.image import Image
-from instarfs.interrupted import pending
-from instarfs.looking import look_around
+from instarfs.image import locks
+from instarfs.image.file import Image
+from instarfs.image.surroundings import Surroundings
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
-from instarfs.surroundings import Surroundings
-from planner.beside import Beside, look_beside
-from planner.check import check_image
+from instarfs.repair.interrupted import pending
+from instarfs.repair.looking import look_around
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import NotQcow2, RepairError, as_value
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, is_repairable, propose
-from planner.report import Report
-from planner.triage import Triage, triage_leaks
+from planner.triage.beside import Beside, look_beside
+from planner.triage.triage import Triage, triage_leaks
 
 
 @click.command(name="report")

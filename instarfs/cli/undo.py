@@ -7,7 +7,7 @@ import click
 from instarfs.cli import repairing
 from instarfs.cli.options import undo_file_option
 from instarfs.render.repair import outcome_human
-from instarfs.repairer import Repairer
+from instarfs.repair.run import Repairer
 
 
 @click.command(name="undo")

@@ -18,9 +18,9 @@ import trio
 
 from instarfs.errors import InstarfsError
 from instarfs.guest.guest import Part, Place, size_of
-from instarfs.image import FileSource, Image, WouldBlock
-from planner.allocation import allocation
+from instarfs.image.file import FileSource, Image, WouldBlock
 from planner.errors import ImageError, PlannerError
+from planner.guest.allocation import allocation
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from instarfs.guest.disk import Beneath, HostFile, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow, NotOpened, beside
-from instarfs.image import Image
-from planner.chain import MAX_DEPTH, Member, Named, Role, refusal_of
+from instarfs.image.file import Image
 from planner.errors import ImageError
+from planner.guest.chain import MAX_DEPTH, Member, Named, Role, refusal_of
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import Layout

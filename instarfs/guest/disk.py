@@ -1,9 +1,9 @@
 """Guest bytes by offset: through an L1 table, its data file, and what lies beneath in the chain.
 
-Everything about turning runs into bytes is here: reading, unpacking, falling through to the
-backing file. Where the runs come from is `planner.mapping`'s business, which files there are that
-of `instarfs.guest.chain`. Follows qcow2_co_preadv_part and bdrv_co_preadv: past the end of a file
-or of a backing disk there are zeros.
+Everything about turning runs into bytes is here: reading, unpacking, falling through to the backing
+file. Where the runs come from is `planner.guest.mapping`'s business, which files there are that of
+`instarfs.guest.chain`. Follows qcow2_co_preadv_part and bdrv_co_preadv: past the end of a file or
+of a backing disk there are zeros.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 from instarfs.errors import GuestDamaged, GuestElsewhere
 from instarfs.guest.unpack import NotUnpacked, unpack
-from instarfs.image import FileSource, Image, WouldBlock
-from planner.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
+from instarfs.image.file import FileSource, Image, WouldBlock
+from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import Layout
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Self
 
 from instarfs.errors import FollowImpossible, reason_of
-from instarfs.image import Image, mount_id
-from instarfs.mount_table import MOUNT_TABLE, mounts_in
-from instarfs.openat2 import (
+from instarfs.image.file import Image, mount_id
+from instarfs.linux import (
     BENEATH,
     NO_MAGICLINKS,
     NO_SYMLINKS,
@@ -27,6 +26,7 @@ from instarfs.openat2 import (
     open_looked_at,
     openat2,
 )
+from instarfs.mount_table import MOUNT_TABLE, mounts_in
 
 FILESYSTEM_TYPE = "fuse.instarfs"
 """What the kernel calls a mount of ours, whoever serves it."""

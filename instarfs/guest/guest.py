@@ -15,10 +15,10 @@ from instarfs.errors import GuestEncrypted, ImageReadFailed, SnapshotMissing
 from instarfs.guest.chain import Chain, open_chain
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
-from instarfs.image import Generation, Image, Signature
-from planner.chain import Member, Role, full_name
+from instarfs.image.file import Generation, Image, Signature
 from planner.errors import ImageError, ReadFailed
-from planner.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
+from planner.guest.chain import Member, Role, full_name
+from planner.guest.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table

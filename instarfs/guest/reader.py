@@ -17,7 +17,7 @@ import trio
 from instarfs.errors import InstarfsError
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Place
-from instarfs.image import Image, Signature, WouldBlock
+from instarfs.image.file import Image, Signature, WouldBlock
 
 FRESH_SECONDS = 0.001
 """So long it is believed that the image is what it was: the kernel's clock ticks no faster."""

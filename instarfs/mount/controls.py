@@ -11,14 +11,14 @@ import re
 from collections.abc import Awaitable, Callable
 
 from instarfs.errors import DOMAIN_ERRORS, NoSuchCommand, RepairNotOffered, RepairRunning
-from instarfs.inspector import Inspector
-from instarfs.journal import State, Summary
+from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import ControlFile
-from instarfs.outcome import RepairOutcome
 from instarfs.render.repair import outcome_line
-from instarfs.render.text import printable
+from instarfs.repair.journal import State, Summary
+from instarfs.repair.outcome import RepairOutcome
+from instarfs.text import printable
 from planner.errors import as_value
-from planner.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
+from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
 
 log = logging.getLogger(__name__)
 

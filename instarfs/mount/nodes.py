@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from instarfs.computed import Edition
+from instarfs.inspect.shared_value import Edition
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ BEHIND_BYTES = 1 << 20
 
 
 class Value(Protocol[T]):
-    """What a generated file shows: see `instarfs.computed.Computed`."""
+    """What a generated file shows: see `instarfs.inspect.shared_value.Computed`."""
 
     def peek(self) -> Edition[T] | None:
         """The value if it is known and still good; never computes."""

@@ -13,8 +13,8 @@ from functools import partial
 from typing import TypeVar
 
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.inspector import Briefing, Checkup, Description, Inspector
-from instarfs.lost import LostRuns
+from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
+from instarfs.inspect.leaked_runs import LostRuns
 from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import (
     DataFile,
@@ -41,14 +41,14 @@ from instarfs.render import tables as render_tables
 from instarfs.render import triage as render_triage
 from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import report_txt
-from instarfs.render.text import printable
+from instarfs.text import printable
+from planner.check.report import Report
 from planner.errors import Cancelled, ImageError, RepairError
-from planner.explain import explain_guest, explain_host
-from planner.pages import read_l2_page
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
-from planner.report import Report
 from planner.source import Source
+from planner.views.explain import explain_guest, explain_host
+from planner.views.table_view import read_l2_page
 
 T = TypeVar("T")
 

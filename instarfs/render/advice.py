@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from instarfs.image.surroundings import COPY, FOLDER, LOST, RAW, Room
 from instarfs.render.aftermath import Aftermath, Mounted
-from instarfs.render.text import shell_path
 from instarfs.render.triage import LISTED_RUNS
-from instarfs.surroundings import COPY, FOLDER, LOST, RAW, Room
-from planner.plan import RepairTier
+from instarfs.text import shell_path
+from planner.check.reopened import is_mended_when_opened
+from planner.check.report import Report
 from planner.qcow2.header import CRYPT_NONE
-from planner.reopened import is_mended_when_opened
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
-from planner.report import Report
-from planner.triage import Triage, adjacent
+from planner.triage.triage import Triage, adjacent
 
 _NOT_BESIDE = {
     Room.DEVICE: "What lies beside a device is in memory",

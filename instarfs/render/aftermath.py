@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from instarfs.outcome import Pending
-from instarfs.surroundings import Gone, Surroundings
-from planner.beside import Beside
-from planner.plan import RepairTier
+from instarfs.image.surroundings import Gone, Surroundings
+from instarfs.repair.outcome import Pending
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
-from planner.triage import Triage
+from planner.triage.beside import Beside
+from planner.triage.triage import Triage
 
 Proposals = Mapping[RepairTier, Proposal | Exception]
 

@@ -1,6 +1,6 @@
 """A check's `Report` as JSON, text and TSV: the files of ``check/``, what `instarfs check` prints.
 
-What a kind of finding means is said in `planner.findings.KINDS`; here it becomes sentences.
+What a kind of finding means is said in `planner.findings.kinds.KINDS`; here it becomes sentences.
 Numbers are decimal, offsets and lengths in bytes.
 """
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from instarfs.image.surroundings import Gone
 from instarfs.render.columns import (
     decimals,
     either,
@@ -21,11 +22,12 @@ from instarfs.render.columns import (
     tsv_lines,
 )
 from instarfs.render.outcome import pending_value, repair_value
-from instarfs.render.text import json_bytes, printable
-from instarfs.surroundings import Gone
+from instarfs.text import json_bytes, printable
 from planner.arrays import U8, U64
+from planner.check.classify import content_name
+from planner.check.report import Report
 from planner.errors import ImageError
-from planner.findings import (
+from planner.findings.kinds import (
     ACTIVE,
     KINDS,
     NONE,
@@ -37,14 +39,12 @@ from planner.findings import (
     Severity,
     Structure,
 )
-from planner.looks import content_name
 from planner.names import brief_name
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.snapshots import Snapshot
-from planner.report import Report
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
-    from instarfs.outcome import Pending, RepairOutcome
+    from instarfs.repair.outcome import Pending, RepairOutcome
 
 REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
 HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}

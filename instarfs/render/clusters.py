@@ -9,9 +9,9 @@ import numpy as np
 
 from instarfs.render.columns import decimals, either, labels, remark, same, tsv, tsv_lines
 from planner.arrays import U8, U64
-from planner.atlas import Atlas, Runs, kinds_in, owner_label
 from planner.errors import ImageError
-from planner.findings import BATCH_ROWS, FindingKind
+from planner.findings.kinds import BATCH_ROWS, FindingKind
+from planner.views.host_map import Atlas, Runs, kinds_in, owner_label
 
 HEADER = ("offset", "length", "owner", "refcount", "references", "finding")
 

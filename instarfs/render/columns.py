@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from instarfs.render.text import printable
+from instarfs.text import printable
 from planner.arrays import I64, U8, U64, Mask
-from planner.findings import NONE
+from planner.findings.kinds import NONE
 
 # Formatting them one by one would take longer than checking a small image does.
 _PLACES = np.array([1000, 100, 10, 1])

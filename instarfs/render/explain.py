@@ -11,16 +11,16 @@ import numpy as np
 
 from instarfs.render.check import owner_phrase, sentence
 from instarfs.render.tables import TYPE_LABELS
-from instarfs.render.text import text_lines
-from planner.atlas import kinds_in
+from instarfs.text import text_lines
+from planner.check.report import Report
 from planner.errors import ImageError
-from planner.explain import GuestExplanation, HostCluster, HostExplanation
-from planner.findings import KINDS, Finding, FindingKind, Owner, Structure
-from planner.mapping import FLAW_SENTENCES, NO_HOST, RunKind
+from planner.findings.kinds import KINDS, Finding, FindingKind, Owner, Structure
+from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, RunKind
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import SECTOR
-from planner.report import Report
+from planner.views.explain import GuestExplanation, HostCluster, HostExplanation
+from planner.views.host_map import kinds_in
 
 LISTED = 20
 """Findings of a check, and users of a cluster, that are told."""

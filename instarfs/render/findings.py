@@ -21,10 +21,10 @@ from instarfs.render.columns import (
     labels,
     same,
 )
-from instarfs.render.text import json_text
+from instarfs.text import json_text
 from planner.arrays import I64, U8, Mask
-from planner.findings import NONE, NOWHERE, Finding, FindingKind, Findings, Structure
-from planner.report import Report
+from planner.check.report import Report
+from planner.findings.kinds import NONE, NOWHERE, Finding, FindingKind, Findings, Structure
 
 _NUMBERS = (
     "host_offset",

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from instarfs.render.text import json_bytes, json_text, printable
-from planner.chain import Member, Role
-from planner.extents import UNKNOWN, Extents
-from planner.mapping import FLAW_SENTENCES, NO_HOST, Flaw
+from instarfs.text import json_bytes, json_text, printable
+from planner.guest.chain import Member, Role
+from planner.guest.extents import UNKNOWN, Extents
+from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw
 from planner.names import decode_name
 
 _BOOLEANS = ("false", "true")

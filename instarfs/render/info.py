@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import IntFlag
 from itertools import islice
 
-from instarfs.render.text import json_bytes, json_parts, printable, text_lines
-from planner.chain import full_name
+from instarfs.text import json_bytes, json_parts, printable, text_lines
 from planner.errors import ImageError
+from planner.guest.chain import full_name
 from planner.names import decode_name
 from planner.qcow2 import bitmaps, extensions
 from planner.qcow2.contents import Contents

@@ -16,11 +16,11 @@ import numpy as np
 
 from instarfs.render.clusters import TORN, findings_label
 from instarfs.render.info import size_text
-from instarfs.render.text import printable
+from instarfs.text import printable
 from planner.arrays import I64, Mask
-from planner.atlas import DAMAGE, Atlas, Runs, Use, bits_of, kinds_in, owner_label, uses_in
 from planner.errors import ImageError
-from planner.findings import FindingKind
+from planner.findings.kinds import FindingKind
+from planner.views.host_map import DAMAGE, Atlas, Runs, Use, bits_of, kinds_in, owner_label, uses_in
 
 SVG = "http://www.w3.org/2000/svg"
 NAMESPACE = "urn:instarfs:atlas"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from instarfs.render.text import printable
+from instarfs.text import printable
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
-    from instarfs.outcome import Pending, RepairOutcome
+    from instarfs.repair.outcome import Pending, RepairOutcome
     from planner.repair.tiers import Left
 
 LISTED_SUSPECTS = 20

@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from instarfs.outcome import Pending, RepairOutcome, Status
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
-from instarfs.render.text import json_bytes, json_parts, printable, shell_path, text_lines
 from instarfs.render.triage import triage_lines, triage_value
+from instarfs.repair.outcome import Pending, RepairOutcome, Status
+from instarfs.text import json_bytes, json_parts, printable, shell_path, text_lines
 from planner.errors import RepairError
-from planner.findings import KINDS
-from planner.plan import Edit, Plan, RepairTier
+from planner.findings.kinds import KINDS
+from planner.repair.plan import Edit, Plan, RepairTier
 from planner.repair.tiers import Left, Proposal
 
 SHOWN_BYTES = 16

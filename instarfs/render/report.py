@@ -14,18 +14,18 @@ from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines, quote_warning
-from instarfs.render.text import text_lines
 from instarfs.render.triage import triage_lines
-from planner.chain import Role
+from instarfs.text import text_lines
+from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings import ACTIVE, KINDS, FindingKind, Structure
-from planner.impact import Harm, Ranges, guest_impact
-from planner.losses import Losses
+from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Structure
+from planner.guest.chain import Role
 from planner.names import brief_name
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
-from planner.report import Report
-from planner.triage import Triage
+from planner.triage.impact import Harm, Ranges, guest_impact
+from planner.triage.losses import Losses
+from planner.triage.triage import Triage
 
 LISTED_RANGES = 5
 """Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""

@@ -21,13 +21,13 @@ from instarfs.render.columns import (
     tsv_lines,
 )
 from planner.arrays import I64, U8, U64, Mask
-from planner.atlas import kinds_in
 from planner.errors import ImageError
-from planner.findings import BATCH_ROWS, KINDS, NONE
-from planner.pages import L1Page, L2Page
+from planner.findings.kinds import BATCH_ROWS, KINDS, NONE
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
+from planner.views.host_map import kinds_in
+from planner.views.table_view import L1Page, L2Page
 
 L1_HEADER = (
     "l1_index",

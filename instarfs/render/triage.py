@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from instarfs.render.text import json_bytes, printable
+from instarfs.text import json_bytes, printable
 from planner.arrays import I64
-from planner.findings import ACTIVE, NONE
-from planner.gaps import Place, PlaceKind
-from planner.looks import Look
+from planner.check.classify import Look
+from planner.check.report import Report
+from planner.findings.kinds import ACTIVE, NONE
 from planner.names import brief_name, decode_name
 from planner.qcow2.snapshots import Snapshot
-from planner.report import Report
-from planner.triage import Suspect, Triage, adjacent, looks_of, names_of
+from planner.triage.l1_holes import Place, PlaceKind
+from planner.triage.triage import Suspect, Triage, adjacent, looks_of, names_of
 
 LISTED_RUNS = 1000
 """Leaked runs that are listed, in ``lost/`` and in its JSON; any other can be opened by name."""

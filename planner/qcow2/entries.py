@@ -1,7 +1,7 @@
 """L1, L2, refcount-table and bitmap-table words: masks, types and their accessors over arrays.
 
-Judging what a word should be lives in `planner.check`. Source: docs/interop/qcow2.txt, "L1 table
-entry", "L2 table entry", "Refcount table entry", "Bitmap table".
+Judging what a word should be lives in `planner.check.check`. Source: docs/interop/qcow2.txt, "L1
+table entry", "L2 table entry", "Refcount table entry", "Bitmap table".
 """
 
 from __future__ import annotations

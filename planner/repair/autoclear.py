@@ -6,9 +6,9 @@ They vouch for something that this repair may change. A repair that writes nothi
 from __future__ import annotations
 
 from planner.errors import AmbiguousCorruption
-from planner.findings import FindingKind, Structure
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 
 

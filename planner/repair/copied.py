@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, distinct
-from planner.findings import FindingKind, Findings
+from planner.check.report import Report
+from planner.findings.kinds import FindingKind, Findings
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
 from planner.repair.words import draft_words, read_words
-from planner.report import Report
 
 
 def update_copied_flags_for_l1(scope: Scope, known: Report | None = None) -> None:

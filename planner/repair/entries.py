@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U64, Mask
-from planner.claims import place_of_entry
-from planner.findings import FindingKind, Owner, Structure
+from planner.check.claims import place_of_entry
+from planner.findings.kinds import FindingKind, Owner, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.arrays import I64, U8, Mask
-from planner.findings import FindingKind, Findings, Structure
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Findings, Structure
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import SECTOR, read_tables
 

@@ -12,15 +12,15 @@ from dataclasses import replace
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct
+from planner.check.report import Report
 from planner.errors import AmbiguousCorruption
-from planner.findings import FindingKind, Structure
-from planner.plan import COMPARED_SECTORS, Plan, Stage
+from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.regions import Regions, join_regions
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
-from planner.regions import Regions, join_regions
-from planner.report import Report
+from planner.repair.plan import COMPARED_SECTORS, Plan, Stage
 from planner.source import SECTOR, Overlay, Source
 
 _MAY_CHANGE = {

@@ -13,12 +13,12 @@ import struct
 import numpy as np
 
 from planner.arrays import I64, U8, Counts, distinct, without_repeats
+from planner.check.refcount_comparison import CHUNK
 from planner.errors import UnsupportedRepair
-from planner.findings import FindingKind, Structure
-from planner.mismatch import CHUNK
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2.layout import MAX_REFTABLE_BYTES
 from planner.qcow2.refcounts import pack_refcounts
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import READABLE_END
 

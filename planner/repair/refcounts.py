@@ -10,13 +10,13 @@ import numpy as np
 
 from planner.arrays import I64, U8, Counts
 from planner.errors import RefcountExhausted
-from planner.findings import FindingKind, Structure
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.refcounts import Reftable
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import read_tables
-from planner.stored import Reftable
 
 RAISED = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW)
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, Mask
-from planner.claims import refcounts_are_shared
-from planner.entry_findings import EntryFindings
+from planner.check.claims import refcounts_are_shared
+from planner.check.entry_findings import EntryFindings
+from planner.check.refcount_comparison import Mismatches
+from planner.check.report import Report
 from planner.errors import ParseFailed
-from planner.findings import FindingKind, Structure
-from planner.mismatch import Mismatches
-from planner.plan import Draft, Edit, StageKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.report import Report
+from planner.repair.plan import Draft, Edit, StageKind
 from planner.source import Source, read_present
 
 LOOKED_AHEAD = 16 << 20

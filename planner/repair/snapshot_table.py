@@ -12,14 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from planner.errors import UnsupportedRepair
-from planner.findings import FindingKind, Structure
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
     Snapshot,
     encode_snapshot,
     read_reachable_snapshots,
 )
+from planner.repair.plan import StageKind
 from planner.repair.refcounts import must_rebuild
 from planner.repair.scope import Scope
 from planner.source import read_bytes

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, distinct
-from planner.check import Progress, check_image
+from planner.check.check import Progress, check_image
+from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
-from planner.findings import KINDS, FindingKind, Severity, Structure
-from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
 from planner.repair.entries import clear_reserved_bits, correct_entries
+from planner.repair.plan import Draft, Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (
@@ -30,9 +31,8 @@ from planner.repair.refcounts import (
 )
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import has_no_snapshots, rewrite_snapshot_table
-from planner.report import Report
 from planner.source import Source
-from planner.triage import Suspect, Triage, triage_leaks
+from planner.triage.triage import Suspect, Triage, triage_leaks
 
 TABLES_NAMED = 3
 """Tables that look lost that a refusal names."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U8, U64, distinct
-from planner.findings import FindingKind, Structure
-from planner.plan import StageKind
+from planner.findings.kinds import FindingKind, Structure
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import SECTOR, Source, read_tables
 

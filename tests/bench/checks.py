@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from instarfs.image import FileSource, Image
-from planner.check import check_image
+from instarfs.image.file import FileSource, Image
+from planner.check.check import check_image
 from tests.bench.disks import GIB, TIB, Disk, write_disk
 from tests.bench.race import Enter, Race, Row, Side, Unavailable, process_cpu
 from tests.bench.samples import Samples

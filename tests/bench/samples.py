@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from instarfs.image import Image
+from instarfs.image.file import Image
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
 from tests.bench.disks import CLUSTER

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.image import Image
-from planner.check import check_image
+from instarfs.image.file import Image
+from planner.check.check import check_image
 from tests.bench.disks import GIB, Disk, write_disk
 from tests.mount.mounts import run
 

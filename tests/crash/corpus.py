@@ -14,9 +14,9 @@ import numpy as np
 
 from examples.make_image import DAMAGES, CannotDamageError, Image, ImageBuilder
 from planner.errors import RepairError
-from planner.plan import RepairTier
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from tests.cached import propose_bytes
 from tests.planner.corpus import RULES

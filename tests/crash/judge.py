@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from instarfs.execute import take_back
-from planner.findings import FindingKind
-from planner.plan import Plan
+from instarfs.repair.execute import take_back
+from planner.findings.kinds import FindingKind
 from planner.qcow2.header import Incompatible
 from planner.qcow2.layout import Layout
+from planner.repair.plan import Plan
 from planner.source import Bytes
 from tests.cached import check_bytes
 from tests.crash.guest import Disk, disks

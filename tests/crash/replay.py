@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from instarfs.execute import execute
-from planner.plan import Plan
+from instarfs.repair.execute import execute
+from planner.repair.plan import Plan
 from planner.source import SECTOR
 from tests.devices import Flush, MemoryDevice, Operation, Truncate, Write
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from examples.make_image import Image as Made
-from instarfs.execute import take_back
-from instarfs.image import Image
-from instarfs.journal import BODY_AT, SLOTS_AT, Record, State, digest_of, encode_slot
-from instarfs.names import SUFFIX
-from instarfs.outcome import RepairOutcome
-from instarfs.repairer import Repairer
-from instarfs.undo_place import Identity
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.repair.execute import take_back
+from instarfs.repair.journal import BODY_AT, SLOTS_AT, Record, State, digest_of, encode_slot
+from instarfs.repair.outcome import RepairOutcome
+from instarfs.repair.run import Repairer
+from instarfs.repair.undo_place import Identity
 from planner.arrays import U8
 from planner.errors import RepairError
-from planner.findings import KINDS, FindingKind
-from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.findings.kinds import KINDS, FindingKind
+from planner.repair.plan import Draft, Plan, RepairTier, StageKind
 from planner.source import SECTOR, Bytes, Overlay, read_bytes
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.crash.corpus import GROUPS, Case, cases

@@ -12,12 +12,12 @@ import pytest
 
 from examples.make_image import DAMAGES
 from examples.make_image import Image as Made
-from instarfs.image import Image
-from instarfs.interrupted import pending
-from instarfs.names import SUFFIX
-from instarfs.outcome import RepairOutcome
-from instarfs.repairer import Repairer
-from planner.plan import RepairTier
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.repair.interrupted import pending
+from instarfs.repair.outcome import RepairOutcome
+from instarfs.repair.run import Repairer
+from planner.repair.plan import RepairTier
 from planner.source import Bytes, Overlay, read_bytes
 from tests.cached import cached_check, cached_propose
 from tests.crash.corpus import GROUPS, Case, cases

@@ -12,11 +12,11 @@ import pytest
 from examples.make_image import DAMAGES, ImageBuilder
 from examples.make_image import Image as Made
 from instarfs.errors import UndoEmpty, UndoFileMissing
-from instarfs.image import Image
-from instarfs.names import SUFFIX
-from instarfs.outcome import RepairOutcome, Status
-from instarfs.repairer import Repairer
-from planner.plan import RepairTier
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.repair.outcome import RepairOutcome, Status
+from instarfs.repair.run import Repairer
+from planner.repair.plan import RepairTier
 from tests.cached import cached_check, cached_propose, propose_bytes
 from tests.crash.files import Event, Files, Recorder, power_cuts
 

@@ -15,9 +15,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-from instarfs.image import Image
-from instarfs.repairer import Repairer
-from planner.plan import RepairTier
+from instarfs.image.file import Image
+from instarfs.repair.run import Repairer
+from planner.repair.plan import RepairTier
 
 CHANGING = ("pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink")
 

@@ -19,8 +19,8 @@ from examples.make_image import (
     zlib_compress,
     zstd_compress,
 )
-from planner.check import check_image
-from planner.findings import FindingKind
+from planner.check.check import check_image
+from planner.findings.kinds import FindingKind
 from planner.qcow2.header import CRYPT_LUKS
 from tests.luks_headers import luks_bytes
 

@@ -23,12 +23,11 @@ import numpy as np
 
 from examples.make_image import DAMAGES, CannotDamageError, ImageBuilder
 from examples.make_image import Image as SampleImage
-from instarfs import journal
 from instarfs.errors import DOMAIN_ERRORS, UndoFileDamaged
+from instarfs.guest.compressed import look_at_packed
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image
-from instarfs.packed import look_at_packed
+from instarfs.image.file import Image
 from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
@@ -41,15 +40,12 @@ from instarfs.render import tables as render_tables
 from instarfs.render.guest_map import chain_json, map_json
 from instarfs.render.report import report_txt
 from instarfs.render.triage import triage_json
-from instarfs.undo_place import Identity
-from planner.atlas import draw_atlas
-from planner.check import check_image
-from planner.dirty import read_bitmap_states
+from instarfs.repair import journal
+from instarfs.repair.undo_place import Identity
+from planner.check.check import check_image
+from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError, NotAMapfile, RepairError
-from planner.explain import explain_guest, explain_host
-from planner.mapfile import BAD, READ, Mapfile, parse_mapfile
-from planner.pages import read_l1_page, read_l2_page
-from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.guest.mapfile import BAD, READ, Mapfile, parse_mapfile
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.extensions import BitmapsPointer
@@ -58,10 +54,14 @@ from planner.qcow2.header import decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import encode_luks
 from planner.qcow2.snapshots import read_reachable_snapshots, read_snapshots
+from planner.repair.plan import Draft, Plan, RepairTier, StageKind
 from planner.repair.tiers import propose, same_outcome
-from planner.report import CheckCounters, Report
 from planner.source import SECTOR, Bytes, Overlay, Source, read_bytes
-from planner.triage import triage_leaks
+from planner.triage.triage import triage_leaks
+from planner.views.bitmap_state import read_bitmap_states
+from planner.views.explain import explain_guest, explain_host
+from planner.views.host_map import draw_atlas
+from planner.views.table_view import read_l1_page, read_l2_page
 from tests.luks_headers import luks_header
 from tests.planner.sources import Sparse
 from tests.undo_files import encoded

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from planner.check import check_image
-from planner.report import Report
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.source import Bytes
 from tests.fuzz.bombs import BOMBS
 from tests.fuzz.bounds import run

@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from examples.make_image import DAMAGES, MIB, ImageBuilder
-from instarfs import locks
-from planner.check import check_image
-from planner.plan import RepairTier
+from instarfs.image import locks
+from planner.check.check import check_image
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import SECTOR, Bytes
 from tests.mount.mounts import Mount, settle

@@ -13,15 +13,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from instarfs.image import FileSource, Image
+from instarfs.daemon import broker
+from instarfs.daemon import process as daemon
+from instarfs.daemon import serve as session
+from instarfs.image.directory import Opening
+from instarfs.image.file import FileSource, Image
+from instarfs.linux import openat2
 from instarfs.logs import log_to_stderr
-from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
-from instarfs.names import Opening
-from instarfs.openat2 import openat2
-from instarfs.undo_place import UndoPlace
-from planner.check import check_image
-from planner.report import Report
+from instarfs.repair.undo_place import UndoPlace
+from planner.check.check import check_image
+from planner.check.report import Report
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")

@@ -5,10 +5,10 @@ import os
 import sys
 from typing import NoReturn
 
-from instarfs.computed import Edition
+from instarfs.daemon import process as daemon
 from instarfs.errors import ImageReadFailed
+from instarfs.inspect.shared_value import Edition
 from instarfs.logs import log_to_stderr
-from instarfs.mount import daemon
 from instarfs.mount.nodes import ControlFile, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
 

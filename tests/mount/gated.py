@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from instarfs.daemon import broker
+from instarfs.daemon import process as daemon
+from instarfs.daemon import serve as session
 from instarfs.errors import ImageReadFailed
-from instarfs.image import FileSource, Image
+from instarfs.image.file import FileSource, Image
 from instarfs.logs import log_to_stderr
-from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import Cancelled
-from planner.report import Report
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from instarfs.execute import FileDevice
-from instarfs.image import Image
+from instarfs.daemon import broker
+from instarfs.daemon import process as daemon
+from instarfs.daemon import serve as session
+from instarfs.image.file import Image
 from instarfs.logs import log_to_stderr
-from instarfs.mount import broker, daemon, session
 from instarfs.mount.options import MountOptions
-from instarfs.repairer import Repairer
-from planner.check import Progress
+from instarfs.repair.execute import FileDevice
+from instarfs.repair.run import Repairer
+from planner.check.check import Progress
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later

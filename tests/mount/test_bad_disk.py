@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import MIB, Image, ImageBuilder
-from planner.mapfile import BAD, parse_mapfile
+from planner.guest.mapfile import BAD, parse_mapfile
 from tests.mount.mounts import DEADLINE, MakeMount, Mount, instarfs, mounted, settle, until
 
 CLUSTER = 1 << 16

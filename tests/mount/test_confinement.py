@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.mount.broker import CHANNELS
+from instarfs.daemon.broker import CHANNELS
 from tests.mount.mounts import (
     INSTARFS,
     MakeMount,

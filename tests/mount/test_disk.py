@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import ImageBuilder
-from instarfs.image import Image
+from instarfs.image.file import Image
 from planner.qcow2.entries import COMPRESSED
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import ENTRY_BYTES, read_snapshots

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import DAMAGES, MIB, ImageBuilder
-from instarfs.image import Image
-from instarfs.outcome import Status
-from instarfs.repairer import Repairer
-from planner.plan import RepairTier
+from instarfs.image.file import Image
+from instarfs.repair.outcome import Status
+from instarfs.repair.run import Repairer
+from planner.repair.plan import RepairTier
 from tests.mount.mounts import settle
 from tests.mount.small_disk import SmallDisk, small_disk
 

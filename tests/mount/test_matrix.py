@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.image import Image
-from planner.check import check_image
+from instarfs.image.file import Image
+from planner.check.check import check_image
 from tests.mount.mounts import MakeMount, Mount
 from tests.oracle.damage import inflict_some
 from tests.oracle.images import MATRIX, Row, build, describe

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.names import SUFFIX
+from instarfs.image.directory import SUFFIX
 from tests.mount.mounts import INSTARFS, Mount, mounted, settle
 from tests.planted import IMAGES, MARK, POISON, UNREADABLE, require_harmless, require_json
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from examples.make_image import DAMAGES, MIB, Image, ImageBuilder
-from instarfs.names import SUFFIX
+from instarfs.image.directory import SUFFIX
 from planner.wire import CheckResult, ResultFlag
 from tests.mount.conftest import gate
 from tests.mount.mounts import (

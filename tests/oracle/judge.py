@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planner.check import check_image
-from planner.report import Report
+from planner.check.check import check_image
+from planner.check.report import Report
 from tests.oracle.images import Row, check_command, data_extents
 from tests.oracle.scene import FileSource
 
@@ -95,7 +95,7 @@ def ask_qemu(row: Row, image: Path) -> Answer:
 
 
 def ask_us(image: Path) -> Answer:
-    """`planner.check` in this process."""
+    """`planner.check.check` in this process."""
     with image.open("rb") as file:
         try:
             report = check_image(FileSource(file.fileno()))

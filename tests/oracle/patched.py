@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from instarfs.errors import GuestDamaged, GuestElsewhere
 from instarfs.guest.disk import Disk
-from planner.mapping import RunKind
+from planner.guest.mapping import RunKind
 from planner.source import SECTOR
 
 

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings import KINDS
-from planner.plan import RepairTier
+from planner.findings.kinds import KINDS
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
-from planner.report import Report
 from planner.source import Overlay, Source
 from tests.oracle.guest_disks import Disk, faults_between, read_disk
 from tests.oracle.images import Row, copy, repair_command

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings import KINDS, FindingKind, Structure
-from planner.plan import RepairTier
+from planner.findings.kinds import KINDS, FindingKind, Structure
 from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
-from planner.report import Report
 from planner.source import Overlay, Source, read_bytes
 from tests.oracle.guest_disks import CHUNK, Disks, first_difference
 from tests.oracle.images import Row, copy, repair_command

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.image import Image
+from instarfs.image.file import Image
 from instarfs.render.bitmaps import bitmaps_json
-from planner.dirty import read_bitmap_states, unsaved_bitmaps
 from planner.qcow2.bitmaps import AUTO, IN_USE
 from planner.qcow2.layout import Layout
+from planner.views.bitmap_state import read_bitmap_states, unsaved_bitmaps
 from tests.mount.mounts import run
 
 DISK = 96 << 20

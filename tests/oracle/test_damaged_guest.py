@@ -14,7 +14,7 @@ import pytest
 
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image
+from instarfs.image.file import Image
 from planner.errors import ImageError, NotQcow2
 from planner.source import SECTOR
 from tests.oracle.damage import inflict_some

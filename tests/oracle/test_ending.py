@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from planner.check import check_image
-from planner.ending import CutOff
-from planner.findings import FindingKind
-from planner.impact import Harm, guest_impact
-from planner.report import Report
+from planner.check.check import check_image
+from planner.check.ending import CutOff
+from planner.check.report import Report
+from planner.findings.kinds import FindingKind
+from planner.triage.impact import Harm, guest_impact
 from tests.oracle.images import MIB, run
 from tests.oracle.scene import FileSource
 

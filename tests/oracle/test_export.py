@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.export import Export, Outcome
+from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
-from instarfs.image import Image
-from instarfs.outfile import OutFile
+from instarfs.guest.outfile import OutFile
+from instarfs.image.file import Image
 from planner.errors import ImageError, NotQcow2
-from planner.mapfile import BAD, READ, UNTRIED, Mapfile
+from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile
 from planner.source import SECTOR, read_bytes
 from tests.oracle.damage import inflict_some
 from tests.oracle.guest_disks import first_difference, read_disk

@@ -12,7 +12,7 @@ import pytest
 
 from examples.make_image import DAMAGES, Image, ImageBuilder
 from instarfs.cli.main import main
-from tests.instarfs.test_repairer import healthy
+from tests.instarfs.repair.test_run import healthy
 
 VERBS = ("check", "info", "map")
 AN_OBJECT = "secret,id=s0,data=sesame"

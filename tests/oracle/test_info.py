@@ -17,8 +17,8 @@ from time import monotonic, sleep
 import pytest
 
 from examples.make_image import ImageBuilder
-from instarfs import locks
 from instarfs.cli.main import main
+from instarfs.image import locks
 from planner.qcow2.extensions import FEATURE_NAMES
 from planner.qcow2.header import CRYPT_AES, CRYPT_LUKS, Autoclear, Incompatible
 from planner.qcow2.luks import LuksHeader, encode_luks

@@ -9,12 +9,12 @@ import pytest
 
 from examples.make_image import ImageBuilder
 from instarfs.render.check import check_messages
-from planner.check import check_image
-from planner.findings import FindingKind
+from planner.check.check import check_image
+from planner.check.report import Report
+from planner.findings.kinds import FindingKind
 from planner.qcow2.header import CRYPT_LUKS
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import KEY_SLOT, LUKS_HEADER, LuksHeader, encode_luks
-from planner.report import Report
 from planner.source import Bytes
 from tests.luks_headers import ACCEPTED, LOCKED, REFUSED
 from tests.oracle.images import KEY, Row, build

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.reopened import is_mended_when_opened
 from planner.qcow2.header import read_header
-from planner.reopened import is_mended_when_opened
 from planner.source import Bytes
 from tests.mount.mounts import run
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import Image
-from planner.check import check_image
+from planner.check.check import check_image
 from planner.errors import RepairError
-from planner.plan import RepairTier
 from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
+from planner.repair.plan import RepairTier
 from planner.source import Bytes
 from tests.oracle.campaign import groups, row_of
 from tests.oracle.guest_disks import Disk, faults_between, first_difference

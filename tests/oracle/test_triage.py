@@ -9,12 +9,12 @@ import pytest
 
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
-from planner.check import check_image
-from planner.plan import RepairTier
+from planner.check.check import check_image
 from planner.qcow2.header import Header, read_header
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes
-from planner.triage import Triage, triage_leaks
+from planner.triage.triage import Triage, triage_leaks
 from tests.oracle.images import run
 
 SHAPES = [

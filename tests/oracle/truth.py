@@ -20,16 +20,16 @@ from instarfs.errors import InstarfsError
 from instarfs.guest.disk import Disk
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image
+from instarfs.image.file import Image
 from planner.arrays import I64
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import PlannerError
-from planner.findings import FindingKind
-from planner.impact import Harm, Ranges, guest_impact
-from planner.mapping import RunKind
-from planner.report import Report
+from planner.findings.kinds import FindingKind
+from planner.guest.mapping import RunKind
 from planner.source import SECTOR, read_bytes
-from planner.triage import Triage, triage_leaks
+from planner.triage.impact import Harm, Ranges, guest_impact
+from planner.triage.triage import Triage, triage_leaks
 from tests.oracle.campaign import images_of_group, row_of
 from tests.oracle.images import Row, describe
 from tests.oracle.patched import Patched

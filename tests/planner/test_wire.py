@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
 from planner.repair.tiers import RepairCounters
-from planner.report import CheckCounters, Report
 from planner.source import Bytes
 from planner.wire import CheckConfig, CheckResult, ConfigFlag, ResultFlag
 from tests.planner.corpus import RULES

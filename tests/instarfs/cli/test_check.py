@@ -12,7 +12,7 @@ import pytest
 from examples.make_image import DAMAGES, Image
 from instarfs.cli.check import WORST_FIRST
 from instarfs.cli.main import main
-from tests.instarfs.test_repairer import healthy
+from tests.instarfs.repair.test_run import healthy
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import ImageBuilder
-from instarfs import locks
 from instarfs.cli.main import main
+from instarfs.image import locks
 
 INSTARFS = (sys.executable, "-m", "instarfs")
 PROJECT = Path(__file__).parents[3]
@@ -287,7 +287,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["click", "instarfs.render.text", "numpy", "planner.report"])
+@pytest.mark.parametrize("name", ["click", "instarfs.text", "numpy", "planner.check.report"])
 def test_an_interrupt_while_modules_are_loaded_ends_it_silently(name: str, image: Path) -> None:
     program = INTERRUPTED_AT.format(name=name, image=str(image))
     for ignored in (False, True):

@@ -42,8 +42,13 @@ def test_a_plain_check_loads_nothing_of_repairs(tmp_path: Path) -> None:
         [sys.executable, "-c", program, path], check=True, capture_output=True, text=True
     )
     loaded = set(done.stdout.partition("loaded ")[2].split())
-    assert {"instarfs.cli.check", "planner.check", "numpy"} <= loaded
-    unwanted = {"planner.plan", "planner.triage", "instarfs.journal", "concurrent.futures"}
+    assert {"instarfs.cli.check", "planner.check.check", "numpy"} <= loaded
+    unwanted = {
+        "planner.repair.plan",
+        "planner.triage.triage",
+        "instarfs.repair.journal",
+        "concurrent.futures",
+    }
     assert not loaded & (unwanted | {"planner.repair", "numpy.ma", "rich", "trio"})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.names import SUFFIX
+from instarfs.image.directory import SUFFIX
 from tests.advice import Ended, damaged, run_here, steps_of
 from tests.planted import (
     FORGED,

@@ -16,11 +16,11 @@ import pytest
 from examples.make_image import DAMAGES, Image
 from instarfs.cli.main import main
 from instarfs.cli.stopping import stoppable
-from instarfs.execute import execute
-from instarfs.names import SUFFIX
-from instarfs.render.text import shell_path
+from instarfs.image.directory import SUFFIX
+from instarfs.repair.execute import execute
+from instarfs.text import shell_path
 from tests.advice import follow, follow_all, steps_of
-from tests.instarfs.test_repairer import healthy
+from tests.instarfs.repair.test_run import healthy
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")
 LOST = ("leaked-clusters", "lost-l2-table")
@@ -368,8 +368,8 @@ def interrupted(instarfs: Run, make, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise PowerFailure
 
     with monkeypatch.context() as patched:
-        patched.setattr("instarfs.repairer.execute", fail)
-        patched.setattr("instarfs.session.Session.withdraw", lambda _session: None)
+        patched.setattr("instarfs.repair.run.execute", fail)
+        patched.setattr("instarfs.repair.writing.Session.withdraw", lambda _session: None)
         with pytest.raises(PowerFailure):
             instarfs("check", "-r", "all", image)
     assert image.read_bytes() != content(*LEAKY)
@@ -451,7 +451,7 @@ def test_a_signal_rolls_a_repair_back(
         execute(*arguments, **options)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("instarfs.repairer.execute", stop_in_the_middle)
+    monkeypatch.setattr("instarfs.repair.run.execute", stop_in_the_middle)
     ended = instarfs("check", "-r", "all", image)
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert "cancelled; the image is as it was before" in ended.err

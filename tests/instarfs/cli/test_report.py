@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from instarfs import locks
-from instarfs.image import Image
-from instarfs.names import SUFFIX
+from instarfs.image import locks
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
-from planner.check import check_image
-from planner.plan import RepairTier
+from planner.check.check import check_image
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
-from planner.triage import triage_leaks
+from planner.triage.triage import triage_leaks
 from tests.advice import KINDS, damaged, follow_all, run_here
 from tests.mount.mounts import run
 
@@ -80,7 +80,7 @@ def test_what_is_advised_works_for_an_image_with_two_names(image: Path) -> None:
 def test_nothing_is_mounted_where_nothing_can_be(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instarfs.looking.FUSE", str(image.with_name("none")))
+    monkeypatch.setattr("instarfs.repair.looking.FUSE", str(image.with_name("none")))
     image.write_bytes(damaged("lost-l2-table"))
     text = run_here(["report", image]).out
     assert "The copy holds the leaked clusters, too; in a mount they are files." in text

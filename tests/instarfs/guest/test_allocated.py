@@ -13,7 +13,7 @@ from examples.make_image import MIB, ImageBuilder
 from instarfs.errors import ImageMissing
 from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.guest import Part, Place
-from instarfs.image import Image
+from instarfs.image.file import Image
 
 CLUSTER = 1 << 16
 COVERAGE = 512 * MIB

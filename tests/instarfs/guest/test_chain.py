@@ -11,8 +11,8 @@ from examples.make_image import ImageBuilder
 from instarfs.errors import FollowImpossible, GuestElsewhere
 from instarfs.guest.follow import FILESYSTEM_TYPE, Follow, NotOpened, beside
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image, mount_id
-from planner.chain import Member
+from instarfs.image.file import Image, mount_id
+from planner.guest.chain import Member
 
 MIB = 1 << 20
 

@@ -15,9 +15,9 @@ from instarfs.errors import GuestDamaged, ImageMissing
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Part, Place
 from instarfs.guest.reader import GuestReader
-from instarfs.image import Image
+from instarfs.image.file import Image
 from planner.errors import ImageError
-from planner.mapping import FLAW_SENTENCES, Flaw
+from planner.guest.mapping import FLAW_SENTENCES, Flaw
 
 CLUSTER = 1 << 16
 DISK = Place(Part.DISK)
@@ -159,7 +159,7 @@ def test_a_file_system_in_memory_is_known_by_its_type(
     device = image.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     table = tmp_path / "mountinfo"
-    monkeypatch.setattr("instarfs.image.MOUNT_TABLE", table)
+    monkeypatch.setattr("instarfs.image.file.MOUNT_TABLE", table)
     for kind, expected in (("tmpfs", True), ("ext4", False)):
         table.write_text(f"1 0 0:999 / /x rw - ramfs x rw\n2 0 {number} / / rw - {kind} x rw\n")
         assert Image.open(str(image)).is_in_memory is expected

@@ -16,12 +16,12 @@ from instarfs.errors import (
     RepairRunning,
     UndoFileDamaged,
 )
-from instarfs.journal import State, StateWord, Summary
 from instarfs.logs import Lines
 from instarfs.mount.controls import Controls, parse_tier, parse_word
-from instarfs.outcome import RepairOutcome, Status
+from instarfs.repair.journal import State, StateWord, Summary
+from instarfs.repair.outcome import RepairOutcome, Status
 from planner.errors import AmbiguousCorruption
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 
 LEAKS, ALL = RepairTier.LEAKS, RepairTier.ALL
 

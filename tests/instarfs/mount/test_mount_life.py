@@ -41,16 +41,16 @@ from examples.make_image import DAMAGES
 from instarfs.errors import DOMAIN_ERRORS
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
-from instarfs.image import Image
-from instarfs.inspector import Inspector
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.inspect.inspector import Inspector
 from instarfs.mount import tree
 from instarfs.mount.nodes import Directory, FixedDirectory
 from instarfs.mount.operations import Operations, Ownership
-from instarfs.names import SUFFIX
 from instarfs.render.check import counters_value
-from instarfs.repairer import Repairer
+from instarfs.repair.run import Repairer
 from planner.errors import PlannerError
-from planner.plan import RepairTier
+from planner.repair.plan import RepairTier
 from planner.source import Bytes, Overlay, read_bytes
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.fuzz.mutations import mutate_words

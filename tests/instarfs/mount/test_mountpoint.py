@@ -11,7 +11,7 @@ import pytest
 
 from instarfs import errors
 from instarfs.mount import mountpoint
-from instarfs.render.text import printable
+from instarfs.text import printable
 
 
 def with_a_file(directory: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from instarfs.computed import Edition
+from instarfs.inspect.shared_value import Edition
 from instarfs.mount import nodes
 from instarfs.mount.nodes import (
     ControlFile,

@@ -13,8 +13,8 @@ import pytest
 import trio
 from pyfuse3 import EntryAttributes, FUSEError
 
-from instarfs.computed import Edition
 from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
+from instarfs.inspect.shared_value import Edition
 from instarfs.mount import operations as module
 from instarfs.mount.nodes import (
     ControlFile,

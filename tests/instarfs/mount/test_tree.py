@@ -3,8 +3,8 @@
 import tracemalloc
 from pathlib import Path
 
-from instarfs.image import Image
-from instarfs.inspector import Inspector
+from instarfs.image.file import Image
+from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import Directory
 from instarfs.mount.tree import build_tree
 from tests.fuzz.bombs import BOMBS

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from instarfs.render.bitmaps import STALE, UNSAVED, bitmaps_json
-from planner.dirty import BitmapStates, read_bitmap_states
 from planner.errors import ImageError
 from planner.qcow2.bitmaps import AUTO, IN_USE
+from planner.views.bitmap_state import BitmapStates, read_bitmap_states
 from tests.planner.corpus.rule import builder, fill
 
 

@@ -14,11 +14,13 @@ from instarfs.render import check as render
 from instarfs.render import findings as render_findings
 from instarfs.render.findings import findings_jsonl
 from instarfs.render.report import report_txt
-from planner import findings as findings_module
-from planner import mismatch as mismatch_module
-from planner.check import check_image
-from planner.counts import ClusterIndex
-from planner.findings import (
+from planner.check import refcount_comparison as mismatch_module
+from planner.check.check import check_image
+from planner.check.refcount_comparison import Mismatches
+from planner.check.report import Report
+from planner.findings import kinds as findings_module
+from planner.findings.grouped import FindingsBuilder
+from planner.findings.kinds import (
     ACTIVE,
     KINDS,
     NONE,
@@ -28,11 +30,9 @@ from planner.findings import (
     Severity,
     Structure,
 )
-from planner.grouped import FindingsBuilder
-from planner.mismatch import Mismatches
+from planner.metadata.cluster_counters import ClusterIndex
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.report import Report
 from tests.cached import check_bytes
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import plain

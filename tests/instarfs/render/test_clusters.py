@@ -11,9 +11,9 @@ import pytest
 from examples.make_image import DAMAGES, TELLING, sample
 from instarfs.render import clusters as render
 from instarfs.render.clusters import HEADER, TORN, clusters_tsv
-from planner.atlas import Atlas, draw_atlas, kinds_in, owner_label
-from planner.check import check_image
+from planner.check.check import check_image
 from planner.errors import ImageError
+from planner.views.host_map import Atlas, draw_atlas, kinds_in, owner_label
 from tests.planner.corpus import RULES
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.render.explain import guest_txt, host_txt
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import ImageError
-from planner.explain import explain_guest, explain_host
 from planner.qcow2.entries import COPIED
-from planner.report import Report
+from planner.views.explain import explain_guest, explain_host
 from tests.cached import check_bytes
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import COVERAGE, SIZE, builder, fill, plain, with_snapshot

@@ -17,11 +17,11 @@ from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.render import map as render
 from instarfs.render.clusters import clusters_tsv
 from instarfs.render.map import NAMESPACE, SVG, Area, area_of, make_grid, map_svg
-from planner.atlas import DAMAGE, Atlas, Use, draw_atlas
-from planner.check import check_image
+from planner.check.check import check_image
 from planner.errors import ImageError
-from planner.findings import FindingKind
+from planner.findings.kinds import FindingKind
 from planner.source import Source
+from planner.views.host_map import DAMAGE, Atlas, Use, draw_atlas
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import plain
 from tests.planner.sources import Sparse

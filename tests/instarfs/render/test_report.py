@@ -9,7 +9,7 @@ import pytest
 
 from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.errors import ImageReadFailed
-from instarfs.outcome import Pending
+from instarfs.image.surroundings import Room, Surroundings
 from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import (
     LISTED_BITMAPS,
@@ -18,16 +18,16 @@ from instarfs.render.report import (
     VERDICTS,
     report_txt,
 )
-from instarfs.surroundings import Room, Surroundings
-from planner.beside import Beside
-from planner.chain import Member, Named, Role
-from planner.check import check_image
+from instarfs.repair.outcome import Pending
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import ImageError, RepairError
-from planner.plan import RepairTier
+from planner.guest.chain import Member, Named, Role
 from planner.qcow2.bitmaps import IN_USE, TYPE_DIRTY, Bitmap
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
-from planner.report import Report
-from planner.triage import triage_leaks
+from planner.triage.beside import Beside
+from planner.triage.triage import triage_leaks
 from tests.planner.corpus import RULES
 
 PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"

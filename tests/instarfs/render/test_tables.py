@@ -11,8 +11,8 @@ from instarfs.render import tables as render
 from instarfs.render.clusters import findings_label
 from instarfs.render.tables import L1_HEADER, L2_HEADER, l1_tsv, l2_tsv
 from planner.errors import ImageError
-from planner.pages import read_l1_page, read_l2_page
 from planner.qcow2.layout import Layout
+from planner.views.table_view import read_l1_page, read_l2_page
 from tests.planner.corpus import RULES
 from tests.planner.corpus.rule import COVERAGE, SIZE, WIDTH, builder, extended, fill, plain
 

@@ -8,8 +8,8 @@ import pytest
 import instarfs.render.triage
 from examples.make_image import DAMAGES, Image, ImageBuilder, sample
 from instarfs.render.triage import LISTED_TABLES, triage_json, triage_lines
-from planner.check import check_image
-from planner.triage import triage_leaks
+from planner.check.check import check_image
+from planner.triage.triage import triage_leaks
 
 
 def damaged(*names: str) -> Image:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from examples.make_image import Image
-from planner.findings import FindingKind as Kind
-from planner.findings import Structure
+from planner.findings.kinds import FindingKind as Kind
+from planner.findings.kinds import Structure
 from planner.qcow2.extensions import CRYPTO_HEADER
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from examples.make_image import Image, ImageBuilder
-from planner.findings import FindingKind
+from planner.findings.kinds import FindingKind
 from planner.qcow2 import entries
 
 CLUSTER_BITS = 12

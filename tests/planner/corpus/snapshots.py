@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from examples.make_image import Image
-from planner.findings import FindingKind as Kind
-from planner.findings import Structure
+from planner.findings.kinds import FindingKind as Kind
+from planner.findings.kinds import Structure
 from tests.planner.corpus.rule import (
     COPIED,
     SIZE,

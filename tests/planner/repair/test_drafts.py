@@ -3,13 +3,13 @@
 import pytest
 
 from examples.make_image import Image
-from planner.check import check_image
+from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
-from planner.findings import FindingKind as Kind
-from planner.plan import RepairTier, StageKind
+from planner.findings.kinds import FindingKind as Kind
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, read_header
 from planner.repair import scope, tiers
+from planner.repair.plan import RepairTier, StageKind
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, Overlay, read_bytes

@@ -9,12 +9,12 @@ import functools
 import numpy as np
 import pytest
 
-from planner.check import check_image
+from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings import KINDS, FindingKind, Severity
-from planner.plan import RepairTier
+from planner.findings.kinds import KINDS, FindingKind, Severity
+from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
-from planner.report import Report
 from planner.source import SECTOR, Bytes, Overlay, read_bytes
 from tests.planner.corpus import RULES
 

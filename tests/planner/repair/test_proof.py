@@ -3,10 +3,10 @@
 import pytest
 
 from examples.make_image import Image
-from planner.check import check_image
+from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption
-from planner.findings import FindingKind
-from planner.plan import Draft, Plan, RepairTier, StageKind
+from planner.findings.kinds import FindingKind
+from planner.repair.plan import Draft, Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
 from planner.source import Bytes, Overlay
 from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot

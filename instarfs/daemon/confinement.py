@@ -1,0 +1,247 @@
+"""What the processes of a mount give up: each goes on with what it needs, and no more.
+
+The daemon has read an image that nobody vouches for, so whatever the image made of it must not
+reach the rest of the machine. By Landlock it keeps the directories that are followed, and Python's
+own files; nothing in the image's directory, for there are the images of others. What it needs from
+there its broker opens, which keeps nothing else. By seccomp each makes the system calls that it is
+known to make, and no others (`instarfs.daemon.calls`): no program can be run, no mount changed, no
+socket made, and nobody else's file, process or limits changed. No right comes back: not by a
+set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the log.
+
+All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
+called before there are others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import resource
+import site
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from enum import IntFlag
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from instarfs.daemon import calls, seccomp
+from instarfs.errors import reason_of
+from instarfs.image.file import BLOCK_STATISTICS, Image
+
+log = logging.getLogger(__name__)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# Numbers of linux/prctl.h, linux/landlock.h, linux/capability.h.
+_PR_SET_NO_NEW_PRIVS = 38
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_VERSION_OF_LANDLOCK = 1
+_PATH_BENEATH = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+_TO_LOOK = 1 << _CAP_DAC_READ_SEARCH
+_TO_USE = 1 << _CAP_DAC_OVERRIDE | _TO_LOOK
+"""What lets root use an image that belongs to the user of a virtual machine."""
+
+
+class Right(IntFlag):
+    """LANDLOCK_ACCESS_FS_*: what a path, and all beneath it, may be used for."""
+
+    EXECUTE = 1 << 0
+    WRITE_FILE = 1 << 1
+    READ_FILE = 1 << 2
+    READ_DIR = 1 << 3
+    REMOVE_DIR = 1 << 4
+    REMOVE_FILE = 1 << 5
+    MAKE_CHAR = 1 << 6
+    MAKE_DIR = 1 << 7
+    MAKE_REG = 1 << 8
+    MAKE_SOCK = 1 << 9
+    MAKE_FIFO = 1 << 10
+    MAKE_BLOCK = 1 << 11
+    MAKE_SYM = 1 << 12
+    REFER = 1 << 13
+    TRUNCATE = 1 << 14
+    IOCTL_DEV = 1 << 15
+
+
+_OF_FILES = Right.READ_FILE | Right.WRITE_FILE | Right.TRUNCATE | Right.EXECUTE | Right.IOCTL_DEV
+
+_REPAIR = Right.WRITE_FILE | Right.TRUNCATE
+_KEEP_UNDO = Right.READ_DIR | Right.MAKE_REG | Right.REMOVE_FILE
+
+# By the version of Landlock that brought them.
+_LAST_RIGHT = {1: Right.MAKE_SYM, 2: Right.REFER, 3: Right.TRUNCATE, 5: Right.IOCTL_DEV}
+_TCP_SINCE, _BIND_AND_CONNECT = 4, 0b11
+_SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
+
+
+class Confinement:
+    """What a process will keep. To be made before anything is mounted.
+
+    Until `enforce` it holds O_PATH descriptors: afterwards a path may lead over the mount itself,
+    and a process that asks its own mount waits for itself.
+    """
+
+    def __init__(self, capabilities: int, allowed: Callable[[int], Sequence[calls.Call]]) -> None:
+        """*capabilities*: those that are kept, if there are any, as a set of bits.
+
+        *allowed*: the system calls that are, to a process of the number that it gets.
+        """
+        self._capabilities, self._allowed = capabilities, allowed
+        self._stack = ExitStack()
+        self._kept: list[tuple[int, Right]] = []
+
+    @classmethod
+    def of_daemon(cls, image: Image, followed: Sequence[str] = ()) -> Self:
+        """Of what serves the mount. *followed*: directories with files that the image may name."""
+        confinement = cls(_TO_LOOK, calls.of_daemon)
+        if image.is_device:
+            device = os.fstat(image.fileno()).st_rdev
+            name = f"{os.major(device)}:{os.minor(device)}"
+            confinement._keep(str(BLOCK_STATISTICS / name), Right.READ_FILE)
+        for directory in followed:
+            confinement._keep(directory, Right.READ_FILE)
+        for directory in _libraries():
+            confinement._keep(directory, Right.READ_FILE | Right.READ_DIR)
+        # Whether a caller has been killed; that of other processes which matters is behind ptrace.
+        confinement._keep("/proc", Right.READ_FILE)
+        return confinement
+
+    @classmethod
+    def of_broker(cls, image: Image, *, read_only: bool) -> Self:
+        """Of what opens the files of the image for the daemon."""
+        confinement = cls(_TO_USE, partial(calls.of_broker, read_only=read_only))
+        writing = Right(0) if read_only else _REPAIR
+        rights = Right.READ_FILE | (writing | _KEEP_UNDO if writing else Right(0))
+        if image.undo is not None:
+            confinement._keep(".", rights, image.undo.directory)
+        spot = image.spot
+        if image.is_device:
+            confinement._keep(spot.name, Right.READ_FILE | writing, spot.directory)
+            return confinement
+        # The directory, not the file: another may take its place, and its undo file lies beside it.
+        confinement._keep(".", rights, spot.directory)
+        return confinement
+
+    def _keep(self, path: str, rights: Right, directory: int | None = None) -> None:
+        """*path* may begin at a *directory*, which stays the caller's."""
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
+        except OSError:  # Whoever needs it will hear why it cannot be had.
+            return
+        self._stack.callback(os.close, fd)
+        self._kept.append((fd, rights))
+
+    def enforce(self) -> None:
+        """Give up everything else, for good. Never fails: what cannot be had is logged."""
+        time.tzset()  # reads a file, once
+        with contextlib.suppress(OSError):  # glibc would load it when a thread is ended from within
+            ctypes.CDLL("libgcc_s.so.1")
+        steps: dict[str, Callable[[], None]] = {
+            "core dumps": _rule_out_core_dumps,
+            "capabilities": self._drop_capabilities,
+            "new privileges": _rule_out_new_privileges,
+            "files": self._restrict,
+            "system calls": self._deny_calls,  # the last: what it takes to get here is among them
+        }
+        with self._stack:
+            for what, step in steps.items():
+                try:
+                    step()
+                except OSError as error:
+                    log.warning("not confined: %s are not given up: %s", what, reason_of(error))
+
+    def _drop_capabilities(self) -> None:
+        """Where there are any, as of root: all but those that open the files of others."""
+        header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+        current = ctypes.create_string_buffer(24)
+        _require(_libc.capget(header, current) == 0)
+        permitted = struct.unpack("=6I", current.raw)[1]
+        low = permitted & self._capabilities
+        _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
+
+    def _deny_calls(self) -> None:
+        seccomp.deny_all_but(self._allowed(os.getpid()))
+
+    def _restrict(self) -> None:
+        """Landlock: everything that this kernel knows of is ruled out but what is kept."""
+        version = landlock_version()
+        if version < 1:
+            raise OSError(errno.ENOSYS, "this kernel has no Landlock")
+        handled = max(right for since, right in _LAST_RIGHT.items() if since <= version) * 2 - 1
+        tcp = _BIND_AND_CONNECT if version >= _TCP_SINCE else 0
+        scopes = _ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
+        attributes = struct.pack("=QQQ", handled, tcp, scopes)
+        size = 24 if scopes else 16 if tcp else 8
+        ruleset = _syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
+        try:
+            for fd, rights in self._kept:
+                allowed = rights & handled
+                if not stat.S_ISDIR(os.fstat(fd).st_mode):
+                    allowed &= _OF_FILES
+                rule = struct.pack("=Qi", allowed, fd)
+                _syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
+            _syscall(_RESTRICT_SELF, ruleset, 0)
+        finally:
+            os.close(ruleset)
+
+
+def landlock_version() -> int:
+    """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
+    version: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
+    return version
+
+
+def _libraries() -> Iterator[str]:
+    """Where modules are, for those that are imported late; and the sources for tracebacks."""
+    yield str(Path(os.__file__).parent)
+    yield from site.getsitepackages()
+    ours = Path(__file__).resolve().parents[2]
+    yield from (str(ours / name) for name in ("instarfs", "planner"))
+
+
+# ---- the kernel ----
+
+_CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
+
+
+def _syscall(number: int, *arguments: object) -> int:
+    result: int = _libc.syscall(number, *arguments)
+    _require(result >= 0)
+    return result
+
+
+def _require(succeeded: bool) -> None:
+    if not succeeded:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _rule_out_core_dumps() -> None:
+    """None is written, nor handed to a program that collects them (do_coredump of the kernel)."""
+    # Not 0: such a program would get one all the same.
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    except ValueError:
+        # 0 is what whoever started it left, and more only a privileged process may have.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with contextlib.suppress(FileNotFoundError):
+            if _CORE_PATTERN.read_bytes().startswith(b"|"):
+                raise OSError(
+                    errno.EPERM, "the hard limit is 0, and a program collects them"
+                ) from None
+
+
+def _rule_out_new_privileges() -> None:
+    """No program that this process runs gets more rights than it has."""
+    _require(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)

@@ -1,0 +1,102 @@
+"""One image, mounted: puts the image, its inspector, the tree and the daemon together.
+
+Everything about the order in which a mount comes about lives here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from instarfs.daemon import process as daemon
+from instarfs.daemon.confinement import Confinement
+from instarfs.errors import ImageNotQcow2, ImageUnreadable
+from instarfs.guest.follow import Follow
+from instarfs.image import memory
+from instarfs.image.file import FileSource, Image
+from instarfs.inspect.inspector import Check, Inspector
+from instarfs.inspect.repair_queue import MakeRepairer
+from instarfs.mount import mountpoint, tree
+from instarfs.mount.operations import Operations, Ownership
+from instarfs.mount.options import MountOptions
+from instarfs.repair.run import Repairer
+from planner.check.check import check_image
+from planner.check.report import Report
+from planner.errors import HeaderCutOff, ImageError, NotQcow2
+from planner.qcow2.layout import Layout
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    image: Image,
+    directory: str,
+    options: MountOptions,
+    ready: Callable[[], None],
+    *,
+    follow: Follow | None = None,
+    check: Check = check_image,
+    make_repairer: MakeRepairer = Repairer,
+    keeps_undo: bool = True,
+) -> int:
+    """Mount *image* on *directory* and serve it until the end: the exit code.
+
+    What the image needs of its directory from then on must come from an `instarfs.daemon.broker`:
+    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *ready* is
+    called once the mount answers. Raises before that, with
+    nothing mounted, when the image is not qcow2, or cannot be read, or mounting fails.
+    """
+    _require_qcow2(image)
+    followed = follow.directories if follow else ()
+    confinement = Confinement.of_daemon(image, followed)
+
+    def bounded_check(
+        source: FileSource,
+        *,
+        progress: Callable[[str, int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> Report:
+        memory.limit(source)  # anew: the image may have grown since
+        return check(source, progress=progress, cancelled=cancelled)
+
+    def confine() -> None:
+        memory.limit(image.source())
+        confinement.enforce()
+
+    def make_service() -> daemon.Service:
+        inspector = Inspector(
+            image, follow=follow, check=bounded_check, make_repairer=make_repairer
+        )
+        pending = inspector.pending()
+        if pending is not None:
+            log.warning("%s: %s", image.path, pending.sentence)
+        ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
+        operations = Operations(
+            tree.build_tree(
+                inspector,
+                read_only=options.read_only,
+                keeps_undo=keeps_undo,
+                mountpoint=str(Path(directory).absolute()),
+            ),
+            partial(tree.facts, inspector),
+            ownership,
+            {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
+        )
+        return daemon.Service(operations, inspector.cancel, confine)
+
+    return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
+
+
+def _require_qcow2(image: Image) -> None:
+    """Refuse what is no qcow2 image at all. One that is damaged is what a mount is for."""
+    try:
+        Layout.read(image.source())
+    except NotQcow2 as error:
+        raise ImageNotQcow2(image.path, str(error)) from error
+    except HeaderCutOff as error:
+        raise ImageUnreadable(image.path, str(error)) from error
+    except ImageError:
+        pass  # shown in the mount

@@ -1,0 +1,437 @@
+"""One repair, from a tier to its outcome; and taking it back, and giving free space back.
+
+The order of things is here: an interrupted repair taken back, a fresh check, the proposal, the undo
+file, the writing, the check again. What to write is decided in `planner.repair`; the locks and the
+undo file are kept in `instarfs.repair.writing`; `instarfs.repair.execute` writes. Nothing here is
+rendered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    ImageChanged,
+    ImageReadFailed,
+    InstarfsError,
+    NotEnoughMemory,
+    PlanStale,
+    PutBackFailed,
+    RepairCancelled,
+    RepairIncomplete,
+    RepairInterrupted,
+    RepairUnproven,
+    TrimRefused,
+    TrimUnsupported,
+    UndoFileDamaged,
+    UndoFileFailed,
+    UndoFileImpossible,
+    UndoStale,
+)
+from instarfs.image.file import Image
+from instarfs.repair.execute import Device, FileDevice, execute, punch, put_back
+from instarfs.repair.journal import State, StateWord
+from instarfs.repair.outcome import RepairOutcome, Status
+from instarfs.repair.trim import free_runs, held_within, table_of, used_clusters
+from instarfs.repair.writing import Session
+from planner.arrays import I64, distinct
+from planner.check.check import Progress, check_image
+from planner.check.report import Report
+from planner.errors import AmbiguousCorruption, Cancelled, PlannerError, as_value
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import Proposal, propose, same_outcome, total
+from planner.source import SECTOR, Source
+
+
+class Check(Protocol):
+    """`planner.check.check.check_image`."""
+
+    def __call__(
+        self,
+        source: Source,
+        *,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Report: ...
+
+
+class Propose(Protocol):
+    """`planner.repair.tiers.propose`."""
+
+    def __call__(
+        self,
+        source: Source,
+        report: Report,
+        tier: RepairTier,
+        *,
+        can_grow: bool,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Proposal: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Repairer:
+    """Repairs one image. Each method is one pass, runs in the calling thread, and never raises an
+    error that it can explain: it is in the outcome.
+
+    Without *keep_undo* nothing can be taken back once the repair stands, neither this one nor those
+    before it; and where no undo file can be made the repair goes on without: then an I/O error is
+    still rolled back, but not a crash or a power failure in the middle. *progress* is told of every
+    check and of the writing; *cancelled* is asked often, and what was written by then is rolled
+    back.
+    """
+
+    image: Image
+    keep_undo: bool = True
+    progress: Progress = lambda _stage, _done, _total: None
+    cancelled: Callable[[], bool] = lambda: False
+    check: Check = check_image
+    propose: Propose = propose
+    device: Callable[[int, str], Device] = FileDevice
+
+    def repair(self, tier: RepairTier, quote: str = "") -> RepairOutcome:
+        """Repair as far as *tier* goes; with *quote*, exactly the plan of that id or nothing."""
+        return self._run(
+            RepairOutcome(tier=tier), lambda work, session: work.repair(session, tier, quote)
+        )
+
+    def undo(self) -> RepairOutcome:
+        """Take the last repair back, byte for byte; or finish taking back an interrupted one."""
+        return self._run(RepairOutcome(), _Pass.undo)
+
+    def trim(self) -> RepairOutcome:
+        """Give the disk space of all free clusters back, for good."""
+        return self._run(RepairOutcome(), _Pass.trim)
+
+    def _run(self, outcome: RepairOutcome, job: Callable[[_Pass, Session], None]) -> RepairOutcome:
+        work = _Pass(self, outcome)
+        try:
+            with Session.open(self.image, self.device, work.check) as session:
+                try:
+                    job(work, session)
+                finally:
+                    work.count_undoable(session)
+        except Cancelled:
+            work.fail(RepairCancelled(self.image.path))
+        except MemoryError:
+            work.fail(NotEnoughMemory(self.image.path))
+        except DOMAIN_ERRORS as error:
+            work.fail(as_value(error))
+        return work.outcome
+
+
+class _Pass:
+    """One pass over an image that is open for writing, and what has become of it so far."""
+
+    def __init__(self, repairer: Repairer, outcome: RepairOutcome) -> None:
+        self._repairer = repairer
+        self._path = repairer.image.path
+        self._is_writing = False
+        self.outcome = outcome
+
+    def check(self, source: Source) -> Report:
+        return self._repairer.check(
+            source, progress=self._repairer.progress, cancelled=self._repairer.cancelled
+        )
+
+    def fail(self, error: InstarfsError | PlannerError) -> None:
+        """Put *error* into the outcome: nothing that was asked for was done."""
+        status, after = Status.REFUSED, self.outcome.before
+        if isinstance(error, PutBackFailed):
+            status, after = Status.INTERRUPTED, None
+        elif self._is_writing and not isinstance(error, ImageChanged):
+            status = Status.ROLLED_BACK
+        if isinstance(error, UndoStale):
+            self.outcome = replace(self.outcome, undoable=0)
+        self.outcome = replace(
+            self.outcome,
+            status=status,
+            left_count=total(after) if after else 0,
+            after=after,
+            reason=str(error),
+            error=error,
+        )
+
+    def count_undoable(self, session: Session) -> None:
+        """How many repairs can be taken back now; after an undo that is known better."""
+        if self.outcome.status is not Status.UNDONE:
+            self.outcome = replace(self.outcome, undoable=session.undoable_count)
+
+    # ---- repair ----
+
+    def repair(self, session: Session, tier: RepairTier, quote: str) -> None:
+        if self._recover(session):
+            session.drop_journal()
+        report = self._fresh_check(session)
+        proposal = self._repairer.propose(
+            session.source,
+            report,
+            tier,
+            can_grow=not session.image.is_device,
+            progress=self._repairer.progress,
+            cancelled=self._repairer.cancelled,
+        )
+        plan = proposal.plan
+        self.outcome = replace(
+            self.outcome,
+            plan_id=plan.id,
+            found=proposal.found,
+            planned=proposal.planned,
+            suspects=proposal.suspects,
+            suspect_count=proposal.triage.suspect_count,
+        )
+        self._require_quote(proposal, quote)
+        after = report if plan.changes_nothing else self._write(session, proposal)
+        self.outcome = replace(
+            self.outcome,
+            status=Status.NOTHING_TO_DO if plan.changes_nothing else Status.REPAIRED,
+            repaired=proposal.planned,
+            left_count=proposal.left_count,
+            left=proposal.left,
+            counters=proposal.counters,
+            after=after,
+        )
+        if not proposal.complete:
+            error = RepairIncomplete(self._path, proposal.found, proposal.left_count)
+            self.outcome = replace(
+                self.outcome,
+                status=Status.INCOMPLETE,
+                reason=str(error),
+                # Whoever quotes a plan asks for no more than what is in it.
+                error=None if quote else error,
+            )
+
+    def _fresh_check(self, session: Session) -> Report:
+        """The check that everything else follows from. Raises its error where it has one."""
+        report = self.check(session.source)
+        number = total(report)
+        self.outcome = replace(
+            self.outcome, before=report, after=report, found=number, left_count=number
+        )
+        if report.error is not None:
+            raise report.error
+        return report
+
+    def _require_quote(self, proposal: Proposal, quote: str) -> None:
+        plan = proposal.plan
+        if quote and not plan.is_quoted_by(quote):
+            raise PlanStale(self._path, quote, plan.id)
+        if proposal.needs_quote and not quote and not plan.changes_nothing:
+            raise AmbiguousCorruption(
+                "; ".join(proposal.warnings),
+                f"if that is to be done all the same, quote the plan: {plan.tier} {plan.id}"
+                f" (check -r {plan.tier} --plan {plan.id})",
+            )
+
+    def _write(self, session: Session, proposal: Proposal) -> Report:
+        """Carry the plan out and prove it again; or leave everything as it was, and raise."""
+        try:
+            session.start_journal(proposal.plan, proposal.before)
+        except UndoFileImpossible:
+            if self._repairer.keep_undo:
+                raise
+            session.go_without_journal()
+        self._is_writing = True
+        try:
+            execute(
+                session.device,
+                proposal.plan,
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+            after = self._proven(session, proposal)
+        except BaseException as error:
+            # What could not be flushed may read as put back, and is not: then the undo file stays.
+            if not isinstance(error, PutBackFailed):
+                session.withdraw()
+            elif not session.is_interrupted:
+                error.wayout = "no undo file was kept: export the disk (instarfs export)"
+            raise
+        self._is_writing = False
+        session.settle(keep_undo=self._repairer.keep_undo)
+        self.outcome = replace(
+            self.outcome,
+            undo_file=session.undo_file if session.is_recorded else "",
+        )
+        return after
+
+    def _proven(self, session: Session, proposal: Proposal) -> Report:
+        """The check of the image as it was written, which must be the proof."""
+        try:
+            after = self.check(session.source)
+            self._require_same(after, proposal.after)
+            session.stand()
+        except BaseException as error:
+            put_back(session.device, proposal.plan, error)
+            raise
+        return after
+
+    def _require_same(self, after: Report, proof: Report) -> None:
+        if not same_outcome(after, proof):
+            raise RepairUnproven(self._path)
+
+    # ---- undo ----
+
+    def undo(self, session: Session) -> None:
+        if self._recover(session):
+            try:
+                session.drop_journal()
+            except UndoFileFailed as error:  # the image has been put back all the same
+                self.outcome = replace(self.outcome, reason=str(error))
+        else:
+            self._undo_applied(session)
+        self.outcome = replace(self.outcome, status=Status.UNDONE)
+        self._tell_what_is_left(session)
+        with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
+            after = self.check(session.source)
+            number = total(after)
+            self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
+
+    def _tell_what_is_left(self, session: Session) -> None:
+        """How many repairs more can be taken back; or why those that are kept cannot."""
+        if session.journal is None or session.is_interrupted:
+            return
+        status = session.journal.status
+        undoable, reason = status.depth, ""
+        if status.state is State.SEALED:
+            reason = "the repair before was made with --no-undo: it cannot be taken back"
+        elif undoable:
+            try:
+                fits = session.next_fits()
+            except UndoFileDamaged as error:
+                undoable, reason = 0, f"the repair before cannot be taken back: {error}"
+            else:
+                if not fits:
+                    undoable = 0
+                    reason = "the repair before stays: the image was written to after it"
+        self.outcome = replace(self.outcome, undoable=undoable)
+        self._add_reason(reason)
+
+    def _add_reason(self, reason: str) -> None:
+        reasons = [each for each in (self.outcome.reason, reason) if each]
+        self.outcome = replace(self.outcome, reason="; ".join(reasons))
+
+    def _recover(self, session: Session) -> bool:
+        recovered = session.recover()
+        self.outcome = replace(self.outcome, recovered=recovered)
+        return recovered
+
+    def _undo_applied(self, session: Session) -> None:
+        journal, _ = session.undoable()
+        plan, status = journal.plan, journal.status
+        self.outcome = replace(
+            self.outcome, tier=plan.tier, plan_id=plan.id, undo_file=journal.file
+        )
+        journal.advance(State.APPLYING)
+        self._is_writing = True
+        try:
+            execute(
+                session.device,
+                plan.inverse(),
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+        except BaseException as error:
+            if not isinstance(error, PutBackFailed):
+                session.reinstate()
+            raise
+        self._is_writing = False
+        self._tell_what_may_differ(session, status)
+        try:
+            session.drop_journal()
+        except UndoFileFailed as error:  # the next repair takes it back again: that changes nothing
+            self._add_reason(str(error))
+
+    def _tell_what_may_differ(self, session: Session, status: StateWord) -> None:
+        """Undo promises the bytes that the repair changed; where others may differ, it says so."""
+        if status.trimmed:
+            self._add_reason(
+                f"free clusters were trimmed after the repair ({status.trimmed} bytes of the file):"
+                " what they held is gone"
+            )
+        elif session.is_touched:
+            self._add_reason(
+                "what the repair had changed is as it was before; the image may have been written"
+                " to since, and what the repair had freed may hold other bytes now"
+            )
+
+    # ---- trim ----
+
+    def trim(self, session: Session) -> None:
+        image = session.image
+        if image.is_device:
+            raise TrimUnsupported(image.path, "it is a block device")
+        if session.is_interrupted:
+            raise RepairInterrupted(image.path)
+        report = self._fresh_check(session)
+        if report.verdict != "clean" or not report.complete:
+            raise TrimRefused(image.path, report.verdict)
+        is_undoable, kept = self._needed_by_undo(session)
+        offset, length = free_runs(report, session.device.size, kept)
+        before = image.allocated_size()
+        if not len(offset):
+            status = Status.NOTHING_TO_DO
+            self.outcome = replace(self.outcome, status=status, reason="no cluster is free")
+            return
+        self._punch(session, offset, length)
+        final = "what the free clusters held is gone"
+        if is_undoable:
+            final += "; undo still takes the last repair back, but does not bring that back"
+        given = max(0, before - image.allocated_size())
+        self.outcome = replace(self.outcome, status=Status.TRIMMED, trimmed=given, reason=final)
+
+    def _punch(self, session: Session, offset: I64, length: I64) -> None:
+        """Punch these runs; what was lost by that is in the undo file before, and right after."""
+
+        punched = 0
+
+        def extents() -> I64:
+            source = session.source
+            return table_of(source.data_extents(0, source.size))
+
+        def runs() -> Iterator[tuple[int, int]]:
+            nonlocal punched
+            for run in zip(offset.tolist(), length.tolist(), strict=True):
+                yield run
+                punched += 1
+
+        before = extents()
+        most = held_within(before, offset, length)
+        session.note_trim(most, is_done=False)
+        try:
+            punch(
+                session.device,
+                runs(),
+                int(length.sum()),
+                progress=self._repairer.progress,
+                cancelled=self._repairer.cancelled,
+            )
+        finally:
+            with suppress(UndoFileFailed, ImageReadFailed):  # then it says too much
+                done, begun = slice(punched), slice(punched, punched + 1)
+                gone = held_within(before, offset[done], length[done])
+                # One that failed may have been punched in part.
+                gone += held_within(before, offset[begun], length[begun])
+                gone -= held_within(extents(), offset[begun], length[begun])
+                session.note_trim(gone - most, is_done=True)
+
+    def _needed_by_undo(self, session: Session) -> tuple[bool, I64]:
+        """Whether the last repair can be undone, and the clusters that are in use then; and after
+        undoing the one before it, and so on.
+
+        What a repair has replaced is free now, and would be metadata again. So would be the bytes
+        by which the undo file knows the image.
+        """
+        kept = [np.zeros(0, dtype=np.int64)]
+        for record, undone in session.each_undone():
+            bits = undone.geometry.cluster_bits
+            kept += [stage.sectors * SECTOR >> bits for stage in record.plan.stages]
+            kept.append(used_clusters(undone, stored=False))
+        return len(kept) > 1, distinct(np.concatenate(kept))

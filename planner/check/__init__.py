@@ -1,0 +1,1 @@
+"""What is wrong with an image: the order of questions, the refcount walk, the rules of entries."""

@@ -1,0 +1,478 @@
+"""The check: reads an image's metadata, counts, compares, and returns a `Report`.
+
+The order of questions is here; where everything lies is `planner.metadata.locate`, counting is
+`planner.check.refcount_walk`, stored refcounts are `planner.metadata.refcounts`. Which finding each
+damage gives follows qcow2_check_refcounts in QEMU's block/qcow2-refcount.c; where QEMU stops, this
+goes on with what can still be known and says that it is incomplete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
+from planner.check.classify import Looker
+from planner.check.ending import Found, find_cut, judge_cut_regions
+from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
+from planner.check.overwritten import find_overwritten, find_overwritten_l1
+from planner.check.owners import OwnersFinder, contested_clusters, first_guest_owners
+from planner.check.refcount_comparison import CHUNK, Mismatches
+from planner.check.refcount_walk import Census, Walker, referenced_clusters
+from planner.check.report import CheckCounters, Report, count_findings
+from planner.errors import Cancelled, ImageError, as_value
+from planner.findings.grouped import FindingsBuilder, GroupedFindings
+from planner.findings.kinds import (
+    ACTIVE,
+    KINDS,
+    NONE,
+    FindingKind,
+    Owners,
+    Severity,
+    Structure,
+    no_owners,
+)
+from planner.guest.allocation import allocation
+from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
+from planner.metadata.locate import Survey, take_survey
+from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.metadata.regions import Regions, count_regions, overlapping_clusters
+from planner.qcow2 import entries
+from planner.qcow2.layout import Layout
+from planner.source import Source, read_tables
+
+DENSE_CLUSTERS = 1 << 24
+"""Up to so many clusters, or while the metadata is as large, one counter a cluster is cheap."""
+
+OWNED_LOW_CLUSTERS = 1 << 12
+"""For so many clusters with too low a refcount their owners are looked up."""
+
+SIZE_AT = 24
+"""Where the header says how large the disk is."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def check_image(
+    source: Source,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Report:
+    """Check all metadata of a qcow2 image. Never writes.
+
+    *progress* is called with (stage, bytes done, bytes in all). When *cancelled* turns true,
+    `Cancelled` is raised soon. A header that cannot be interpreted gives a report whose ``error``
+    says why.
+    """
+    keep_freed_memory()
+    try:
+        layout = Layout.read(source)
+    except ImageError as error:
+        return Report(layout=None, error=as_value(error))
+    return _Check(source, layout, _Ticker(progress, cancelled)).run()
+
+
+class _Ticker:
+    """Turns bytes read into progress, and a wish to stop into `Cancelled`."""
+
+    def __init__(self, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
+        self._progress, self._cancelled = progress, cancelled
+        self._stage, self._done, self._total = "census", 0, 1
+
+    def begin(self, stage: str, total: int) -> None:
+        self._stage, self._done, self._total = stage, 0, max(1, total)
+        self(0)
+
+    def __call__(self, amount: int) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise Cancelled
+        self._done = min(self._done + amount, self._total)
+        if self._progress is not None:
+            self._progress(self._stage, self._done, self._total)
+
+
+class _Check:
+    """One check. Each method is one question; `run` is their order."""
+
+    def __init__(self, source: Source, layout: Layout, tick: _Ticker) -> None:
+        self._source, self._layout, self._tick = source, layout, tick
+        self._geometry = layout.geometry
+        self._findings = FindingsBuilder()
+
+    def run(self) -> Report:
+        self._tick(0)
+        survey = take_survey(self._source, self._layout, self._findings)
+        every_region = survey.every_region
+        stored = StoredRefcounts(self._source, self._layout, survey.reftable)
+        index = self._load_refcounts(stored, survey, every_region)
+        census = self._take_census(stored, survey, index)
+        contested = self._contested(census, survey, every_region)
+        count_regions(survey.regions, self._geometry.cluster_bits, index, census.references)
+        clusters = self._count_refblocks(census, survey.reftable)
+        self._clip(census)
+        mismatches = self._compare(census, stored, clusters)
+        self._check_l1_copied(survey, stored)
+        self._look_beyond_disk(survey)
+        judge_cut_regions(every_region, self._layout, self._findings)
+        totals = mismatches.totals()
+        for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
+            if totals[kind]:
+                some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
+                contested[index.slots_of(some)] = True
+        owners = self._find_owners(contested, index, survey, every_region)
+        found_entries = census.findings.build()
+        self._find_overwritten(survey, found_entries)
+        return self._report(
+            survey,
+            census,
+            found_entries,
+            stored=stored,
+            mismatches=mismatches,
+            totals=totals,
+            owners=owners,
+            regions=every_region,
+        )
+
+    # -- counting ------------------------------------------------------------------------------
+
+    def _load_refcounts(
+        self, stored: StoredRefcounts, survey: Survey, regions: Regions
+    ) -> ClusterIndex:
+        """Read all stored refcounts; one counter a cluster, or only for those that matter."""
+        size = self._geometry.cluster_size
+        slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
+        blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
+        metadata = len(survey.present) * self._geometry.l2_entries
+        metadata += len(blocks) * self._geometry.refblock_entries
+        self._tick.begin("refcounts", len(blocks) * size)
+        if slots <= max(DENSE_CLUSTERS, 2 * metadata):
+            stored.load_dense(slots, self._tick)
+            return stored.index
+        cluster, refcount = stored.nonzero_sparse(slots, self._tick)
+        bits = self._geometry.cluster_bits
+        spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
+        known = [cluster, expand_ranges(*spans)]
+        for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
+            known.append(distinct(referenced_clusters(rows, self._layout)))
+            self._tick(0)
+        keys = distinct(np.concatenate(known))
+        index = ClusterIndex(slots, keys[keys < slots])
+        stored.set_sparse(index, cluster, refcount)
+        return index
+
+    def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
+        tables, present = survey.tables, survey.present
+        references = ClusterCounts(index.slots)
+        cut_at = self._layout.file_size % self._geometry.cluster_size
+        findings = EntryFindingsBuilder(self._geometry, tables, cut_at)
+        census = Census(self._layout, index, references, references, None, findings)
+        if tables.sibling[present].any() or (tables.weight[present] != 1).any():
+            census.separate_mapped()
+        size = self._geometry.cluster_size
+        self._tick.begin("census", len(present) * size)
+        Walker(self._source, census, stored, tables).walk(present, self._tick)
+        return census
+
+    def _contested(self, census: Census, survey: Survey, regions: Regions) -> Mask:
+        """Slots of clusters that may have two owners: a superset, before metadata is counted."""
+        bits, index = self._geometry.cluster_bits, census.index
+        # Marked one by one: the zeros of a whole file take no memory before something is written.
+        contested: Mask = np.zeros(index.slots, dtype=np.bool_)
+        for start in range(0, index.slots, CHUNK):
+            part = slice(start, min(start + CHUNK, index.slots))
+            contested[start + np.flatnonzero(census.mapped_twice(part))] = True
+        first, last = regions.first(bits), regions.last(bits)
+        single = first == last
+        slots = index.slots_of(first[single])
+        contested[slots[census.holds_data(slots)]] = True
+        for low, high in zip(first[~single].tolist(), last[~single].tolist(), strict=True):
+            slot = int(index.slots_of(np.array([low]))[0])
+            part = slice(slot, slot + high - low + 1)
+            contested[slot + np.flatnonzero(census.holds_data(part))] = True
+        contested[index.slots_of(overlapping_clusters(regions, bits))] = True
+        shared = survey.tables.offset[_at_several_places(survey)] >> bits
+        slots, known = index.find(shared)
+        contested[slots[known]] = True
+        return contested
+
+    def _count_refblocks(self, census: Census, reftable: Reftable) -> int:
+        """Count refcount blocks, last of all, and judge them; the number of clusters to compare."""
+        bits, index, counts = self._geometry.cluster_bits, census.index, census.references
+        clusters = self._layout.host_clusters
+        slot, known = index.find(np.array([clusters]))
+        if known[0] and counts.values[slot[0]]:
+            clusters += 1
+        sound = np.flatnonzero(~reftable.reserved & ~reftable.misaligned & (reftable.offset != 0))
+        cluster = reftable.offset[sound] >> bits
+        beyond = (cluster >= clusters) | reftable.too_far[sound]
+        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, reftable, sound[beyond])
+        sound, cluster = sound[~beyond], cluster[~beyond]
+        slots = index.slots_of(cluster)
+        limit = self._geometry.refcount_max
+        rank = _rank_among_equals(slots)
+        seen = np.minimum(counts.values[slots].astype(np.uint64) + rank + 1, np.uint64(limit))
+        shared = seen != 1
+        self._report_refblocks(
+            FindingKind.REFBLOCK_SHARED, reftable, sound[shared], found=seen[shared], expected=1
+        )
+        counts.add(slots, 1)
+        return clusters
+
+    def _report_refblocks(
+        self, kind: FindingKind, reftable: Reftable, at: I64, **columns: object
+    ) -> None:
+        columns.setdefault("found", reftable.word[at])
+        base = self._layout.header.refcount_table_offset
+        self._findings.add(
+            kind,
+            structure=Structure.REFTABLE,
+            host_offset=base + reftable.index[at] * 8,
+            index=reftable.index[at],
+            **columns,
+        )
+
+    def _clip(self, census: Census) -> None:
+        """No counter goes past the refcount width; each reference too many is a finding."""
+        counts, limit = census.references, self._geometry.refcount_max
+        if limit >= int(np.iinfo(counts.values.dtype).max):
+            return
+        over = np.flatnonzero(counts.values > limit)
+        if not len(over):
+            return
+        bits = self._geometry.cluster_bits
+        self._findings.add(
+            FindingKind.REFCOUNT_OVERFLOW,
+            count=counts.values[over].astype(np.int64) - limit,
+            host_offset=census.index.clusters_of(over) << bits,
+            length=1 << bits,
+            found=counts.values[over],
+            expected=limit,
+        )
+        counts.values[over] = limit
+
+    # -- comparing -----------------------------------------------------------------------------
+
+    def _compare(self, census: Census, stored: StoredRefcounts, clusters: int) -> Mismatches:
+        """Pair stored and counted, leaving out what could not be looked up."""
+        index, per_block, block = census.index, stored.entries_per_block, stored.unreadable_blocks
+        low, high = (
+            np.minimum(block + more, -(-clusters // per_block)) * per_block for more in (0, 1)
+        )
+        low, high = np.minimum(low, clusters), np.minimum(high, clusters)
+        lost = high > low
+        self._findings.add(
+            FindingKind.REFCOUNT_UNREADABLE,
+            structure=Structure.REFTABLE,
+            count=(high - low)[lost],
+            host_offset=self._layout.header.refcount_table_offset + block[lost] * 8,
+            index=block[lost],
+            found=stored.reftable.word[np.searchsorted(stored.reftable.index, block[lost])],
+        )
+        starts = [0, *high[lost].tolist()]
+        ends = [*low[lost].tolist(), clusters]
+        spans = [
+            (index.slots_before(start), index.slots_before(end))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return Mismatches(
+            self._geometry,
+            index,
+            stored.values,
+            census.references.values,
+            tuple(span for span in spans if span[0] < span[1]),
+        )
+
+    def _check_l1_copied(self, survey: Survey, stored: StoredRefcounts) -> None:
+        l1, bits = survey.l1, self._geometry.cluster_bits
+        at = np.flatnonzero(l1.active & (l1.offset != 0))
+        cluster = l1.offset[at] >> bits
+        copied = l1.word[at] >= np.uint64(entries.COPIED)
+        wrong = stored.is_one(cluster) != copied
+        unreadable = stored.unreadable(cluster)
+        if unreadable is not None:
+            wrong &= ~unreadable
+        at, copied = at[wrong], copied[wrong]
+        self._findings.add(
+            FindingKind.L1_COPIED,
+            structure=Structure.L1_TABLE,
+            host_offset=l1.host_offset[at],
+            snapshot=ACTIVE,
+            l1_index=l1.l1_index[at],
+            guest_offset=l1.l1_index[at] * self._geometry.l2_coverage,
+            guest_length=self._geometry.l2_coverage,
+            found=copied,
+            expected=~copied,
+        )
+
+    def _look_beyond_disk(self, survey: Survey) -> None:
+        """What the active L1 table maps where the disk has ended, other than a machine's state.
+
+        `qcow2_snapshot_goto` leaves the state that a snapshot saved there: it belongs to that one.
+        """
+        geometry, l1 = self._geometry, survey.l1
+        end = geometry.guest_clusters << geometry.cluster_bits
+        at = np.flatnonzero(l1.active & (l1.l1_index >= end // geometry.l2_coverage))
+        if not len(at):
+            return
+        snapshots = enumerate(survey.snapshots.snapshots)
+        keepers = [number for number, snapshot in snapshots if snapshot.vm_state_size]
+        if keepers:
+            saved = l1.offset[np.isin(l1.snapshot, keepers)]
+            at = at[~np.isin(l1.offset[at], saved)]
+        last = self._layout.header.l1_size * geometry.l2_coverage
+        found = allocation(
+            self._source, geometry, (l1.l1_index[at], l1.word[at]), end, max(end, last)
+        )
+        if found.mapped:
+            self._findings.add(
+                FindingKind.BEYOND_DISK_END,
+                structure=Structure.HEADER,
+                host_offset=SIZE_AT,
+                found=found.mapped,
+            )
+
+    def _find_owners(
+        self, wanted: Mask, index: ClusterIndex, survey: Survey, regions: Regions
+    ) -> Owners | None:
+        """Owners of the clusters in *wanted*; reports those that cannot all be right."""
+        if not wanted.any():
+            return None
+        finder = OwnersFinder(self._geometry, index, wanted, survey.l1, survey.tables)
+        finder.add_regions(regions)
+        self._tick.begin("owners", len(survey.present) * self._geometry.cluster_size)
+        finder.add_entries(self._source, survey.present, self._tick)
+        owners = finder.result()
+        cluster, number = contested_clusters(owners, self._geometry.l2_entries)
+        position = first_guest_owners(owners, cluster, self._geometry.l2_entries)
+        bits = self._geometry.cluster_bits
+        self._findings.add(
+            FindingKind.MULTIPLE_OWNERS,
+            host_offset=cluster << bits,
+            length=1 << bits,
+            guest_offset=np.where(position == NONE, NONE, position << bits),
+            guest_length=np.where(position == NONE, 0, 1 << bits),
+            found=number,
+            expected=1,
+        )
+        return owners
+
+    def _find_overwritten(self, survey: Survey, found: EntryFindings) -> None:
+        """Report tables that hold something else."""
+        looker = Looker(self._layout, len(survey.snapshots.snapshots))
+        find_overwritten(self._source, self._layout, looker, found, self._findings, tick=self._tick)
+        find_overwritten_l1(self._source, self._layout, looker, survey, self._findings)
+
+    # -- the answer ----------------------------------------------------------------------------
+
+    def _report(
+        self,
+        survey: Survey,
+        census: Census,
+        found_entries: EntryFindings,
+        *,
+        stored: StoredRefcounts,
+        mismatches: Mismatches,
+        totals: dict[FindingKind, int],
+        owners: Owners | None,
+        regions: Regions,
+    ) -> Report:
+        findings = self._findings.build()
+        counts = count_findings(findings, found_entries, totals)
+        by_severity = dict.fromkeys(Severity, 0)
+        for kind, number in counts.items():
+            by_severity[KINDS[kind].severity] += number if KINDS[kind].counted else 0
+        guest = census.guest
+        counters = CheckCounters(
+            check_errors=by_severity[Severity.CHECK_ERROR],
+            corruptions=by_severity[Severity.CORRUPTION],
+            leaks=by_severity[Severity.LEAK],
+            image_end_offset=(mismatches.highest() + 1) * self._geometry.cluster_size,
+            total_clusters=self._geometry.guest_clusters,
+            allocated_clusters=guest.allocated,
+            fragmented_clusters=guest.fragmented,
+            compressed_clusters=guest.compressed,
+        )
+        return Report(
+            layout=self._layout,
+            counters=counters,
+            findings=findings,
+            entries=found_entries,
+            mismatches=mismatches,
+            totals=totals,
+            owners=owners or no_owners(),
+            regions=regions,
+            snapshots=survey.snapshots.snapshots,
+            stopped=survey.stopped,
+            needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
+            hidden=_hide_references(findings, found_entries, self._layout.file_size),
+            luks_error=survey.luks_error,
+            holds_compressed=census.compressed is not None,
+            cut_off=find_cut(self._source, self._layout, Found(findings, found_entries, stored)),
+        )
+
+
+_NEEDS_REBUILD = (
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.REFCOUNT_UNREADABLE,
+    FindingKind.REFCOUNT_MISSING,
+)
+
+
+_BITMAP_TABLES = (Structure.BITMAP_DIRECTORY, Structure.BITMAP_TABLE)
+
+
+def _hide_references(
+    findings: GroupedFindings, found_entries: EntryFindings, file_size: int
+) -> tuple[FindingKind, ...]:
+    """Kinds of findings because of which a table that could hold references was not walked."""
+    kinds = findings.counts()
+    hiding: list[FindingKind] = [
+        kind
+        for kind in (
+            FindingKind.CHECK_STOPPED,
+            FindingKind.L2_TABLE_MISALIGNED,
+            FindingKind.SNAPSHOT_L1_MISALIGNED,
+            FindingKind.SNAPSHOT_L1_TOO_LARGE,
+            FindingKind.LUKS_HEADER_LENGTH,
+        )
+        if kind in kinds
+    ]
+    # A single cluster past the end hides nothing. Of anything larger a part may lie in the file: it
+    # was not counted, looks leaked, and is not.
+    lost = {
+        each for held in (findings, found_entries) for each in held.structures(FindingKind.PAST_END)
+    }
+    lost -= {Structure.DATA, Structure.BITMAP_DATA}
+    if lost == {Structure.COMPRESSED}:  # what begins past the end has no part in the file
+        rows = found_entries.batches(FindingKind.PAST_END)
+        packed = (row.found[row.structure == Structure.COMPRESSED] for row in rows)
+        lost = {Structure.COMPRESSED} if any((at < file_size).any() for at in packed) else set()
+    if lost:
+        hiding.append(FindingKind.PAST_END)
+    # Of a table that the file ends in, the entries past the end were not seen.
+    cut = set(findings.structures(FindingKind.CUT_OFF))
+    if cut & {Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE, *_BITMAP_TABLES}:
+        hiding.append(FindingKind.CUT_OFF)
+    return tuple(hiding)
+
+
+def _at_several_places(survey: Survey) -> Mask:
+    """L2 tables that stand at more than one index of the L1 tables."""
+    tables, l1 = survey.tables, survey.l1
+    result = np.zeros(len(tables), dtype=np.bool_)
+    result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
+    return result
+
+
+def _rank_among_equals(values: I64) -> np.ndarray:
+    """For each value how many equal ones stand before it."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.searchsorted(ordered, ordered)
+    rank = np.empty(len(values), dtype=np.uint64)
+    rank[order] = np.arange(len(values)) - first
+    return rank

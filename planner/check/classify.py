@@ -1,0 +1,201 @@
+"""What clusters look like that nothing refers to: tables, refcounts, a snapshot table, data, zeros.
+
+Many clusters a call, by their content alone. What that means for an image is
+`planner.triage.triage`'s business.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask
+from planner.check.refcount_walk import decode_words
+from planner.check.signatures import NAMES, TEXT, recognise
+from planner.qcow2 import entries
+from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.refcounts import unpack_refcounts
+from planner.qcow2.snapshots import MAX_EXTRA_DATA
+from planner.source import SECTOR
+
+SAMPLED_WORDS = 64
+"""Words of a cluster that show whether it is worth a closer look."""
+
+DAMAGED_PART = 10
+"""A table of whose words one in so many is overwritten is still one."""
+
+MAX_REFCOUNT = 8
+"""What a refcount block holds is seldom more than the snapshots that there are, and this."""
+
+MAX_NAME_BYTES = 1024
+
+
+class Look(IntEnum):
+    """What a leaked cluster looks like. An L1 table is told from an L2 table by its targets."""
+
+    UNREAD = 0
+    ZEROS = 1
+    DATA = 2
+    L2_TABLE = 3
+    L1_TABLE = 4
+    REFBLOCK = 5
+    SNAPSHOT_TABLE = 6
+    IN_USE = 7
+    BITMAP = 8
+    REFTABLE = 9
+
+    @property
+    def label(self) -> str:
+        return _LABELS[self]
+
+
+_LABELS = {
+    Look.UNREAD: "not looked at",
+    Look.ZEROS: "zeros",
+    Look.DATA: "data",
+    Look.L2_TABLE: "L2 table",
+    Look.L1_TABLE: "L1 table",
+    Look.REFBLOCK: "refcount block",
+    Look.SNAPSHOT_TABLE: "snapshot table",
+    Look.IN_USE: "in use, counted too high",
+    Look.BITMAP: "bitmap",
+    Look.REFTABLE: "refcount table",
+}
+
+
+_SIGNATURE_BITS = 8
+_A_TABLE = {
+    Look.L2_TABLE: "an L2 table",
+    Look.L1_TABLE: "an L1 table",
+    Look.REFBLOCK: "a refcount block",
+    Look.SNAPSHOT_TABLE: "a snapshot table",
+}
+
+
+def content_name(code: int) -> str:
+    """What `Looker.contents` has seen, in words."""
+    look, signature = Look(code >> _SIGNATURE_BITS), NAMES[code & (1 << _SIGNATURE_BITS) - 1]
+    if look is Look.DATA and signature:
+        return signature if signature == TEXT else f"data ({signature})"
+    return _A_TABLE.get(look, look.label)
+
+
+class Looker:
+    """Judges clusters of an image of that *layout*, with so many *snapshots*."""
+
+    def __init__(self, layout: Layout, snapshots: int) -> None:
+        self._geometry = layout.geometry
+        self._end = layout.file_size
+        self._max_refcount = MAX_REFCOUNT + snapshots
+
+    def contents(self, rows: U8) -> I64:
+        """What is in clusters, or in the first sectors of something; see `content_name`, (n,)."""
+        look, signature = self.look(np.ascontiguousarray(rows))
+        return look.astype(np.int64) << _SIGNATURE_BITS | signature
+
+    def look(self, rows: U8) -> tuple[U8, U8]:
+        """The `Look` of clusters, and which of `signatures.NAMES` their data begins with, uint8.
+
+        *rows*: whole clusters, uint8 (n, cluster size).
+        """
+        look = np.full(len(rows), Look.DATA, dtype=np.uint8)
+        signature = np.zeros(len(rows), dtype=np.uint8)
+        look[~rows.view(np.uint64).any(axis=1)] = Look.ZEROS
+        for sort, is_one in (
+            (Look.L2_TABLE, self._are_tables),
+            (Look.REFBLOCK, self._are_refblocks),
+            (Look.SNAPSHOT_TABLE, self._are_snapshot_tables),
+        ):
+            at = np.flatnonzero(look == Look.DATA)
+            look[at[is_one(rows, at)]] = sort
+        at = np.flatnonzero(look == Look.DATA)
+        if len(at):
+            signature[at] = recognise(rows if len(at) == len(rows) else rows[at])
+        return look, signature
+
+    def may_be_tables(self, sectors: U8) -> Mask:
+        """Which clusters are worth reading, by their first sectors, uint8 (n, 512)."""
+        words = decode_words(sectors)[:, :: 2 if self._geometry.extended_l2 else 1]
+        return self._mostly_plausible(words) & words.any(axis=1)
+
+    def table_words(self, rows: U8) -> U64:
+        """The entries of tables, uint64 (n, cluster size / 8); zero where subcluster bitmaps are.
+
+        An L1 table has no bitmaps, whatever the L2 tables have.
+        """
+        words = decode_words(rows)
+        if self._geometry.extended_l2:
+            misaligned = entries.L1_OFFSET & (self._geometry.cluster_size - 1)
+            is_l1 = ((words & np.uint64(entries.L1_RESERVED | misaligned)) == 0).all(axis=1)
+            words[~is_l1, 1::2] = 0
+        return words
+
+    def plausible(self, words: U64) -> Mask:
+        """Which words could be entries: they lead into the file, or nowhere. Shape of *words*."""
+        geometry = self._geometry
+        unusual = entries.L2_RESERVED | entries.L2_OFFSET & (geometry.cluster_size - 1)
+        whole = (words & np.uint64(unusual)) == 0
+        whole &= entries.l2_offsets(words) < self._end
+        packed = (words & np.uint64(entries.COMPRESSED)) != 0
+        if packed.any():
+            start, length = entries.compressed_ranges(words, geometry)
+            whole = np.where(packed, start + length < self._end + geometry.cluster_size, whole)
+        result: Mask = whole
+        return result
+
+    def targets(self, words: U64, plausible: Mask) -> I64:
+        """The cluster that each *plausible* word points at, int64, shape of *words*; 0: none."""
+        offset = entries.l2_offsets(words)
+        packed = (words & np.uint64(entries.COMPRESSED)) != 0
+        if packed.any():
+            start, _ = entries.compressed_ranges(words, self._geometry)
+            offset = np.where(packed, start, offset)
+        offset >>= self._geometry.cluster_bits
+        offset[~plausible] = 0
+        return offset
+
+    def _are_tables(self, rows: U8, at: I64) -> Mask:
+        """Which of the rows *at* hold words that could be entries, and at least one that points."""
+        words = rows.view(">u8")
+        step = max(1, words.shape[1] // SAMPLED_WORDS)
+        likely = np.flatnonzero(self._mostly_plausible(words[at, ::step].astype(np.uint64)))
+        result = np.zeros(len(at), dtype=np.bool_)
+        if len(likely):
+            words = self.table_words(rows[at[likely]])
+            plausible = self.plausible(words)
+            bad = np.count_nonzero(~plausible, axis=1)
+            filled = np.count_nonzero(words, axis=1)
+            points = self.targets(words, plausible).any(axis=1)
+            result[likely] = points & (bad * DAMAGED_PART <= filled)
+        return result
+
+    def _mostly_plausible(self, sample: U64) -> Mask:
+        bad = np.count_nonzero(~self.plausible(sample), axis=1)
+        mostly: Mask = bad * 2 <= np.count_nonzero(sample, axis=1)
+        return mostly
+
+    def _are_refblocks(self, rows: U8, at: I64) -> Mask:
+        """Which hold small numbers only. Refcounts narrower than a byte look like anything."""
+        result = np.zeros(len(at), dtype=np.bool_)
+        order = self._geometry.refcount_order
+        if order < 3 or not len(at):
+            return result
+        for part in (rows[at, :SECTOR], None):
+            values = unpack_refcounts(rows[at] if part is None else part, order)
+            result = np.logical_and.reduce(values <= self._max_refcount, axis=1)
+            if not result.any():
+                break
+        return result
+
+    def _are_snapshot_tables(self, rows: U8, at: I64) -> Mask:
+        """Which begin with an entry of a snapshot table. Source: qcow2.txt, "Snapshots"."""
+        head = decode_words(np.ascontiguousarray(rows[at, :40]))
+        offset, sizes, extra = head[:, 0], head[:, 1], head[:, 4] & np.uint64(0xFFFF_FFFF)
+        l1_size, id_size = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF)
+        good: Mask = (offset != 0) & (offset < self._end)
+        good &= (offset & np.uint64(self._geometry.cluster_size - 1)) == 0
+        good &= (l1_size != 0) & (l1_size <= MAX_L1_BYTES // 8)
+        good &= (id_size != 0) & (id_size <= MAX_NAME_BYTES)
+        good &= (sizes & np.uint64(0xFFFF) <= MAX_NAME_BYTES) & (extra <= MAX_EXTRA_DATA)
+        return good

@@ -1,0 +1,285 @@
+"""Findings about L2 entries, of which there can be as many as entries: each held in a few bytes.
+
+Where it is and what was found is held: 16 bytes, or 13 for a run of entries with the same wrong
+COPIED flag. Everything else follows from the tables, and is worked out when somebody reads it, a
+bounded number of rows at a time. What is a finding is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges
+from planner.findings.kinds import (
+    BATCH_ROWS,
+    NONE,
+    FindingKind,
+    Findings,
+    Structure,
+    join_findings,
+    make_findings,
+    no_findings,
+)
+from planner.metadata.mapping_tables import L2Tables
+from planner.qcow2 import entries
+from planner.qcow2.geometry import Geometry
+
+CHUNK = 1 << 18
+"""Findings that are gone through at a time where all of them are."""
+
+_WRONG_BITS = {
+    FindingKind.L2_ENTRY_RESERVED: np.uint64(entries.L2_RESERVED),
+    FindingKind.COMPRESSED_COPIED: np.uint64(entries.COPIED),
+}
+"""What an entry must not have set: expected is what was found without them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Findings of one kind about one structure, each once, in the order of the tables.
+
+    ``position``: the table's number times the entries of a table, plus the index of the (first)
+    entry in it. ``length``: entries, uint32; None where each is one. ``found``: as
+    `planner.findings.kinds.KINDS` says; of COPIED flags bool, else uint64.
+    """
+
+    position: I64
+    length: U32 | None
+    found: npt.NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def select(self, which: slice | I64) -> _Held:
+        length = None if self.length is None else self.length[which]
+        return _Held(self.position[which], length, self.found[which])
+
+    def lengths(self) -> I64:
+        if self.length is None:
+            return np.ones(len(self), dtype=np.int64)
+        return self.length.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFindings:
+    """Findings about L2 entries, in the order of their kinds, and of their tables in the file.
+
+    ``cut_at``: so many bytes of its last cluster the file has, where it does not end with one.
+    """
+
+    geometry: Geometry
+    tables: L2Tables
+    cut_at: int
+    _held: Mapping[tuple[FindingKind, Structure], _Held]
+    _counts: Mapping[FindingKind, int]
+
+    def counts(self) -> dict[FindingKind, int]:
+        """How often each kind that is there occurs, as in `Findings.counts`."""
+        return dict(self._counts)
+
+    def structures(self, kind: FindingKind) -> list[Structure]:
+        """What the findings of a kind are about."""
+        return [structure for each, structure in self._held if each is kind]
+
+    def snapshots(self) -> I64:
+        """In whose tables there are findings: `ACTIVE`, or indices of snapshots; ascending."""
+        tables = [self._tables_of(held) for held in self._held.values()]
+        which = distinct(np.concatenate([*tables, np.zeros(0, dtype=np.int64)]))
+        return distinct(self.tables.snapshot[which].astype(np.int64))
+
+    def of(self, *kinds: FindingKind) -> Findings:
+        """All rows of these kinds at once, however many there are."""
+        return join_findings(*self.batches(*kinds), no_findings())
+
+    def batches(self, *kinds: FindingKind) -> Iterator[Findings]:
+        """The rows of these kinds (none given: of every kind), at most `BATCH_ROWS` at a time.
+
+        In each batch they are of one kind.
+        """
+        for (kind, structure), held in self._held.items():
+            if not kinds or kind in kinds:
+                for start in range(0, len(held), BATCH_ROWS):
+                    part = held.select(slice(start, start + BATCH_ROWS))
+                    yield self._told(kind, structure, part)
+
+    def at(self, word: int) -> Findings:
+        """The rows about the entry that the byte at host offset *word* is part of."""
+        width, size = self.geometry.l2_entries, self.geometry.cluster_size
+        low = int(np.searchsorted(self.tables.offset, word - size, side="right"))
+        high = int(np.searchsorted(self.tables.offset, word, side="right"))
+        found = [no_findings()]
+        for table in range(low, high):
+            inside = (word - int(self.tables.offset[table])) // self.geometry.l2_entry_size
+            position = table * width + inside
+            for (kind, structure), held in self._held.items():
+                row = int(np.searchsorted(held.position, position, side="right")) - 1
+                part = held.select(slice(max(row, 0), row + 1))
+                part = part.select(np.flatnonzero(part.position + part.lengths() > position))
+                found.append(self._told(kind, structure, part))
+        return join_findings(*found)
+
+    def furthest(self, kind: FindingKind, structure: Structure, below: int) -> Findings:
+        """The row of these with the largest ``found`` below a number; none where there is none."""
+        held = self._held.get((kind, structure))
+        if held is None:
+            return no_findings()
+        best, most = NONE, -1
+        for start in range(0, len(held), CHUNK):
+            part = held.found[start : start + CHUNK].astype(np.int64)
+            part[part >= below] = -1
+            at = int(np.argmax(part))
+            if part[at] > most:
+                best, most = start + at, int(part[at])
+        if best == NONE:
+            return no_findings()
+        return self._told(kind, structure, held.select(slice(best, best + 1)))
+
+    def with_kind(
+        self, kind: FindingKind, structure: Structure, position: I64, found: U64
+    ) -> EntryFindings:
+        """The same and single entries at *position*, as of `_Held`, of a kind that it has not."""
+        parts = _Parts(position=[position], found=[found])
+        held = dict(sorted({**self._held, (kind, structure): _joined(parts)}.items()))
+        total = _total(kind, held[kind, structure], self.tables, self.geometry)
+        counts = {**self._counts, kind: total}
+        return replace(self, _held=held, _counts=counts)
+
+    def tables_with(self, kind: FindingKind) -> I64:
+        """Host offsets of the tables that have findings of a kind, ascending."""
+        tables = [self._tables_of(held) for (each, _), held in self._held.items() if each is kind]
+        which = distinct(np.concatenate([*tables, np.zeros(0, dtype=np.int64)]))
+        return self.tables.offset[which]
+
+    def marks(self, kind: FindingKind, offsets: I64) -> Mask:
+        """Which entries of the tables at *offsets* have findings of a kind; (tables, entries)."""
+        width = self.geometry.l2_entries
+        change = np.zeros(len(offsets) * width + 1, dtype=np.int64)
+        table = np.searchsorted(self.tables.offset, offsets)
+        table[table == len(self.tables)] = 0
+        known = self.tables.offset[table] == offsets if len(self.tables) else offsets < 0
+        rows = np.flatnonzero(known)
+        for (each, _), held in self._held.items():
+            if each is not kind:
+                continue
+            low, high = np.searchsorted(held.position, (table[rows] + np.array([[0], [1]])) * width)
+            part = held.select(expand_ranges(low, high - 1))
+            first = np.repeat(rows, high - low) * width + part.position % width
+            change[first] += 1
+            change[first + part.lengths()] -= 1
+        marks: Mask = np.cumsum(change[:-1]) != 0
+        return marks.reshape(len(offsets), width)
+
+    def _tables_of(self, held: _Held) -> I64:
+        """Numbers of the tables, some more than once."""
+        width, chunks = self.geometry.l2_entries, range(0, len(held), CHUNK)
+        tables = [distinct(held.position[at : at + CHUNK] // width) for at in chunks]
+        return np.concatenate(tables)
+
+    def _told(self, kind: FindingKind, structure: Structure, held: _Held) -> Findings:
+        geometry, tables = self.geometry, self.tables
+        table, inside = np.divmod(held.position, geometry.l2_entries)
+        length = held.lengths()
+        l1_index = tables.l1_index[table]
+        guest = (l1_index * geometry.l2_entries + inside) << geometry.cluster_bits
+        guest_length: I64 = length << geometry.cluster_bits
+        if kind is FindingKind.CUT_OFF and structure is Structure.DATA:
+            guest, guest_length = guest + self.cut_at, held.found.astype(np.int64)
+        return make_findings(
+            kind=kind,
+            structure=structure,
+            count=_counted(kind, tables, table, length),
+            host_offset=tables.offset[table] + inside * geometry.l2_entry_size,
+            length=length * geometry.l2_entry_size,
+            snapshot=tables.snapshot[table],
+            l1_index=l1_index,
+            l2_index=inside,
+            guest_offset=guest,
+            guest_length=guest_length,
+            found=held.found,
+            expected=_expected(kind, held.found),
+        )
+
+
+def _counted(kind: FindingKind, tables: L2Tables, table: I64, length: I64) -> I64:
+    """How often QEMU counts a finding: its COPIED pass follows fewer L1 entries than its census."""
+    each = tables.copied if kind is FindingKind.L2_COPIED else tables.weight
+    return each[table] * length
+
+
+def _expected(kind: FindingKind, found: npt.NDArray[Any]) -> npt.NDArray[Any] | int:
+    if kind is FindingKind.L2_COPIED:
+        return ~found
+    return found & ~_WRONG_BITS[kind] if kind in _WRONG_BITS else 0
+
+
+@dataclass(slots=True)
+class _Parts:
+    """Columns of `_Held`, as they come."""
+
+    position: list[I64] = field(default_factory=list)
+    length: list[U32] = field(default_factory=list)
+    found: list[npt.NDArray[Any]] = field(default_factory=list)
+
+
+class EntryFindingsBuilder:
+    """Collects findings about the entries of *tables*, and puts them in order once."""
+
+    def __init__(self, geometry: Geometry, tables: L2Tables, cut_at: int) -> None:
+        self._geometry, self._tables, self._cut_at = geometry, tables, cut_at
+        self._parts: dict[tuple[FindingKind, Structure], _Parts] = {}
+
+    def add(
+        self,
+        kind: FindingKind,
+        position: I64,
+        found: U64 | I64,
+        structure: Structure = Structure.L2_TABLE,
+    ) -> None:
+        """Single entries at *position*, as of `_Held`."""
+        if len(position):
+            parts = self._parts.setdefault((kind, structure), _Parts())
+            parts.position.append(position)
+            parts.found.append(found.view(np.uint64))
+
+    def add_copied(self, position: I64, length: I64, found: Mask) -> None:
+        """Runs of entries with the same wrong COPIED flag."""
+        kind = FindingKind.L2_COPIED
+        parts = self._parts.setdefault((kind, Structure.L2_TABLE), _Parts())
+        parts.position.append(position)
+        parts.length.append(length.astype(np.uint32))
+        parts.found.append(found)
+
+    def build(self) -> EntryFindings:
+        """What was collected, which the builder lets go of."""
+        held, counts = {}, Counter[FindingKind]()
+        for key in sorted(self._parts):
+            held[key] = _joined(self._parts.pop(key))
+            counts[key[0]] += _total(key[0], held[key], self._tables, self._geometry)
+        return EntryFindings(self._geometry, self._tables, self._cut_at, held, counts)
+
+
+def _total(kind: FindingKind, held: _Held, tables: L2Tables, geometry: Geometry) -> int:
+    total, width = 0, geometry.l2_entries
+    for start in range(0, len(held), CHUNK):
+        part = held.select(slice(start, start + CHUNK))
+        total += int(_counted(kind, tables, part.position // width, part.lengths()).sum())
+    return total
+
+
+def _joined(parts: _Parts) -> _Held:
+    """In order; column by column, so that little is there twice."""
+    columns: list[npt.NDArray[Any]] = []
+    for column in (parts.position, parts.length, parts.found):
+        columns.append(np.concatenate(column) if column else np.zeros(0, dtype=np.uint32))
+        column.clear()
+    position, length, found = columns
+    held = _Held(position, length if len(length) else None, found)
+    if (position[1:] > position[:-1]).all():
+        return held
+    return held.select(np.argsort(position))

@@ -1,0 +1,165 @@
+"""Tables that something else was written over: text, a refcount block, whatever it is.
+
+A damaged entry is a finding of its own. Where most of what a sector of a table holds could never
+have been an entry, the table is not damaged there but gone: its zeros say nothing either, what it
+mapped is lost, and its content is somebody's data, which no repair edits. Only tables are looked at
+in which the check found something; what the content looks like is judged by
+`planner.check.classify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.check.classify import Looker
+from planner.check.entry_findings import EntryFindings
+from planner.check.refcount_walk import decode_words
+from planner.findings.grouped import FindingsBuilder
+from planner.findings.kinds import NONE, FindingKind, Structure
+from planner.metadata.locate import Survey
+from planner.metadata.mapping_tables import L2Tables
+from planner.qcow2 import entries
+from planner.qcow2.layout import Layout
+from planner.source import SECTOR, Source, read_tables
+
+MIN_WILD = 4
+"""So many words of a sector are no entries before it counts as overwritten."""
+
+SLACK = 1 << 30
+"""An entry may lead so far behind the image and its disk, and yet have been one: the file is cut
+off, or was the file of a larger disk."""
+
+_SIGNS = (
+    FindingKind.L2_ENTRY_RESERVED,
+    FindingKind.DATA_MISALIGNED,
+    FindingKind.ZERO_MISALIGNED,
+    FindingKind.PAST_END,
+    FindingKind.COMPRESSED_COPIED,
+    FindingKind.COMPRESSED_WITH_DATA_FILE,
+    FindingKind.COMPRESSED_SUBCLUSTERS,
+    FindingKind.SUBCLUSTER_CONFLICT,
+    FindingKind.UNALLOCATED_SUBCLUSTERS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Overwritten parts of tables: row, first sector, how many sectors, and what is there."""
+
+    row: I64
+    sector: I64
+    count: I64
+    content: I64
+
+
+def find_overwritten(
+    source: Source,
+    layout: Layout,
+    looker: Looker,
+    found: EntryFindings,
+    findings: FindingsBuilder,
+    *,
+    tick: Callable[[int], None],
+) -> None:
+    """Add a finding for each part of an L2 table that something else was written over."""
+    size, tables = layout.geometry.cluster_size, found.tables
+    signs = [found.tables_with(kind) for kind in _SIGNS]
+    offsets = distinct(np.concatenate([*signs, np.zeros(0, dtype=np.int64)]))
+    offsets = offsets[offsets % size == 0]
+    for part, rows in read_tables(source, offsets, size):
+        runs = _overwritten_runs(rows, layout, looker)
+        at = np.searchsorted(tables.offset, offsets[part][runs.row])
+        _report_runs(layout, tables, at, runs, findings)
+        tick(0)
+
+
+def find_overwritten_l1(
+    source: Source, layout: Layout, looker: Looker, survey: Survey, findings: FindingsBuilder
+) -> None:
+    """Add a finding for each L1 table of which little else is left."""
+    size, l1 = layout.geometry.cluster_size, survey.l1
+    wild = _wild(l1.word, layout, entries.L1_RESERVED, packed=False)
+    bad, all_ = (np.bincount(numbers + 1) for numbers in (l1.snapshot[wild], l1.snapshot))
+    gone = np.flatnonzero((bad >= MIN_WILD) & (bad * 2 >= all_[: len(bad)])) - 1
+    tables = survey.regions.select(survey.regions.structure == Structure.L1_TABLE)
+    tables = tables.select(np.isin(tables.snapshot, gone))
+    tables = tables.select(np.argsort(tables.offset, kind="stable"))
+    for part, rows in read_tables(source, tables.offset, size):
+        findings.add(
+            FindingKind.TABLE_OVERWRITTEN,
+            structure=Structure.L1_TABLE,
+            host_offset=tables.offset[part],
+            length=tables.size[part],
+            snapshot=tables.snapshot[part],
+            guest_offset=0,
+            guest_length=tables.size[part] // 8 * layout.geometry.l2_coverage,
+            found=looker.contents(rows).astype(np.uint64),
+        )
+
+
+def _wild(words: U64, layout: Layout, reserved: int, *, packed: bool) -> Mask:
+    """Which words could never have been entries; 0 could.
+
+    They lead where no cluster can be, or nowhere with reserved bits set. *packed*: whether there
+    are compressed ones among them.
+    """
+    geometry = layout.geometry
+    limit = 2 * (layout.file_size + geometry.virtual_size) + SLACK
+    offset = entries.l2_offsets(words)
+    wild: Mask = (offset & (geometry.cluster_size - 1)) != 0
+    wild |= offset > limit
+    wild |= (offset == 0) & ((words & np.uint64(reserved)) != 0)
+    if packed:
+        is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
+        start, _ = entries.compressed_ranges(words, geometry)
+        wild = np.where(is_packed, start > limit, wild)
+    return wild
+
+
+def _overwritten_runs(rows: U8, layout: Layout, looker: Looker) -> _Runs:
+    """The overwritten parts of tables, uint8 (tables, cluster size)."""
+    step = layout.geometry.l2_entry_size // 8
+    words = decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
+    filled = np.count_nonzero(words, axis=2)
+    wild = _wild(words, layout, entries.L2_RESERVED, packed=True)
+    bad = np.count_nonzero(wild, axis=2)
+    gone = (bad >= MIN_WILD) & (bad * 2 >= filled)
+    # A table of which little else is left is gone as a whole: no zero in it means anything.
+    whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
+    gone[whole] = True
+    edge = np.diff(gone, axis=1, prepend=False, append=False)
+    row, bounds = np.nonzero(edge)
+    row, first, end = row[::2], bounds[::2], bounds[1::2]
+    content = np.zeros(len(row), dtype=np.int64)
+    is_whole = whole[row]
+    content[is_whole] = looker.contents(rows[row[is_whole]])
+    parts = np.flatnonzero(~is_whole)
+    sectors = rows.reshape(len(rows), -1, SECTOR)
+    content[parts] = looker.contents(sectors[row[parts], first[parts]])
+    return _Runs(row, first, end - first, content)
+
+
+def _report_runs(
+    layout: Layout, tables: L2Tables, at: I64, runs: _Runs, findings: FindingsBuilder
+) -> None:
+    geometry = layout.geometry
+    per_sector = SECTOR // geometry.l2_entry_size
+    first, count = runs.sector * per_sector, runs.count * per_sector
+    is_whole = count == geometry.l2_entries
+    l1_index = tables.l1_index[at]
+    findings.add(
+        FindingKind.TABLE_OVERWRITTEN,
+        structure=Structure.L2_TABLE,
+        host_offset=tables.offset[at] + runs.sector * SECTOR,
+        length=runs.count * SECTOR,
+        snapshot=tables.snapshot[at],
+        l1_index=l1_index,
+        l2_index=np.where(is_whole, NONE, first),
+        guest_offset=(l1_index * geometry.l2_entries + first) << geometry.cluster_bits,
+        guest_length=count << geometry.cluster_bits,
+        found=runs.content.astype(np.uint64),
+    )

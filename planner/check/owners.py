@@ -1,0 +1,194 @@
+"""Who uses a cluster: a second walk that answers for the clusters that findings are about.
+
+The census counts; only for clusters that look wrong is it worth knowing every user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from planner.arrays import I64, U64, Mask, expand_ranges
+from planner.check.refcount_walk import decode_words, split_entries
+from planner.findings.kinds import NONE, Owners, Structure
+from planner.metadata.cluster_counters import ClusterIndex
+from planner.metadata.mapping_tables import L1Entries, L2Tables
+from planner.metadata.regions import Regions
+from planner.qcow2 import entries
+from planner.qcow2.entries import ClusterType
+from planner.qcow2.geometry import Geometry
+from planner.source import Source, read_tables
+
+MAX_OWNERS = 1 << 18
+"""Owners kept; a report with more says that it does not list them all."""
+
+_COLUMNS = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
+
+
+class OwnersFinder:
+    """Collects the owners of the clusters whose slot is true in *wanted*."""
+
+    def __init__(
+        self, geometry: Geometry, index: ClusterIndex, wanted: Mask, l1: L1Entries, tables: L2Tables
+    ) -> None:
+        self._geometry, self._index, self._wanted = geometry, index, wanted
+        self._l1, self._tables = l1, tables
+        order = np.argsort(tables.l1_position, kind="stable")
+        self._referrers = order
+        self._referrer_start = np.searchsorted(
+            tables.l1_position[order], np.arange(len(tables) + 1)
+        )
+        self._rows: list[tuple[I64, ...]] = []
+        self._found = 0
+        self.truncated = False
+
+    def add_regions(self, regions: Regions) -> None:
+        """Owners that are metadata."""
+        bits = self._geometry.cluster_bits
+        first, last = regions.first(bits), regions.last(bits)
+        clusters = expand_ranges(first, last) if len(first) else first
+        which = np.repeat(np.arange(len(first)), last - first + 1)
+        hit = self._hits(clusters)
+        clusters, which = clusters[hit], which[hit]
+        l2 = regions.structure[which] == Structure.L2_TABLE
+        chosen = regions.select(which[~l2])
+        self._keep(
+            clusters[~l2],
+            chosen.structure,
+            chosen.snapshot,
+            chosen.l1_index,
+            np.full(len(chosen.offset), NONE),
+            chosen.index,
+        )
+        tables = np.searchsorted(self._tables.offset, regions.offset[which[l2]])
+        at, referrer = self._expand(tables)
+        self._keep(
+            clusters[l2][at],
+            np.full(len(at), Structure.L2_TABLE),
+            self._l1.snapshot[referrer],
+            self._l1.l1_index[referrer],
+            np.full(len(at), NONE),
+            np.full(len(at), NONE),
+        )
+
+    def add_entries(self, source: Source, which: I64, tick: Callable[[int], None]) -> None:
+        """Owners that are guest clusters, from the L2 tables at positions *which*."""
+        size = self._geometry.cluster_size
+        for part, rows in read_tables(source, self._tables.offset[which], size):
+            if self.truncated:
+                return
+            words, _ = split_entries(decode_words(rows), self._geometry.extended_l2)
+            self._add_batch(which[part], words.reshape(-1), words.shape[1])
+            tick(rows.size)
+
+    def _add_batch(self, ids: I64, words: np.ndarray, width: int) -> None:
+        if self._geometry.external_data:
+            return
+        positions = self._may_hit(words)
+        word = words[positions]
+        types = entries.cluster_types(word, self._geometry)
+        packed = types == ClusterType.COMPRESSED
+        data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+        offset, size = entries.compressed_ranges(word, self._geometry)
+        offset = np.where(packed, offset, entries.l2_offsets(word))
+        size = np.where(packed, size, self._geometry.cluster_size)
+        keep = np.flatnonzero(packed | data)
+        bits = self._geometry.cluster_bits
+        first, last = offset[keep] >> bits, (offset[keep] + size[keep] - 1) >> bits
+        entry = np.repeat(keep, last - first + 1)
+        clusters = expand_ranges(first, last) if len(first) else first
+        hit = self._hits(clusters)
+        clusters, entry = clusters[hit], entry[hit]
+        at, referrer = self._expand(ids[positions[entry] // width])
+        entry = entry[at]
+        self._keep(
+            clusters[at],
+            np.where(packed[entry], Structure.COMPRESSED, Structure.DATA),
+            self._l1.snapshot[referrer],
+            self._l1.l1_index[referrer],
+            positions[entry] % width,
+            np.full(len(at), NONE),
+        )
+
+    def _may_hit(self, words: U64) -> I64:
+        """Positions of entries that may refer to a wanted cluster: few of many millions."""
+        slots, known = self._index.find(entries.l2_offsets(words) >> self._geometry.cluster_bits)
+        wanted = self._wanted[slots]
+        wanted &= known
+        # These reach into more clusters than the one that they begin in.
+        inside = entries.L2_OFFSET & (self._geometry.cluster_size - 1)
+        wanted |= (words & np.uint64(entries.COMPRESSED | inside)) != 0
+        return np.flatnonzero(wanted)
+
+    def _hits(self, clusters: I64) -> I64:
+        slots, known = self._index.find(clusters)
+        return np.flatnonzero(known & self._wanted[slots])
+
+    def _expand(self, tables: I64) -> tuple[I64, I64]:
+        """Every L1 entry that leads to each table: (positions in *tables*, in `L1Entries`)."""
+        start, end = self._referrer_start[tables], self._referrer_start[tables + 1]
+        if not len(tables):
+            return tables, tables
+        # One more than there is room for, so that it is known to be too many.
+        room = MAX_OWNERS - self._found + 1
+        enough = int(np.searchsorted(np.cumsum(end - start), room)) + 1
+        start, end = start[:enough], end[:enough]
+        at = np.repeat(np.arange(len(start)), end - start)[:room]
+        return at, self._referrers[expand_ranges(start, end - 1)[:room]]
+
+    def _keep(self, *columns: np.ndarray) -> None:
+        room = MAX_OWNERS - self._found
+        if len(columns[0]) > room:
+            self.truncated = True
+        self._rows.append(tuple(column[:room].astype(np.int64) for column in columns))
+        self._found += len(self._rows[-1][0])
+
+    def result(self) -> Owners:
+        """All owners found, by cluster."""
+        columns = [np.concatenate(parts) for parts in zip(*self._rows, strict=True)]
+        order = np.lexsort((columns[4], columns[3], columns[2], columns[1], columns[0]))
+        cluster, structure, snapshot, l1_index, l2_index, index = (c[order] for c in columns)
+        return Owners(
+            cluster,
+            structure.astype(np.uint8),
+            snapshot,
+            l1_index,
+            l2_index,
+            index,
+            self.truncated,
+        )
+
+
+def contested_clusters(owners: Owners, width: int) -> tuple[I64, I64]:
+    """Clusters with owners that cannot both be right, and how many different owners each has.
+
+    The same guest cluster in several snapshots is one owner; any number of compressed clusters may
+    share a host cluster. *width*: entries of an L2 table.
+    """
+    if not len(owners.cluster):
+        return owners.cluster, owners.cluster
+    guest = np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
+    position = np.where(guest, owners.l1_index * width + owners.l2_index, owners.l1_index)
+    own_snapshot = owners.structure == Structure.L1_TABLE
+    snapshot = np.where(own_snapshot, owners.snapshot, 0)
+    identity = np.stack((owners.cluster, owners.structure, position, snapshot, owners.index))
+    distinct = np.unique(identity, axis=1)
+    clusters, start, number = np.unique(distinct[0], return_index=True, return_counts=True)
+    plain = np.logical_or.reduceat(distinct[1] != Structure.COMPRESSED, start)
+    contested = (number > 1) & plain
+    return clusters[contested], number[contested]
+
+
+def first_guest_owners(owners: Owners, clusters: I64, width: int) -> I64:
+    """The guest cluster that the first guest owner of each cluster is; `NONE` where none is one.
+
+    *width*: entries of an L2 table.
+    """
+    result = np.full(len(clusters), NONE)
+    guest = np.flatnonzero(np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED)))
+    owned, first = np.unique(owners.cluster[guest], return_index=True)
+    _, here, there = np.intersect1d(clusters, owned, assume_unique=True, return_indices=True)
+    at = guest[first[there]]
+    result[here] = owners.l1_index[at] * width + owners.l2_index[at]
+    return result

@@ -1,0 +1,1 @@
+"""The vocabulary of damage: kinds of findings, and findings in columns."""

@@ -1,0 +1,1 @@
+"""What the guest reads: mapping, extents, and the chain of files that it reads from."""

@@ -1,0 +1,105 @@
+"""How much of a disk an image maps, and how much of it lies in the backing file.
+
+Counted, not mapped: a table that many L1 entries lead to is read once, one in a hole not at all.
+What a word means to a reader is `planner.guest.mapping`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64
+from planner.guest.mapping import Flaw, RunKind, Runs, runs_of_entries
+from planner.qcow2 import entries
+from planner.qcow2.geometry import SECTOR, Geometry
+from planner.qcow2.layout import Layout
+from planner.source import Source, nonzero_words, present_tables, read_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """Guest bytes, by what the tables say of them.
+
+    ``unallocated``: nothing, so that they are read from the backing file, or are zeros without one.
+    ``zero``: zeros. ``mapped``: all others, whether they can be read or not.
+    """
+
+    unallocated: int
+    zero: int
+    mapped: int
+
+
+def disk_allocation(source: Source, layout: Layout) -> Allocation:
+    """Of the active disk. Raises whatever *source* raises."""
+    header = layout.header
+    l1 = nonzero_words(source, header.l1_table_offset, header.l1_size)
+    size = header.size // SECTOR * SECTOR
+    return allocation(source, layout.geometry, l1, 0, size)
+
+
+def bytes_in_backing_file(source: Source, layout: Layout) -> int | None:
+    """Guest bytes of the active disk that are read from the backing file that the image names.
+
+    None where it names none. What lies past the end of a smaller backing disk is among them: how
+    large that is, only the file itself tells.
+    """
+    return disk_allocation(source, layout).unallocated if layout.backing_file else None
+
+
+def allocation(
+    source: Source, geometry: Geometry, l1: tuple[I64, U64], low: int, high: int
+) -> Allocation:
+    """Of the guest bytes from *low* to *high*; *l1*: indices and words of an L1 table's entries."""
+    coverage = geometry.l2_coverage
+    start = np.maximum(l1[0] * coverage, low)
+    covered = np.minimum((l1[0] + 1) * coverage, high) - start
+    offset = (l1[1] & np.uint64(entries.L1_OFFSET)).astype(np.int64)
+    inside = (covered > 0) & (offset != 0)
+    start, covered, offset = start[inside], covered[inside], offset[inside]
+    misaligned = offset & (geometry.cluster_size - 1) != 0
+    totals = np.zeros(len(RunKind), dtype=np.int64)
+    totals[RunKind.DAMAGED] = covered[misaligned].sum()
+    whole = ~misaligned & (covered == coverage)
+    totals += _whole_tables(source, geometry, offset[whole])
+    for at in np.flatnonzero(~misaligned & ~whole).tolist():  # the first and the last at most
+        first = int(start[at]) % coverage
+        for _, rows in read_tables(source, offset[at : at + 1], geometry.cluster_size):
+            runs = _runs(rows, geometry).cut(first, first + int(covered[at]))
+            totals += np.bincount(runs.kind, runs.length, len(RunKind)).astype(np.int64)
+    zero, accounted = int(totals[RunKind.ZERO]), int(totals.sum())
+    unallocated = high - low - accounted + int(totals[RunKind.UNALLOCATED])
+    return Allocation(unallocated, zero, high - low - unallocated - zero)
+
+
+def _whole_tables(source: Source, geometry: Geometry, offset: I64) -> I64:
+    """Bytes by `RunKind` that the tables at *offset* map, all of each, as often as it is there.
+
+    Tables in holes are left out: all that they map is unallocated.
+    """
+    totals = np.zeros(len(RunKind), dtype=np.int64)
+    if not len(offset):
+        return totals
+    ordered = np.sort(offset)
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    distinct, weight = ordered[first], np.diff(first, append=len(ordered))
+    present = present_tables(source, distinct, geometry.cluster_size)
+    distinct, weight = distinct[present], weight[present]
+    for part, rows in read_tables(source, distinct, geometry.cluster_size):
+        runs = _runs(rows, geometry)
+        place = runs.guest // geometry.l2_coverage * len(RunKind) + runs.kind
+        each = np.bincount(place, runs.length, len(rows) * len(RunKind)).astype(np.int64)
+        totals += weight[part] @ each.reshape(len(rows), len(RunKind))
+    return totals
+
+
+def _runs(rows: U8, geometry: Geometry) -> Runs:
+    """What L2 tables (rows) map, as if they stood in the first places of an L1 table."""
+    words = rows.view(">u8").astype(np.uint64).reshape(-1)
+    bitmaps = None
+    if geometry.extended_l2:
+        words, bitmaps = words[0::2], words[1::2]
+    guest = np.arange(len(words), dtype=np.int64) << geometry.cluster_bits
+    sound = np.full(len(words), Flaw.NONE, dtype=np.uint8)
+    return runs_of_entries(guest, words, bitmaps, geometry, sound)

@@ -1,0 +1,1 @@
+"""Where everything lies: structures located, tables, stored refcounts, counters of clusters."""

@@ -1,0 +1,397 @@
+"""Where everything in an image lies, and what is wrong with the places themselves.
+
+Reads the tables that lead to others (snapshot table, L1 tables, refcount table, bitmap directory
+and tables) and no L2 table and no refcount block: those are the business of
+`planner.check.refcount_walk` and `planner.metadata.refcounts`. What cannot be read is a finding,
+and the rest goes on: one broken structure hides only what it leads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+from planner.errors import ImageError, as_value
+from planner.findings.grouped import FindingsBuilder
+from planner.findings.kinds import ACTIVE, FindingKind, Structure
+from planner.metadata.mapping_tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
+from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.metadata.regions import Regions, RegionsBuilder, join_regions, make_regions
+from planner.metadata.work_limits import followed, followed_tables
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.header import AUTOCLEAR_AT, SIGNED_MAX
+from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.luks import luks_error, luks_length
+from planner.qcow2.snapshots import (
+    REQUIRED_EXTRA_DATA,
+    Snapshot,
+    Snapshots,
+    SnapshotTable,
+    read_reachable_snapshots,
+)
+from planner.source import READABLE_END, Source, nonzero_words, present_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was located.
+
+    ``l1``: the entries of all L1 tables that can be read; ``tables``: the L2 tables that they lead
+    to; ``present``: positions of those of them that may hold anything but zeros. ``regions``: all
+    metadata inside the file but the refcount blocks, which are ``refblocks``. ``stopped``: tables
+    that could not be read. ``luks_error``: why QEMU would refuse the LUKS header.
+    """
+
+    layout: Layout
+    snapshots: SnapshotTable
+    reftable: Reftable
+    l1: L1Entries
+    tables: L2Tables
+    present: I64
+    regions: Regions
+    refblocks: Regions
+    stopped: tuple[ImageError, ...]
+    luks_error: ImageError | None
+
+    @property
+    def every_region(self) -> Regions:
+        """All metadata inside the file."""
+        return join_regions(self.regions, self.refblocks)
+
+
+def take_survey(source: Source, layout: Layout, findings: FindingsBuilder) -> Survey:
+    """Locate everything. What is wrong with it is added to *findings*."""
+    surveyor = _Surveyor(source, layout, findings)
+    surveyor.judge_header()
+    snapshots = surveyor.read_snapshots()
+    reftable = Reftable(source, layout)
+    l1, tables, present = surveyor.read_guest(snapshots, reftable)
+    surveyor.locate(snapshots, tables)
+    surveyor.judge_reftable(reftable)
+    return Survey(
+        layout=layout,
+        snapshots=snapshots,
+        reftable=reftable,
+        l1=l1,
+        tables=tables,
+        present=present,
+        regions=surveyor.regions.build(),
+        refblocks=surveyor.refblock_regions(reftable),
+        stopped=tuple(surveyor.stopped),
+        luks_error=surveyor.luks_error,
+    )
+
+
+class _Surveyor:
+    """One survey; `take_survey` is the order of its steps."""
+
+    def __init__(self, source: Source, layout: Layout, findings: FindingsBuilder) -> None:
+        self._source, self._layout = source, layout
+        self._geometry = layout.geometry
+        self._findings = findings
+        self.regions = RegionsBuilder(layout, findings)
+        self.stopped: list[ImageError] = []
+        self.luks_error: ImageError | None = None
+
+    def _stop(self, error: ImageError, **where: Any) -> None:
+        """QEMU ends its check here; what follows is still worth knowing."""
+        self.stopped.append(as_value(error))
+        found = error.value if isinstance(error.value, int) else 0
+        self._findings.add(
+            FindingKind.CHECK_STOPPED, found=np.uint64(found & ((1 << 64) - 1)), **where
+        )
+
+    def judge_header(self) -> None:
+        header, extensions = self._layout.header, self._layout.extensions
+        for kind, there in (
+            (FindingKind.CORRUPT_BIT, header.corrupt),
+            (FindingKind.DIRTY_BIT, header.dirty),
+            (FindingKind.STALE_BITMAPS, extensions.stale_bitmaps),
+        ):
+            if there:
+                self._findings.add(kind, structure=Structure.HEADER, host_offset=72, found=1)
+        if header.unknown_autoclear:
+            self._findings.add(
+                FindingKind.UNKNOWN_AUTOCLEAR,
+                structure=Structure.HEADER,
+                host_offset=AUTOCLEAR_AT,
+                found=np.uint64(header.unknown_autoclear),
+            )
+
+    def read_snapshots(self) -> SnapshotTable:
+        header = self._layout.header
+        table, error = read_reachable_snapshots(self._source, header, self._geometry)
+        if error is not None:
+            place = min(header.snapshots_offset, READABLE_END)
+            self._stop(error, structure=Structure.SNAPSHOT_TABLE, host_offset=place)
+        extra = table.snapshots.fields()["extra_data_size"].astype(np.int64)
+        lacking = np.flatnonzero(extra < REQUIRED_EXTRA_DATA)
+        if self._geometry.version >= 3 and len(lacking):
+            self._findings.add(
+                FindingKind.SNAPSHOT_EXTRA_DATA,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=table.snapshots.offset[lacking],
+                length=40,
+                index=lacking,
+                found=extra[lacking],
+                expected=REQUIRED_EXTRA_DATA,
+            )
+        if table.snapshots and self._geometry.external_data:
+            self._findings.add(
+                FindingKind.SNAPSHOTS_WITH_DATA_FILE,
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=table.offset,
+                length=table.length,
+                found=len(table.snapshots),
+            )
+        return table
+
+    def read_guest(
+        self, snapshots: SnapshotTable, reftable: Reftable
+    ) -> tuple[L1Entries, L2Tables, I64]:
+        """L1 entries, their L2 tables, and the positions of those of these that are to be read."""
+        header = self._layout.header
+        active = (ACTIVE, header.l1_table_offset, header.l1_size)
+        l1_tables = self._without_aliases(
+            [active, *self._readable_l1(snapshots.snapshots)], snapshots
+        )
+        for number, offset, size in l1_tables:
+            self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
+        l1 = read_l1_tables(self._source, l1_tables)
+        self._judge_l1(l1)
+        copied = l1.active & (l1.offset != 0)
+        stored = StoredRefcounts(self._source, self._layout, reftable)
+        unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
+        if unreadable is not None:
+            copied &= ~unreadable
+        tables = distinct_l2_tables(l1, copied)
+        present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
+        return l1, tables, np.flatnonzero(present & self._l2_without_aliases(tables))
+
+    def _without_aliases(
+        self, l1_tables: list[tuple[int, int, int]], snapshots: SnapshotTable
+    ) -> list[tuple[int, int, int]]:
+        """The L1 tables (snapshot, offset, entries) that are read: not too many in one place."""
+        kept = followed_tables(l1_tables, self._layout.file_size)
+        kept[0] = True  # the active one, whatever lies over it
+        if not kept.all():
+            number, offset, _ = l1_tables[int(np.argmin(kept))]
+            count = np.count_nonzero(~kept)
+            problem = f"the L1 tables of {count} more snapshots lie over others, or fill over 1 GiB"
+            self._stop(
+                ImageError(f"l1_table_offset of snapshot {number}", offset, problem),
+                structure=Structure.SNAPSHOT_TABLE,
+                host_offset=int(snapshots.snapshots.offset[number]),
+                length=40,
+                index=number,
+            )
+        return [table for table, is_kept in zip(l1_tables, kept, strict=True) if is_kept]
+
+    def _l2_without_aliases(self, tables: L2Tables) -> Mask:
+        """Which L2 tables are walked: not too many misaligned ones in one place."""
+        end = np.minimum(tables.offset + self._geometry.cluster_size, self._layout.file_size)
+        kept = followed(tables.offset, end)
+        if not kept.all():
+            first, count = int(tables.offset[np.argmin(kept)]), np.count_nonzero(~kept)
+            problem = f"{count} more L2 tables lie over others"
+            self._stop(ImageError("L2 table offset", first, problem), structure=Structure.L2_TABLE)
+        return kept
+
+    def _readable_l1(self, snapshots: Snapshots) -> Iterator[tuple[int, int, int]]:
+        """The L1 tables (snapshot, offset, entries) of the snapshots that have one to be read."""
+        fields, cluster_size = snapshots.fields(), self._geometry.cluster_size
+        offsets, sizes = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
+        for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            is_too_large = size > MAX_L1_BYTES // 8
+            is_past_end = size and offset + size * 8 > READABLE_END
+            if not (offset % cluster_size or is_too_large or is_past_end):
+                yield number, offset, size
+            else:
+                self._refuse_l1(number, snapshots[number])
+
+    def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
+        """Why the L1 table of a snapshot is not read."""
+        offset, size = snapshot.l1_table_offset, snapshot.l1_size
+        where: dict[str, Any] = {
+            "structure": Structure.SNAPSHOT_TABLE,
+            "host_offset": snapshot.offset,
+            "length": 40,
+            "index": number,
+        }
+        if offset % self._geometry.cluster_size:
+            self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
+        elif size > MAX_L1_BYTES // 8:
+            self._findings.add(
+                FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
+            )
+        else:
+            problem = "past the end of any file"
+            self._stop(
+                ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
+            )
+
+    def _judge_l1(self, l1: L1Entries) -> None:
+        geometry = self._geometry
+        reserved = np.uint64(entries.L1_RESERVED)
+        offset = l1.offset
+        for kind, mask, found, expected in (
+            (
+                FindingKind.L1_ENTRY_RESERVED,
+                (l1.word & reserved) != 0,
+                l1.word,
+                l1.word & ~reserved,
+            ),
+            (
+                FindingKind.L2_TABLE_MISALIGNED,
+                (offset & (geometry.cluster_size - 1)) != 0,
+                offset,
+                0,
+            ),
+        ):
+            at = np.flatnonzero(mask)
+            self._findings.add(
+                kind,
+                structure=Structure.L1_TABLE,
+                host_offset=l1.host_offset[at],
+                snapshot=l1.snapshot[at],
+                l1_index=l1.l1_index[at],
+                guest_offset=l1.l1_index[at] * geometry.l2_coverage,
+                guest_length=geometry.l2_coverage,
+                found=found[at],
+                expected=expected[at] if isinstance(expected, np.ndarray) else expected,
+            )
+
+    def locate(self, snapshots: SnapshotTable, tables: L2Tables) -> None:
+        """Where all structures lie, but for the L1 tables."""
+        header, size = self._layout.header, self._geometry.cluster_size
+        add = self.regions.add
+        add(Structure.HEADER, 0, size)
+        self.regions.add_many(
+            Structure.L2_TABLE,
+            tables.offset,
+            size,
+            weight=tables.weight,
+            snapshot=tables.snapshot,
+            l1_index=tables.l1_index,
+        )
+        add(Structure.SNAPSHOT_TABLE, snapshots.offset, snapshots.length)
+        add(Structure.REFTABLE, header.refcount_table_offset, self._layout.reftable_entries * 8)
+        self._locate_luks()
+        self._locate_bitmaps()
+
+    def _locate_luks(self) -> None:
+        """The LUKS header: whether it opens the disk, and whether it is as long as it says."""
+        crypto = self._layout.extensions.crypto
+        if crypto is None:
+            return
+        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
+        if crypto.length <= SIGNED_MAX:
+            self.regions.add(Structure.LUKS, crypto.offset, crypto.length)
+        where: dict[str, Any] = {
+            "structure": Structure.LUKS,
+            "host_offset": min(crypto.offset, SIGNED_MAX),
+            "length": self._geometry.cluster_size,
+            "found": np.uint64(crypto.length),
+        }
+        self.luks_error = luks_error(self._source, crypto)
+        if self.luks_error is not None:
+            self._findings.add(FindingKind.LUKS_HEADER_INVALID, **where)
+        needed = luks_length(self._source, crypto)
+        if not needed <= crypto.length <= SIGNED_MAX:
+            self._findings.add(FindingKind.LUKS_HEADER_LENGTH, expected=needed, **where)
+
+    def _locate_bitmaps(self) -> None:
+        pointer = self._layout.extensions.bitmaps
+        if pointer is None:
+            return
+        offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+        self.regions.add(Structure.BITMAP_DIRECTORY, offset, size)
+        try:
+            bitmaps = read_bitmaps(self._source, pointer, self._geometry)
+        except ImageError as error:
+            where: dict[str, Any] = {
+                "structure": Structure.BITMAP_DIRECTORY,
+                "host_offset": min(offset, READABLE_END),
+            }
+            self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
+            self._stop(error, **where)
+            return
+        tables = [
+            (number, each.bitmap_table_offset, each.bitmap_table_size)
+            for number, each in enumerate(bitmaps)
+        ]
+        kept = followed_tables(tables, self._layout.file_size)
+        data = [self._locate_bitmap(*tables[at]) for at in np.flatnonzero(kept).tolist()]
+        if data:
+            owner, clusters = (np.concatenate(parts) for parts in zip(*data, strict=True))
+            size = self._geometry.cluster_size
+            self.regions.add_many(Structure.BITMAP_DATA, clusters, size, index=owner)
+        if not kept.all():
+            number, table_at, _ = tables[int(np.argmin(kept))]
+            count = np.count_nonzero(~kept)
+            problem = f"the tables of {count} more bitmaps lie over others, or fill over 1 GiB"
+            self._stop(
+                ImageError(f"table of bitmap {number}", table_at, problem),
+                structure=Structure.BITMAP_TABLE,
+                host_offset=offset,
+                index=number,
+            )
+
+    def _locate_bitmap(self, number: int, offset: int, size: int) -> tuple[I64, I64]:
+        """Locate a bitmap's table: the clusters with its bits, each with the bitmap's number."""
+        nothing = np.zeros(0, dtype=np.int64)
+        self.regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
+        if offset + size * 8 > READABLE_END:
+            error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
+            self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
+            return nothing, nothing
+        position, word = nonzero_words(self._source, offset, size)
+        if not len(word):
+            return nothing, nothing
+        bad = entries.bad_bitmap_entries(word, self._geometry)
+        self._findings.add(
+            FindingKind.BITMAP_ENTRY_INVALID,
+            structure=Structure.BITMAP_TABLE,
+            host_offset=offset + position[bad] * 8,
+            index=number,
+            found=word[bad],
+        )
+        if bad.any():
+            first = int(word[bad][0])
+            error = ImageError(f"table of bitmap {number}", f"{first:#x}", "an invalid entry")
+            self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
+        data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        data = data[data != 0]
+        return np.full(len(data), number), data
+
+    def judge_reftable(self, reftable: Reftable) -> None:
+        """What is wrong with refcount table entries in themselves."""
+        base = self._layout.header.refcount_table_offset
+        reserved = np.uint64(entries.REFTABLE_RESERVED)
+        misaligned = reftable.misaligned & ~reftable.reserved
+        for kind, mask, expected in (
+            (FindingKind.REFTABLE_ENTRY_RESERVED, reftable.reserved, reftable.word & ~reserved),
+            (FindingKind.REFBLOCK_MISALIGNED, misaligned, np.zeros_like(reftable.word)),
+        ):
+            self._findings.add(
+                kind,
+                structure=Structure.REFTABLE,
+                host_offset=base + reftable.index[mask] * 8,
+                index=reftable.index[mask],
+                found=reftable.word[mask],
+                expected=expected[mask],
+            )
+
+    def refblock_regions(self, reftable: Reftable) -> Regions:
+        """The refcount blocks inside the file; they are counted last, so not with the others."""
+        bits = self._geometry.cluster_bits
+        at = reftable.blocks()
+        at = at[~reftable.reserved[at] & (reftable.offset[at] >> bits < self._layout.host_clusters)]
+        return make_regions(
+            Structure.REFBLOCK, reftable.offset[at], 1 << bits, index=reftable.index[at]
+        )

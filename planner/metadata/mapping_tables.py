@@ -1,0 +1,128 @@
+"""L1 tables, and the distinct L2 tables that they lead to.
+
+An L2 table that many L1 entries share (snapshots) is walked once and counted as often as QEMU
+would walk it. Source: docs/interop/qcow2.txt, "Cluster mapping"; check_refcounts_l1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I32, I64, U64, Mask
+from planner.findings.kinds import ACTIVE
+from planner.qcow2 import entries
+from planner.source import Source, nonzero_words
+
+
+@dataclass(frozen=True, slots=True)
+class L1Entries:
+    """The non-zero entries of all L1 tables that can be read, the active one first.
+
+    ``snapshot``: `ACTIVE` or a snapshot's index. ``l1_index``: position in its table. ``word``:
+    raw. ``host_offset``: of the entry itself, bytes.
+    """
+
+    snapshot: I32
+    l1_index: I64
+    word: U64
+    host_offset: I64
+
+    @property
+    def offset(self) -> I64:
+        """Of the L2 table that the entry leads to, bytes."""
+        return (self.word & np.uint64(entries.L1_OFFSET)).astype(np.int64)
+
+    @property
+    def active(self) -> Mask:
+        """Which entries are of the active L1 table."""
+        return np.equal(self.snapshot, ACTIVE)
+
+
+def read_l1_tables(source: Source, tables: list[tuple[int, int, int]]) -> L1Entries:
+    """Read the L1 tables given as (snapshot, offset, number of entries)."""
+    snapshots, indices, words, positions = [], [], [], []
+    for snapshot, offset, size in tables:
+        if not size:
+            continue  # Wherever it claims to be: nothing is read there.
+        index, word = nonzero_words(source, offset, size)
+        snapshots.append(np.full(len(index), snapshot, dtype=np.int32))
+        indices.append(index)
+        words.append(word)
+        positions.append(offset + index * 8)
+    return L1Entries(
+        np.concatenate(snapshots) if snapshots else np.zeros(0, dtype=np.int32),
+        np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64),
+        np.concatenate(words) if words else np.zeros(0, dtype=np.uint64),
+        np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class L2Tables:
+    """The distinct L2 tables, ascending by ``offset`` (host offset, bytes).
+
+    ``weight``: L1 entries that lead there. ``active``: those of the active L1 among them.
+    ``copied``: those of them that QEMU's COPIED pass follows. ``snapshot``,
+    ``l1_index``: the first entry that leads there. ``sibling``: another table stands at the same L1
+    index, in another snapshot. ``l1_position``: for each L1 entry its table, shape of `L1Entries`.
+    """
+
+    offset: I64
+    weight: I64
+    active: I64
+    copied: I64
+    snapshot: I32
+    l1_index: I64
+    sibling: Mask
+    l1_position: I64
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def classes(self, which: I64) -> list[Batch]:
+        """The tables at positions *which*, those that count alike together, each in file order."""
+        columns = (self.weight, self.active, self.copied, self.sibling)
+        keys = np.stack([column[which] for column in columns])
+        kinds, inverse = np.unique(keys, axis=1, return_inverse=True)
+        return [
+            Batch(which[inverse.reshape(-1) == number], weight, active, copied, bool(sibling))
+            for number, (weight, active, copied, sibling) in enumerate(kinds.T.tolist())
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """L2 tables that count alike: their positions, and what one entry in them counts."""
+
+    ids: I64
+    weight: int
+    active: int
+    copied: int
+    sibling: bool
+
+
+def distinct_l2_tables(l1: L1Entries, copied: Mask) -> L2Tables:
+    """Group L1 entries by the L2 table that they lead to.
+
+    *copied*: which entries QEMU's COPIED pass follows, bool, shape of *l1*.
+    """
+    offset, first, inverse, weight = np.unique(
+        l1.offset, return_index=True, return_inverse=True, return_counts=True
+    )
+    inverse = inverse.reshape(-1)
+    active = np.bincount(inverse, weights=l1.active, minlength=len(offset)).astype(np.int64)
+    followed = np.bincount(inverse, weights=copied, minlength=len(offset)).astype(np.int64)
+    l1_index = l1.l1_index[first]
+    _, slot, crowd = np.unique(l1_index, return_inverse=True, return_counts=True)
+    return L2Tables(
+        offset=offset,
+        weight=weight.astype(np.int64),
+        active=active,
+        copied=followed,
+        snapshot=l1.snapshot[first],
+        l1_index=l1_index,
+        sibling=crowd[slot] > 1 if len(offset) else np.zeros(0, dtype=np.bool_),
+        l1_position=inverse,
+    )

@@ -1,0 +1,33 @@
+"""What a reader of a check wants to know that the check did without: which part of the disk is not
+in the image, and which bitmaps no backup can rely on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.guest.allocation import bytes_in_backing_file
+from planner.guest.chain import Member
+from planner.qcow2.bitmaps import Bitmap
+from planner.qcow2.layout import Layout
+from planner.source import Source
+from planner.views.bitmap_state import unsaved_bitmaps
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """``members``: what became of the files that the image names, and those that they name.
+
+    ``in_backing_file``: bytes of the active disk that are read from the one that it names, or past
+    its end. ``unsaved``: bitmaps that are marked as in use.
+    """
+
+    members: tuple[Member, ...] = ()
+    in_backing_file: int = 0
+    unsaved: tuple[Bitmap, ...] = ()
+
+
+def look_beside(source: Source, layout: Layout, members: tuple[Member, ...]) -> Beside:
+    """Raises whatever *source* raises."""
+    in_backing_file = bytes_in_backing_file(source, layout) or 0
+    return Beside(members, in_backing_file, unsaved_bitmaps(source, layout))

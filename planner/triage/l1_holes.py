@@ -1,0 +1,161 @@
+"""L1 entries that lead to no L2 table: where a table that lost its entry may have stood.
+
+What was never written has no L2 table either: a gap is a place where a loss is possible, no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+from planner.check.report import Report
+from planner.findings.kinds import ACTIVE, FindingKind
+from planner.metadata.mapping_tables import L1Entries, read_l1_tables
+from planner.metadata.work_limits import followed_tables
+from planner.qcow2.layout import MAX_L1_BYTES
+from planner.source import Source
+
+
+class PlaceKind(StrEnum):
+    """What is to be seen where a lost table may have stood."""
+
+    EMPTY = "empty"
+    DAMAGED = "damaged"
+    SHARED = "in-use"
+    LOST = "in-lost-snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """*count* neighbouring L1 entries from ``l1_index`` on.
+
+    ``snapshot``: whose L1 table it is; `ACTIVE`, or an index, of which nothing is known for the L1
+    table of a lost snapshot. ``coverage``: guest bytes that one of the entries maps.
+    """
+
+    kind: PlaceKind
+    snapshot: int
+    l1_index: int
+    count: int
+    coverage: int
+
+    @property
+    def guest_offset(self) -> int:
+        """Of the first guest byte that the entries map."""
+        return self.l1_index * self.coverage
+
+    @property
+    def phrase(self) -> str:
+        """What a table there mapped, and why it may have been there."""
+        of = "" if self.snapshot == ACTIVE else f" of snapshot {self.snapshot}"
+        end = self.guest_offset + self.count * self.coverage
+        entry = f"L1 entry {self.l1_index}{of}"
+        span = f"{self.coverage} bytes at guest offset {self.guest_offset}"
+        if self.count > 1:
+            entry = f"L1 entries {self.l1_index} to {self.l1_index + self.count - 1}{of}"
+            span = f"{self.coverage} bytes between guest offsets {self.guest_offset} and {end}"
+        verb = "is" if self.count == 1 else "are"
+        match self.kind:
+            case PlaceKind.SHARED:
+                return f"it maps {span} ({entry}), and something else that it mapped is lost"
+            case PlaceKind.LOST:
+                return f"it mapped {span} in the lost snapshot"
+            case _:
+                return f"it could have mapped {span} ({entry} {verb} {self.kind})"
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Runs of L1 entries in columns, those of the active disk first; see `Place`.
+
+    ``damaged``: not empty, but what the entry holds is no L2 table's offset, or that of a cluster
+    that something else uses too. ``coverage``: guest bytes that one entry maps.
+    """
+
+    snapshot: I64
+    l1_index: I64
+    count: I64
+    damaged: Mask
+    coverage: int
+
+    def first(self, limit: int, *, only_active: bool) -> tuple[Place, ...]:
+        """At most *limit* of them, of the active disk alone or of the snapshots too.
+
+        The damaged ones come first: what was in them is certainly missing.
+        """
+        end = self._active if only_active else len(self.snapshot)
+        order = np.argsort(~self.damaged[:end], kind="stable")[:limit]
+        columns = (self.damaged, self.snapshot, self.l1_index, self.count)
+        rows = zip(*(column[order].tolist() for column in columns), strict=True)
+        kinds = (PlaceKind.EMPTY, PlaceKind.DAMAGED)
+        return tuple(
+            Place(kinds[damaged], snapshot, l1_index, count, self.coverage)
+            for damaged, snapshot, l1_index, count in rows
+        )
+
+    def entries(self, *, only_active: bool) -> int:
+        """How many L1 entries that are."""
+        return int(self.count[: self._active if only_active else None].sum())
+
+    @property
+    def _active(self) -> int:
+        return int(np.count_nonzero(self.snapshot == ACTIVE))
+
+
+def read_gaps(source: Source, report: Report) -> Gaps:
+    """All L1 entries without an L2 table, within what each disk needs."""
+    header, geometry = report.layout.header if report.layout else None, report.geometry
+    tables: list[tuple[int, int, int]] = []
+    if header is not None:
+        needed = min(header.l1_size, geometry.l1_entries_needed)
+        tables.append((ACTIVE, header.l1_table_offset, needed))
+    fields = report.snapshots.fields()
+    columns = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
+    tables += [
+        (number, offset, size)
+        for number, (offset, size) in enumerate(zip(*columns, strict=True))
+        if offset % geometry.cluster_size == 0 and size * 8 <= MAX_L1_BYTES and offset < source.size
+    ]
+    kept = followed_tables(tables, source.size)
+    tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]
+    l1 = read_l1_tables(source, tables)
+    damaged = _damaged(l1, report)
+    number, index, count = _between(l1, tables)
+    snapshot = np.concatenate((number, l1.snapshot[damaged].astype(np.int64)))
+    l1_index = np.concatenate((index, l1.l1_index[damaged]))
+    order = np.lexsort((l1_index, snapshot))
+    single = np.ones(len(order) - len(number), dtype=np.int64)
+    return Gaps(
+        snapshot[order],
+        l1_index[order],
+        np.concatenate((count, single))[order],
+        np.arange(len(order))[order] >= len(number),
+        geometry.l2_coverage,
+    )
+
+
+def _damaged(l1: L1Entries, report: Report) -> Mask:
+    """Which entries that are not zero lead to no table of their own."""
+    geometry, offset = report.geometry, l1.offset
+    end = report.layout.file_size if report.layout else 0
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    damaged: Mask = (offset & (geometry.cluster_size - 1)) != 0
+    damaged |= (offset == 0) | (offset >= end)
+    damaged |= np.isin(offset, contested)
+    return damaged
+
+
+def _between(l1: L1Entries, tables: list[tuple[int, int, int]]) -> tuple[I64, I64, I64]:
+    """The runs of zero entries: (snapshot, first L1 index, how many)."""
+    numbers = np.array([number for number, _, _ in tables], dtype=np.int64)
+    sizes = np.array([size for _, _, size in tables], dtype=np.int64)
+    snapshot = np.concatenate((l1.snapshot.astype(np.int64), numbers, numbers))
+    index = np.concatenate((l1.l1_index, np.full(len(numbers), -1), sizes))
+    order = np.lexsort((index, snapshot))
+    snapshot, index = snapshot[order], index[order]
+    count = np.diff(index) - 1
+    within = (np.diff(snapshot) == 0) & (count > 0)
+    return snapshot[:-1][within], index[:-1][within] + 1, count[within]

@@ -1,0 +1,495 @@
+"""Whether leaked clusters that hold data may have been lost, where from, and how much that can be.
+
+A leak is waste unless there is a place that it could have come from: a table that is gone, an entry
+that leads elsewhere, a header bit under whose other reading everything is in its place. What could
+have been lost is bounded twice: by the references that the leaked clusters have lost, and by the
+guest's clusters that read as nothing. Nothing is decided here but that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.check.claims import refcounts_are_shared
+from planner.check.refcount_walk import data_and_compressed, decode_words, split_entries
+from planner.check.report import Report
+from planner.errors import ImageError
+from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
+from planner.metadata.mapping_tables import read_l1_tables
+from planner.metadata.work_limits import followed_tables
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import list_bitmaps
+from planner.qcow2.extensions import BITMAPS, decode_bitmaps
+from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+from planner.triage.l1_holes import Gaps
+
+
+class CauseKind(StrEnum):
+    """What leaked data could have come from."""
+
+    EMPTY_TABLE = "table-of-zeros"
+    EMPTY_PART = "part-of-a-table"
+    OVERWRITTEN_TABLE = "table-overwritten"
+    EMPTY_ENTRY = "empty-l1-entry"
+    DAMAGED_ENTRY = "damaged-entry"
+    FEATURE_BIT = "feature-bit"
+    LUKS_HEADER = "luks-header"
+
+
+_TABLES = {
+    CauseKind.EMPTY_TABLE: "a table without any entry left",
+    CauseKind.EMPTY_PART: (
+        "a table of which a part is empty, beside entries that lead to their neighbours"
+    ),
+    CauseKind.OVERWRITTEN_TABLE: "a table that was overwritten",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A place that leaked data may have come from.
+
+    ``snapshot``: `ACTIVE`, or whose tables they are. ``l1_index``, ``count``: the first run of L1
+    entries, of ``entries`` in all; ``coverage``: guest bytes that one of them maps. ``what``: the
+    bit, or the findings.
+    """
+
+    kind: CauseKind
+    snapshot: int = ACTIVE
+    l1_index: int = NONE
+    count: int = 0
+    entries: int = 0
+    coverage: int = 0
+    what: str = ""
+
+    @property
+    def phrase(self) -> str:
+        """In words; what is lost has been said."""
+        match self.kind:
+            case CauseKind.DAMAGED_ENTRY:
+                return f"entries that lead elsewhere may have led to them: {self.what}"
+            case CauseKind.FEATURE_BIT:
+                return (
+                    f"without the header's bit `{self.what}` the tables refer to exactly them:"
+                    " that bit is wrong, more likely than not"
+                )
+            case CauseKind.LUKS_HEADER:
+                return "they may be a part of the LUKS header, without which nothing can be read"
+            case CauseKind.EMPTY_ENTRY:
+                entries_are = self._entries("is", "are")
+                return f"{entries_are} empty, and the table may be among what leaks"
+        return f"{self._entries('leads', 'lead')} to {_TABLES[self.kind]}"
+
+    def _entries(self, one: str, more: str) -> str:
+        of = "" if self.snapshot == ACTIVE else f" of snapshot {self.snapshot}"
+        start = self.l1_index * self.coverage
+        size = f"{self.count * self.coverage} bytes at guest offset {start}"
+        if self.count == 1:
+            named = f"L1 entry {self.l1_index}{of} ({size})"
+        else:
+            last = self.l1_index + self.count - 1
+            named = f"L1 entries {self.l1_index} to {last}{of} ({size})"
+        rest = self.entries - self.count
+        named += f" and {rest} more" if rest else ""
+        return f"{named} {one if self.entries == 1 else more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What leaked clusters may have been.
+
+    ``data``: leaked clusters that hold data, or may, and to which no table leads, lost or not.
+    ``causes``: where they could have come from. ``missing``: bytes of the active disk that read as
+    if never written, and were; at most.
+    """
+
+    data: int = 0
+    causes: tuple[Cause, ...] = ()
+    missing: int = 0
+
+    @property
+    def misread(self) -> bool:
+        """Whether a bit of the header is wrong, and all tables are read as what they are not."""
+        return any(cause.kind is CauseKind.FEATURE_BIT for cause in self.causes)
+
+    @property
+    def sentences(self) -> list[str]:
+        """What a person who is about to free them has to know, a line each."""
+        clusters = (
+            "1 leaked cluster holds" if self.data == 1 else f"{self.data} leaked clusters hold"
+        )
+        return [f"{clusters} data, and {cause.phrase}" for cause in self.causes]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaked:
+    """Leaked clusters in columns: ``cluster``, ascending; ``lost``: references that each has lost;
+    ``uncounted``: whether there is no refcount to tell; ``unused``: whether no reference is left;
+    ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
+    looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
+    tables look lost. ``gaps``: the L1 entries that lead to no table of their own.
+    """
+
+    cluster: I64
+    lost: I64
+    uncounted: Mask
+    unused: Mask
+    holds_data: Mask
+    has_table: Mask
+    is_refcounts: Mask
+    is_empty: Mask
+    lost_tables: int
+    gaps: Gaps
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What L1 entries lead to, by `snapshot`: each (snapshot, L1 index) in two columns."""
+
+    zeros: tuple[I64, I64]
+    parts: tuple[I64, I64]
+    overwritten: tuple[I64, I64]
+
+
+_ELSEWHERE = (
+    FindingKind.PAST_END,
+    FindingKind.L2_TABLE_MISALIGNED,
+    FindingKind.DATA_MISALIGNED,
+    FindingKind.MULTIPLE_OWNERS,
+    FindingKind.COMPRESSED_SUBCLUSTERS,
+    FindingKind.UNALLOCATED_SUBCLUSTERS,
+    FindingKind.SNAPSHOT_L1_MISALIGNED,
+    FindingKind.SNAPSHOT_L1_TOO_LARGE,
+)
+"""What is found where an entry of the guest's, or of a snapshot's, does not lead where it did."""
+
+_OF_GUEST = (Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE)
+
+
+def find_losses(
+    source: Source, report: Report, leaked: Leaked, other_reading: Callable[[I64], str]
+) -> Losses:
+    """What the *leaked* clusters of the image that *report* is about may have been.
+
+    *other_reading*: of clusters with data, the name of a header bit without which they are in use;
+    empty where there is none.
+    """
+    is_data = leaked.holds_data & leaked.unused
+    # More than the file can have had were never refcount blocks, whatever they look like.
+    blocks = 1 + (report.layout.host_clusters if report.layout else 0) // (
+        report.geometry.refblock_entries
+    )
+    is_refcounts = leaked.is_refcounts & (np.count_nonzero(leaked.is_refcounts) <= blocks)
+    homeless = leaked.cluster[is_data & ~leaked.has_table & ~is_refcounts]
+    has_backing = bool(report.layout and report.layout.header.backing_file_offset)
+    # Zeros hide what the backing file has there: without them that comes to light.
+    hidden = leaked.is_empty & has_backing
+    candidates = leaked.holds_data | hidden
+    if not candidates.any():
+        return Losses()
+    disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless)
+    causes = tuple(
+        _causes(source, report, disk, leaked, homeless=homeless, other_reading=other_reading)
+    )
+    references = _references_lost(disk, report, leaked, candidates)
+    room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
+    lost = references * report.geometry.cluster_size
+    if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
+        lost = disk.size  # in one cluster as many compressed ones as nobody has counted any more
+    if has_backing:  # entries that said zeros had no cluster, and hid what the backing file has
+        lost += (leaked.lost_tables + disk.lost_windows) * report.geometry.l2_coverage
+    missing = min(lost, room, disk.size)
+    return Losses(len(homeless), causes, missing)
+
+
+def _causes(
+    source: Source,
+    report: Report,
+    disk: _Disk,
+    leaked: Leaked,
+    *,
+    homeless: I64,
+    other_reading: Callable[[I64], str],
+) -> Iterator[Cause]:
+    """Where clusters with data that no table leads to may have come from."""
+    if not len(homeless):
+        return
+    coverage, counts = report.geometry.l2_coverage, report.counts()
+    yield from _of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage)
+    yield from _of_windows(CauseKind.EMPTY_PART, *disk.windows.parts, coverage)
+    yield from _of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage)
+    elsewhere = _leading_elsewhere(source, report)
+    # A table that is nothing but zeros by now leaks with what it mapped; and where nothing is
+    # mapped any more all tables do, whatever lies there now.
+    is_table_left = bool((leaked.is_empty & leaked.unused).any())
+    is_table_left |= not report.counters.allocated_clusters and not leaked.uncounted.all()
+    if is_table_left and len(homeless) > sum(elsewhere.values()):
+        number, index = disk.empty_entries()
+        yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, coverage)
+        if not len(index):
+            yield from _of_gaps_in_snapshots(leaked.gaps)
+    if elsewhere:
+        kinds = ", ".join(kind.label for kind in elsewhere)
+        yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
+    bit = other_reading(homeless)
+    if bit:
+        yield Cause(CauseKind.FEATURE_BIT, what=bit)
+    if FindingKind.LUKS_HEADER_INVALID in counts:
+        yield Cause(CauseKind.LUKS_HEADER)
+
+
+def _of_gaps_in_snapshots(gaps: Gaps) -> Iterator[Cause]:
+    """One cause for the first snapshot with L1 entries that are zero."""
+    is_gap = (gaps.snapshot != ACTIVE) & ~gaps.damaged
+    for number in distinct(gaps.snapshot[is_gap])[:1].tolist():
+        mine = np.flatnonzero(is_gap & (gaps.snapshot == number))
+        index, count = int(gaps.l1_index[mine[0]]), gaps.count[mine]
+        kind, every = CauseKind.EMPTY_ENTRY, int(count.sum())
+        yield Cause(kind, number, index, int(count[0]), every, gaps.coverage)
+
+
+def _leading_elsewhere(source: Source, report: Report) -> dict[FindingKind, int]:
+    """How many entries of the guest's lead elsewhere, by what was found."""
+    of_entries = report.entries.counts() if report.entries else {}
+    found = {}
+    for kind in _ELSEWHERE:
+        number = of_entries.get(kind, 0) + len(report.findings.of(kind, *_OF_GUEST))
+        if kind is FindingKind.MULTIPLE_OWNERS:
+            number = _contested_by_guest(source, report)
+        if number:
+            found[kind] = number
+    return found
+
+
+def _contested_by_guest(source: Source, report: Report) -> int:
+    """How many clusters of the guest's something else has too, but for refcounts that are none."""
+    found = report.findings.of(FindingKind.MULTIPLE_OWNERS)
+    found = found.select(found.guest_offset != NONE)
+    if not len(found) or refcounts_are_shared(source, report):
+        return len(found)
+    owners, bits = report.owners, report.geometry.cluster_bits
+    others = np.flatnonzero(~np.isin(owners.structure, (Structure.REFTABLE, Structure.REFBLOCK)))
+    # Of a snapshot and of the disk it is one guest cluster.
+    columns = (owners.cluster, owners.structure, owners.l1_index, owners.l2_index)
+    one_each = np.unique(np.stack([column[others] for column in columns]), axis=1)[0]
+    clusters = found.host_offset >> bits
+    low, high = (np.searchsorted(one_each, clusters, side=side) for side in ("left", "right"))
+    return int(np.count_nonzero(high - low > 1))
+
+
+def _of_windows(kind: CauseKind, snapshot: I64, index: I64, coverage: int) -> Iterator[Cause]:
+    """One cause for the active disk, or, if its tables are sound, for the first snapshot."""
+    for number in distinct(snapshot)[:1].tolist():
+        mine = np.sort(index[snapshot == number])
+        run = int(np.flatnonzero(np.append(np.diff(mine) != 1, True))[0]) + 1
+        yield Cause(kind, number, int(mine[0]), run, len(mine), coverage)
+
+
+def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Mask) -> int:
+    """How many guest clusters of the active disk can have had data in the leaked clusters.
+
+    Each had a reference to its own, which a refcount still counts. What the active disk has whole
+    in a cluster it has there once; what a table of the image lies in was never the guest's.
+    """
+    chosen = candidates & leaked.unused
+    chosen[~leaked.unused] = disk.may_have_had_more()
+    if not leaked.gaps.entries(only_active=True) and not disk.lost_windows:
+        # Then a table without a place is what is left of a snapshot that was deleted.
+        chosen &= ~leaked.has_table | (leaked.lost > 1)
+    lost = leaked.lost[chosen]
+    if not report.holds_compressed:
+        # The disk has a cluster that is still in use once, or not at all.
+        lost = np.where(leaked.unused[chosen], lost, np.minimum(lost, 1))
+    return int(lost.sum())
+
+
+class _Disk:
+    """The active disk's tables as they are: what they leave out, and which of the clusters *in_use*
+    they map. *homeless*: clusters with data that no table leads to.
+    """
+
+    def __init__(self, source: Source, report: Report, in_use: I64, homeless: I64) -> None:
+        self._source, self._report = source, report
+        self._in_use, self._homeless = in_use, homeless
+        self._geometry = report.geometry
+        self.size = self._geometry.virtual_size
+        header = report.layout.header if report.layout else None
+        needed = self._geometry.l1_entries_needed
+        self._needed = min(header.l1_size, needed) if header else 0
+        start = header.l1_table_offset if header else 0
+        # Also behind the end of the disk: it may have been larger.
+        size = header.l1_size if header else 0
+        self._l1 = read_l1_tables(source, [(ACTIVE, start, size)])
+        self._free = 0
+        self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)
+        self.windows = self._walk()
+
+    def _walk(self) -> _Windows:
+        """Go through all L2 tables once: those without an entry, and what the active ones map."""
+        geometry, regions = self._geometry, self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        tables = tables.select(tables.offset % geometry.cluster_size == 0)
+        order = np.argsort(tables.offset, kind="stable")
+        tables = tables.select(order)
+        gone = self._report.findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
+        gone = gone.select(gone.l2_index == NONE)
+        is_gone = np.isin(tables.offset, gone.host_offset)
+        wanted = np.flatnonzero(~is_gone)
+        offsets = tables.offset[wanted]
+        present = present_tables(self._source, offsets, geometry.cluster_size)
+        empty, parted = [wanted[~present]], [wanted[:0]]
+        wanted, offsets = wanted[present], offsets[present]
+        is_active = np.isin(offsets, self._l1.offset)
+        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
+            words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
+            filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
+            empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
+            parted.append(wanted[part][self._are_parted(words, filled)])
+            mine = is_active[part]
+            self._look_at(offsets[part][mine], rows[mine], filled[mine])
+        zeros = distinct(np.concatenate(empty))
+        parts = distinct(np.concatenate(parted))
+        places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
+        return _Windows(*map(self._entries_of, places))
+
+    def _are_parted(self, words: U64, filled: Mask) -> Mask:
+        """In which tables entries end at the border of a sector, and what would go on leaks.
+
+        Next to an entry that is empty stands one that leads to the cluster beside a homeless one: a
+        part of the table was wiped. Storage loses sectors and pages, a machine that dies does not
+        stop at their borders.
+        """
+        border = np.arange(SECTOR // self._geometry.l2_entry_size, words.shape[1])
+        border = border[:: SECTOR // self._geometry.l2_entry_size]
+        hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
+        is_plain = (words & np.uint64(entries.COMPRESSED)) == 0
+        parted: Mask = np.zeros(len(words), dtype=np.bool_)
+        for near, far, step in ((border - 1, border, 1), (border, border - 1, -1)):
+            is_end = (hosts[:, near] != 0) & is_plain[:, near] & ~filled[:, far]
+            parted |= (is_end & np.isin(hosts[:, near] + step, self._homeless)).any(axis=1)
+        return parted
+
+    def _are_sound(self, words: U64) -> Mask:
+        """Which words could be entries, wherever they lead."""
+        unusual = entries.L2_RESERVED | entries.L2_OFFSET & (self._geometry.cluster_size - 1)
+        sound: Mask = (words & np.uint64(unusual)) == 0
+        sound |= (words & np.uint64(entries.COMPRESSED)) != 0
+        return sound
+
+    def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
+        """Count the entries of active tables that map nothing, and mark what the others map."""
+        used = filled.any(axis=1)
+        free, offsets = ~filled[used], offsets[used]
+        order = np.argsort(self._l1.offset, kind="stable")
+        low, high = (
+            np.searchsorted(self._l1.offset, offsets, side=side, sorter=order)
+            for side in ("left", "right")
+        )
+        # The last table goes on behind the end of the disk.
+        first = self._l1.l1_index[order[low]] * free.shape[1]
+        free &= np.arange(free.shape[1]) < self._geometry.guest_clusters - first[:, None]
+        self._free += int((np.count_nonzero(free, axis=1) * (high - low)).sum())
+        if self._report.layout is not None and self._can_share:
+            data, _ = data_and_compressed(np.ascontiguousarray(rows), self._report.layout)
+            self._is_mapped |= np.isin(self._in_use, data)
+
+    @property
+    def _can_share(self) -> bool:
+        """Whether a cluster in use can have lost a reference of the guest's."""
+        is_packed = self._report.counters.compressed_clusters > 0
+        return len(self._in_use) > 0 and (len(self._report.snapshots) > 0 or is_packed)
+
+    def _entries_of(self, offsets: I64) -> tuple[I64, I64]:
+        """(snapshot, L1 index) of the entries that lead to those tables; the active ones first.
+
+        For a table that only snapshots have, the first of them.
+        """
+        mine = np.isin(self._l1.offset, offsets)
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        # Behind the end of the disk is the state of a machine, which a snapshot may share.
+        behind = (tables.snapshot != ACTIVE) | (tables.l1_index >= self._needed)
+        others = tables.select(np.isin(tables.offset, offsets) & behind)
+        active = np.full(int(mine.sum()), ACTIVE, dtype=np.int64)
+        return (
+            np.concatenate((active, others.snapshot.astype(np.int64))),
+            np.concatenate((self._l1.l1_index[mine], others.l1_index)),
+        )
+
+    def empty_entries(self) -> tuple[I64, I64]:
+        """(snapshot, L1 index) of the active disk's L1 entries that are zero."""
+        index = np.setdiff1d(np.arange(self._needed), self._l1.l1_index, assume_unique=True)
+        return np.full(len(index), ACTIVE, dtype=np.int64), index
+
+    @property
+    def lost_windows(self) -> int:
+        """How many L1 entries of the active disk lead to a table that is gone."""
+        windows = (self.windows.zeros, self.windows.overwritten)
+        return sum(int(np.count_nonzero(number == ACTIVE)) for number, _ in windows)
+
+    def unmapped_bytes(self, *, with_empty_entries: bool) -> int:
+        """Guest bytes of the active disk that no entry says anything about, rounded up.
+
+        Behind an L1 entry that is empty nothing was, unless its table was a cluster too.
+        """
+        coverage, (number, index) = self._geometry.l2_coverage, self.windows.zeros
+        index = index[number == ACTIVE]
+        if with_empty_entries:
+            index = np.concatenate((index, self.empty_entries()[1]))
+        windows = int(np.clip(self.size - index * coverage, 0, coverage).sum())
+        return self._free * self._geometry.cluster_size + windows
+
+    def may_have_had_more(self) -> Mask:
+        """Which clusters in use may have had one more guest cluster of the active disk in them."""
+        clusters = self._in_use
+        if not self._can_share:
+            return np.zeros(len(clusters), dtype=np.bool_)
+        bits, regions = self._geometry.cluster_bits, self._report.regions
+        low, high = np.searchsorted(clusters, (regions.first(bits), regions.last(bits) + 1))
+        change = np.zeros(len(clusters) + 1, dtype=np.int64)
+        np.add.at(change, low, 1)
+        np.add.at(change, high, -1)
+        more: Mask = (np.cumsum(change[:-1]) == 0) & ~self._is_mapped
+        return more
+
+
+def bitmap_clusters(source: Source, report: Report) -> tuple[I64, bool]:
+    """The clusters of the bitmaps that the header names, vouched for or not, ascending; and whether
+    their directory can be read to its end.
+
+    A program that knows nothing of bitmaps leaves them behind like that.
+    """
+    nothing, layout = np.zeros(0, dtype=np.int64), report.layout
+    if layout is None:
+        return nothing, True
+    raw = [each for each in layout.extensions.all if each.magic == BITMAPS]
+    if not raw:
+        return nothing, True
+    bits, size = report.geometry.cluster_bits, source.size
+    try:
+        pointer = decode_bitmaps(raw[-1].data, layout.header)
+    except ImageError:
+        return nothing, False
+    listed, broken = list_bitmaps(source, pointer, report.geometry)
+    spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
+    tables = [
+        (number, each.bitmap_table_offset, each.bitmap_table_size)
+        for number, (each, error) in enumerate(listed)
+        if error is None
+    ]
+    found = [nothing]
+    for (_, offset, entries_), kept in zip(tables, followed_tables(tables, size), strict=True):
+        spans.append((offset, entries_ * 8))
+        if kept:
+            _, word = nonzero_words(source, offset, entries_)
+            found.append((word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64) >> bits)
+    for offset, length in spans:
+        end = min(offset + length, size)
+        found.append(np.arange(offset >> bits, max(offset, end + (1 << bits) - 1) >> bits))
+    is_whole = broken is None and all(error is None for _, error in listed)
+    return distinct(np.concatenate(found)), is_whole

@@ -1,0 +1,694 @@
+"""Leaked clusters by what they look like: a lost L2 table, a lost snapshot, or just data.
+
+A leak is waste only if nothing was lost. A cluster full of pointers to other leaked clusters is not
+waste: it is the table that mapped them. Only leaked clusters are read, of very many a share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from planner.arrays import I32, I64, U8, Mask, distinct
+from planner.check.check import check_image
+from planner.check.classify import Look, Looker
+from planner.check.refcount_comparison import Mismatches
+from planner.check.refcount_walk import decode_words
+from planner.check.report import Report
+from planner.check.signatures import NAMES
+from planner.errors import Cancelled, ImageError
+from planner.findings.kinds import NONE, FindingKind, Structure
+from planner.names import quoted
+from planner.qcow2 import entries
+from planner.qcow2.header import FEATURES_AT, Incompatible
+from planner.qcow2.layout import MAX_L1_BYTES
+from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
+from planner.repair.plan import Draft, StageKind
+from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
+from planner.triage.losses import CauseKind, Leaked, Losses, bitmap_clusters, find_losses
+from planner.triage.uncounted import uncounted_clusters
+
+if TYPE_CHECKING:
+    from planner.check.check import Progress
+
+MAX_TRIAGED_BYTES = 1 << 30
+"""Bytes of leaked clusters that are looked into; of more, every nth cluster."""
+
+MAX_SCREENED = 1 << 18
+"""Where not all are read whole: of so many the first sector is, to find those like tables."""
+
+MAX_TABLES = 1 << 12
+"""Former tables that are described one by one; more are counted."""
+
+MAX_LOST_SNAPSHOTS = 1 << 10
+"""Entries of present and former snapshot tables that are read, to find lost snapshots."""
+
+MAX_LOST_L1 = 256
+"""Clusters of lost L1 tables that are read once more, for where their L2 tables stood."""
+
+MAX_REFERENCES = 1 << 31
+"""A refcount above says nothing."""
+
+PLACES_NAMED = 4
+"""Runs of L1 entries that are named as where a lost table may have stood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A leaked cluster that looks like a table.
+
+    ``offset``: of the cluster, bytes. ``words``, ``plausible``: its words that are not zero, and
+    those of them that could be entries. ``targets``: clusters that they point at.
+    ``leaked_targets``: how many of them are leaked too. ``is_l1``: whether most of them are L2
+    tables themselves, as those of a lost snapshot's L1 table are. ``looks_lost``: whether freeing
+    it could bury something; otherwise it is an old table whose targets have gone other ways.
+
+    ``in_use``: something refers to it still, so that nothing of it is freed.
+
+    ``places``: where it may have stood, the first of ``place_count`` L1 entries. ``snapshot``: the
+    lost snapshot whose L1 table it is, where the snapshot table still names it. ``mapped``: what
+    its leaked targets look like; by ``starts_with`` what the data among them begins with.
+    """
+
+    offset: int
+    words: int
+    plausible: int
+    targets: int
+    leaked_targets: int
+    is_l1: bool
+    looks_lost: bool = True
+    in_use: bool = False
+    places: tuple[Place, ...] = ()
+    place_count: int = 0
+    snapshot: Snapshot | None = None
+    mapped: Counter[Look] = field(default_factory=Counter)
+    starts_with: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def sentence(self) -> str:
+        """One line for a person who is about to reclaim it."""
+        what = "the L1 table of a lost snapshot" if self.is_l1 else "a lost L2 table"
+        if self.snapshot is not None:
+            what += f", {snapshot_phrase(self.snapshot)}"
+        where = "" if self.is_l1 else self._where
+        return (
+            f"the leaked cluster at {self.offset} looks like {what}: {self.leaked_targets} of"
+            f" the {self.targets} clusters that it points at are leaked too{where}"
+        )
+
+    @property
+    def _where(self) -> str:
+        if not self.places:
+            return "; no L1 entry is empty, so that it may be left of a deleted snapshot"
+        more = self.place_count - sum(place.count for place in self.places)
+        named = " or ".join(place.phrase for place in self.places)
+        return f"; {named}" + (f", or at one of {more} more empty L1 entries" if more else "")
+
+
+def snapshot_phrase(snapshot: Snapshot) -> str:
+    """Its ID and name, as the image has them."""
+    return f"ID {quoted(snapshot.id_str)}, name {quoted(snapshot.name)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Triage:
+    """``looked_at`` of ``leaked`` clusters were read whole or are all zeros.
+
+    ``clusters``: the leaked ones, and those of ``uncounted``, which look free since their refcount
+    is lost, and hold data; ascending, int64; of each its `Look` and the signature of its
+    data (position in `signatures.NAMES`), uint8, and ``group``, int32: the position in ``tables``
+    of the first that points at it, or `NONE`. ``tables``: the former tables, ascending, at most
+    `MAX_TABLES`. ``suspect_count``: how many of all look lost; ``buried_count``: how many of those
+    would be freed. ``snapshots``: those that the snapshot table still names, though the image no
+    longer counts them. ``losses``: what the data among them may have been.
+    """
+
+    clusters: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    look: U8 = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    signature: U8 = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    group: I32 = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    tables: tuple[Suspect, ...] = ()
+    suspect_count: int = 0
+    buried_count: int = 0
+    snapshots: tuple[Snapshot, ...] = ()
+    uncounted: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    losses: Losses = field(default_factory=Losses)
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether freeing these clusters could bury something."""
+        return self.buried_count > 0 or bool(self.losses.causes)
+
+    @property
+    def is_table_lost(self) -> bool:
+        """Whether more than single clusters may be lost among them."""
+        causes = {cause.kind for cause in self.losses.causes} - {CauseKind.DAMAGED_ENTRY}
+        return self.buried_count > 0 or bool(causes)
+
+    def warnings(self, limit: int) -> list[str]:
+        """What a person who is about to free them has to know, a line each, *limit* of tables."""
+        named = [table.sentence for table in self.suspects if not table.in_use][:limit]
+        more = self.buried_count - len(named)
+        named += [f"and {more} more tables that look lost"] if more else []
+        return [*named, *self.losses.sentences]
+
+    @property
+    def suspects(self) -> tuple[Suspect, ...]:
+        """The tables that look lost, as far as they are listed."""
+        return tuple(table for table in self.tables if table.looks_lost)
+
+    @property
+    def leaked(self) -> int:
+        return len(self.clusters)
+
+    @property
+    def looked_at(self) -> int:
+        return int(np.count_nonzero(self.look != Look.UNREAD))
+
+    def looks(self) -> Counter[Look]:
+        """How many clusters look like what."""
+        return looks_of(self.look)
+
+    def starts_with(self) -> Counter[str]:
+        """What the data begins with, where that is known: clusters by name."""
+        return names_of(self.signature)
+
+
+def looks_of(look: U8) -> Counter[Look]:
+    """How many there are of each."""
+    counts = np.bincount(look, minlength=len(Look)).tolist()
+    return Counter({Look(at): number for at, number in enumerate(counts) if number})
+
+
+def names_of(signature: U8) -> Counter[str]:
+    """How many there are of each, without those that are not known."""
+    counts = np.bincount(signature, minlength=len(NAMES)).tolist()
+    return Counter({NAMES[at]: number for at, number in enumerate(counts) if number and at})
+
+
+def adjacent(clusters: I64) -> tuple[I64, I64]:
+    """Ascending clusters as runs of neighbours: the first of each, and how many they are."""
+    starts = np.flatnonzero(np.diff(clusters, prepend=-2) != 1)
+    return clusters[starts], np.diff(starts, append=len(clusters))
+
+
+def triage_leaks(
+    source: Source,
+    report: Report,
+    *,
+    ignored: I64 | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Triage:
+    """Look into the leaked clusters of the image that *report* is about.
+
+    Where refcounts are lost, also into those that nothing refers to and that hold data. Those in
+    *ignored* are known to be waste. *progress* is told how many bytes of them were read, and how
+    many there are. Raises `Cancelled` soon after *cancelled* has turned true.
+    """
+    mismatches = report.mismatches
+    if mismatches is None:
+        return Triage()
+    counted = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+    if ignored is not None:
+        counted = counted[~np.isin(counted, ignored)]
+    uncounted = uncounted_clusters(_Watched(source, cancelled, _nobody, 0), report)
+    leaked = np.concatenate((counted, uncounted))
+    if not len(leaked):
+        return Triage()
+    leaked.sort()
+    most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
+    watched = _Watched(source, cancelled, progress or _nobody, most)
+    look, signature = _look(watched, report, mismatches, leaked)
+    if len(uncounted):  # what is free and empty there is free, and empty
+        kept = ~np.isin(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
+        leaked, look, signature = leaked[kept], look[kept], signature[kept]
+        uncounted = uncounted[np.isin(uncounted, leaked)]
+    describer = _Describer(
+        watched, report, mismatches, leaked=leaked, look=look, uncounted=uncounted
+    )
+    return describer.describe(signature)
+
+
+def looker_of(report: Report) -> Looker:
+    """Judges clusters of the image that *report* is about. Raises its ``error``, if it has one."""
+    if report.layout is None:
+        raise report.error or ImageError("header", "unknown", "it was not read")
+    return Looker(report.layout, len(report.snapshots))
+
+
+def _nobody(_stage: str, _done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A source that tells how much of ``most`` bytes was read, and is read no further once
+    ``cancelled`` has turned true.
+    """
+
+    source: Source
+    cancelled: Callable[[], bool]
+    progress: Progress
+    most: int
+    done: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if self.cancelled():
+            raise Cancelled
+        self.source.read_into(offset, buffer)
+        self.done += buffer.nbytes
+        self.progress("leaks", min(self.done, self.most), self.most)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self.source.data_extents(offset, length)
+
+
+def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:
+    """The `Look` and the signature of every leaked cluster."""
+    geometry, size, looker = report.geometry, report.geometry.cluster_size, looker_of(report)
+    look = np.full(len(leaked), Look.IN_USE, dtype=np.uint8)
+    signature = np.zeros(len(leaked), dtype=np.uint8)
+    # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
+    # may have lost one of the L1 entries that shared it.
+    unused = mismatches.count_references(leaked) == 0
+    at = np.flatnonzero(unused | np.isin(leaked, _known_l2_tables(report)))
+    offsets = leaked[at] << geometry.cluster_bits
+    present = present_tables(source, offsets, size)
+    look[at[~present]] = Look.ZEROS
+    at, offsets = at[present], offsets[present]
+    look[at] = Look.UNREAD
+    chosen = _choose(source, offsets, size, looker)
+    for part, rows in read_tables(source, offsets[chosen], size):
+        which = at[chosen[part]]
+        look[which], signature[which] = looker.look(rows)
+    return look, signature
+
+
+def _choose(source: Source, offsets: I64, size: int, looker: Looker) -> I64:
+    """Positions of the clusters to read: all, or every nth and those that begin like tables."""
+    if len(offsets) * size <= MAX_TRIAGED_BYTES:
+        return np.arange(len(offsets))
+    room = MAX_TRIAGED_BYTES // size // 2
+    screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // MAX_SCREENED))]
+    likely = np.zeros(len(screened), dtype=np.bool_)
+    for part, sectors in read_tables(source, offsets[screened], SECTOR):
+        likely[part] = looker.may_be_tables(sectors)
+    tables = screened[likely]
+    tables = tables[:: max(1, -(-len(tables) // room))]
+    others = np.arange(len(offsets))[:: max(1, -(-len(offsets) // room))]
+    return distinct(np.concatenate((tables, others)))
+
+
+def _known_l2_tables(report: Report) -> I64:
+    """The clusters of all L2 tables that an L1 entry leads to."""
+    regions = report.regions
+    tables = regions.select(regions.structure == Structure.L2_TABLE)
+    return tables.first(report.geometry.cluster_bits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Former tables in columns; see `Suspect`. ``at``: position among the leaked clusters.
+
+    ``copied``: whether an entry has the COPIED flag, as only tables of the active disk have.
+    """
+
+    at: I64
+    words: I64
+    plausible: I64
+    targets: I64
+    leaked_targets: I64
+    is_l1: Mask
+    copied: Mask
+    looks_lost: Mask
+    in_use: Mask
+
+
+class _Describer:
+    """Turns what clusters look like into what they are to each other."""
+
+    def __init__(
+        self,
+        source: Source,
+        report: Report,
+        mismatches: Mismatches,
+        *,
+        leaked: I64,
+        look: U8,
+        uncounted: I64,
+    ) -> None:
+        self._source, self._report, self._leaked, self._look = source, report, leaked, look
+        self._geometry, self._mismatches = report.geometry, mismatches
+        self._uncounted = uncounted
+        self._unused = mismatches.count_references(leaked) == 0
+        self._looker = looker_of(report)
+        self._group = np.full(len(leaked), NONE, dtype=np.int32)
+        self._gaps = read_gaps(source, report)
+        # For every cluster that has a slot, which of the leaked ones it is.
+        index = mismatches.index
+        self._rank = np.full(index.slots if index.keys is None else 0, NONE, dtype=np.int32)
+        if len(self._rank):
+            self._rank[leaked] = np.arange(len(leaked), dtype=np.int32)
+
+    def describe(self, signature: U8) -> Triage:
+        self._set_bitmaps_aside()
+        tables = self._judge(np.flatnonzero(self._look == Look.L2_TABLE))
+        self._look[tables.at[tables.is_l1]] = Look.L1_TABLE
+        snapshots = self._lost_snapshots()
+        described = tuple(self._objects(tables, signature, snapshots)) if len(tables.at) else ()
+        return Triage(
+            clusters=self._leaked,
+            look=self._look,
+            signature=signature,
+            group=self._group,
+            tables=described,
+            suspect_count=int(np.count_nonzero(tables.looks_lost)),
+            buried_count=int(np.count_nonzero(tables.looks_lost & ~tables.in_use)),
+            snapshots=snapshots,
+            uncounted=self._uncounted,
+            losses=self._losses(tables, described, snapshots),
+        )
+
+    def _set_bitmaps_aside(self) -> None:
+        """Clusters of bitmaps that nothing vouches for are waste, whatever they look like.
+
+        Where their directory is gone too, their tables are known by what they lack: the COPIED
+        flag, which entries of the active disk have.
+        """
+        clusters, is_whole = bitmap_clusters(self._source, self._report)
+        mine = self._unused & np.isin(self._leaked, clusters)
+        self._look[mine] = Look.BITMAP
+        if is_whole or len(self._report.snapshots):
+            return
+        at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
+        offsets = self._leaked[at] << self._geometry.cluster_bits
+        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
+            words = decode_words(rows)
+            wrong = (words & np.uint64(entries.BITMAP_RESERVED)) != 0
+            sound = ~wrong.any(axis=1)
+            targets = words[sound] >> np.uint64(self._geometry.cluster_bits)
+            self._look[at[part][sound]] = Look.BITMAP
+            self._look[self._unused & np.isin(self._leaked, targets.astype(np.int64))] = Look.BITMAP
+
+    def _losses(
+        self, tables: _Tables, described: tuple[Suspect, ...], snapshots: tuple[Snapshot, ...]
+    ) -> Losses:
+        """What the clusters that hold data, or may, were: but for those with a place elsewhere."""
+        is_table = (self._look == Look.SNAPSHOT_TABLE) & (len(snapshots) > 0)
+        is_table[tables.at[tables.looks_lost]] = True
+        holds_data = ~is_table & ~np.isin(self._look, _NO_DATA)
+        lost = _references_lost(self._mismatches, self._leaked)
+        if all(table.snapshot for table in described if table.is_l1):
+            # What a lost L1 table leads to was a snapshot's, if all of them were.
+            elsewhere = [
+                number
+                for number, table in enumerate(described)
+                if table.is_l1 or {place.kind for place in table.places} == {PlaceKind.LOST}
+            ]
+            lost[np.isin(self._group, elsewhere) & (lost == 1)] = 0
+        leads = np.append(tables.looks_lost, False)  # the last for those of no group
+        leaked = Leaked(
+            cluster=self._leaked,
+            lost=lost,
+            uncounted=np.isin(self._leaked, self._uncounted),
+            unused=self._unused,
+            holds_data=holds_data,
+            has_table=leads[self._group],
+            is_refcounts=self._look == Look.REFBLOCK,
+            is_empty=self._look == Look.ZEROS,
+            lost_tables=int(np.count_nonzero(tables.looks_lost)),
+            gaps=self._gaps,
+        )
+        return find_losses(self._source, self._report, leaked, self._other_reading)
+
+    def _other_reading(self, data: I64) -> str:
+        """The header bit without which clusters with *data* are in use, if there is one."""
+        layout = self._report.layout
+        if layout is None or len(data) * 4 < self._report.counters.allocated_clusters:
+            return ""
+        features = layout.header.incompatible_features
+        for bit, name in _BITS.items():
+            if layout.header.version < 3 or not features & bit:
+                continue
+            draft = Draft(self._source, can_grow=False)
+            draft.write(StageKind.CORRECT, FEATURES_AT, (features & ~bit).to_bytes(8, "big"))
+            other = check_image(draft.overlay()).mismatches
+            if other is None:
+                continue
+            explained = np.count_nonzero(other.count_references(data))
+            if explained * 10 >= len(data) * 9:
+                return name
+        return ""
+
+    # -- tables ----------------------------------------------------------------------------------
+
+    def _judge(self, at: I64) -> _Tables:
+        """Whether the targets of tables are leaked too, and tables themselves.
+
+        With an external data file the targets are not in this file: there, looking like a table is
+        enough, if all of it does.
+        """
+        known = (_known_l2_tables(self._report), self._leaked[at])
+        tables = distinct(np.concatenate(known))
+        numbers = np.zeros((6, len(at)), dtype=np.int64)
+        copied = np.zeros(len(at), dtype=np.bool_)
+        offsets = self._leaked[at] << self._geometry.cluster_bits
+        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
+            words = self._looker.table_words(rows)
+            filled, plausible = words != 0, self._looker.plausible(words)
+            plain = (words & np.uint64(entries.COMPRESSED)) == 0
+            copied[part] = (plausible & plain & (words >= np.uint64(entries.COPIED))).any(axis=1)
+            numbers[0, part] = np.count_nonzero(filled, axis=1)
+            numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
+            targets = self._looker.targets(words, plausible)
+            numbers[2:, part] = self._count_targets(targets, part.start, tables)
+        entries_, plausible_, targets_, hits, to_tables, to_refblocks = numbers
+        lost: Mask = hits * 2 >= targets_
+        if self._geometry.external_data:
+            lost = entries_ == plausible_
+        is_l1 = to_tables * 2 > targets_
+        is_reftable = ~copied & (to_refblocks > 0) & (to_refblocks == hits)
+        self._look[at[is_reftable]] = Look.REFTABLE
+        lost &= ~is_reftable
+        in_use = ~self._unused[at]
+        # What is in use has lost something only where it is missing.
+        lost &= ~in_use | (self._gaps.entries(only_active=False) > 0)
+        return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost, in_use)
+
+    def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
+        """Of each table: its targets, and those that are leaked, *tables*, refcount blocks; (4, n).
+
+        Puts the leaked ones into the group of their table, which is number *first* and up.
+        """
+        if not (targets[:, 1:] > targets[:, :-1]).all():
+            targets.sort(axis=1)
+        new = targets != 0
+        new[:, 1:] &= targets[:, 1:] != targets[:, :-1]
+        row = np.repeat(np.arange(len(targets)), np.count_nonzero(new, axis=1))
+        rank = self._ranks(targets[new])
+        hit = rank != NONE
+        free = hit & (self._group[rank] == NONE)
+        self._group[rank[free]] = first + row[free]
+        is_refblock = self._look[rank[hit]] == Look.REFBLOCK
+        rows = (row, row[hit], row[np.isin(targets[new], tables)], row[hit][is_refblock])
+        return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
+
+    def _ranks(self, clusters: I64) -> I64:
+        """Which of the leaked ones each of *clusters* is; `NONE`: it is none of them."""
+        if len(self._rank):
+            known = clusters < len(self._rank)
+            return np.where(known, self._rank[np.where(known, clusters, 0)], NONE)
+        at = np.minimum(np.searchsorted(self._leaked, clusters), len(self._leaked) - 1)
+        return np.where(self._leaked[at] == clusters, at, NONE)
+
+    def _objects(
+        self, tables: _Tables, signature: U8, snapshots: tuple[Snapshot, ...]
+    ) -> list[Suspect]:
+        """The first tables, each with where it stood and what it mapped."""
+        listed = slice(0, MAX_TABLES)
+        offsets = self._leaked[tables.at[listed]] << self._geometry.cluster_bits
+        places = _Places(
+            self._source,
+            self._report,
+            self._gaps,
+            offsets=offsets,
+            tables=tables,
+            snapshots=snapshots,
+        )
+        members = self._members(len(offsets))
+        return [
+            Suspect(
+                offset=offset,
+                words=int(tables.words[number]),
+                plausible=int(tables.plausible[number]),
+                targets=int(tables.targets[number]),
+                leaked_targets=int(tables.leaked_targets[number]),
+                is_l1=bool(tables.is_l1[number]),
+                looks_lost=bool(tables.looks_lost[number]),
+                in_use=bool(tables.in_use[number]),
+                places=places.of(number)[0],
+                place_count=places.of(number)[1],
+                snapshot=places.snapshot_of(number),
+                mapped=looks_of(self._look[members[number]]),
+                starts_with=names_of(signature[members[number]]),
+            )
+            for number, offset in enumerate(offsets.tolist())
+        ]
+
+    def _members(self, count: int) -> list[I64]:
+        """Of each of the first *count* tables the leaked clusters of its group."""
+        order = np.argsort(self._group, kind="stable")
+        bounds = np.searchsorted(self._group[order], np.arange(count + 1)).tolist()
+        return [order[low:high] for low, high in pairwise(bounds)]
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def _lost_snapshots(self) -> tuple[Snapshot, ...]:
+        """Snapshots that a snapshot table names, whose L1 table is leaked.
+
+        In the present table they stand behind those that the header counts; in a leaked one too.
+        """
+        header = self._report.layout.header if self._report.layout else None
+        regions = self._report.regions
+        present = regions.select(regions.structure == Structure.SNAPSHOT_TABLE)
+        starts: list[int] = (present.offset + present.size).tolist()
+        if not starts and header is not None:  # it counts none, or its table cannot be read
+            starts.append(header.snapshots_offset)
+        leaked = self._leaked[self._look == Look.SNAPSHOT_TABLE][:MAX_LOST_SNAPSHOTS]
+        starts += (leaked << self._geometry.cluster_bits).tolist()
+        listed = chain.from_iterable(self._snapshots_from(start) for start in starts)
+        found: dict[int, Snapshot] = {}
+        for snapshot in islice(listed, MAX_LOST_SNAPSHOTS):
+            at = np.array([snapshot.l1_table_offset >> self._geometry.cluster_bits])
+            if self._ranks(at)[0] != NONE:
+                found.setdefault(snapshot.l1_table_offset, snapshot)
+        return tuple(found.values())
+
+    def _snapshots_from(self, position: int) -> Iterator[Snapshot]:
+        """The entries of a snapshot table from *position* on, as far as they make sense."""
+        size = self._geometry.cluster_size
+        while True:
+            position = (position + 7) & ~7
+            try:
+                snapshot = decode_snapshot(self._source, position)
+            except ImageError:
+                return
+            offset, length = snapshot.l1_table_offset, snapshot.l1_size * 8
+            if not offset or offset % size or not 0 < length <= MAX_L1_BYTES:
+                return
+            yield snapshot
+            position += ENTRY_BYTES + len(snapshot.extra_data)
+            position += len(snapshot.id_str) + len(snapshot.name)
+
+
+_NO_DATA = (Look.ZEROS, Look.BITMAP, Look.REFTABLE)
+
+_BITS = {
+    Incompatible.DATA_FILE: "external data file",
+    Incompatible.EXTENDED_L2: "extended L2 entries",
+}
+"""Under whose other reading the tables refer to other clusters, by the names that QEMU gives."""
+
+
+def _references_lost(mismatches: Mismatches, leaked: I64) -> I64:
+    """How many references each cluster has lost, as far as its refcount can tell; int64."""
+    slots, known = mismatches.index.find(leaked)
+    lost = np.ones(len(leaked), dtype=np.int64)
+    stored, counted = (
+        np.minimum(values[slots[known]].astype(np.uint64), MAX_REFERENCES).astype(np.int64)
+        for values in (mismatches.stored, mismatches.counted)
+    )
+    lost[known] = np.maximum(stored - counted, 1)
+    return lost
+
+
+class _Places:
+    """Where former tables may have stood."""
+
+    def __init__(
+        self,
+        source: Source,
+        report: Report,
+        gaps: Gaps,
+        *,
+        offsets: I64,
+        tables: _Tables,
+        snapshots: tuple[Snapshot, ...],
+    ) -> None:
+        self._report, self._offsets, self._tables = report, offsets, tables
+        self._snapshots = snapshots
+        self._gaps = gaps
+        self._anywhere = {
+            only_active: (
+                self._gaps.first(PLACES_NAMED, only_active=only_active),
+                self._gaps.entries(only_active=only_active),
+            )
+            for only_active in (False, True)
+        }
+        self._known = self._known_places() | self._lost_places(source)
+
+    def of(self, number: int) -> tuple[tuple[Place, ...], int]:
+        """The first places of the table of that number, and how many L1 entries there are."""
+        if self._tables.is_l1[number]:
+            return (), 0
+        place = self._known.get(int(self._offsets[number]))
+        if place is not None:
+            return (place,), 1
+        return self._anywhere[bool(self._tables.copied[number])]
+
+    def snapshot_of(self, number: int) -> Snapshot | None:
+        """The lost snapshot whose L1 table that one is, or a part of it."""
+        offset = int(self._offsets[number])
+        return self._snapshot_at(offset) if self._tables.is_l1[number] else None
+
+    def _snapshot_at(self, offset: int) -> Snapshot | None:
+        for snapshot in self._snapshots:
+            start = snapshot.l1_table_offset
+            if start <= offset < start + snapshot.l1_size * 8:
+                return snapshot
+        return None
+
+    def _known_places(self) -> dict[int, Place]:
+        """Tables that an L1 entry still leads to."""
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        mine = tables.select(np.isin(tables.offset, self._offsets, assume_unique=True))
+        columns = (mine.offset, mine.snapshot, mine.l1_index)
+        return {
+            offset: Place(PlaceKind.SHARED, snapshot, l1_index, 1, self._gaps.coverage)
+            for offset, snapshot, l1_index in zip(*(c.tolist() for c in columns), strict=True)
+        }
+
+    def _lost_places(self, source: Source) -> dict[int, Place]:
+        """L2 tables that a lost L1 table leads to: their place in it says what they mapped."""
+        size = self._report.geometry.cluster_size
+        is_l1 = (
+            self._tables.is_l1[: len(self._offsets)] & self._tables.looks_lost[: len(self._offsets)]
+        )
+        base, end = 0, NONE
+        found: dict[int, Place] = {}
+        for offset in self._offsets[is_l1][:MAX_LOST_L1].tolist():
+            snapshot = self._snapshot_at(offset)
+            if snapshot is not None:
+                base = (offset - snapshot.l1_table_offset) // 8
+            else:
+                base = base + size // 8 if offset == end else 0
+            end = offset + size
+            index, words = nonzero_words(source, offset, size // 8)
+            tables = words & np.uint64(entries.L1_OFFSET)
+            wanted = np.isin(tables, self._offsets.astype(np.uint64))
+            for at, table in zip(index[wanted].tolist(), tables[wanted].tolist(), strict=True):
+                place = Place(PlaceKind.LOST, NONE, base + at, 1, self._gaps.coverage)
+                found.setdefault(table, place)
+        return found

@@ -1,0 +1,87 @@
+"""Clusters whose refcounts are lost, that nothing refers to, and that may hold data.
+
+A leak is seen because its refcount was kept. Where refcounts are gone too, a cluster that lost its
+last reference looks free, and a rebuild would make it so: these are as much evidence as leaks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from planner.arrays import I64, distinct
+from planner.check.claims import blocks_that_are_none
+from planner.check.refcount_comparison import CHUNK, Mismatches
+from planner.check.report import Report
+from planner.findings.kinds import FindingKind
+from planner.metadata.refcounts import Reftable
+from planner.source import READABLE_END, Source
+
+
+def uncounted_clusters(source: Source, report: Report) -> I64:
+    """Clusters inside the file that are no hole, have no reference, and whose refcount is lost.
+
+    Ascending, int64. Lost is what cannot be looked up, a run of refcounts of a block that are all
+    0, though something there is in use, and what something else lies in the place of, or may.
+    There, what is not 0 by chance looks like a leak, and is none of these.
+    """
+    mismatches, layout = report.mismatches, report.layout
+    if mismatches is None or layout is None:
+        return np.zeros(0, dtype=np.int64)
+    bits = report.geometry.cluster_bits
+    found = [np.zeros(0, dtype=np.int64)]
+    for first, end in _lost_ranges(source, report):
+        length = max(0, min(end, layout.host_clusters) - first)
+        found += [
+            np.arange(low >> bits, min(first + length, -(-high >> bits)))
+            for low, high in source.data_extents(first << bits, length << bits)
+        ]
+    clusters = distinct(np.concatenate(found))
+    clusters = clusters[mismatches.count_references(clusters) == 0]
+    slots, known = mismatches.index.find(clusters)
+    unused: I64 = clusters[~known | (mismatches.stored[slots] == 0)] if len(clusters) else clusters
+    return unused
+
+
+def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
+    """Ranges of clusters (first, end) whose refcounts are lost."""
+    mismatches, layout = report.mismatches, report.layout
+    if mismatches is None or layout is None:
+        return
+    per_block = report.geometry.refblock_entries
+    table = Reftable(source, layout)
+    sound = table.blocks()
+    sound = sound[table.offset[sound] >> report.geometry.cluster_bits < layout.host_clusters]
+    used = -(-mismatches.first_unused() // per_block)
+    # Where a block's cluster is something else's too, its numbers may be no refcounts at all.
+    shared = report.findings.of(FindingKind.REFBLOCK_SHARED).index
+    blocks = np.setdiff1d(np.arange(used), table.index[sound], assume_unique=True)
+    blocks = distinct(np.concatenate((blocks, shared, blocks_that_are_none(source, report))))
+    yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
+    if report.totals.get(FindingKind.REFCOUNT_MISSING):
+        yield from _zero_runs(mismatches, per_block)
+
+
+def _zero_runs(mismatches: Mismatches, per_block: int) -> Iterator[tuple[int, int]]:
+    """Runs of clusters of one block without a refcount, of which one at least should have some.
+
+    A block that is an older copy of itself ends so, in the middle of a sector.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    missing, filled = [nothing], [nothing]
+    for low, high in mismatches.spans:
+        for first in range(low, high, CHUNK):
+            part = slice(first, min(high, first + CHUNK))
+            cluster = mismatches.index.clusters_of(np.arange(part.start, part.stop))
+            has, needs = mismatches.stored[part] != 0, mismatches.counted[part] != 0
+            filled.append(cluster[has])
+            missing.append(cluster[needs & ~has])
+    full, empty = np.concatenate(filled), np.concatenate(missing)
+    # Between two that have one: the bounds of a block are as good.
+    full = np.concatenate((np.full(1, -1), full, np.full(1, READABLE_END)))
+    block, after = empty - empty % per_block, np.searchsorted(full, empty)
+    low = np.maximum(block, full[after - 1] + 1)
+    high = np.minimum(block + per_block, full[after])
+    first = np.diff(low, prepend=-1) != 0
+    yield from zip(low[first].tolist(), high[first].tolist(), strict=True)

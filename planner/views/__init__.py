@@ -1,0 +1,1 @@
+"""What is shown on request: the host file as a map, single tables, one offset explained."""

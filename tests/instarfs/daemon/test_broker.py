@@ -1,0 +1,260 @@
+"""instarfs.daemon.broker: what it does for a daemon, and what it does not.
+
+Here it attends in a thread, so that it can be watched; as a process of its own it is in
+tests/mount/test_confinement.py.
+"""
+
+import errno
+import fcntl
+import gc
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from instarfs.daemon.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
+from instarfs.errors import ImageOpenFailed
+from instarfs.image.directory import (
+    OF_IMAGE,
+    OF_READERS,
+    SUFFIX,
+    Change,
+    Hands,
+    Opening,
+    Origin,
+    OwnHands,
+    Spot,
+)
+from instarfs.image.file import Image
+from instarfs.repair.interrupted import pending
+from instarfs.repair.undo_place import UndoPlace
+
+Request = Opening | Change
+REQUESTS: tuple[Request, ...] = (*Opening, *Change)
+
+IMAGE = "image"
+OWN = Origin(os.geteuid())
+NAMES = {IMAGE: b"image", IMAGE + SUFFIX: b"undo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """``channel``: the daemon's end; ``hands``: the broker behind it."""
+
+    channel: socket.socket
+    hands: Broker
+
+    def send(self, request: bytes, *fds: int) -> int:
+        """The errno that *request* is answered with; no descriptor may come with one."""
+        socket.send_fds(self.channel, [request], fds)
+        answer, received, *_ = socket.recv_fds(self.channel, ANSWER.size, 1)
+        code: int = ANSWER.unpack(answer)[0]
+        assert not (code and received)
+        return code
+
+
+@contextmanager
+def attended(
+    folder: Path, name: str = IMAGE, undo: Spot | None = None, *, read_only: bool = False
+) -> Iterator[Attended]:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    directory = os.open(folder, os.O_PATH)
+    attendant = Attendant(Spot(directory, name), OWN, undo, read_only=read_only)
+    thread = threading.Thread(target=attendant.attend, args=[its])
+    thread.start()
+    try:
+        with ours, its:
+            yield Attended(ours, Broker([ours]))
+            ours.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+            assert not thread.is_alive()
+    finally:
+        os.close(directory)
+
+
+def fill(folder: Path, names: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, content in names.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def outcome(hands: Hands, what: Request, folder: Path, name: str = IMAGE) -> object:
+    """Of the image *name*, or its undo file: the errno; or what was opened, and how; or None."""
+    name += "" if what in OF_IMAGE else SUFFIX
+    directory = os.open(folder, os.O_PATH)
+    try:
+        if isinstance(what, Change):
+            hands.change(what, directory, name)
+            return None
+        fd = hands.open(what, directory, name)
+        assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        opened = Path(f"/proc/self/fd/{fd}").readlink().name
+        os.close(fd)
+    except OSError as error:
+        return error.errno
+    else:
+        return mode, opened
+    finally:
+        os.close(directory)
+
+
+# ---- what it does ----
+
+
+@pytest.mark.parametrize("what", REQUESTS, ids=str)
+@pytest.mark.parametrize("names", [NAMES, {}], ids=["all there", "nothing there"])
+def test_all_that_a_process_does_itself_it_can_have_done(
+    tmp_path: Path, names: dict[str, bytes], what: Request
+) -> None:
+    here, there = fill(tmp_path / "here", names), fill(tmp_path / "there", names)
+    with attended(there) as it:
+        assert outcome(it.hands, what, there) == outcome(OwnHands(OWN), what, here)
+    assert content(there) == content(here)
+
+
+def test_names_behind_links(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    (tmp_path / "link").symlink_to("folder/image")
+    with Image.open(str(tmp_path / "link")) as image, attended(folder) as it:
+        image.hands = it.hands
+        with UndoPlace.beside(image) as place:
+            place.remove()
+            fd = place.make()
+            os.write(fd, b"another")
+            os.close(fd)
+            place.sync()
+        with image.reopen() as again:
+            assert os.pread(again.fileno(), 5, 0) == b"image"
+    assert content(folder) == {IMAGE: b"image", IMAGE + SUFFIX: b"another"}
+
+
+def test_an_undo_file_elsewhere(tmp_path: Path) -> None:
+    """Where it was said to be when the mount was made, and nowhere else."""
+    folder, elsewhere = fill(tmp_path / "folder", NAMES), fill(tmp_path / "elsewhere", {})
+    with Image.open(str(folder / IMAGE), str(elsewhere / "chosen")) as image:
+        assert image.undo
+        with attended(folder, undo=image.undo) as it:
+            image.hands = it.hands
+            place = UndoPlace.of(image)
+            assert place
+            with place:
+                os.close(place.make())
+            assert content(elsewhere) == {"chosen": b""}
+            for what in (Opening.UNDO, Change.REMOVE_UNDO):
+                assert outcome(it.hands, what, folder) == errno.ESTALE
+                assert outcome(it.hands, what, elsewhere) == errno.ESTALE
+    assert content(folder) == NAMES
+    assert content(elsewhere) == {"chosen": b""}
+
+
+def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        gc.collect()  # what earlier tests left may go at any moment, and takes descriptors along
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for what in REQUESTS * 2:
+            outcome(it.hands, what, folder)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+# ---- what it does not ----
+
+VALID = REQUEST.pack(Opening.IMAGE, 0, 0, 0)
+GARBAGE = [
+    b"?",
+    VALID[:-1],
+    VALID + b"/etc/passwd",
+    bytes(REQUEST.size),
+    REQUEST.pack(max(Opening) + 1, 0, 0, 0),
+    REQUEST.pack(max(Change) + 1, 0, 0, 0),
+    b"\xff" * REQUEST.size,
+    b"\xff" * 100_000,
+]
+
+
+@pytest.mark.parametrize("request_", GARBAGE, ids=lambda it: f"{len(it)} bytes, {it[:1].hex()}")
+def test_garbage_is_refused_and_the_broker_goes_on(tmp_path: Path, request_: bytes) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        assert it.send(request_) == errno.EINVAL
+        assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
+    assert content(folder) == NAMES
+
+
+def test_descriptors_that_come_along_are_not_taken(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it, (folder / IMAGE).open() as file:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        assert it.send(b"?", file.fileno()) == errno.EINVAL
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("what", [it for it in REQUESTS if it not in OF_READERS], ids=str)
+def test_of_a_mount_that_only_reads_nothing_can_be_had_to_write(
+    tmp_path: Path, what: Request
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder, read_only=True) as it:
+        assert outcome(it.hands, what, folder) == errno.EROFS
+        assert outcome(it.hands, Opening.UNDO, folder) == (os.O_RDONLY, IMAGE + SUFFIX)
+    assert content(folder) == NAMES
+
+
+@pytest.mark.parametrize("what", REQUESTS, ids=str)
+def test_no_other_place_can_be_asked_for(tmp_path: Path, what: Request) -> None:
+    folder = fill(tmp_path / "folder", {f"{n}.{name}": b"" for n in (1, 2) for name in NAMES})
+    before = content(folder)
+    with attended(folder, f"2.{IMAGE}") as it:
+        assert outcome(it.hands, what, folder, f"1.{IMAGE}") == errno.ESTALE
+    assert content(folder) == before
+
+
+# ---- when it is no more ----
+
+
+def end(it: Attended) -> None:
+    it.channel.shutdown(socket.SHUT_RDWR)
+
+
+def end_in_the_middle(it: Attended) -> None:
+    it.channel.shutdown(socket.SHUT_RD)
+
+
+@pytest.mark.parametrize("how", [end, end_in_the_middle])
+def test_without_a_broker_nothing_can_be_opened_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: Callable[[Attended], None]
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with Image.open(str(folder / IMAGE)) as image, attended(folder) as it:
+        how(it)
+        image.hands = it.hands
+        for _ in range(CHANNELS + 1):
+            with pytest.raises(ImageOpenFailed, match="mount again") as caught:
+                image.reopen()
+            assert caught.value.errno == errno.EIO
+        assert outcome(it.hands, Change.REMOVE_UNDO, folder) == errno.EIO
+        assert os.pread(image.fileno(), 5, 0) == b"image"
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+def test_without_a_broker_nobody_is_told_to_move_the_undo_file_away(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with Image.open(str(folder / IMAGE)) as image, attended(folder) as it:
+        end(it)
+        image.hands = it.hands
+        unknown = pending(image)
+    assert unknown
+    assert unknown.sentence.startswith(f"{folder / IMAGE}{SUFFIX}: the undo file cannot be opened:")
+    assert unknown.sentence.endswith("; unmount, and mount again")

@@ -1,0 +1,163 @@
+"""instarfs.daemon.confinement where the kernel can do less: as much as it can, and the rest is
+said.
+
+The filter of system calls, which would refuse more, is switched off but where it is what is tested;
+what it refuses is in test_calls.py. What is given up never comes back, so each test is a process of
+its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from instarfs.daemon.confinement import landlock_version
+from instarfs.daemon.seccomp import MACHINES
+from tests.mount.mounts import environment
+
+PROGRAM = """
+import errno, logging, os, sys
+from pathlib import Path
+from instarfs.image.file import Image
+from instarfs.daemon import confinement
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+image, other, version, who = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+confinement.landlock_version = lambda: version
+confinement.seccomp.deny_all_but = lambda calls: None
+opened, whose = Image.open(str(image)), confinement.Confinement
+if who == "daemon":
+    whose.of_daemon(opened).enforce()
+else:
+    whose.of_broker(opened, read_only=who == "reading broker").enforce()
+
+def attempt(name, act):
+    try:
+        act()
+        print(name, "done")
+    except OSError as failed:
+        print(name, errno.errorcode[failed.errno])
+
+undo = image.with_name("undo")
+attempt("read", image.read_bytes)
+attempt("write", lambda: os.close(os.open(image, os.O_RDWR)))
+attempt("make", undo.touch)
+attempt("rename", lambda: undo.rename(undo.with_suffix(".old")))
+attempt("remove", undo.with_suffix(".old").unlink)
+attempt("read-elsewhere", other.read_bytes)
+attempt("write-elsewhere", lambda: os.close(os.open(other, os.O_WRONLY)))
+attempt("make-elsewhere", other.with_name("new").touch)
+attempt("move-elsewhere", lambda: image.rename(other.with_name("new")))
+"""
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image").write_bytes(b"image")
+    return tmp_path / "here/image"
+
+
+def confined(image: Path, version: int, who: str) -> dict[str, str]:
+    other = image.parents[1] / "elsewhere/image"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, image, other, str(version), who],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.stderr == ""
+    return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+
+
+SAID = "not confined: files are not given up:"
+ELSEWHERE = ("read-elsewhere", "write-elsewhere", "make-elsewhere", "move-elsewhere")
+every_version = pytest.mark.parametrize("version", range(1, landlock_version() + 1))
+
+
+@every_version
+def test_every_version_of_landlock_keeps_a_broker_to_the_images_directory(
+    image: Path, version: int
+) -> None:
+    outcomes = confined(image, version, "broker")
+    refused = {name: outcomes.pop(name) for name in ELSEWHERE}
+    # Which errno a move gets depends on what else would hinder it.
+    assert set(refused.values()) <= {"EACCES", "EXDEV"}
+    assert outcomes == dict.fromkeys(("read", "write", "make", "rename", "remove"), "done")
+
+
+@every_version
+def test_every_version_of_landlock_keeps_a_daemon_out_of_it(image: Path, version: int) -> None:
+    outcomes = confined(image, version, "daemon")
+    refused = {name: outcomes[name] for name in ("read", "write", "make", *ELSEWHERE)}
+    assert set(refused.values()) <= {"EACCES", "EXDEV"}
+    assert image.read_bytes() == b"image"
+
+
+def test_the_broker_of_a_mount_that_only_reads_can_write_nothing(image: Path) -> None:
+    outcomes = confined(image, landlock_version(), "reading broker")
+    assert outcomes["read"] == "done"
+    assert {outcomes[name] for name in ("write", "make")} == {"EACCES"}
+
+
+def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None:
+    outcomes = confined(image, -1, "daemon")
+    assert outcomes.pop(f"{SAID} this kernel has no") == "Landlock"
+    assert set(outcomes.values()) == {"done"}
+
+
+# ---- where it cannot filter system calls ----
+
+OF_KERNELS = """
+import errno, logging, os, sys
+from instarfs.image.file import Image
+from instarfs.daemon import confinement, seccomp
+from instarfs.daemon.calls import Call, Only
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+image, kernel = Image.open(sys.argv[1]), sys.argv[2]
+confinement._rule_out_new_privileges()
+answers = {
+    "without seccomp": (Call("seccomp", 317, 277), errno.ENOSYS),
+    "before 4.14": (Call("seccomp", 317, 277, (Only(1, (2,)),)), errno.EINVAL),
+}
+if kernel in answers:
+    call, code = answers[kernel]
+    machine, answered = seccomp.this_machine(), [(call, seccomp.ERRNO | code)]
+    program = seccomp.compile_filter(answered, machine, otherwise=seccomp.ALLOW)
+    seccomp._install(program, machine, 0)
+else:
+    seccomp.MACHINES.clear()
+confinement.Confinement.of_daemon(image).enforce()
+try:
+    os.chmod(sys.argv[1], 0o600)
+except OSError as failed:
+    print(errno.errorcode[failed.errno])
+"""
+NOT_GIVEN_UP = "not confined: system calls are not given up:"
+
+
+@pytest.mark.skipif(os.uname().machine not in MACHINES, reason="its calls are not known")
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        ("without seccomp", [f"{NOT_GIVEN_UP} Function not implemented"]),
+        ("before 4.14", ["EPERM"]),
+        ("another machine", [f"{NOT_GIVEN_UP} it is not known how on {os.uname().machine}"]),
+    ],
+)
+def test_system_calls_are_filtered_or_it_is_said_that_they_are_not(
+    image: Path, kernel: str, said: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OF_KERNELS, image, kernel],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (done.stdout.splitlines(), done.stderr) == (said, "")

@@ -1,0 +1,138 @@
+"""What clusters look like by their content alone."""
+
+import random
+
+import numpy as np
+import pytest
+
+from examples.make_image import MIB, Image, ImageBuilder
+from planner.arrays import U8
+from planner.check.check import check_image
+from planner.check.classify import MAX_REFCOUNT, Look
+from planner.check.signatures import NAMES
+from planner.qcow2 import entries
+from planner.qcow2.refcounts import pack_refcounts
+from planner.triage.triage import looker_of
+
+
+def build(**options: object) -> Image:
+    builder = ImageBuilder(size=16 * MIB, **options)  # type: ignore[arg-type]
+    builder.write(0, random.Random(1).randbytes(3 * builder.geometry.cluster_size))
+    builder.write_compressed(5, b"compressed")
+    builder.take_snapshot("one")
+    return builder.build()
+
+
+def rows_of(image: Image, *contents: bytes) -> U8:
+    size = image.cluster_size
+    whole = b"".join(content[:size].ljust(size, b"\0") for content in contents)
+    return np.frombuffer(whole, dtype=np.uint8).reshape(-1, size)
+
+
+def looks(image: Image, *contents: bytes) -> list[Look]:
+    looker = looker_of(check_image(image.source))
+    return [Look(code) for code in looker.look(rows_of(image, *contents))[0].tolist()]
+
+
+def cluster_at(image: Image, offset: int) -> bytes:
+    return bytes(image.data[offset : offset + image.cluster_size])
+
+
+SHAPES = [
+    {"cluster_bits": 9},
+    {"cluster_bits": 16},
+    {"cluster_bits": 21},
+    {"cluster_bits": 16, "extended_l2": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_structures_of_an_image_are_recognised(shape: dict[str, object]):
+    image = build(**shape)
+    assert looks(
+        image,
+        cluster_at(image, image.l2_table(0)),
+        cluster_at(image, image.header.l1_table_offset),
+        cluster_at(image, image.refblock(0)),
+        cluster_at(image, image.header.snapshots_offset),
+        cluster_at(image, image.host_offset(0)),
+        b"",
+    ) == [
+        Look.L2_TABLE,
+        Look.L2_TABLE,
+        Look.REFBLOCK,
+        Look.SNAPSHOT_TABLE,
+        Look.DATA,
+        Look.ZEROS,
+    ]
+
+
+@pytest.mark.parametrize("order", range(3, 7))
+def test_refcounts_of_a_byte_and_more_are_recognised(order: int):
+    image = build(refcount_order=order)
+    content = cluster_at(image, image.refblock(0))
+    large = np.full(image.geometry.refblock_entries, MAX_REFCOUNT + 2, dtype=np.uint64)
+    assert looks(image, content, pack_refcounts(large, order).tobytes()) == [
+        Look.REFBLOCK,
+        Look.DATA,
+    ]
+
+
+def table_with(image: Image, *words: int) -> bytes:
+    return np.array(words, dtype=">u8").tobytes()
+
+
+def test_a_table_leads_into_the_file():
+    image = build()
+    inside = (image.host_clusters - 1) * image.cluster_size
+    outside = image.host_clusters * image.cluster_size
+    assert looks(
+        image,
+        table_with(image, inside | entries.COPIED),
+        table_with(image, outside | entries.COPIED),
+        table_with(image, entries.ZERO, entries.COPIED | entries.ZERO),
+    ) == [Look.L2_TABLE, Look.DATA, Look.DATA]
+
+
+def test_a_table_may_be_overwritten_in_part():
+    image = build()
+    inside = (image.host_clusters - 1) * image.cluster_size
+    whole = table_with(image, *[inside | entries.COPIED] * (image.cluster_size // 8))
+    sector = random.Random(1).randbytes(512)
+    assert looks(
+        image,
+        whole[:1024] + sector + whole[1536:],
+        sector + whole[512:],
+        sector * 64 + whole[64 * 512 :],
+    ) == [Look.L2_TABLE, Look.L2_TABLE, Look.DATA]
+
+
+def test_an_l1_table_has_no_subcluster_bitmaps():
+    image = build(cluster_bits=16, extended_l2=True)
+    inside = (image.host_clusters - 1) * image.cluster_size
+    looker = looker_of(check_image(image.source))
+    l1 = rows_of(image, table_with(image, 0, inside))
+    l2 = rows_of(image, table_with(image, inside, entries.SUBCLUSTERS_ALLOCATED))
+    for rows, targets in (
+        (l1, [0, image.host_clusters - 1]),
+        (l2, [image.host_clusters - 1, 0]),
+    ):
+        words = looker.table_words(rows)
+        assert looker.targets(words, looker.plausible(words))[0, :2].tolist() == targets
+
+
+def test_data_says_what_it_begins_with():
+    image = build()
+    looker = looker_of(check_image(image.source))
+    contents = (cluster_at(image, image.l2_table(0)), b"%PDF-1.7 and so on", b"\x93\x01\x02" * 999)
+    look, signature = looker.look(rows_of(image, *contents))
+    assert look.tolist() == [Look.L2_TABLE, Look.DATA, Look.DATA]
+    assert [NAMES[code] for code in signature.tolist()] == ["", "PDF document", ""]
+
+
+def test_the_first_sector_shows_what_is_worth_reading():
+    image = build()
+    looker = looker_of(check_image(image.source))
+    sectors = [cluster_at(image, image.l2_table(0)), cluster_at(image, image.host_offset(0)), b""]
+    rows = rows_of(image, *sectors)[:, :512]
+    assert looker.may_be_tables(np.ascontiguousarray(rows)).tolist() == [True, False, False]

@@ -1,0 +1,123 @@
+"""Tables that something else was written over: what is said of them, and never done to them."""
+
+import random
+
+import numpy as np
+import pytest
+
+from examples.make_image import Image, ImageBuilder
+from planner.check.check import check_image
+from planner.check.classify import content_name
+from planner.check.report import Report
+from planner.findings.kinds import NONE, Finding, FindingKind
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import propose
+from planner.source import Bytes, Overlay, read_bytes
+from planner.triage.impact import Harm, guest_impact
+
+LOG = b'{"log":"request ok","t":1234567}\n'
+SHAPES = [
+    {"cluster_bits": 9},
+    {"cluster_bits": 12},
+    {"cluster_bits": 16},
+    {"cluster_bits": 16, "extended_l2": True},
+    {"cluster_bits": 12, "version": 2},
+]
+
+
+def disk(clusters: int = 40, **options: object) -> Image:
+    """Two L2 tables in use of three, *clusters* in each."""
+    builder = ImageBuilder(**{"size": 1, **options})  # type: ignore[arg-type]
+    coverage = builder.geometry.l2_coverage
+    builder = ImageBuilder(**{**options, "size": 3 * coverage})  # type: ignore[arg-type]
+    content = random.Random(3).randbytes(clusters * builder.geometry.cluster_size)
+    builder.write(0, content)
+    builder.write(builder.geometry.l2_entries, content)
+    return builder.build()
+
+
+def overwrite(image: Image, start: int, content: bytes) -> None:
+    image.data[start : start + len(content)] = content
+
+
+def found_in(image: Image) -> tuple[Report, list[Finding]]:
+    report = check_image(image.source)
+    return report, list(report.rows(FindingKind.TABLE_OVERWRITTEN))
+
+
+def text(length: int) -> bytes:
+    return (LOG * (length // len(LOG) + 1))[:length]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, object]):
+    image = disk(**shape)
+    size, coverage = image.cluster_size, image.geometry.l2_coverage
+    overwrite(image, image.l2_table(1), text(size))
+    report, rows = found_in(image)
+    assert [(row.l1_index, row.l2_index, row.guest_offset, row.guest_length) for row in rows] == [
+        (1, NONE, coverage, coverage)
+    ]
+    assert content_name(rows[0].found) == "text"
+    impact = guest_impact(report)
+    assert list(impact.ranges[Harm.LOST].first(2)) == [(coverage, coverage)]
+    assert impact.safe <= 2 * coverage
+
+
+@pytest.mark.parametrize("length", [11, 13, 2000, 32768])
+def test_a_refcount_block_over_a_table_vouches_for_nothing_behind_its_end(length: int):
+    image = disk(cluster_bits=16)
+    refcounts = np.ones(length, dtype=">u2").tobytes().ljust(image.cluster_size, b"\0")
+    overwrite(image, image.l2_table(0), refcounts)
+    report, rows = found_in(image)
+    assert [content_name(row.found) for row in rows] == (["a refcount block"] if rows else [])
+    assert bool(rows) == (length > 11)
+    if rows:
+        lost = list(guest_impact(report).ranges[Harm.LOST].first(1))
+        assert lost == [(0, image.geometry.l2_coverage)]
+
+
+def test_a_sector_under_text_costs_what_it_mapped():
+    image = disk(clusters=200, cluster_bits=16)
+    overwrite(image, image.l2_table(0) + 512, text(512))
+    report, rows = found_in(image)
+    per_sector, size = 64, image.cluster_size
+    assert [(row.l2_index, row.guest_offset, row.guest_length) for row in rows] == [
+        (per_sector, per_sector * size, per_sector * size)
+    ]
+    lost = guest_impact(report).ranges[Harm.LOST]
+    assert list(lost.first(2)) == [(per_sector * size, per_sector * size)]
+
+
+@pytest.mark.parametrize("bit", [1, 8, 20, 40, 56, 61])
+def test_a_flipped_bit_is_a_damaged_entry_and_no_lost_table(bit: int):
+    image = disk(cluster_bits=12)
+    at = image.l2_at(3)
+    image.set_word(at, image.word(at) ^ 1 << bit)
+    assert found_in(image)[1] == []
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7])
+def test_a_file_that_is_cut_off_has_tables_that_are_tables(kept: int):
+    image = disk(cluster_bits=16)
+    tables = max(image.l2_table(0), image.l2_table(1)) + image.cluster_size
+    order = sorted(image.host_offset(n) for n in range(40) if image.host_offset(n))
+    end = order[len(order) * kept // 8]
+    source = Bytes(bytes(image.data[: max(end, 0)]))
+    report = check_image(source)
+    assert report.error is None
+    assert tables
+    assert list(report.rows(FindingKind.TABLE_OVERWRITTEN)) == []
+
+
+@pytest.mark.parametrize("tier", RepairTier)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_repair_edits_what_lies_over_a_table(shape: dict[str, object], tier: RepairTier):
+    image = disk(clusters=60, **shape)
+    start = image.l2_table(0)
+    overwrite(image, start, text(image.cluster_size))
+    report, rows = found_in(image)
+    assert rows
+    plan = propose(image.source, report, tier).plan
+    after = read_bytes(Overlay(image.source, plan), start, image.cluster_size)
+    assert after == text(image.cluster_size)

@@ -1,0 +1,363 @@
+"""Runs of guest bytes from random tables, against the specification read entry by entry."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from planner.errors import ReadFailed
+from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw, Mapping, RunKind, Runs
+from planner.qcow2.entries import COMPRESSED, COPIED
+from planner.qcow2.geometry import Geometry
+from planner.source import Bytes
+from tests.planner.sources import Sparse
+
+L1_OFFSET = 1 << 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one subcluster is read from."""
+
+    kind: RunKind
+    host: int = NO_HOST
+    stored: int = 0
+    flaw: Flaw = Flaw.NONE
+
+
+def damaged(flaw: Flaw) -> Piece:
+    return Piece(RunKind.DAMAGED, flaw=flaw)
+
+
+def expected(  # noqa: PLR0911 - as QEMU's
+    guest: int, word: int, bitmap: int, number: int, geometry: Geometry
+) -> Piece:
+    """Subcluster *number* of the guest cluster at *guest*: qcow2_get_host_offset, one at a time."""
+    size = geometry.cluster_size
+    if word & COMPRESSED:
+        if geometry.external_data:
+            return damaged(Flaw.COMPRESSED_EXTERNAL)
+        shift = geometry.compressed_shift
+        offset = word & ((1 << shift) - 1)
+        sectors = (word >> shift & ((1 << geometry.cluster_bits - 8) - 1)) + 1
+        return Piece(RunKind.COMPRESSED, offset, sectors * 512 - offset % 512)
+    offset = word & 0x00FF_FFFF_FFFF_FE00
+    allocated = bool(offset) or (geometry.external_data and bool(word & COPIED))
+    if geometry.extended_l2:
+        low, high = bitmap & 0xFFFF_FFFF, bitmap >> 32
+        if low & high if allocated else low:
+            return damaged(Flaw.SUBCLUSTERS)
+        is_zero, is_data = bool(high >> number & 1), bool(low >> number & 1)
+    else:
+        is_zero, is_data = bool(word & 1), allocated
+    # Without subclusters a zero flag on an entry with no offset is zero, whatever COPIED says.
+    placed = allocated if geometry.extended_l2 or not is_zero else bool(offset)
+    if is_zero and geometry.version < 3:
+        return damaged(Flaw.ZERO_IN_V2)
+    if placed and offset % size:
+        return damaged(Flaw.CLUSTER_MISALIGNED)
+    if placed and geometry.external_data and offset != guest:
+        return damaged(Flaw.NOT_IN_PLACE)
+    kind = RunKind.ZERO if is_zero else RunKind.DATA if is_data else RunKind.UNALLOCATED
+    host = offset + number * (size // 32 if geometry.extended_l2 else 0) if placed else NO_HOST
+    return Piece(kind, host)
+
+
+class RandomImage:
+    """Tables full of random entries, of which most make sense."""
+
+    def __init__(self, geometry: Geometry, rng: random.Random) -> None:
+        self.geometry, self.rng = geometry, rng
+        self.l1_size = rng.randrange(2, 5)
+        self.tables: dict[int, list[tuple[int, int]]] = {}
+        self.misaligned: set[int] = set()
+        data = bytearray(L1_OFFSET + self.l1_size * 8)
+        for index in range(self.l1_size):
+            fate = rng.random()
+            if index != 1 and fate < 0.25:
+                continue
+            data += bytes(-len(data) % geometry.cluster_size)
+            offset = len(data)
+            if index == 1:
+                self.misaligned.add(index)
+                offset += 512 if geometry.cluster_size > 512 else 0
+            self.tables[index] = self._entries(index)
+            for word, bitmap in self.tables[index]:
+                data += word.to_bytes(8, "big")
+                data += bitmap.to_bytes(8, "big") if geometry.extended_l2 else b""
+            at = L1_OFFSET + index * 8
+            data[at : at + 8] = (offset | COPIED).to_bytes(8, "big")
+        if geometry.cluster_size == 512:
+            self.misaligned.clear()
+        self.source = Bytes(bytes(data))
+        self.mapping = Mapping(self.source, geometry, L1_OFFSET, self.l1_size)
+
+    def _entries(self, index: int) -> list[tuple[int, int]]:
+        """An L2 table, a few entries in a row alike; some contradict themselves."""
+        rng, geometry = self.rng, self.geometry
+        found: list[tuple[int, int]] = []
+        while len(found) < geometry.l2_entries:
+            fate, base = rng.randrange(8), rng.randrange(1, 1 << 20) << geometry.cluster_bits
+            bitmap = rng.choice((0, 0xFFFF_FFFF, 0xFFFF_FFFF << 32, rng.getrandbits(64)))
+            if rng.random() < 0.8:
+                bitmap &= ~(bitmap >> 32)
+            for number in range(rng.randrange(1, 40)):
+                guest = (index * geometry.l2_entries + len(found)) << geometry.cluster_bits
+                at = guest if geometry.external_data and rng.random() < 0.9 else base
+                at += number * geometry.cluster_size
+                word = (0, at | COPIED, at, at | 1, 1, COPIED, COMPRESSED | at >> 3, at | 512)[fate]
+                found.append((word, bitmap))
+        return found[: geometry.l2_entries]
+
+    def piece(self, offset: int) -> Piece:
+        """What the guest byte at *offset* is read from."""
+        size = self.geometry.cluster_size
+        index, inside = divmod(offset, self.geometry.l2_coverage)
+        if index not in self.tables:
+            return Piece(RunKind.UNALLOCATED)
+        if index in self.misaligned:
+            return damaged(Flaw.L2_MISALIGNED)
+        word, bitmap = self.tables[index][inside // size]
+        number = inside % size // (size // 32)
+        guest = offset // size * size
+        return expected(guest, word, bitmap, number, self.geometry)
+
+
+def pieces(runs: Runs, geometry: Geometry) -> list[Piece]:
+    """The runs as pieces of the smallest size that any of them can have."""
+    step = geometry.cluster_size // 32 if geometry.extended_l2 else geometry.cluster_size
+    found = []
+    for guest, length, kind, host, stored, flaw in zip(
+        *(
+            column.tolist()
+            for column in (
+                runs.guest, runs.length, runs.kind, runs.host, runs.stored, runs.flaw
+            )
+        ),
+        strict=True,
+    ):  # fmt: skip
+        assert guest % step == length % step == 0
+        for at in range(0, length, step):
+            moved = host if host == NO_HOST or stored else host + at
+            found.append(Piece(RunKind(kind), moved, stored, Flaw(flaw)))
+    return found
+
+
+GEOMETRIES = {
+    "512": (Geometry(3, 9, 4, 0), set()),
+    "4k": (Geometry(3, 12, 4, 0), {Flaw.CLUSTER_MISALIGNED}),
+    "version 2": (Geometry(2, 12, 4, 0), {Flaw.CLUSTER_MISALIGNED, Flaw.ZERO_IN_V2}),
+    "external": (
+        Geometry(3, 12, 4, 0, external_data=True),
+        {Flaw.NOT_IN_PLACE, Flaw.COMPRESSED_EXTERNAL},
+    ),
+    "subclusters": (Geometry(3, 14, 4, 0, extended_l2=True), {Flaw.SUBCLUSTERS}),
+    "external subclusters": (
+        Geometry(3, 14, 4, 0, extended_l2=True, external_data=True),
+        {Flaw.SUBCLUSTERS, Flaw.NOT_IN_PLACE, Flaw.COMPRESSED_EXTERNAL},
+    ),
+}
+"""With the flaws that must turn up, besides an L2 table that is not aligned."""
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_every_byte_is_where_the_specification_says(name: str) -> None:
+    geometry, flaws = GEOMETRIES[name]
+    if geometry.cluster_size > 512:
+        flaws = flaws | {Flaw.L2_MISALIGNED}
+    rng = random.Random(name)
+    step = geometry.cluster_size // 32 if geometry.extended_l2 else geometry.cluster_size
+    seen: set[tuple[RunKind, Flaw]] = set()
+    for _ in range(1 if geometry.extended_l2 else 3):
+        image = RandomImage(geometry, rng)
+        end = (image.l1_size + 1) * geometry.l2_coverage
+        truth = [image.piece(at) for at in range(0, end, step)]
+        seen.update((piece.kind, piece.flaw) for piece in truth)
+        walked = Runs.concatenate(list(image.mapping.walk(0, end)))
+        assert pieces(walked, geometry) == truth
+        for _ in range(5):
+            low, high = sorted(rng.sample(range(0, end + 1, step), 2))
+            for runs in (
+                image.mapping.runs(low, high),
+                Runs.concatenate(list(image.mapping.walk(low, high))),
+            ):
+                assert pieces(runs, geometry) == truth[low // step : high // step]
+                assert runs.guest[0] == low
+    assert {kind for kind, _ in seen} >= {RunKind.UNALLOCATED, RunKind.DATA}
+    assert {flaw for _, flaw in seen} >= flaws
+
+
+def test_a_part_of_a_run_begins_where_it_begins() -> None:
+    image = RandomImage(GEOMETRIES["4k"][0], random.Random(1))
+    whole = image.mapping.runs(0, 1 << 20)
+    which = int(np.flatnonzero(whole.kind == RunKind.DATA)[0])
+    guest, host = int(whole.guest[which]), int(whole.host[which])
+    part = image.mapping.runs(guest + 5, guest + 9)
+    assert (part.guest.tolist(), part.length.tolist(), part.host.tolist()) == (
+        [guest + 5], [4], [host + 5],
+    )  # fmt: skip
+    which = int(np.flatnonzero(whole.kind == RunKind.COMPRESSED)[0])
+    guest, host = int(whole.guest[which]), int(whole.host[which])
+    assert image.mapping.runs(guest + 5, guest + 9).host.tolist() == [host]
+
+
+def test_tables_of_nothing_cost_nothing() -> None:
+    geometry = Geometry(3, 16, 4, 1 << 62)
+    mapping = Mapping(Bytes(b""), geometry, 0, 1 << 22)
+    runs = list(mapping.walk(0, geometry.virtual_size))
+    assert [len(each) for each in runs] == [1]
+    assert runs[0].length.tolist() == [1 << 62]
+    assert mapping.runs(1 << 61, (1 << 61) + 10).kind.tolist() == [RunKind.UNALLOCATED]
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.guest.mapping.KEPT_RUNS", 1 << 10)
+    image = RandomImage(GEOMETRIES["4k"][0], random.Random(2))
+    end = image.l1_size * image.geometry.l2_coverage
+    first = pieces(image.mapping.runs(0, end), image.geometry)
+    assert 1 <= len(image.mapping._kept) <= 2
+    assert pieces(image.mapping.runs(0, end), image.geometry) == first
+
+
+def test_every_flaw_has_its_sentence() -> None:
+    assert FLAW_SENTENCES.keys() == set(Flaw) - {Flaw.NONE}
+
+
+@dataclass
+class BadDisk:
+    """A source some sectors of which cannot be read."""
+
+    source: Bytes
+    bad: set[int]
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        touched = range(offset // 512, -(-(offset + len(buffer)) // 512))
+        if not self.bad.isdisjoint(touched):
+            raise ReadFailed
+        self.source.read_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self.source.data_extents(offset, length)
+
+
+def with_lost(image: RandomImage, disk: BadDisk, data_end: int) -> list[Piece]:
+    """What the whole disk is read from, tables being on *disk*, data up to *data_end*."""
+    geometry, found = image.geometry, []
+    width, smallest = geometry.l2_entry_size, geometry.cluster_size // 32
+    step = smallest if geometry.extended_l2 else geometry.cluster_size
+
+    def is_lost(start: int, length: int) -> bool:
+        sectors = range(start // 512, -(-(start + length) // 512))
+        return start + length > disk.size or not disk.bad.isdisjoint(sectors)
+
+    for at in range(0, (image.l1_size + 1) * geometry.l2_coverage, step):
+        index, inside = divmod(at, geometry.l2_coverage)
+        l1_at = L1_OFFSET + index * 8
+        if index < image.l1_size and is_lost(l1_at, 8):
+            found.append(damaged(Flaw.TABLE_LOST))
+            continue
+        piece = image.piece(at)
+        table = int.from_bytes(image.source.data[l1_at : l1_at + 8], "big") & ~COPIED
+        if index in image.tables and index not in image.misaligned:
+            entry = table + inside // geometry.cluster_size * width
+            if is_lost(entry, width):
+                piece = damaged(Flaw.TABLE_LOST)
+        if piece.kind == RunKind.DATA and piece.host + step > data_end:
+            piece = damaged(Flaw.CLUSTER_LOST)
+        found.append(piece)
+    return found
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_what_is_not_there_is_told_from_zeros(name: str) -> None:
+    geometry, rng = GEOMETRIES[name][0], random.Random(f"lost {name}")
+    step = geometry.cluster_size // 32 if geometry.extended_l2 else geometry.cluster_size
+    seen: set[Flaw] = set()
+    cuts: tuple[int, ...] = (-5000, L1_OFFSET + 8)
+    if not geometry.extended_l2:
+        cuts = (-1, -5000, -30_000, L1_OFFSET + 8, L1_OFFSET) * 3
+    for cut in cuts:
+        image = RandomImage(geometry, rng)
+        size = max(L1_OFFSET, len(image.source.data) + cut) if cut < 0 else cut
+        sectors = range(L1_OFFSET // 512, -(-len(image.source.data) // 512))
+        bad = set(rng.sample(sectors, min(3, len(sectors) // 3)))
+        disk = BadDisk(Bytes(image.source.data[:size]), bad)
+        most = image.l1_size * geometry.l2_entries if geometry.external_data else 1 << 12
+        data_end = rng.randrange(most) << geometry.cluster_bits
+        truth = with_lost(image, disk, data_end)
+        seen.update(piece.flaw for piece in truth)
+        mapping = Mapping(disk, geometry, L1_OFFSET, image.l1_size, data_end=data_end)
+        end = len(truth) * step
+        assert pieces(Runs.concatenate(list(mapping.walk(0, end))), geometry) == truth
+        assert pieces(mapping.runs(0, end, Bytes(b"")), geometry) == truth
+    assert seen >= {Flaw.TABLE_LOST, Flaw.CLUSTER_LOST}
+
+
+def test_a_cluster_that_the_end_cuts_is_there_up_to_the_end() -> None:
+    image = RandomImage(GEOMETRIES["4k"][0], random.Random(3))
+    whole = image.mapping.runs(0, image.geometry.l2_coverage)
+    which = int(np.flatnonzero(whole.kind == RunKind.DATA)[1])
+    end = int(whole.host[which]) + 1000
+    runs = whole.without_lost(end)
+    at = int(np.flatnonzero(runs.host == whole.host[which])[0])
+    assert runs.length[at : at + 2].tolist() == [1000, whole.length[which] - 1000]
+    assert runs.guest[at + 1] == whole.guest[which] + 1000
+    assert runs.flaw[at : at + 2].tolist() == [Flaw.NONE, Flaw.CLUSTER_LOST]
+    assert (runs.guest[1:] == (runs.guest + runs.length)[:-1]).all()
+    held = runs.select(runs.kind == RunKind.DATA)
+    assert (held.host + held.length <= end).all()
+    assert whole.without_lost(1 << 60) is whole
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_table_at_several_places_is_there_at_each(name: str) -> None:
+    geometry, rng = GEOMETRIES[name][0], random.Random(f"repeats {name}")
+    image = RandomImage(geometry, rng)
+    first = image.source.data[L1_OFFSET : L1_OFFSET + image.l1_size * 8]
+    words = [*(first[at : at + 8] for at in range(0, len(first), 8)), bytes(8)]
+    count = 6 if geometry.extended_l2 else 12
+    l1 = b"".join(rng.choice(words) for _ in range(count))
+    start = -(-len(image.source.data) // 512) * 512
+    source = Bytes(image.source.data.ljust(start, b"\0") + l1)
+    mapping = Mapping(source, geometry, start, count)
+    end = count * geometry.l2_coverage
+    read = mapping.runs(0, end)
+    assert pieces(Runs.concatenate(list(mapping.walk(0, end))), geometry) == pieces(read, geometry)
+    low, high = (end // 5, end // 3) if geometry.extended_l2 else (end // 3, 5 * end // 6)
+    low, high = low // geometry.cluster_size * geometry.cluster_size, high // 65536 * 65536
+    part = Runs.concatenate(list(mapping.walk(low, high)))
+    assert pieces(part, geometry) == pieces(mapping.runs(low, high), geometry)
+
+
+def test_a_table_at_many_places_is_read_once() -> None:
+    geometry = Geometry(3, 16, 4, 0)
+    packed = COMPRESSED | 5 << 16
+    table = np.full(geometry.l2_entries, packed, dtype=">u8").tobytes()
+    l1 = np.full(10_000, 1 << 16, dtype=">u8").tobytes()
+    source = Sparse.of(bytes(1 << 16) + table + l1, 1 << 30, 1 << 16)
+    mapping = Mapping(source, geometry, 2 << 16, 10_000)
+    before = source.bytes_read
+    rows = Runs.concatenate(list(mapping.walk(0, 10_000 * geometry.l2_coverage, packed=True)))
+    assert source.bytes_read == before + (1 << 16)
+    assert rows.joined(packed=True).length.tolist() == [10_000 * geometry.l2_coverage]
+
+
+def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
+    geometry, count = Geometry(3, 21, 4, 0), 1 << 18
+    words = (np.arange(count, dtype=np.uint64) + np.uint64(100)) << np.uint64(21)
+    words[count // 2 :] |= np.uint64(512)
+    l1 = words.astype(">u8").tobytes()
+    mapping = Mapping(Sparse.of(l1, 1 << 60, 1 << 16), geometry, 0, count)
+    size = count * geometry.l2_coverage
+    runs = Runs.concatenate(list(mapping.walk(0, size)))
+    assert runs.length.tolist() == [size // 2, size // 2]
+    assert runs.flaw.tolist() == [Flaw.NONE, Flaw.L2_MISALIGNED]
+    strict = Mapping(Sparse.of(l1, 1 << 25, 1 << 16), geometry, 0, count, data_end=0)
+    runs = Runs.concatenate(list(strict.walk(0, size)))
+    assert set(runs.flaw.tolist()) == {Flaw.L2_MISALIGNED, Flaw.TABLE_LOST}

@@ -1,0 +1,60 @@
+"""Counters that widen: against sums that never run out of room, and in every way of adding."""
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.arrays import distinct, without_repeats
+from planner.metadata.cluster_counters import ClusterCounts
+
+SLOTS = 12
+slots = st.lists(st.integers(0, SLOTS - 1), max_size=30)
+runs = st.lists(
+    st.tuples(st.integers(0, SLOTS - 1), st.integers(1, SLOTS)).map(
+        lambda run: (run[0], min(run[1], SLOTS - run[0]))
+    ),
+    max_size=5,
+)
+amounts = st.sampled_from([1, 2, 100, 250, 255, 256, 60_000, 70_000, 1 << 31])
+
+
+@given(steps=st.lists(st.tuples(st.booleans(), slots, runs, amounts), max_size=8))
+def test_counts_are_sums_whatever_their_width(steps):
+    found, expected = ClusterCounts(SLOTS), np.zeros(SLOTS, dtype=np.uint64)
+    for taken_back, single, several, amount in steps:
+        found.add(np.array(single, dtype=np.int64), amount)
+        found.add_runs(*np.array(several, dtype=np.int64).reshape(-1, 2).T, amount)
+        for slot, times in Counter(single).items():
+            expected[slot] += np.uint64(times * amount)
+        for first, length in several:
+            expected[first : first + length] += np.uint64(amount)
+        if taken_back:
+            found.subtract(np.array(single, dtype=np.int64), np.full(len(single), amount))
+            for slot in single:
+                expected[slot] -= np.uint64(amount)
+    assert found.values.tolist() == expected.tolist()
+
+
+def test_a_copy_is_counted_on_by_itself():
+    first = ClusterCounts(2)
+    first.add_run(0, 1, 300)
+    second = first.copy()
+    second.add_distinct(np.array([0, 1]), 65_500)
+    assert first.values.tolist() == [300, 0]
+    assert second.values.tolist() == [65_800, 65_500]
+
+
+def test_counters_are_one_byte_wide_while_that_is_enough():
+    found = ClusterCounts(1000)
+    for slot in range(1000):
+        found.add_run(slot, 1, 1)
+    assert found.values.dtype == np.uint8
+
+
+@given(values=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=20))
+def test_distinct_values_are_those_of_a_set(values):
+    array = np.array(values, dtype=np.int64)
+    assert distinct(array).tolist() == sorted(set(values))
+    assert without_repeats(np.sort(array)).tolist() == sorted(set(values))

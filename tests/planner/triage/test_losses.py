@@ -1,0 +1,366 @@
+"""Whether leaked data may have been lost, where from, and how much: and where it cannot."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from examples.make_image import MIB, Image, ImageBuilder
+from planner.check.check import check_image
+from planner.errors import RepairError
+from planner.findings.kinds import FindingKind
+from planner.qcow2 import entries
+from planner.qcow2.header import Autoclear, Incompatible
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import Proposal, propose
+from planner.source import Bytes, Overlay, read_bytes
+from planner.triage.losses import CauseKind
+from planner.triage.triage import Triage, triage_leaks
+from tests.luks_headers import luks_bytes
+
+CLUSTER = 4096
+PER_TABLE = 5
+
+
+def disk(**options: object) -> ImageBuilder:
+    """Three L2 tables of four, with five clusters of noise in each."""
+    builder = ImageBuilder(**{"size": 8 * MIB, "cluster_bits": 12, **options})  # type: ignore[arg-type]
+    rng = random.Random(1)
+    for l1_index in range(3):
+        content = rng.randbytes(PER_TABLE * builder.geometry.cluster_size)
+        builder.write(l1_index * builder.geometry.l2_entries, content)
+    return builder
+
+
+def wipe(image: Image, offset: int, length: int = 0) -> None:
+    length = length or image.cluster_size
+    image.data[offset : offset + length] = bytes(length)
+
+
+def triage(image: Image) -> Triage:
+    return triage_leaks(image.source, check_image(image.source))
+
+
+def causes(image: Image) -> set[CauseKind]:
+    return {cause.kind for cause in triage(image).losses.causes}
+
+
+def proposal(image: Image, tier: RepairTier) -> Proposal:
+    return propose(image.source, check_image(image.source), tier)
+
+
+# ---- places that leaked data may have come from ----
+
+
+def wiped_table() -> Image:
+    image = disk().build()
+    wipe(image, image.l2_table(1))
+    return image
+
+
+def wiped_page_of_a_table() -> Image:
+    """The middle third of a table that maps everything."""
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    builder.write(0, random.Random(1).randbytes(300 * CLUSTER))
+    image = builder.build()
+    wipe(image, image.l2_table(0) + 1024, 512)
+    return image
+
+
+def wiped_beginning_of_a_table() -> Image:
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    builder.write(0, random.Random(1).randbytes(300 * CLUSTER))
+    image = builder.build()
+    wipe(image, image.l2_table(0), 1024)
+    return image
+
+
+def wiped_l1_and_overwritten_tables() -> Image:
+    image = disk().build()
+    for l1_index in range(3):
+        start = image.l2_table(l1_index)
+        image.data[start : start + CLUSTER] = (b"somebody's log, line by line\n" * 200)[:CLUSTER]
+    wipe(image, image.header.l1_table_offset, 32)
+    return image
+
+
+def wiped_l1_and_table_of_a_snapshot() -> Image:
+    builder = ImageBuilder(size=2 * MIB, cluster_bits=12)
+    builder.write(0, random.Random(1).randbytes(PER_TABLE * CLUSTER))
+    builder.take_snapshot("one")
+    builder.write(0, random.Random(2).randbytes(PER_TABLE * CLUSTER))
+    image = builder.build()
+    wipe(image, image.l2_table(0, 0))
+    image.set_word(image.l1_at(0, 0), 0)
+    return image
+
+
+def data_like_refcounts() -> Image:
+    """More of it than there could be refcount blocks."""
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    builder.write(0, b"\0\1" * (PER_TABLE * CLUSTER // 2))
+    image = builder.build()
+    wipe(image, image.l2_table(0))
+    return image
+
+
+def overwritten_table() -> Image:
+    image = disk().build()
+    start = image.l2_table(1)
+    image.data[start : start + CLUSTER] = (b"somebody's log, line by line\n" * 200)[:CLUSTER]
+    return image
+
+
+def table_of_a_few_wrong_words() -> Image:
+    """No entry is left of it, and too little else to say what lies there."""
+    image = disk().build()
+    wipe(image, image.l2_table(1))
+    image.set_word(image.l2_table(1), 0x3E)
+    return image
+
+
+def wiped_l1_entry_and_table() -> Image:
+    image = disk().build()
+    wipe(image, image.l2_table(1))
+    image.set_word(image.l1_at(1), 0)
+    return image
+
+
+def wiped_table_of_a_snapshot() -> Image:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(builder.geometry.l2_entries, random.Random(2).randbytes(PER_TABLE * CLUSTER))
+    image = builder.build()
+    wipe(image, image.l2_table(1, 0))
+    return image
+
+
+def data_file_bit() -> Image:
+    image = disk().build()
+    bits = image.header.incompatible_features | Incompatible.DATA_FILE
+    image.change_header(incompatible_features=bits)
+    return image
+
+
+def extended_l2_bit() -> Image:
+    builder = ImageBuilder(size=1 << 28)
+    builder.write(0, random.Random(1).randbytes(2 * PER_TABLE << 16))
+    image = builder.build()
+    bits = image.header.incompatible_features | Incompatible.EXTENDED_L2
+    image.change_header(incompatible_features=bits)
+    return image
+
+
+def entry_past_the_end() -> Image:
+    image = disk().build()
+    past = (image.host_clusters + 9) * CLUSTER
+    image.set_word(image.l2_at(1), past | entries.COPIED)
+    return image
+
+
+def luks_header_gone() -> Image:
+    builder = disk(crypt_method=2, luks_header=luks_bytes())
+    image = builder.build()
+    wipe(image, image.data.index(b"LUKS\xba\xbe"), 512)
+    image.set_word(image.l2_at(1), 0)
+    return image
+
+
+PLACES: dict[Callable[[], Image], CauseKind] = {
+    wiped_table: CauseKind.EMPTY_TABLE,
+    wiped_page_of_a_table: CauseKind.EMPTY_PART,
+    wiped_beginning_of_a_table: CauseKind.EMPTY_PART,
+    wiped_l1_and_overwritten_tables: CauseKind.EMPTY_ENTRY,
+    wiped_l1_and_table_of_a_snapshot: CauseKind.EMPTY_ENTRY,
+    data_like_refcounts: CauseKind.EMPTY_TABLE,
+    table_of_a_few_wrong_words: CauseKind.EMPTY_TABLE,
+    overwritten_table: CauseKind.OVERWRITTEN_TABLE,
+    wiped_l1_entry_and_table: CauseKind.EMPTY_ENTRY,
+    wiped_table_of_a_snapshot: CauseKind.EMPTY_TABLE,
+    data_file_bit: CauseKind.FEATURE_BIT,
+    extended_l2_bit: CauseKind.FEATURE_BIT,
+    entry_past_the_end: CauseKind.DAMAGED_ENTRY,
+    luks_header_gone: CauseKind.LUKS_HEADER,
+}
+
+
+@pytest.mark.parametrize(("make", "cause"), PLACES.items(), ids=[f.__name__ for f in PLACES])
+def test_leaked_data_that_has_a_place_is_not_freed_without_an_id(
+    make: Callable[[], Image], cause: CauseKind
+):
+    image = make()
+    assert cause in causes(image)
+    leaks = proposal(image, RepairTier.LEAKS)
+    assert leaks.needs_quote
+    assert leaks.warnings
+    assert all("hold" in line and " data, and " in line for line in leaks.warnings)
+
+
+@pytest.mark.parametrize("make", PLACES, ids=lambda each: each.__name__)
+def test_all_keeps_what_has_a_place_counted(make: Callable[[], Image]):
+    image = make()
+    before = check_image(image.source)
+    assert before.mismatches is not None
+    try:
+        everything = proposal(image, RepairTier.ALL)
+    except RepairError:
+        return
+    assert everything.needs_quote or PLACES[make] is CauseKind.DAMAGED_ENTRY
+    after = everything.after.mismatches
+    assert after is not None
+    leaked = before.mismatches.clusters(FindingKind.LEAK, before.counters.leaks)
+    assert (after.stored[after.index.slots_of(leaked)] > 0).all()
+
+
+# ---- where nothing can have been lost ----
+
+
+def discarded() -> Image:
+    """The entries say zeros; the machine died before the refcounts were lowered."""
+    image = disk().build()
+    for cluster in range(PER_TABLE):
+        image.set_word(image.l2_at(cluster), entries.ZERO)
+    return image
+
+
+def stale_bitmaps() -> Image:
+    builder = disk()
+    builder.add_bitmap("backup", granularity_bits=16, dirty=[0, 5])
+    image = builder.build()
+    bits = image.header.autoclear_features & ~int(Autoclear.BITMAPS)
+    image.change_header(autoclear_features=bits)
+    return image
+
+
+def counted_twice() -> Image:
+    image = disk().build()
+    for at in (image.host_offset(0), image.l2_table(0)):
+        image.set_refcount(at // CLUSTER, 2)
+    return image
+
+
+def crashed_while_it_grew() -> Image:
+    """Clusters were allocated behind the last entry, and the machine died before their entries."""
+    builder = disk()
+    for cluster in range(70, 75):
+        builder.write(cluster, random.Random(cluster).randbytes(CLUSTER))
+    image = builder.build()
+    for cluster in range(71, 75):
+        image.set_word(image.l2_at(cluster), 0)
+    return image
+
+
+HARMLESS = (crashed_while_it_grew, discarded, stale_bitmaps, counted_twice)
+
+
+@pytest.mark.parametrize("make", HARMLESS, ids=lambda each: each.__name__)
+def test_what_cannot_have_been_lost_is_freed_without_an_id(make: Callable[[], Image]):
+    image = make()
+    assert check_image(image.source).counters.leaks
+    assert causes(image) == set()
+    leaks = proposal(image, RepairTier.LEAKS)
+    assert not leaks.needs_quote
+    assert leaks.warnings == []
+    assert leaks.left_count == 0 or leaks.after.counters.leaks == 0
+
+
+# ---- how much is missing ----
+
+
+def test_no_more_is_missing_than_a_wiped_table_mapped():
+    assert triage(wiped_table()).losses.missing == PER_TABLE * CLUSTER
+
+
+def test_no_more_is_missing_than_reads_as_nothing():
+    image = disk().build()
+    builder = disk(size=3 * image.geometry.l2_coverage)
+    width = builder.geometry.l2_entries
+    builder.write(0, random.Random(5).randbytes(3 * width * CLUSTER))
+    image = builder.build()
+    lost = image.host_offset(7)
+    image.set_word(image.l2_at(7), 0)
+    image.set_refcount(lost // CLUSTER, 60)
+    assert triage(image).losses.missing == CLUSTER
+
+
+def test_compressed_clusters_that_shared_a_cluster_are_all_missing():
+    builder = disk()
+    for cluster in range(20, 28):
+        builder.write_compressed(cluster, bytes([cluster]) * 100)
+    image = builder.build()
+    wipe(image, image.l2_table(0))
+    assert triage(image).losses.missing >= (PER_TABLE + 8) * CLUSTER
+
+
+def test_what_a_snapshot_still_has_is_missing_from_the_disk_all_the_same():
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(40, b"of its own")  # the disk's first table is its own now
+    image = builder.build()
+    wipe(image, image.l2_table(0))
+    assert triage(image).losses.missing == (PER_TABLE + 1) * CLUSTER
+
+
+def test_a_counter_that_is_far_too_high_hides_one_cluster_at_most():
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(0, b"anew")
+    image = builder.build()
+    old = image.word(image.l2_at(0, 0)) & entries.L2_OFFSET
+    image.set_refcount(old // CLUSTER, 7)
+    assert triage(image).losses.missing <= CLUSTER
+
+
+def test_what_the_disk_still_has_is_not_missing_from_it():
+    builder = disk()
+    builder.take_snapshot("one")
+    image = builder.build()
+    image.change_header(nb_snapshots=0)
+    assert triage(image).losses.missing == 0
+
+
+# ---- refcounts that are lost too ----
+
+
+def without_refcounts(image: Image) -> Image:
+    wipe(image, image.refblock(0))
+    return image
+
+
+def test_clusters_without_refcounts_are_looked_at_like_leaks():
+    image = without_refcounts(wiped_table())
+    found = triage(image)
+    assert len(found.uncounted) >= PER_TABLE
+    assert {cause.kind for cause in found.losses.causes} == {CauseKind.EMPTY_TABLE}
+    assert proposal(image, RepairTier.ALL).needs_quote
+
+
+def test_a_rebuild_counts_what_may_be_lost_and_a_second_one_changes_nothing():
+    image = without_refcounts(wiped_table())
+    everything = proposal(image, RepairTier.ALL)
+    assert everything.found == everything.planned + everything.left_count
+    uncounted = everything.triage.uncounted
+    repaired = Bytes(
+        read_bytes(Overlay(image.source, everything.plan), 0, everything.plan.size_after)
+    )
+    after = check_image(repaired)
+    assert after.verdict == "leaks"
+    assert after.mismatches is not None
+    leaked = after.mismatches.clusters(FindingKind.LEAK, after.counters.leaks)
+    assert np.array_equal(leaked, uncounted)
+    assert propose(repaired, after, RepairTier.ALL).plan.changes_nothing
+    assert propose(repaired, after, RepairTier.LEAKS).needs_quote
+
+
+def test_where_nothing_is_lost_but_refcounts_a_rebuild_leaves_nothing():
+    everything = proposal(without_refcounts(disk().build()), RepairTier.ALL)
+    assert everything.after.verdict == "clean"
+    assert not everything.needs_quote
+    assert everything.kept == 0
+
+
+def test_one_refcount_of_zero_is_no_loss_of_refcounts():
+    image = wiped_table()
+    image.set_refcount(image.host_offset(0) // CLUSTER, 0)
+    assert len(triage(image).uncounted) == 0

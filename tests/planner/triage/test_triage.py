@@ -1,0 +1,277 @@
+"""What is lost among the leaks, and what is only waste."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import planner.triage.triage
+from examples.make_image import DAMAGES, MIB, Image, ImageBuilder, sample
+from planner.check.check import check_image
+from planner.check.classify import Look
+from planner.findings.kinds import ACTIVE, NONE, Structure
+from planner.qcow2 import entries
+from planner.triage.l1_holes import Place, PlaceKind
+from planner.triage.triage import Suspect, Triage, triage_leaks
+
+
+def damaged(*names: str) -> Image:
+    image = sample().build()
+    for name in names:
+        DAMAGES[name](image, random.Random(1))
+    return image
+
+
+def triage(image: Image) -> Triage:
+    return triage_leaks(image.source, check_image(image.source))
+
+
+def suspects(image: Image) -> tuple[Suspect, ...]:
+    return triage(image).suspects
+
+
+def full(**options: object) -> ImageBuilder:
+    """A disk whose every L1 entry leads to an L2 table, in clusters of 4 KiB: 4 of them."""
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12, **options)  # type: ignore[arg-type]
+    rng = random.Random(1)
+    for l1_index in range(builder.geometry.l1_entries_needed):
+        first = l1_index * builder.geometry.l2_entries
+        builder.write(first, rng.randbytes(5 * builder.geometry.cluster_size))
+    return builder
+
+
+# ---- a lost L2 table ----
+
+
+def test_the_table_behind_a_zeroed_l1_entry_is_a_suspect():
+    image = sample().build()
+    lost = image.l2_at(image.geometry.l2_entries) & -image.cluster_size
+    image.set_word(image.l1_at(1), 0)
+    (suspect,) = suspects(image)
+    assert suspect.offset == lost
+    assert not suspect.is_l1
+    assert suspect.leaked_targets == suspect.targets == suspect.words == suspect.plausible > 0
+    assert "a lost L2 table" in suspect.sentence
+
+
+def test_the_only_empty_l1_entry_says_what_a_lost_table_mapped():
+    image = full().build()
+    coverage = image.geometry.l2_coverage
+    image.set_word(image.l1_at(2), 0)
+    (suspect,) = suspects(image)
+    assert suspect.places == (Place(PlaceKind.EMPTY, ACTIVE, 2, 1, coverage),)
+    assert f"{coverage} bytes at guest offset {2 * coverage} (L1 entry 2 is empty)" in (
+        suspect.sentence
+    )
+
+
+def test_of_several_empty_l1_entries_each_may_be_the_one():
+    image = damaged("lost-l2-table")
+    (suspect,) = suspects(image)
+    assert suspect.places == (Place(PlaceKind.EMPTY, ACTIVE, 1, 3, image.geometry.l2_coverage),)
+    assert suspect.place_count == 3
+    assert "L1 entries 1 to 3 are empty" in suspect.sentence
+
+
+def test_a_damaged_l1_entry_is_named_before_the_empty_ones():
+    image = damaged("lost-l2-table")
+    image.set_word(image.l1_at(3), image.host_clusters * 16 * image.cluster_size)
+    (suspect,) = suspects(image)
+    assert [(place.kind, place.l1_index) for place in suspect.places] == [
+        (PlaceKind.DAMAGED, 3),
+        (PlaceKind.EMPTY, 1),
+    ]
+
+
+def test_what_a_lost_table_mapped_belongs_to_it():
+    image = sample().build()
+    DAMAGES["leaked-clusters"](image, random.Random(1))
+    DAMAGES["lost-l2-table"](image, random.Random(1))
+    found = triage(image)
+    (suspect,) = found.suspects
+    assert suspect.mapped == Counter({Look.DATA: 10})
+    assert suspect.starts_with == Counter({"text": 10})
+    assert found.looks() == Counter({Look.ZEROS: 11, Look.DATA: 10, Look.L2_TABLE: 1})
+    assert np.count_nonzero(found.group != NONE) == 10
+
+
+def test_a_lost_table_that_is_overwritten_in_part_is_still_a_suspect():
+    image = full().build()
+    lost = image.l2_table(1)
+    words = [image.word(lost + 8 * at) for at in range(5)]
+    for at in range(60):
+        image.set_word(lost + 8 * at, words[at % 5])
+    image.set_word(lost + 8 * 4, 0x0123_4567_89AB_CDEF)
+    image.set_word(image.l1_at(1), 0)
+    (suspect,) = suspects(image)
+    assert (suspect.offset, suspect.words, suspect.plausible) == (lost, 60, 59)
+
+
+def test_a_table_of_a_snapshot_may_have_stood_in_any_l1_table():
+    builder = full()
+    builder.take_snapshot("one")
+    for l1_index in range(4):
+        builder.write(l1_index * builder.geometry.l2_entries, b"new")
+    image = builder.build()
+    image.set_word(image.l1_at(2, snapshot=0), 0)
+    (suspect,) = suspects(image)
+    assert [(place.snapshot, place.l1_index) for place in suspect.places] == [(0, 2)]
+    assert "L1 entry 2 of snapshot 0 is empty" in suspect.sentence
+
+
+def test_without_an_empty_l1_entry_a_table_may_be_left_over():
+    image = full().build()
+    other = image.l2_table(0)
+    image.set_word(image.l1_at(1), other | entries.COPIED)
+    (suspect,) = suspects(image)
+    assert suspect.places
+    assert all(place.kind is PlaceKind.DAMAGED for place in suspect.places)
+
+
+# ---- a lost snapshot ----
+
+
+def test_the_l1_table_of_a_lost_snapshot_is_a_suspect():
+    found = triage(damaged("lost-snapshot"))
+    (l1,) = (suspect for suspect in found.suspects if suspect.is_l1)
+    (snapshot,) = found.snapshots
+    assert l1.snapshot == snapshot
+    assert snapshot.name == b"before upgrade"
+    assert "the L1 table of a lost snapshot, ID '1', name 'before upgrade'" in l1.sentence
+
+
+def test_a_lost_snapshot_is_named_behind_those_that_are_left():
+    builder = full()
+    for name in ("first", "second", "third\x1b[31m"):
+        builder.take_snapshot(name)
+        builder.write(0, name.encode())
+    image = builder.build()
+    image.change_header(nb_snapshots=1)
+    found = triage(image)
+    assert [snapshot.id_str for snapshot in found.snapshots] == [b"2", b"3"]
+    sentences = "".join(suspect.sentence for suspect in found.suspects)
+    assert "name 'second'" in sentences
+    assert "\x1b" not in sentences
+
+
+def test_a_table_of_a_lost_snapshot_is_placed_by_its_l1_table():
+    builder = full()
+    builder.take_snapshot("one")
+    for l1_index in range(4):
+        builder.write(l1_index * builder.geometry.l2_entries, b"new")
+    image = builder.build()
+    third = image.l2_table(2, snapshot=0)
+    image.change_header(nb_snapshots=0)
+    found = {suspect.offset: suspect for suspect in suspects(image)}
+    (place,) = found[third].places
+    assert (place.kind, place.l1_index) == (PlaceKind.LOST, 2)
+    assert "at guest offset 4194304 in the lost snapshot" in found[third].sentence
+
+
+def test_the_table_of_a_deleted_snapshot_names_nobody():
+    image = damaged("lost-snapshot")
+    for suspect in suspects(image):
+        image.set_refcount(suspect.offset // image.cluster_size, 0)
+    assert not triage(image).snapshots
+
+
+# ---- what is no loss ----
+
+
+def test_leaked_data_is_no_suspect():
+    assert not suspects(damaged("leaked-clusters"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"text " * 800, random.Random(1).randbytes(4096), b"\0\1" * 999]
+)
+def test_content_of_any_sort_is_no_suspect(content: bytes):
+    builder = full()
+    at = builder.place(content) // builder.geometry.cluster_size
+    image = builder.build()
+    image.set_refcount(at, 1)
+    found = triage(image)
+    assert found.leaked == 1
+    assert not found.suspects
+
+
+def test_an_old_table_whose_targets_are_in_use_is_no_suspect():
+    builder = full()
+    copy_at = builder.place(bytes(builder.geometry.cluster_size))
+    image = builder.build()
+    size, table = image.cluster_size, image.l2_table(1)
+    image.data[copy_at : copy_at + size] = image.data[table : table + size]
+    image.set_refcount(copy_at // size, 1)
+    found = triage(image)
+    assert not found.suspects
+    (old,) = found.tables
+    assert (old.offset, old.leaked_targets, old.looks_lost) == (copy_at, 0, False)
+
+
+def counted_once_more(image: Image) -> Image:
+    """As if a snapshot that shared everything were lost."""
+    refcounts = image.refcounts()
+    for cluster in range(1, image.host_clusters):
+        image.set_refcount(cluster, refcounts[cluster] + (refcounts[cluster] > 0))
+    return image
+
+
+def test_an_l2_table_that_lost_one_of_its_l1_entries_is_a_suspect():
+    image = counted_once_more(sample().build())
+    found = {suspect.offset: suspect for suspect in suspects(image)}
+    (place,) = found[image.l2_at(0)].places
+    assert (place.kind, place.l1_index) == (PlaceKind.SHARED, 0)
+    assert "it maps 536870912 bytes at guest offset 0" in found[image.l2_at(0)].sentence
+
+
+def test_of_what_is_in_use_only_l2_tables_are_suspects():
+    image = counted_once_more(sample().build())
+    regions = check_image(image.source).regions
+    tables = set(regions.offset[regions.structure == Structure.L2_TABLE].tolist())
+    assert {suspect.offset for suspect in suspects(image)} <= tables
+
+
+# ---- bounds ----
+
+
+def test_how_many_leaked_clusters_were_looked_at_is_said():
+    image = damaged("leaked-clusters")
+    found = triage(image)
+    assert found.looked_at == found.leaked == check_image(image.source).counters.leaks
+
+
+def test_of_very_many_a_share_is_read_and_the_tables_are_found_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    image = full().build()
+    lost = {image.l2_table(l1_index) for l1_index in range(4)}
+    for l1_index in range(4):
+        image.set_word(image.l1_at(l1_index), 0)
+    monkeypatch.setattr(planner.triage.triage, "MAX_TRIAGED_BYTES", 8 * image.cluster_size)
+    found = triage(image)
+    assert {suspect.offset for suspect in found.suspects} == lost
+    assert found.looked_at <= 8 < found.leaked
+    assert found.looks()[Look.UNREAD] == found.leaked - found.looked_at
+
+
+def test_tables_beyond_those_that_are_described_are_counted(monkeypatch: pytest.MonkeyPatch):
+    image = full().build()
+    for l1_index in range(4):
+        image.set_word(image.l1_at(l1_index), 0)
+    monkeypatch.setattr(planner.triage.triage, "MAX_TABLES", 2)
+    found = triage(image)
+    assert len(found.tables) == 2
+    assert found.suspect_count == 4
+
+
+def test_says_how_much_of_it_was_read():
+    image = damaged("leaked-clusters")
+    report = check_image(image.source)
+    told: list[tuple[str, int, int]] = []
+    triage_leaks(image.source, report, progress=lambda *far: told.append(far))
+    stages, done, totals = zip(*told, strict=True)
+    assert set(stages) == {"leaks"}
+    assert set(totals) == {report.counters.leaks * image.cluster_size}
+    assert list(done) == sorted(done)
+    assert 0 < done[0] <= done[-1] <= totals[0]
