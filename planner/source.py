@@ -1,4 +1,4 @@
-"""What a planner reads from: the Source protocol, Bytes, Overlay, and batched table reads.
+"""What a planner reads from: the Source protocol, Bytes, and batched table reads.
 
 A source may be sparse, cut off, or say that it is 8 EiB long. Nothing here believes that it is
 small or dense; bytes past the end are zeros, as QEMU reads them. Files are opened elsewhere.
@@ -101,79 +101,29 @@ class Bytes:
         return [(offset, end)] if offset < end else []
 
 
-class _StagedSectors(Protocol):
-    """A stage of a plan, as far as reading its outcome goes."""
+class Patched:
+    """A source of which the bytes from *offset* on read as *data*."""
 
-    @property
-    def sectors(self) -> I64: ...
-
-    @property
-    def after(self) -> U8: ...
-
-
-class _Staged(Protocol):
-    """A plan, as far as reading its outcome goes."""
-
-    @property
-    def stages(self) -> Sequence[_StagedSectors]: ...
-
-    @property
-    def size_after(self) -> int: ...
-
-
-class Overlay:
-    """A source with a plan laid on it: what the file will be when all stages are written."""
-
-    def __init__(self, source: Source, plan: _Staged) -> None:
-        self._source = source
-        self._size = plan.size_after
-        # One over the other, as they are: nothing is copied, however many overlays there are.
-        self._layers = [(stage.sectors, stage.after) for stage in plan.stages]
+    def __init__(self, source: Source, offset: int, data: bytes) -> None:
+        self._source, self._offset, self._data = source, offset, data
 
     @property
     def size(self) -> int:
-        return self._size
-
-    @property
-    def executor(self) -> Executor | None:
-        """That of the source beneath."""
-        return executor_of(self._source)
+        return self._source.size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        first = offset // SECTOR * SECTOR
-        length = -(-(offset + len(buffer) - first) // SECTOR) * SECTOR
-        if (first, length) != (offset, len(buffer)):
-            whole = memoryview(bytearray(length))
-            self.read_into(first, whole)
-            buffer[:] = whole[offset - first : offset - first + len(buffer)]
-            return
         self._source.read_into(offset, buffer)
-        rows = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, SECTOR)
-        # Of sectors that several stages change, the last stage's content holds.
-        for sectors, content in self._layers:
-            inside = _between(sectors, offset, offset + length)
-            rows[sectors[inside] - offset // SECTOR] = content[inside]
-        if offset + length > self._size:
-            buffer[max(0, self._size - offset) :] = bytes(min(length, offset + length - self._size))
+        low = max(offset, self._offset)
+        high = min(offset + len(buffer), self._offset + len(self._data))
+        if low < high:
+            part = self._data[low - self._offset : high - self._offset]
+            buffer[low - offset : high - offset] = part
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
-        end = min(offset + length, self._size)
-        runs = (_runs(sectors, offset, end) for sectors, _ in self._layers)
-        beneath = self._source.data_extents(offset, max(0, end - offset))
-        return _join_extents(heapq.merge(beneath, *runs))
-
-
-def _between(sectors: I64, offset: int, end: int) -> slice:
-    """Where in ascending *sectors* those stand that the bytes from *offset* to *end* touch."""
-    return slice(*np.searchsorted(sectors, [offset // SECTOR, -(-end // SECTOR)]).tolist())
-
-
-def _runs(sectors: I64, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """The runs of neighbours among *sectors*, as ascending byte extents from *offset* to *end*."""
-    inside = sectors[_between(sectors, offset, end)]
-    for run in np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1):
-        if len(run):
-            yield max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR)
+        end = self._offset + len(self._data)
+        own = [(max(offset, self._offset), min(offset + length, end))]
+        beneath = self._source.data_extents(offset, length)
+        return join_extents(heapq.merge(beneath, [run for run in own if run[0] < run[1]]))
 
 
 class Salvaged:
@@ -218,7 +168,7 @@ class Salvaged:
         return lost
 
 
-def _join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Ascending extents that may overlap, as ascending ones that do not touch."""
     current: tuple[int, int] | None = None
     for start, end in extents:

@@ -34,7 +34,8 @@ from instarfs.errors import (
 )
 from planner.arrays import I64, U8, Mask, distinct
 from planner.check.check import Progress
-from planner.repair.plan import COMPARED_SECTORS, Plan, Stage, StageKind, equal_rows
+from planner.repair.draft import equal_rows
+from planner.repair.plan import COMPARED_SECTORS, Plan, Stage, StageKind
 from planner.source import SECTOR, Source, read_tables
 
 MAX_WRITE_SECTORS = (1 << 20) // SECTOR

@@ -40,8 +40,9 @@ from instarfs.repair.execute import Device, holds_start, require_remnant, requir
 from instarfs.repair.journal import Journal, Record, State, digest_of
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.report import Report
+from planner.repair.overlay import Overlay
 from planner.repair.plan import Plan
-from planner.source import SECTOR, Overlay, Source, read_bytes
+from planner.source import SECTOR, Source, read_bytes
 
 log = logging.getLogger(__name__)
 

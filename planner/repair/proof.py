@@ -20,8 +20,9 @@ from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
+from planner.repair.overlay import Overlay
 from planner.repair.plan import COMPARED_SECTORS, Plan, Stage
-from planner.source import SECTOR, Overlay, Source
+from planner.source import SECTOR, Source
 
 _MAY_CHANGE = {
     "refcount_table_offset",

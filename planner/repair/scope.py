@@ -16,7 +16,8 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.repair.plan import Draft, Edit, StageKind
+from planner.repair.draft import Draft
+from planner.repair.plan import Edit, StageKind
 from planner.source import Source, read_present
 
 LOOKED_AHEAD = 16 << 20

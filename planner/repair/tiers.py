@@ -19,8 +19,9 @@ from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
+from planner.repair.draft import Draft
 from planner.repair.entries import clear_reserved_bits, correct_entries
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
+from planner.repair.plan import Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (

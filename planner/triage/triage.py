@@ -28,8 +28,7 @@ from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
-from planner.repair.plan import Draft, StageKind
-from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
 from planner.triage.losses import CauseKind, Leaked, Losses, bitmap_clusters, find_losses
 from planner.triage.uncounted import uncounted_clusters
@@ -441,9 +440,8 @@ class _Describer:
         for bit, name in _BITS.items():
             if layout.header.version < 3 or not features & bit:
                 continue
-            draft = Draft(self._source, can_grow=False)
-            draft.write(StageKind.CORRECT, FEATURES_AT, (features & ~bit).to_bytes(8, "big"))
-            other = check_image(draft.overlay()).mismatches
+            without = (features & ~bit).to_bytes(8, "big")
+            other = check_image(Patched(self._source, FEATURES_AT, without)).mismatches
             if other is None:
                 continue
             explained = np.count_nonzero(other.count_references(data))

@@ -24,8 +24,10 @@ from instarfs.repair.undo_place import Identity
 from planner.arrays import U8
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
-from planner.source import SECTOR, Bytes, Overlay, read_bytes
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import Plan, RepairTier, StageKind
+from planner.source import SECTOR, Bytes, read_bytes
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.crash.corpus import GROUPS, Case, cases
 from tests.crash.guest import disks

@@ -17,8 +17,9 @@ from instarfs.image.file import Image
 from instarfs.repair.interrupted import pending
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.run import Repairer
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, read_bytes
 from tests.cached import cached_check, cached_propose
 from tests.crash.corpus import GROUPS, Case, cases
 

@@ -54,9 +54,11 @@ from planner.qcow2.header import decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import encode_luks
 from planner.qcow2.snapshots import read_reachable_snapshots, read_snapshots
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import Plan, RepairTier, StageKind
 from planner.repair.tiers import propose, same_outcome
-from planner.source import SECTOR, Bytes, Overlay, Source, read_bytes
+from planner.source import SECTOR, Bytes, Source, read_bytes
 from planner.triage.triage import triage_leaks
 from planner.views.bitmap_state import read_bitmap_states
 from planner.views.explain import explain_guest, explain_host

@@ -16,9 +16,10 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
-from planner.source import Overlay, Source
+from planner.source import Source
 from tests.oracle.guest_disks import Disk, faults_between, read_disk
 from tests.oracle.images import Row, copy, repair_command
 from tests.oracle.judge import ask_qemu

@@ -23,9 +23,10 @@ from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Structure
 from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
-from planner.source import Overlay, Source, read_bytes
+from planner.source import Source, read_bytes
 from tests.oracle.guest_disks import CHUNK, Disks, first_difference
 from tests.oracle.images import Row, copy, repair_command
 from tests.oracle.judge import EXCEPTIONS, Answer, answer_of, ask_qemu, compare, fingerprint

@@ -1,4 +1,4 @@
-"""instarfs.inspect.repair_queue and instarfs.inspect.inspector around a repairer that is not one."""
+"""The queue of repairs, and the inspector, around a repairer that is not one."""
 
 import errno
 import os

@@ -50,8 +50,9 @@ from instarfs.mount.operations import Operations, Ownership
 from instarfs.render.check import counters_value
 from instarfs.repair.run import Repairer
 from planner.errors import PlannerError
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, read_bytes
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.fuzz.mutations import mutate_words
 from tests.instarfs.mount.kernel import caller, fields

@@ -33,8 +33,10 @@ from instarfs.repair.execute import (
     require_remnant,
     take_back,
 )
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
-from planner.source import SECTOR, Bytes, Overlay, read_bytes
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import Plan, RepairTier, StageKind
+from planner.source import SECTOR, Bytes, read_bytes
 from tests.devices import (
     EIO,
     ENOSPC,

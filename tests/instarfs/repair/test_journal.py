@@ -46,7 +46,8 @@ from instarfs.repair.journal import (
 )
 from instarfs.repair.undo_place import Identity, UndoPlace
 from planner.check.report import CheckCounters
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
+from planner.repair.draft import Draft
+from planner.repair.plan import Plan, RepairTier, StageKind
 from planner.source import SECTOR, Bytes
 from tests.undo_files import decode, encoded, stack_of
 

@@ -62,9 +62,10 @@ from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, NotQcow2
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
-from planner.source import Bytes, Overlay, Source, read_bytes
+from planner.source import Bytes, Source, read_bytes
 from tests.cached import cached_check, cached_propose, propose_bytes
 from tests.devices import (
     EIO,

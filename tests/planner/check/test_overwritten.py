@@ -10,9 +10,10 @@ from planner.check.check import check_image
 from planner.check.classify import content_name
 from planner.check.report import Report
 from planner.findings.kinds import NONE, Finding, FindingKind
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
 
 LOG = b'{"log":"request ok","t":1234567}\n'

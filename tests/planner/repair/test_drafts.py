@@ -9,10 +9,11 @@ from planner.findings.kinds import FindingKind as Kind
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, read_header
 from planner.repair import scope, tiers
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier, StageKind
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, read_bytes
 from tests.planner.corpus.rule import COPIED, SIZE, builder, fill, plain, with_snapshot
 
 RESERVED = 1 << 60

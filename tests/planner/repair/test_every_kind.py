@@ -13,9 +13,10 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Severity
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
-from planner.source import SECTOR, Bytes, Overlay, read_bytes
+from planner.source import SECTOR, Bytes, read_bytes
 from tests.planner.corpus import RULES
 
 CASES = [(name, tier) for name in RULES for tier in RepairTier]

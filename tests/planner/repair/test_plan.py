@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.findings.kinds import FindingKind, Structure
-from planner.repair.plan import MAX_EDITS, Draft, Edit, Plan, RepairTier, StageKind
-from planner.source import SECTOR, Bytes, Overlay, read_bytes
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import MAX_EDITS, Edit, Plan, RepairTier, StageKind
+from planner.source import SECTOR, Bytes, read_bytes
 
 SIZE = 5000
 DATA = bytes(np.random.default_rng(1).integers(0, 256, SIZE, dtype=np.uint8))

@@ -6,9 +6,11 @@ from examples.make_image import Image
 from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind
-from planner.repair.plan import Draft, Plan, RepairTier, StageKind
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
-from planner.source import Bytes, Overlay
+from planner.source import Bytes
 from tests.planner.corpus.rule import COPIED, SIZE, plain, with_snapshot
 
 UNPROVEN = "planned and then not proven"

@@ -12,9 +12,10 @@ from planner.errors import RepairError
 from planner.findings.kinds import FindingKind
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, Incompatible
+from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
-from planner.source import Bytes, Overlay, read_bytes
+from planner.source import Bytes, read_bytes
 from planner.triage.losses import CauseKind
 from planner.triage.triage import Triage, triage_leaks
 from tests.luks_headers import luks_bytes

@@ -1,0 +1,185 @@
+"""A plan in the making: writes by stage, in any order of stages, on top of a source."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.arrays import I64, U8, Mask, distinct
+from planner.repair.overlay import Overlay
+from planner.repair.plan import (
+    COMPARED_SECTORS,
+    MAX_EDITS,
+    Edit,
+    Plan,
+    RepairTier,
+    Stage,
+    StageKind,
+)
+from planner.source import SECTOR, Source, read_tables
+
+
+class Draft:
+    """A plan in the making: writes by stage, in any order of stages, on top of a source.
+
+    ``can_grow``: whether the source may become longer; a block device does not.
+    """
+
+    def __init__(self, source: Source, *, can_grow: bool = True) -> None:
+        self._source = source
+        self.can_grow = can_grow
+        self._writes: dict[StageKind, list[_Write]] = {}
+        self._stages: dict[StageKind, Stage] = {}  # As far as they still hold.
+        self._edits: list[Edit] = []
+        self._edit_count = 0
+        self._size = source.size
+        self.revision = 0
+        """Grows with each change of what is drafted."""
+
+    @property
+    def size(self) -> int:
+        """Length of the file when all is written, bytes."""
+        return self._size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        if size != self._size:
+            self._size = size
+            self._stages.clear()
+
+    def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
+        """Whole tables: sector-aligned *offsets*, and their bytes, uint8 (tables, bytes)."""
+        if len(offsets):
+            step = np.arange(rows.shape[1] // SECTOR)
+            sectors = (offsets[:, None] // SECTOR + step).reshape(-1)
+            self._add(kind, _Write(sectors, rows.reshape(-1, SECTOR)))
+
+    def write(self, kind: StageKind, offset: int, data: bytes) -> None:
+        """Any bytes anywhere. In a stage, what is drafted later holds."""
+        sectors = np.arange(offset // SECTOR, (offset + len(data) - 1) // SECTOR + 1)
+        self._add(kind, _Write(sectors, data, offset % SECTOR))
+
+    def _add(self, kind: StageKind, write: _Write) -> None:
+        self._writes.setdefault(kind, []).append(write)
+        self._forget_stages(kind, write.sectors)
+
+    def _forget_stages(self, first: StageKind, sectors: I64) -> None:
+        """Stage *first* is no longer what it was, nor a later one that builds on its *sectors*."""
+        self.revision += 1
+        for kind in list(self._stages):
+            if kind == first or (kind > first and self._touches(kind, sectors)):
+                del self._stages[kind]
+
+    def _touches(self, kind: StageKind, sectors: I64) -> bool:
+        return any(np.isin(write.sectors, sectors).any() for write in self._writes[kind])
+
+    def withdraw(self, kind: StageKind) -> None:
+        """Take back what was drafted for a stage."""
+        for write in self._writes.pop(kind, []):
+            self._forget_stages(kind, write.sectors)
+
+    def explain(self, edits: Iterable[Edit], count: int) -> None:
+        """Say why *count* things change; *edits* is read only as far as a plan lists them."""
+        self._edit_count += count
+        self._edits.extend(itertools.islice(edits, self.edits_left))
+
+    @property
+    def edits_left(self) -> int:
+        """How many more edits are listed one by one."""
+        return MAX_EDITS - len(self._edits)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is drafted."""
+        return not self._writes
+
+    @property
+    def writes_anything(self) -> bool:
+        """Whether anything would be otherwise than in the source."""
+        return not self.plan(RepairTier.ALL).changes_nothing
+
+    def has(self, kind: StageKind) -> bool:
+        """Whether something is drafted for a stage."""
+        return kind in self._writes
+
+    def overlay(self) -> Overlay:
+        """The source as it would be after everything drafted so far."""
+        return Overlay(self._source, self.plan(RepairTier.ALL))
+
+    def plan(self, tier: RepairTier) -> Plan:
+        """What was drafted, as a plan; sectors that would stay as they are are dropped."""
+        plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
+        for kind in sorted(self._writes):
+            if kind not in self._stages:
+                self._stages[kind] = self._stage(kind, Overlay(self._source, plan))
+            stage = self._stages[kind]
+            if len(stage.sectors):
+                plan = replace(plan, stages=(*plan.stages, stage))
+        return plan
+
+    def _stage(self, kind: StageKind, base: Source) -> Stage:
+        writes = self._writes[kind]
+        if all(isinstance(write.data, np.ndarray) for write in writes):
+            _join(writes)
+        sectors = distinct(np.concatenate([write.sectors for write in writes]))
+        before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+        for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
+            before[part] = rows
+        after = _content_after(before, sectors, writes)
+        differs = ~equal_rows(before, after)
+        if differs.all():
+            return Stage(kind, sectors, before, after)
+        return Stage(kind, sectors[differs], before[differs], after[differs])
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """``data``: whole sectors, uint8 (n, 512), or any bytes from byte ``skip`` of the first on.
+
+    ``sectors``: those that it touches, int64, in the order of its bytes.
+    """
+
+    sectors: I64
+    data: U8 | bytes
+    skip: int = 0
+
+
+def _join(writes: list[_Write]) -> None:
+    """Make one write, its sectors ascending, of many of whole sectors.
+
+    A stage then takes it as it is, so that what is drafted is held once.
+    """
+    sectors = distinct(np.concatenate([write.sectors for write in writes]))
+    rows = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+    while writes:
+        write = writes.pop(0)  # One after the other, so that little is there twice.
+        rows[np.searchsorted(sectors, write.sectors)] = write.data
+    writes.append(_Write(sectors, rows))
+
+
+def _content_after(before: U8, sectors: I64, writes: list[_Write]) -> U8:
+    """What *sectors* hold after *writes*; shape of *before*, which they hold before."""
+    if len(writes) == 1 and isinstance(writes[0].data, np.ndarray):
+        return writes[0].data
+    after = before.copy()
+    flat = after.reshape(-1)
+    for write in writes:
+        if isinstance(write.data, bytes):
+            # The sectors of one write are neighbours in *sectors* too: none lies between them.
+            start = int(np.searchsorted(sectors, write.sectors[0])) * SECTOR + write.skip
+            flat[start : start + len(write.data)] = np.frombuffer(write.data, dtype=np.uint8)
+        else:
+            after[np.searchsorted(sectors, write.sectors)] = write.data
+    return after
+
+
+def equal_rows(one: U8, other: U8) -> Mask:
+    """Which sectors, uint8 (n, 512), are alike."""
+    equal: Mask = np.empty(len(one), dtype=np.bool_)
+    for start in range(0, len(one), COMPARED_SECTORS):
+        part = slice(start, start + COMPARED_SECTORS)
+        equal[part] = (one[part] == other[part]).all(axis=1)
+    return equal
