@@ -1,10 +1,10 @@
 r"""How text that is not ours leaves the program: one function for each way out, and no other.
 
 What an image, an undo file, another file's name or another program says may hold any character. It
-is kept as it is (`planner.names` decodes it: bytes that are not UTF-8 are lone surrogates) until it
-is written somewhere. What *prints* is what Python calls printable: letters, marks, digits, signs
-and the blank; no control (C0, DEL, C1), no format character (U+202E, U+FEFF), no separator but the
-blank (U+2028), nothing that is not assigned, no surrogate.
+is kept as it is (`planner.qcow2.names` decodes it: bytes that are not UTF-8 are lone surrogates)
+until it is written somewhere. What *prints* is what Python calls printable: letters, marks, digits,
+signs and the blank; no control (C0, DEL, C1), no format character (U+202E, U+FEFF), no separator
+but the blank (U+2028), nothing that is not assigned, no surrogate.
 
     to                              by             what prints   what does not      ends
     terminal, log, TSV, SVG, text   `printable`    as it is      \n \x1b \u202e    never a line

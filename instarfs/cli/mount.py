@@ -10,10 +10,10 @@ import click
 
 from instarfs.cli.options import undo_file_option
 from instarfs.daemon import descriptors
+from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image.file import Image
-from instarfs.logs import log_to_stderr
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
 

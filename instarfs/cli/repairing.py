@@ -10,10 +10,10 @@ from instarfs.cli.complaints import remark
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
+from instarfs.daemon.logs import warn_on_stderr
 from instarfs.errors import InstarfsError, RepairIncomplete
 from instarfs.image.file import Image
 from instarfs.image.memory import limited
-from instarfs.logs import warn_on_stderr
 from instarfs.render.repair import TAKEN_BACK_FIRST
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.run import Repairer

@@ -23,8 +23,8 @@ from typing import NoReturn
 import pyfuse3
 import trio
 
+from instarfs.daemon.logs import log_to
 from instarfs.errors import MountFailed
-from instarfs.logs import log_to
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter
 from instarfs.mount.operations import Operations
 from instarfs.mount.requests import take_turns_fast

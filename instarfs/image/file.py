@@ -32,9 +32,9 @@ from instarfs.errors import (
     UndoFileImpossible,
 )
 from instarfs.image.directory import Hands, Opening, Origin, OwnHands, Spot, behind_links
+from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.image.surroundings import Gone
 from instarfs.linux import look_at, open_looked_at
-from instarfs.mount_table import MOUNT_TABLE, mounts_in
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -38,7 +38,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.guest.follow import FILESYSTEM_TYPE
-from instarfs.mount_table import MOUNT_TABLE, mounts_in
+from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
 """Extended attribute of a mount's root: the identity of the process behind it."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from instarfs.text import json_bytes, printable
 from planner.errors import ImageError
-from planner.names import decode_name
 from planner.qcow2.bitmaps import AUTO, IN_USE
+from planner.qcow2.names import decode_name
 from planner.views.bitmap_state import BitmapState, BitmapStates
 
 UNSAVED = "it was in use and never saved: QEMU takes it for inconsistent and does not use it"

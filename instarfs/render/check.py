@@ -39,8 +39,8 @@ from planner.findings.kinds import (
     Severity,
     Structure,
 )
-from planner.names import brief_name
 from planner.qcow2.geometry import Geometry
+from planner.qcow2.names import brief_name
 from planner.qcow2.snapshots import Snapshot
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs

@@ -15,7 +15,7 @@ from instarfs.text import json_bytes, json_text, printable
 from planner.guest.chain import Member, Role
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw
-from planner.names import decode_name
+from planner.qcow2.names import decode_name
 
 _BOOLEANS = ("false", "true")
 

@@ -23,7 +23,6 @@ from itertools import islice
 from instarfs.text import json_bytes, json_parts, printable, text_lines
 from planner.errors import ImageError
 from planner.guest.chain import full_name
-from planner.names import decode_name
 from planner.qcow2 import bitmaps, extensions
 from planner.qcow2.contents import Contents
 from planner.qcow2.geometry import SECTOR
@@ -40,6 +39,7 @@ from planner.qcow2.header import (
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import SECTOR as LUKS_SECTOR
 from planner.qcow2.luks import KeySlot, LuksHeader, cipher_of
+from planner.qcow2.names import decode_name
 from planner.qcow2.snapshots import Snapshot
 
 Json = dict[str, object]

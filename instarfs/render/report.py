@@ -20,7 +20,7 @@ from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Structure
 from planner.guest.chain import Role
-from planner.names import brief_name
+from planner.qcow2.names import brief_name
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage.impact import Harm, Ranges, guest_impact

@@ -16,7 +16,7 @@ from planner.arrays import I64
 from planner.check.classify import Look
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE
-from planner.names import brief_name, decode_name
+from planner.qcow2.names import brief_name, decode_name
 from planner.qcow2.snapshots import Snapshot
 from planner.triage.l1_holes import Place, PlaceKind
 from planner.triage.triage import Suspect, Triage, adjacent, looks_of, names_of

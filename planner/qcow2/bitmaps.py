@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from planner.errors import ImageError, as_value
-from planner.names import quoted
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import SECTOR, Geometry
+from planner.qcow2.names import quoted
 from planner.source import Source, read_bytes
 
 IN_USE = 1 << 0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from construct import Bytes, GreedyRange, Int8ub, Int32ub, Int64ub, Padded, Struct
 
 from planner.errors import ImageError
-from planner.names import decode_name
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.header import CRYPT_LUKS, Autoclear, Header
+from planner.qcow2.names import decode_name
 from planner.source import Source, read_present
 
 END = 0

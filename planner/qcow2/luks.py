@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from construct import Array, Bytes, Int16ub, Int32ub, Struct
 
 from planner.errors import ImageError, as_value
-from planner.names import decode_name, quoted
 from planner.qcow2.extensions import CryptoPointer
+from planner.qcow2.names import decode_name, quoted
 from planner.source import Source, read_bytes
 
 MAGIC = b"LUKS\xba\xbe"

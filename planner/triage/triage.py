@@ -23,10 +23,10 @@ from planner.check.report import Report
 from planner.check.signatures import NAMES
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import NONE, FindingKind, Structure
-from planner.names import quoted
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
+from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps

@@ -22,7 +22,7 @@ from instarfs.text import (
     shell_path,
     text_lines,
 )
-from planner.names import SHORT, brief_name, decode_name
+from planner.qcow2.names import SHORT, brief_name, decode_name
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from pathlib import Path
 from instarfs.daemon import broker
 from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.logs import log_to_stderr
 from instarfs.image.directory import Opening
 from instarfs.image.file import FileSource, Image
 from instarfs.linux import openat2
-from instarfs.logs import log_to_stderr
 from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image

@@ -6,9 +6,9 @@ import sys
 from typing import NoReturn
 
 from instarfs.daemon import process as daemon
+from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.inspect.shared_value import Edition
-from instarfs.logs import log_to_stderr
 from instarfs.mount.nodes import ControlFile, FixedDirectory, GeneratedFile, LiveFile
 from instarfs.mount.operations import Facts, Operations, Ownership
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from instarfs.daemon import broker
 from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.image.file import FileSource, Image
-from instarfs.logs import log_to_stderr
 from instarfs.mount.options import MountOptions
 from planner.check.check import check_image
 from planner.check.report import Report

@@ -13,8 +13,8 @@ from pathlib import Path
 from instarfs.daemon import broker
 from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.logs import log_to_stderr
 from instarfs.image.file import Image
-from instarfs.logs import log_to_stderr
 from instarfs.mount.options import MountOptions
 from instarfs.repair.execute import FileDevice
 from instarfs.repair.run import Repairer

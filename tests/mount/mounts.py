@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from instarfs.mount_table import MOUNT_TABLE, mounts_in
+from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
 DEADLINE = 20.0
 PROJECT = Path(__file__).parents[2]

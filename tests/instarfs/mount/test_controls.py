@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instarfs.daemon.logs import Lines
 from instarfs.errors import (
     ImageReplaced,
     NoSuchCommand,
@@ -16,7 +17,6 @@ from instarfs.errors import (
     RepairRunning,
     UndoFileDamaged,
 )
-from instarfs.logs import Lines
 from instarfs.mount.controls import Controls, parse_tier, parse_word
 from instarfs.repair.journal import State, StateWord, Summary
 from instarfs.repair.outcome import RepairOutcome, Status

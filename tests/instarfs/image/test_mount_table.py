@@ -1,4 +1,4 @@
-"""instarfs.mount_table: the kernel's own lines, and what it leaves unescaped in them."""
+"""instarfs.image.mount_table: the kernel's own lines, and what it leaves unescaped in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instarfs.mount_table import MOUNT_TABLE, mounts_in
+from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
 
 def as_the_kernel_writes(name: bytes) -> bytes:
