@@ -30,6 +30,9 @@ from planner.triage.triage import Triage
 LISTED_RANGES = 5
 """Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""
 
+LISTED_TABLES = 100
+"""Tables that are gone: each may hold something else now."""
+
 LOOKED_AT_SNAPSHOTS = 64
 """Of so many that findings are about it is told what they mean; each costs a look at them all."""
 
@@ -81,7 +84,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
     sections = [_verdict(report, filename, known), bring_back(filename, known)]
     if report.error is None:
         sections += [
-            _guest(report, known.triage),
+            _guest(report, known),
             _elsewhere(report, known),
             _bitmaps(report, known),
             _leaked(known.triage),
@@ -133,8 +136,9 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
 # ---- the guest ----
 
 
-def _guest(report: Report, triage: Triage | Exception) -> list[str]:
+def _guest(report: Report, known: Aftermath) -> list[str]:
     """What became of the bytes of the active disk, and of the snapshots."""
+    triage, elsewhere = known.triage, known.beside.in_data_file
     losses = triage.losses if isinstance(triage, Triage) else Losses()
     impact = guest_impact(report, misread=losses.misread)
     missing = losses.missing
@@ -151,8 +155,10 @@ def _guest(report: Report, triage: Triage | Exception) -> list[str]:
         )
     if lost_snapshot:
         lines.append("  missing: a snapshot that the image no longer counts; see below")
-    least = "at least " if missing else ""
-    safe = f"  safe: {least}{max(0, impact.safe - missing)} of {impact.size} bytes"
+    harmed = impact.size - impact.safe
+    least = "at least " if missing or (elsewhere and harmed) else ""
+    vouched = max(0, impact.safe - missing - elsewhere)
+    safe = f"  safe: {least}{vouched} of {impact.size} bytes"
     safe += "" if impact.is_whole else ", as far as could be looked at"
     unlooked = (f"  {line}" for line in _unlooked_lines(report))
     return [*lines, safe, *unlooked, *_snapshot_lines(report)]
@@ -222,9 +228,9 @@ def _elsewhere(report: Report, known: Aftermath) -> list[str]:
     """What other files hold of the disk, and whether they were found."""
     lines = []
     for member in known.beside.members:
-        held = "the data of this image"
-        if member.named.role is Role.BACKING:
-            held = f"{known.beside.in_backing_file} of {report.geometry.virtual_size} bytes"
+        is_backing = member.named.role is Role.BACKING
+        size = known.beside.in_backing_file if is_backing else known.beside.in_data_file
+        held = f"{size} of {report.geometry.virtual_size} bytes"
         if member.depth:
             held = "what those do not hold"
         what = "is there" if member.refusal is None else f"was not opened: {member.refusal}"
@@ -307,8 +313,9 @@ def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
     lines = [f"{kind.label} ({number}): {info.meaning}."]
     if info.left:
         lines.append(f"  Cannot be repaired: {info.left}.")
+    limit = LISTED_TABLES if kind is FindingKind.TABLE_OVERWRITTEN else LISTED
     for shown, finding in enumerate(report.rows(kind)):
-        if shown == LISTED:
+        if shown == limit:
             lines.append("  ... the rest is in check/findings.jsonl")
             break
         lines.append(f"  - {fact(report, finding)}")

@@ -114,8 +114,14 @@ def _lost_refblocks(layout: Layout, found: Found) -> _LostRefblocks:
         alone = findings.structures(FindingKind.PAST_END) == [Structure.REFTABLE]
         alone &= not found.entries.structures(FindingKind.PAST_END)
         return _LostRefblocks(0, 0 if alone else READABLE_END)
+    start = layout.header.refcount_table_offset
+    contested = findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    end = start + layout.reftable_entries * 8
+    if ((contested >= start) & (contested < end)).any():
+        return _LostRefblocks(0, 0)  # What is read there may be something else's words.
     reftable = found.stored.reftable
     at = reftable.blocks()
+    at = at[~reftable.reserved[at]]
     at = at[reftable.offset[at] >= layout.file_size]
     covered = (reftable.index[at] + 1) * reftable.entries_per_block << bits
     # QEMU places a block among the clusters that it counts, or before them.

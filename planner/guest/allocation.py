@@ -48,6 +48,11 @@ def bytes_in_backing_file(source: Source, layout: Layout) -> int | None:
     return disk_allocation(source, layout).unallocated if layout.backing_file else None
 
 
+def bytes_in_data_file(source: Source, layout: Layout) -> int | None:
+    """Guest bytes of the active disk that are read from the data file; None where none is used."""
+    return disk_allocation(source, layout).mapped if layout.geometry.external_data else None
+
+
 def allocation(
     source: Source, geometry: Geometry, l1: tuple[I64, U64], low: int, high: int
 ) -> Allocation:

@@ -467,6 +467,10 @@ def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) 
         ),
         (kind in (FindingKind.CORRUPT_BIT, FindingKind.DIRTY_BIT), "the image is not clean"),
         (
+            FindingKind.TABLE_OVERWRITTEN in after.counts(),
+            "it lies in a table that was overwritten, whose words may be somebody's data",
+        ),
+        (
             FindingKind.MULTIPLE_OWNERS in after.counts(),
             "it lies in, or leads to, a cluster with two owners, which is not written to",
         ),

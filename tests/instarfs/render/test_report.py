@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from examples.make_image import DAMAGES, TELLING, Image, sample
+from examples.make_image import DAMAGES, TELLING, Image, ImageBuilder, sample
 from instarfs.errors import ImageReadFailed
 from instarfs.image.surroundings import Room, Surroundings
 from instarfs.render.aftermath import Aftermath, Mounted
+from instarfs.render.check import LISTED
 from instarfs.render.report import (
     LISTED_BITMAPS,
     LISTED_RANGES,
@@ -24,9 +25,10 @@ from planner.check.report import Report
 from planner.errors import ImageError, RepairError
 from planner.guest.chain import Member, Named, Role
 from planner.qcow2.bitmaps import IN_USE, TYPE_DIRTY, Bitmap
+from planner.qcow2.layout import Layout
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
-from planner.triage.beside import Beside
+from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import triage_leaks
 from tests.planner.corpus import RULES
 
@@ -214,6 +216,36 @@ def test_how_much_is_in_files_that_are_not_there():
     name = r"'../gone\x1b.qcow2'"
     assert f"  4096 of {1 << 31} bytes: in the backing file {name}, which is there\n" in text
     assert f"  what those do not hold: in the backing file {name}, which was not opened: " in text
+
+
+def test_what_lies_in_a_data_file_is_not_called_safe():
+    builder = ImageBuilder(size=1 << 24, data_file=b"data.raw")
+    builder.write(0, bytes(range(256)) * 512)
+    source = builder.build().source
+    named = Named(Role.DATA, b"data.raw", b"raw")
+    found = look_beside(source, Layout.read(source), (Member(0, named, None, "it is not there"),))
+    text = report_txt(check_image(source), PATH, Aftermath(beside=found)).decode()
+    assert f"  safe: {(1 << 24) - 131072} of {1 << 24} bytes, as far as" in text
+    assert f"  131072 of {1 << 24} bytes: in the data file 'data.raw', which was not opened" in text
+
+
+def test_each_table_that_is_gone_is_named_with_what_lies_there():
+    tables = LISTED + 3
+    builder = ImageBuilder(size=tables << 21, cluster_bits=12)
+    for index in range(tables):
+        builder.write(index * 512, b"data" * 1024)
+    image = builder.build()
+    for index in range(tables):
+        content = b"all is well, said the log; and so on and on and on\n" * 90
+        if index < LISTED:
+            content = b"\0\1" * 2048
+        start = image.l2_table(index)
+        image.data[start : start + 4096] = content[:4096]
+    text = report_txt(check_image(image.source), PATH).decode()
+    for index in range(tables):
+        content = "a refcount block" if index < LISTED else "text"
+        named = f"the L2 table of L1 entry {index}, at host offset {image.l2_table(index)}"
+        assert f"  - {named}, holds {content}\n" in text
 
 
 def test_bitmaps_that_no_backup_can_rely_on():

@@ -122,3 +122,14 @@ def test_no_repair_edits_what_lies_over_a_table(shape: dict[str, object], tier: 
     plan = propose(image.source, report, tier).plan
     after = read_bytes(Overlay(image.source, plan), start, image.cluster_size)
     assert after == text(image.cluster_size)
+
+
+def test_what_is_left_in_it_is_left_for_that_reason():
+    image = disk(clusters=60)
+    overwrite(image, image.l2_table(0), text(image.cluster_size))
+    report, _ = found_in(image)
+    reasons = {
+        each.kind: each.reason for each in propose(image.source, report, RepairTier.ALL).left
+    }
+    assert "was overwritten" in reasons[FindingKind.L2_ENTRY_RESERVED]
+    assert not any("two owners" in reason for reason in reasons.values())

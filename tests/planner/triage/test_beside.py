@@ -29,7 +29,13 @@ def test_bitmaps_that_are_in_use() -> None:
     assert [each.name for each in look_beside(image.source, layout, ()).unsaved] == [b"first"]
 
 
+def test_what_is_in_the_data_file() -> None:
+    image = fill(builder(data_file=b"data.raw")).build()
+    found = look_beside(image.source, Layout.read(image.source), ())
+    assert (found.in_backing_file, found.in_data_file) == (0, 5 * SIZE)
+
+
 def test_what_is_in_the_backing_file() -> None:
     image = fill(builder(backing_file=b"base", backing_format=b"raw")).build()
     found = look_beside(image.source, Layout.read(image.source), ())
-    assert found.in_backing_file == image.header.size - 5 * SIZE
+    assert (found.in_backing_file, found.in_data_file) == (image.header.size - 5 * SIZE, 0)
