@@ -100,6 +100,14 @@ class Gaps:
         """How many L1 entries that are."""
         return int(self.count[: self._active if only_active else None].sum())
 
+    def cover(self, l1_index: I64) -> Mask:
+        """Whether an entry of that index leads to no L2 table, of any disk."""
+        order = np.argsort(self.l1_index, kind="stable")
+        start = self.l1_index[order]
+        end = np.maximum.accumulate((self.l1_index + self.count)[order])
+        before = np.searchsorted(start, l1_index, side="right")
+        return l1_index < np.append(0, end)[before]
+
     @property
     def _active(self) -> int:
         return int(np.count_nonzero(self.snapshot == ACTIVE))

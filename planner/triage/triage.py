@@ -480,9 +480,16 @@ class _Describer:
         self._look[at[is_reftable]] = Look.REFTABLE
         lost &= ~is_reftable
         in_use = ~self._unused[at]
-        # What is in use has lost something only where it is missing.
-        lost &= ~in_use | (self._gaps.entries(only_active=False) > 0)
+        # What is in use has lost an entry only where one is missing: in another disk, at its index.
+        lost &= ~in_use | np.isin(self._leaked[at], self._missed_tables())
         return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost, in_use)
+
+    def _missed_tables(self) -> I64:
+        """The clusters of L2 tables whose L1 index leads to none in one of the disks."""
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        tables = tables.select(self._gaps.cover(tables.l1_index))
+        return tables.first(self._geometry.cluster_bits)
 
     def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
         """Of each table: its targets, and those that are leaked, *tables*, refcount blocks; (4, n).

@@ -1,5 +1,7 @@
 """L1 entries that lead nowhere."""
 
+import numpy as np
+
 from examples.make_image import MIB, Image, ImageBuilder
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE
@@ -37,6 +39,15 @@ def test_a_disk_without_gaps():
     found = gaps(build(*range(8)))
     assert found.first(9, only_active=False) == ()
     assert found.entries(only_active=False) == 0
+
+
+def test_which_indices_lead_nowhere_in_one_of_the_disks():
+    image = build(0, 3, 4)
+    (snapshot,) = check_image(image.source).snapshots
+    image.set_word(snapshot.l1_table_offset + 8 * 3, 0)
+    covered = gaps(image).cover(np.arange(9))
+    assert covered.tolist() == [False, True, True, True, False, True, True, True, False]
+    assert not gaps(build(*range(8))).cover(np.arange(9)).any()
 
 
 def test_entries_that_cannot_be_right_are_damaged():

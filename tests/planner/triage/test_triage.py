@@ -10,7 +10,7 @@ import planner.triage.triage
 from examples.make_image import DAMAGES, MIB, Image, ImageBuilder, sample
 from planner.check.check import check_image
 from planner.check.classify import Look
-from planner.findings.kinds import ACTIVE, NONE, Structure
+from planner.findings.kinds import ACTIVE, NONE
 from planner.qcow2 import entries
 from planner.triage.l1_holes import Place, PlaceKind
 from planner.triage.triage import Suspect, Triage, triage_leaks
@@ -210,7 +210,7 @@ def test_an_old_table_whose_targets_are_in_use_is_no_suspect():
 
 
 def counted_once_more(image: Image) -> Image:
-    """As if a snapshot that shared everything were lost."""
+    """As a snapshot that shared everything leaves it, if its deletion was cut off."""
     refcounts = image.refcounts()
     for cluster in range(1, image.host_clusters):
         image.set_refcount(cluster, refcounts[cluster] + (refcounts[cluster] > 0))
@@ -218,18 +218,35 @@ def counted_once_more(image: Image) -> Image:
 
 
 def test_an_l2_table_that_lost_one_of_its_l1_entries_is_a_suspect():
-    image = counted_once_more(sample().build())
-    found = {suspect.offset: suspect for suspect in suspects(image)}
-    (place,) = found[image.l2_at(0)].places
-    assert (place.kind, place.l1_index) == (PlaceKind.SHARED, 0)
-    assert "it maps 536870912 bytes at guest offset 0" in found[image.l2_at(0)].sentence
+    image = shared_by_a_snapshot(lost=1)
+    (suspect,) = suspects(image)
+    (place,) = suspect.places
+    assert suspect.offset == image.l2_table(1)
+    assert (place.kind, place.l1_index) == (PlaceKind.SHARED, 1)
+    assert f"it maps {image.geometry.l2_coverage} bytes at guest offset" in suspect.sentence
+    assert "something else that it mapped is lost" in suspect.sentence
 
 
-def test_of_what_is_in_use_only_l2_tables_are_suspects():
-    image = counted_once_more(sample().build())
-    regions = check_image(image.source).regions
-    tables = set(regions.offset[regions.structure == Structure.L2_TABLE].tolist())
-    assert {suspect.offset for suspect in suspects(image)} <= tables
+def shared_by_a_snapshot(lost: int) -> Image:
+    """A snapshot with the tables of the disk, but for one, which its L1 table leads to no more."""
+    builder = full()
+    builder.take_snapshot("one")
+    image = builder.build()
+    (snapshot,) = check_image(image.source).snapshots
+    image.set_word(snapshot.l1_table_offset + 8 * lost, 0)
+    return image
+
+
+@pytest.mark.parametrize("l1_indices", [(0, 1, 2, 3), (0, 1), (1, 3)])
+def test_what_a_deleted_snapshot_still_counts_is_not_called_lost(l1_indices: tuple[int, ...]):
+    """Wherever the disk has no table: of the same disk no two entries share one."""
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    for l1_index in l1_indices:
+        builder.write(l1_index * builder.geometry.l2_entries, b"data" * 9000)
+    found = triage(counted_once_more(builder.build()))
+    assert found.leaked
+    assert not found.suspects
+    assert not found.is_evidence
 
 
 # ---- bounds ----
