@@ -150,8 +150,11 @@ class Attendant:
         self._hands = OwnHands(origin)
 
     def attend(self, channel: socket.socket) -> None:
-        """Answer what comes on *channel* until its other end is closed."""
-        with suppress(OSError):  # of the channel: nobody is left to answer
+        """Answer what comes on *channel* until its other end is closed; then close it.
+
+        Whatever else ends this: who waits for an answer learns that there will be none.
+        """
+        with channel, suppress(OSError):  # of the channel: nobody is left to answer
             # Longer than a request, so that one that is too long is not taken for one.
             while request := channel.recv(REQUEST.size + 1):
                 code, fds = 0, []
@@ -159,11 +162,7 @@ class Attendant:
                     fds = self._carry_out(request)
                 except OSError as error:
                     code = error.errno or errno.EIO
-                try:
-                    socket.send_fds(channel, [ANSWER.pack(code)], fds)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
+                _answer(channel, code, fds)
 
     def _carry_out(self, request: bytes) -> list[int]:
         """The descriptor, where one was asked for."""
@@ -182,6 +181,21 @@ class Attendant:
             return [self._hands.open(what, spot.directory, spot.name)]
         self._hands.change(what, spot.directory, spot.name)
         return []
+
+
+def _answer(channel: socket.socket, code: int, fds: Sequence[int]) -> None:
+    """Send both, and close *fds*. Where the kernel sends no descriptor, the reason for that."""
+    try:
+        socket.send_fds(channel, [ANSWER.pack(code)], fds)
+    except OSError as error:
+        # Of all processes of a user no more may be on their way than one may have open
+        # (ETOOMANYREFS of unix(7)), and for root too: the capability that lifts this is given up.
+        if not fds:
+            raise
+        channel.sendmsg([ANSWER.pack(error.errno or errno.EIO)])
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only: bool) -> None:

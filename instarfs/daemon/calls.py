@@ -13,6 +13,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 from dataclasses import dataclass
 
 ANY_BIT = 0xFFFF_FFFF
@@ -53,6 +54,8 @@ _FUTEXES, _FUTEX_FLAGS = (0, 1, 3, 4, 5, 9, 10), 128 | 256
 _THREAD = (0x3D0F00, 0x7D0F00)
 # asm-generic/mman-common.h: DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, GUARD_INSTALL, GUARD_REMOVE
 _ADVICE = (4, 8, 14, 15, 102, 103)
+# asm-generic/mman.h: ANONYMOUS, and HUGETLB
+_ANONYMOUS, _KIND_OF_MEMORY = 0x20, 0x20 | 0x40000
 # asm-generic/ioctls.h: what isatty asks, in two ways; FIOCLEX
 _IOCTLS = (0x5401, 0x802C542A, 0x5451)
 # linux/falloc.h: PUNCH_HOLE | KEEP_SIZE
@@ -63,14 +66,15 @@ _O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 
 _READING = Only(2, (0,), os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | _O_TMPFILE)
 """Of openat(2)."""
-_ITSELF = Only(0, (0,))
-"""Of prlimit64(2)."""
+_OWN_MEMORY = (Only(0, (0,)), Only(1, (resource.RLIMIT_DATA,)))
+"""Of prlimit64(2). With another limit on core dumps it could have itself collected."""
 
 
 _TO_RUN = (
     # Memory: of no file, and never executable.
     _call("brk", 12, 214),
-    _call("mmap", 9, 222, Only(2, (0,), mmap.PROT_EXEC), Only(3, (0x20,), mmap.MAP_ANONYMOUS)),
+    # Nor of the huge pages that a host sets aside for its virtual machines.
+    _call("mmap", 9, 222, Only(2, (0,), mmap.PROT_EXEC), Only(3, (_ANONYMOUS,), _KIND_OF_MEMORY)),
     _call("mprotect", 10, 226, Only(2, (0,), mmap.PROT_EXEC)),
     _call("mremap", 25, 216),
     _call("munmap", 11, 215),
@@ -170,8 +174,8 @@ _OF_DAEMON = (
     _call("sendto", 44, 206),
     _call("recvfrom", 45, 207),
     _call("recvmsg", 47, 212),
-    # The memory that a check may take is measured by its image. Its own alone.
-    _call("prlimit64", 302, 261, _ITSELF),
+    # The memory that a check may take is measured by its image. No other limit, nor anybody else's.
+    _call("prlimit64", 302, 261, *_OWN_MEMORY),
     # Into the background: the session of the caller, and its standard files, are left behind.
     _call("setsid", 112, 157),
     _call("dup2", 33, None),

@@ -25,7 +25,7 @@ import trio
 
 from instarfs.daemon.logs import log_to
 from instarfs.errors import MountFailed
-from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter
+from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter, follow_no_links
 from instarfs.mount.operations import Operations
 from instarfs.mount.requests import take_turns_fast
 
@@ -91,6 +91,7 @@ async def _serve(
         service, target = make_service(), os.path.realpath(directory)
         with _mounted(service.operations, directory, options):
             read_ahead = ReadAhead(target)
+            follow_no_links(target)
             os.chdir("/")  # whatever the caller's directory is on can be unmounted
             service.confine()
             try:

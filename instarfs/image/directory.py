@@ -25,6 +25,9 @@ SUFFIX = ".instarfs-undo"
 MAX_LINKS = 40
 """As the kernel follows."""
 
+NO_FILE = errno.ENXIO
+"""The errno of what stands in an undo file's place and is neither a regular file nor a link."""
+
 _O_PATH_OF_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: should a FIFO take a file's place after it was looked at, opening must not wait.
 _O_ANY = os.O_NONBLOCK | os.O_CLOEXEC
@@ -135,12 +138,13 @@ class OwnHands:
     def open(self, what: Opening, directory: int, name: str) -> int:
         if what in OF_IMAGE:
             return self._origin.open(directory, name, _FLAGS[what] | _O_ANY)
+        if what is not Opening.NEW_UNDO:
+            return _open_regular(directory, name, _FLAGS[what] | _O_ANY)
         fd = os.open(name, _FLAGS[what] | _O_ANY, _MODE, dir_fd=directory)
-        if what is Opening.NEW_UNDO:
-            with suppress(OSError):  # some file systems keep no modes
-                # Whatever the umask: its owner must be able to read it.
-                if stat.S_IMODE(os.fstat(fd).st_mode) != _MODE:
-                    os.fchmod(fd, _MODE)
+        with suppress(OSError):  # some file systems keep no modes
+            # Whatever the umask: its owner must be able to read it.
+            if stat.S_IMODE(os.fstat(fd).st_mode) != _MODE:
+                os.fchmod(fd, _MODE)
         return fd
 
     def change(self, change: Change, directory: int, name: str) -> None:
@@ -182,6 +186,20 @@ def exists(directory: int, name: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _open_regular(directory: int, name: str, flags: int) -> int:
+    """Looked at first, for others may have put it there. Raises OSError; `NO_FILE`: it is none."""
+    looked_at = look(directory, name, across=True)
+    try:
+        mode = os.fstat(looked_at).st_mode
+        if stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if not stat.S_ISREG(mode):
+            raise OSError(NO_FILE, os.strerror(NO_FILE))
+        return open_looked_at(looked_at, flags, name, directory)
+    finally:
+        os.close(looked_at)
 
 
 def _sync(directory: int) -> None:

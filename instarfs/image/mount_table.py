@@ -16,13 +16,19 @@ MOUNT_TABLE = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A line. ``device``: names what is mounted; ``options``: those of its superblock."""
+    """A line. ``device``: names what is mounted; ``options``: those of its superblock.
+
+    As it is written there: ``written_point``, and ``entry``, which with it tells this mount from
+    others: number, parent, device, root, file system, source.
+    """
 
     number: int
     device: str
     point: bytes
     filesystem: str
     options: bytes
+    written_point: bytes
+    entry: bytes
 
 
 def mounts_in(table: bytes) -> Iterator[Mounted]:
@@ -31,9 +37,17 @@ def mounts_in(table: bytes) -> Iterator[Mounted]:
         fields, _, rest = line.partition(b" - ")
         if not rest:
             continue
-        number, _, device, _, point, *_ = fields.split(b" ")
-        filesystem, _, options = rest.split(b" ", 2)
-        yield Mounted(int(number), device.decode(), _unescaped(point), filesystem.decode(), options)
+        number, parent, device, root, point, *_ = fields.split(b" ")
+        filesystem, source, options = rest.split(b" ", 2)
+        yield Mounted(
+            int(number),
+            device.decode(),
+            _unescaped(point),
+            filesystem.decode(),
+            options,
+            point,
+            b" ".join((number, parent, device, root, filesystem, source)),
+        )
 
 
 def _unescaped(field: bytes) -> bytes:

@@ -7,6 +7,7 @@ mount shows does not matter here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -14,6 +15,7 @@ import select
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -49,10 +51,22 @@ STOP_COMPUTING = signal.SIGUSR1
 _DEVICE = Path("/dev/fuse")
 _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
+# On every architecture but alpha; linux/fcntl.h, linux/mount.h.
+_MOUNT_SETATTR, _AT_FDCWD, _NOSYMFOLLOW = 442, -100, 0x0020_0000
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
 
+# Once told where and what that is, it unmounts nothing else, whoever tells it to and however late.
+# Two empty lines, for want of a mount table: it cannot compare.
 _UNMOUNT_WHEN_TOLD = """\
-read -r told || exit 0
+read -r there && read -r ours && read -r told || exit 0
+if [ -n "$ours" ]; then
+    topmost=
+    while read -r id parent device root where rest; do
+        what=${rest#* - }
+        [ "$where" != "$there" ] || topmost="$id $parent $device $root ${what% *}"
+    done </proc/self/mountinfo
+    [ "$topmost" = "$ours" ] || exit 0
+fi
 fusermount3 -u -z -- "$1" || umount -l -- "$1"
 """
 
@@ -60,6 +74,17 @@ fusermount3 -u -z -- "$1" || umount -l -- "$1"
 _RELEASE_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 _END_SECONDS = 10.0
+
+
+_syscall = ctypes.CDLL(None).syscall
+_syscall.argtypes = (
+    ctypes.c_long,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+    ctypes.c_char_p,
+    ctypes.c_size_t,
+)
 
 
 # ---- before mounting ----
@@ -114,11 +139,11 @@ def identity() -> bytes:
 
 
 @contextlib.contextmanager
-def _daemon_of(directory: str, user: int | None) -> Iterator[int | None]:
-    """A pidfd of the process behind the mount on *directory*; None where it cannot be found.
+def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
+    """A pidfd of the process behind *mount* on *directory*; None where it cannot be found.
 
-    Any filesystem may call itself instarfs and name any process: only one of the *user* who
-    mounted it, as the kernel says, is believed.
+    Any filesystem may call itself instarfs and name any process: only one of the user who mounted
+    it is believed, which the kernel says serves it.
     """
     with contextlib.ExitStack() as stack:
         pidfd = None
@@ -127,9 +152,22 @@ def _daemon_of(directory: str, user: int | None) -> Iterator[int | None]:
             candidate = os.pidfd_open(int(pid))
             stack.callback(os.close, candidate)
             # In another PID namespace the number would be that of a stranger.
-            if _start_time(int(pid)) == started and Path(f"/proc/{pid}").stat().st_uid == user:
+            is_theirs = Path(f"/proc/{pid}").stat().st_uid == mount.user
+            if is_theirs and _start_time(int(pid)) == started and _serves(int(pid), mount):
                 pidfd = candidate
         yield pidfd
+
+
+def _serves(pid: int, mount: _Mount) -> bool:
+    """Whether a process holds the other end of a mount, or of one of FUSE where no more is told."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if link.readlink() == _DEVICE:
+                told = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text()
+                connection = re.search(r"^fuse_connection:\t(\d+)$", told, re.MULTILINE)
+                if connection is None or f"0:{connection[1]}" == mount.device:
+                    return True
+    return False
 
 
 def _start_time(pid: int) -> str:
@@ -158,7 +196,7 @@ def unmount(directory: str) -> None:
     if mount is None or mount.filesystem != FILESYSTEM_TYPE:
         raise NotMounted(directory)
     target = os.path.realpath(directory)
-    with _daemon_of(target, mount.user) as daemon:
+    with _daemon_of(target, mount) as daemon:
         complaint = _try_to_unmount(target)
         if daemon is not None:
             deadline = time.monotonic() + _RELEASE_SECONDS
@@ -206,8 +244,8 @@ def _is_busy(complaint: str) -> bool:
 class Unmounter:
     """Unmounts for a process that will not be allowed to: a program that waits to be told.
 
-    To be started before the mount. It unmounts lazily, as libfuse does; left without a word, as
-    when the process is killed, it ends and the mount stays for all to see.
+    To be started before the mount. It unmounts lazily, as libfuse does, and what was mounted alone;
+    left without a word, as when the process is killed, it ends and the mount stays for all to see.
     """
 
     def __init__(self, directory: str) -> None:
@@ -225,6 +263,12 @@ class Unmounter:
     def remember(self) -> None:
         """What is mounted now is what is to be unmounted."""
         self._mount = _mount_at(self._target)
+        program = self._program.stdin
+        if program is not None:
+            with contextlib.suppress(BrokenPipeError):  # it was killed
+                mount = self._mount
+                program.write(b"%b\n%b\n" % ((mount.place, mount.entry) if mount else (b"", b"")))
+                program.flush()
 
     def unmount(self) -> bool:
         """Whether it is unmounted, by us or by somebody before."""
@@ -274,13 +318,28 @@ class ReadAhead:
             os.close(self._fd)
 
 
+def follow_no_links(directory: str) -> None:
+    """Have the kernel follow no symbolic link in what is mounted there, where it can be had.
+
+    There is none; but a process that was taken over could put one where root writes to a control
+    file, and choose what is written to. Only root may ask for it (Linux 5.14), and libfuse does not
+    know it. *directory*: absolute, without links; nothing is asked of the mount itself.
+    """
+    attributes = struct.pack("=QQQQ", _NOSYMFOLLOW, 0, 0, 0)
+    _syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(directory), 0, attributes, len(attributes))
+
+
 # ---- the mount table ----
 
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A line of the mount table. ``device``: names this mount; ``user``: who made a FUSE mount."""
+    """A line of the mount table. ``place``: where, as it is written there; ``entry``: what else
+    tells it from others; ``device``: names what is mounted; ``user``: who made a FUSE mount.
+    """
 
+    place: bytes
+    entry: bytes
     device: str
     filesystem: str
     user: int | None
@@ -305,5 +364,11 @@ def _mount_at(path: str) -> _Mount | None:
     for mount in mounts_in(table):
         if mount.point == target:
             user = re.search(rb"\buser_id=(\d+)", mount.options)
-            found = _Mount(mount.device, mount.filesystem, int(user[1]) if user else None)
+            found = _Mount(
+                mount.written_point,
+                mount.entry,
+                mount.device,
+                mount.filesystem,
+                int(user[1]) if user else None,
+            )
     return found

@@ -16,8 +16,8 @@ _PASSED_ON = frozenset(
     " ro nosuid nodev noexec noatime nodiratime sync dirsync".split()
 )
 
-# What mount(8) and fstab hand to every filesystem: meant for others, or the default here. `dev` and
-# `suid` too: there is no device and no set-user-ID file in the tree, and none shall ever matter.
+# What mount(8) and fstab hand to every filesystem: meant for others, or the default here. `dev`,
+# `suid` and `exec` too: there is no device and no program in the tree, and none shall ever matter.
 _IGNORED = frozenset(
     "defaults rw suid dev exec async atime diratime relatime norelatime strictatime"  # noqa: SIM905
     " nostrictatime lazytime nolazytime auto noauto user nouser users owner group nofail"
@@ -55,8 +55,11 @@ class MountOptions:
         return "allow_other" in self.passed_on
 
     def for_fuse(self, source: str) -> set[str]:
-        """As libfuse takes them; *source* is the path that `df` and `findmnt` show."""
-        return {*self.passed_on, f"fsname={_escaped(source)}", "subtype=instarfs"}
+        """As libfuse takes them; *source* is the path that `df` and `findmnt` show.
+
+        There is no program in the tree, and none can be put there by whoever takes its daemon over.
+        """
+        return {*self.passed_on, "noexec", f"fsname={_escaped(source)}", "subtype=instarfs"}
 
 
 def _escaped(path: str) -> str:

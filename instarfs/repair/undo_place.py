@@ -22,9 +22,10 @@ from instarfs.errors import (
     UndoFileUnreachable,
     reason_of,
 )
-from instarfs.image.directory import SUFFIX, Change, HandsGone, Opening, Spot, exists
+from instarfs.image.directory import NO_FILE, SUFFIX, Change, HandsGone, Opening, Spot, exists
 from instarfs.image.file import Image, mount_id
 
+_NO_UNDO_FILE = "this is no undo file"
 _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -124,6 +125,8 @@ class UndoPlace:
             if error.errno == errno.ENAMETOOLONG:
                 return None
             problem = f"the undo file cannot be opened: {reason_of(error)}"
+            if error.errno == NO_FILE:
+                problem = _NO_UNDO_FILE
             raise UndoFileDamaged(self.file, problem) from error
         try:
             self._require_trust(os.fstat(fd))
@@ -207,7 +210,7 @@ class UndoPlace:
     def _require_trust(self, status: os.stat_result) -> None:
         """Refuse what somebody made who may not write to the image: its bytes go in there."""
         if not stat.S_ISREG(status.st_mode):
-            raise UndoFileDamaged(self.file, "this is no undo file")
+            raise UndoFileDamaged(self.file, _NO_UNDO_FILE)
         writers = status.st_mode & ~self._status.st_mode & _OF_OTHERS
         if status.st_uid not in self._owners or writers:
             raise UndoFileDamaged(self.file, "others than the image's owner may write to it")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.mount import mountpoint
 from tests.mount.mounts import (
     DEADLINE,
     INSTARFS,
@@ -18,6 +19,7 @@ from tests.mount.mounts import (
     Mount,
     environment,
     instarfs,
+    make_image,
     mounted,
     mounted_type,
     run,
@@ -47,6 +49,30 @@ def has_ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def test_no_mount_can_have_the_process_of_another_or_a_stranger_signalled(
+    mount: MakeMount, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it names is signalled by whoever unmounts it; only the kernel vouches for it."""
+    one, other = mount(image), mount(make_image(tmp_path / "other.qcow2"))
+    found = mountpoint._find_mount(str(one.path))
+    assert found is not None
+    getxattr = os.getxattr
+    claims = {
+        "its own": getxattr(one.path, mountpoint.DAEMON_ATTRIBUTE),
+        "a stranger": mountpoint.identity(),
+    }
+    descriptors = Path(f"/proc/{other.process.pid}/fdinfo").iterdir()
+    if any("fuse_connection:" in path.read_text() for path in descriptors):  # older kernels do not
+        claims["another"] = getxattr(other.path, mountpoint.DAEMON_ATTRIBUTE)
+    believed = set()
+    for whose, claim in claims.items():
+        monkeypatch.setattr(os, "getxattr", lambda path, name, claim=claim: claim)
+        with mountpoint._daemon_of(str(one.path), found) as daemon:
+            if daemon is not None:
+                believed.add(whose)
+    assert believed == {"its own"}
 
 
 def test_mount_and_umount(image: Path, directory: Path) -> None:

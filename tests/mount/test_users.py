@@ -14,6 +14,7 @@ import pytest
 from tests.mount.mounts import INSTARFS, Mount, leak, make_image, mounted, shell_as
 
 STRANGER = 65534
+KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 
@@ -139,11 +140,15 @@ def test_who_copies_files_can_change_and_remove_the_copy(
         shutil.rmtree(theirs)
 
 
-@pytest.mark.parametrize("option", ["suid,dev", "defaults", "nosuid,nodev"])
-def test_no_device_and_no_set_id_file_could_matter(image: Path, folder: Path, option: str) -> None:
+@pytest.mark.parametrize("option", ["suid,dev,exec", "defaults", "nosuid,nodev,noexec"])
+def test_no_device_no_program_and_no_link_could_matter(
+    image: Path, folder: Path, option: str
+) -> None:
     directory = folder / "options"
     with mounted([*INSTARFS, "mount", "-f", "-o", option, image, directory], image, directory):
         table = Path("/proc/self/mountinfo").read_text()
         options = re.search(rf" {re.escape(str(directory))} (\S+)", table)
         assert options is not None
-        assert {"nosuid", "nodev"} <= set(options[1].split(","))
+        assert {"nosuid", "nodev", "noexec"} <= set(options[1].split(","))
+        if KERNEL >= (5, 14):
+            assert "nosymfollow" in options[1].split(",")

@@ -221,6 +221,47 @@ def test_no_other_place_can_be_asked_for(tmp_path: Path, what: Request) -> None:
     assert content(folder) == before
 
 
+# ---- when an answer cannot be sent ----
+
+
+def refuse_to_send(monkeypatch: pytest.MonkeyPatch, code: int, *, always: bool) -> None:
+    """As the kernel does where too many descriptors are on their way, or it has no memory."""
+    send_fds = socket.send_fds
+
+    def send(channel: socket.socket, buffers: list[bytes], fds: list[int]) -> int:
+        if fds or always:
+            raise OSError(code, os.strerror(code))
+        return send_fds(channel, buffers, fds)
+
+    monkeypatch.setattr(socket, "send_fds", send)
+
+
+def test_where_no_descriptor_can_be_sent_the_reason_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        with monkeypatch.context() as patch:
+            refuse_to_send(patch, errno.ETOOMANYREFS, always=False)
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            for _ in range(9):
+                assert outcome(it.hands, Opening.IMAGE, folder) == errno.ETOOMANYREFS
+            # The last is closed when its answer is sent, or soon after.
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+        assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
+
+
+def test_where_nothing_can_be_sent_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = fill(tmp_path / "folder", NAMES)
+    with attended(folder) as it:
+        refuse_to_send(monkeypatch, errno.ENOBUFS, always=True)
+        it.channel.settimeout(10)
+        assert outcome(it.hands, Change.SYNC, folder) == errno.EIO
+    assert "mount again" in caplog.text
+
+
 # ---- when it is no more ----
 
 

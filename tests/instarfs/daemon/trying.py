@@ -210,6 +210,7 @@ NEVER: dict[str, Callable[[], object]] = {
     "make-memory-executable-by-key": call(329, 288, address, 4096, mmap.PROT_EXEC, 0),
     "map-a-file": call(9, 222, 0, 4096, mmap.PROT_READ, mmap.MAP_PRIVATE, image.fileno(), 0),
     "personality": call(135, 92, 0xFFFFFFFF),
+    "huge-pages": call(9, 222, 0, 2 << 20, mmap.PROT_READ, 0x22 | 0x40000, -1, 0),
     "poison-memory": call(28, 233, address, 0, 100),
     # other processes
     "signal": lambda: os.kill(stranger, 0),
@@ -221,6 +222,10 @@ NEVER: dict[str, Callable[[], object]] = {
     "pidfd": call(434, 434, stranger, 0),
     "descriptor-of": call(438, 438, -1, 0, 0),
     "limits-of": call(302, 261, stranger, resource.RLIMIT_CPU, None, NOTHING),
+    # With 0 for a limit, a program that collects core dumps would get its own.
+    "limits-of-its-own-core-dumps": call(302, 261, 0, resource.RLIMIT_CORE, None, NOTHING),
+    "limits-of-its-own-descriptors": call(302, 261, 0, resource.RLIMIT_NOFILE, None, NOTHING),
+    "limits-of-its-own-threads": call(302, 261, 0, resource.RLIMIT_NPROC, None, NOTHING),
     "priority-of": lambda: os.setpriority(os.PRIO_PROCESS, stranger, 0),
     "processors-of": lambda: os.sched_setaffinity(stranger, {0}),
     "scheduling-of": call(144, 119, stranger, 0, NOTHING),

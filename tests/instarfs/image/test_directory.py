@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from instarfs.errors import ImageNotFollowed, ImageReplaced
-from instarfs.image.directory import OF_IMAGE, Hands, Opening, Origin, OwnHands, exists
+from instarfs.image.directory import (
+    NO_FILE,
+    OF_IMAGE,
+    SUFFIX,
+    Hands,
+    Opening,
+    Origin,
+    OwnHands,
+    exists,
+)
 from instarfs.image.file import Image
 from instarfs.linux import look, look_at
 from instarfs.repair.run import Repairer
@@ -157,6 +166,26 @@ def test_only_a_file_of_the_owner_is_opened_in_the_place_of_an_image(
         (folder / IMAGE).rename(folder / "away")
         (folder / NEIGHBOUR).rename(folder / IMAGE)
         assert outcome(hands, what, directory) == (FLAGS[what], b"neighbour")
+
+
+@pytest.mark.parametrize("what", [Opening.UNDO, Opening.UNDO_TO_WRITE], ids=str)
+@pytest.mark.parametrize("is_asked", [False, True], ids=["itself", "broker"])
+def test_what_can_be_no_undo_file_is_not_opened(
+    folder: Path, directory: int, replacement: Replacement, what: Opening, is_asked: bool
+) -> None:
+    name = IMAGE + SUFFIX
+    replacement.make(folder / name)
+    is_file = stat.S_ISREG((folder / name).lstat().st_mode)
+    with attended(folder) as it, opens(folder) as opened:
+        hands: Hands = it.hands if is_asked else OwnHands(OWN)
+        if is_file:  # whose it is whoever asked finds out
+            os.close(hands.open(what, directory, name))
+            assert opened() == {name}
+            return
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - any text
+            hands.open(what, directory, name)
+        assert caught.value.errno in (NO_FILE, errno.ELOOP)
+        assert opened() == set()
 
 
 def test_an_image_says_what_has_taken_its_place(folder: Path, replacement: Replacement) -> None:

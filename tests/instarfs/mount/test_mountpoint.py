@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from instarfs import errors
+from instarfs.image.mount_table import mounts_in
 from instarfs.mount import mountpoint
 from instarfs.text import printable
 
@@ -134,7 +135,7 @@ class Programs:
         self.complaints = complaints
         monkeypatch.setattr(shutil, "which", lambda name: name if name in complaints else None)
         monkeypatch.setattr(subprocess, "run", self.run)
-        found = mountpoint._Mount("0:99", "fuse.instarfs", os.getuid())
+        found = mountpoint._Mount(b"", b"", "0:99", "fuse.instarfs", os.getuid())
         monkeypatch.setattr(mountpoint, "_find_mount", lambda directory: found)
         monkeypatch.setattr(mountpoint, "_RELEASE_SECONDS", 0.0)
 
@@ -198,6 +199,7 @@ def test_a_mount_is_believed_only_about_its_own_users_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pid, started = mountpoint.identity().decode().split()
+    monkeypatch.setattr(mountpoint, "_serves", lambda pid, mount: True)
     claims: list[tuple[str, int | None]] = [
         (f"{pid} {started}", os.getuid()),
         (f"{pid} {started}", os.getuid() + 1),
@@ -209,6 +211,48 @@ def test_a_mount_is_believed_only_about_its_own_users_process(
     believed = []
     for claim, user in claims:
         monkeypatch.setattr(os, "getxattr", lambda path, name, claim=claim: claim.encode())
-        with mountpoint._daemon_of("/mnt", user) as daemon:
+        mount = mountpoint._Mount(b"", b"", "0:99", "fuse.instarfs", user)
+        with mountpoint._daemon_of("/mnt", mount) as daemon:
             believed.append(daemon is not None)
     assert believed == [True, False, False, False, False, False]
+
+
+# ---- unmounting for a process that may not ----
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
+def test_what_unmounts_when_it_is_told_unmounts_nothing_else(tmp_path: Path) -> None:
+    """Whoever tells it may have been taken over, and something else be mounted there by then."""
+    directory = tmp_path / "a folder, [with] a name"
+    directory.mkdir()
+
+    def mount(source: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", source, directory], check=True)
+
+    def told(unmounter: mountpoint.Unmounter) -> int:
+        """How many mounts are left there."""
+        unmounter._program.communicate(b"\n", 10)
+        found = mounts_in(Path("/proc/self/mountinfo").read_bytes())
+        return sum(it.point == os.fsencode(directory) for it in found)
+
+    try:
+        for over_it in (True, False):
+            with mountpoint.Unmounter(str(directory)) as unmounter:
+                mount("ours")
+                unmounter.remember()
+                if over_it:
+                    mount("theirs")
+                else:
+                    subprocess.run(["umount", directory], check=True)
+                    mount("theirs")
+                assert told(unmounter) == 1 + over_it
+            if over_it:
+                subprocess.run(["umount", directory], check=True)
+            subprocess.run(["umount", directory], check=True)
+        with mountpoint.Unmounter(str(directory)) as unmounter:
+            mount("ours")
+            unmounter.remember()
+            assert told(unmounter) == 0
+    finally:
+        while os.path.ismount(directory):
+            subprocess.run(["umount", directory], check=True)

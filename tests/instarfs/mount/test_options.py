@@ -46,4 +46,8 @@ def test_others_are_kept_out_unless_invited() -> None:
     ],
 )
 def test_a_path_survives_libfuses_option_parser(path: str, escaped: str) -> None:
-    assert MountOptions().for_fuse(path) == {f"fsname={escaped}", "subtype=instarfs"}
+    assert MountOptions().for_fuse(path) == {
+        "noexec",
+        f"fsname={escaped}",
+        "subtype=instarfs",
+    }
