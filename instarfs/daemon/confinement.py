@@ -81,6 +81,7 @@ _KEEP_UNDO = Right.READ_DIR | Right.MAKE_REG | Right.REMOVE_FILE
 
 # By the version of Landlock that brought them.
 _LAST_RIGHT = {1: Right.MAKE_SYM, 2: Right.REFER, 3: Right.TRUNCATE, 5: Right.IOCTL_DEV}
+_CUTTING_SINCE = 3
 _TCP_SINCE, _BIND_AND_CONNECT = 4, 0b11
 _SCOPES_SINCE, _ABSTRACT_SOCKETS_AND_SIGNALS = 6, 0b11
 
@@ -152,6 +153,7 @@ class Confinement:
             "capabilities": self._drop_capabilities,
             "new privileges": _rule_out_new_privileges,
             "files": self._restrict,
+            "openings that empty a file": _require_rule_on_cutting,
             "system calls": self._deny_calls,  # the last: what it takes to get here is among them
         }
         with self._stack:
@@ -200,6 +202,12 @@ def landlock_version() -> int:
     """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
     version: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
     return version
+
+
+def _require_rule_on_cutting() -> None:
+    """Before Linux 6.2 whoever may read a file may open it with O_TRUNC, for all that it says."""
+    if 1 <= landlock_version() < _CUTTING_SINCE:
+        raise OSError(errno.ENOSYS, "this kernel's Landlock has no rule on them")
 
 
 def _libraries() -> Iterator[str]:

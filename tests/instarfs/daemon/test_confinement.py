@@ -49,6 +49,7 @@ attempt("remove", undo.with_suffix(".old").unlink)
 attempt("read-elsewhere", other.read_bytes)
 attempt("write-elsewhere", lambda: os.close(os.open(other, os.O_WRONLY)))
 attempt("make-elsewhere", other.with_name("new").touch)
+attempt("cut", lambda: os.close(os.open(image, os.O_RDONLY | os.O_TRUNC)))
 attempt("move-elsewhere", lambda: image.rename(other.with_name("new")))
 """
 
@@ -75,6 +76,10 @@ def confined(image: Path, version: int, who: str) -> dict[str, str]:
 
 
 SAID = "not confined: files are not given up:"
+NO_RULE = (
+    "not confined: openings that empty a file are not given up:"
+    " this kernel's Landlock has no rule on"
+)
 ELSEWHERE = ("read-elsewhere", "write-elsewhere", "make-elsewhere", "move-elsewhere")
 every_version = pytest.mark.parametrize("version", range(1, landlock_version() + 1))
 
@@ -87,7 +92,8 @@ def test_every_version_of_landlock_keeps_a_broker_to_the_images_directory(
     refused = {name: outcomes.pop(name) for name in ELSEWHERE}
     # Which errno a move gets depends on what else would hinder it.
     assert set(refused.values()) <= {"EACCES", "EXDEV"}
-    assert outcomes == dict.fromkeys(("read", "write", "make", "rename", "remove"), "done")
+    outcomes.pop(NO_RULE, None)
+    assert outcomes == dict.fromkeys(("read", "write", "make", "rename", "remove", "cut"), "done")
 
 
 @every_version
@@ -98,10 +104,16 @@ def test_every_version_of_landlock_keeps_a_daemon_out_of_it(image: Path, version
     assert image.read_bytes() == b"image"
 
 
-def test_the_broker_of_a_mount_that_only_reads_can_write_nothing(image: Path) -> None:
-    outcomes = confined(image, landlock_version(), "reading broker")
+@every_version
+def test_the_broker_of_a_mount_that_only_reads_can_write_nothing(image: Path, version: int) -> None:
+    """Nor cut what it reads; where Landlock has no rule on that, it is said."""
+    outcomes = confined(image, version, "reading broker")
     assert outcomes["read"] == "done"
     assert {outcomes[name] for name in ("write", "make")} == {"EACCES"}
+    is_refused = version >= 3
+    assert outcomes["cut"] == ("EACCES" if is_refused else "done")
+    assert image.read_bytes() == (b"image" if is_refused else b"")
+    assert outcomes.get(NO_RULE) == (None if is_refused else "them")
 
 
 def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None:
