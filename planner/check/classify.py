@@ -14,6 +14,7 @@ from planner.arrays import I64, U8, U64, Mask
 from planner.check.refcount_walk import decode_words
 from planner.check.signatures import NAMES, TEXT, recognise
 from planner.qcow2 import entries
+from planner.qcow2.header import MAX_REFCOUNT_ORDER
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_EXTRA_DATA
@@ -87,6 +88,8 @@ class Looker:
     def __init__(self, layout: Layout, snapshots: int) -> None:
         self._geometry = layout.geometry
         self._end = layout.file_size
+        # Without it nothing is lost with a table of zeros, which looks like refcounts as well.
+        self._has_backing = bool(layout.header.backing_file_offset)
         self._max_refcount = MAX_REFCOUNT + snapshots
 
     def contents(self, rows: U8) -> I64:
@@ -156,7 +159,10 @@ class Looker:
         return offset
 
     def _are_tables(self, rows: U8, at: I64) -> Mask:
-        """Which of the rows *at* hold words that could be entries, and at least one that points."""
+        """Which of the rows *at* hold words that could be entries, and at least one that points.
+
+        Or that hides what a backing file has, by saying zeros.
+        """
         words = rows.view(">u8")
         step = max(1, words.shape[1] // SAMPLED_WORDS)
         likely = np.flatnonzero(self._mostly_plausible(words[at, ::step].astype(np.uint64)))
@@ -167,8 +173,22 @@ class Looker:
             bad = np.count_nonzero(~plausible, axis=1)
             filled = np.count_nonzero(words, axis=1)
             points = self.targets(words, plausible).any(axis=1)
+            if self._has_backing:
+                points |= self._say_zeros(rows[at[likely]])
             result[likely] = points & (bad * DAMAGED_PART <= filled)
         return result
+
+    def _say_zeros(self, rows: U8) -> Mask:
+        """Which hold nothing but entries that say zeros, without a cluster; and some of these."""
+        words = decode_words(rows)
+        allowed = entries.ZERO
+        if self._geometry.extended_l2:
+            words, bitmaps = words[:, 0::2], words[:, 1::2]
+            words, allowed = words | bitmaps, entries.SUBCLUSTERS_ZERO
+        elif self._geometry.refcount_order == MAX_REFCOUNT_ORDER:
+            return np.zeros(len(rows), dtype=np.bool_)  # They look like refcounts all through.
+        zeros: Mask = ((words & ~np.uint64(allowed)) == 0).all(axis=1)
+        return zeros
 
     def _mostly_plausible(self, sample: U64) -> Mask:
         bad = np.count_nonzero(~self.plausible(sample), axis=1)

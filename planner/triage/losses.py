@@ -9,7 +9,7 @@ guest's clusters that read as nothing. Nothing is decided here but that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -21,12 +21,14 @@ from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.mapping_tables import read_l1_tables
+from planner.metadata.regions import Regions
 from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import list_bitmaps
 from planner.qcow2.extensions import BITMAPS, decode_bitmaps
-from planner.source import SECTOR, Source, nonzero_words, present_tables, read_tables
+from planner.source import Source, nonzero_words, present_tables, read_tables
 from planner.triage.l1_holes import Gaps
+from planner.triage.traces import Traces
 
 
 class CauseKind(StrEnum):
@@ -34,6 +36,8 @@ class CauseKind(StrEnum):
 
     EMPTY_TABLE = "table-of-zeros"
     EMPTY_PART = "part-of-a-table"
+    OLDER = "older-than-a-table"
+    SHARED = "shared-with-a-snapshot"
     OVERWRITTEN_TABLE = "table-overwritten"
     EMPTY_ENTRY = "empty-l1-entry"
     DAMAGED_ENTRY = "damaged-entry"
@@ -44,9 +48,25 @@ class CauseKind(StrEnum):
 _TABLES = {
     CauseKind.EMPTY_TABLE: "a table without any entry left",
     CauseKind.EMPTY_PART: (
-        "a table of which a part is empty, beside entries that lead to their neighbours"
+        "a table of which a part is empty: it lies beside them, or what its other entries lead to"
     ),
     CauseKind.OVERWRITTEN_TABLE: "a table that was overwritten",
+}
+
+
+_ELSE = {
+    CauseKind.OLDER: (
+        "{what} of them lie before a table that was made later: by then all had an entry, which"
+        " is gone"
+    ),
+    CauseKind.DAMAGED_ENTRY: "entries that lead elsewhere may have led to them: {what}",
+    CauseKind.FEATURE_BIT: (
+        "without the header's bit `{what}` the tables refer to exactly them: that bit is wrong,"
+        " more likely than not"
+    ),
+    CauseKind.LUKS_HEADER: (
+        "they may be a part of the LUKS header, without which nothing can be read"
+    ),
 }
 
 
@@ -70,19 +90,17 @@ class Cause:
     @property
     def phrase(self) -> str:
         """In words; what is lost has been said."""
-        match self.kind:
-            case CauseKind.DAMAGED_ENTRY:
-                return f"entries that lead elsewhere may have led to them: {self.what}"
-            case CauseKind.FEATURE_BIT:
-                return (
-                    f"without the header's bit `{self.what}` the tables refer to exactly them:"
-                    " that bit is wrong, more likely than not"
-                )
-            case CauseKind.LUKS_HEADER:
-                return "they may be a part of the LUKS header, without which nothing can be read"
-            case CauseKind.EMPTY_ENTRY:
-                entries_are = self._entries("is", "are")
-                return f"{entries_are} empty, and the table may be among what leaks"
+        if self.kind in _ELSE:
+            return _ELSE[self.kind].format(what=self.what)
+        if self.kind is CauseKind.EMPTY_ENTRY:
+            entries_are = self._entries("is", "are")
+            return f"{entries_are} empty, and the table may be among what leaks"
+        if self.kind is CauseKind.SHARED:
+            lacks = self._entries("has", "have")
+            return (
+                f"a snapshot has what the disk may have lost: {lacks} nothing in the place of"
+                f" {self.what}"
+            )
         return f"{self._entries('leads', 'lead')} to {_TABLES[self.kind]}"
 
     def _entries(self, one: str, more: str) -> str:
@@ -123,7 +141,12 @@ class Losses:
         clusters = (
             "1 leaked cluster holds" if self.data == 1 else f"{self.data} leaked clusters hold"
         )
-        return [f"{clusters} data, and {cause.phrase}" for cause in self.causes]
+        return [
+            cause.phrase
+            if cause.kind is CauseKind.SHARED
+            else f"{clusters} data, and {cause.phrase}"
+            for cause in self.causes
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +168,20 @@ class Leaked:
     is_empty: Mask
     lost_tables: int
     gaps: Gaps
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What snapshots have, and is counted for the disk too, which has nothing in its place.
+
+    ``cluster``, ascending; ``l1_index``: all L1 entries of the disk that it is missing from.
+    ``uncounted``: L1 entries of the disk that are empty, where snapshots have a table whose
+    refcount is lost.
+    """
+
+    cluster: I64
+    l1_index: I64
+    uncounted: I64
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +244,15 @@ def find_losses(
     return Losses(len(homeless), causes, missing)
 
 
+def find_shared(source: Source, report: Report) -> Losses:
+    """What an image without leaks may have lost: its refcounts do not show it any more."""
+    if not len(report.snapshots) or FindingKind.REFCOUNT_MISSING not in report.counts():
+        return Losses()
+    nothing = np.zeros(0, dtype=np.int64)
+    disk = _Disk(source, report, nothing, nothing)
+    return Losses(causes=tuple(_of_shared(disk.shared, report.geometry.l2_coverage)))
+
+
 def _causes(
     source: Source,
     report: Report,
@@ -216,23 +262,27 @@ def _causes(
     homeless: I64,
     other_reading: Callable[[I64], str],
 ) -> Iterator[Cause]:
-    """Where clusters with data that no table leads to may have come from."""
+    """Where clusters with data that no table leads to may have come from.
+
+    And what shows that the disk has lost what a snapshot still has.
+    """
+    coverage, counts = report.geometry.l2_coverage, report.counts()
+    yield from _of_shared(disk.shared, coverage)
     if not len(homeless):
         return
-    coverage, counts = report.geometry.l2_coverage, report.counts()
-    yield from _of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage)
-    yield from _of_windows(CauseKind.EMPTY_PART, *disk.windows.parts, coverage)
-    yield from _of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage)
     elsewhere = _leading_elsewhere(source, report)
-    # A table that is nothing but zeros by now leaks with what it mapped; and where nothing is
-    # mapped any more all tables do, whatever lies there now.
-    is_table_left = bool((leaked.is_empty & leaked.unused).any())
-    is_table_left |= not report.counters.allocated_clusters and not leaked.uncounted.all()
-    if is_table_left and len(homeless) > sum(elsewhere.values()):
-        number, index = disk.empty_entries()
-        yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, coverage)
-        if not len(index):
-            yield from _of_gaps_in_snapshots(leaked.gaps)
+    more = max(0, len(homeless) - sum(elsewhere.values()))
+    tables = [
+        *_of_windows(CauseKind.EMPTY_TABLE, *disk.windows.zeros, coverage),
+        *_of_windows(CauseKind.EMPTY_PART, *disk.windows.parts, coverage),
+        *_of_windows(CauseKind.OVERWRITTEN_TABLE, *disk.windows.overwritten, coverage),
+        *(_of_empty_entries(report, disk, leaked) if more else ()),
+    ]
+    if not tables and more:
+        older = disk.traces.older(_used_clusters(report, homeless))
+        if len(older) > len(homeless) - more and disk.has_room(leaked.gaps):
+            tables = [Cause(CauseKind.OLDER, what=str(len(older)))]
+    yield from tables
     if elsewhere:
         kinds = ", ".join(kind.label for kind in elsewhere)
         yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
@@ -241,6 +291,41 @@ def _causes(
         yield Cause(CauseKind.FEATURE_BIT, what=bit)
     if FindingKind.LUKS_HEADER_INVALID in counts:
         yield Cause(CauseKind.LUKS_HEADER)
+
+
+def _of_empty_entries(report: Report, disk: _Disk, leaked: Leaked) -> Iterator[Cause]:
+    """A table that is nothing but zeros by now leaks with what it mapped; and where nothing is
+    mapped any more all tables do, whatever lies there now.
+    """
+    is_table_left = bool((leaked.is_empty & leaked.unused).any())
+    is_table_left |= not report.counters.allocated_clusters and not leaked.uncounted.all()
+    if not is_table_left:
+        return
+    number, index = disk.empty_entries()
+    yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, report.geometry.l2_coverage)
+    if not len(index):
+        yield from _of_gaps_in_snapshots(leaked.gaps)
+
+
+def _of_shared(shared: _Shared, coverage: int) -> Iterator[Cause]:
+    """One cause for what only snapshots have any more."""
+    many = "1 cluster" if len(shared.cluster) == 1 else f"{len(shared.cluster)} clusters"
+    for index, what in (
+        (shared.l1_index, f"{many}, counted once more than snapshots use it"),
+        (shared.uncounted, "tables, of which no refcount says whether they were the disk's too"),
+    ):
+        active = np.full(len(index), ACTIVE, dtype=np.int64)
+        for cause in _of_windows(CauseKind.SHARED, active, index, coverage):
+            yield replace(cause, what=what)
+
+
+def _used_clusters(report: Report, homeless: I64) -> I64:
+    """The clusters that have a reference or a refcount, and the homeless ones; ascending."""
+    mismatches = report.mismatches
+    if mismatches is None:
+        return homeless
+    used = np.flatnonzero((mismatches.stored != 0) | (mismatches.counted != 0))
+    return distinct(np.concatenate((mismatches.index.clusters_of(used), homeless)))
 
 
 def _of_gaps_in_snapshots(gaps: Gaps) -> Iterator[Cause]:
@@ -314,9 +399,9 @@ class _Disk:
     """
 
     def __init__(self, source: Source, report: Report, in_use: I64, homeless: I64) -> None:
-        self._source, self._report = source, report
-        self._in_use, self._homeless = in_use, homeless
+        self._source, self._report, self._in_use = source, report, in_use
         self._geometry = report.geometry
+        self.traces = Traces(report.geometry, homeless)
         self.size = self._geometry.virtual_size
         header = report.layout.header if report.layout else None
         needed = self._geometry.l1_entries_needed
@@ -327,7 +412,9 @@ class _Disk:
         self._l1 = read_l1_tables(source, [(ACTIVE, start, size)])
         self._free = 0
         self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)
+        self._shared: list[I64] = []
         self.windows = self._walk()
+        self.shared = self._shared_and_lost()
 
     def _walk(self) -> _Windows:
         """Go through all L2 tables once: those without an entry, and what the active ones map."""
@@ -338,7 +425,8 @@ class _Disk:
         tables = tables.select(order)
         gone = self._report.findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
         gone = gone.select(gone.l2_index == NONE)
-        is_gone = np.isin(tables.offset, gone.host_offset)
+        self._gone = gone.host_offset
+        is_gone = np.isin(tables.offset, self._gone)
         wanted = np.flatnonzero(~is_gone)
         offsets = tables.offset[wanted]
         present = present_tables(self._source, offsets, geometry.cluster_size)
@@ -347,32 +435,19 @@ class _Disk:
         is_active = np.isin(offsets, self._l1.offset)
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
-            filled = words != 0 if bitmaps is None else (words | bitmaps) != 0
+            # A flag without an offset leads nowhere, but to the beginning of a data file.
+            flag = 0 if geometry.external_data else entries.COPIED
+            filled = (words & ~np.uint64(flag)) != 0
+            filled = filled if bitmaps is None else filled | (bitmaps != 0)
             empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
-            parted.append(wanted[part][self._are_parted(words, filled)])
+            parted.append(wanted[part][self.traces.lacking(offsets[part], words, filled)])
             mine = is_active[part]
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
+            self._look_for_shared(tables.select(wanted[part][~mine]), words[~mine])
         zeros = distinct(np.concatenate(empty))
         parts = distinct(np.concatenate(parted))
         places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
         return _Windows(*map(self._entries_of, places))
-
-    def _are_parted(self, words: U64, filled: Mask) -> Mask:
-        """In which tables entries end at the border of a sector, and what would go on leaks.
-
-        Next to an entry that is empty stands one that leads to the cluster beside a homeless one: a
-        part of the table was wiped. Storage loses sectors and pages, a machine that dies does not
-        stop at their borders.
-        """
-        border = np.arange(SECTOR // self._geometry.l2_entry_size, words.shape[1])
-        border = border[:: SECTOR // self._geometry.l2_entry_size]
-        hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
-        is_plain = (words & np.uint64(entries.COMPRESSED)) == 0
-        parted: Mask = np.zeros(len(words), dtype=np.bool_)
-        for near, far, step in ((border - 1, border, 1), (border, border - 1, -1)):
-            is_end = (hosts[:, near] != 0) & is_plain[:, near] & ~filled[:, far]
-            parted |= (is_end & np.isin(hosts[:, near] + step, self._homeless)).any(axis=1)
-        return parted
 
     def _are_sound(self, words: U64) -> Mask:
         """Which words could be entries, wherever they lead."""
@@ -397,6 +472,59 @@ class _Disk:
         if self._report.layout is not None and self._can_share:
             data, _ = data_and_compressed(np.ascontiguousarray(rows), self._report.layout)
             self._is_mapped |= np.isin(self._in_use, data)
+
+    def _look_for_shared(self, tables: Regions, words: U64) -> None:
+        """Note which clusters in use *tables* of snapshots lead to, and for which guest cluster."""
+        if not len(self._in_use):
+            return
+        hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
+        hosts[(words & np.uint64(entries.COMPRESSED)) != 0] = 0
+        row, at = np.nonzero(np.isin(hosts, self._in_use))
+        guest = tables.l1_index[row] * words.shape[1] + at
+        self._shared.append(np.stack((hosts[row, at], guest)))
+
+    def _shared_and_lost(self) -> _Shared:
+        """What the disk has nothing in the place of: it may have lost an entry there."""
+        cluster, guest = np.concatenate([*self._shared, np.zeros((2, 0), np.int64)], axis=1)
+        self._shared.clear()
+        is_lost = guest < self._geometry.guest_clusters
+        is_lost[is_lost] = self._are_empty(guest[is_lost])
+        l1_index = guest[is_lost] // self._geometry.l2_entries
+        return _Shared(distinct(cluster[is_lost]), distinct(l1_index), self._uncounted_windows())
+
+    def _uncounted_windows(self) -> I64:
+        """Empty L1 entries of the disk, where snapshots have tables whose refcounts are lost."""
+        mismatches, regions = self._report.mismatches, self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        tables = tables.select(np.isin(tables.l1_index, self.empty_entries()[1]))
+        if mismatches is None or not len(tables.offset):
+            return np.zeros(0, dtype=np.int64)
+        slots, known = mismatches.index.find(tables.first(self._geometry.cluster_bits))
+        return distinct(tables.l1_index[known & (mismatches.stored[slots] == 0)])
+
+    def _are_empty(self, guest: I64) -> Mask:
+        """Which guest clusters the active disk has no entry for."""
+        geometry = self._geometry
+        empty = np.ones(len(guest), dtype=np.bool_)
+        tables = np.full(self._needed, NONE, dtype=np.int64)
+        is_needed = self._l1.l1_index < self._needed
+        tables[self._l1.l1_index[is_needed]] = self._l1.offset[is_needed]
+        mine = tables[guest // geometry.l2_entries]
+        is_there = (mine != NONE) & (mine % geometry.cluster_size == 0)
+        order = np.flatnonzero(is_there & ~np.isin(mine, self._gone))
+        order = order[np.argsort(mine[order], kind="stable")]
+        offsets, first = np.unique(mine[order], return_index=True)
+        ends = np.append(first[1:], len(order))
+        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
+            chosen = order[first[part.start] : ends[part.stop - 1]]
+            row = np.searchsorted(offsets[part], mine[chosen])
+            entry = rows.reshape(len(rows), geometry.l2_entries, -1)
+            empty[chosen] = ~entry[row, guest[chosen] % geometry.l2_entries].any(axis=1)
+        return empty
+
+    def has_room(self, gaps: Gaps) -> bool:
+        """Whether there is a place on the disk, or in a snapshot, that has no entry."""
+        return self._free > 0 or gaps.entries(only_active=False) > 0
 
     @property
     def _can_share(self) -> bool:
@@ -447,8 +575,8 @@ class _Disk:
     def may_have_had_more(self) -> Mask:
         """Which clusters in use may have had one more guest cluster of the active disk in them."""
         clusters = self._in_use
-        if not self._can_share:
-            return np.zeros(len(clusters), dtype=np.bool_)
+        if not self._report.holds_compressed:
+            return np.isin(clusters, self.shared.cluster)
         bits, regions = self._geometry.cluster_bits, self._report.regions
         low, high = np.searchsorted(clusters, (regions.first(bits), regions.last(bits) + 1))
         change = np.zeros(len(clusters) + 1, dtype=np.int64)

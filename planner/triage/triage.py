@@ -30,7 +30,14 @@ from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
-from planner.triage.losses import CauseKind, Leaked, Losses, bitmap_clusters, find_losses
+from planner.triage.losses import (
+    CauseKind,
+    Leaked,
+    Losses,
+    bitmap_clusters,
+    find_losses,
+    find_shared,
+)
 from planner.triage.uncounted import uncounted_clusters
 
 if TYPE_CHECKING:
@@ -96,6 +103,11 @@ class Suspect:
         if self.snapshot is not None:
             what += f", {snapshot_phrase(self.snapshot)}"
         where = "" if self.is_l1 else self._where
+        if not self.targets:
+            return (
+                f"the leaked cluster at {self.offset} looks like {what}: all that it"
+                f" holds are zeros that hide what the backing file has there{where}"
+            )
         return (
             f"the leaked cluster at {self.offset} looks like {what}: {self.leaked_targets} of"
             f" the {self.targets} clusters that it points at are leaked too{where}"
@@ -220,7 +232,7 @@ def triage_leaks(
     uncounted = uncounted_clusters(_Watched(source, cancelled, _nobody, 0), report)
     leaked = np.concatenate((counted, uncounted))
     if not len(leaked):
-        return Triage()
+        return Triage(losses=find_shared(source, report))
     leaked.sort()
     most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
     watched = _Watched(source, cancelled, progress or _nobody, most)
@@ -460,19 +472,22 @@ class _Describer:
         known = (_known_l2_tables(self._report), self._leaked[at])
         tables = distinct(np.concatenate(known))
         numbers = np.zeros((6, len(at)), dtype=np.int64)
-        copied = np.zeros(len(at), dtype=np.bool_)
+        copied, led_alone = np.zeros((2, len(at)), dtype=np.bool_)
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
             words = self._looker.table_words(rows)
             filled, plausible = words != 0, self._looker.plausible(words)
             plain = (words & np.uint64(entries.COMPRESSED)) == 0
-            copied[part] = (plausible & plain & (words >= np.uint64(entries.COPIED))).any(axis=1)
+            is_copied = plausible & plain & (words >= np.uint64(entries.COPIED))
+            copied[part] = is_copied.any(axis=1)
             numbers[0, part] = np.count_nonzero(filled, axis=1)
             numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
             targets = self._looker.targets(words, plausible)
+            led_alone[part] = self._lead_to_data(np.where(is_copied, targets, 0))
             numbers[2:, part] = self._count_targets(targets, part.start, tables)
         entries_, plausible_, targets_, hits, to_tables, to_refblocks = numbers
-        lost: Mask = hits * 2 >= targets_
+        # A newer copy of a table in use had what is new alone, as an older one has nothing.
+        lost: Mask = (hits * 2 >= targets_) | led_alone
         if self._geometry.external_data:
             lost = entries_ == plausible_
         is_l1 = to_tables * 2 > targets_
@@ -490,6 +505,14 @@ class _Describer:
         tables = regions.select(regions.structure == Structure.L2_TABLE)
         tables = tables.select(self._gaps.cover(tables.l1_index))
         return tables.first(self._geometry.cluster_bits)
+
+    def _lead_to_data(self, targets: I64) -> Mask:
+        """Which tables lead to a leaked cluster with data that nothing else leads to."""
+        row, at = np.nonzero(targets)
+        rank = self._ranks(targets[row, at])
+        alone = (rank != NONE) & self._unused[rank] & ~np.isin(self._look[rank], _NO_DATA)
+        result: Mask = np.bincount(row[alone], minlength=len(targets)) > 0
+        return result
 
     def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
         """Of each table: its targets, and those that are leaked, *tables*, refcount blocks; (4, n).

@@ -120,19 +120,17 @@ CONTENTS = {
     [(SHAPES[0], content) for content in CONTENTS] + [(shape, "noise") for shape in SHAPES[1:]],
 )
 def test_leaked_data_is_no_alarm(tmp_path: Path, options: str, content: str) -> None:
-    """A crash between the allocation of clusters and the entries that map them.
-
-    The table has another entry: one without any may be what is left of a table that was wiped.
-    """
+    """A crash between the allocation of clusters, the last of the file, and their entries."""
     path, header = create(tmp_path, options)
-    cluster = header.geometry.cluster_size
+    cluster, last = header.geometry.cluster_size, L1_ENTRIES - 1
     size, piece = 4 * cluster, CONTENTS[content]
     (tmp_path / "data").write_bytes((piece * (size // len(piece) + 1))[:size])
-    write(path, f"write -q -s {tmp_path / 'data'} 0 {size}")
-    write(path, f"write -q {6 * cluster} {cluster}")
-    at = header.l1_table_offset
+    guest = last * header.geometry.l2_coverage + size
+    write(path, f"write -q -s {tmp_path / 'data'} {guest} {size}")
+    at = header.l1_table_offset + 8 * last
     table = int.from_bytes(path.read_bytes()[at : at + 8], "big") & 0x00FF_FFFF_FFFF_FE00
-    patch(path, table, bytes(4 * header.geometry.l2_entry_size))
+    width = header.geometry.l2_entry_size
+    patch(path, table + 4 * width, bytes(4 * width))
     triage, text, needs_quote = examine(path)
     assert triage.leaked == 4
     assert not triage.suspects

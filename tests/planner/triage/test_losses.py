@@ -77,6 +77,56 @@ def wiped_beginning_of_a_table() -> Image:
     return image
 
 
+def wiped_piece_of_a_table() -> Image:
+    """A few entries amid others, at no border of anything."""
+    image = disk().build()
+    wipe(image, image.l2_at(2), 16)
+    return image
+
+
+def wiped_table_that_was_written_to() -> Image:
+    builder = disk()
+    builder.write(300, b"after the loss")
+    image = builder.build()
+    wipe(image, image.l2_table(0), PER_TABLE * 8)
+    return image
+
+
+def table_of_one_flag() -> Image:
+    image = disk().build()
+    wipe(image, image.l2_table(1))
+    image.set_word(image.l2_table(1), entries.COPIED)
+    return image
+
+
+def wiped_l1_entry_and_overwritten_table() -> Image:
+    """Other tables are newer: a machine that died would not have left that."""
+    image = disk().build()
+    start = image.l2_table(0)
+    image.data[start : start + CLUSTER] = (b"somebody's log, line by line\n" * 200)[:CLUSTER]
+    image.set_word(image.l1_at(0), 0)
+    return image
+
+
+def older_copy_of_a_table_in_its_place() -> Image:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(40, random.Random(2).randbytes(CLUSTER))
+    image = builder.build()
+    image.set_word(image.l1_at(0), image.l2_table(0, 0))
+    return image
+
+
+def wiped_piece_of_a_table_of_compressed_clusters() -> Image:
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    rng = random.Random(1)
+    for cluster in range(256):
+        builder.write_compressed(cluster, rng.randbytes(1000))
+    image = builder.build()
+    wipe(image, image.l2_table(0), 512)
+    return image
+
+
 def wiped_l1_and_overwritten_tables() -> Image:
     image = disk().build()
     for l1_index in range(3):
@@ -172,6 +222,11 @@ PLACES: dict[Callable[[], Image], CauseKind] = {
     wiped_table: CauseKind.EMPTY_TABLE,
     wiped_page_of_a_table: CauseKind.EMPTY_PART,
     wiped_beginning_of_a_table: CauseKind.EMPTY_PART,
+    wiped_piece_of_a_table: CauseKind.EMPTY_PART,
+    wiped_table_that_was_written_to: CauseKind.EMPTY_PART,
+    wiped_piece_of_a_table_of_compressed_clusters: CauseKind.EMPTY_PART,
+    table_of_one_flag: CauseKind.EMPTY_TABLE,
+    wiped_l1_entry_and_overwritten_table: CauseKind.OLDER,
     wiped_l1_and_overwritten_tables: CauseKind.EMPTY_ENTRY,
     wiped_l1_and_table_of_a_snapshot: CauseKind.EMPTY_ENTRY,
     data_like_refcounts: CauseKind.EMPTY_TABLE,
@@ -252,7 +307,64 @@ def crashed_while_it_grew() -> Image:
     return image
 
 
-HARMLESS = (crashed_while_it_grew, discarded, stale_bitmaps, counted_twice)
+def crashed_between_tables() -> Image:
+    """New tables were made, and data after them, of which the entries were not written yet."""
+    image = disk().build()
+    for cluster in range(2, PER_TABLE):
+        image.set_word(image.l2_at(2 * image.geometry.l2_entries + cluster), 0)
+    return image
+
+
+def crashed_where_it_filled_free_space() -> Image:
+    """What was free is handed out before the file grows, and newer tables lie behind it."""
+    builder = disk()
+    first = builder.place(random.Random(3).randbytes(CLUSTER))
+    builder.skip(2)
+    builder.write(3 * builder.geometry.l2_entries, random.Random(4).randbytes(CLUSTER))
+    image = builder.build()
+    image.set_refcount(first // CLUSTER, 1)
+    return image
+
+
+def snapshot_deleted_half_way() -> Image:
+    """The disk has written since to what only the older snapshot has, and is counted too high."""
+    builder = disk()
+    builder.take_snapshot("one")
+    for cluster in range(PER_TABLE):
+        builder.write(cluster, random.Random(cluster).randbytes(CLUSTER))
+    image = builder.build()
+    image.set_refcount(image.l2_table(0, 0) // CLUSTER, 2)
+    for cluster in range(PER_TABLE):
+        old = image.word(image.l2_at(cluster, 0)) & entries.L2_OFFSET
+        image.set_refcount(old // CLUSTER, 2)
+    return image
+
+
+HARMLESS = (
+    crashed_between_tables,
+    crashed_where_it_filled_free_space,
+    snapshot_deleted_half_way,
+    crashed_while_it_grew,
+    discarded,
+    stale_bitmaps,
+    counted_twice,
+)
+
+
+def test_a_newer_copy_of_a_table_in_use_looks_lost():
+    found = triage(older_copy_of_a_table_in_its_place())
+    assert len(found.suspects) == 1
+    assert found.buried_count == 1
+
+
+def test_a_lost_table_of_zeros_hid_what_the_backing_file_has():
+    builder = disk(backing_file=b"base.qcow2")
+    for cluster in range(7):
+        builder.write_zeros(3 * builder.geometry.l2_entries + cluster)
+    image = builder.build()
+    image.set_word(image.l1_at(3), 0)
+    assert "zeros that hide what the backing file has" in triage(image).warnings(1)[0]
+    assert proposal(image, RepairTier.LEAKS).needs_quote
 
 
 @pytest.mark.parametrize("make", HARMLESS, ids=lambda each: each.__name__)
@@ -310,7 +422,20 @@ def test_a_counter_that_is_far_too_high_hides_one_cluster_at_most():
     image = builder.build()
     old = image.word(image.l2_at(0, 0)) & entries.L2_OFFSET
     image.set_refcount(old // CLUSTER, 7)
-    assert triage(image).losses.missing <= CLUSTER
+    assert triage(image).losses.missing == 0
+
+
+def test_what_the_disk_has_nothing_in_the_place_of_may_be_missing():
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(0, b"anew")
+    image = builder.build()
+    old = image.word(image.l2_at(0, 0)) & entries.L2_OFFSET
+    image.set_refcount(old // CLUSTER, 2)
+    image.set_word(image.l2_at(0), 0)
+    found = triage(image).losses
+    assert found.missing == 2 * CLUSTER
+    assert found.causes[0].kind is CauseKind.SHARED
 
 
 def test_what_the_disk_still_has_is_not_missing_from_it():
@@ -319,6 +444,32 @@ def test_what_the_disk_still_has_is_not_missing_from_it():
     image = builder.build()
     image.change_header(nb_snapshots=0)
     assert triage(image).losses.missing == 0
+
+
+# ---- what a snapshot still has ----
+
+
+def shared_with_a_snapshot() -> Image:
+    builder = disk()
+    builder.take_snapshot("one")
+    image = builder.build()
+    wipe(image, image.header.l1_table_offset, 32)
+    return image
+
+
+@pytest.mark.parametrize("tier", RepairTier)
+def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier):
+    found = proposal(shared_with_a_snapshot(), tier)
+    assert found.needs_quote
+    assert "a snapshot has what the disk may have lost" in " ".join(found.warnings)
+    if tier is RepairTier.ALL:
+        assert found.after.verdict == "leaks"
+
+
+def test_refcounts_that_are_lost_too_leave_what_a_snapshot_has():
+    image = without_refcounts(shared_with_a_snapshot())
+    assert causes(image) == {CauseKind.SHARED}
+    assert proposal(image, RepairTier.ALL).needs_quote
 
 
 # ---- refcounts that are lost too ----
