@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 from planner.qcow2.luks import DISABLED, ENABLED, MAGIC, STRIPES, KeySlot, LuksHeader, encode_luks
@@ -58,9 +59,10 @@ def small_luks_header() -> LuksHeader:
 
 
 def luks_bytes() -> bytes:
-    """The whole header area of a small LUKS header, its key material all alike."""
+    """The whole header area of a small LUKS header, its key material at random."""
     header = small_luks_header()
-    return encode_luks(header).ljust(header.payload_offset * 512, b"k")
+    raw = encode_luks(header)
+    return raw + random.Random(1).randbytes(header.payload_offset * 512 - len(raw))
 
 
 ACCEPTED = {

@@ -1,14 +1,16 @@
 """The LUKS header inside an encrypted image: its fields, and what QEMU refuses in them.
 
-No key is ever derived and no key material read. Source: LUKS On-Disk Format Specification,
-version 1.2.3, section 3; for what QEMU refuses, qcrypto_block_luks_open. One version of it refuses
-less than the next: what any of them refuses is refused here.
+No key is ever derived; of key material it is only seen where something else lies in its place.
+Source: LUKS On-Disk Format Specification, version 1.2.3, section 3; for what QEMU refuses,
+qcrypto_block_luks_open. One version of it refuses less than the next: what any of them refuses is
+refused here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from construct import Array, Bytes, Int16ub, Int32ub, Struct
 
 from planner.errors import ImageError, as_value
@@ -56,6 +58,9 @@ CIPHER_KEY_BYTES = {
 }
 MODES = ("ecb", "cbc", "xts", "ctr")
 IV_GENERATORS = ("plain", "plain64", "essiv")
+RANDOM_BYTES = 128
+"""So many different bytes are in each sector of what looks random: 222 are to be expected."""
+
 DIGEST_BYTES = {
     "md5": 16,
     "sha1": 20,
@@ -164,7 +169,9 @@ def read_luks(source: Source, pointer: CryptoPointer) -> LuksHeader:
 def luks_error(source: Source, pointer: CryptoPointer) -> ImageError | None:
     """Why QEMU would not open the disk of an image, whatever the password; None where it would."""
     try:
-        check_unlocking(read_luks(source, pointer), pointer.length)
+        header = read_luks(source, pointer)
+        check_unlocking(header, pointer.length)
+        check_key_material(source, pointer, header)
     except ImageError as error:
         return as_value(error)
     return None
@@ -216,6 +223,38 @@ def check_unlocking(header: LuksHeader, room: int) -> None:
     if start + header.key_bytes * STRIPES > room:
         problem = f"reaches past the {room} bytes that the image has for the header"
         raise ImageError(f"key_material_offset of LUKS key slot {first}", start // SECTOR, problem)
+
+
+def check_key_material(source: Source, pointer: CryptoPointer, header: LuksHeader) -> None:
+    """Raise `ImageError` where no key slot has its material left: zeros, text, or what else.
+
+    A key is spread over all of its material, which looks random throughout (LUKS, section 2.4): one
+    sector that does not, and no password opens that slot. QEMU finds out when it is given one.
+    """
+    enabled = [n for n, slot in enumerate(header.key_slots) if slot.enabled]
+    first = [_first_bad_sector(source, pointer, header, slot) for slot in enabled]
+    if all(sector is not None for sector in first):
+        slots = (
+            f"slot {enabled[0]}" if len(enabled) == 1 else "slots " + ", ".join(map(str, enabled))
+        )
+        raise ImageError(
+            f"LUKS key {slots}", f"overwritten in sector {first[0]}", "no password opens the disk"
+        )
+
+
+def _first_bad_sector(
+    source: Source, pointer: CryptoPointer, header: LuksHeader, index: int
+) -> int | None:
+    """The first sector of a slot's material that is none, from the header's beginning."""
+    start = header.key_slots[index].key_material_offset
+    whole = header.key_bytes * STRIPES // SECTOR
+    raw = np.frombuffer(
+        read_bytes(source, pointer.offset + start * SECTOR, whole * SECTOR), np.uint8
+    )
+    ordered = np.sort(raw.reshape(whole, SECTOR), axis=1)
+    different = np.count_nonzero(np.diff(ordered, axis=1), axis=1) + 1
+    bad = np.flatnonzero(different < RANDOM_BYTES)[:1].tolist()
+    return start + bad[0] if bad else None
 
 
 def _check_slot(header: LuksHeader, index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def checked(image: Path) -> Report:
 
 
 def with_header(path: Path, header: LuksHeader) -> Path:
-    area = encode_luks(header).ljust(min(header.payload_offset, 1 << 14) * SECTOR, b"k")
+    raw = encode_luks(header)
+    more = max(0, min(header.payload_offset, 1 << 14) * SECTOR - len(raw))
+    area = raw + random.Random(1).randbytes(more)
     path.write_bytes(ImageBuilder(crypt_method=CRYPT_LUKS, luks_header=area).build().data)
     return path
 
@@ -151,6 +154,24 @@ def test_a_pointer_that_gives_the_header_too_little(
     must_agree(image)
     assert FindingKind.LUKS_HEADER_LENGTH in checked(image).counts()
     assert not checked(image).complete
+
+
+@pytest.mark.parametrize(
+    "content", [bytes(SECTOR), b"somebody's log, line by line\n" * 40], ids=["zeros", "text"]
+)
+@pytest.mark.parametrize("sector", [8, 300])
+def test_key_material_that_is_overwritten(
+    sector: int, content: bytes, encrypted: bytes, tmp_path: Path
+) -> None:
+    """Of one sector: QEMU says of the right password what it says of a wrong one."""
+    image = spoiled(tmp_path / "image", encrypted, sector * SECTOR, content)
+    options = f"driver=qcow2,file.filename={image},encrypt.key-secret=s0"
+    command = ["qemu-io", "-r", "--object", f"secret,{KEY}", "--image-opts", options, "-c", "quit"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert NO_KEY_FITS in done.stderr
+    report = checked(image)
+    assert f"LUKS key slot 0 is overwritten in sector {sector}" in str(report.luks_error)
+    assert report.verdict == "corrupt"
 
 
 def test_a_header_that_is_wiped_hides_nothing(encrypted: bytes, tmp_path: Path) -> None:
