@@ -78,7 +78,8 @@ class _MoreComesToLight(AmbiguousCorruption):
     def __init__(self, what: str) -> None:
         super().__init__(
             "behind refcounts that cannot be looked up lies more damage, in clusters with two"
-            f" owners, which are not written to: with the refcounts mended, {what}",
+            " owners or tables that were overwritten, which are not written to: with the refcounts"
+            f" mended, {what}",
             "nothing was written; export the disk",
             FindingKind.REFCOUNT_UNREADABLE.label,
         )
@@ -99,9 +100,10 @@ def _require_nothing_worse(before: Report, after: Report, kept: int) -> None:
         raise _Unproven(f"the image could not be opened afterwards: {after.error}")
     counts = before.counts()
     # What is wrong with a cluster, and the flags about it, is found only where its refcount is
-    # known; in a cluster with two owners it cannot be mended with it.
-    hiding = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.MULTIPLE_OWNERS}
-    error = _MoreComesToLight if hiding <= counts.keys() else _Unproven
+    # known; in a cluster with two owners, or a table that is somebody's data, it stays.
+    stays = {FindingKind.MULTIPLE_OWNERS, FindingKind.TABLE_OVERWRITTEN} & counts.keys()
+    hides = FindingKind.REFCOUNT_UNREADABLE in counts
+    error = _MoreComesToLight if hides and stays else _Unproven
     for name in ("check_errors", "corruptions", "leaks"):
         was, would_be = getattr(before.counters, name), getattr(after.counters, name)
         if would_be > was + (kept if name == "leaks" else 0):

@@ -1,5 +1,7 @@
 """What no plan may do, whoever drafted it: one plan for every sentence of the proof."""
 
+import random
+
 import pytest
 
 from examples.make_image import Image
@@ -147,6 +149,19 @@ def test_where_damage_hides_behind_refcounts_the_image_is_named_and_not_the_prog
     image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
     before = check_image(image.source).counts()
     assert {FindingKind.REFCOUNT_UNREADABLE, FindingKind.MULTIPLE_OWNERS} <= before.keys()
+    reason = refused(image, plan_of(image, (image.reftable_at(0), word(image.refblock(0) - 512))))
+    assert UNPROVEN not in reason
+    assert "behind refcounts that cannot be looked up lies more damage" in reason
+
+
+def test_nor_is_it_where_damage_hides_that_a_table_was_overwritten_with():
+    """In a table of garbage nothing is edited, and of its flags nothing is known before."""
+    image = plain()
+    image.set_word(image.reftable_at(0), image.refblock(0) + 512)
+    garbage = random.Random(3).randbytes(512)
+    image.data[image.l2_table(0) + 1024 : image.l2_table(0) + 1536] = garbage
+    before = check_image(image.source).counts()
+    assert {FindingKind.REFCOUNT_UNREADABLE, FindingKind.TABLE_OVERWRITTEN} <= before.keys()
     reason = refused(image, plan_of(image, (image.reftable_at(0), word(image.refblock(0) - 512))))
     assert UNPROVEN not in reason
     assert "behind refcounts that cannot be looked up lies more damage" in reason
