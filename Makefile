@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench fuzz load clean
+.PHONY: help demo test lint coverage bench fuzz load clean
 
 # The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
 PYTHON ?=
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo    mount a damaged sample image, show what is wrong, repair it, undo'
 	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
 	@echo 'make lint    ruff format, ruff lint, mypy strict'
+	@echo 'make coverage what the tests without mounts reach, against the floor in pyproject.toml'
 	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
 	@echo 'make fuzz    fuzz everything that reads an image         SECONDS=60 ARGS="check plan"'
 	@echo 'make load    put a mount under load for so long          SECONDS=600'
@@ -42,6 +43,12 @@ lint:
 	@$(python) -m ruff check --quiet .
 	@$(python) -m mypy
 
+coverage:
+	@$(setup) dev
+	@$(setup) test
+	@$(python) -m coverage run -m pytest tests/planner tests/instarfs $(ARGS)
+	@$(python) -m coverage report
+
 bench:
 	@$(setup) bench
 	@$(python) -m tests.bench $(ARGS)
@@ -57,5 +64,5 @@ load:
 		-o faulthandler_timeout=$$(( $(SECONDS) + 300 ))
 
 clean:
-	rm -rf .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .coverage .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .git -prune -o -type d -name __pycache__ -exec rm -rf {} +
