@@ -1,14 +1,18 @@
-"""A mount whose check first tries what a daemon must not be able to do: confined.py IMAGE DIR UID
+"""A mount whose check first tries what a daemon can do, and must not: confined.py IMAGE DIR UID
 
-Each attempt and what came of it is a line in the log. Serves as the user UID, 0 or another.
+Each attempt and what came of it is a line in the log. Serves as the user UID, 0 or another. Beside
+IMAGE are its neighbour, a directory that is followed, and a socket where somebody listens.
 """
 
 import codecs
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +21,7 @@ from instarfs.daemon import broker
 from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
 from instarfs.daemon.logs import log_to_stderr
+from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
 from instarfs.image.file import FileSource, Image
 from instarfs.linux import openat2
@@ -27,11 +32,15 @@ from planner.check.report import Report
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
+FOLLOWED = IMAGE.with_name("followed") / "base"
+LISTENER = str(IMAGE.with_name("listener"))
 UNDO = IMAGE.with_name(f"{IMAGE.name}.instarfs-undo")
 
 AT_FDCWD = -100
 PROC_KCORE = "/proc/kcore"
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+DATAGRAMS = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # as the log has one
+PR_SET_NAME = 15
 
 
 def open_socket(family: int, kind: int) -> None:
@@ -49,8 +58,42 @@ def open_and_close(path: Path | str, flags: int, *, directory: int | None = None
     os.close(os.open(path, flags, dir_fd=directory))
 
 
-def have_the_image_opened_for_writing() -> None:
-    os.close(image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name))
+def have_the_image_opened_for_writing() -> int:
+    """While no repair is under way: nobody but the daemon knows when one is."""
+    return image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name)
+
+
+def write_the_image() -> None:
+    """Nothing, or what is checked afterwards would have changed."""
+    fd = have_the_image_opened_for_writing()
+    os.pwrite(fd, b"", 0)
+    os.close(fd)
+
+
+def lock(fd: int) -> None:
+    """As QEMU does who uses an image, or lets nobody else write to it: for reading is enough."""
+    taken = struct.pack("hhqqixxxx", fcntl.F_RDLCK, os.SEEK_SET, 100, 200, 0)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, taken)
+    os.close(fd)
+
+
+def limit(what: int, *, to: int) -> None:
+    """And back."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (to, hard))
+    resource.setrlimit(what, (soft, hard))
+
+
+def call_itself(name: bytes) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
+    if Path("/proc/thread-self/comm").read_bytes() != name + b"\n":
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def find_out_how_full_a_disk_is() -> None:
+    fd = os.open("/usr", os.O_PATH)
+    assert os.statvfs(fd).f_bfree >= 0
+    os.close(fd)
 
 
 def have_an_undo_file_made() -> None:
@@ -129,8 +172,35 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "make-neighbour": lambda: NEIGHBOUR.with_suffix(".new").touch(),
     "take-neighbour-for-undo-file": lambda: UNDO.hardlink_to(NEIGHBOUR),
     "link-neighbour-for-undo-file": lambda: UNDO.symlink_to(NEIGHBOUR),
+    "list-followed": lambda: list(FOLLOWED.parent.iterdir()),
+    "write-followed": lambda: os.close(openat2(AT_FDCWD, str(FOLLOWED), os.O_RDWR, 0)),
+    "empty-followed": lambda: os.close(
+        openat2(AT_FDCWD, str(FOLLOWED), os.O_RDONLY | os.O_TRUNC, 0)
+    ),
+    "connect-to-a-listener": lambda: DATAGRAMS.connect(LISTENER),
+    "send-a-descriptor": lambda: socket.send_fds(
+        DATAGRAMS, [b"?"], [image.fileno()], address=LISTENER
+    ),
+    "have-core-dumps-collected": lambda: limit(resource.RLIMIT_CORE, to=0),
+    "have-more-descriptors": lambda: limit(resource.RLIMIT_NOFILE, to=4096),
+    "read-followed": FOLLOWED.read_bytes,
+    "read-modules": Path(os.__file__).read_bytes,
+    "read-what-its-parent-was-started-with": Path(f"/proc/{os.getppid()}/cmdline").read_bytes,
+    "look-at-any-file": lambda: Path("/etc/passwd").stat(),
+    "may-it-write-any-file": lambda: os.access("/etc/passwd", os.W_OK),
+    "where-any-link-leads": lambda: Path("/proc/self").readlink(),
+    "how-full-any-disk-is": find_out_how_full_a_disk_is,
+    "lock-followed": lambda: lock(os.open(FOLLOWED, os.O_RDONLY)),
+    "lock-image": lambda: lock(have_the_image_opened_for_writing()),
+    "write-image": write_the_image,
+    "lift-its-limit-on-memory": lambda: limit(
+        resource.RLIMIT_DATA, to=resource.getrlimit(resource.RLIMIT_DATA)[1]
+    ),
+    "send-a-datagram": lambda: DATAGRAMS.sendto(b"from inside", LISTENER),
+    "have-another-name": lambda: call_itself(b"another"),
+    "signal-itself": lambda: signal.raise_signal(signal.SIGURG),
     "have-image-opened": lambda: image.reopen().close(),
-    "have-image-opened-to-write": have_the_image_opened_for_writing,
+    "have-image-opened-to-write": lambda: os.close(have_the_image_opened_for_writing()),
     "have-undo-file-made": have_an_undo_file_made,
 }
 
@@ -161,6 +231,9 @@ if UID:
     os.setgroups([])
     os.setresgid(UID, UID, UID)
     os.setresuid(UID, UID, UID)
+follow = Follow([str(FOLLOWED.parent)], serving=True)
 with broker.separated(image):
-    code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
+    code = session.serve(
+        image, DIRECTORY, MountOptions(), daemon.nobody_waits, follow=follow, check=check
+    )
 sys.exit(code)

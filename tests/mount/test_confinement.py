@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tests.mount.mounts import (
 )
 
 NOBODY = 65534
+KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 USERS = [os.geteuid()]
 """Who mounts: whoever runs the tests; of root also somebody else, if others than root may."""
 if USERS == [0] and Path("/dev/fuse").stat().st_mode & 0o006 == 0o006:
@@ -46,6 +48,9 @@ REFUSED = {
     "write-neighbour-by-openat2": "EACCES",
     "write-neighbour-by-descriptor": "EACCES",
     "make-neighbour-by-openat2": "EACCES",
+    "list-followed": "EACCES",
+    "write-followed": "EACCES",
+    "empty-followed": "EACCES",
     # by the kernel, as to anybody
     "have-3-gibibytes": "ENOMEM",
     "read-memory-of-children": "EACCES",
@@ -79,8 +84,30 @@ REFUSED = {
     "make-neighbour": "EPERM",
     "take-neighbour-for-undo-file": "EPERM",
     "link-neighbour-for-undo-file": "EPERM",
+    "connect-to-a-listener": "EPERM",
+    "send-a-descriptor": "EPERM",
+    "have-core-dumps-collected": "EPERM",
+    "have-more-descriptors": "EPERM",
 }
-STILL_DONE = ("have-image-opened", "have-image-opened-to-write", "have-undo-file-made")
+STILL_DONE = (
+    "read-followed",
+    "read-what-its-parent-was-started-with",
+    "look-at-any-file",
+    "may-it-write-any-file",
+    "where-any-link-leads",
+    "how-full-any-disk-is",
+    "lock-followed",
+    "lock-image",
+    "write-image",
+    "lift-its-limit-on-memory",
+    "send-a-datagram",
+    "have-another-name",
+    "signal-itself",
+    "have-image-opened",
+    "have-image-opened-to-write",
+    "have-undo-file-made",
+)
+"""What SECURITY.md says that a daemon which was taken over can do."""
 
 
 @pytest.fixture
@@ -99,12 +126,17 @@ def confined(request: pytest.FixtureRequest, folder: Path) -> Iterator[Mount]:
     leak(image, 3)
     neighbour = make_image(folder / "neighbour.qcow2")
     directory.mkdir()
-    for path in (folder, image, neighbour, directory):
-        os.chown(path, request.param, request.param)
+    followed, listener = folder / "followed", folder / "listener"
+    followed.mkdir()
+    (followed / "base").write_bytes(b"base")
     program = Path(__file__).with_name("confined.py")
     command = [sys.executable, program, image, directory, str(request.param)]
-    with mounted(command, image, directory) as it:
-        yield it
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(listener))
+        for path in (folder, image, neighbour, directory, followed, followed / "base", listener):
+            os.chown(path, request.param, request.param)
+        with mounted(command, image, directory) as it:
+            yield it
 
 
 def broker_of(mount: Mount) -> int:
@@ -132,8 +164,30 @@ def test_from_inside_there_is_nothing_to_be_had(confined: Mount) -> None:
     outcomes = attempts(confined)
     assert {name: outcomes[name] for name in REFUSED} == REFUSED
     assert {name: outcomes[name] for name in STILL_DONE} == dict.fromkeys(STILL_DONE, "done")
+    if confined.image.stat().st_uid == os.geteuid():  # whose modules they are
+        assert outcomes["read-modules"] == "done"
     assert outcomes["read-kernel-memory"] != "done"
     assert {path.name for path in confined.image.parent.iterdir()} == names
+    assert confined.image.with_name("followed").joinpath("base").read_bytes() == b"base"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have no link followed")
+@pytest.mark.skipif(KERNEL < (5, 14), reason="this kernel follows links in every mount")
+def test_no_link_and_no_program_that_a_daemon_shows_means_anything(
+    image: Path, tmp_path: Path
+) -> None:
+    target, directory = tmp_path / "target", tmp_path / "mnt"
+    target.write_text("precious\n")
+    program = Path(__file__).with_name("taken_over.py")
+    with mounted([sys.executable, program, image, directory, target], image, directory) as it:
+        assert (it / "repair/tier").is_symlink()
+        assert (it / "repair/tier").readlink() == target
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            (it / "repair/tier").write_text("leaks\n")
+        assert (it / "README.txt").stat().st_mode & stat.S_ISUID
+        with pytest.raises(PermissionError):
+            subprocess.run([it / "README.txt"], check=False)
+    assert target.read_text() == "precious\n"
 
 
 def test_a_confined_daemon_repairs_takes_back_and_trims(confined: Mount) -> None:
@@ -172,8 +226,9 @@ def test_a_confined_daemon_leaves_no_mount_behind(confined: Mount, number: signa
 def test_nothing_is_left_of_the_helpers_of_a_daemon_that_was_killed(confined: Mount) -> None:
     pid = confined.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children")
+    # Of other users than root a third one mounts, and ends.
+    until(lambda: len(children.read_text().split()) == 2, "two helpers were left")
     helpers = [Path(f"/proc/{word}") for word in children.read_text().split()]
-    assert len(helpers) == 2
     confined.process.send_signal(signal.SIGKILL)
     confined.process.wait()
     until(lambda: not any(helper.exists() for helper in helpers), "they had ended too")
