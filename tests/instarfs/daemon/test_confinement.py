@@ -122,6 +122,96 @@ def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None
     assert set(outcomes.values()) == {"done"}
 
 
+# ---- what a broker that was taken over can do ----
+
+AS_BROKER = """
+import ctypes, errno, os, socket, struct, sys
+from pathlib import Path
+from instarfs.daemon.confinement import Confinement
+from instarfs.image.file import Image
+
+image, other, who = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+syscall = ctypes.CDLL(None, use_errno=True).syscall
+below = image.with_name("below")
+opened, elsewhere = Image.open(str(image)), os.open(other.parent, os.O_PATH)
+writable, listed = os.open(image, os.O_RDWR), os.open(image.parent, os.O_RDONLY)
+
+def opening(path, flags, mode=0):
+    def attempt():
+        # By openat2: what openat is asked for the filter sees.
+        how = struct.pack("=QQQ", flags, mode, 0)
+        fd = syscall(ctypes.c_long(437), -100, os.fsencode(path), how, ctypes.c_size_t(len(how)))
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), "")
+        os.close(fd)
+    return attempt
+
+MAKE = os.O_RDWR | os.O_CREAT
+attempts = {
+    "open": opening(image, os.O_RDONLY),
+    "open-neighbour": opening(below / "neighbour", os.O_RDONLY),
+    "look-elsewhere": lambda: other.stat(),
+    "open-to-write": opening(below / "neighbour", os.O_RDWR),
+    "empty": opening(below / "neighbour", os.O_RDONLY | os.O_TRUNC),
+    "make-below": opening(below / "new", MAKE, 0o4755),
+    "make-without-a-name": opening(below, os.O_RDWR | os.O_TMPFILE, 0o600),
+    "open-to-list": opening(below, os.O_RDONLY | os.O_DIRECTORY),
+    "remove-below": lambda: os.unlink("below/neighbour", dir_fd=listed),
+    "read": lambda: os.pread(writable, 1, 0),
+    "write": lambda: os.pwrite(writable, b"", 0),
+    "list": lambda: os.listdir(listed),
+    "open-elsewhere": opening(other, os.O_RDONLY),
+    "make-elsewhere": opening(other.with_name("new"), MAKE, 0o600),
+    "remove-elsewhere": lambda: os.unlink(other.name, dir_fd=elsewhere),
+    "link": lambda: os.link(image, below / "link"),
+    "rename": lambda: image.rename(below / "image"),
+}
+ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+if not os.fork():
+    Confinement.of_broker(opened, read_only=who == "reading broker").enforce()
+    said = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            said.append(f"{name} done")
+        except OSError as failed:
+            said.append(f"{name} {errno.errorcode[failed.errno]}")
+    its.sendmsg(["\\n".join(said).encode()])
+    os._exit(0)
+its.close()
+print(ours.recv(1 << 16).decode())
+os.wait()
+"""
+TO_READ = {"open", "open-neighbour", "look-elsewhere"}
+TO_WRITE = {
+    "open-to-write", "empty", "make-below", "make-without-a-name", "open-to-list", "remove-below",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(os.uname().machine not in MACHINES, reason="its calls are not known")
+@pytest.mark.skipif(landlock_version() < 3, reason="this kernel's Landlock rules out less")
+@pytest.mark.parametrize("who", ["broker", "reading broker"])
+def test_a_broker_reaches_its_directory_and_what_is_below_and_reads_and_writes_nothing(
+    image: Path, who: str
+) -> None:
+    below, other = image.with_name("below"), image.parents[1] / "elsewhere/image"
+    below.mkdir()
+    (below / "neighbour").write_bytes(b"neighbour")
+    done = subprocess.run(
+        [sys.executable, "-c", AS_BROKER, image, other, who],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    could = {name for name, outcome in outcomes.items() if outcome == "done"}
+    assert could == (TO_READ if who == "reading broker" else TO_READ | TO_WRITE)
+    assert {outcomes[name] for name in set(outcomes) - could} <= {"EACCES", "EPERM"}
+    assert image.read_bytes() == other.read_bytes() == b"image"
+    assert (below / "neighbour").exists() == (who == "reading broker")
+
+
 # ---- where it cannot filter system calls ----
 
 OF_KERNELS = """
