@@ -8,12 +8,14 @@ import codecs
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import resource
 import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -196,6 +198,9 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "lift-its-limit-on-memory": lambda: limit(
         resource.RLIMIT_DATA, to=resource.getrlimit(resource.RLIMIT_DATA)[1]
     ),
+    "have-memory-that-could-be-shared": lambda: mmap.mmap(-1, 3 << 30).close(),
+    "cut-what-is-its-stderr": lambda: os.ftruncate(2, os.fstat(2).st_size),
+    "start-a-thread": lambda: threading.Thread(target=os.getpid).start(),
     "send-a-datagram": lambda: DATAGRAMS.sendto(b"from inside", LISTENER),
     "have-another-name": lambda: call_itself(b"another"),
     "signal-itself": lambda: signal.raise_signal(signal.SIGURG),
