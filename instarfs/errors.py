@@ -484,11 +484,12 @@ class NotMounted(InstarfsError):
 
 @dataclass(eq=False)
 class UnmountBusy(InstarfsError):
-    """{directory}: in use; leave the directory and close its files (fuser -vm {directory!q}),
-    then unmount again
+    """{directory}: in use{loops}; leave the directory and close its files (fuser -vm
+    {directory!q}), then unmount again
     """
 
     directory: str
+    loops: str = ""
 
 
 @dataclass(eq=False)
@@ -580,7 +581,7 @@ class RepairCancelled(InstarfsError):
 
 @dataclass(eq=False)
 class RepairIncomplete(InstarfsError):
-    """{path}: {left} of {found} findings are left; see repair/result.json, or the output of
+    """{path}: findings that are left: {left} of {found}; see repair/result.json, or the output of
     check -r
     """
 
@@ -638,9 +639,19 @@ class TrimCancelled(InstarfsError):
 
 @dataclass(eq=False)
 class RepairInterrupted(InstarfsError):
-    """{path}: a repair of it was interrupted; take it back first: instarfs undo"""
+    """{path}: a repair of it was interrupted; take it back first: instarfs undo{option} {path!q}"""
 
     path: str
+    option: str = ""
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class RepairPending(InstarfsError):
+    """{path}: {sentence}"""
+
+    path: str
+    sentence: str
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
@@ -654,7 +665,7 @@ class UndoFileMissing(InstarfsError):
     path: str
     undo_file: str
     hint: str = ""
-    errno: ClassVar[int] = _errno.ESTALE
+    errno: ClassVar[int] = _errno.ENODATA
 
 
 @dataclass(eq=False)
@@ -663,7 +674,7 @@ class UndoEmpty(InstarfsError):
 
     path: str
     undo_file: str
-    errno: ClassVar[int] = _errno.ESTALE
+    errno: ClassVar[int] = _errno.ENODATA
 
 
 @dataclass(eq=False)

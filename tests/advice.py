@@ -25,7 +25,7 @@ from instarfs.image.directory import SUFFIX
 from tests.mount.mounts import DEADLINE, environment
 from tests.planner.corpus import RULES
 
-HEADING, COMMAND = "  - ", "      "
+HEADING, COMMAND = "  # ", "      "
 
 _PRELUDE = """
 set -e
@@ -44,25 +44,30 @@ instarfs() {
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is to be done, and its commands, as the report prints them."""
+class Block:
+    """What the report advises together. ``lines``: what is below ``title``, to be pasted as it
+    is; ``commands``: without what is said between them.
+    """
 
-    heading: str
-    commands: tuple[str, ...]
+    title: str
+    lines: tuple[str, ...]
+
+    @property
+    def commands(self) -> list[str]:
+        return [line.strip() for line in self.lines if line.startswith(COMMAND)]
 
 
-def steps_of(text: str) -> list[Step]:
-    """The steps of the section `What to do now`."""
+def blocks_of(text: str) -> list[Block]:
+    """What is advised in a report: first, where there is anything to do, `What to do now`."""
     _, found, after = text.partition("\nWhat to do now:\n")
-    steps: list[Step] = []
-    for line in after.partition("\n\n")[0].splitlines() if found else ():
-        if line.startswith(COMMAND):
-            step = steps.pop()
-            steps.append(Step(step.heading, (*step.commands, line.removeprefix(COMMAND))))
-        else:
-            assert line.startswith(HEADING), line
-            steps.append(Step(line.removeprefix(HEADING), ()))
-    return steps
+    if not found:
+        return []
+    sections = [section.splitlines() for section in f"What to do now:\n{after}".split("\n\n")]
+    blocks = [Block(title, tuple(lines)) for title, *lines in sections]
+    advised = [block for block in blocks if block.commands or block is blocks[0]]
+    for block in advised:
+        assert all(line.startswith((HEADING, COMMAND)) for line in block.lines), block
+    return advised
 
 
 @dataclass(frozen=True)
@@ -154,14 +159,14 @@ def _instead_of(descriptor: int, file: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
-def undoes(step: Step) -> bool:
-    """Whether it takes a repair back."""
-    return any(re.match(r"instarfs undo |echo undo ", command) for command in step.commands)
+def undoes(block: Block) -> bool:
+    """Whether it takes a repair back, be it an interrupted one."""
+    return any(re.match(r"instarfs undo |echo undo ", command) for command in block.commands)
 
 
-def repairs(step: Step) -> bool:
+def repairs(block: Block) -> bool:
     """Whether it changes the image."""
-    commands = step.commands
+    commands = block.commands
     return any("check -r " in each or each.endswith("/repair/tier") for each in commands)
 
 
@@ -186,36 +191,45 @@ def follow_all(report: Callable[[], str], image: Path, folder: Path | None = Non
     and those after it advise, until none advises a repair.
 
     *report* asks for it; it is followed in *folder*, or else beside the image. Everything succeeds
-    but what is said to may not; nothing that was there is gone; what is taken back is taken back to
-    the byte.
+    but what is said to may not; nothing that was there is gone; a block that is pasted as a whole
+    does what it says: the first repairs, and the one that takes back does so to the byte.
     """
     before = image.read_bytes()
-    steps = steps_of(report())
-    _require_success(steps, image, folder)
-    if not any(map(repairs, steps)) or any(map(undoes, steps)):
-        assert image.read_bytes() == before
-    else:
-        image.write_bytes(before)
-    for _ in range(MOST_REPAIRS):
-        steps = steps_of(report())
-        if not any(map(repairs, steps)):
+    for number in range(MOST_REPAIRS):
+        blocks = blocks_of(report())
+        if not any(map(repairs, blocks)):
+            _require_success(blocks, image, folder)
+            assert image.read_bytes() == before
             return
-        before = image.read_bytes()
-        _require_success([step for step in steps if not undoes(step)], image, folder)
+        first, *others = blocks
+        assert not any(map(repairs, others))
+        assert not undoes(first)
+        taking_back = [block for block in others if undoes(block)]
+        others = [block for block in others if block not in taking_back]
+        for block in taking_back if number == 0 else []:
+            _require_success([first], image, folder)
+            assert image.read_bytes() != before
+            followed = follow(block.lines, folder or image.parent)
+            assert followed.code == 0, followed
+            assert image.read_bytes() == before
+            first, *_ = blocks_of(report())  # the names of what was kept are taken now
+        _require_success([first, *others], image, folder)
         assert image.read_bytes() != before
+        before = image.read_bytes()
     raise AssertionError("a repair is advised again and again")
 
 
-def _require_success(steps: Iterable[Step], image: Path, folder: Path | None) -> None:
+def _require_success(blocks: Iterable[Block], image: Path, folder: Path | None) -> None:
     folder = folder or image.parent
     kept = _files(folder, image)
-    certain = [step for step in steps if not may_fail(step)]
-    followed = follow((command for step in certain for command in step.commands), folder)
+    certain = [block for block in blocks if not may_fail(block)]
+    followed = follow((line for block in certain for line in block.lines), folder)
     assert followed.code == 0, followed
-    followed = [follow(step.commands, folder) for step in steps if may_fail(step)]
+    exports = [follow(block.lines, folder) for block in blocks if may_fail(block)]
+    exports += [followed] * sum(exports_disk(block) for block in certain)
     now = _files(folder, image)
     if folder == image.parent:
-        _require_lists(followed, {name: now[name] for name in now.keys() - kept.keys()})
+        _require_lists(exports, {name: now[name] for name in now.keys() - kept.keys()})
         assert {name: now.get(name) for name in kept} == kept
     assert set(kept.values()) <= set(now.values())
 
@@ -228,9 +242,14 @@ def _require_lists(exports: list[Followed], made: dict[str, bytes | tuple[int, .
         assert export.code == int(isinstance(content, bytes) and b"  -\n" in content), export
 
 
-def may_fail(step: Step) -> bool:
+def may_fail(block: Block) -> bool:
     """Whether its text says so beforehand."""
-    return "exit code 1" in step.heading
+    return "exit code 1" in block.title
+
+
+def exports_disk(block: Block) -> bool:
+    """Whether it copies the guest's disk out."""
+    return any(command.startswith("instarfs export ") for command in block.commands)
 
 
 LARGE = 8 << 20

@@ -18,7 +18,7 @@ from instarfs.errors import FormatHasNoChecks, FormatNotRead
 from instarfs.image import locks
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
 from instarfs.repair.interrupted import pending
-from instarfs.text import json_array, printable
+from instarfs.text import json_array, printable, shell_path
 from planner.check.check import check_image
 from planner.check.report import Report
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
 # time than loading it.
+
+_SELF_EVIDENT = ("clean", "unreadable")
+"""Verdicts of which a report has no more to say."""
 
 WORST_FIRST = (1, 2, 63, 3, 0)
 """Exit codes, of which that of several images is the first: what is not known may be worse than
@@ -246,6 +249,9 @@ def _show_checked(checked: _Checked, label: str = "") -> None:
     if checked.left_over is not None:
         remark(f"{label}NOTE {checked.left_over.sentence}")
     _show_check(checked.report, label)
+    if not checked.report.torn and checked.report.verdict not in _SELF_EVIDENT:
+        path = shell_path(checked.name.path)
+        click.echo(f"{label}NOTE what it means, and what to do: instarfs report {path}", err=True)
 
 
 def _show_check(report: Report, label: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.cli.grammar import ImageName
+from instarfs.cli.options import share_option
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
@@ -29,7 +30,7 @@ from instarfs.text import printable
 )
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
-@click.option("-U", "--force-share", is_flag=True, help="Also while another process has it open.")
+@share_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 @click.argument("out", metavar="OUT", type=click.Path(readable=False))
 def command(

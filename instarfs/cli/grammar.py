@@ -20,6 +20,7 @@ from typing import TypeVar
 import click
 
 from instarfs.cli.naming import named
+from instarfs.cli.options import share_option
 from instarfs.errors import FormatNotRead, ImageNotQcow2, ImageUnreadable, InstarfsError
 from instarfs.image import locks
 from instarfs.image.file import Image
@@ -239,9 +240,7 @@ def image_options(*cache: str) -> Callable[[Command], Command]:
             metavar="OBJECTDEF",
             help="A secret, as qemu-img takes it: not used, since metadata is not encrypted.",
         ),
-        click.option(
-            "-U", "--force-share", is_flag=True, help="Also while another process has it open."
-        ),
+        share_option,
     ]
     if cache:
         taken = click.option(

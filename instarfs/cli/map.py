@@ -41,9 +41,11 @@ def command(  # noqa: PLR0917 - as on the command line
 ) -> None:
     """Show from which file, and from where in it, each part of IMAGE's disk is read.
 
-    Without --follow no other file is opened: what the image does not hold itself is shown as
-    unknown. Parts that cannot be read are shown as damaged. The text lists data only; for
-    everything else see --output json.
+    Without --follow no other file is opened: what the image does not hold itself is unknown. The
+    text lists data, and, in place of where it is, parts that cannot be read as damaged, with the
+    reason; like that of qemu-img it ends at the first compressed or encrypted cluster. JSON lists
+    everything, with the keys `damaged` and `unknown` where that is so. The exit code is 1 where the
+    text has no line for some of the data, or some is damaged or unknown.
     """
     name = image_name(word, image_format, image_opts=image_opts, force_share=force_share)
     path, follow = name.path, Follow(directories)

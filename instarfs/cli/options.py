@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import click
 
+share_option = click.option(
+    "-U", "--force-share", is_flag=True, help="Also while another process has it open."
+)
+
 undo_file_option = click.option(
     "--undo-file",
     metavar="PATH",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
-from instarfs.cli.naming import named
+from instarfs.cli.grammar import ImageName
+from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import RepairInterrupted
+from instarfs.errors import RepairPending
 from instarfs.image import locks
-from instarfs.image.file import Image
-from instarfs.image.memory import limited
 from instarfs.render.repair import plan_human, plan_json, refusal_json
 from instarfs.repair.interrupted import pending
 from planner.check.check import check_image
@@ -26,24 +27,39 @@ from planner.repair.tiers import propose
     help="Text for a reader (the default), or JSON with every change.",
 )
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@share_option
+@undo_file_option
 @click.argument("tier", type=click.Choice([tier.value for tier in RepairTier]))
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
-def command(output: str, tier: str, path: str, *, progress: bool) -> None:
+def command(
+    output: str,
+    undo_file: str | None,
+    tier: str,
+    path: str,
+    *,
+    progress: bool,
+    force_share: bool,
+) -> None:
     """Show what a repair of the tier `leaks` or `all` would do to IMAGE. Nothing is written.
 
     The plan is proven: laid over the image in memory, it was checked like an image. Its id can be
-    quoted to `instarfs check -r`, which then does exactly this or nothing.
+    quoted to `instarfs check -r`, which then does exactly this or nothing. Nothing is planned
+    while somebody writes to the image.
     """
-    with Image.open(path) as image, limited(image), locks.held(image.fileno(), path):
-        if pending(image) is not None:
-            raise RepairInterrupted(path)
+    name = ImageName(path, force_share=force_share, undo_file=undo_file)
+    with name.opened() as image:
+        in_use, before = locks.is_written(image.fileno()), image.generation()
+        interrupted = pending(image)
+        if interrupted is not None:
+            raise RepairPending(path, interrupted.sentence)
         source = image.source()
         with progress_bar(shown=progress) as tell:
             report = check_image(source, progress=tell)
+            changed = image.generation() != before
             try:
                 proposal = propose(
                     source,
-                    report,
+                    replace(report, in_use=in_use, changed=changed),
                     RepairTier(tier),
                     can_grow=not image.is_device,
                     progress=tell,
@@ -51,7 +67,7 @@ def command(output: str, tier: str, path: str, *, progress: bool) -> None:
             except RepairError as error:
                 if output == "json":
                     click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
-                raise named(error, path) from error
+                raise name.failed(error) from error
     if output == "json":
         for part in plan_json(proposal, path):
             click.echo(part, nl=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import undo_file_option
+from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import Tell, progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
 from instarfs.guest.follow import Follow
@@ -32,9 +32,7 @@ from planner.triage.triage import Triage, triage_leaks
 
 @click.command(name="report")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
-@click.option(
-    "-U", "--force-share", is_flag=True, help="Also while another process has the image open."
-)
+@share_option
 @undo_file_option
 @click.option(
     "--follow",

@@ -36,7 +36,7 @@ from instarfs.inspect.repair_queue import MakeRepairer, Repairs, last_repair
 from instarfs.inspect.shared_value import Computed, Edition
 from instarfs.inspect.stages import Stages
 from instarfs.repair.interrupted import pending
-from instarfs.repair.journal import Summary
+from instarfs.repair.journal import State, Summary
 from instarfs.repair.looking import look_around
 from instarfs.repair.outcome import Pending, RepairOutcome
 from instarfs.repair.run import Repairer
@@ -260,6 +260,12 @@ class Inspector:
     def last_repair(self) -> Summary | Exception | None:
         """What its undo file says of itself, or why that cannot be known; None where none is."""
         return last_repair(self._image)
+
+    def is_touched(self, last: Summary) -> bool:
+        """Whether others may have written to the image after the *last* repair, by its times."""
+        if self._image.is_device or last.status.state is not State.APPLIED:
+            return False
+        return last.status.mtime_ns != self.generation().mtime_ns
 
     def look(
         self, at: Callable[[FileSource, Callable[[], bool]], T], *, beside_check: bool = False

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from instarfs.errors import DOMAIN_ERRORS, NoSuchCommand, RepairNotOffered, RepairRunning
 from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import ControlFile
-from instarfs.render.repair import outcome_line
+from instarfs.render.repair import outcome_line, stale_sentence
 from instarfs.repair.journal import State, Summary
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.text import printable
@@ -46,14 +46,21 @@ def parse_tier(command: bytes) -> tuple[RepairTier, str]:
     """The tier, and the quoted plan id or nothing. Raises `NoSuchCommand`."""
     match = _TIER.fullmatch(command)
     if match is None:
-        raise NoSuchCommand(_shortened(command), _TIER_GRAMMAR)
+        raise NoSuchCommand(_shortened(command), _TIER_GRAMMAR + _elsewhere(command))
     return RepairTier(match[1].decode()), (match[2] or b"").decode()
 
 
 def parse_word(command: bytes, word: str) -> None:
     """Raise `NoSuchCommand` unless *command* is *word*."""
     if command.removesuffix(b"\n").strip(b" \t") != word.encode():
-        raise NoSuchCommand(_shortened(command), f"`{word}`")
+        raise NoSuchCommand(_shortened(command), f"`{word}`{_elsewhere(command)}")
+
+
+def _elsewhere(command: bytes) -> str:
+    """Where a word belongs that means something in another control file."""
+    word = command.strip().partition(b" ")[0].decode(errors="replace")
+    file = {"undo": "undo", "trim": "trim", "leaks": "tier", "all": "tier"}.get(word)
+    return f"; `{word}` is for repair/{file}" if file else ""
 
 
 def _shortened(command: bytes) -> str:
@@ -140,4 +147,8 @@ class Controls:
         plan = f" (tier {last.tier}, plan {last.plan_id})"
         more = last.status.depth - 1
         rest = f"; {more} more before it" if more else ""
+        if self._inspector.is_touched(last):
+            rest = ", if it still fits: the image may have been written to after it"
+        elif last.stale_count:
+            rest = f"; {stale_sentence(last.stale_count)}"
         return f"{_UNDO_LINES[last.status.state]}{plan}{rest}\n".encode()

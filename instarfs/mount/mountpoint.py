@@ -49,6 +49,7 @@ STOP_COMPUTING = signal.SIGUSR1
 """Tells that process to end what it computes, so that those who wait for it let go."""
 
 _DEVICE = Path("/dev/fuse")
+_LOOP_DEVICES = Path("/sys/block")
 _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
 # On every architecture but alpha; linux/fcntl.h, linux/mount.h.
@@ -207,7 +208,7 @@ def unmount(directory: str) -> None:
                 time.sleep(_POLL_SECONDS)
                 complaint = _try_to_unmount(target)
         if _is_busy(complaint):
-            raise UnmountBusy(directory)
+            raise UnmountBusy(directory, _loop_devices(target))
         if complaint:
             raise UnmountFailed(directory, complaint)
         if daemon is not None and not _has_ended(daemon, _END_SECONDS):
@@ -235,6 +236,19 @@ def _try_to_unmount(target: str) -> str:
         if _is_busy(complaint):
             break
     return complaint
+
+
+def _loop_devices(target: str) -> str:
+    """Which loop devices hold files of the mount on *target*, for a sentence: no process does."""
+    devices = []
+    for file in sorted(_LOOP_DEVICES.glob("loop*/loop/backing_file")):
+        with contextlib.suppress(OSError):
+            if os.fsdecode(file.read_bytes()).startswith(f"{target}/"):
+                devices.append(f"/dev/{file.parts[-3]}")
+    if not devices:
+        return ""
+    names = " ".join(devices)
+    return f" by {names}: unmount what is on it, then: losetup -d {names}"
 
 
 def _is_busy(complaint: str) -> bool:

@@ -1,7 +1,9 @@
-"""What to do now, as commands to be pasted into bash.
+"""What to do now, as blocks that can be pasted into bash, each as a whole.
 
-Each succeeds as it stands, one after the other, also under `set -e`; where one may not, the text
-says so before it. Nothing that exists is overwritten. All from values.
+What stands between the commands is a comment. Each command succeeds as it stands, one after the
+other, also under `set -e`; where one may not, the text says so before it. Nothing that exists is
+overwritten. What takes a repair back, or is done instead of one, is a block of its own. All from
+values.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from planner.check.report import Report
 from planner.qcow2.header import CRYPT_NONE
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
+from planner.triage.impact import Harm, guest_impact
 from planner.triage.triage import Triage, adjacent
 
 _NOT_BESIDE = {
@@ -27,23 +30,29 @@ _NOT_BESIDE = {
 }
 
 
-def what_to_do(report: Report, path: str, known: Aftermath) -> list[str]:
-    """The lines of the section; none where there is nothing to do, or nobody knows.
+def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
+    """Blocks of lines; none where there is nothing to do, or nobody knows.
 
     *path*: the image's, absolute.
     """
     place = _Place(path, known, is_calm=is_mended_by_qemu(report, known))
     if known.gone or report.torn or not (known.proposals or place.is_interrupted):
         return []
-    steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place), *_repair(place)]
+    steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place)]
+    blocks: list[list[str]] = []
+    proposal = _advised(place)
+    if proposal is not None:
+        steps += _repair(place, proposal)
+        if place.keeps_undo:
+            blocks.append(_block("To take that repair back, byte for byte:", _undo(place)))
     if report.cut_off:
         whole = (
             "If this file is a copy that ended early, make it again: the rest may still be there."
         )
         steps = [*_step(whole), *steps]
     if report.counters.corruptions or report.counters.check_errors:
-        steps += _copy_out(place, report)
-    return ["What to do now:", *steps]
+        blocks += _copy_out(place, report)
+    return [["What to do now:", *steps], *blocks]
 
 
 def bring_back(path: str, known: Aftermath) -> list[str]:
@@ -137,7 +146,11 @@ def _in(mounted: Mounted, name: str) -> str:
 
 
 def _step(what: str, *commands: str) -> list[str]:
-    return [f"  - {what}", *(f"      {command}" for command in commands)]
+    return [f"  # {what}", *(f"      {command}" for command in commands)]
+
+
+def _block(what: str, *commands: str) -> list[str]:
+    return [what, *(f"      {command}" for command in commands)]
 
 
 def _keep_a_copy(place: _Place) -> Iterator[str]:
@@ -213,21 +226,26 @@ def _save_lost(place: _Place) -> Iterator[str]:
     )
 
 
-def _repair(place: _Place) -> Iterator[str]:
-    """One repair: its plan would be another after any."""
-    plans = {
+def _plans(place: _Place) -> dict[RepairTier, Proposal]:
+    return {
         tier: proposal
         for tier, proposal in place.known.proposals.items()
         if isinstance(proposal, Proposal) and not proposal.plan.changes_nothing
     }
-    if not plans:
-        return
+
+
+def _advised(place: _Place) -> Proposal | None:
+    """One repair: after it the plan of any other would be another."""
+    plans = _plans(place)
     leaks, everything = (plans.get(tier) for tier in (RepairTier.LEAKS, RepairTier.ALL))
-    tier = RepairTier.LEAKS if everything is None else RepairTier.ALL
-    if leaks is not None and everything is not None and not leaks.needs_quote:
-        # Where it mends as much, `all` would write more.
-        tier = tier if everything.left_count < leaks.left_count else RepairTier.LEAKS
-    proposal = plans[tier]
+    if leaks is None or everything is None:
+        return everything or leaks
+    # Where it mends as much, `all` would write more.
+    is_gentle = not leaks.needs_quote and everything.left_count >= leaks.left_count
+    return leaks if is_gentle else everything
+
+
+def _repair(place: _Place, proposal: Proposal) -> Iterator[str]:
     if not place.known.surroundings.is_writable:
         yield from _step("The image cannot be written to. Its copy can, and has the same plans.")
     yield from _step(
@@ -236,10 +254,10 @@ def _repair(place: _Place) -> Iterator[str]:
     )
     if not place.keeps_undo:
         yield from _step("That cannot be taken back: the copy is the only way back.")
-    else:
-        yield from _step("To take that back, byte for byte:", _undo(place))
-    then = "A plan holds for the image as it is: after a repair look again"
-    if tier is RepairTier.ALL and leaks is not None and proposal.after.counters.leaks:
+    then, leaks = "A plan holds for the image as it is: after a repair look again", None
+    if proposal.tier is RepairTier.ALL and proposal.after.counters.leaks:
+        leaks = _plans(place).get(RepairTier.LEAKS)
+    if leaks is not None:
         then += f". Then `{RepairTier.LEAKS}`, with its new id, frees the leaked clusters"
         then += ", if what looks lost may go" if leaks.needs_quote else ""
     yield from _step(f"{then}.")
@@ -265,17 +283,29 @@ def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
     return f"instarfs plan {tier} {place.repaired}", repair
 
 
-def _copy_out(place: _Place, report: Report) -> Iterator[str]:
+def _copy_out(place: _Place, report: Report) -> Iterator[list[str]]:
     """Not of an encrypted disk, of which no byte could be read."""
     header = report.layout.header if report.layout else None
     if header is None or header.crypt_method != CRYPT_NONE:
         return
-    notes = "exit code 1: not all of it could be read, and its .map lists what"
+    is_elsewhere = any(member.refusal for member in place.known.beside.members)
+    notes = []
+    if is_elsewhere or not _reads_whole(report):
+        notes.append("exit code 1 where not all of it can be read: its .map lists what")
     if not place.is_beside:
-        notes += "; or a file of that name is there, and stays"
-    if any(member.refusal for member in place.known.beside.members):
-        notes += "; --follow DIR: with what lies in other files, where they are below DIR"
-    yield from _step(
-        f"Or copy out what can be read, and leave the image as it is ({notes}):",
+        notes.append("exit code 1 where a file of that name is there: it stays")
+    if is_elsewhere:
+        notes.append("--follow DIR: with what lies in other files, where they are below DIR")
+    what = "Or copy out what can be read, and leave the image as it is"
+    yield _block(
+        f"{what} ({'; '.join(notes)}):" if notes else f"{what}:",
         f"instarfs export {place.image} {place.new(RAW)}",
     )
+
+
+def _reads_whole(report: Report) -> bool:
+    """Whether every byte of the disk can be read, be it the right one or not."""
+    impact = guest_impact(report)
+    is_packed = report.holds_compressed and not report.compressed_looked_at
+    harmed = impact.ranges[Harm.LOST], impact.ranges[Harm.SUSPECT]
+    return report.complete and not is_packed and not any(map(len, harmed))

@@ -42,6 +42,7 @@ from planner.findings.kinds import (
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.names import brief_name
 from planner.qcow2.snapshots import Snapshot
+from planner.words import plural
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
     from instarfs.repair.outcome import Pending, RepairOutcome
@@ -310,12 +311,14 @@ def fact(report: Report, finding: Finding) -> str:
         for owner in owners_of(report, finding)
     )
     if kind in REFCOUNT_KINDS:
-        clusters = "cluster" if finding.count == 1 else "clusters"
-        facts = f"refcount {finding.found}, {finding.expected} references"
+        facts = f"refcount {finding.found}, {plural(finding.expected, 'reference')}"
         facts += f" ({owners})" if owners else ""
-        return f"{finding.count} {clusters} at host offset {finding.host_offset}: {facts}"
+        clusters = plural(finding.count, "cluster")
+        return f"{clusters} at host offset {finding.host_offset}: {facts}"
     if kind is FindingKind.MULTIPLE_OWNERS:
-        return f"host cluster at {finding.host_offset} has {finding.found} owners: {owners}"
+        return (
+            f"host cluster at {finding.host_offset} has {plural(finding.found, 'owner')}: {owners}"
+        )
     if kind is FindingKind.CHECK_STOPPED:
         return _place(report, finding)
     if kind is FindingKind.LUKS_HEADER_INVALID:

@@ -21,6 +21,7 @@ from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import SECTOR
 from planner.views.explain import GuestExplanation, HostCluster, HostExplanation
 from planner.views.host_map import kinds_in
+from planner.words import plural
 
 LISTED = 20
 """Findings of a check, and users of a cluster, that are told."""
@@ -33,7 +34,9 @@ def host_txt(it: HostExplanation | ImageError, offset: int, report: Report | Non
         return _text([*lines, f"Nothing is known of it: {it}."])
     cluster, size = it.cluster, it.cluster.layout.file_size
     if offset >= size:
-        lines.append(f"It is past the end of the file, which has {size} bytes: it reads as zero.")
+        lines.append(
+            f"It is past the end of the file, which has {plural(size, 'byte')}: it reads as zero."
+        )
     inside = offset - cluster.offset
     lines.append(f"It is byte {inside} of host cluster {cluster.number}, at {cluster.offset}.")
     lines += ["", *_cluster_lines(cluster, it)]
@@ -145,7 +148,7 @@ def _cluster_lines(cluster: HostCluster, it: HostExplanation | None = None) -> I
 def _times(cluster: HostCluster) -> str:
     if cluster.references == 1:
         return "once"
-    return f"{'' if cluster.is_all else 'at least '}{cluster.references} times"
+    return f"{'' if cluster.is_all else 'at least '}{plural(cluster.references, 'time')}"
 
 
 def _unused(cluster: HostCluster) -> str:

@@ -65,12 +65,16 @@ FEW = 16
 _ABSENT = ("l1_index", "l2_index", "index", "guest_offset")
 """What not every finding has: left out of its object."""
 
+_COUNTED = ("count", "expected")
+"""What is said otherwise of one than of several."""
+
 
 def _shapes(findings: Findings) -> I64:
     """What findings of one shape have alike, in one number each."""
     shape: I64 = findings.snapshot.astype(np.int64) - NOWHERE
     absent = [(getattr(findings, name) == NONE, 1) for name in _ABSENT]
-    columns = [(findings.kind, 6), (findings.structure, 4), *absent, (findings.count == 1, 1)]
+    columns = [(findings.kind, 6), (findings.structure, 4), *absent]
+    columns += [(getattr(findings, name) == 1, 1) for name in _COUNTED]
     for column, bits in columns:
         shape = shape << bits | column
     return shape
@@ -79,7 +83,8 @@ def _shapes(findings: Findings) -> I64:
 def _example(shape: int) -> Finding:
     """The finding of a shape whose numbers are marks."""
     numbers = {name: _MARK + at for at, name in enumerate(_NUMBERS)}
-    numbers["count"], shape = 1 if shape & 1 else numbers["count"], shape >> 1
+    for name in reversed(_COUNTED):
+        numbers[name], shape = 1 if shape & 1 else numbers[name], shape >> 1
     for name in reversed(_ABSENT):
         numbers[name], shape = NONE if shape & 1 else numbers[name], shape >> 1
     structure, kind, snapshot = shape & 15, shape >> 4 & 63, (shape >> 10) + NOWHERE

@@ -16,6 +16,7 @@ from planner.guest.chain import Member, Role
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw
 from planner.qcow2.names import decode_name
+from planner.words import plural
 
 _BOOLEANS = ("false", "true")
 
@@ -74,36 +75,47 @@ def _reasons(members: tuple[Member, ...]) -> dict[int, str]:
 
 
 def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
-    """The text of `qemu-img map`: a line for each run of data that lies in a file as it is.
+    """The text of `qemu-img map`: a line for each run of data that lies in a file as it is; and, in
+    place of an offset and a file, what is wrong with each that is damaged.
 
-    *files*: the file of the data at each depth. Raises `MapIncomplete` at the first run that has no
-    such line, as QEMU does.
+    *files*: the file of the data at each depth. Raises `MapIncomplete` at the first run that can
+    have no such line, as QEMU does; and at the end where some were damaged, or are not known.
     """
     yield b"Offset          Length          Mapped to       File\n"
+    damaged, bytes_damaged, unknown = 0, 0, NO_HOST
     for rows in batches:
         # QEMU joins what it does not tell apart.
-        held = rows.select(rows.data & ~rows.zero)
-        nowhere = np.flatnonzero(held.offset == NO_HOST)
-        yield "".join(
-            _lines(held.select(slice(0, nowhere[0] if len(nowhere) else None)), files)
-        ).encode()
+        is_flawed = (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)
+        held = rows.select((rows.data & ~rows.zero) | is_flawed)
+        nowhere = np.flatnonzero((held.offset == NO_HOST) & (held.flaw == Flaw.NONE))
+        shown = held.select(slice(0, nowhere[0] if len(nowhere) else None))
+        yield "".join(_lines(shown, files)).encode()
         if len(nowhere):
             raise MapIncomplete(
-                "File contains external, encrypted, compressed or damaged clusters, the first"
+                "File contains external, encrypted or compressed clusters, the first"
                 f" at {held.start[nowhere[0]]}; see --output json"
             )
-        if (rows.flaw == UNKNOWN).any():
-            start = int(rows.start[rows.flaw == UNKNOWN][0])
-            raise MapIncomplete(
-                f"what is at {start} is in a backing file that is not read; see --follow"
-            )
+        damaged += int(np.count_nonzero(is_flawed))
+        bytes_damaged += int(rows.length[is_flawed].sum())
+        if unknown == NO_HOST and (rows.flaw == UNKNOWN).any():
+            unknown = int(rows.start[rows.flaw == UNKNOWN][0])
+    problems = []
+    if damaged:
+        what = "part is" if damaged == 1 else "parts are"
+        problems.append(f"{damaged} {what} damaged ({plural(bytes_damaged, 'byte')})")
+    if unknown != NO_HOST:
+        problems.append(f"what is at {unknown} is in a backing file that is not read; see --follow")
+    if problems:
+        raise MapIncomplete("; ".join(problems))
 
 
 def _lines(rows: Extents, files: list[str]) -> Iterator[str]:
-    columns = (rows.start, rows.length, rows.depth, rows.offset)
-    for start, length, depth, offset in zip(*(c.tolist() for c in columns), strict=True):
-        numbers = f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}"
-        yield f"{numbers}{printable(files[depth])}\n"
+    columns = (rows.start, rows.length, rows.depth, rows.offset, rows.flaw)
+    for start, length, depth, offset, flaw in zip(*(c.tolist() for c in columns), strict=True):
+        where, file = _hex(offset), printable(files[depth])
+        if flaw != Flaw.NONE:
+            where, file = "damaged", FLAW_SENTENCES[Flaw(flaw)]
+        yield f"{_hex(start):<16}{_hex(length):<16}{where:<16}{file}\n"
 
 
 def _hex(number: int) -> str:

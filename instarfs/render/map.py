@@ -21,6 +21,7 @@ from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
 from planner.views.host_map import DAMAGE, Atlas, Runs, Use, bits_of, kinds_in, owner_label, uses_in
+from planner.words import plural
 
 SVG = "http://www.w3.org/2000/svg"
 NAMESPACE = "urn:instarfs:atlas"
@@ -250,7 +251,7 @@ def _metadata(atlas: Atlas, totals: dict[tuple[int, int], int]) -> str:
 
 def _headings(atlas: Atlas, grid: Grid) -> Iterator[str]:
     geometry, clusters = atlas.layout.geometry, grid.cell // atlas.layout.geometry.cluster_size
-    cell = "1 cluster" if clusters == 1 else f"{clusters} clusters, {size_text(grid.cell)}"
+    cell = plural(clusters, "cluster") + (f", {size_text(grid.cell)}" if clusters != 1 else "")
     file, disk = size_text(atlas.layout.file_size), size_text(geometry.virtual_size)
     facts = [
         f"{file} file for a disk of {disk}",

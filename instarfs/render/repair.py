@@ -17,6 +17,7 @@ from planner.errors import RepairError
 from planner.findings.kinds import KINDS
 from planner.repair.plan import Edit, Plan, RepairTier
 from planner.repair.tiers import Left, Proposal
+from planner.words import plural
 
 SHOWN_BYTES = 16
 """Bytes of an edit that are shown before and after; longer ones are cut and say so."""
@@ -123,8 +124,8 @@ def plan_human(proposal: Proposal, filename: str) -> str:
         lines.append("If it is to be done all the same, quote the plan's id when you repair.")
     lines += ["", "Stages:"]
     lines += [
-        f"  {stage.kind.name.lower()}: {stage.changed_bytes()} bytes in {len(stage.sectors)}"
-        f" sectors; {stage.kind.meaning}"
+        f"  {stage.kind.name.lower()}: {plural(stage.changed_bytes(), 'byte')} in"
+        f" {plural(len(stage.sectors), 'sector')}; {stage.kind.meaning}"
         for stage in plan.stages
     ]
     lines += ["", f"Changes ({plan.edit_count}):"]
@@ -181,6 +182,7 @@ def outcome_json(outcome: RepairOutcome | None, filename: str, pending: Pending 
             "corruptions-fixed": outcome.corruptions_fixed,
             "interrupted-repair-taken-back": outcome.recovered,
             "undoable": outcome.undoable,
+            "no-longer-undoable": outcome.stale,
             "trimmed-bytes": outcome.trimmed,
             "verdict": after.verdict if after else None,
             "counters": counters_value(after) if after else None,
@@ -208,15 +210,23 @@ def outcome_human(outcome: RepairOutcome, filename: str, undo_file: str | None =
     command = f"instarfs undo {place}{shell_path(filename)}"
     if outcome.undo_file and outcome.stands:
         before = outcome.undoable - 1
-        more = f" ({_repairs(before)} before it can be taken back after that)" if before else ""
+        more = (
+            f" ({plural(before, 'repair')} before it can be taken back after that)"
+            if before
+            else ""
+        )
         lines.append(f"To take it back: {command}{more}")
+        if outcome.stale:
+            lines.append(f"{stale_sentence(outcome.stale).capitalize()}.")
     elif outcome.status is Status.UNDONE and outcome.undoable:
         lines.append(f"To go on: {command}")
     return text_lines(lines)
 
 
-def _repairs(number: int) -> str:
-    return f"{number} repair" if number == 1 else f"{number} repairs"
+def stale_sentence(number: int) -> str:
+    """That so many repairs before the last stay as they are, and why."""
+    before = "the repair before it" if number == 1 else f"the {number} repairs before it"
+    return f"{before} can no longer be taken back: the image was written to in between"
 
 
 def fixed_human(outcome: RepairOutcome) -> str:
@@ -251,5 +261,5 @@ def outcome_line(outcome: RepairOutcome) -> str:
     if outcome.reason and outcome.status is not Status.INCOMPLETE:
         line += f": {outcome.reason}"
     if outcome.status is Status.UNDONE and outcome.undoable:
-        line += f": {_repairs(outcome.undoable)} more can be taken back"
+        line += f": {plural(outcome.undoable, 'repair')} more can be taken back"
     return printable(line)

@@ -26,6 +26,7 @@ from planner.repair.tiers import Proposal
 from planner.triage.impact import Harm, Ranges, guest_impact
 from planner.triage.losses import Losses
 from planner.triage.triage import Triage
+from planner.words import plural
 
 LISTED_RANGES = 5
 """Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""
@@ -89,7 +90,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
             _bitmaps(report, known),
             _leaked(known.triage),
             _tiers(known.proposals),
-            what_to_do(report, filename, known),
+            *what_to_do(report, filename, known),
             *_findings(report),
         ]
     text = "\n".join(text_lines(lines) for lines in sections if lines)
@@ -123,8 +124,9 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
     return [
         *lines,
         (
-            f"{counters.corruptions} corruptions, {counters.leaks} leaked clusters,"
-            f" {counters.check_errors} check errors."
+            f"{plural(counters.corruptions, 'corruption')},"
+            f" {plural(counters.leaks, 'leaked cluster')},"
+            f" {plural(counters.check_errors, 'check error')}."
         ),
         (
             f"{counters.allocated_clusters} of {counters.total_clusters} guest clusters are"
@@ -177,10 +179,10 @@ def _has_lost_snapshot(triage: Triage) -> bool:
 def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
     if not len(ranges):
         return []
-    number = f"{len(ranges)} ranges" if len(ranges) > 1 else "1 range"
-    lines = [f"  {_LABELS[harm]}: {ranges.size} bytes in {number}: {_HARMS[harm]}"]
+    number = plural(len(ranges), "range")
+    lines = [f"  {_LABELS[harm]}: {plural(ranges.size, 'byte')} in {number}: {_HARMS[harm]}"]
     lines += [
-        f"    {length} bytes at guest offset {offset}"
+        f"    {plural(length, 'byte')} at guest offset {offset}"
         for offset, length in ranges.first(LISTED_RANGES)
     ]
     if len(ranges) > LISTED_RANGES:
@@ -205,7 +207,7 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
     for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
         impact = guest_impact(report, number)
         harms = [
-            f"{ranges.size} bytes {_LABELS[harm]}"
+            f"{plural(ranges.size, 'byte')} {_LABELS[harm]}"
             for harm, ranges in impact.ranges.items()
             if ranges
         ]

@@ -6,7 +6,7 @@ Numbers are decimal, offsets and lengths in bytes. Whatever comes from the image
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 
 import numpy as np
@@ -181,9 +181,7 @@ def _summary(triage: Triage) -> str:
         looked = "the leaked cluster was looked at"
     looks = triage.looks()
     del looks[Look.UNREAD]
-    return f"{looked}: {_listed((each.label, n) for each, n in looks.most_common())}" + (
-        _beginning(triage.starts_with())
-    )
+    return f"{looked}: {_listed(_looks(looks))}" + (_beginning(triage.starts_with()))
 
 
 def _content(table: Suspect) -> str:
@@ -192,14 +190,18 @@ def _content(table: Suspect) -> str:
     del looks[Look.UNREAD]
     if not looks or table.is_l1:
         return ""
-    return f"; they look like: {_listed((each.label, n) for each, n in looks.most_common())}" + (
-        _beginning(table.starts_with)
-    )
+    return f"; they look like: {_listed(_looks(looks))}" + (_beginning(table.starts_with))
 
 
 def _beginning(names: Counter[str]) -> str:
     found = _listed(names.most_common(LISTED_TABLES))
     return f" (recognised by how they begin: {found})" if found else ""
+
+
+def _looks(looks: Counter[Look]) -> Iterator[tuple[str, int]]:
+    for look, number in looks.most_common():
+        is_countable = look not in (Look.ZEROS, Look.DATA, Look.IN_USE)
+        yield f"{look.label}s" if is_countable and number > 1 else look.label, number
 
 
 def _listed(items: Iterable[tuple[str, int]]) -> str:

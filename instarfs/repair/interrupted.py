@@ -11,6 +11,7 @@ from instarfs.errors import UndoFileDamaged
 from instarfs.image import locks
 from instarfs.image.file import Image
 from instarfs.repair.undo_place import UndoPlace
+from instarfs.text import shell_path
 
 if TYPE_CHECKING:
     from instarfs.repair.outcome import Pending
@@ -30,10 +31,10 @@ def pending(image: Image) -> Pending | None:
     if place is None:
         return None
     with place:
-        return _pending_in(place) if place.is_taken() else None
+        return _pending_in(place, image.path) if place.is_taken() else None
 
 
-def _pending_in(place: UndoPlace) -> Pending | None:
+def _pending_in(place: UndoPlace, path: str) -> Pending | None:
     from instarfs.repair.journal import State, read_summary  # noqa: PLC0415
     from instarfs.repair.outcome import Pending  # noqa: PLC0415
 
@@ -45,6 +46,6 @@ def _pending_in(place: UndoPlace) -> Pending | None:
         return None
     sentence = (
         f"a repair (tier {summary.tier}, plan {summary.plan_id}) was interrupted; the next repair"
-        f" takes it back first, and so does: instarfs undo{place.option}"
+        f" takes it back first, and so does: instarfs undo{place.option} {shell_path(path)}"
     )
     return Pending(sentence, place.file, summary.tier, summary.plan_id)

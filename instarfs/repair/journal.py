@@ -119,7 +119,8 @@ below it counts."""
 class StateWord:
     """What changes in an undo file.
 
-    ``depth``: how many repairs can be taken back one after the other. ``top``, ``end``: where in
+    ``depth``: how many repairs can be taken back one after the other; records that no longer
+    fitted when the one on top was made are not among them. ``top``, ``end``: where in
     the file the newest record begins and ends. ``trimmed``: bytes of free clusters punched since
     that repair. ``mtime_ns``: of the image when it was left so; 0 where others may have written to
     it since.
@@ -156,6 +157,8 @@ class Summary:
     tier: RepairTier
     plan_id: str
     status: StateWord
+    stale_count: int = 0
+    """Of the repairs below, those that no longer fitted when it was made."""
 
 
 # ---- bytes ----
@@ -330,7 +333,12 @@ def _below(header: Container, status: StateWord, name: str) -> StateWord:
 
 def _summary(header: Container, status: StateWord) -> Summary:
     tier = RepairTier(header["tier"].rstrip(b"\0").decode("ascii"))
-    return Summary(tier, header["plan_id"].decode("ascii"), status)
+    stale = _stale_count(status.depth, header["below"]["depth"])
+    return Summary(tier, header["plan_id"].decode("ascii"), status, stale)
+
+
+def _stale_count(depth: int, below: int) -> int:
+    return below if depth == 1 else 0
 
 
 def _stages(body: memoryview, lengths: list[int]) -> Iterator[Stage]:
@@ -435,17 +443,24 @@ class Journal:
         return self._below
 
     @property
+    def stale_count(self) -> int:
+        """How many records are kept below that no longer fitted when the one on top was made."""
+        return _stale_count(self._status.depth, self._below.depth) if self.record else 0
+
+    @property
     def file(self) -> str:
         """The undo file's path."""
         return self._place.file
 
-    def begin(self, record: Record, *, is_touched: bool = False) -> None:
+    def begin(self, record: Record, *, is_touched: bool = False, fits: bool = True) -> None:
         """Put the record of a repair that is about to begin on top; durable on return.
 
-        *is_touched*: others may have written to the image since the one below. Raises
+        *is_touched*: others may have written to the image since the one below; *fits*: whether that
+        one could be taken back all the same. Raises
         `UndoFileImpossible`, and nothing has changed.
         """
         below = replace(self._status, mtime_ns=0) if is_touched else self._status
+        depth = 1 + (below.depth if fits else 0)
         with _possible(self._place):
             try:
                 end = self._append(encode_record(record, below))
@@ -453,9 +468,7 @@ class Journal:
                 self._cut_off()
                 raise
             try:
-                self._write_word(
-                    StateWord(State.APPLYING, below.depth + 1, below.end, end, sequence=0)
-                )
+                self._write_word(StateWord(State.APPLYING, depth, below.end, end, sequence=0))
             except BaseException:
                 with suppress(OSError):
                     self._write_word(below)  # or the next one finds a repair that had not begun
@@ -527,7 +540,7 @@ class Journal:
         word that counts while it is on top. Raises `UndoFileDamaged`.
         """
         status = self._status
-        while status.depth:
+        for _ in range(status.depth):
             with _readable(self._place):
                 record, below = decode_record(self._read, status, self._place.file)
             yield record, status

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from instarfs.image.directory import SUFFIX, exists
 from instarfs.image.file import Image
@@ -24,11 +25,12 @@ def look_around(image: Image) -> Surroundings:
     if room is Room.BESIDE:
         taken = frozenset(name for suffix in SUFFIXES for name in _taken(image, suffix))
     keeps_undo = image.undo is not None or _keeps_undo(image, room)
+    elsewhere = Path(image.path).parent if room is Room.BESIDE else "."
     return Surroundings(
         room,
         taken,
         keeps_undo=keeps_undo,
-        undo_elsewhere="" if keeps_undo else f"./{next(candidates(image.name, SUFFIX))}",
+        undo_elsewhere="" if keeps_undo else f"{elsewhere}/{next(candidates(image.name, SUFFIX))}",
         is_writable=_may_write(image, f"/proc/self/fd/{image.fileno()}"),
         can_mount=os.access(FUSE, os.R_OK | os.W_OK),
     )

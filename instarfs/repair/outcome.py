@@ -39,8 +39,9 @@ class RepairOutcome:
     what it mended, by sort. ``suspects``: leaked clusters that look like something lost, the first
     of ``suspect_count``. ``after``: the check of the image as it now is, where known.
     ``recovered``: an interrupted repair was taken back first. ``trimmed``: bytes of disk space
-    given back. ``undoable``: how many repairs can be taken back now, one by one. ``error``: None
-    exactly where all that was asked for was done; ``reason`` then says what else is worth knowing.
+    given back. ``undoable``: how many repairs can be taken back now, one by one; ``stale``: how
+    many before this one cannot, since the image was written to after them. ``error``: None exactly
+    where all that was asked for was done; ``reason`` then says what else is worth knowing.
     """
 
     status: Status = Status.REFUSED
@@ -59,6 +60,7 @@ class RepairOutcome:
     after: Report | None = None
     undo_file: str = ""
     undoable: int = 0
+    stale: int = 0
     recovered: bool = False
     trimmed: int = 0
     error: InstarfsError | PlannerError | None = None

@@ -161,8 +161,10 @@ class _Pass:
 
     def count_undoable(self, session: Session) -> None:
         """How many repairs can be taken back now; after an undo that is known better."""
-        if self.outcome.status is not Status.UNDONE:
-            self.outcome = replace(self.outcome, undoable=session.undoable_count)
+        if self.outcome.status is Status.UNDONE:
+            return
+        with suppress(Cancelled, ImageReadFailed, UndoFileDamaged):  # then nobody knows of any
+            self.outcome = replace(self.outcome, undoable=session.count_undoable())
 
     # ---- repair ----
 
@@ -259,6 +261,7 @@ class _Pass:
         self.outcome = replace(
             self.outcome,
             undo_file=session.undo_file if session.is_recorded else "",
+            stale=session.stale_count if session.is_recorded else 0,
         )
         return after
 
@@ -288,8 +291,8 @@ class _Pass:
         else:
             self._undo_applied(session)
         self.outcome = replace(self.outcome, status=Status.UNDONE)
-        self._tell_what_is_left(session)
         with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
+            self._tell_what_is_left(session)
             after = self.check(session.source)
             number = total(after)
             self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
@@ -298,18 +301,16 @@ class _Pass:
         """How many repairs more can be taken back; or why those that are kept cannot."""
         if session.journal is None or session.is_interrupted:
             return
-        status = session.journal.status
-        undoable, reason = status.depth, ""
-        if status.state is State.SEALED:
+        undoable, reason = 0, ""
+        if session.journal.status.state is State.SEALED:
             reason = "the repair before was made with --no-undo: it cannot be taken back"
-        elif undoable:
+        elif session.is_recorded:
             try:
-                fits = session.next_fits()
-            except UndoFileDamaged as error:
-                undoable, reason = 0, f"the repair before cannot be taken back: {error}"
+                undoable = session.count_undoable()
+            except (ImageReadFailed, UndoFileDamaged) as error:
+                reason = f"the repair before cannot be taken back: {error}"
             else:
-                if not fits:
-                    undoable = 0
+                if not undoable:
                     reason = "the repair before stays: the image was written to after it"
         self.outcome = replace(self.outcome, undoable=undoable)
         self._add_reason(reason)
@@ -369,7 +370,7 @@ class _Pass:
         if image.is_device:
             raise TrimUnsupported(image.path, "it is a block device")
         if session.is_interrupted:
-            raise RepairInterrupted(image.path)
+            raise RepairInterrupted(image.path, session.option)
         report = self._fresh_check(session)
         if report.verdict != "clean" or not report.complete:
             raise TrimRefused(image.path, report.verdict)
@@ -380,15 +381,22 @@ class _Pass:
             status = Status.NOTHING_TO_DO
             self.outcome = replace(self.outcome, status=status, reason="no cluster is free")
             return
-        self._punch(session, offset, length)
+        held = self._punch(session, offset, length)
+        given = max(0, before - image.allocated_size())
+        if not held and not given:  # what is preallocated holds nothing, and takes up space
+            status, reason = Status.NOTHING_TO_DO, "the free clusters took up no disk space"
+            self.outcome = replace(self.outcome, status=status, reason=reason)
+            return
         final = "what the free clusters held is gone"
         if is_undoable:
             final += "; undo still takes the last repair back, but does not bring that back"
-        given = max(0, before - image.allocated_size())
         self.outcome = replace(self.outcome, status=Status.TRIMMED, trimmed=given, reason=final)
 
-    def _punch(self, session: Session, offset: I64, length: I64) -> None:
-        """Punch these runs; what was lost by that is in the undo file before, and right after."""
+    def _punch(self, session: Session, offset: I64, length: I64) -> int:
+        """Punch these runs; what was lost by that is in the undo file before, and right after.
+
+        Returns how many bytes of them held something.
+        """
 
         punched = 0
 
@@ -421,6 +429,7 @@ class _Pass:
                 gone += held_within(before, offset[begun], length[begun])
                 gone -= held_within(extents(), offset[begun], length[begun])
                 session.note_trim(gone - most, is_done=True)
+        return most
 
     def _needed_by_undo(self, session: Session) -> tuple[bool, I64]:
         """Whether the last repair can be undone, and the clusters that are in use then; and after

@@ -24,6 +24,7 @@ from instarfs.errors import (
 )
 from instarfs.image.directory import NO_FILE, SUFFIX, Change, HandsGone, Opening, Spot, exists
 from instarfs.image.file import Image, mount_id
+from instarfs.text import shell_path
 
 _NO_UNDO_FILE = "this is no undo file"
 _OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -83,7 +84,7 @@ class UndoPlace:
     @property
     def option(self) -> str:
         """What a command needs to find it, with a blank before it; empty where it is beside."""
-        return f" --undo-file {self.file}" if self._is_named else ""
+        return f" --undo-file {shell_path(self.file)}" if self._is_named else ""
 
     @property
     def identity(self) -> Identity:

@@ -101,19 +101,53 @@ class Session:
         return self._place.file if self._place else self.image.path + SUFFIX
 
     @property
+    def option(self) -> str:
+        """What a command needs to find that file, with a blank before it; empty: nothing."""
+        return self._place.option if self._place else ""
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether a repair, or its undoing, was interrupted."""
         return self.journal is not None and self.journal.status.state is State.APPLYING
 
     @property
-    def undoable_count(self) -> int:
-        """How many repairs can be taken back one after the other, as far as the undo file tells."""
-        return self.journal.status.depth if self.journal else 0
+    def is_recorded(self) -> bool:
+        """Whether there is a repair on top of the undo file."""
+        return self.journal is not None and self.journal.status.depth > 0
+
+    def count_undoable(self) -> int:
+        """How many repairs can be taken back now, one after the other.
+
+        Where others may have written to the image since, that costs a check. Raises
+        `UndoFileDamaged`.
+        """
+        if self.journal is None or not self.is_recorded or self.is_interrupted:
+            return 0
+        if self.journal.record is None:
+            self.journal.load_next()
+        return self.journal.status.depth if self._fits(self.journal.top) else 0
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether there is a repair on top of the undo file that can be taken back."""
-        return self.undoable_count > 0
+    def stale_count(self) -> int:
+        """How many repairs below the one on top did not fit any more when that was made."""
+        return self.journal.stale_count if self.journal else 0
+
+    def _still_fits(self) -> bool:
+        """Whether what is kept would be taken back, as far as it can be read."""
+        try:
+            return self.count_undoable() > 0
+        except (UndoFileDamaged, ImageReadFailed):
+            return False
+
+    def _fits(self, record: Record) -> bool:
+        """Whether *record*, the one on top, would be taken back."""
+        inverse = record.plan.inverse()
+        if not holds_start(self.source, inverse):
+            return False
+        if not self._is_touched:
+            return True
+        undone = Overlay(self.source, inverse)
+        return _is_as_recorded(undone, self._check(undone), record)
 
     @property
     def is_touched(self) -> bool:
@@ -157,11 +191,12 @@ class Session:
             reason = "what lies beside a device does not outlive a restart"
             raise UndoFileImpossible(self.undo_file, reason)
         self._require_stack_of_this()
+        fits = self._still_fits()
         if self.journal is None:
             self.journal = Journal.make(self._place)
         head = digest_of(read_bytes(self.source, 0, SECTOR))
         record = Record(plan, head, before.counters, self._place.identity)
-        self.journal.begin(record, is_touched=self._is_touched)
+        self.journal.begin(record, is_touched=self._is_touched, fits=fits)
         self._is_touched = False
 
     def go_without_journal(self) -> None:
@@ -224,16 +259,6 @@ class Session:
             raise UndoEmpty(self.image.path, journal.file)
         record = journal.record
         return journal, self._require_fit(record, require_start, record.plan.inverse())
-
-    def next_fits(self) -> bool:
-        """Whether the record that is on top now fits the image, as far as its own sectors tell.
-
-        Raises `UndoFileDamaged`.
-        """
-        if self.journal is None:
-            return False
-        self.journal.load_next()
-        return self.is_recorded and holds_start(self.source, self.journal.plan.inverse())
 
     def each_undone(self) -> Iterator[tuple[Record, Report]]:
         """Every repair that can be taken back, the newest first, and the check of the image then.

@@ -29,6 +29,7 @@ from planner.qcow2.extensions import BITMAPS, decode_bitmaps
 from planner.source import Source, nonzero_words, present_tables, read_tables
 from planner.triage.l1_holes import Gaps
 from planner.triage.traces import Traces
+from planner.words import plural
 
 
 class CauseKind(StrEnum):
@@ -138,9 +139,7 @@ class Losses:
     @property
     def sentences(self) -> list[str]:
         """What a person who is about to free them has to know, a line each."""
-        clusters = (
-            "1 leaked cluster holds" if self.data == 1 else f"{self.data} leaked clusters hold"
-        )
+        clusters = f"{plural(self.data, 'leaked cluster')} {'holds' if self.data == 1 else 'hold'}"
         return [
             cause.phrase
             if cause.kind is CauseKind.SHARED

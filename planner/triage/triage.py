@@ -39,6 +39,7 @@ from planner.triage.losses import (
     find_shared,
 )
 from planner.triage.uncounted import uncounted_clusters
+from planner.words import plural
 
 if TYPE_CHECKING:
     from planner.check.check import Progress
@@ -109,8 +110,18 @@ class Suspect:
                 f" holds are zeros that hide what the backing file has there{where}"
             )
         return (
-            f"the leaked cluster at {self.offset} looks like {what}: {self.leaked_targets} of"
-            f" the {self.targets} clusters that it points at are leaked too{where}"
+            f"the leaked cluster at {self.offset} looks like {what}: {self._leaked_targets}{where}"
+        )
+
+    @property
+    def _leaked_targets(self) -> str:
+        if self.targets == 1:
+            leaks = "is leaked too" if self.leaked_targets else "is not leaked"
+            return f"the cluster that it points at {leaks}"
+        verb = "is" if self.leaked_targets == 1 else "are"
+        return (
+            f"{self.leaked_targets} of the {self.targets} clusters that it points at {verb} leaked"
+            " too"
         )
 
     @property
@@ -166,7 +177,7 @@ class Triage:
         """What a person who is about to free them has to know, a line each, *limit* of tables."""
         named = [table.sentence for table in self.suspects if not table.in_use][:limit]
         more = self.buried_count - len(named)
-        named += [f"and {more} more tables that look lost"] if more else []
+        named += [f"and {plural(more, 'table')} more that may be lost"] if more else []
         return [*named, *self.losses.sentences]
 
     @property

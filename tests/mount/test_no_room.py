@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.make_image import DAMAGES, MIB, sample
-from tests.advice import Step, steps_of
+from tests.advice import Block, blocks_of
 from tests.mount.mounts import INSTARFS
 from tests.mount.small_disk import SmallDisk, small_disk
 
@@ -25,34 +25,34 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield it
 
 
-def follow(disk: SmallDisk) -> list[Step]:
+def follow(disk: SmallDisk) -> list[Block]:
     """Do in another folder what the report advises; all of it succeeds."""
     report = disk.instarfs("report", disk.path / NAME)
-    steps = steps_of(report.stdout)
+    blocks = blocks_of(report.stdout)
     program = f'instarfs() {{ {" ".join(INSTARFS)} "$@"; }}\nset -e\n'
-    script = program + "\n".join(command for step in steps for command in step.commands)
+    script = program + "\n".join(line for block in blocks for line in block.lines)
     elsewhere = disk.path.parent  # entering the namespace has led to its root
     done = disk.run("bash", "-c", f'cd "$1"\n{script}', "bash", elsewhere)
     assert (done.returncode, done.stderr) == (0, "")
     assert (elsewhere / f"{NAME}.copy").stat().st_size > MIB
     assert (elsewhere / f"{NAME}.lost/triage.json").exists()
-    return steps
+    return blocks
 
 
 def test_a_full_disk(disk: SmallDisk) -> None:
     disk.fill(left=MIB)
     before = (disk.outside / NAME).read_bytes()
-    steps = follow(disk)
-    assert steps[0].heading.startswith("There is no space for a copy beside the image: go to")
-    assert "To take that back, byte for byte:" in [step.heading for step in steps]
+    first, *others = follow(disk)
+    assert first.lines[0].startswith("  # There is no space for a copy beside the image: go to")
+    assert "To take that repair back, byte for byte:" in [block.title for block in others]
     assert (disk.outside / NAME).read_bytes() == before
 
 
 def test_a_file_system_for_reading_only(disk: SmallDisk) -> None:
     remounted = disk.run("mount", "-o", "remount,ro", disk.path)
     assert remounted.returncode == 0, remounted.stderr
-    headings = [step.heading for step in follow(disk)]
-    assert headings[0].startswith("No file can be made beside the image: go to a folder")
-    assert "The image cannot be written to. Its copy can, and has the same plans." in headings
+    lines = follow(disk)[0].lines
+    assert lines[0].startswith("  # No file can be made beside the image: go to a folder")
+    assert "  # The image cannot be written to. Its copy can, and has the same plans." in lines
     copy = disk.path.with_name(f"{NAME}.copy")
     assert copy.read_bytes() == (disk.outside / NAME).read_bytes()

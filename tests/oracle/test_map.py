@@ -126,7 +126,7 @@ def test_a_compressed_cluster_ends_the_text(instarfs: Instarfs, tmp_path: Path) 
     ours, theirs = instarfs(image), qemu(image)
     assert (ours.code, ours.out) == (theirs.code, theirs.out)
     assert ours.code == 1
-    assert "compressed or damaged clusters, the first at 131072; see --output json" in ours.err
+    assert "encrypted or compressed clusters, the first at 131072; see --output json" in ours.err
     packed = [
         row["start"]
         for row in json.loads(instarfs("--output", "json", image).out)
@@ -153,7 +153,15 @@ def test_what_cannot_be_known_is_said(instarfs: Instarfs, tmp_path: Path) -> Non
     assert made.word(made.l2_at(2)) & L2_OFFSET
     said = instarfs(image)
     assert said.code == 1
-    assert "damaged" in said.err
+    lines = [line.split()[:3] for line in said.out.splitlines()[1:]]
+    assert [int(start, 16) for start, _, _ in lines] == [0, CLUSTER, 2 * CLUSTER, 3 * CLUSTER]
+    assert lines[2] == [hex(2 * CLUSTER), hex(CLUSTER), "damaged"]
+    assert lines[3][2] == hex(made.word(made.l2_at(3)) & L2_OFFSET)
+    assert "not cluster aligned\n" in said.out
+    assert said.err == (
+        f"instarfs: {image}: 1 part is damaged ({CLUSTER} bytes); what is at {4 * CLUSTER} is in a"
+        " backing file that is not read; see --follow\n"
+    )
 
 
 def test_an_image_in_use_needs_force(instarfs: Instarfs, tmp_path: Path) -> None:

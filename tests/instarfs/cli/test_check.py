@@ -89,7 +89,8 @@ def test_each_block_begins_with_the_name(folder: Path, check: Run) -> None:
     assert blocks[1:] == ["1\n", f"0\n{check('0')[1]}"]
     lines = err.splitlines()
     assert lines[-1] == "instarfs: 1: no such file; check the path"
-    assert all(line.startswith("3: Leaked ") for line in lines[:-1])
+    assert all(line.startswith("3: Leaked ") for line in lines[:-2])
+    assert lines[-2] == "3: NOTE what it means, and what to do: instarfs report 3"
 
 
 def test_images_named_by_options(folder: Path, check: Run) -> None:

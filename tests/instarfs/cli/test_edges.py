@@ -41,8 +41,8 @@ def shell(before: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
     )
 
 
-SHARING = (("check",), ("info",), ("map",), ("report",))
-COMMANDS = (*SHARING, ("plan", "all"), ("check", "-r", "all"), ("trim",))
+SHARING = (("check",), ("info",), ("map",), ("report",), ("plan", "all"))
+COMMANDS = (*SHARING, ("check", "-r", "all"), ("trim",))
 
 
 # ---- a directory that is gone ----

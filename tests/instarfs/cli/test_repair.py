@@ -19,7 +19,7 @@ from instarfs.cli.stopping import stoppable
 from instarfs.image.directory import SUFFIX
 from instarfs.repair.execute import execute
 from instarfs.text import shell_path
-from tests.advice import follow, follow_all, steps_of
+from tests.advice import blocks_of, follow, follow_all
 from tests.instarfs.repair.test_run import healthy
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")
@@ -390,9 +390,9 @@ def test_an_interrupted_repair_is_shown(instarfs: Run, interrupted: Path) -> Non
 
 
 def test_a_report_leads_out_of_an_interrupted_repair(instarfs: Run, interrupted: Path) -> None:
-    steps = steps_of(instarfs("report", interrupted).out)
-    assert steps[1].heading == "Take back the repair that was interrupted, then look again:"
-    assert follow(steps[1].commands, interrupted.parent).code == 0
+    (block,) = blocks_of(instarfs("report", interrupted).out)
+    assert "  # Take back the repair that was interrupted, then look again:" in block.lines
+    assert follow(block.lines, interrupted.parent).code == 0
     assert interrupted.read_bytes() == content(*LEAKY)
     follow_all(lambda: instarfs("report", interrupted).out, interrupted)
 
@@ -425,7 +425,11 @@ def test_an_interrupted_repair_is_shown_where_its_undo_file_is_elsewhere(
     assert "was interrupted" not in instarfs("check", interrupted).err
     shown = instarfs("check", "--undo-file", undo, interrupted).err
     assert "was interrupted" in shown
-    assert f"and so does: instarfs undo --undo-file {undo}\n" in shown
+    command = f"instarfs undo --undo-file {shell_path(str(undo))} {shell_path(str(interrupted))}"
+    assert f"and so does: {command}\n" in shown
+    assert "was interrupted" not in instarfs("plan", "all", interrupted).err
+    assert command in instarfs("plan", "--undo-file", undo, "all", interrupted).err
+    assert command in instarfs("trim", "--undo-file", undo, interrupted).err
     assert instarfs("undo", "--undo-file", undo, interrupted).code == 0
     assert interrupted.read_bytes() == content(*LEAKY)
 

@@ -16,7 +16,7 @@ from planner.check.check import check_image
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage.triage import triage_leaks
-from tests.advice import KINDS, damaged, follow_all, run_here
+from tests.advice import KINDS, blocks_of, damaged, follow_all, run_here
 from tests.mount.mounts import run
 
 
@@ -73,6 +73,10 @@ def test_what_is_advised_works_for_an_image_with_two_names(image: Path) -> None:
     image.write_bytes(damaged("lost-l2-table"))
     other = image.parent.parent / "another name"
     other.hardlink_to(image)
+    text = run_here(["report", image.name], image.parent).out
+    assert f"--undo-file '{image}{SUFFIX}' '{image}'\n" in text
+    for block in blocks_of(text):
+        assert " ./" not in "\n".join(block.commands)
     follow_all(lambda: run_here(["report", image]).out, image)
     assert other.samefile(image)
 

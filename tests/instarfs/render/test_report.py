@@ -30,6 +30,7 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import triage_leaks
+from tests.advice import blocks_of, may_fail, repairs, undoes
 from tests.planner.corpus import RULES
 
 PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"
@@ -141,6 +142,23 @@ def test_commands_can_be_pasted():
     assert shlex.split(copy)[2:] == [PATH, f"{PATH}.copy"]
     assert f"echo undo > {MOUNT}/repair/undo" in text
     assert f"cp -r --sparse=always {MOUNT}/lost '{PATH}.lost'" in text
+
+
+def test_what_takes_a_repair_back_is_not_among_what_repairs():
+    first, *others = blocks_of(text_of(damaged(*TELLING)))
+    assert repairs(first)
+    assert not undoes(first)
+    assert [block.title.partition(",")[0] for block in others] == [
+        "To take that repair back",
+        "Or copy out what can be read",
+    ]
+
+
+def test_an_export_that_cannot_fail_is_not_said_to():
+    for rule, may_end_with_1 in (("refcount_low", False), ("l2_data_misaligned", True)):
+        *_, export = blocks_of(text_of(RULES[rule]().image))
+        assert "instarfs export " in export.commands[0]
+        assert may_fail(export) == may_end_with_1
 
 
 def test_without_a_mount_the_commands_are_those_of_the_command_line():
@@ -261,7 +279,7 @@ def test_bitmaps_that_no_backup_can_rely_on():
 def test_a_dirty_image_that_qemu_mends_is_not_called_damaged():
     text = text_of(damaged("dirty-bit", "low-refcount", "missing-refcount"))
     assert text.startswith(f"{PATH}: corrupt\n\n{OUT_OF_DATE}\n")
-    assert "  - Keep a copy of the image:\n" in text
+    assert "  # Keep a copy of the image:\n" in text
     assert "Do not write" not in text
     assert "nobody write" not in text
     # What QEMU frees as well is looked at first.
