@@ -44,11 +44,14 @@ def shell_path(path: str) -> str:
 
     What does not print, and what is not UTF-8, is written as in C: $'a\x0ab'.
     """
-    if path.startswith("-"):
-        path = f"./{path}"
-    if path.isprintable():
-        return shlex.quote(path)
-    return "$'" + "".join(_in_c(character) for character in path) + "'"
+    return shell_word(f"./{path}" if path.startswith("-") else path)
+
+
+def shell_word(text: str) -> str:
+    """As `shell_path`, of what is no path: a program may take it for an option."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(_in_c(character) for character in text) + "'"
 
 
 def _in_c(character: str) -> str:

@@ -15,15 +15,18 @@ from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.repair import left_lines, quote_warning
 from instarfs.render.triage import triage_lines
-from instarfs.text import text_lines
+from instarfs.text import shell_path, shell_word, text_lines
+from planner.arrays import I64
 from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Structure
+from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Severity, Structure
 from planner.guest.chain import Role
-from planner.qcow2.names import brief_name
+from planner.qcow2.bitmaps import Bitmap
+from planner.qcow2.names import brief_name, decode_name
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage.impact import Harm, Ranges, guest_impact
+from planner.triage.l1_holes import PlaceKind
 from planner.triage.losses import Losses
 from planner.triage.triage import Triage
 from planner.words import plural
@@ -87,7 +90,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
         sections += [
             _guest(report, known),
             _elsewhere(report, known),
-            _bitmaps(report, known),
+            *_bitmaps(report, filename, known),
             _leaked(known.triage),
             _tiers(known.proposals),
             *what_to_do(report, filename, known),
@@ -145,7 +148,9 @@ def _guest(report: Report, known: Aftermath) -> list[str]:
     impact = guest_impact(report, misread=losses.misread)
     missing = losses.missing
     lost_snapshot = isinstance(triage, Triage) and _has_lost_snapshot(triage)
-    if impact.safe == impact.size and impact.is_whole and not missing and not lost_snapshot:
+    snapshots = list(_snapshot_lines(report, triage))
+    is_safe = impact.safe == impact.size and impact.is_whole
+    if is_safe and not missing and not lost_snapshot and not snapshots:
         return list(_unlooked_lines(report))
     lines = [f"What it means for the guest's disk of {impact.size} bytes:"]
     lines += [line for harm in Harm for line in _harm_lines(harm, impact.ranges[harm])]
@@ -163,7 +168,7 @@ def _guest(report: Report, known: Aftermath) -> list[str]:
     safe = f"  safe: {least}{vouched} of {impact.size} bytes"
     safe += "" if impact.is_whole else ", as far as could be looked at"
     unlooked = (f"  {line}" for line in _unlooked_lines(report))
-    return [*lines, safe, *unlooked, *_snapshot_lines(report)]
+    return [*lines, safe, *unlooked, *snapshots]
 
 
 def _unlooked_lines(report: Report) -> Iterator[str]:
@@ -190,7 +195,21 @@ def _harm_lines(harm: Harm, ranges: Ranges) -> list[str]:
     return lines
 
 
-def _snapshot_lines(report: Report) -> Iterator[str]:
+def _missed_in_snapshots(triage: Triage | Exception) -> I64:
+    """Of which snapshots a table is gone, so that leaked clusters may be theirs."""
+    if not isinstance(triage, Triage):
+        return np.zeros(0, dtype=np.int64)
+    numbers = {cause.snapshot for cause in triage.losses.causes} | set(triage.losses.snapshots)
+    numbers |= {
+        place.snapshot
+        for table in triage.suspects
+        for place in table.places
+        if place.kind is not PlaceKind.LOST
+    }
+    return np.array(sorted(numbers), dtype=np.int64)
+
+
+def _snapshot_lines(report: Report, triage: Triage | Exception) -> Iterator[str]:
     """What is known of snapshots on their own; what they share with the disk is told there."""
     told = 0
     groups, of_entries = report.findings.groups, report.entries
@@ -202,7 +221,8 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
         if structure is Structure.SNAPSHOT_TABLE and kind is not FindingKind.SNAPSHOT_EXTRA_DATA
     ]
     parts += [of_entries.snapshots()] if of_entries else []
-    touched = np.unique(np.concatenate((report.owners.snapshot, *map(np.unique, parts))))
+    missed = _missed_in_snapshots(triage)
+    touched = np.unique(np.concatenate((report.owners.snapshot, missed, *map(np.unique, parts))))
     touched = touched[(touched > ACTIVE) & (touched < len(report.snapshots))]
     for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
         impact = guest_impact(report, number)
@@ -211,6 +231,8 @@ def _snapshot_lines(report: Report) -> Iterator[str]:
             for harm, ranges in impact.ranges.items()
             if ranges
         ]
+        if number in missed:
+            harms.append("a table of it is empty or gone: leaked clusters may be missing from it")
         if not harms:
             continue
         if told == LISTED_SNAPSHOTS:
@@ -241,24 +263,69 @@ def _elsewhere(report: Report, known: Aftermath) -> list[str]:
     return ["What of the disk lies in other files, and is lost with them:", *lines] if lines else []
 
 
-def _bitmaps(report: Report, known: Aftermath) -> list[str]:
-    """What became of the backups that rely on persistent bitmaps."""
-    if not known.beside.unsaved or report.torn:
-        return []
-    lines = [
-        f"  '{brief_name(bitmap.name)}' (granularity {bitmap.granularity})"
-        for bitmap in known.beside.unsaved[:LISTED_BITMAPS]
-    ]
-    more = len(known.beside.unsaved) - LISTED_BITMAPS
-    heading = (
-        "Bitmaps that are marked as in use, though nobody uses them: they were never saved. QEMU"
-        " ignores what they say and makes no others of their names, so a backup that relies on one"
-        " must begin anew, with the whole disk:"
-    )
+def _bitmaps(report: Report, filename: str, known: Aftermath) -> Iterator[list[str]]:
+    """What became of the backups that rely on persistent bitmaps, and how those are dropped."""
+    if report.torn:
+        return
+    if known.beside.unsaved:
+        yield _unsaved(report, filename, known.beside.unsaved)
+    counts = report.counts()
+    if any(kind in counts for kind in _INVALID_BITMAPS):
+        yield [_NOT_OPENED]
+    elif _are_only_bitmaps_cut(report):
+        yield [
+            _CUT_OFF,
+            f"      qemu-img bitmap --remove -- {shell_path(filename)} NAME",
+        ]
+
+
+_UNSAVED = (
+    "Bitmaps that are marked as in use, though nobody uses them: they were never saved. QEMU"
+    " ignores what they say and makes no others of their names, so a backup that relies on one"
+    " must begin anew, with the whole disk:"
+)
+_NOT_OPENED = (
+    "QEMU does not open an image with a bitmap that makes no sense, also not to remove the bitmap."
+    " The guest's disk does not depend on it, and can be copied out."
+)
+_CUT_OFF = (
+    "Only bitmaps are damaged. QEMU opens the image; a bitmap that leads nowhere can be removed (it"
+    " complains, and the clusters that it had stay leaked), and a backup that relies on it must"
+    " begin anew. Its name is in `instarfs info`:"
+)
+_INVALID_BITMAPS = (FindingKind.BITMAP_ENTRY_INVALID, FindingKind.BITMAP_DIRECTORY_INVALID)
+
+_OF_BITMAPS = (Structure.BITMAP_TABLE, Structure.BITMAP_DATA)
+
+
+def _are_only_bitmaps_cut(report: Report) -> bool:
+    """Whether all that is corrupt are bitmaps with something past the end of the file: removing
+    one then frees nothing that is not its own.
+    """
+    corrupt = [k for k in report.counts() if KINDS[k].severity > Severity.LEAK]
+    every = len(report.findings.of(FindingKind.PAST_END))
+    mine = len(report.findings.of(FindingKind.PAST_END, *_OF_BITMAPS))
+    is_elsewhere = report.entries is not None and FindingKind.PAST_END in report.entries.counts()
+    return corrupt == [FindingKind.PAST_END] and 0 < every == mine and not is_elsewhere
+
+
+def _unsaved(report: Report, filename: str, unsaved: tuple[Bitmap, ...]) -> list[str]:
+    """Bitmaps in use that nobody uses; QEMU drops them, where nothing else is wrong."""
+    listed = unsaved[:LISTED_BITMAPS]
+    lines = [f"  '{brief_name(each.name)}' (granularity {each.granularity})" for each in listed]
+    if len(unsaved) > len(listed):
+        lines.append(f"  ... and {len(unsaved) - len(listed)} more: image/bitmaps.json")
+    lines = [_UNSAVED, *lines]
+    if report.verdict != "clean":
+        return [*lines, "Once nothing else is wrong: qemu-img bitmap --remove"]
     return [
-        heading,
         *lines,
-        *([f"  ... and {more} more: image/bitmaps.json"] if more > 0 else []),
+        "Remove them, so that others of their names can be made:",
+        *(
+            f"      qemu-img bitmap --remove -- {shell_path(filename)}"
+            f" {shell_word(decode_name(each.name))}"
+            for each in listed
+        ),
     ]
 
 

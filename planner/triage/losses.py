@@ -124,12 +124,14 @@ class Losses:
 
     ``data``: leaked clusters that hold data, or may, and to which no table leads, lost or not.
     ``causes``: where they could have come from. ``missing``: bytes of the active disk that read as
-    if never written, and were; at most.
+    if never written, and were; at most. ``snapshots``: those that have tables of their own which
+    are gone, ascending; what they share with the disk is told of that.
     """
 
     data: int = 0
     causes: tuple[Cause, ...] = ()
     missing: int = 0
+    snapshots: tuple[int, ...] = ()
 
     @property
     def misread(self) -> bool:
@@ -240,7 +242,8 @@ def find_losses(
     if has_backing:  # entries that said zeros had no cluster, and hid what the backing file has
         lost += (leaked.lost_tables + disk.lost_windows) * report.geometry.l2_coverage
     missing = min(lost, room, disk.size)
-    return Losses(len(homeless), causes, missing)
+    snapshots = disk.snapshots_with_losses()
+    return Losses(len(homeless), causes, missing, snapshots)
 
 
 def find_shared(source: Source, report: Report) -> Losses:
@@ -558,6 +561,14 @@ class _Disk:
         """How many L1 entries of the active disk lead to a table that is gone."""
         windows = (self.windows.zeros, self.windows.overwritten)
         return sum(int(np.count_nonzero(number == ACTIVE)) for number, _ in windows)
+
+    def snapshots_with_losses(self) -> tuple[int, ...]:
+        """The snapshots with tables of their own that are gone, in whole or in part."""
+        numbers = distinct(np.concatenate([number for number, _ in self._all_windows()]))
+        return tuple(numbers[numbers != ACTIVE].tolist())
+
+    def _all_windows(self) -> tuple[tuple[I64, I64], ...]:
+        return self.windows.zeros, self.windows.parts, self.windows.overwritten
 
     def unmapped_bytes(self, *, with_empty_entries: bool) -> int:
         """Guest bytes of the active disk that no entry says anything about, rounded up.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from instarfs.image.directory import SUFFIX
-from tests.advice import Ended, damaged, run_here, steps_of
+from tests.advice import Ended, blocks_of, damaged, run_here
 from tests.planted import (
     FORGED,
     IMAGES,
@@ -208,11 +208,11 @@ def test_what_is_advised_names_exactly_that_file(
     image = os.fsencode(tmp_path) + b"/" + name.replace(b"/", b"")
     path = Path(os.fsdecode(image))
     path.write_bytes(damaged("lost-l2-table"))
-    steps = steps_of(run_here(["report", path]).out)
+    blocks = blocks_of(run_here(["report", path]).out)
     programs = [
         program
-        for step in steps
-        for command in step.commands
+        for block in blocks
+        for command in block.commands
         if not command.startswith(("cat ", "echo "))
         for program in received(command, tmp_path)
     ]

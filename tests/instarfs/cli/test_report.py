@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,16 @@ from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
+from instarfs.text import shell_path
 from planner.check.check import check_image
+from planner.qcow2.bitmaps import IN_USE
+from planner.qcow2.entries import L1_OFFSET
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage.triage import triage_leaks
-from tests.advice import KINDS, blocks_of, damaged, follow_all, run_here
+from tests.advice import KINDS, blocks_of, damaged, follow, follow_all, run_here
 from tests.mount.mounts import run
+from tests.planner.corpus import RULES
 
 
 @pytest.fixture
@@ -142,6 +147,63 @@ def test_an_image_in_use_is_looked_at_only_on_demand_and_gets_no_advice(image: P
     assert ended.code == 1
     assert ended.out.startswith(f"{image}: torn\n")
     assert "What to do now" not in ended.out
+
+
+@pytest.mark.parametrize("gone", ["l1", "l2"])
+@pytest.mark.parametrize("rewritten", ["0 64k", "8M 64k"], ids=["changed", "only-shared"])
+def test_a_snapshot_of_which_a_table_is_gone(gone: str, rewritten: str, image: Path) -> None:
+    """Also where all its data is the disk's too, so that nothing is freed: the snapshot reads
+    zeros.
+    """
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+    run("qemu-io", "-c", "write 0 1M", image)
+    run("qemu-img", "snapshot", "-c", "one", image)
+    run("qemu-io", "-c", f"write {rewritten}", image)
+    said = "  snapshot 0 (one): a table of it is empty or gone: leaked clusters may be missing"
+    assert said not in run_here(["report", image]).out
+    content = bytearray(image.read_bytes())
+    at = int.from_bytes(content[64:72], "big")  # the snapshot table, which begins with the L1 table
+    table = int.from_bytes(content[at : at + 8], "big")
+    if gone == "l2":
+        table = int.from_bytes(content[table : table + 8], "big") & L1_OFFSET
+    content[table : table + 4096] = bytes(4096)
+    image.write_bytes(content)
+    text = run_here(["report", image]).out
+    assert said in text.partition("What it means for the guest's disk")[2]
+    assert said in text.partition("What the leaked clusters look like")[0]
+
+
+@pytest.mark.parametrize("name", ["backup", "it's\n-odd \x1b!", "-f"])
+def test_bitmaps_that_were_never_saved_are_removed_as_advised(name: str, image: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    run("qemu-img", "bitmap", "--add", "--", image, name)
+    content = bytearray(image.read_bytes())
+    directory = content.index(name.encode()) - 24
+    content[directory + 12 : directory + 16] = IN_USE.to_bytes(4, "big")
+    image.write_bytes(content)
+    _, _, after = run_here(["report", image]).out.partition("can be made:\n")
+    (command,) = (line for line in after.splitlines() if line.startswith("      "))
+    assert follow([command], image.parent).code == 0
+    assert "bitmaps:" not in run("qemu-img", "info", image)
+    assert run_here(["report", image]).out.startswith(f"{image}: clean\n")
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith("bitmap")])
+def test_what_is_said_of_damaged_bitmaps_is_so(rule: str, image: Path) -> None:
+    image.write_bytes(damaged(rule))
+    info = ["qemu-img", "info", "--output=json", str(image)]
+    is_opened = subprocess.run(info, check=False, capture_output=True).returncode == 0
+    text = run_here(["report", image]).out
+    assert ("QEMU does not open an image with a bitmap that makes no sense" in text) != is_opened
+    command = f"qemu-img bitmap --remove -- {shell_path(str(image))} NAME"
+    assert (command in text) == ("past_end" in rule)
+    if command in text:
+        before = run("qemu-io", "-r", "-c", "read -v 0 64k", image).splitlines()[:-2]
+        done = follow([command.replace("NAME", "backup")], image.parent)
+        assert (done.code, "Invalid argument" in done.errors) == (0, True)
+        assert "bitmaps:" not in run("qemu-img", "info", image)
+        assert run_here(["check", "-q", image]).code == 3
+        assert run("qemu-io", "-r", "-c", "read -v 0 64k", image).splitlines()[:-2] == before
 
 
 def test_what_is_in_a_backing_file_and_whether_it_is_there(image: Path) -> None:
