@@ -251,7 +251,7 @@ def _show_checked(checked: _Checked, label: str = "") -> None:
     _show_check(checked.report, label)
     if not checked.report.torn and checked.report.verdict not in _SELF_EVIDENT:
         path = shell_path(checked.name.path)
-        click.echo(f"{label}NOTE what it means, and what to do: instarfs report {path}", err=True)
+        remark(f"{label}NOTE what it means, and what to do: instarfs report {path}")
 
 
 def _show_check(report: Report, label: str = "") -> None:

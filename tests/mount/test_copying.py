@@ -65,6 +65,32 @@ def test_every_file_is_copied_whole(
     require_whole(fresh, copy, there)
 
 
+@pytest.mark.parametrize("why", ["overlay", "luks"])
+@pytest.mark.parametrize("program", ["tar", "rsync -a", "cp -r"])
+def test_of_a_disk_that_cannot_be_read_all_but_that_is_copied(
+    mount: MakeMount, tmp_path: Path, program: str, why: str
+) -> None:
+    image, copy = tmp_path / "image.qcow2", tmp_path / "copy"
+    create = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    if why == "luks":
+        key = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+        run(*create, "--object", "secret,id=s,data=x", *key, image, "1M")
+    else:
+        run("qemu-img", "create", "-q", "-f", "raw", tmp_path / "base", "1M")
+        run(*create, "-b", "base", "-F", "raw", image)
+    fresh = mount(image)
+    there = files_below(fresh.path)
+    copying, _, extracting = COPY[program].format(source=fresh.path, copy=copy).partition(" && ")
+    done = subprocess.run(["sh", "-c", copying], check=False, capture_output=True, text=True)
+    assert done.returncode not in (0, None)
+    assert "disk.raw" in done.stderr
+    assert "Permission denied" in done.stderr
+    if extracting:
+        subprocess.run(["sh", "-c", extracting], check=True)
+    for name in there - {"disk.raw"}:
+        assert (copy / name).read_bytes() == (fresh / name).read_bytes(), name
+
+
 def test_python_copies_every_file_whole(mount: MakeMount, lossy: Path, tmp_path: Path) -> None:
     fresh = mount(lossy)
     there = files_below(fresh.path)
