@@ -192,7 +192,7 @@ def follow_all(report: Callable[[], str], image: Path, folder: Path | None = Non
 
     *report* asks for it; it is followed in *folder*, or else beside the image. Everything succeeds
     but what is said to may not; nothing that was there is gone; a block that is pasted as a whole
-    does what it says: the first repairs, and the one that takes back does so to the byte.
+    does what it says, and the one that takes a repair back does so to the byte.
     """
     before = image.read_bytes()
     for number in range(MOST_REPAIRS):
@@ -201,19 +201,16 @@ def follow_all(report: Callable[[], str], image: Path, folder: Path | None = Non
             _require_success(blocks, image, folder)
             assert image.read_bytes() == before
             return
-        first, *others = blocks
-        assert not any(map(repairs, others))
-        assert not undoes(first)
-        taking_back = [block for block in others if undoes(block)]
-        others = [block for block in others if block not in taking_back]
-        for block in taking_back if number == 0 else []:
-            _require_success([first], image, folder)
-            assert image.read_bytes() != before
-            followed = follow(block.lines, folder or image.parent)
-            assert followed.code == 0, followed
-            assert image.read_bytes() == before
-            first, *_ = blocks_of(report())  # the names of what was kept are taken now
-        _require_success([first, *others], image, folder)
+        if number == 0:
+            for block in filter(undoes, blocks):
+                _require_success([each for each in blocks if not undoes(each)], image, folder)
+                assert image.read_bytes() != before
+                followed = follow(block.lines, folder or image.parent)
+                assert followed.code == 0, followed
+                assert image.read_bytes() == before
+            blocks = blocks_of(report())  # the names of what was kept are taken now
+        assert not any(repairs(block) and undoes(block) for block in blocks)
+        _require_success([block for block in blocks if not undoes(block)], image, folder)
         assert image.read_bytes() != before
         before = image.read_bytes()
     raise AssertionError("a repair is advised again and again")

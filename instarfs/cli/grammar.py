@@ -10,6 +10,7 @@ opts_do_parse for the grammar of options.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,12 @@ _KEY_VALUE = re.compile(r"([^=,]+)=((?:[^,]|,,)*)(?:,|$)", re.DOTALL)
 
 _SWITCH = {"on": True, "yes": True, "true": True, "y": True}
 _SWITCH |= {"off": False, "no": False, "false": False, "n": False}
+
+_PROTOCOL = re.compile(
+    r"(json|file|host_device|nbd|https?|ftps?|ssh|iscsi|rbd|nfs|nvme|gluster|blkdebug|blkverify|fat)"
+    r"(\+\w+)?:"
+)
+"""How names begin that mean something to QEMU, and here are files of that name if there are any."""
 
 _PATH_KEY = "file.filename"
 # What changes nothing about the metadata that is read. None: any value.
@@ -118,6 +125,9 @@ class ImageName:
 def image_name(word: str, image_format: str, *, image_opts: bool, force_share: bool) -> ImageName:
     """The image that an argument means. Raises `click.UsageError`."""
     if not image_opts:
+        protocol = _PROTOCOL.match(word)
+        if protocol and not os.path.lexists(word):
+            raise click.UsageError(f"'{protocol[0]}' is not understood: name a local file")
         return ImageName(word, image_format, force_share)
     if image_format:
         raise click.UsageError("--image-opts and --format are mutually exclusive")

@@ -36,13 +36,20 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
     *path*: the image's, absolute.
     """
     place = _Place(path, known, is_calm=is_mended_by_qemu(report, known))
+    if report.error is not None:
+        return _without_header(place)
     if known.gone or report.torn or not (known.proposals or place.is_interrupted):
         return []
     steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place)]
     blocks: list[list[str]] = []
     proposal = _advised(place)
     if proposal is not None:
-        steps += _repair(place, proposal)
+        repair = list(_repair(place, proposal))
+        if proposal.tier is RepairTier.LEAKS and proposal.needs_quote:
+            # Not for somebody who pastes all that is to be done now.
+            blocks.append(["Only if what looks lost may go:", *repair])
+        else:
+            steps += repair
         if place.keeps_undo:
             blocks.append(_block("To take that repair back, byte for byte:", _undo(place)))
     if report.cut_off:
@@ -53,6 +60,17 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
     if report.counters.corruptions or report.counters.check_errors:
         blocks += _copy_out(place, report)
     return [["What to do now:", *steps], *blocks]
+
+
+def _without_header(place: _Place) -> list[list[str]]:
+    """Of an image of which nothing is known: nothing is lost by a copy."""
+    if place.known.gone:
+        return []
+    older = (
+        "What its header should say is not known here. A backup or an older copy of this image has"
+        " one that may fit."
+    )
+    return [["What to do now:", *_keep_a_copy(place), *_step(older)]]
 
 
 def bring_back(path: str, known: Aftermath) -> list[str]:
@@ -267,7 +285,7 @@ def _purpose(proposal: Proposal) -> str:
     what = "Mend what the rest of the image determines"
     if proposal.tier is RepairTier.LEAKS:
         what = "Free the leaked clusters"
-        what += ", if what looks lost may go" if proposal.needs_quote else ", and no more"
+        what += "" if proposal.needs_quote else ", and no more"
     elif proposal.needs_quote:
         what += ", which does not bring back what may be lost, and frees none of it"
     return what

@@ -93,9 +93,10 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
             *_bitmaps(report, filename, known),
             _leaked(known.triage),
             _tiers(known.proposals),
-            *what_to_do(report, filename, known),
-            *_findings(report),
         ]
+    sections += what_to_do(report, filename, known)
+    if report.error is None:
+        sections += _findings(report)
     text = "\n".join(text_lines(lines) for lines in sections if lines)
     if known.mounted is None and any(name in text for name in _NAMED):
         text += f"\nFiles that are named here, as {_NAMED[0]}, are in a mount of the image.\n"

@@ -162,7 +162,11 @@ def triage_lines(triage: Triage, way_to_the_rest: str = "lost/triage.json") -> l
         for snapshot in triage.snapshots[:LISTED_TABLES]
     ]
     lines += triage.losses.sentences
-    if len(triage.uncounted):
+    if len(triage.uncounted) == 1:
+        lines.append(
+            "one of them looks free: its refcount is lost, nothing refers to it, and it holds data"
+        )
+    elif len(triage.uncounted):
         lines.append(
             f"{len(triage.uncounted)} of them look free: their refcounts are lost, nothing refers"
             " to them, and they hold data"

@@ -138,6 +138,9 @@ def test_exit_codes(verb: str, words: str, folder: Path, instarfs: Run) -> None:
         ("'--bogus'", "--bogus a.qcow2"),
         ("'xml'", "--output xml a.qcow2"),
         ("-T", "-T bogus a.qcow2"),
+        ("'json:'", 'json:{"driver":"qcow2","file":{"driver":"file","filename":"a.qcow2"}}'),
+        ("'nbd:'", "nbd://localhost:10809"),
+        ("'nbd+unix:'", "nbd+unix:///?socket=s"),
     ],
 )
 def test_what_is_not_understood_is_named(
@@ -147,6 +150,12 @@ def test_what_is_not_understood_is_named(
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert word in err
     assert "sesame" not in err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_file_may_be_called_like_a_protocol(verb: str, folder: Path, instarfs: Run) -> None:
+    (folder / "nbd:a.qcow2").symlink_to("a.qcow2")
+    assert instarfs(verb, "nbd:a.qcow2")[0] == 0
 
 
 @pytest.mark.parametrize(

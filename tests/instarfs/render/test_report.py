@@ -154,6 +154,19 @@ def test_what_takes_a_repair_back_is_not_among_what_repairs():
     ]
 
 
+def test_what_looks_lost_is_not_freed_by_whoever_pastes_what_is_to_be_done_now():
+    image = damaged()
+    size = image.cluster_size
+    table = image.l2_at(0) // size * size
+    image.data[table : table + size] = bytes(size)
+    first, second, third, *_ = blocks_of(text_of(image, None))
+    assert "cp -r " in "".join(first.commands)
+    assert not repairs(first)
+    assert second.title == "Only if what looks lost may go:"
+    assert "check -r leaks --plan " in second.commands[-1]
+    assert undoes(third)
+
+
 def test_an_export_that_cannot_fail_is_not_said_to():
     for rule, may_end_with_1 in (("refcount_low", False), ("l2_data_misaligned", True)):
         *_, export = blocks_of(text_of(RULES[rule]().image))
@@ -310,10 +323,15 @@ def test_an_image_that_is_written_to_gets_no_advice_but_that():
     assert "What to do now" not in text
 
 
-def test_a_header_that_cannot_be_read_is_all_that_is_said():
+def test_of_a_header_that_cannot_be_read_only_that_is_said_and_a_copy_kept():
     report = Report(layout=None, error=ImageError("cluster_bits", 63, "at most 21"))
     assert report_txt(report, PATH).decode() == (
-        f"{PATH}: unreadable\n\n{VERDICTS['unreadable']}\n\ncluster_bits is 63: at most 21\n"
+        f"{PATH}: unreadable\n\n{VERDICTS['unreadable']}\n\ncluster_bits is 63: at most 21\n\n"
+        "What to do now:\n"
+        "  # Let nobody write to the image. Keep a copy of it:\n"
+        f"      cp --sparse=always '{PATH}' '{PATH}.copy'\n"
+        "  # What its header should say is not known here. A backup or an older copy of this image"
+        " has one that may fit.\n"
     )
 
 
