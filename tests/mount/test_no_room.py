@@ -51,7 +51,7 @@ def test_a_full_disk(disk: SmallDisk) -> None:
 def test_a_file_system_for_reading_only(disk: SmallDisk) -> None:
     remounted = disk.run("mount", "-o", "remount,ro", disk.path)
     assert remounted.returncode == 0, remounted.stderr
-    lines = follow(disk)[0].lines
+    lines = [line for block in follow(disk) for line in block.lines]
     assert lines[0].startswith("  # No file can be made beside the image: go to a folder")
     assert "  # The image cannot be written to. Its copy can, and has the same plans." in lines
     copy = disk.path.with_name(f"{NAME}.copy")
