@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from instarfs.mount import mountpoint
+from tests.block_devices import attached, require_loop_devices
 from tests.mount.mounts import (
     DEADLINE,
     INSTARFS,
@@ -201,6 +202,20 @@ def test_a_busy_mount_stays(image: Path, directory: Path) -> None:
         )
         assert file.read().startswith("This is the inside")
     assert instarfs("umount", directory).returncode == 0
+
+
+def test_a_loop_device_that_holds_a_mount_is_named_and_released(
+    image: Path, directory: Path
+) -> None:
+    require_loop_devices()
+    assert instarfs("mount", image, directory).returncode == 0
+    with attached(directory / "disk.raw") as device:
+        done = instarfs("umount", directory)
+        assert done.returncode == 1
+        release = f"losetup -d {device}"
+        assert f": in use by {device}: unmount what is on it, then: {release};" in done.stderr
+    done = instarfs("umount", directory)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_dead_mount_is_named_and_cleared(image: Path, directory: Path) -> None:

@@ -27,6 +27,8 @@ from tests.mount.mounts import (
     MakeMount,
     Mount,
     instarfs,
+    leak,
+    make_image,
     mounted,
     run,
     settle,
@@ -148,6 +150,41 @@ def test_leaks_then_all_then_undo(leaky: Mount) -> None:
     assert leaky.image.read_bytes() == content(*LEAKY)
     assert values(leaky, "repair/result.json")["undoable"] == 0
     assert tell(leaky / "repair/undo", b"undo\n") == errno.ENODATA
+
+
+def test_what_no_longer_fits_is_neither_counted_nor_offered(
+    mount: MakeMount, tmp_path: Path
+) -> None:
+    """Somebody writes between two repairs."""
+    it = mount(make_image(tmp_path / "image.qcow2", "4M"))
+    leak(it.image, 3)
+    assert tell(it / "repair/tier", b"leaks\n") == 0
+    assert it.read("repair/undo").endswith(")\n")
+    run("qemu-io", "-c", "write 1M 64k", it.image)
+    fits = ", if it still fits: the image may have been written to after it\n"
+    assert it.read("repair/undo").endswith(fits)
+    leak(it.image, 3)
+    assert tell(it / "repair/tier", b"leaks\n") == 0
+    done = values(it, "repair/result.json")
+    assert (done["undoable"], done["no-longer-undoable"]) == (1, 1)
+    stays = "; the repair before it can no longer be taken back: the image was written to"
+    assert it.read("repair/undo").endswith(f"{stays} in between\n")
+    assert tell(it / "repair/undo", b"undo\n") == 0
+    done = values(it, "repair/result.json")
+    assert (done["undoable"], "the image was written to" in str(done["reason"])) == (0, True)
+    assert tell(it / "repair/undo", b"undo\n") == errno.ESTALE
+
+
+def test_a_word_for_another_control_file_is_said_to_be(leaky: Mount) -> None:
+    for word, file, right in (
+        ("undo", "tier", "undo"),
+        ("trim", "undo", "trim"),
+        ("leaks", "trim", "tier"),
+        ("all 012345", "undo", "tier"),
+    ):
+        assert tell(leaky / f"repair/{file}", word.encode()) == errno.EINVAL
+        said = values(leaky, "repair/result.json")["reason"]
+        assert said.endswith(f"; `{word.split()[0]}` is for repair/{right}")
 
 
 def test_undo_brings_back_every_byte(leaky: Mount) -> None:
