@@ -223,15 +223,19 @@ def nonzero_words(source: Source, offset: int, count: int) -> tuple[I64, U64]:
     return np.concatenate(indices), np.concatenate(values)
 
 
-def present_tables(source: Source, offsets: I64, table_bytes: int) -> Mask:
+def present_tables(
+    source: Source, offsets: I64, table_bytes: int, *, anyway: int | None = None
+) -> Mask:
     """Which of the tables (ascending *offsets*) may hold anything but zeros; bool, one a table.
 
     Tables in holes and past the end are all zeros and need not be read: so the work of a check is
     bounded by the bytes that are there, not by what a table claims. Leaps from table to extent to
-    table, so that neither many tables nor many extents cost more than the fewer of the two.
+    table, so that neither many tables nor many extents cost more than the fewer of the two. If all
+    have no more than *anyway* bytes together, by default `READ_ANYWAY_BYTES`, nothing is asked, and
+    all of them may.
     """
     count = len(offsets)
-    if count * table_bytes <= READ_ANYWAY_BYTES:
+    if count * table_bytes <= (READ_ANYWAY_BYTES if anyway is None else anyway):
         return np.ones(count, dtype=np.bool_)
     present = np.zeros(count, dtype=np.bool_)
     end_of_last = int(offsets[-1]) + table_bytes
@@ -245,6 +249,17 @@ def present_tables(source: Source, offsets: I64, table_bytes: int) -> Mask:
         index = max(low, int(np.searchsorted(offsets, extent[1], side="left")))
         present[low:index] = True
     return present
+
+
+def present_pieces(source: Source, offsets: I64, table_bytes: int, piece: int) -> I64:
+    """Where the pieces are, of *piece* bytes each, that may hold anything but zeros.
+
+    Of aligned tables at ascending *offsets*, each once. What is asked is where data begins and
+    ends, so that of a table that is a hole to the greater part no more is named than there is.
+    """
+    whole = offsets[present_tables(source, offsets, table_bytes, anyway=0)]
+    pieces = (whole[:, None] + np.arange(0, table_bytes, piece)).reshape(-1)
+    return pieces[present_tables(source, pieces, piece, anyway=0)]
 
 
 def read_tables(

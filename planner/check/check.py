@@ -34,13 +34,18 @@ from planner.findings.kinds import (
     no_owners,
 )
 from planner.guest.allocation import allocation
-from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
+from planner.metadata.cluster_counters import (
+    PAGE_BITS,
+    ClusterCounts,
+    ClusterIndex,
+    PagedIndex,
+)
 from planner.metadata.locate import Survey, take_survey
-from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.metadata.refcounts import PIECE_BYTES, Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, count_regions, overlapping_clusters
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.source import Source, read_tables
+from planner.source import Source, present_pieces, read_tables
 
 DENSE_CLUSTERS = 1 << 24
 """Up to so many clusters, or while the metadata is as large, one counter a cluster is cheap."""
@@ -140,27 +145,32 @@ class _Check:
     def _load_refcounts(
         self, stored: StoredRefcounts, survey: Survey, regions: Regions
     ) -> ClusterIndex:
-        """Read all stored refcounts; one counter a cluster, or only for those that matter."""
+        """Read all stored refcounts; one counter a cluster, or only for those near what matters."""
         size = self._geometry.cluster_size
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
         blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
-        metadata = len(survey.present) * self._geometry.l2_entries
-        metadata += len(blocks) * self._geometry.refblock_entries
         self._tick.begin("refcounts", len(blocks) * size)
-        if slots <= max(DENSE_CLUSTERS, 2 * metadata):
+        if slots <= DENSE_CLUSTERS or slots <= 2 * self._metadata_present(stored, survey):
             stored.load_dense(slots, self._tick)
             return stored.index
-        cluster, refcount = stored.nonzero_sparse(slots, self._tick)
-        bits = self._geometry.cluster_bits
+        page, refcount = stored.read_pages(slots, self._tick)
+        bits = self._geometry.cluster_bits + PAGE_BITS
         spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
-        known = [cluster, expand_ranges(*spans)]
+        known = [page, expand_ranges(*spans)]
         for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
-            known.append(distinct(referenced_clusters(rows, self._layout)))
+            known.append(distinct(referenced_clusters(rows, self._layout) >> PAGE_BITS))
             self._tick(0)
-        keys = distinct(np.concatenate(known))
-        index = ClusterIndex(slots, keys[keys < slots])
-        stored.set_sparse(index, cluster, refcount)
+        pages = distinct(np.concatenate(known))
+        index = PagedIndex(slots, pages[pages << PAGE_BITS < slots])
+        stored.set_pages(index, page, refcount)
         return index
+
+    def _metadata_present(self, stored: StoredRefcounts, survey: Survey) -> int:
+        """How many entries of L2 tables and refcount blocks there are, holes not counted."""
+        offset, size = survey.tables.offset[survey.present], self._geometry.cluster_size
+        piece = min(size, PIECE_BYTES)
+        pieces = present_pieces(self._source, offset, size, piece)
+        return len(pieces) * (piece // 8) + stored.metadata_present()
 
     def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
         tables, present = survey.tables, survey.present

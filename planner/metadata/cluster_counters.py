@@ -56,6 +56,47 @@ class ClusterIndex:
         return slots if self.keys is None else self.keys[slots]
 
 
+PAGE_BITS = 6
+"""A page of clusters: 64. Of stored refcounts of one bit it is 8 bytes, whatever is set in them."""
+
+
+class PagedIndex(ClusterIndex):
+    """Slots for all clusters of some pages, and no others.
+
+    A file that lies in holes to the greater part has few pages, however many clusters: where all
+    of them have a bit in a refcount block, naming each takes eight bytes, a page one bit a cluster.
+    """
+
+    def __init__(self, size: int, pages: I64) -> None:
+        """*pages*: ascending, below *size* clusters; of the last some may be past that."""
+        super().__init__(size, pages)
+        self._pages = pages
+        self.slots = len(pages) << PAGE_BITS
+
+    def slots_of(self, clusters: I64) -> I64:
+        pages = clusters >> PAGE_BITS
+        inside = clusters & ((1 << PAGE_BITS) - 1)
+        return (np.searchsorted(self._pages, pages) << PAGE_BITS) + inside
+
+    def find(self, clusters: I64) -> tuple[I64, Mask]:
+        pages = clusters >> PAGE_BITS
+        at = np.searchsorted(self._pages, pages)
+        known: Mask = (at < len(self._pages)) & (clusters < self.clusters)
+        known[known] = self._pages[at[known]] == pages[known]
+        inside = clusters & ((1 << PAGE_BITS) - 1)
+        return np.where(known, (at << PAGE_BITS) + inside, 0), known
+
+    def slots_before(self, cluster: int) -> int:
+        page, inside = divmod(cluster, 1 << PAGE_BITS)
+        at = int(np.searchsorted(self._pages, page))
+        is_there = at < len(self._pages) and int(self._pages[at]) == page
+        return (at << PAGE_BITS) + (inside if is_there else 0)
+
+    def clusters_of(self, slots: I64) -> I64:
+        first: I64 = self._pages[slots >> PAGE_BITS] << PAGE_BITS
+        return first + (slots & ((1 << PAGE_BITS) - 1))
+
+
 class ClusterCounts:
     """One unsigned number a slot. Starts at one byte each and widens before anything can wrap."""
 

@@ -10,12 +10,24 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U64, Counts, Mask
-from planner.metadata.cluster_counters import ClusterIndex, fill_rows
+from planner.arrays import I64, U64, Counts, Mask, distinct
+from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex, fill_rows
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import READABLE_END, Source, nonzero_words, present_tables, read_tables
+from planner.source import (
+    READABLE_END,
+    Source,
+    nonzero_words,
+    present_pieces,
+    present_tables,
+    read_tables,
+)
+
+PIECE_BYTES = 4096
+"""Of a block that is a hole to the greater part only what is there is looked at."""
+
+_PAGE = 1 << PAGE_BITS
 
 
 class Reftable:
@@ -65,27 +77,66 @@ class StoredRefcounts:
         self.values = values.reshape(-1)[:clusters]
         self.index = ClusterIndex(clusters)
 
-    def nonzero_sparse(self, clusters: int, tick: Callable[[int], None]) -> tuple[I64, Counts]:
-        """(cluster, refcount) of all clusters below *clusters* that have one; ascending.
+    def metadata_present(self) -> int:
+        """How many refcounts there are in the parts of blocks that are more than holes."""
+        offset = self.reftable.offset[self.reftable.blocks()]
+        size = self._layout.geometry.cluster_size
+        pieces = present_pieces(self._source, distinct(offset), size, self._piece_bytes)
+        return len(pieces) * self._piece_entries
 
-        For files far larger than their metadata. A block that several refcount table entries share
-        is taken for the first of them only, and the others count as unreadable: otherwise one block
-        would stand for as many clusters as a table claims.
+    def read_pages(self, clusters: int, tick: Callable[[int], None]) -> tuple[I64, Counts]:
+        """Pages of clusters below *clusters* of which one has a refcount, and all refcounts there.
+
+        Ascending, of shape (pages,) and (pages, clusters of a page). For files far larger than
+        their metadata. A block that several refcount table entries share is taken for the first of
+        them only, and the others count as unreadable: otherwise one block would stand for as many
+        clusters as a table claims.
         """
-        found: list[I64] = []
-        refcounts: list[Counts] = []
-        for rows, part in self._read_blocks(
-            -(-clusters // self.entries_per_block), tick, once=True
-        ):
-            at, inside = np.nonzero(part)
-            found.append(rows[at] * self.entries_per_block + inside)
-            refcounts.append(part[at, inside])
-        if not found:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint8)
-        cluster, refcount = np.concatenate(found), np.concatenate(refcounts)
-        inside = np.flatnonzero(cluster < clusters)
-        order = inside[np.argsort(cluster[inside])]
-        return cluster[order], refcount[order]
+        found, refcounts = [np.zeros(0, dtype=np.int64)], [np.zeros((0, _PAGE), dtype=np.uint8)]
+        pages_a_piece = self._piece_entries >> PAGE_BITS
+        first, offset = self._pieces(-(-clusters // self.entries_per_block))
+        for part, rows in read_tables(self._source, offset, self._piece_bytes):
+            values = unpack_refcounts(rows, self._layout.geometry.refcount_order)
+            values = values.reshape(-1, _PAGE)
+            used = np.flatnonzero(values.any(axis=1))
+            row, inside = np.divmod(used, pages_a_piece)
+            found.append((first[part][row] >> PAGE_BITS) + inside)
+            refcounts.append(values[used])
+            tick(rows.size)
+        page, refcount = np.concatenate(found), np.concatenate(refcounts)
+        order = np.argsort(page)
+        order = order[page[order] << PAGE_BITS < clusters]
+        page, refcount = page[order], refcount[order]
+        if len(page):
+            refcount[-1, max(0, clusters - (int(page[-1]) << PAGE_BITS)) :] = 0
+        return page, refcount
+
+    @property
+    def _piece_bytes(self) -> int:
+        return min(self._layout.geometry.cluster_size, PIECE_BYTES)
+
+    @property
+    def _piece_entries(self) -> int:
+        return (self._piece_bytes << 3) >> self._layout.geometry.refcount_order
+
+    def _pieces(self, below: int) -> tuple[I64, I64]:
+        """Of the blocks that entries *below* that one lead to, the parts that are more than holes.
+
+        Each once, in file order: the cluster that its first refcount is for, and its host offset.
+        """
+        table, size = self.reftable, self._layout.geometry.cluster_size
+        which = table.blocks()
+        which = which[table.index[which] < below]
+        which = which[np.argsort(table.offset[which], kind="stable")]
+        again = np.flatnonzero(np.diff(table.offset[which]) == 0) + 1
+        shared = table.index[which[again]]
+        self._unreadable_blocks = np.union1d(self._unreadable_blocks, shared)
+        which = np.delete(which, again)
+        offset = present_pieces(self._source, table.offset[which], size, self._piece_bytes)
+        block, inside = np.divmod(offset, size)
+        which = which[np.searchsorted(table.offset[which], block * size)]
+        first = table.index[which] * self.entries_per_block
+        return first + (inside << 3 >> self._layout.geometry.refcount_order), offset
 
     def in_use(self, clusters: int) -> int:
         """How many of the clusters below *clusters* have a refcount."""
@@ -113,25 +164,19 @@ class StoredRefcounts:
             end = max(end, int(ends[used.any(axis=1)].max(initial=0)))
         return end if end > clusters else 0
 
-    def set_sparse(self, index: ClusterIndex, cluster: I64, refcount: Counts) -> None:
-        """Take over what `nonzero_sparse` found; every *cluster* has a slot in *index*."""
+    def set_pages(self, index: PagedIndex, page: I64, refcount: Counts) -> None:
+        """Take over what `read_pages` found; every *page* has slots in *index*."""
         self.index = index
-        self.values = np.zeros(index.slots, dtype=refcount.dtype)
-        self.values[index.slots_of(cluster)] = refcount
+        values: Counts = np.zeros((index.slots >> PAGE_BITS, _PAGE), dtype=refcount.dtype)
+        values[index.slots_of(page << PAGE_BITS) >> PAGE_BITS] = refcount
+        self.values = values.reshape(-1)
 
-    def _read_blocks(
-        self, below: int, tick: Callable[[int], None], once: bool = False
-    ) -> Iterator[tuple[I64, Counts]]:
+    def _read_blocks(self, below: int, tick: Callable[[int], None]) -> Iterator[tuple[I64, Counts]]:
         """Refcount table indices, and the refcounts of their blocks, shape (blocks, entries)."""
         table, geometry = self.reftable, self._layout.geometry
         which = table.blocks()
         which = which[table.index[which] < below]
         which = which[np.argsort(table.offset[which], kind="stable")]
-        if once:
-            again = np.flatnonzero(np.diff(table.offset[which]) == 0) + 1
-            shared = table.index[which[again]]
-            self._unreadable_blocks = np.union1d(self._unreadable_blocks, shared)
-            which = np.delete(which, again)
         size = geometry.cluster_size
         which = which[present_tables(self._source, table.offset[which], size)]
         for part, rows in read_tables(self._source, table.offset[which], size):

@@ -83,11 +83,15 @@ Listed = list[tuple[Bitmap, ImageError | None]]
 
 def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> tuple[Bitmap, ...]:
     """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
-    listed, broken = list_bitmaps(source, pointer, geometry)
-    for error in [*(error for _, error in listed), broken]:
+    found: list[Bitmap] = []
+    names: set[bytes] = set()
+    for bitmap in _read_directory(source, pointer, geometry):
+        error = _entry_error(bitmap, names, geometry)
         if error is not None:
             raise error
-    return tuple(bitmap for bitmap, _ in listed)
+        names.add(bitmap.name)
+        found.append(bitmap)
+    return tuple(found)
 
 
 def list_bitmaps(
