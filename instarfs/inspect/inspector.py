@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
+from threading import Lock
+from typing import Any, Protocol, TypeVar
 
 import trio
 
@@ -64,6 +66,9 @@ from planner.views.host_map import Atlas, draw_atlas
 from planner.views.table_view import read_l1_page
 
 T = TypeVar("T")
+
+KEPT_LOOKS = 8
+"""L2 tables and explanations: of large clusters each has 4 MiB."""
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +187,9 @@ class Inspector:
         }
         self.atlas = Computed(self._state, self._draw_atlas)
         self.bitmaps = Computed(self._state, self._read_bitmaps)
-        self.l1_page = self.look(lambda source, _cancelled: read_l1_page(source))
+        self._looks: deque[Computed[Any]] = deque()
+        self._looks_lock = Lock()
+        self.l1_page = self.look(lambda source, _cancelled: read_l1_page(source), is_kept=True)
         self._checked: tuple[Generation, Edition[Checkup]] | None = None
         self.repairs = Repairs(self._reviewed_image, self._sharing, make_repairer)
 
@@ -268,12 +275,17 @@ class Inspector:
         return last.status.mtime_ns != self.generation().mtime_ns
 
     def look(
-        self, at: Callable[[FileSource, Callable[[], bool]], T], *, beside_check: bool = False
+        self,
+        at: Callable[[FileSource, Callable[[], bool]], T],
+        *,
+        beside_check: bool = False,
+        is_kept: bool = False,
     ) -> Computed[T | ImageError]:
         """What *at* sees in the image, or why it sees nothing; good for as long as its bytes are.
 
         *at* is handed a function that turns true when it should stop. *beside_check*: it is shown
-        with what a check found, and anew when there is another.
+        with what a check found, and anew when there is another. What
+        one of many shows is let go of when `KEPT_LOOKS` others were looked at, unless *is_kept*.
         """
 
         def key() -> Hashable:
@@ -281,12 +293,24 @@ class Inspector:
             return self._image_state(), checkup and weakref.ref(checkup)
 
         def compute(cancelled: Callable[[], bool]) -> T | ImageError:
+            if not is_kept:
+                self._keep_look(looked)
             try:
                 return at(self._image.source(), cancelled)
             except ImageError as error:
                 return as_value(error)
 
-        return Computed(key, compute)
+        looked: Computed[T | ImageError] = Computed(key, compute)
+        return looked
+
+    def _keep_look(self, looked: Computed[Any]) -> None:
+        """Let go of what was looked at before the last few; in any thread."""
+        with self._looks_lock:
+            if looked in self._looks:
+                self._looks.remove(looked)
+            self._looks.append(looked)
+            if len(self._looks) > KEPT_LOOKS:
+                self._looks.popleft().forget()
 
     def cancel(self) -> None:
         """End whatever is being computed; those who wait for it get an error."""

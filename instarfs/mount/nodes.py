@@ -58,6 +58,8 @@ class Handle(Protocol):
 class File(ABC):
     """What all kinds of file have in common."""
 
+    __slots__ = ()
+
     @abstractmethod
     def size(self) -> int:
         """Bytes to be read, as far as that is known without computing anything."""
@@ -164,11 +166,18 @@ class GeneratedFile(File, Generic[T]):
     *render* runs in a worker thread, for it may take seconds where there are millions of findings.
     It returns the content, or its parts one after the other: then only the first `SHARED_BYTES` are
     kept, once for all handles of one edition; what follows is counted, and made anew as it is read.
+    *measure*, where there is one, counts all of it in less time than it takes to make.
     """
 
-    def __init__(self, value: Value[T], render: Callable[[T], bytes | Iterable[bytes]]) -> None:
+    def __init__(
+        self,
+        value: Value[T],
+        render: Callable[[T], bytes | Iterable[bytes]],
+        measure: Callable[[T], int] | None = None,
+    ) -> None:
         self._value = value
         self._render = render
+        self._measure = measure
         self._lock = trio.Lock()
         # Weak, both: the edition so as not to outlive its image, the content so that megabytes
         # of text are there only while somebody has the file open.
@@ -214,6 +223,8 @@ class GeneratedFile(File, Generic[T]):
         In a worker thread, which ends early when nobody waits for it any more.
         """
         head, size = bytearray(), 0
+        if known is None and self._measure is not None:
+            known = self._measure(edition.value)
         for part in self._parts(edition):
             if len(head) < SHARED_BYTES:
                 head += part
@@ -225,6 +236,24 @@ class GeneratedFile(File, Generic[T]):
 
     def _is_rendered(self, edition: Edition[T]) -> bool:
         return self._edition is not None and self._edition() is edition
+
+
+class DeferredFile(File):
+    """What *make* makes when somebody opens it: a listing of very many costs little each."""
+
+    __slots__ = ("__weakref__", "_file", "_make")
+
+    def __init__(self, make: Callable[[], File]) -> None:
+        self._make = make
+        self._file: File | None = None
+
+    def size(self) -> int:
+        return self._file.size() if self._file is not None else 0
+
+    async def open(self) -> Handle:
+        if self._file is None:
+            self._file = self._make()
+        return await self._file.open()
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -64,6 +64,9 @@ BLOCK_SIZE = 4096
 _ENTRY_TIMEOUT = 60.0
 _ATTR_TIMEOUT = 0.0
 
+KEPT_NAMES = 4096
+"""Of the names that are made when they are asked for: so many the kernel may hold on to."""
+
 # The kernel asks for the attributes before each read that it answers from its cache, and drops the
 # cache where size or time are others. As often as a file system's clock ticks will do.
 _DATA_ATTR_TIMEOUT = 0.01
@@ -142,6 +145,11 @@ def _guarded(
     return guard
 
 
+def _drop(directory: InodeT, name: FileNameT) -> None:
+    """In a thread: the kernel waits with it for who looks for something in that directory."""
+    pyfuse3.invalidate_entry_async(directory, name, ignore_enoent=True)
+
+
 @dataclass(slots=True)
 class _Known:
     """A node that the kernel holds *lookups* references to."""
@@ -163,7 +171,8 @@ class Operations(pyfuse3.Operations):
     """The tree below *root*, read-only but for its control files.
 
     *facts* is called for every answer with attributes in it. *attributes* are extended attributes
-    of the root directory; they are not listed, so that nothing copies them.
+    of the root directory; they are not listed, so that nothing copies them. *drop* tells the kernel
+    to let go of a name in the directory of that inode.
     """
 
     supports_dot_lookup = False
@@ -174,8 +183,11 @@ class Operations(pyfuse3.Operations):
         facts: Callable[[], Facts],
         ownership: Ownership,
         attributes: dict[bytes, bytes] | None = None,
+        drop: Callable[[InodeT, FileNameT], None] = _drop,
     ) -> None:
         super().__init__()
+        self._drop = drop
+        self._made: dict[int, tuple[InodeT, FileNameT]] = {}
         self._root = root
         self._facts = facts
         self._ownership = ownership
@@ -238,6 +250,20 @@ class Operations(pyfuse3.Operations):
         """Count a reference that the kernel now holds."""
         self._known.setdefault(self._number(node), _Known(node, 0)).lookups += 1
 
+    def _remember_made(self, directory: Directory, name: FileNameT, node: Node) -> None:
+        """The same of a name that was made when it was asked for: of these not too many.
+
+        The kernel keeps them until it is short of memory itself, and anybody may ask for another
+        and another: it is told to let go of those that were asked for longest ago.
+        """
+        self._remember(node)
+        number = self._number(node)
+        self._made.pop(number, None)
+        self._made[number] = InodeT(self._number(directory)), name
+        if len(self._made) > KEPT_NAMES:
+            oldest = next(iter(self._made))
+            self._drop(*self._made.pop(oldest))
+
     def _size(self, file: File, pid: int) -> int:
         """Of *file* as *pid* sees it: as long as what it has opened, whatever is true by now.
 
@@ -283,7 +309,10 @@ class Operations(pyfuse3.Operations):
         if child is None:
             raise FUSEError(errno.ENOENT)
         entry = self._attributes_of(child, ctx.pid, is_fixed=directory.is_fixed)
-        self._remember(child)
+        if directory.is_fixed:
+            self._remember(child)
+        else:
+            self._remember_made(directory, name, child)
         return entry
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -294,6 +323,7 @@ class Operations(pyfuse3.Operations):
             known.lookups -= count
             if known.lookups <= 0:
                 del self._known[inode]
+                self._made.pop(inode, None)
 
     @_guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
@@ -368,8 +398,12 @@ class Operations(pyfuse3.Operations):
             entry = self._attributes_of(node, is_fixed=directory.is_fixed, facts=facts)
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
-            if position >= len(_DOTS):
+            if position < len(_DOTS):
+                continue
+            if directory.is_fixed:
                 self._remember(node)
+            else:
+                self._remember_made(directory, FileNameT(os.fsencode(name)), node)
 
     @_guarded
     async def releasedir(self, fh: FileHandleT) -> None:

@@ -19,6 +19,7 @@ from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import (
     DataFile,
     DeferredDirectory,
+    DeferredFile,
     Directory,
     File,
     FixedDirectory,
@@ -206,11 +207,6 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
             return render_info.error_json(guest)
         return render_guest_map.chain_json(guest.members)
 
-    def mapped(guest: Guest | ImageError) -> bytes | Iterator[bytes]:
-        if isinstance(guest, ImageError):
-            return render_info.error_json(guest)
-        return render_guest_map.map_json(guest.extents(), guest.members)
-
     return [
         _Entry(
             "image/info.json",
@@ -225,7 +221,7 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "image/map.json",
             "what `qemu-img map --output=json` says: where each part of the disk is read from",
-            GeneratedFile(inspector.guest, mapped),
+            GeneratedFile(inspector.guest, _map, _map_length),
         ),
         _Entry(
             "image/header.json",
@@ -248,6 +244,18 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
     ]
 
 
+def _map(guest: Guest | ImageError) -> bytes | Iterator[bytes]:
+    if isinstance(guest, ImageError):
+        return render_info.error_json(guest)
+    return render_guest_map.map_json(guest.extents(), guest.members)
+
+
+def _map_length(guest: Guest | ImageError) -> int:
+    if isinstance(guest, ImageError):
+        return len(render_info.error_json(guest))
+    return render_guest_map.map_json_length(guest.extents(), guest.members)
+
+
 # ---- tables/ ----
 
 
@@ -262,8 +270,7 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
             return None
         if isinstance(l1, ImageError) or not l1.leads(number):
             return None
-        page = inspector.look(lambda source, _cancelled: read_l2_page(source, number))
-        return GeneratedFile(page, render_tables.l2_tsv)
+        return DeferredFile(partial(_l2_file, inspector, number))
 
     return [
         _Entry(
@@ -283,6 +290,11 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
             GeneratedFile(inspector.atlas, render_clusters.clusters_tsv),
         ),
     ]
+
+
+def _l2_file(inspector: Inspector, number: int) -> File:
+    page = inspector.look(lambda source, _cancelled: read_l2_page(source, number))
+    return GeneratedFile(page, render_tables.l2_tsv)
 
 
 def _number(text: str) -> int | None:

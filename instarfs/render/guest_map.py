@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from instarfs.text import json_bytes, json_text, printable
+from planner.arrays import I32, I64
 from planner.guest.chain import Member, Role
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw
@@ -19,6 +20,16 @@ from planner.qcow2.names import decode_name
 from planner.words import plural
 
 _BOOLEANS = ("false", "true")
+
+ROWS_A_PART = 1 << 14
+
+_POWERS = 10 ** np.arange(1, 19, dtype=np.int64)
+
+_ROW = (
+    '{{ "start": {}, "length": {}, "depth": {}, "present": {}, "zero": {}, "data": {},'
+    ' "compressed": {}{}{}}}'
+)
+_OFFSET = ', "offset": {}'
 
 
 _NOTHING = (
@@ -38,13 +49,36 @@ def map_json(
     reasons = _reasons(members)
     opening = "["
     for rows in batches:
-        lines = []
-        for line in _objects(rows, reasons):
-            lines.append(opening + line)
+        for first in range(0, len(rows), ROWS_A_PART):
+            lines = _objects(rows.select(slice(first, first + ROWS_A_PART)), reasons)
+            yield (opening + ",\n".join(lines)).encode()
             opening = ",\n"
-        yield "".join(lines).encode()
     # Where there is nothing QEMU has one row too.
     yield (opening + _NOTHING.format(start) + "]\n" if opening == "[" else "]\n").encode()
+
+
+def map_json_length(batches: Iterable[Extents], members: tuple[Member, ...]) -> int:
+    """How many bytes `map_json` gives from the beginning on, in a tenth of the time."""
+    reasons = _reasons(members)
+    lengths = np.zeros(max(reasons) + 1, dtype=np.int64)
+    lengths[list(reasons)] = [len(text.encode()) for text in reasons.values()]
+    fixed = len(_ROW.format(*[""] * 7, "", "")) + len(",\n")
+    total = count = 0
+    for rows in batches:
+        count += len(rows)
+        total += fixed * len(rows) + int(lengths[rows.flaw].sum())
+        total += sum(_digits(column) for column in (rows.start, rows.length, rows.depth))
+        for column in (rows.present, rows.zero, rows.data, rows.compressed):
+            total += len("false") * len(rows) - int(np.count_nonzero(column))
+        placed = rows.offset[rows.offset != NO_HOST]
+        total += len(_OFFSET.format("")) * len(placed) + _digits(placed)
+    # One row has the bracket in place of a comma and a line break, and the end has two more bytes.
+    return total - 1 + len("]\n") if count else len("[" + _NOTHING.format(0) + "]\n")
+
+
+def _digits(numbers: I64 | I32) -> int:
+    """How many decimal digits all of *numbers*, none below 0, have together."""
+    return len(numbers) + int(np.searchsorted(_POWERS, numbers, side="right").sum())
 
 
 def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:
@@ -55,12 +89,17 @@ def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:
     for start, length, depth, present, zero, data, compressed, offset, flaw in zip(
         *(column.tolist() for column in columns), strict=True
     ):
-        at = "" if offset == NO_HOST else f', "offset": {offset}'
-        yield (
-            f'{{ "start": {start}, "length": {length}, "depth": {depth},'
-            f' "present": {_BOOLEANS[present]}, "zero": {_BOOLEANS[zero]},'
-            f' "data": {_BOOLEANS[data]}, "compressed": {_BOOLEANS[compressed]}'
-            f"{at}{reasons[flaw]}}}"
+        at = "" if offset == NO_HOST else _OFFSET.format(offset)
+        yield _ROW.format(
+            start,
+            length,
+            depth,
+            _BOOLEANS[present],
+            _BOOLEANS[zero],
+            _BOOLEANS[data],
+            _BOOLEANS[compressed],
+            at,
+            reasons[flaw],
         )
 
 

@@ -24,7 +24,7 @@ from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.image.locks import Access, Permission, held
 from instarfs.inspect import shared_value as computed
-from instarfs.inspect.inspector import Inspector, Leaks
+from instarfs.inspect.inspector import KEPT_LOOKS, Inspector, Leaks
 from instarfs.inspect.shared_value import Computed
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
@@ -504,3 +504,15 @@ def test_inspecting_changes_nothing(path: Path) -> None:
         before[0].st_ctime_ns,
     )
     assert path.read_bytes() == before[1]
+
+
+async def test_of_what_was_looked_at_the_last_few_are_kept(inspector: Inspector) -> None:
+    looks = [inspector.look(lambda _source, _cancelled: bytes(1)) for _ in range(KEPT_LOOKS + 3)]
+    kept = inspector.look(lambda _source, _cancelled: bytes(1), is_kept=True)
+    for looked in [kept, *looks, looks[5]]:
+        await looked.get()
+    assert [looked.peek() is not None for looked in looks] == [False] * 3 + [True] * KEPT_LOOKS
+    assert kept.peek() is not None
+    await looks[0].get()
+    assert looks[3].peek() is None
+    assert looks[5].peek() is not None

@@ -14,6 +14,7 @@ from instarfs.mount.nodes import (
     ControlFile,
     DataFile,
     DeferredDirectory,
+    DeferredFile,
     FixedDirectory,
     GeneratedFile,
     LiveFile,
@@ -143,6 +144,37 @@ async def test_kept_content_does_not_keep_its_edition(value: FakeValue) -> None:
     gc.collect()
     assert edition() is None
     assert await (await node.open()).read(0, 100) == b"new"
+
+
+async def test_a_deferred_file_is_made_when_it_is_opened_and_once(value: FakeValue) -> None:
+    made: list[GeneratedFile[str]] = []
+
+    def make() -> GeneratedFile[str]:
+        made.append(GeneratedFile(value, str.encode))
+        return made[-1]
+
+    node = DeferredFile(make)
+    assert (node.size(), made) == (0, [])
+    for _ in range(2):
+        assert await (await node.open()).read(2, 2) == b"23"
+        assert node.size() == 10
+    assert len(made) == 1
+    assert not hasattr(node, "__dict__")  # of these there may be a hundred thousand
+
+
+async def test_what_is_measured_is_not_made_to_be_counted(value: FakeValue) -> None:
+    made: list[int] = []
+
+    def render(text: str) -> Iterator[bytes]:
+        for number in range(100):
+            made.append(number)
+            yield text.encode() * (1 << 17)
+
+    node = GeneratedFile(value, render, lambda text: 100 * len(text) << 17)
+    handle = await node.open()
+    assert handle.size() == node.size() == 100 * 10 << 17
+    assert len(made) < 10
+    assert await handle.read((100 * 10 << 17) - 3, 100) == b"789"
 
 
 async def test_what_is_no_bytes_fails_before_the_kernel_sees_it(value: FakeValue) -> None:

@@ -23,6 +23,8 @@ from instarfs.mount.nodes import (
     FixedDirectory,
     GeneratedFile,
     LiveFile,
+    MadeDirectory,
+    Node,
 )
 from instarfs.mount.operations import Facts, Operations, Ownership
 from tests.instarfs.mount.kernel import caller, fields
@@ -519,3 +521,24 @@ async def test_the_write_of_a_killed_process_is_cancelled_and_answered_when_it_e
             watchers.cancel_scope.cancel()
     assert ended == [b"explain", b"silent"]
     assert not operations._waiting
+
+
+async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many():
+    names = [str(number) for number in range(module.KEPT_NAMES + 300)]
+    dropped: list[bytes] = []
+
+    async def make(name: str) -> Node:
+        return LiveFile(name.encode)
+
+    operations = Operations(
+        MadeDirectory(make),
+        lambda: Facts(size=1, mtime_ns=1),
+        Ownership(uid=1000, gid=100, for_others=True),
+        drop=lambda _directory, name: dropped.append(name),
+    )
+    # Once more what was asked for first: it is not what is let go of.
+    for name in [*names[: module.KEPT_NAMES], names[0], *names[module.KEPT_NAMES :]]:
+        entry = await operations.lookup(ROOT, name.encode(), caller())
+        if name in {"7", "9"}:
+            await operations.forget([(entry.st_ino, 1)])
+    assert dropped == [name.encode() for name in names[1:301] if name not in {"7", "9"}][:298]
