@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from tests.fuzz import bounds
 from tests.fuzz.targets import FILE_BYTES, TARGETS, Target
 
 KEPT = Path(".fuzz")
+
+BOMBS = "bombs"
+"""Not a target: whole commands, and mounts, on files with holes; see `tests.fuzz.costs`."""
 
 A_PROCESS = 20
 """Seconds that one process fuzzes: libFuzzer and atheris leak, up to 3 MiB an input."""
@@ -29,20 +33,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="of each fuzzer")
     parser.add_argument("--run", type=Path, metavar="FILE", help="only run the target on this file")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join([*TARGETS, BOMBS]))
     arguments = parser.parse_args()
-    unknown = set(arguments.targets) - TARGETS.keys()
+    unknown = set(arguments.targets) - TARGETS.keys() - {BOMBS}
     if unknown:
         parser.error(f"no such target: {', '.join(sorted(unknown))}")
-    chosen = arguments.targets or list(TARGETS)
+    chosen = arguments.targets or [*TARGETS, BOMBS]
     if arguments.run:
-        for name in chosen:
+        for name in TARGETS.keys() & set(chosen):
             seconds = bounds.run(TARGETS[name], arguments.run.read_bytes())
             print(f"{name}: {seconds:.3f} s")
         return 0
-    failed = [name for name in chosen if not fuzz(name, arguments.seconds)]
+    failed = [name for name in chosen if not run(name, arguments.seconds)]
     print(f"crashed: {', '.join(failed)}" if failed else "no crash")
     return bool(failed)
+
+
+def run(name: str, seconds: int) -> bool:
+    """Fuzz one target, or make up bombs, for so long: whether nothing was found."""
+    if name != BOMBS:
+        return fuzz(name, seconds)
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"---- {name}: {seconds} s, from seed {seed} on", flush=True)
+    command = [sys.executable, "-m", "tests.fuzz.costs", f"--seconds={seconds}", f"--seed={seed}"]
+    return not subprocess.run(command, check=False).returncode
 
 
 def fuzz(name: str, seconds: int) -> bool:

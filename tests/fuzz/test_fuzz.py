@@ -9,16 +9,19 @@ import sys
 
 import pytest
 
+from instarfs.image.file import Image
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.source import Bytes
 from tests.fuzz.bombs import BOMBS
 from tests.fuzz.bounds import run
+from tests.fuzz.holed import make_bomb, refcount_blocks_in_holes
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
 from tests.mount.mounts import INSTARFS, environment
 
 CASES_A_MUTATION = 10
+CASES_A_BOMB = 300
 MANY_CASES = 10_000
 
 STARTED_SECONDS, STARTED_BYTES = 1.0, 64 << 20
@@ -79,3 +82,29 @@ def test_a_whole_command_costs_no_more(tmp_path):
     assert int(code) == 1
     assert float(seconds) < SECONDS + STARTED_SECONDS
     assert int(memory) < MEMORY + STARTED_BYTES
+
+
+def test_no_command_and_no_file_of_a_mount_costs_more(tmp_path, cases, seed):
+    """On a bomb with holes, another for each seed; more of them: `python -m tests.fuzz.costs`."""
+    command = [sys.executable, "-m", "tests.fuzz.costs", "--briefly", "--folder", str(tmp_path)]
+    command += ["--seed", str(seed), "--bombs", str(max(1, cases // CASES_A_BOMB))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path):
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(number).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        run(Target(lambda _: assert_answered(check_image(source)), list), b"")
+
+
+@pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])
+def test_refcount_blocks_in_holes_are_not_counted_as_clusters(cluster_bits, tmp_path):
+    path = tmp_path / "bomb.qcow2"
+    refcount_blocks_in_holes(cluster_bits).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        run(Target(lambda _: assert_answered(check_image(source)), list), b"")

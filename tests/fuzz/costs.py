@@ -1,0 +1,385 @@
+"""What an image costs: each command on it, and each file of its mount, in a process of its own.
+
+`python -m tests.fuzz.costs --seconds 60` makes up one bomb after the other; `make fuzz` runs it.
+The commands are forked from here, where all that they load is loaded already: what that took counts
+for each. This process stays small, for its children begin with the memory that it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from instarfs.cli import main as cli
+from tests.fuzz.bombs import BOMBS
+from tests.fuzz.holed import Holed, make_bomb
+from tests.fuzz.targets import MEMORY, SECONDS
+
+COMMANDS = (
+    "info",
+    "info --output=json",
+    "check",
+    "check --output=json",
+    "check --data",
+    "report",
+    "plan leaks",
+    "plan all",
+    "plan --output=json all",
+    "map",
+    "map --output=json",
+    "export -q",
+    "check -r leaks",
+    "undo",
+    "check -r all",
+    "undo",
+    "trim",
+)
+BRIEFLY = ("info --output=json", "check --data", "report", "map --output=json")
+
+STREAMED = ("info --output=json", "map", "map --output=json", "plan --output=json all")
+"""What may print more than `READ_BYTES`: nobody reads on then, and it is to end."""
+
+WORDS = (
+    ("repair/tier", "leaks"),
+    ("repair/tier", "all"),
+    ("repair/undo", "undo"),
+    ("repair/trim", "trim"),
+)
+"""What is written to the control files of a mount."""
+
+READ_BYTES = 8 << 20
+HUNG = 60.0
+"""By the clock; nothing waits for anything here."""
+
+EXPORTED = 1.0
+"""An export goes on as long as the disk is: so long it is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run: seconds of processor, bytes of memory, bytes printed, and what went wrong."""
+
+    seconds: float
+    memory: int
+    printed: int
+    wrong: str = ""
+
+    def beyond(self, *, streamed: bool) -> str:
+        """What of it no image is to cost; empty: nothing."""
+        found = [self.wrong] if self.wrong else []
+        if self.seconds > SECONDS:
+            found.append(f"{self.seconds:.1f} s")
+        if self.memory > MEMORY:
+            found.append(f"{self.memory >> 20} MiB")
+        if self.printed >= READ_BYTES and not streamed:
+            found.append("more than 8 MiB printed")
+        return ", ".join(found)
+
+
+class Costs:
+    """Runs commands in *folder*, where images may be large and have holes."""
+
+    def __init__(self, folder: Path, *, briefly: bool = False) -> None:
+        before = time.process_time()
+        for module in (*cli._MODULES.values(), "instarfs.mount.tree", "instarfs.render.report"):
+            importlib.import_module(module)
+        self.begun = time.process_time() - before
+        gc.freeze()
+        self._image, self._log = folder / "image.qcow2", folder / "log"
+        self._mountpoint, self._out = folder / "mnt", folder / "out"
+        self._mountpoint.mkdir()
+        self._briefly, self._commands = briefly, BRIEFLY if briefly else COMMANDS
+        self.runs, self.most_seconds, self.most_memory = 0, 0.0, 0
+
+    def of(self, write: Callable[[Path], None]) -> Iterator[tuple[str, str]]:
+        """What costs too much of the image that *write* writes: the command, and how much."""
+        for command in self._commands:
+            if command != "undo":
+                self._anew(write)
+            cost = self._command(command)
+            if cost.seconds > SECONDS and command != "undo":
+                # Two processes on one core make each other slower: that happens once.
+                self._anew(write)
+                cost = self._command(command)
+            self._note(cost)
+            found = cost.beyond(streamed=command in STREAMED)
+            if found:
+                yield command, found
+        self._anew(write)
+        yield from self._mounted()
+
+    def _note(self, cost: Cost) -> None:
+        self.runs += 1
+        self.most_seconds = max(self.most_seconds, cost.seconds)
+        self.most_memory = max(self.most_memory, cost.memory)
+
+    def _anew(self, write: Callable[[Path], None]) -> None:
+        for old in self._image.parent.iterdir():
+            if old != self._mountpoint:
+                old.unlink()
+        write(self._image)
+        os.utime(self._image, (1e9, 1e9))
+
+    def _fork(self, arguments: list[str], out: int, *ours: int) -> int:
+        """A process that is `instarfs` with *arguments*, and has none of *ours*."""
+        pid = os.fork()
+        if pid:
+            return pid
+        for descriptor in ours:
+            os.close(descriptor)
+        try:
+            log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(out, 1)
+            os.dup2(log, 2)
+            sys.argv = ["instarfs", *arguments]
+            cli.main()
+        except SystemExit as error:
+            os._exit(int(error.code or 0))
+        except BaseException:  # noqa: BLE001 - as Python itself ends
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        os._exit(99)
+
+    def _command(self, command: str) -> Cost:
+        is_export = command.startswith("export")
+        arguments = [*command.split(), str(self._image)]
+        if is_export:
+            arguments.append(str(self._out))
+        reading, writing = os.pipe()
+        pid = self._fork(arguments, writing, reading)
+        os.close(writing)
+        printed, is_late = _read(reading, EXPORTED if is_export else HUNG)
+        os.close(reading)
+        if is_export and is_late:
+            os.kill(pid, signal.SIGTERM)
+        wrong = "" if is_export or not is_late else "hung"
+        status, used, ended = _wait(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if not ended:
+            wrong = "did not end"
+        elif code not in (0, 1, 2, 3, 63, 143) and not (is_export and code == -signal.SIGTERM):
+            wrong = wrong or f"exit code {code}"
+        wrong = wrong or self._traceback()
+        seconds = used.ru_utime + used.ru_stime
+        seconds = 0 if is_export else seconds + self.begun
+        return Cost(seconds, used.ru_maxrss << 10, printed, wrong)
+
+    def _traceback(self) -> str:
+        text = self._log.read_text(errors="replace")
+        if "Traceback" in text:
+            return "\n" + text[text.index("Traceback") :]
+        return "out of memory" if "more memory than" in text else ""
+
+    # ---- a mount ----
+
+    def _mounted(self) -> Iterator[tuple[str, str]]:
+        """What costs too much of a mount: each file of it is read, as far as `READ_BYTES`."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        arguments = ["mount", "-f", str(self._image), str(self._mountpoint)]
+        pid = self._fork(arguments, null)
+        os.close(null)
+        try:
+            if self._is_up(pid):
+                yield from self._files(pid)
+                memory = _peak(pid)
+                self._note(Cost(0, memory, 0))
+                if memory > MEMORY:
+                    yield "mount", f"{memory >> 20} MiB"
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            _, _, ended = _wait(pid)
+            if not ended:
+                yield "mount", "did not end"
+        wrong = self._traceback()
+        if wrong:
+            yield "mount", wrong
+
+    def _is_up(self, pid: int) -> bool:
+        until = time.monotonic() + HUNG
+        device = self._mountpoint.parent.stat().st_dev
+        while self._mountpoint.stat().st_dev == device:
+            if time.monotonic() > until or os.waitid(
+                os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                return False
+            time.sleep(0.005)
+        return True
+
+    def _files(self, pid: int) -> Iterator[tuple[str, str]]:
+        for path in _walk(self._mountpoint):
+            before = _processor(pid)
+            seen = _read_apart(path)
+            seconds = _processor(pid) - before
+            self._note(Cost(seconds, 0, 0))
+            if seconds > SECONDS:
+                yield str(path.relative_to(self._mountpoint)), f"{seconds:.1f} s"
+            if not seen:
+                yield str(path.relative_to(self._mountpoint)), "hung"
+                return
+        if self._briefly:
+            return
+        for name, word in WORDS:
+            before = _processor(pid)
+            _write_apart(self._mountpoint / name, word)
+            seconds = _processor(pid) - before
+            if seconds > SECONDS:
+                yield f"{word} > {name}", f"{seconds:.1f} s"
+
+
+def _apart(work: Callable[[], None]) -> bool:
+    """Do it in a process that may hang: whether it came back."""
+    pid = os.fork()
+    if not pid:
+        with contextlib.suppress(BaseException):  # errors are answers
+            work()
+        os._exit(0)
+    return _wait(pid, HUNG)[2]
+
+
+def _read_apart(path: Path) -> bool:
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            left = READ_BYTES
+            while left > 0 and (part := file.read(1 << 17)):
+                left -= len(part)
+
+    return _apart(read)
+
+
+def _write_apart(path: Path, word: str) -> None:
+    _apart(lambda: path.write_text(word) and None)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file, of a long directory a few; what only opens by name, too."""
+    for folder, names, files in os.walk(root):
+        if Path(folder).name == "explain":
+            for number in ("0", "65536", str(1 << 40), str((1 << 64) - 1)):
+                yield from (Path(folder) / side / number for side in ("host", "guest"))
+            names.clear()
+        for listed in (names, files):
+            listed.sort()
+            if len(listed) > 12:
+                listed[:] = [*listed[:2], listed[len(listed) // 2], listed[-1]]
+        yield from (Path(folder) / name for name in files)
+
+
+def _read(descriptor: int, seconds: float) -> tuple[int, bool]:
+    """Read to the end, as far as `READ_BYTES`: how many bytes, and whether time was up."""
+    count, until = 0, time.monotonic() + seconds
+    while count < READ_BYTES:
+        left = until - time.monotonic()
+        if left <= 0:
+            return count, True
+        if select.select([descriptor], [], [], left)[0]:
+            part = os.read(descriptor, 1 << 16)
+            if not part:
+                break
+            count += len(part)
+    return count, False
+
+
+def _wait(pid: int, seconds: float = 10.0) -> tuple[int, resource.struct_rusage, bool]:
+    """The status of a process, what it used, and whether it ended by itself in time."""
+    until = time.monotonic() + seconds
+    ended = True
+    while True:
+        found, status, used = os.wait4(pid, os.WNOHANG if ended else 0)
+        if found:
+            return status, used, ended
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+            ended = False
+        time.sleep(0.002)
+
+
+def _processor(pid: int) -> float:
+    """Seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak(pid: int) -> int:
+    """Bytes of memory that a process had at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> int:
+    """The exit code: 1 if an image cost too much."""
+    parser = argparse.ArgumentParser(prog="tests.fuzz.costs", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1, help="of the first bomb")
+    parser.add_argument("--bombs", type=int, default=1 << 62, help="no more than so many")
+    parser.add_argument("--folder", type=Path, help="where images are written")
+    parser.add_argument("--named", action="store_true", help="those with names, and no others")
+    parser.add_argument("--briefly", action="store_true", help="a few commands, and a mount")
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="only these")
+    arguments = parser.parse_args()
+    found = 0
+    folder = Path(tempfile.mkdtemp(prefix="instarfs-bombs-", dir=arguments.folder))
+    try:
+        costs = Costs(folder, briefly=arguments.briefly)
+        until, made = time.monotonic() + arguments.seconds, 0
+        for name, write in _chosen(arguments):
+            if time.monotonic() > until or made >= arguments.bombs:
+                break
+            made += 1
+            for command, cost in costs.of(write):
+                found += 1
+                print(f"{name}: {command}: {cost}", flush=True)
+        print(
+            f"{made} bombs, {costs.runs} runs: {found} findings; at most {costs.most_seconds:.2f} s"
+            f" of processor, {costs.most_memory >> 20} MiB (to begin with {costs.begun:.2f} s)"
+        )
+    finally:
+        shutil.rmtree(folder)
+    return bool(found)
+
+
+def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """The bombs asked for: their names, and what writes them."""
+    if arguments.images:
+        yield from (
+            (path.name, lambda to, path=path: copy_holed(path, to)) for path in arguments.images
+        )
+        return
+    if arguments.named:
+        for name, make in BOMBS.items():
+            yield name, lambda to, make=make: to.write_bytes(make().data) and None
+        return
+    seed = arguments.seed
+    while True:
+        yield f"seed {seed}", make_bomb(seed).write
+        seed += 1
+
+
+def copy_holed(path: Path, to: Path) -> None:
+    """Copy what is there of a file, and leave its holes."""
+    holed, at = Holed(size=path.stat().st_size), 0
+    with path.open("rb") as file:
+        while True:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            holed.parts.append((at, os.pread(file.fileno(), end - at, at)))
+            at = end
+    holed.write(to)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
