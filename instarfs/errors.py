@@ -622,6 +622,20 @@ class TrimRefused(InstarfsError):
 
 
 @dataclass(eq=False)
+class TrimWouldBury(InstarfsError):
+    """{path}: not trimmed: {count} free clusters look like L2 tables of the disk, the first at
+    {offset}, and lead to free clusters with data: its metadata may have been written over; keep a
+    copy of the image, and if all that may go: instarfs trim --plan {id}
+    """
+
+    path: str
+    count: int
+    offset: int
+    id: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
 class TrimFailed(InstarfsError):
     """{path}: trimming failed: {reason}; only free clusters were touched"""
 

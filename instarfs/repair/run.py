@@ -8,6 +8,7 @@ rendered.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from instarfs.errors import (
     RepairUnproven,
     TrimRefused,
     TrimUnsupported,
+    TrimWouldBury,
     UndoFileDamaged,
     UndoFileFailed,
     UndoFileImpossible,
@@ -44,9 +46,10 @@ from planner.arrays import I64, distinct
 from planner.check.check import Progress, check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, Cancelled, PlannerError, as_value
-from planner.repair.plan import RepairTier
+from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome, total
 from planner.source import SECTOR, Source
+from planner.triage.free_tables import find_free_tables
 
 
 class Check(Protocol):
@@ -106,9 +109,12 @@ class Repairer:
         """Take the last repair back, byte for byte; or finish taking back an interrupted one."""
         return self._run(RepairOutcome(), _Pass.undo)
 
-    def trim(self) -> RepairOutcome:
-        """Give the disk space of all free clusters back, for good."""
-        return self._run(RepairOutcome(), _Pass.trim)
+    def trim(self, quote: str = "") -> RepairOutcome:
+        """Give the disk space of all free clusters back, for good.
+
+        Of clusters that look like what was lost only with *quote*, which the refusal tells.
+        """
+        return self._run(RepairOutcome(), lambda work, session: work.trim(session, quote))
 
     def _run(self, outcome: RepairOutcome, job: Callable[[_Pass, Session], None]) -> RepairOutcome:
         work = _Pass(self, outcome)
@@ -365,7 +371,7 @@ class _Pass:
 
     # ---- trim ----
 
-    def trim(self, session: Session) -> None:
+    def trim(self, session: Session, quote: str) -> None:
         image = session.image
         if image.is_device:
             raise TrimUnsupported(image.path, "it is a block device")
@@ -381,6 +387,7 @@ class _Pass:
             status = Status.NOTHING_TO_DO
             self.outcome = replace(self.outcome, status=status, reason="no cluster is free")
             return
+        self._require_no_tables(session, report, (offset, length), quote)
         held = self._punch(session, offset, length)
         given = max(0, before - image.allocated_size())
         if not held and not given:  # what is preallocated holds nothing, and takes up space
@@ -391,6 +398,26 @@ class _Pass:
         if is_undoable:
             final += "; undo still takes the last repair back, but does not bring that back"
         self.outcome = replace(self.outcome, status=Status.TRIMMED, trimmed=given, reason=final)
+
+    def _require_no_tables(
+        self, session: Session, report: Report, runs: tuple[I64, I64], quote: str
+    ) -> None:
+        """Raise where *runs* may hold what is left of a disk whose metadata was written over.
+
+        Unless *quote* names them. What a repair has freed that can be undone was looked at then.
+        """
+        bits, source = report.geometry.cluster_bits, session.source
+        tables = find_free_tables(source, report, *runs)
+        if not len(tables):
+            return
+        for _, undone in session.each_undone():
+            tables = tables[~np.isin(tables >> bits, used_clusters(undone))]
+        if not len(tables):
+            return
+        known = hashlib.sha256(np.concatenate(runs).astype("<i8").tobytes()).hexdigest()
+        if len(quote) >= SHORTEST_QUOTE and known.startswith(quote.lower()):
+            return
+        raise TrimWouldBury(self._path, len(tables), int(tables[0]), known[:ID_LENGTH])
 
     def _punch(self, session: Session, offset: I64, length: I64) -> int:
         """Punch these runs; what was lost by that is in the undo file before, and right after.

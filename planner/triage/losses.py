@@ -204,9 +204,15 @@ _ELSEWHERE = (
     FindingKind.SNAPSHOT_L1_MISALIGNED,
     FindingKind.SNAPSHOT_L1_TOO_LARGE,
 )
-"""What is found where an entry of the guest's, or of a snapshot's, does not lead where it did."""
+"""What is found where an entry does not lead where it did."""
 
-_OF_GUEST = (Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE)
+_WHOSE = (
+    Structure.L1_TABLE,
+    Structure.L2_TABLE,
+    Structure.SNAPSHOT_TABLE,
+    Structure.BITMAP_TABLE,
+    Structure.BITMAP_DATA,
+)
 
 
 def find_losses(
@@ -341,11 +347,11 @@ def _of_gaps_in_snapshots(gaps: Gaps) -> Iterator[Cause]:
 
 
 def _leading_elsewhere(source: Source, report: Report) -> dict[FindingKind, int]:
-    """How many entries of the guest's lead elsewhere, by what was found."""
+    """How many entries of tables and bitmaps lead elsewhere, by what was found."""
     of_entries = report.entries.counts() if report.entries else {}
     found = {}
     for kind in _ELSEWHERE:
-        number = of_entries.get(kind, 0) + len(report.findings.of(kind, *_OF_GUEST))
+        number = of_entries.get(kind, 0) + len(report.findings.of(kind, *_WHOSE))
         if kind is FindingKind.MULTIPLE_OWNERS:
             number = _contested_by_guest(source, report)
         if number:

@@ -37,6 +37,7 @@ from instarfs.errors import (
     TrimFailed,
     TrimRefused,
     TrimUnsupported,
+    TrimWouldBury,
     UndoEmpty,
     UndoFileAmbiguous,
     UndoFileDamaged,
@@ -96,14 +97,15 @@ SIZE = 4096
 
 @cache
 def healthy() -> bytes:
-    """A snapshot, writes after it, a bitmap, two L2 tables, and free clusters between them."""
+    """A snapshot, writes after it, a bitmap, two L2 tables, and free clusters behind them."""
     builder, rng = ImageBuilder(cluster_bits=12, size=3 * MIB), random.Random(1)
     builder.write(0, rng.randbytes(8 * SIZE))
     builder.write_compressed(9, b"x" * SIZE)
     builder.take_snapshot("before")
-    builder.skip(3)
     builder.write(2, rng.randbytes(4 * SIZE))
-    builder.write(builder.geometry.l2_entries, rng.randbytes(3 * SIZE))
+    builder.write(builder.geometry.l2_entries, rng.randbytes(2 * SIZE))
+    builder.skip(3)
+    builder.write(builder.geometry.l2_entries + 2, rng.randbytes(SIZE))
     builder.skip(2)
     builder.add_bitmap("monday", {3, 4})
     builder.skip(4)
@@ -148,9 +150,9 @@ class Sandbox:
         with self.open() as image:
             return self._repairer(image, options).undo()
 
-    def trim(self, **options: object) -> RepairOutcome:
+    def trim(self, quote: str = "", **options: object) -> RepairOutcome:
         with self.open() as image:
-            return self._repairer(image, options).trim()
+            return self._repairer(image, options).trim(quote)
 
     def _repairer(self, image: Image, options: dict[str, object]) -> Repairer:
         quick = {"check": cached_check, "propose": cached_propose}
@@ -1239,6 +1241,45 @@ def test_only_a_clean_image_is_trimmed(
     untouched(content)
 
 
+def written_over(content: bytes) -> bytes:
+    """The metadata of a new disk over that of an old one, whose tables and data are free now."""
+    new = ImageBuilder(cluster_bits=12, size=MIB).build()
+    old = bytearray(content)
+    return bytes(new.data) + bytes(8 * SIZE - len(new.data)) + bytes(old[8 * SIZE :])
+
+
+def old_disk() -> bytes:
+    builder = ImageBuilder(cluster_bits=12, size=MIB)
+    builder.skip(8)
+    builder.write(0, b"what somebody wrote" * 900)
+    return bytes(builder.build().data)
+
+
+def test_what_is_left_of_a_disk_that_was_written_over_is_not_trimmed_without_its_id(
+    box: Sandbox, untouched: Callable[[bytes], None]
+) -> None:
+    content = box.put(written_over(old_disk()))
+    assert check_image(Bytes(content)).verdict == "clean"
+    outcome = box.trim()
+    assert isinstance(outcome.error, TrimWouldBury)
+    assert "free clusters look like L2 tables of the disk" in outcome.reason
+    untouched(content)
+    assert isinstance(box.trim("abcdef").error, TrimWouldBury)
+    assert box.trim(outcome.error.id).status is Status.TRIMMED
+
+
+def test_tables_that_a_repair_has_freed_are_trimmed(box: Sandbox) -> None:
+    """Its plan's id was quoted: they were looked at then."""
+    builder = ImageBuilder(cluster_bits=12, size=MIB)
+    builder.write(0, b"what somebody wrote" * 900)
+    image = builder.build()
+    image.set_word(image.l1_at(0), 0)
+    content = box.put(bytes(image.data))
+    plan = propose(Bytes(content), check_image(Bytes(content)), RepairTier.LEAKS).plan
+    assert box.repair(RepairTier.LEAKS, plan.id).status is Status.REPAIRED
+    assert box.trim().status is Status.TRIMMED
+
+
 def test_an_image_without_a_free_cluster_is_not_touched(
     box: Sandbox, untouched: Callable[[bytes], None]
 ) -> None:
@@ -1296,7 +1337,8 @@ def test_trim_without_anything_to_undo_says_nothing_about_undo(box: Sandbox) -> 
     content = bytearray(box.read())
     change_elsewhere(content)
     box.put(bytes(content))
-    assert box.repair(LEAKS, keep_undo=False).status is Status.REPAIRED
+    quote = propose_bytes(bytes(content), LEAKS).plan.id
+    assert box.repair(LEAKS, quote, keep_undo=False).status is Status.REPAIRED
     assert "undo" not in box.trim().reason
 
 
