@@ -539,12 +539,12 @@ class Journal:
         """The records that can be taken back one after the other, the newest first, each with the
         word that counts while it is on top. Raises `UndoFileDamaged`.
         """
-        status = self._status
-        for _ in range(status.depth):
+        status, left = self._status, self._status.depth
+        while left and status.depth:
             with _readable(self._place):
                 record, below = decode_record(self._read, status, self._place.file)
             yield record, status
-            status = below
+            status, left = below, left - 1
 
     def close(self) -> None:
         """One that holds nothing is removed."""

@@ -46,14 +46,16 @@ def abort(number: int) -> None:
         control.write_text("1")
 
 
+def connections() -> list[tuple[int, str]]:
+    """Of every mount the number of its connection, from the mount table, and where it is: a mount
+    that hangs tells nothing itself.
+    """
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [(int(words[2].partition(":")[2]), words[4]) for words in lines if words[2][:2] == "0:"]
+
+
 def number_of(directory: Path) -> int:
-    """Of its connection, from the mount table: a mount that hangs tells nothing itself."""
-    found = [
-        int(line.split()[2].partition(":")[2])
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if line.split()[4] == str(directory)
-    ]
-    return found[-1]
+    return [number for number, where in connections() if where == str(directory)][-1]
 
 
 @contextlib.contextmanager
@@ -64,7 +66,9 @@ def cut_off(mount: Mount) -> Iterator[Mount]:
         yield mount
     except BaseException:
         mount.process.kill()
-        abort(number)
+        # The number of a mount that has ended may be that of another by now, of somebody else.
+        if all(where == str(mount.path) for known, where in connections() if known == number):
+            abort(number)
         raise
 
 
