@@ -17,10 +17,12 @@ import logging
 import os
 import queue
 import resource
+import select
 import signal
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -52,7 +54,13 @@ ANSWER = struct.Struct("=i")
 _PR_SET_NAME = 15
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
-_GONE = "the process that opens the image's files has ended; unmount, and mount again"
+_GONE = (
+    "the process that opens the image's files has ended, or does not answer;"
+    " unmount, and mount again"
+)
+
+_PATIENCE_SECONDS = 5.0
+_POLL_SECONDS = 0.01
 
 
 @contextmanager
@@ -77,7 +85,14 @@ def separated(image: Image, *, read_only: bool = False) -> Iterator[None]:
     finally:
         for channel in ours:
             channel.close()
-        os.waitpid(child, 0)
+        _wait_for_end_of(child)
+
+
+def _wait_for_end_of(child: int) -> None:
+    """For a while: the kernel may keep it waiting for a disk, and it ends when that answers."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 class Broker:
@@ -107,6 +122,10 @@ class Broker:
         channel = self._free.get()
         try:
             channel.send(request)
+            if isinstance(
+                what, Opening
+            ):  # a flush takes as long as it takes, and only a repair asks
+                _require_answer(channel)
             answer, fds, *_ = socket.recv_fds(channel, ANSWER.size, 1)
         except OSError:
             answer, fds = b"", []
@@ -124,6 +143,18 @@ class Broker:
             self._is_gone = True
             log.error("%s", _GONE)
         return HandsGone(errno.EIO, _GONE)
+
+
+def _require_answer(channel: socket.socket) -> None:
+    """Wait for it, but not for long: the event loop of a mount may be who waits.
+
+    Raises TimeoutError, and the channel is closed: the answer must not be taken for another's.
+    """
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    if not poll.poll(_PATIENCE_SECONDS * 1000):
+        channel.close()
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
 
 def _place_of(directory: int, name: str) -> tuple[int, int, int]:

@@ -318,6 +318,25 @@ def test_when_its_broker_was_killed_a_mount_still_reads(mount: MakeMount, image:
     assert len(ended) == 1
 
 
+def test_a_broker_that_does_not_answer_holds_no_mount_up_for_long(
+    mount: MakeMount, image: Path
+) -> None:
+    """Nor keeps it from ending, as it would where the disk beneath the image does not answer."""
+    it = mount(image)
+    it.read("check/result.json")
+    broker = broker_of(it)
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        make_image(image.with_name("other"), "32M").rename(image)
+        with pytest.raises(OSError, match="Input/output error"):
+            it.read("check/result.json")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.wait_for_end() == 0
+        assert mounted_type(it.path) is None
+    finally:
+        os.kill(broker, signal.SIGKILL)
+
+
 def test_a_read_only_mount_can_write_nothing(mount: MakeMount, image: Path, tmp_path: Path) -> None:
     it = mount(image, "--read-only")
     assert json.loads(it.read("check/result.json"))["verdict"] == "clean"
