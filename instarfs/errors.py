@@ -45,7 +45,8 @@ NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT})
 
 def reason_of(error: OSError) -> str:
     """The system's own words for what failed, without the path that Python adds."""
-    return error.strerror or str(error)
+    hint = " (ulimit -f)" if error.errno == _errno.EFBIG else ""
+    return (error.strerror or str(error)) + hint
 
 
 # ---- the command ----

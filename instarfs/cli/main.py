@@ -6,7 +6,6 @@ does, when that command is called. No command prints an error itself: it raises 
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import os
@@ -17,6 +16,7 @@ import click
 
 from instarfs.cli.complaints import FAILURES, NAME, complain, sentence_of
 from instarfs.cli.loading import Loading
+from instarfs.cli.room import OutOfTime, shortage_of
 from instarfs.cli.streams import standard_streams
 
 _MODULES = {
@@ -35,17 +35,6 @@ _MODULES = {
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.
 _USAGE_EXIT_CODE = 1
 _INTERRUPTED_EXIT_CODE = 130
-
-
-_SHORTAGES = {
-    errno.EMFILE: "there are too few file descriptors for that (ulimit -n)",
-    errno.ENFILE: "this machine has no file descriptor left",
-    errno.ENOMEM: "there is not enough memory for that (ulimit -d, ulimit -v)",
-    errno.EAGAIN: "no more processes can be started (ulimit -u)",
-}
-# What the dynamic linker says of a library that there is no room for.
-# and Python of a module that it cannot keep.
-_NO_ROOM = ("failed to map segment", "cannot allocate memory", "error return without exception set")
 
 
 class _Commands(click.Group):
@@ -83,14 +72,6 @@ def main() -> NoReturn:
         sys.exit(_run())
 
 
-def _shortage(error: Exception) -> str | None:
-    """What this process has too little of, where that is what is wrong: it may turn up anywhere."""
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_ROOM):
-        number = errno.ENOMEM
-    return _SHORTAGES.get(number or 0)
-
-
 def _run() -> int:
     """The exit code."""
     try:
@@ -105,8 +86,8 @@ def _run() -> int:
     except FAILURES as error:
         complain(sentence_of(error))
         return error.exit_code
-    except (MemoryError, OSError, ImportError, SystemError) as error:
-        shortage = _shortage(error)
+    except (MemoryError, OSError, ImportError, SystemError, RuntimeError, OutOfTime) as error:
+        shortage = shortage_of(error)
         if shortage is None:
             raise
         complain(shortage)

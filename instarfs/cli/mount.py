@@ -9,6 +9,7 @@ from functools import partial
 import click
 
 from instarfs.cli.options import undo_file_option
+from instarfs.cli.room import shortage_of
 from instarfs.daemon import descriptors
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import FuseNotInstalled
@@ -67,6 +68,8 @@ def command(
     try:
         from instarfs.daemon import process as daemon  # noqa: PLC0415 - its absence is a message, not a crash
     except ImportError as error:
+        if shortage_of(error) is not None:
+            raise
         raise FuseNotInstalled(str(error)) from error
     descriptors.let_go_of(inherited)
     if foreground:

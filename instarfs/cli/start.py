@@ -5,15 +5,21 @@ from __future__ import annotations
 import signal
 
 from instarfs.cli.loading import Loading
+from instarfs.cli.room import end_if_short, settle
 
 
 def main() -> None:
     """Run the command line of this process. Never returns."""
-    with Loading():
-        from instarfs.cli.main import main as run  # noqa: PLC0415
+    settle()
+    try:
+        with Loading():
+            from instarfs.cli.main import main as run  # noqa: PLC0415
+    except BaseException as error:
+        end_if_short(error)
+        raise
     try:
         run()
     finally:
         # What was done is done, and the exit code says it, whatever comes while Python ends.
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
             signal.signal(number, signal.SIG_IGN)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_ASKING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_ASKING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ REQUEST = struct.Struct("=BxxxIQQ")
 ANSWER = struct.Struct("=i")
 
 _PR_SET_NAME = 15
-_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 
 _GONE = (
     "the process that opens the image's files has ended, or does not answer;"

@@ -31,7 +31,7 @@ from instarfs.mount.requests import take_turns_fast
 
 log = logging.getLogger(__name__)
 
-_STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+_STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 
 # A reader that waits for a check keeps a task; by default the hundredth would stop the whole mount.
 _MAX_TASKS = 1 << 20
