@@ -31,7 +31,7 @@ from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Place, size_of
 from instarfs.guest.reader import GuestReader
 from instarfs.image import locks
-from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.file import FileSource, Generation, Image, WouldBlock
 from instarfs.image.rwlock import Sharing
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.repair_queue import MakeRepairer, Repairs, last_repair
@@ -175,6 +175,8 @@ class Inspector:
         self._described: Description | None = None
         self._snapshot_sizes: dict[Place, int] = {}
         self._size: tuple[Generation | None, int] = (None, 0)
+        # One that waits for a disk that does not answer is enough.
+        self._reading_header = trio.CapacityLimiter(1)
         self.reader = GuestReader(self._look_at_guest, follow or Follow())
         self.allocated = AllocatedBytes(self._look_at_guest)
         self.guest = Computed(self.reader.state, self._open_guest, self.reader.refresh)
@@ -224,15 +226,27 @@ class Inspector:
         return known[1] if known and known[0] == self.generation() else None
 
     def disk_size(self) -> int:
-        """Bytes of the guest's disk, from the header alone; 0 where there is none."""
+        """Bytes of the guest's disk, from the header alone; 0 where there is none.
+
+        Waits for no disk: until `learn_disk_size` has, those that there were.
+        """
         generation = self.generation()
         if self._size[0] != generation:
-            size = 0
-            with contextlib.suppress(InstarfsError):
-                header = bare_header(self._image.source())
-                size = header.size // SECTOR * SECTOR if header else 0
-            self._size = generation, size if size <= SIGNED_MAX else 0
+            with contextlib.suppress(WouldBlock):
+                self._size = generation, _disk_size(self._image, wait=False)
         return self._size[1]
+
+    async def learn_disk_size(self) -> None:
+        """Read the header, in a thread where a disk has to be waited for."""
+        generation, image = self.generation(), self._image
+        self.disk_size()
+        if self._size[0] != generation:
+            size = await trio.to_thread.run_sync(
+                partial(_disk_size, image, wait=True),
+                abandon_on_cancel=True,
+                limiter=self._reading_header,
+            )
+            self._size = generation, size
 
     def snapshots(self) -> Sequence[Snapshot]:
         """Those that the image had when it was last described. Computes nothing."""
@@ -512,6 +526,15 @@ class Inspector:
         except ImageError as error:
             states = as_value(error)
         return Bitmaps(states, locks.is_written(self._image.fileno()))
+
+
+def _disk_size(image: Image, *, wait: bool) -> int:
+    """As the header says. Raises `WouldBlock` unless *wait*."""
+    header = None
+    with contextlib.suppress(InstarfsError):
+        header = bare_header(image.source(wait=wait))
+    size = header.size // SECTOR * SECTOR if header else 0
+    return size if size <= SIGNED_MAX else 0
 
 
 def _torn(report: Report) -> Report:

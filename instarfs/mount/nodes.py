@@ -64,6 +64,10 @@ class File(ABC):
     def size(self) -> int:
         """Bytes to be read, as far as that is known without computing anything."""
 
+    async def learn_size(self) -> None:
+        """Have `size` know more, where that takes no more than a look at a disk."""
+        return
+
     def allocated(self) -> int | None:
         """Bytes that are more than zeros, or a bound for them; None where all may be.
 
@@ -319,7 +323,7 @@ class DataFile(File):
     *length*: bytes there are now. *read* may raise a domain error, for the part that it was asked
     for alone; so may *ready*, which gives the same where nothing has to be waited for, else None.
     *content*: changes when what the kernel may have kept of it is no longer good. *allocated*: as
-    of `File`; *learn* has it know more.
+    of `File`; *learn* has it know more, *learn_length* the length.
     """
 
     def __init__(
@@ -331,18 +335,24 @@ class DataFile(File):
         *,
         allocated: Callable[[], int | None] = lambda: None,
         learn: Callable[[], Awaitable[None]] | None = None,
+        learn_length: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._length, self._read, self._content, self._ready = length, read, content, ready
-        self._allocated, self._learn = allocated, learn
+        self._allocated, self._learn, self._learn_length = allocated, learn, learn_length
         self._cached: Hashable = object()
 
     def size(self) -> int:
         return self._length()
 
+    async def learn_size(self) -> None:
+        if self._learn_length is not None:
+            await self._learn_length()
+
     def allocated(self) -> int | None:
         return self._allocated()
 
     async def open(self) -> Handle:
+        await self.learn_size()
         if self._learn is not None:
             await self._learn()
         return DataHandle(self._length, self._read, self._ready)

@@ -308,6 +308,7 @@ class Operations(pyfuse3.Operations):
         child = await directory.child(os.fsdecode(name))
         if child is None:
             raise FUSEError(errno.ENOENT)
+        await _learn_size(child)
         entry = self._attributes_of(child, ctx.pid, is_fixed=directory.is_fixed)
         if directory.is_fixed:
             self._remember(child)
@@ -327,7 +328,9 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._attributes_of(self._node(inode), ctx.pid)
+        node = self._node(inode)
+        await _learn_size(node)
+        return self._attributes_of(node, ctx.pid)
 
     @_guarded
     async def setattr(
@@ -395,6 +398,7 @@ class Operations(pyfuse3.Operations):
                 if child is None:  # gone since it was listed
                     continue
                 node = child
+            await _learn_size(node)
             entry = self._attributes_of(node, is_fixed=directory.is_fixed, facts=facts)
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
@@ -528,3 +532,8 @@ def _count(node: Node) -> int:
     """Nodes in the tree that are always there, *node* included."""
     children = node.children.values() if isinstance(node, FixedDirectory) else ()
     return 1 + sum(map(_count, children))
+
+
+async def _learn_size(node: Node) -> None:
+    if isinstance(node, File):
+        await node.learn_size()

@@ -126,7 +126,7 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "disk.raw",
             "the guest's disk as QEMU reads it; can be loop-mounted, read-only",
-            _data_file(inspector, Place(Part.DISK), inspector.disk_size),
+            _data_file(inspector, Place(Part.DISK), inspector.disk_size, inspector.learn_disk_size),
         ),
         _Entry(
             "snapshots",
@@ -137,7 +137,12 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
     ]
 
 
-def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> DataFile:
+def _data_file(
+    inspector: Inspector,
+    place: Place,
+    size: Callable[[], int],
+    learn_size: Callable[[], Awaitable[None]] | None = None,
+) -> DataFile:
     reader, allocated = inspector.reader, inspector.allocated
     read, ready = partial(reader.read, place), partial(reader.ready, place)
     known = partial(allocated.known, place)
@@ -146,7 +151,9 @@ def _data_file(inspector: Inspector, place: Place, size: Callable[[], int]) -> D
         await reader.refresh()  # the kernel keeps what it has read while its state is the same
         await allocated.learn(place)
 
-    return DataFile(size, read, reader.state, ready, allocated=known, learn=learn)
+    return DataFile(
+        size, read, reader.state, ready, allocated=known, learn=learn, learn_length=learn_size
+    )
 
 
 async def _snapshot_names(inspector: Inspector) -> list[str]:

@@ -516,3 +516,29 @@ async def test_of_what_was_looked_at_the_last_few_are_kept(inspector: Inspector)
     await looks[0].get()
     assert looks[3].peek() is None
     assert looks[5].peek() is not None
+
+
+async def test_the_size_of_the_disk_is_not_waited_for_in_the_event_loop(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no byte of the image is in memory."""
+    path.write_bytes(sample(size=64 << 20, cluster_bits=12).build().data)
+    inspector, whole = Inspector(Image.open(str(path))), os.preadv
+    monkeypatch.setattr(Image, "is_in_memory", False)
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        assert threading.current_thread() is not threading.main_thread()
+        return whole(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert inspector.disk_size() == 0
+    await inspector.learn_disk_size()
+    assert inspector.disk_size() == 64 << 20
+    other = path.with_name("other")
+    other.write_bytes(sample(size=32 << 20, cluster_bits=12).build().data)
+    other.replace(path)
+    assert inspector.disk_size() == 64 << 20
+    await inspector.learn_disk_size()
+    assert inspector.disk_size() == 32 << 20
