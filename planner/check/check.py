@@ -8,7 +8,7 @@ goes on with what can still be known and says that it is incomplete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -197,10 +197,10 @@ class _Check:
         single = first == last
         slots = index.slots_of(first[single])
         contested[slots[census.holds_data(slots)]] = True
-        for low, high in zip(first[~single].tolist(), last[~single].tolist(), strict=True):
-            slot = int(index.slots_of(np.array([low]))[0])
-            part = slice(slot, slot + high - low + 1)
-            contested[slot + np.flatnonzero(census.holds_data(part))] = True
+        # Each slot once, however many structures lie over each other.
+        slots, lengths = index.slots_of(first[~single]), (last - first)[~single] + 1
+        for slot, end in _joined(slots, slots + lengths):
+            contested[slot + np.flatnonzero(census.holds_data(slice(slot, end)))] = True
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
         shared = survey.tables.offset[_at_several_places(survey)] >> bits
         slots, known = index.find(shared)
@@ -476,6 +476,15 @@ def _at_several_places(survey: Survey) -> Mask:
     result = np.zeros(len(tables), dtype=np.bool_)
     result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
     return result
+
+
+def _joined(start: I64, end: I64) -> Iterator[tuple[int, int]]:
+    """Ranges that may overlap, in any order, as ascending ones that do not."""
+    order = np.argsort(start)
+    start, end = start[order], np.maximum.accumulate(end[order])
+    first = np.flatnonzero(np.append(np.ones(min(1, len(start)), np.bool_), start[1:] > end[:-1]))
+    last = np.append(first[1:], len(start))[: len(first)] - 1
+    yield from zip(start[first].tolist(), end[last].tolist(), strict=True)
 
 
 def _rank_among_equals(values: I64) -> np.ndarray:

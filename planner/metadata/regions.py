@@ -192,9 +192,15 @@ def count_regions(
     single = first == last
     for weight in distinct(regions.weight[single]).tolist():
         counts.add(index.slots_of(first[single & (regions.weight == weight)]), weight)
-    for at in np.flatnonzero(~single).tolist():
-        slot = int(index.slots_of(first[at : at + 1])[0])
-        counts.add_run(slot, int(last[at] - first[at]) + 1, int(regions.weight[at]))
+    # Tables that claim the same place count together: of these there may be thousands.
+    spans, weights = np.stack((first[~single], last[~single])), regions.weight[~single]
+    (low, high), which = np.unique(spans, axis=1, return_inverse=True)
+    summed = np.zeros(len(low), dtype=np.int64)
+    np.add.at(summed, which.reshape(-1), weights)
+    for slot, length, weight in zip(
+        index.slots_of(low).tolist(), (high - low + 1).tolist(), summed.tolist(), strict=True
+    ):
+        counts.add_run(slot, length, weight)
 
 
 def overlapping_clusters(regions: Regions, cluster_bits: int) -> I64:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.arrays import distinct, without_repeats
-from planner.metadata.cluster_counters import ClusterCounts
+from planner.metadata.cluster_counters import PAGE_BITS, ClusterCounts, PagedIndex
 
 SLOTS = 12
 slots = st.lists(st.integers(0, SLOTS - 1), max_size=30)
@@ -58,3 +58,20 @@ def test_distinct_values_are_those_of_a_set(values):
     array = np.array(values, dtype=np.int64)
     assert distinct(array).tolist() == sorted(set(values))
     assert without_repeats(np.sort(array)).tolist() == sorted(set(values))
+
+
+def test_pages_have_slots_for_all_their_clusters_and_for_no_others():
+    pages = np.array([0, 3, 4, 1 << 30])
+    index = PagedIndex((1 << 36) + 10, pages)
+    assert index.slots == 4 << PAGE_BITS
+    slots = np.arange(index.slots)
+    clusters = index.clusters_of(slots)
+    assert (np.diff(clusters) > 0).all()
+    assert set((clusters >> PAGE_BITS).tolist()) == set(pages.tolist())
+    assert (index.slots_of(clusters) == slots).all()
+    found, known = index.find(clusters)
+    assert (known == (clusters < (1 << 36) + 10)).all()
+    assert (found[known] == slots[known]).all()
+    assert not index.find(np.array([64, 191, 320, (1 << 36) + 10, 1 << 40]))[1].any()
+    for cluster in (0, 1, 63, 64, 191, 192, 319, 320, 1 << 36, (1 << 36) + 9, 1 << 40):
+        assert index.slots_before(cluster) == np.count_nonzero(clusters < cluster)
