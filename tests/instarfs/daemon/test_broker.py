@@ -9,8 +9,10 @@ import fcntl
 import gc
 import logging
 import os
+import random
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,6 +193,31 @@ def test_garbage_is_refused_and_the_broker_goes_on(tmp_path: Path, request_: byt
         assert it.send(request_) == errno.EINVAL
         assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
     assert content(folder) == NAMES
+
+
+def test_of_any_requests_nothing_is_had_but_the_image_and_its_undo_file(tmp_path: Path) -> None:
+    """Six thousand, whole, cut and too long, for the right place and for others."""
+    folder, chance = fill(tmp_path / "folder", NAMES | {"neighbour": b"theirs"}), random.Random(1)
+    place = (zlib.crc32(IMAGE.encode()), folder.stat().st_dev, folder.stat().st_ino)
+    answers, had = set(), set()
+    with attended(folder) as it:
+        for _ in range(6000):
+            where = [
+                number if chance.random() < 0.8 else chance.getrandbits(32) for number in place
+            ]
+            what = chance.choice([*REQUESTS, chance.randrange(256)])
+            request = REQUEST.pack(what, *where)
+            if chance.random() < 0.2:
+                request = request[: chance.randrange(1, len(request) + 1)] + chance.randbytes(2)
+            it.channel.send(request)
+            answer, fds, *_ = socket.recv_fds(it.channel, 64, 8)
+            answers.add(ANSWER.unpack(answer)[0])
+            for fd in fds:
+                had.add(Path(f"/proc/self/fd/{fd}").readlink().name)
+                os.close(fd)
+    assert had == {IMAGE}  # of an undo file the place is another
+    assert answers == {0, errno.EINVAL, errno.ESTALE}
+    assert content(folder) == NAMES | {"neighbour": b"theirs"}
 
 
 def test_descriptors_that_come_along_are_not_taken(tmp_path: Path) -> None:
