@@ -27,6 +27,16 @@ def expand_ranges(first: I64, last: I64) -> I64:
     return starts + np.arange(int(lengths.sum()))
 
 
+def join_ranges(start: I64, end: I64) -> tuple[I64, I64]:
+    """Ranges start[i]..end[i]-1 in any order as ascending ones that neither overlap nor touch."""
+    order = np.argsort(start, kind="stable")
+    start, end = start[order], np.maximum.accumulate(end[order])
+    new = np.ones(len(start), dtype=np.bool_)
+    new[1:] = start[1:] > end[:-1]
+    first = np.flatnonzero(new)
+    return start[first], end[np.append(first[1:], len(start))[: len(first)] - 1]
+
+
 _KEPT_BYTES = 31 << 20
 """Just below the most that glibc lets its threshold rise to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 

@@ -8,11 +8,11 @@ goes on with what can still be known and says that it is incomplete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask, distinct, expand_ranges, keep_freed_memory
+from planner.arrays import I64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
 from planner.check.classify import Looker
 from planner.check.ending import Found, find_cut, judge_cut_regions
 from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
@@ -199,7 +199,8 @@ class _Check:
         contested[slots[census.holds_data(slots)]] = True
         # Each slot once, however many structures lie over each other.
         slots, lengths = index.slots_of(first[~single]), (last - first)[~single] + 1
-        for slot, end in _joined(slots, slots + lengths):
+        joined = join_ranges(slots, slots + lengths)
+        for slot, end in zip(*(column.tolist() for column in joined), strict=True):
             contested[slot + np.flatnonzero(census.holds_data(slice(slot, end)))] = True
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
         shared = survey.tables.offset[_at_several_places(survey)] >> bits
@@ -476,15 +477,6 @@ def _at_several_places(survey: Survey) -> Mask:
     result = np.zeros(len(tables), dtype=np.bool_)
     result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
     return result
-
-
-def _joined(start: I64, end: I64) -> Iterator[tuple[int, int]]:
-    """Ranges that may overlap, in any order, as ascending ones that do not."""
-    order = np.argsort(start)
-    start, end = start[order], np.maximum.accumulate(end[order])
-    first = np.flatnonzero(np.append(np.ones(min(1, len(start)), np.bool_), start[1:] > end[:-1]))
-    last = np.append(first[1:], len(start))[: len(first)] - 1
-    yield from zip(start[first].tolist(), end[last].tolist(), strict=True)
 
 
 def _rank_among_equals(values: I64) -> np.ndarray:

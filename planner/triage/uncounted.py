@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, distinct
+from planner.arrays import I64, distinct, join_ranges
 from planner.check.claims import blocks_that_are_none
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
@@ -56,9 +56,14 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     used = -(-mismatches.first_unused() // per_block)
     # Where a block's cluster is something else's too, its numbers may be no refcounts at all.
     shared = report.findings.of(FindingKind.REFBLOCK_SHARED).index
-    blocks = np.setdiff1d(np.arange(used), table.index[sound], assume_unique=True)
-    blocks = distinct(np.concatenate((blocks, shared, blocks_that_are_none(source, report))))
-    yield from ((block * per_block, (block + 1) * per_block) for block in blocks.tolist())
+    others = np.concatenate((shared, blocks_that_are_none(source, report)))
+    # A file of holes may have a thousand million clusters, and no block for any: a few ranges.
+    there = table.index[sound][table.index[sound] < used]
+    low, high = np.append(0, there + 1), np.append(there, used)
+    gaps = low < high
+    lost = join_ranges(np.append(low[gaps], others), np.append(high[gaps], others + 1))
+    first, end = (column * per_block for column in lost)
+    yield from zip(first.tolist(), end.tolist(), strict=True)
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
         yield from _zero_runs(mismatches, per_block)
 

@@ -1,0 +1,20 @@
+"""planner.arrays: ranges, held against the numbers in them."""
+
+import random
+
+import numpy as np
+
+from planner.arrays import join_ranges
+
+
+def test_joined_ranges_hold_the_same_numbers_and_do_not_touch():
+    rng = random.Random(1)
+    for count in [0, 1, *range(2, 40)]:
+        start = np.array([rng.randrange(60) for _ in range(count)], dtype=np.int64)
+        end = start + np.array([rng.randint(1, 9) for _ in range(count)], dtype=np.int64)
+        low, high = join_ranges(start, end)
+        assert (low < high).all()
+        assert (low[1:] > high[:-1]).all()
+        before = {n for a, b in zip(start.tolist(), end.tolist(), strict=True) for n in range(a, b)}
+        after = {n for a, b in zip(low.tolist(), high.tolist(), strict=True) for n in range(a, b)}
+        assert after == before
