@@ -11,10 +11,11 @@ import random
 import sys
 from pathlib import Path
 
-from examples.make_image import DAMAGES, TELLING, sample
 from instarfs.render.map import map_svg
 from planner.check.check import check_image
 from planner.views.host_map import draw_atlas
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 
 DEFAULT = Path(__file__).with_name("map.svg")
 

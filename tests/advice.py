@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from examples.make_image import DAMAGES, MIB, sample
 from instarfs.cli.main import main
 from instarfs.image.directory import SUFFIX
+from tests.images.builder import MIB
+from tests.images.corpus import RULES
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 from tests.mount.mounts import DEADLINE, environment
-from tests.planner.corpus import RULES
 
 HEADING, COMMAND = "  # ", "      "
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-from examples.make_image import DAMAGES, CannotDamageError, ImageBuilder
-from examples.make_image import Image as Made
 from planner.errors import ImageError
 from tests.cached import check_bytes
+from tests.images.builder import Image as Made
+from tests.images.builder import ImageBuilder
+from tests.images.damage import DAMAGES, CannotDamageError
 
 STEPS = 20
 LARGEST = 4 << 20

@@ -19,13 +19,14 @@ from pathlib import Path
 import trio
 from click.testing import CliRunner
 
-from examples.make_image import DAMAGES, sample
 from instarfs.cli.main import commands
 from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import Directory, Node
 from instarfs.mount.tree import build_tree
-from tests.planner.corpus import RULES
+from tests.images.corpus import RULES
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 
 EXPECTED = Path(__file__).with_name("printed.tsv")
 

@@ -71,33 +71,33 @@ def impure_calls_of(module: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_says_what_it_is_for(module):
+def test_module_says_what_it_is_for(module) -> None:
     assert ast.get_docstring(tree_of(module))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_of_ours_exist(module):
+def test_imports_of_ours_exist(module) -> None:
     assert ours(module) <= MODULES.keys()
 
 
 @pytest.mark.parametrize("module", PLANNER)
-def test_planner_imports_only_what_is_pure(module):
+def test_planner_imports_only_what_is_pure(module) -> None:
     outside = {name.split(".")[0] for name in imports_of(module)} - {"planner"}
     assert outside <= PURE
 
 
 @pytest.mark.parametrize("module", PLANNER)
-def test_planner_calls_nothing_that_reads_or_writes_the_world(module):
+def test_planner_calls_nothing_that_reads_or_writes_the_world(module) -> None:
     assert not list(impure_calls_of(module))
 
 
 @pytest.mark.parametrize("module", [name for name in PLANNER if name.startswith("planner.qcow2")])
-def test_format_knows_only_itself_and_what_it_reads_from(module):
+def test_format_knows_only_itself_and_what_it_reads_from(module) -> None:
     base = {"planner.errors", "planner.arrays", "planner.qcow2.names", "planner.source"}
     assert {name for name in ours(module) if not name.startswith("planner.qcow2")} <= base
 
 
-def test_arrows_point_one_way():
+def test_arrows_point_one_way() -> None:
     program = "from importlinter.cli import lint_imports_command as lint; lint()"
     done = subprocess.run(
         [sys.executable, "-c", program, "--no-cache"],
@@ -114,18 +114,18 @@ VALUES = {"instarfs.image.surroundings", "instarfs.repair.outcome"}
 
 
 @pytest.mark.parametrize("module", [name for name in INSTARFS if unit_of(name) == "render"])
-def test_render_takes_values(module):
+def test_render_takes_values(module) -> None:
     known = {name for name in ours(module) if name.startswith("instarfs")} - VALUES
     assert {unit_of(name) for name in known} <= {"render", "text"}
 
 
 @pytest.mark.parametrize("name", sorted(VALUES))
-def test_what_else_is_rendered_is_a_value_too(name):
+def test_what_else_is_rendered_is_a_value_too(name) -> None:
     known = {other for other in ours(name) if other.startswith("instarfs")}
     assert known <= {"instarfs.errors"}
 
 
-def test_no_two_modules_import_each_other():
+def test_no_two_modules_import_each_other() -> None:
     known = {module: ours(module) - {module} for module in MODULES}
     while leaves := [module for module, others in known.items() if not others]:
         for leaf in leaves:

@@ -12,14 +12,15 @@ from functools import cache
 
 import numpy as np
 
-from examples.make_image import DAMAGES, CannotDamageError, Image, ImageBuilder
 from planner.errors import RepairError
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from tests.cached import propose_bytes
-from tests.planner.corpus import RULES
+from tests.images.builder import Image, ImageBuilder
+from tests.images.corpus import RULES
+from tests.images.damage import DAMAGES, CannotDamageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.make_image import Image as Made
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.repair.execute import take_back
@@ -34,6 +33,7 @@ from tests.crash.guest import disks
 from tests.crash.judge import Original, faults
 from tests.crash.replay import Crash, crashes, record
 from tests.devices import MemoryDevice
+from tests.images.builder import Image as Made
 from tests.undo_files import encoded, stack_of
 
 SHARE = 6

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES
-from examples.make_image import Image as Made
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.repair.interrupted import pending
@@ -22,6 +20,8 @@ from planner.repair.plan import RepairTier
 from planner.source import Bytes, read_bytes
 from tests.cached import cached_check, cached_propose
 from tests.crash.corpus import GROUPS, Case, cases
+from tests.images.builder import Image as Made
+from tests.images.damage import DAMAGES
 
 CASES_A_KILL = 15
 ENDLESS = 1 << 30

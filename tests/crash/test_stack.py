@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, ImageBuilder
-from examples.make_image import Image as Made
 from instarfs.errors import UndoEmpty, UndoFileMissing
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
@@ -19,6 +17,9 @@ from instarfs.repair.run import Repairer
 from planner.repair.plan import RepairTier
 from tests.cached import cached_check, cached_propose, propose_bytes
 from tests.crash.files import Event, Files, Recorder, power_cuts
+from tests.images.builder import Image as Made
+from tests.images.builder import ImageBuilder
+from tests.images.damage import DAMAGES
 
 LEAKS, ALL = RepairTier.LEAKS, RepairTier.ALL
 NAME = "disk.qcow2"

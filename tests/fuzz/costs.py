@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instarfs.cli import main as cli
-from tests.fuzz.bombs import BOMBS
 from tests.fuzz.holed import Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
+from tests.images.bombs import BOMBS
 
 COMMANDS = (
     "info",

@@ -21,8 +21,6 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from examples.make_image import DAMAGES, CannotDamageError, ImageBuilder
-from examples.make_image import Image as SampleImage
 from instarfs.errors import DOMAIN_ERRORS, UndoFileDamaged
 from instarfs.guest.compressed import look_at_packed
 from instarfs.guest.follow import Follow
@@ -64,7 +62,10 @@ from planner.views.bitmap_state import read_bitmap_states
 from planner.views.explain import explain_guest, explain_host
 from planner.views.host_map import draw_atlas
 from planner.views.table_view import read_l1_page, read_l2_page
-from tests.luks_headers import luks_header
+from tests.images.builder import Image as SampleImage
+from tests.images.builder import ImageBuilder
+from tests.images.damage import DAMAGES, CannotDamageError
+from tests.images.luks_headers import luks_header
 from tests.planner.sources import Sparse
 from tests.undo_files import encoded
 

@@ -13,11 +13,11 @@ from instarfs.image.file import Image
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.source import Bytes
-from tests.fuzz.bombs import BOMBS
 from tests.fuzz.bounds import run
 from tests.fuzz.holed import make_bomb, refcount_blocks_in_holes
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
+from tests.images.bombs import BOMBS
 from tests.mount.mounts import INSTARFS, environment
 
 CASES_A_MUTATION = 10
@@ -29,13 +29,13 @@ STARTED_SECONDS, STARTED_BYTES = 1.0, 64 << 20
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_seed_keeps_the_contract(name):
+def test_every_seed_keeps_the_contract(name) -> None:
     for seed in TARGETS[name].seeds():
         TARGETS[name].run(seed)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutations_keep_the_contract(name, cases, seed):
+def test_mutations_keep_the_contract(name, cases, seed) -> None:
     target, rng = TARGETS[name], random.Random(f"{name} {seed}")
     seeds = list(target.seeds())
     for _ in range(cases // CASES_A_MUTATION):
@@ -43,7 +43,7 @@ def test_mutations_keep_the_contract(name, cases, seed):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_costs_no_more_than_its_bytes(name, tmp_path, cases):
+def test_a_bomb_costs_no_more_than_its_bytes(name, tmp_path, cases) -> None:
     data = bytes(BOMBS[name]().data)
     assert len(data) <= FILE_BYTES
     run(Target(lambda data: assert_answered(check_image(Bytes(data))), list), data)
@@ -53,7 +53,7 @@ def test_a_bomb_costs_no_more_than_its_bytes(name, tmp_path, cases):
 
 
 @pytest.mark.parametrize("name", ["snapshots-that-are-only-claimed", "snapshots-of-nothing"])
-def test_a_bomb_can_be_shown_and_planned(name):
+def test_a_bomb_can_be_shown_and_planned(name) -> None:
     data = bytes(BOMBS[name]().data)
     for target in ("header", "check", "triage", "plan"):
         run(TARGETS[target], data)
@@ -73,7 +73,7 @@ print(done.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 """
 
 
-def test_a_whole_command_costs_no_more(tmp_path):
+def test_a_whole_command_costs_no_more(tmp_path) -> None:
     image = tmp_path / "bomb.qcow2"
     image.write_bytes(BOMBS["snapshots-with-one-l1-table"]().data)
     command = [sys.executable, "-c", _MEASURE, *INSTARFS, "check", "-q", image]
@@ -84,7 +84,7 @@ def test_a_whole_command_costs_no_more(tmp_path):
     assert int(memory) < MEMORY + STARTED_BYTES
 
 
-def test_no_command_and_no_file_of_a_mount_costs_more(tmp_path, cases, seed):
+def test_no_command_and_no_file_of_a_mount_costs_more(tmp_path, cases, seed) -> None:
     """On a bomb with holes, another for each seed; more of them: `python -m tests.fuzz.costs`."""
     command = [sys.executable, "-m", "tests.fuzz.costs", "--briefly", "--folder", str(tmp_path)]
     command += ["--seed", str(seed), "--bombs", str(max(1, cases // CASES_A_BOMB))]
@@ -93,7 +93,7 @@ def test_no_command_and_no_file_of_a_mount_costs_more(tmp_path, cases, seed):
 
 
 @pytest.mark.parametrize("number", range(12))
-def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path):
+def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path) -> None:
     path = tmp_path / "bomb.qcow2"
     make_bomb(number).write(path)
     with Image.open(str(path)) as image:
@@ -102,7 +102,7 @@ def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path):
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])
-def test_refcount_blocks_in_holes_are_not_counted_as_clusters(cluster_bits, tmp_path):
+def test_refcount_blocks_in_holes_are_not_counted_as_clusters(cluster_bits, tmp_path) -> None:
     path = tmp_path / "bomb.qcow2"
     refcount_blocks_in_holes(cluster_bits).write(path)
     with Image.open(str(path)) as image:

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from examples.make_image import MIB
+from tests.images.builder import MIB
 from tests.load.truth import ACTIONS, DAMAGED, Truth, comparable, files_of, under_way
 from tests.mount.mounts import Mount, settle
 

@@ -25,12 +25,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from examples.make_image import DAMAGES, MIB, ImageBuilder
 from instarfs.image import locks
 from planner.check.check import check_image
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import SECTOR, Bytes
+from tests.images.builder import MIB, ImageBuilder
+from tests.images.damage import DAMAGES
 from tests.mount.mounts import Mount, settle
 
 Content = dict[str, bytes]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import MIB, Image, ImageBuilder
 from planner.guest.mapfile import BAD, parse_mapfile
+from tests.images.builder import MIB, Image, ImageBuilder
 from tests.mount.mounts import DEADLINE, MakeMount, Mount, instarfs, mounted, settle, until
 
 CLUSTER = 1 << 16

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, MIB, sample
 from tests.advice import follow_all, run_here
 from tests.block_devices import attached, require_loop_devices
+from tests.images.builder import MIB
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 from tests.mount.mounts import MakeMount, instarfs
 
 DEVICE_SIZE = 16 * MIB

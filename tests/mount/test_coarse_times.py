@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import MIB
 from tests.block_devices import require_loop_devices
+from tests.images.builder import MIB
 from tests.mount.mounts import MakeMount, run, until
 
 SECOND_NS = 10**9

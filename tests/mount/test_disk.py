@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.image.file import Image
 from planner.qcow2.entries import COMPRESSED
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import ENTRY_BYTES, read_snapshots
 from tests.block_devices import require_loop_devices
+from tests.images.builder import ImageBuilder
 from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run, settle, until
 
 CLUSTER = 1 << 16

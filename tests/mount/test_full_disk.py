@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, MIB, ImageBuilder
 from instarfs.image.file import Image
 from instarfs.repair.outcome import Status
 from instarfs.repair.run import Repairer
 from planner.repair.plan import RepairTier
+from tests.images.builder import MIB, ImageBuilder
+from tests.images.damage import DAMAGES
 from tests.mount.mounts import settle
 from tests.mount.small_disk import SmallDisk, small_disk
 

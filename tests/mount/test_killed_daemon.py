@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, sample
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 from tests.mount.mounts import INSTARFS, instarfs, mounted_type, until
 
 CASES_A_KILL = 60
@@ -69,7 +70,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kill", range(kills))
 
 
-def test_a_killed_daemon_leaves_what_can_be_put_back(kill, damaged, repaired, seed, tmp_path):
+def test_a_killed_daemon_leaves_what_can_be_put_back(
+    kill, damaged, repaired, seed, tmp_path
+) -> None:
     original = damaged.read_bytes()
     image = Path(shutil.copy(damaged, tmp_path / "image.qcow2"))
     undo = image.with_name(f"{image.name}.instarfs-undo")

@@ -9,9 +9,9 @@ import pytest
 
 from instarfs.image.file import Image
 from planner.check.check import check_image
+from tests.images.matrix import MATRIX, Row, build, describe
+from tests.images.random_damage import inflict_some
 from tests.mount.mounts import MakeMount, Mount
-from tests.oracle.damage import inflict_some
-from tests.oracle.images import MATRIX, Row, build, describe
 from tests.oracle.scene import Scene, dissect
 
 
@@ -45,7 +45,7 @@ def assert_shown(mount: Mount, image: Path) -> None:
 
 
 @pytest.mark.parametrize("row", MATRIX, ids=describe)
-def test_a_row_mounts_clean_and_damaged(row: Row, mount: MakeMount, tmp_path: Path):
+def test_a_row_mounts_clean_and_damaged(row: Row, mount: MakeMount, tmp_path: Path) -> None:
     image = build(row, tmp_path, f"mounted {row.name}")
     it = mount(image)
     assert_shown(it, image)

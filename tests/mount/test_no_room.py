@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, MIB, sample
 from tests.advice import Block, blocks_of
+from tests.images.builder import MIB
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 from tests.mount.mounts import INSTARFS
 from tests.mount.small_disk import SmallDisk, small_disk
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from instarfs.image.directory import SUFFIX
+from tests.images.planted import IMAGES, MARK, POISON, UNREADABLE, require_harmless, require_json
 from tests.mount.mounts import INSTARFS, Mount, mounted, settle
-from tests.planted import IMAGES, MARK, POISON, UNREADABLE, require_harmless, require_json
 
 NAME = os.fsdecode(POISON.replace(b"/", b""))
 BINARY = ("disk.raw", "vmstate.raw", "result.bin")

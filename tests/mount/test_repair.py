@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from examples.make_image import DAMAGES, MIB, Image, ImageBuilder
 from instarfs.image.directory import SUFFIX
 from planner.wire import CheckResult, ResultFlag
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.damage import DAMAGES
 from tests.mount.conftest import gate
 from tests.mount.mounts import (
     DEADLINE,

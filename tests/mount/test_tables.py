@@ -11,8 +11,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from examples.make_image import DAMAGES, TELLING, Image, sample
 from planner.qcow2.entries import COPIED
+from tests.images.builder import Image
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 from tests.mount.mounts import MakeMount, Mount, run, settle
 
 

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tests.images.random_damage import KINDS
 from tests.oracle.campaign import GROUP_CASES, Case, groups, run_group
-from tests.oracle.damage import KINDS
 from tests.oracle.repair_campaign import RepairCase, run_repair_group
 from tests.oracle.truth import TruthCase, run_truth_group
 

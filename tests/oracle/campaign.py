@@ -12,8 +12,8 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.oracle.damage import inflict_some
-from tests.oracle.images import MATRIX, Row, build, copy, describe, random_row
+from tests.images.matrix import MATRIX, Row, build, copy, describe, random_row
+from tests.images.random_damage import inflict_some
 from tests.oracle.judge import Judgement, judge
 from tests.oracle.scene import Anatomy, Scene, dissect
 

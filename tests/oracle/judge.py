@@ -20,7 +20,7 @@ from pathlib import Path
 
 from planner.check.check import check_image
 from planner.check.report import Report
-from tests.oracle.images import Row, check_command, data_extents
+from tests.images.matrix import Row, check_command, data_extents
 from tests.oracle.scene import FileSource
 
 COUNTERS = (

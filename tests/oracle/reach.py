@@ -20,8 +20,8 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Source
-from tests.oracle.guest_disks import Disk, faults_between, read_disk
-from tests.oracle.images import Row, copy, repair_command
+from tests.images.guest_disks import Disk, faults_between, read_disk
+from tests.images.matrix import Row, copy, repair_command
 from tests.oracle.judge import ask_qemu
 from tests.oracle.scene import FileSource, dissect
 

@@ -9,8 +9,8 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.images.matrix import BASE_NAME, Row, describe
 from tests.oracle.campaign import images_of_group, row_of
-from tests.oracle.images import BASE_NAME, Row, describe
 from tests.oracle.reach import Reach, reaches
 from tests.oracle.repair_judge import Judgement, judge_repairs
 

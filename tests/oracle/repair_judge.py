@@ -27,8 +27,8 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.source import Source, read_bytes
-from tests.oracle.guest_disks import CHUNK, Disks, first_difference
-from tests.oracle.images import Row, copy, repair_command
+from tests.images.guest_disks import CHUNK, Disks, first_difference
+from tests.images.matrix import Row, copy, repair_command
 from tests.oracle.judge import EXCEPTIONS, Answer, answer_of, ask_qemu, compare, fingerprint
 from tests.oracle.scene import FileSource
 

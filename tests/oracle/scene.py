@@ -21,7 +21,7 @@ from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import Snapshot, read_snapshots
 from planner.source import Source, read_bytes
-from tests.oracle.images import data_extents
+from tests.images.matrix import data_extents
 
 
 @dataclass(frozen=True, slots=True)

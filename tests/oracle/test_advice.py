@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.advice import follow_all, run_here
+from tests.images.matrix import copy
 from tests.oracle.campaign import GROUP_CASES, images_of_group
-from tests.oracle.images import copy
 
 GROUPS_A_TEST, ROOM = 3, 24 << 20
 """Of the seeded campaign one case of every third group is followed, and none that is larger."""

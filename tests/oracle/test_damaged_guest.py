@@ -17,9 +17,9 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from planner.errors import ImageError, NotQcow2
 from planner.source import SECTOR
-from tests.oracle.damage import inflict_some
-from tests.oracle.guest_disks import first_difference, read_disk
-from tests.oracle.images import MATRIX, Row, build, copy, describe, random_row
+from tests.images.guest_disks import first_difference, read_disk
+from tests.images.matrix import MATRIX, Row, build, copy, describe, random_row
+from tests.images.random_damage import inflict_some
 from tests.oracle.patched import Patched
 from tests.oracle.scene import FileSource, Scene, dissect
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.images.matrix import MATRIX
+from tests.images.random_damage import KINDS
 from tests.oracle.campaign import groups, row_of, run_group
-from tests.oracle.damage import KINDS
-from tests.oracle.images import MATRIX
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -18,7 +18,7 @@ from planner.check.ending import CutOff
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind
 from planner.triage.impact import Harm, guest_impact
-from tests.oracle.images import MIB, run
+from tests.images.matrix import MIB, run
 from tests.oracle.scene import FileSource
 
 WRITES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from planner.qcow2.header import CRYPT_AES
+from tests.images.matrix import Row, build, run
 from tests.oracle import judge as judging
-from tests.oracle.images import Row, build, run
 from tests.oracle.judge import EXCEPTIONS, Judgement, judge
 from tests.oracle.scene import Scene, dissect
 

@@ -15,7 +15,7 @@ import pytest
 
 from planner.qcow2.entries import COMPRESSED, COPIED, L2_OFFSET, ZERO
 from planner.qcow2.header import CRYPT_AES, CRYPT_LUKS
-from tests.oracle.images import Row, build, copy, run
+from tests.images.matrix import Row, build, copy, run
 from tests.oracle.judge import judge
 from tests.oracle.scene import Anatomy, Scene, dissect
 

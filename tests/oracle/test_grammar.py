@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, Image, ImageBuilder
 from instarfs.cli.main import main
+from tests.images.builder import Image, ImageBuilder
+from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy
 
 VERBS = ("check", "info", "map")

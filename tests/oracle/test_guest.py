@@ -24,9 +24,9 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from instarfs.render.guest_map import map_json
 from planner.qcow2.snapshots import read_snapshots
+from tests.images.guest_disks import first_difference
+from tests.images.matrix import MATRIX, Row, describe, random_row
 from tests.oracle import images
-from tests.oracle.guest_disks import first_difference
-from tests.oracle.images import MATRIX, Row, describe, random_row
 from tests.oracle.scene import FileSource
 
 PLAIN = [row for row in MATRIX if not row.encryption]

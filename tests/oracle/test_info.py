@@ -16,13 +16,13 @@ from time import monotonic, sleep
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.cli.main import main
 from instarfs.image import locks
 from planner.qcow2.extensions import FEATURE_NAMES
 from planner.qcow2.header import CRYPT_AES, CRYPT_LUKS, Autoclear, Incompatible
 from planner.qcow2.luks import LuksHeader, encode_luks
-from tests.luks_headers import ACCEPTED, REFUSED, SLOT_SECTORS, with_slot
+from tests.images.builder import ImageBuilder
+from tests.images.luks_headers import ACCEPTED, REFUSED, SLOT_SECTORS, with_slot
 from tests.oracle import images
 
 

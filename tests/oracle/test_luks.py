@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.render.check import check_messages
 from planner.check.check import check_image
 from planner.check.report import Report
@@ -17,8 +16,9 @@ from planner.qcow2.header import CRYPT_LUKS
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import KEY_SLOT, LUKS_HEADER, LuksHeader, encode_luks
 from planner.source import Bytes
-from tests.luks_headers import ACCEPTED, LOCKED, REFUSED
-from tests.oracle.images import KEY, Row, build
+from tests.images.builder import ImageBuilder
+from tests.images.luks_headers import ACCEPTED, LOCKED, REFUSED
+from tests.images.matrix import KEY, Row, build
 from tests.oracle.scene import FileSource
 
 NO_KEY_FITS = "Invalid password, cannot unlock any keyslot"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.cli.main import main
 from planner.qcow2.entries import L2_OFFSET
 from planner.qcow2.extensions import FEATURE_NAMES
-from tests.oracle.images import run
+from tests.images.builder import ImageBuilder
+from tests.images.matrix import run
 
 CLUSTER = 1 << 16
 MIB = 1 << 20

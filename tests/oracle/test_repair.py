@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import Image
 from planner.check.check import check_image
 from planner.errors import RepairError
 from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
 from planner.repair.plan import RepairTier
 from planner.source import Bytes
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, plain, with_snapshot
+from tests.images.guest_disks import Disk, faults_between, first_difference
+from tests.images.matrix import Row, copy, run
 from tests.oracle.campaign import groups, row_of
-from tests.oracle.guest_disks import Disk, faults_between, first_difference
-from tests.oracle.images import Row, copy, run
 from tests.oracle.judge import Answer
 from tests.oracle.reach import reaches
 from tests.oracle.repair_campaign import run_repair_group
@@ -31,8 +33,6 @@ from tests.oracle.repair_judge import (
     write_out,
 )
 from tests.oracle.scene import Scene, dissect
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, plain, with_snapshot
 
 ROW = Row(cluster_bits=12)
 LEAKS, ALL = 0, 1

@@ -15,7 +15,7 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes
 from planner.triage.triage import Triage, triage_leaks
-from tests.oracle.images import run
+from tests.images.matrix import run
 
 SHAPES = [
     "cluster_size=4k",

@@ -30,8 +30,8 @@ from planner.guest.mapping import RunKind
 from planner.source import SECTOR, read_bytes
 from planner.triage.impact import Harm, Ranges, guest_impact
 from planner.triage.triage import Triage, triage_leaks
+from tests.images.matrix import Row, describe
 from tests.oracle.campaign import images_of_group, row_of
-from tests.oracle.images import Row, describe
 from tests.oracle.patched import Patched
 from tests.oracle.scene import FileSource
 

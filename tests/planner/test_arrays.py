@@ -7,7 +7,7 @@ import numpy as np
 from planner.arrays import join_ranges
 
 
-def test_joined_ranges_hold_the_same_numbers_and_do_not_touch():
+def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
     rng = random.Random(1)
     for count in [0, 1, *range(2, 40)]:
         start = np.array([rng.randrange(60) for _ in range(count)], dtype=np.int64)

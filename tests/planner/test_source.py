@@ -27,21 +27,21 @@ contents = st.binary(max_size=60)
 
 
 @given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
-def test_bytes_past_the_end_are_zeros(data, offset, length):
+def test_bytes_past_the_end_are_zeros(data, offset, length) -> None:
     assert read_bytes(Bytes(data), offset, length) == (data + bytes(200))[offset : offset + length]
 
 
 @given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
-def test_present_bytes_end_with_the_file(data, offset, length):
+def test_present_bytes_end_with_the_file(data, offset, length) -> None:
     assert read_present(Bytes(data), offset, length) == data[offset : offset + length]
 
 
-def test_present_bytes_of_a_huge_claim_cost_what_is_there():
+def test_present_bytes_of_a_huge_claim_cost_what_is_there() -> None:
     assert read_present(Bytes(b"abc"), 1, 1 << 62) == b"bc"
 
 
 @given(data=contents, offset=st.integers(0, 80), length=st.integers(0, 80))
-def test_extents_of_bytes_are_clipped(data, offset, length):
+def test_extents_of_bytes_are_clipped(data, offset, length) -> None:
     extents = list(Bytes(data).data_extents(offset, length))
     inside = range(offset, min(offset + length, len(data)))
     assert [at for start, end in extents for at in range(start, end)] == list(inside)
@@ -51,7 +51,7 @@ words = st.lists(st.sampled_from([0, 0, 1, 1 << 63, (1 << 64) - 1]), max_size=40
 
 
 @given(values=words, before=st.integers(0, 20), cut=st.integers(0, 9))
-def test_nonzero_words_are_found_wherever_the_table_stands(values, before, cut):
+def test_nonzero_words_are_found_wherever_the_table_stands(values, before, cut) -> None:
     table = np.array(values, dtype=">u8").tobytes()
     data = bytes(before) + table[: max(0, len(table) - cut)]
     index, word = nonzero_words(Bytes(data), before, len(values))
@@ -61,20 +61,20 @@ def test_nonzero_words_are_found_wherever_the_table_stands(values, before, cut):
     assert word.dtype == np.uint64
 
 
-def test_nonzero_words_across_batches(monkeypatch):
+def test_nonzero_words_across_batches(monkeypatch) -> None:
     monkeypatch.setattr(source_module, "BATCH_BYTES", 64)
     values = list(range(100))
     index, word = nonzero_words(Bytes(np.array(values, dtype=">u8").tobytes()), 0, 100)
     assert index.tolist() == word.tolist() == values[1:]
 
 
-def test_nonzero_words_of_a_table_that_claims_more_than_the_file():
+def test_nonzero_words_of_a_table_that_claims_more_than_the_file() -> None:
     data = (7).to_bytes(8, "big")
     index, word = nonzero_words(Bytes(data), 0, 1 << 58)
     assert (index.tolist(), word.tolist()) == ([0], [7])
 
 
-def test_nonzero_words_skip_holes():
+def test_nonzero_words_skip_holes() -> None:
     source = Sparse({3: b"\1" * 8, 1 << 40: b"\2" * 8}, size=1 << 60)
     index, word = nonzero_words(source, 0, 1 << 57)
     assert index.tolist() == [3 * 64, (1 << 40) * 64]
@@ -82,7 +82,7 @@ def test_nonzero_words_skip_holes():
     assert source.bytes_read == 1024
 
 
-def test_nonzero_words_where_data_begins_inside_a_word():
+def test_nonzero_words_where_data_begins_inside_a_word() -> None:
     source = Sparse({1: b"\xff" * 4, 2: b"\xee" * 4}, size=1 << 20, block=4)
     index, word = nonzero_words(source, 0, 2)
     assert word.tolist() == [0x0000_0000_FFFF_FFFF, 0xEEEE_EEEE_0000_0000]
@@ -95,7 +95,7 @@ def test_nonzero_words_where_data_begins_inside_a_word():
     table=st.sampled_from([8, 16, 64]),
     batch=st.sampled_from([1, 64, 100, 1 << 20]),
 )
-def test_tables_are_read_in_the_order_asked_for(data, numbers, table, batch):
+def test_tables_are_read_in_the_order_asked_for(data, numbers, table, batch) -> None:
     offsets = np.array([number * 16 for number in numbers], dtype=np.int64)
     got: list[bytes] = []
     for part, rows in read_tables(Bytes(data), offsets, table, batch):
@@ -126,7 +126,7 @@ def threads() -> Iterator[Executor]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 10, 100])
-def test_tables_read_ahead_come_in_the_order_asked_for(threads, count):
+def test_tables_read_ahead_come_in_the_order_asked_for(threads, count) -> None:
     data = np.random.default_rng(count).bytes(64 * count)
     offsets = np.random.default_rng(count).permutation(count) * 64
     parts = list(read_tables(Bytes(data), offsets, 64, 64))
@@ -137,7 +137,7 @@ def test_tables_read_ahead_come_in_the_order_asked_for(threads, count):
     assert b"".join(rows for _, rows in ahead) == b"".join(data[at : at + 64] for at in offsets)
 
 
-def test_a_read_ahead_that_fails_is_told_in_its_turn(threads):
+def test_a_read_ahead_that_fails_is_told_in_its_turn(threads) -> None:
     source = Shared(bytes(6400), threads, broken=640)
     batches = read_tables(source, np.arange(100) * 64, 64, 64)
     assert [next(batches)[0].start for _ in range(10)] == list(range(10))
@@ -145,7 +145,7 @@ def test_a_read_ahead_that_fails_is_told_in_its_turn(threads):
         next(batches)
 
 
-def test_parts_are_read_as_they_are_cut(threads):
+def test_parts_are_read_as_they_are_cut(threads) -> None:
     data = bytes(range(256))
     cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
     for source in (Bytes(data), Shared(data, threads)):
@@ -155,7 +155,7 @@ def test_parts_are_read_as_they_are_cut(threads):
         assert got == [(cut, data[cut.start * 8 : cut.stop * 8]) for cut in cuts]
 
 
-def test_neighbouring_tables_are_one_request():
+def test_neighbouring_tables_are_one_request() -> None:
     source = Sparse({}, size=1 << 30)
     requests = []
     source.read_into = lambda offset, buffer: requests.append((offset, len(buffer)))  # type: ignore[method-assign]
@@ -164,7 +164,7 @@ def test_neighbouring_tables_are_one_request():
     assert requests == [(0, 1536), (1 << 20, 1536)]
 
 
-def test_tables_with_little_between_them_are_no_request_without_end():
+def test_tables_with_little_between_them_are_no_request_without_end() -> None:
     source = Sparse({}, size=1 << 30)
     requests = []
     source.read_into = lambda offset, buffer: requests.append((offset, len(buffer)))  # type: ignore[method-assign]
@@ -174,7 +174,7 @@ def test_tables_with_little_between_them_are_no_request_without_end():
     assert len(requests) == 4096 * GAP_BYTES // MAX_SPAN_BYTES
 
 
-def test_tables_are_all_read_while_that_is_cheap():
+def test_tables_are_all_read_while_that_is_cheap() -> None:
     source = Sparse({}, size=1 << 30)
     present = present_tables(source, np.arange(4, dtype=np.int64) * 512, 512)
     assert present.all()
@@ -182,7 +182,7 @@ def test_tables_are_all_read_while_that_is_cheap():
 
 
 @pytest.mark.parametrize("reach", [1, 511, 512])
-def test_tables_in_holes_are_left_out(monkeypatch, reach):
+def test_tables_in_holes_are_left_out(monkeypatch, reach) -> None:
     monkeypatch.setattr(source_module, "READ_ANYWAY_BYTES", 0)
     source = Sparse({2: b"x", 3: b"x", 9: b"x"}, size=1 << 30)
     offsets = np.arange(12, dtype=np.int64) * 512
@@ -196,7 +196,7 @@ def test_tables_in_holes_are_left_out(monkeypatch, reach):
     there=st.sets(st.integers(0, 40), max_size=12),
     wanted=st.sets(st.integers(0, 40), min_size=1, max_size=12),
 )
-def test_no_table_with_data_is_left_out(there, wanted):
+def test_no_table_with_data_is_left_out(there, wanted) -> None:
     source = Sparse(dict.fromkeys(there, b"x"), size=1 << 30)
     offsets = np.array(sorted(wanted), dtype=np.int64) * 512
     before, source_module.READ_ANYWAY_BYTES = source_module.READ_ANYWAY_BYTES, 0
@@ -207,7 +207,7 @@ def test_no_table_with_data_is_left_out(there, wanted):
     assert set((offsets[present] // 512).tolist()) == there & wanted
 
 
-def test_a_million_tables_in_a_hole_are_one_question(monkeypatch):
+def test_a_million_tables_in_a_hole_are_one_question(monkeypatch) -> None:
     monkeypatch.setattr(source_module, "READ_ANYWAY_BYTES", 0)
     source = Sparse({}, size=1 << 62)
     assert not present_tables(source, np.arange(1 << 20, dtype=np.int64) << 16, 1 << 16).any()

@@ -12,8 +12,8 @@ from planner.errors import ImageError
 from planner.repair.tiers import RepairCounters
 from planner.source import Bytes
 from planner.wire import CheckConfig, CheckResult, ConfigFlag, ResultFlag
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import plain, with_snapshot
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import plain, with_snapshot
 
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
@@ -44,7 +44,7 @@ def with_field(name: str, value: int) -> CheckResult:
 # CheckConfig
 
 
-def test_config_is_8_bytes_of_magic_and_flags():
+def test_config_is_8_bytes_of_magic_and_flags() -> None:
     raw = CheckConfig(ConfigFlag.REPAIR | ConfigFlag.VERBOSE).to_bytes()
     assert raw == b"CEHC" + b"\x01\x00\x00\x80"
     assert int.from_bytes(raw[:4], "little") == 0x43484543
@@ -61,12 +61,12 @@ def test_config_is_8_bytes_of_magic_and_flags():
         (ConfigFlag.VERBOSE, 31),
     ],
 )
-def test_config_flag_has_its_bit(flag, bit):
+def test_config_flag_has_its_bit(flag, bit) -> None:
     assert flag == 1 << bit
     assert CheckConfig(flag).to_bytes()[4:] == (1 << bit).to_bytes(4, "little")
 
 
-def test_config_has_no_other_flags():
+def test_config_has_no_other_flags() -> None:
     assert sum(ConfigFlag) == 0x8000_001F
 
 
@@ -81,20 +81,20 @@ def test_config_has_no_other_flags():
         (ConfigFlag.QUIET | ConfigFlag.REPAIR, True, False),
     ],
 )
-def test_config_asks_for_a_repair(flags, repair, repair_all):
+def test_config_asks_for_a_repair(flags, repair, repair_all) -> None:
     config = CheckConfig(flags)
     assert (config.should_repair, config.should_repair_all) == (repair, repair_all)
 
 
 @given(flags=u32)
-def test_config_comes_back_the_same(flags):
+def test_config_comes_back_the_same(flags) -> None:
     config = CheckConfig(ConfigFlag(flags))
     assert CheckConfig.from_bytes(config.to_bytes()) == config
     assert config.to_bytes()[4:] == flags.to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("raw", [b"", b"CEHC", b"CEHC\0\0\0", b"CEHC" + bytes(5), bytes(8)])
-def test_config_of_another_length_or_magic_is_refused(raw):
+def test_config_of_another_length_or_magic_is_refused(raw) -> None:
     with pytest.raises(ImageError, match="CheckConfig"):
         CheckConfig.from_bytes(raw)
 
@@ -102,14 +102,14 @@ def test_config_of_another_length_or_magic_is_refused(raw):
 # CheckResult
 
 
-def test_result_is_80_bytes_with_its_magic_and_padding():
+def test_result_is_80_bytes_with_its_magic_and_padding() -> None:
     raw = CheckResult(format=0).to_bytes()
     assert len(raw) == 80
     assert int.from_bytes(raw[:4], "little") == 0x43485253
     assert raw[4:] == bytes(76)
 
 
-def test_fields_of_a_result_fill_it_without_gaps():
+def test_fields_of_a_result_fill_it_without_gaps() -> None:
     end = 4
     for _, offset, size in RESULT_FIELDS:
         assert offset == end
@@ -118,7 +118,7 @@ def test_fields_of_a_result_fill_it_without_gaps():
 
 
 @pytest.mark.parametrize(("name", "offset", "size"), RESULT_FIELDS)
-def test_field_of_a_result_is_little_endian_at_its_offset(name, offset, size):
+def test_field_of_a_result_is_little_endian_at_its_offset(name, offset, size) -> None:
     value = int.from_bytes(bytes(range(0x11, 0x11 + size)), "little")
     raw = bytearray(with_field(name, value).to_bytes())
     assert raw[offset : offset + size] == value.to_bytes(size, "little")
@@ -132,18 +132,18 @@ def test_field_of_a_result_is_little_endian_at_its_offset(name, offset, size):
         {name: u64 if size == 8 else u32 for name, _, size in RESULT_FIELDS}
     )
 )
-def test_result_comes_back_the_same(values):
+def test_result_comes_back_the_same(values) -> None:
     result = CheckResult(**values | {"flags": ResultFlag(values["flags"])})
     assert CheckResult.from_bytes(result.to_bytes()) == result
 
 
 @pytest.mark.parametrize("length", [0, 79, 81])
-def test_result_of_another_length_is_refused(length):
+def test_result_of_another_length_is_refused(length) -> None:
     with pytest.raises(ImageError, match="CheckResult length"):
         CheckResult.from_bytes(CheckResult().to_bytes().ljust(81, b"\0")[:length])
 
 
-def test_result_of_another_magic_is_refused():
+def test_result_of_another_magic_is_refused() -> None:
     with pytest.raises(ImageError, match="CheckResult magic"):
         CheckResult.from_bytes(bytes(80))
 
@@ -162,17 +162,17 @@ def test_result_of_another_magic_is_refused():
         (ResultFlag.REPAIR_INCOMPLETE, 8),
     ],
 )
-def test_result_flag_has_its_bit_and_is_asked_for(flag, bit):
+def test_result_flag_has_its_bit_and_is_asked_for(flag, bit) -> None:
     assert flag == 1 << bit
     result = CheckResult(flags=flag)
     assert [other for other in ResultFlag if result.has(other)] == [flag]
 
 
-def test_result_has_no_other_flags():
+def test_result_has_no_other_flags() -> None:
     assert sum(ResultFlag) == 0x1FF
 
 
-def test_counter_that_does_not_fit_is_held_at_the_maximum():
+def test_counter_that_does_not_fit_is_held_at_the_maximum() -> None:
     raw = CheckResult(leaks=1 << 32, corruptions=1 << 40, clusters_checked=1 << 32).to_bytes()
     result = CheckResult.from_bytes(raw)
     assert (result.leaks, result.corruptions) == (0xFFFF_FFFF, 0xFFFF_FFFF)
@@ -186,7 +186,7 @@ def of_rule(name: str) -> CheckResult:
     return CheckResult.of(check_image(RULES[name]().image.source))
 
 
-def test_result_of_a_clean_image():
+def test_result_of_a_clean_image() -> None:
     image = with_snapshot()
     counters = check_image(image.source).counters
     assert CheckResult.of(check_image(image.source)) == CheckResult(
@@ -212,7 +212,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize(("name", "flags"), FLAGS.items(), ids=FLAGS)
-def test_flags_of_a_damaged_image(name, flags):
+def test_flags_of_a_damaged_image(name, flags) -> None:
     assert of_rule(name).flags == flags | ResultFlag.VALID
 
 
@@ -228,13 +228,13 @@ def test_flags_of_a_damaged_image(name, flags):
         ("l2_copied_missing", 0, 0),
     ],
 )
-def test_errors_are_counted_by_what_they_are_about(name, refcounts, subclusters):
+def test_errors_are_counted_by_what_they_are_about(name, refcounts, subclusters) -> None:
     result = of_rule(name)
     assert (result.refcount_errors, result.subcluster_errors) == (refcounts, subclusters)
     assert result.total_errors == result.corruptions + result.leaks
 
 
-def test_torn_report_is_not_valid():
+def test_torn_report_is_not_valid() -> None:
     report = replace(check_image(plain().source), in_use=True)
     assert not CheckResult.of(report).has(ResultFlag.VALID)
 
@@ -246,16 +246,16 @@ def test_torn_report_is_not_valid():
         (b"QFI\xfb\0\0\0\x04" + bytes(200), ResultFlag.INCOMPLETE),
     ],
 )
-def test_image_that_cannot_be_read(data, flags):
+def test_image_that_cannot_be_read(data, flags) -> None:
     assert CheckResult.of(check_image(Bytes(data))).flags == flags
 
 
-def test_empty_disk_is_not_fragmented():
+def test_empty_disk_is_not_fragmented() -> None:
     report = Report(layout=None, counters=CheckCounters(total_clusters=5))
     assert CheckResult.of(report).fragmentation == 0
 
 
-def test_what_a_repair_has_mended():
+def test_what_a_repair_has_mended() -> None:
     report = check_image(plain().source)
     mended = RepairCounters(leaks=5, refcounts=1 << 40, corruptions=3, incomplete=True)
     result = CheckResult.from_bytes(CheckResult.of(report, mended).to_bytes())

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, Image
 from instarfs.cli.check import WORST_FIRST
 from instarfs.cli.main import main
+from tests.images.builder import Image
+from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy
 
 Run = Callable[..., tuple[int, str, str]]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.cli.main import main
 from instarfs.image import locks
+from tests.images.builder import ImageBuilder
 
 INSTARFS = (sys.executable, "-m", "instarfs")
 PROJECT = Path(__file__).parents[3]

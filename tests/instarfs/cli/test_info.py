@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.cli.main import main
+from tests.images.builder import ImageBuilder
 
 
 class Ended:

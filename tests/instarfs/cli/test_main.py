@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
+from tests.images.builder import ImageBuilder
 
 INSTARFS = (sys.executable, "-m", "instarfs")
 HEAVY = ("numpy", "construct", "trio", "pyfuse3", "rich")

@@ -12,7 +12,7 @@ import pytest
 
 from instarfs.image.directory import SUFFIX
 from tests.advice import Ended, blocks_of, damaged, run_here
-from tests.planted import (
+from tests.images.planted import (
     FORGED,
     IMAGES,
     POISON,

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, Image
 from instarfs.cli.main import main
 from instarfs.cli.stopping import stoppable
 from instarfs.image.directory import SUFFIX
 from instarfs.repair.execute import execute
 from instarfs.text import shell_path
 from tests.advice import blocks_of, follow, follow_all
+from tests.images.builder import Image
+from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")

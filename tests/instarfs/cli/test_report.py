@@ -21,8 +21,8 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage.triage import triage_leaks
 from tests.advice import KINDS, blocks_of, damaged, follow, follow_all, run_here
+from tests.images.corpus import RULES
 from tests.mount.mounts import run
-from tests.planner.corpus import RULES
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
+from tests.images.builder import ImageBuilder
 
 INSTARFS = (sys.executable, "-m", "instarfs")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from examples.make_image import MIB, ImageBuilder
 from instarfs.errors import ImageMissing
 from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.guest import Part, Place
 from instarfs.image.file import Image
+from tests.images.builder import MIB, ImageBuilder
 
 CLUSTER = 1 << 16
 COVERAGE = 512 * MIB

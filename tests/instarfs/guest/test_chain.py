@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.errors import FollowImpossible, GuestElsewhere
 from instarfs.guest.follow import FILESYSTEM_TYPE, Follow, NotOpened, beside
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image, mount_id
 from planner.guest.chain import Member
+from tests.images.builder import ImageBuilder
 
 MIB = 1 << 20
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.make_image import Image, ImageBuilder, zlib_compress
 from instarfs.errors import ImageReadFailed
 from instarfs.guest.compressed import look_at_packed
 from instarfs.render.report import report_txt
@@ -27,6 +26,7 @@ from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.source import Source
 from planner.triage.impact import Harm, guest_impact
+from tests.images.builder import Image, ImageBuilder, zlib_compress
 
 KIND = FindingKind.COMPRESSED_UNREADABLE
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import MIB, Image, ImageBuilder
 from instarfs.cli.main import main
 from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
 from planner.qcow2 import entries
 from planner.qcow2.header import CRYPT_AES
+from tests.images.builder import MIB, Image, ImageBuilder
 from tests.mount.small_disk import small_disk
 
 CLUSTER = 1 << 16

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from examples.make_image import ImageBuilder
 from instarfs.errors import GuestDamaged, ImageMissing
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Part, Place
@@ -18,6 +17,7 @@ from instarfs.guest.reader import GuestReader
 from instarfs.image.file import Image
 from planner.errors import ImageError
 from planner.guest.mapping import FLAW_SENTENCES, Flaw
+from tests.images.builder import ImageBuilder
 
 CLUSTER = 1 << 16
 DISK = Place(Part.DISK)

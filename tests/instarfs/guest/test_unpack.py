@@ -24,7 +24,7 @@ def deflated(content: bytes) -> bytes:
     return packer.compress(content) + packer.flush()
 
 
-def test_a_bomb_gives_a_cluster_and_no_more():
+def test_a_bomb_gives_a_cluster_and_no_more() -> None:
     bomb = deflated(bytes(200 << 20))
     tracemalloc.start()
     assert unpack(bomb, CLUSTER, COMPRESSION_ZLIB) == bytes(CLUSTER)
@@ -32,7 +32,7 @@ def test_a_bomb_gives_a_cluster_and_no_more():
     tracemalloc.stop()
 
 
-def test_a_zstandard_bomb_is_refused():
+def test_a_zstandard_bomb_is_refused() -> None:
     bomb = compress(bytes(200 << 20))
     tracemalloc.start()
     with pytest.raises(NotUnpacked, match="does not end where the cluster does"):
@@ -41,12 +41,12 @@ def test_a_zstandard_bomb_is_refused():
     tracemalloc.stop()
 
 
-def test_frames_may_share_a_cluster():
+def test_frames_may_share_a_cluster() -> None:
     half = bytes(range(256)) * (CLUSTER // 512)
     assert unpack(compress(half) * 2, CLUSTER, COMPRESSION_ZSTD) == half * 2
 
 
-def test_frames_with_nothing_in_them_take_no_time():
+def test_frames_with_nothing_in_them_take_no_time() -> None:
     start = time.process_time()
     with pytest.raises(NotUnpacked, match=f"more than {MAX_FRAMES} pieces"):
         unpack(compress(b"") * 400_000, CLUSTER, COMPRESSION_ZSTD)
@@ -62,7 +62,7 @@ def inflated(stored: bytes, size: int) -> bytes | None:
     return content if len(content) == size else None
 
 
-def test_a_damaged_stream_is_accepted_where_zlib_accepts_it():
+def test_a_damaged_stream_is_accepted_where_zlib_accepts_it() -> None:
     rng, size, accepted = random.Random(5), 512, 0
     contents = rng.randbytes(size), bytes(rng.choices(b"abcdef ", k=size)), bytes(size)
     whole = [bytearray(deflated(content) + rng.randbytes(40)) for content in contents]

@@ -18,7 +18,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from examples.make_image import DAMAGES
 from instarfs.errors import PlanStale, RepairInterrupted
 from instarfs.image.file import Image
 from instarfs.repair.interrupted import pending
@@ -35,6 +34,7 @@ from tests.cached import cached_check, cached_propose, check_bytes, propose_byte
 from tests.crash.guest import disks
 from tests.devices import EIO, WatchedDevice, from_then_on
 from tests.fuzz.mutations import mutate_words
+from tests.images.damage import DAMAGES
 from tests.lives import LARGEST, SHAPES, damaged, lives, made
 
 CASES_A_LIFE = 10

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.make_image import ImageBuilder
 from instarfs.errors import NotEnoughMemory
 from instarfs.image import memory
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
+from tests.images.builder import ImageBuilder
 
 ALLOWED = 160 << 20
 ENTRIES = 1 << 20

@@ -17,7 +17,6 @@ from typing import TypeVar
 import pytest
 import trio
 
-from examples.make_image import DAMAGES, sample
 from instarfs.errors import ImageNotFollowed, ImageReadFailed, ReadCancelled
 from instarfs.guest.guest import Part, Place
 from instarfs.image import locks
@@ -32,6 +31,8 @@ from planner.check.report import Report
 from planner.errors import Cancelled, NotQcow2, RepairError
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 
 T = TypeVar("T")
 

@@ -37,7 +37,6 @@ from hypothesis.stateful import (
 )
 from pyfuse3 import EntryAttributes, FUSEError
 
-from examples.make_image import DAMAGES
 from instarfs.errors import DOMAIN_ERRORS
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
@@ -55,6 +54,7 @@ from planner.repair.plan import RepairTier
 from planner.source import Bytes, read_bytes
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.fuzz.mutations import mutate_words
+from tests.images.damage import DAMAGES
 from tests.instarfs.mount.kernel import caller, fields
 from tests.lives import SHAPES, damaged, lives, made, open_below
 

@@ -523,7 +523,7 @@ async def test_the_write_of_a_killed_process_is_cancelled_and_answered_when_it_e
     assert not operations._waiting
 
 
-async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many():
+async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many() -> None:
     names = [str(number) for number in range(module.KEPT_NAMES + 300)]
     dropped: list[bytes] = []
 

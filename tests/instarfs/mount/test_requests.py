@@ -19,12 +19,12 @@ def pipe():
         os.close(fd)
 
 
-async def test_what_is_readable_is_taken_at_once_but_not_for_ever(pipe, monkeypatch):
+async def test_what_is_readable_is_taken_at_once_but_not_for_ever(pipe, monkeypatch) -> None:
     monkeypatch.setattr(requests, "IN_A_ROW", 3)
     os.write(pipe[1], b"request")
     device, taken, seen = Device(), 0, []
 
-    async def another():
+    async def another() -> None:
         while taken < 9:
             seen.append(taken)
             await trio.lowlevel.checkpoint()
@@ -40,7 +40,7 @@ async def test_what_is_readable_is_taken_at_once_but_not_for_ever(pipe, monkeypa
     assert set(seen) <= {3, 7}  # of two that can run trio takes either first
 
 
-async def test_who_waits_long_lets_the_others_run(pipe):
+async def test_who_waits_long_lets_the_others_run(pipe) -> None:
     device = Device()
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
@@ -49,11 +49,11 @@ async def test_who_waits_long_lets_the_others_run(pipe):
             os.write(pipe[1], b"request")
 
 
-async def test_what_comes_a_moment_later_is_waited_for_awake(pipe, monkeypatch):
+async def test_what_comes_a_moment_later_is_waited_for_awake(pipe, monkeypatch) -> None:
     monkeypatch.setattr(requests, "LOOKS_NS", 10**10)
     slept = False
 
-    async def another():
+    async def another() -> None:
         nonlocal slept
         slept = True
 
@@ -64,7 +64,7 @@ async def test_what_comes_a_moment_later_is_waited_for_awake(pipe, monkeypatch):
         assert not slept
 
 
-async def test_a_single_processor_is_left_to_whoever_asks(pipe, monkeypatch):
+async def test_a_single_processor_is_left_to_whoever_asks(pipe, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
     monkeypatch.setattr(requests, "LOOKS_NS", 10**12)
     with trio.move_on_after(0.01) as scope:
@@ -72,10 +72,10 @@ async def test_a_single_processor_is_left_to_whoever_asks(pipe, monkeypatch):
     assert scope.cancelled_caught
 
 
-async def test_one_at_a_time_has_the_turn_and_all_get_it():
+async def test_one_at_a_time_has_the_turn_and_all_get_it() -> None:
     turn, having, had = Turn(), 0, []
 
-    async def take(name):
+    async def take(name) -> None:
         nonlocal having
         for _ in range(5):
             async with turn:
@@ -93,10 +93,10 @@ async def test_one_at_a_time_has_the_turn_and_all_get_it():
     assert sorted(had) == sorted("abc" * 5)
 
 
-async def test_who_had_the_turn_may_take_it_again_before_those_who_wait():
+async def test_who_had_the_turn_may_take_it_again_before_those_who_wait() -> None:
     turn, had = Turn(), []
 
-    async def take(name):
+    async def take(name) -> None:
         async with turn:
             had.append(name)
 
@@ -109,10 +109,10 @@ async def test_who_had_the_turn_may_take_it_again_before_those_who_wait():
     assert had == ["again", "waiting"]
 
 
-async def test_a_turn_is_not_lost_with_one_who_was_called_off():
+async def test_a_turn_is_not_lost_with_one_who_was_called_off() -> None:
     turn, had = Turn(), []
 
-    async def take(name):
+    async def take(name) -> None:
         async with turn:
             had.append(name)
 

@@ -7,7 +7,7 @@ from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import Directory
 from instarfs.mount.tree import build_tree
-from tests.fuzz.bombs import BOMBS
+from tests.images.bombs import BOMBS
 
 
 async def test_a_listed_snapshot_takes_little_memory(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from instarfs.render.bitmaps import STALE, UNSAVED, bitmaps_json
 from planner.errors import ImageError
 from planner.qcow2.bitmaps import AUTO, IN_USE
 from planner.views.bitmap_state import BitmapStates, read_bitmap_states
-from tests.planner.corpus.rule import builder, fill
+from tests.images.corpus.rule import builder, fill
 
 
 def made(flags: int = 0, name: str = "backup") -> BitmapStates:

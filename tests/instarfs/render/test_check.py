@@ -34,8 +34,8 @@ from planner.metadata.cluster_counters import ClusterIndex
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from tests.cached import check_bytes
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import plain
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import plain
 
 CORRUPT = (Severity.CORRUPTION, Severity.CHECK_ERROR)
 
@@ -192,7 +192,7 @@ def test_runs_do_not_end_where_a_part_does(monkeypatch: pytest.MonkeyPatch) -> N
         assert told() == expected
 
 
-def test_where_a_file_ends_that_is_cut_off_and_what_it_needs():
+def test_where_a_file_ends_that_is_cut_off_and_what_it_needs() -> None:
     image = RULES["data_cut_by_the_end"]().image
     report, size = check_image(image.source), len(image.data)
     value = json.loads(render.result_json(report, "x.qcow2"))
@@ -204,7 +204,7 @@ def test_where_a_file_ends_that_is_cut_off_and_what_it_needs():
     assert not list(render.check_messages(whole))
 
 
-def test_a_luks_header_that_opens_no_disk_says_what_is_wrong_with_it():
+def test_a_luks_header_that_opens_no_disk_says_what_is_wrong_with_it() -> None:
     image = RULES["luks_header_that_is_gone"]().image
     report = check_image(image.source)
     wrong = "LUKS magic is 0x000000000000: must be 0x4c554b53babe"

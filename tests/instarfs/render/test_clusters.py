@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from examples.make_image import DAMAGES, TELLING, sample
 from instarfs.render import clusters as render
 from instarfs.render.clusters import HEADER, TORN, clusters_tsv
 from planner.check.check import check_image
 from planner.errors import ImageError
 from planner.views.host_map import Atlas, draw_atlas, kinds_in, owner_label
-from tests.planner.corpus import RULES
+from tests.images.corpus import RULES
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 
 
 def atlas_of(name: str) -> Atlas:

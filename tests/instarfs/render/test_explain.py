@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.render.explain import guest_txt, host_txt
 from planner.check.check import check_image
 from planner.check.report import Report
@@ -15,8 +14,11 @@ from planner.errors import ImageError
 from planner.qcow2.entries import COPIED
 from planner.views.explain import explain_guest, explain_host
 from tests.cached import check_bytes
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import COVERAGE, SIZE, builder, fill, plain, with_snapshot
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import COVERAGE, SIZE, builder, fill, plain, with_snapshot
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 
 
 def host(image: Image, offset: int, report: Report | None = None) -> str:

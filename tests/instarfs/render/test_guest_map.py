@@ -25,13 +25,13 @@ def rows(count: int, rng: np.random.Generator) -> Extents:
 
 @pytest.mark.parametrize("members", [(), (BACKING,)], ids=["alone", "with a backing file"])
 @pytest.mark.parametrize("counts", [(), (0,), (1,), (5, 0, 7), (ROWS_A_PART, 2 * ROWS_A_PART + 1)])
-def test_the_length_of_the_map_is_that_of_what_is_made(counts, members):
+def test_the_length_of_the_map_is_that_of_what_is_made(counts, members) -> None:
     rng = np.random.default_rng(sum(counts))
     batches = [rows(count, rng) for count in counts]
     assert map_json_length(batches, members) == sum(map(len, map_json(batches, members)))
 
 
-def test_powers_of_ten_have_a_digit_more_than_what_is_below():
+def test_powers_of_ten_have_a_digit_more_than_what_is_below() -> None:
     lengths = []
     for number in (0, 9, 10, 99, 100, 10**17 - 1, 10**17, 10**18 - 1, 10**18):
         row = rows(1, np.random.default_rng(1))

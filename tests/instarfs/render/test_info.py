@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from examples.make_image import Image, ImageBuilder
 from instarfs.render.info import (
     ImageFacts,
     header_error_json,
@@ -22,7 +21,8 @@ from planner.errors import ImageError
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import CRYPT_LUKS, Incompatible
 from planner.qcow2.luks import encode_luks
-from tests.luks_headers import REFUSED, luks_header
+from tests.images.builder import Image, ImageBuilder
+from tests.images.luks_headers import REFUSED, luks_header
 
 FACTS = ImageFacts("dir/some.qcow2", 1 << 20, 4096)
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import DAMAGES, TELLING, Image, sample
 from instarfs.render import map as render
 from instarfs.render.clusters import clusters_tsv
 from instarfs.render.map import NAMESPACE, SVG, Area, area_of, make_grid, map_svg
@@ -22,8 +21,11 @@ from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
 from planner.source import Source
 from planner.views.host_map import DAMAGE, Atlas, Use, draw_atlas
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import plain
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import plain
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 from tests.planner.sources import Sparse
 
 

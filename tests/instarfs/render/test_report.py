@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from examples.make_image import DAMAGES, TELLING, Image, ImageBuilder, sample
 from instarfs.errors import ImageReadFailed
 from instarfs.image.surroundings import Room, Surroundings
 from instarfs.render.aftermath import Aftermath, Mounted
@@ -31,7 +30,10 @@ from planner.repair.tiers import Proposal, propose
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import triage_leaks
 from tests.advice import blocks_of, may_fail, repairs, undoes
-from tests.planner.corpus import RULES
+from tests.images.builder import Image, ImageBuilder
+from tests.images.corpus import RULES
+from tests.images.damage import DAMAGES, TELLING
+from tests.images.sample import sample
 
 PATH, MOUNT = "/srv/my disk.qcow2", "/mnt/x"
 MOUNTED = Mounted(MOUNT)
@@ -73,26 +75,26 @@ def assert_in_order(text: str, parts: Iterable[str]) -> None:
     assert places == sorted(places)
 
 
-def test_the_verdict_comes_first_and_the_findings_last():
+def test_the_verdict_comes_first_and_the_findings_last() -> None:
     text = text_of(damaged(*TELLING))
     assert text.startswith(f"{PATH}: corrupt\n\n{VERDICTS['corrupt']}")
     assert_in_order(text, SECTIONS)
 
 
-def test_of_a_clean_image_nothing_more_is_said():
+def test_of_a_clean_image_nothing_more_is_said() -> None:
     text = text_of(damaged())
     assert text.startswith(f"{PATH}: clean\n")
     assert not [section for section in SECTIONS if section in text]
 
 
-def test_a_file_that_is_cut_off_is_said_to_be_in_one_line():
+def test_a_file_that_is_cut_off_is_said_to_be_in_one_line() -> None:
     image = RULES["data_cut_by_the_end"]().image
     size = len(image.data)
     assert f"\nThe file is cut off: it ends at {size} and needs {size + 100}.\n" in text_of(image)
     assert "cut off: it ends" not in text_of(damaged(*TELLING))
 
 
-def test_what_is_missing_is_named_with_its_place():
+def test_what_is_missing_is_named_with_its_place() -> None:
     text = text_of(damaged("lost-l2-table"))
     # No more than the clusters that it maps, all of which leak.
     assert "missing: up to 655360 bytes, which leaked clusters may hold: they read as zeros" in text
@@ -102,20 +104,20 @@ def test_what_is_missing_is_named_with_its_place():
     assert "refused without the plan's id" in text
 
 
-def test_a_lost_snapshot_is_named():
+def test_a_lost_snapshot_is_named() -> None:
     text = text_of(damaged("lost-snapshot"))
     assert "missing: a snapshot that the image no longer counts" in text
     assert "'before upgrade', ID 1, taken 2023-11-14 22:13:20 UTC" in text
 
 
-def test_leaked_data_is_no_alarm():
+def test_leaked_data_is_no_alarm() -> None:
     text = text_of(damaged("leaked-clusters"))
     assert "nothing among them looks like a lost table" in text
     assert "missing" not in text
     assert SECTIONS[0] not in text
 
 
-def test_guest_ranges_are_given_and_long_lists_cut():
+def test_guest_ranges_are_given_and_long_lists_cut() -> None:
     image = damaged()
     clusters = image.mapped(0)[::2]
     for cluster in clusters:
@@ -128,12 +130,12 @@ def test_guest_ranges_are_given_and_long_lists_cut():
     assert "... by finding: check/findings.jsonl" in text
 
 
-def test_a_refusal_says_why():
+def test_a_refusal_says_why() -> None:
     text = text_of(damaged("snapshot-l1-misaligned"))
     assert "leaks: refused (because of: snapshot-l1-misaligned): " in text
 
 
-def test_commands_can_be_pasted():
+def test_commands_can_be_pasted() -> None:
     text = text_of(damaged(*TELLING))
     plans = [line.split()[-1] for line in text.splitlines() if "repair/plan" in line]
     assert plans == [f"{MOUNT}/repair/plan/all.json"]
@@ -144,7 +146,7 @@ def test_commands_can_be_pasted():
     assert f"cp -r --sparse=always {MOUNT}/lost '{PATH}.lost'" in text
 
 
-def test_what_takes_a_repair_back_is_not_among_what_repairs():
+def test_what_takes_a_repair_back_is_not_among_what_repairs() -> None:
     first, *others = blocks_of(text_of(damaged(*TELLING)))
     assert repairs(first)
     assert not undoes(first)
@@ -154,7 +156,7 @@ def test_what_takes_a_repair_back_is_not_among_what_repairs():
     ]
 
 
-def test_what_looks_lost_is_not_freed_by_whoever_pastes_what_is_to_be_done_now():
+def test_what_looks_lost_is_not_freed_by_whoever_pastes_what_is_to_be_done_now() -> None:
     image = damaged()
     size = image.cluster_size
     table = image.l2_at(0) // size * size
@@ -167,14 +169,14 @@ def test_what_looks_lost_is_not_freed_by_whoever_pastes_what_is_to_be_done_now()
     assert undoes(third)
 
 
-def test_an_export_that_cannot_fail_is_not_said_to():
+def test_an_export_that_cannot_fail_is_not_said_to() -> None:
     for rule, may_end_with_1 in (("refcount_low", False), ("l2_data_misaligned", True)):
         *_, export = blocks_of(text_of(RULES[rule]().image))
         assert "instarfs export " in export.commands[0]
         assert may_fail(export) == may_end_with_1
 
 
-def test_without_a_mount_the_commands_are_those_of_the_command_line():
+def test_without_a_mount_the_commands_are_those_of_the_command_line() -> None:
     text = text_of(damaged(*TELLING), mounted=None)
     commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
     assert [shlex.split(line)[1] for line in commands] == [
@@ -187,7 +189,7 @@ def test_without_a_mount_the_commands_are_those_of_the_command_line():
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_every_damage_can_be_told(name: str):
+def test_every_damage_can_be_told(name: str) -> None:
     text = text_of(damaged(name))
     assert text.endswith("\n")
     assert "\n\n\n" not in text
@@ -202,7 +204,7 @@ def advice(surroundings: Surroundings, mounted: Mounted | None = MOUNTED) -> str
     return report_txt(report, PATH, known).decode()
 
 
-def test_no_copy_is_advised_in_the_place_of_another():
+def test_no_copy_is_advised_in_the_place_of_another() -> None:
     assert "there already" not in advice(Surroundings())
     text = advice(Surroundings(taken=frozenset({"my disk.qcow2.copy"})))
     assert "the one that is there already may be of before a repair, and stays:\n" in text
@@ -210,14 +212,14 @@ def test_no_copy_is_advised_in_the_place_of_another():
 
 
 @pytest.mark.parametrize("room", [Room.DEVICE, Room.READ_ONLY, Room.FULL])
-def test_where_nothing_can_be_kept_beside_the_image_it_is_kept_elsewhere(room: Room):
+def test_where_nothing_can_be_kept_beside_the_image_it_is_kept_elsewhere(room: Room) -> None:
     text = advice(Surroundings(room))
     assert "go to a folder with room for it before you go on" in text
     assert f"cp --sparse=always --backup=numbered '{PATH}' './my disk.qcow2.copy'\n" in text
     assert f"{PATH}.copy" not in text
 
 
-def test_an_image_that_cannot_be_written_to_is_repaired_as_a_copy():
+def test_an_image_that_cannot_be_written_to_is_repaired_as_a_copy() -> None:
     text = advice(Surroundings(Room.READ_ONLY, keeps_undo=False, is_writable=False))
     assert "The image cannot be written to. Its copy can, and has the same plans.\n" in text
     (repair,) = (line for line in text.splitlines() if "check -r" in line)
@@ -225,7 +227,7 @@ def test_an_image_that_cannot_be_written_to_is_repaired_as_a_copy():
     assert "repair/tier" not in text
 
 
-def test_the_gentler_tier_is_advised_where_it_mends_as_much():
+def test_the_gentler_tier_is_advised_where_it_mends_as_much() -> None:
     text = advice(Surroundings(), None)
     (repair,) = (line for line in text.splitlines() if "check -r" in line)
     assert shlex.split(repair)[2:4] == ["-r", "leaks"]
@@ -239,7 +241,7 @@ def beside(**known: object) -> str:
     return report_txt(report, PATH, Aftermath(beside=Beside(**known))).decode()
 
 
-def test_how_much_is_in_files_that_are_not_there():
+def test_how_much_is_in_files_that_are_not_there() -> None:
     named = Named(Role.BACKING, b"../gone\x1b.qcow2", b"qcow2")
     found = Member(0, named, "/srv/gone", None), Member(1, named, None, "there is no such file")
     text = beside(members=found, in_backing_file=4096)
@@ -249,7 +251,7 @@ def test_how_much_is_in_files_that_are_not_there():
     assert f"  what those do not hold: in the backing file {name}, which was not opened: " in text
 
 
-def test_what_lies_in_a_data_file_is_not_called_safe():
+def test_what_lies_in_a_data_file_is_not_called_safe() -> None:
     builder = ImageBuilder(size=1 << 24, data_file=b"data.raw")
     builder.write(0, bytes(range(256)) * 512)
     source = builder.build().source
@@ -260,7 +262,7 @@ def test_what_lies_in_a_data_file_is_not_called_safe():
     assert f"  131072 of {1 << 24} bytes: in the data file 'data.raw', which was not opened" in text
 
 
-def test_each_table_that_is_gone_is_named_with_what_lies_there():
+def test_each_table_that_is_gone_is_named_with_what_lies_there() -> None:
     tables = LISTED + 3
     builder = ImageBuilder(size=tables << 21, cluster_bits=12)
     for index in range(tables):
@@ -279,7 +281,7 @@ def test_each_table_that_is_gone_is_named_with_what_lies_there():
         assert f"  - {named}, holds {content}\n" in text
 
 
-def test_bitmaps_that_no_backup_can_rely_on():
+def test_bitmaps_that_no_backup_can_rely_on() -> None:
     bitmap = Bitmap(0, 0, 1, IN_USE, TYPE_DIRTY, 16, b"", b"backup\n")
     text = beside(unsaved=(bitmap,) * (LISTED_BITMAPS + 2))
     assert "must begin anew, with the whole disk:\n  'backup\\n' (granularity 65536)\n" in text
@@ -289,7 +291,7 @@ def test_bitmaps_that_no_backup_can_rely_on():
     assert "backup" not in report_txt(report, PATH, known).decode()
 
 
-def test_a_dirty_image_that_qemu_mends_is_not_called_damaged():
+def test_a_dirty_image_that_qemu_mends_is_not_called_damaged() -> None:
     text = text_of(damaged("dirty-bit", "low-refcount", "missing-refcount"))
     assert text.startswith(f"{PATH}: corrupt\n\n{OUT_OF_DATE}\n")
     assert "  # Keep a copy of the image:\n" in text
@@ -301,7 +303,7 @@ def test_a_dirty_image_that_qemu_mends_is_not_called_damaged():
     assert "Let nobody write to the image" in text
 
 
-def test_files_of_a_mount_are_said_to_be_so_where_there_is_none():
+def test_files_of_a_mount_are_said_to_be_so_where_there_is_none() -> None:
     image = damaged()
     for cluster in image.mapped(0)[::2]:
         image.set_word(image.l2_at(cluster), (image.host_clusters + 9) * image.cluster_size)
@@ -314,7 +316,7 @@ def test_files_of_a_mount_are_said_to_be_so_where_there_is_none():
 # ---- what could not be found out ----
 
 
-def test_an_image_that_is_written_to_gets_no_advice_but_that():
+def test_an_image_that_is_written_to_gets_no_advice_but_that() -> None:
     report = check_image(damaged("leaked-clusters").source)
     torn = Report(layout=report.layout, counters=report.counters, in_use=True)
     proposals = {tier: RepairError("the image changed") for tier in RepairTier}
@@ -323,7 +325,7 @@ def test_an_image_that_is_written_to_gets_no_advice_but_that():
     assert "What to do now" not in text
 
 
-def test_of_a_header_that_cannot_be_read_only_that_is_said_and_a_copy_kept():
+def test_of_a_header_that_cannot_be_read_only_that_is_said_and_a_copy_kept() -> None:
     report = Report(layout=None, error=ImageError("cluster_bits", 63, "at most 21"))
     assert report_txt(report, PATH).decode() == (
         f"{PATH}: unreadable\n\n{VERDICTS['unreadable']}\n\ncluster_bits is 63: at most 21\n\n"
@@ -335,7 +337,7 @@ def test_of_a_header_that_cannot_be_read_only_that_is_said_and_a_copy_kept():
     )
 
 
-def test_leaked_clusters_that_cannot_be_read_do_not_hide_the_rest():
+def test_leaked_clusters_that_cannot_be_read_do_not_hide_the_rest() -> None:
     report = check_image(damaged("leaked-clusters").source)
     error = ImageReadFailed(PATH, 4096, "Input/output error")
     known = Aftermath(error, dict.fromkeys(RepairTier, error))
@@ -345,7 +347,7 @@ def test_leaked_clusters_that_cannot_be_read_do_not_hide_the_rest():
     assert "leak (11)" in text
 
 
-def test_an_interrupted_repair_is_named_at_the_top():
+def test_an_interrupted_repair_is_named_at_the_top() -> None:
     report = check_image(damaged().source)
     pending = Pending("a repair was interrupted\n", "undo")
     text = report_txt(report, PATH, Aftermath(pending=pending)).decode()

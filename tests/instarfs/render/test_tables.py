@@ -13,8 +13,8 @@ from instarfs.render.tables import L1_HEADER, L2_HEADER, l1_tsv, l2_tsv
 from planner.errors import ImageError
 from planner.qcow2.layout import Layout
 from planner.views.table_view import read_l1_page, read_l2_page
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import COVERAGE, SIZE, WIDTH, builder, extended, fill, plain
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import COVERAGE, SIZE, WIDTH, builder, extended, fill, plain
 
 
 def rows_of(content: Iterable[bytes], header: tuple[str, ...]) -> list[dict[str, str]]:

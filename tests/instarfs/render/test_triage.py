@@ -6,10 +6,12 @@ import random
 import pytest
 
 import instarfs.render.triage
-from examples.make_image import DAMAGES, Image, ImageBuilder, sample
 from instarfs.render.triage import LISTED_TABLES, triage_json, triage_lines
 from planner.check.check import check_image
 from planner.triage.triage import triage_leaks
+from tests.images.builder import Image, ImageBuilder
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 
 
 def damaged(*names: str) -> Image:
@@ -30,7 +32,7 @@ def lines_of(image: Image) -> list[str]:
     return triage_lines(triage_leaks(image.source, check_image(image.source)))
 
 
-def test_runs_are_those_of_the_files_and_say_who_mapped_them():
+def test_runs_are_those_of_the_files_and_say_who_mapped_them() -> None:
     image = damaged("leaked-clusters", "lost-l2-table")
     value = value_of(image)
     runs = value["runs"]
@@ -43,7 +45,7 @@ def test_runs_are_those_of_the_files_and_say_who_mapped_them():
     assert value["looks-like"] == {"zeros": 11, "data": 10, "L2 table": 1}
 
 
-def test_a_place_ends_with_the_disk():
+def test_a_place_ends_with_the_disk() -> None:
     builder = ImageBuilder(size=(2 << 21) + 4096, cluster_bits=12)
     for l1_index in range(3):
         builder.write(l1_index * builder.geometry.l2_entries, random.Random(1).randbytes(4096))
@@ -54,7 +56,7 @@ def test_a_place_ends_with_the_disk():
     assert (place["guest-offset"], place["guest-length"]) == (2 << 21, 4096)
 
 
-def test_a_lost_snapshot_is_described():
+def test_a_lost_snapshot_is_described() -> None:
     value = value_of(damaged("lost-snapshot"))
     (snapshot,) = value["lost-snapshots"]
     assert (snapshot["id"], snapshot["name"]) == ("1", "before upgrade")
@@ -63,18 +65,18 @@ def test_a_lost_snapshot_is_described():
     assert l2["may-have-stood"][0]["l1-entry"] == "in-lost-snapshot"
 
 
-def test_an_image_without_leaks_has_nothing_to_tell():
+def test_an_image_without_leaks_has_nothing_to_tell() -> None:
     value = value_of(damaged())
     assert (value["runs"], value["tables"], value["in-words"]) == ([], [], [])
 
 
-def test_lists_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch):
+def test_lists_are_cut_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instarfs.render.triage, "LISTED_RUNS", 2)
     value = value_of(damaged("leaked-clusters"))
     assert len(value["runs"]) == 2 < value["run-count"]
 
 
-def test_words_begin_with_all_of_it():
+def test_words_begin_with_all_of_it() -> None:
     first, suspect = lines_of(damaged("leaked-clusters", "lost-l2-table"))
     assert first == (
         "all 22 leaked clusters were looked at: 11 zeros, 10 data, 1 L2 table"
@@ -84,7 +86,7 @@ def test_words_begin_with_all_of_it():
     assert suspect.endswith("they look like: 10 data (recognised by how they begin: 10 text)")
 
 
-def test_words_list_the_first_tables_and_count_the_others():
+def test_words_list_the_first_tables_and_count_the_others() -> None:
     builder = ImageBuilder(size=64 << 20, cluster_bits=12)
     number = builder.geometry.l1_entries_needed
     for l1_index in range(number):
@@ -97,7 +99,7 @@ def test_words_list_the_first_tables_and_count_the_others():
     assert lines[-1] == f"... and {number - LISTED_TABLES} more that look lost: lost/triage.json"
 
 
-def test_names_from_the_image_do_not_reach_a_terminal():
+def test_names_from_the_image_do_not_reach_a_terminal() -> None:
     builder = ImageBuilder(size=8 << 20, cluster_bits=12)
     builder.write(0, b"x")
     builder.take_snapshot("evil\x1b[2J\n")

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.make_image import DAMAGES, MIB, ImageBuilder
-from examples.make_image import Image as Made
 from instarfs.errors import (
     ImageDeleted,
     ImageInUse,
@@ -79,6 +77,9 @@ from tests.devices import (
     from_then_on,
     once,
 )
+from tests.images.builder import MIB, ImageBuilder
+from tests.images.builder import Image as Made
+from tests.images.damage import DAMAGES
 
 LEAKS, ALL = RepairTier.LEAKS, RepairTier.ALL
 OLD_TIME = 10**18

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import DAMAGES, MIB, Image, ImageBuilder
 from instarfs.repair.trim import free_runs, held_within, table_of, used_clusters
 from planner.check.check import check_image
 from planner.source import Bytes
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.damage import DAMAGES
 
 SIZE = 4096
 

@@ -26,7 +26,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from examples.make_image import DAMAGES
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.repair.interrupted import pending
@@ -47,6 +46,7 @@ from planner.repair.plan import Plan, RepairTier
 from planner.source import SECTOR
 from tests.cached import cached_check, cached_propose, check_bytes, propose_bytes
 from tests.devices import EIO, Fail, Failure, WatchedDevice, from_then_on, never, once
+from tests.images.damage import DAMAGES
 from tests.lives import SHAPES, damaged, lives, made, open_below
 
 CASES_A_LIFE = 15

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import Image, ImageBuilder
 from planner.check import check as check_module
 from planner.check import versions
 from planner.check.check import check_image
@@ -22,8 +21,9 @@ from planner.metadata.mapping_tables import L2Tables
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import builder, fill, plain
+from tests.images.builder import Image, ImageBuilder
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import builder, fill, plain
 from tests.planner.sources import Sparse
 
 MIB = 1 << 20
@@ -120,7 +120,7 @@ def damaged(changes: list[tuple[int, int]], end: int | None = None) -> Bytes:
 
 
 @given(changes=damages, end=st.none() | st.integers(0, len(RICH.data)))
-def test_any_damage_is_reported(changes, end):
+def test_any_damage_is_reported(changes, end) -> None:
     report = check_image(damaged(changes, end))
     rows = list(report.rows())
     assert all(isinstance(row, Finding) and row.count > 0 for row in rows)
@@ -129,7 +129,7 @@ def test_any_damage_is_reported(changes, end):
 
 
 @given(changes=damages)
-def test_runs_and_single_entries_count_alike(changes):
+def test_runs_and_single_entries_count_alike(changes) -> None:
     source = damaged(changes)
     assert answers(check_image(source)) == answers(check_carefully(source))
 
@@ -153,7 +153,7 @@ near = st.integers(0, FILLED.host_clusters + 2).map(lambda cluster: cluster << 1
         st.tuples(st.integers(0, FILLED.host_clusters - 1), st.integers(0, 3)), max_size=2
     ),
 )
-def test_runs_and_single_entries_of_full_tables_count_alike(changes, refcounts):
+def test_runs_and_single_entries_of_full_tables_count_alike(changes, refcounts) -> None:
     image = Image(bytearray(FILLED.data))
     for cluster, word in changes:
         image.set_word(FILLED_AT[cluster], word)
@@ -190,7 +190,7 @@ nearby = st.integers(0, VERSIONED.host_clusters + 2).map(lambda cluster: cluster
     ),
     shared=st.sampled_from([1, 8]),
 )
-def test_versions_and_single_tables_count_alike(changes, shared):
+def test_versions_and_single_tables_count_alike(changes, shared) -> None:
     image = Image(bytearray(VERSIONED.data))
     for table, entry, word in changes:
         image.set_word(table + entry * 8, word)
@@ -201,7 +201,7 @@ def test_versions_and_single_tables_count_alike(changes, shared):
     assert found == answers(check_carefully(image.source))
 
 
-def test_versions_of_tables_are_cut_into_parts_of_groups_that_count_alike():
+def test_versions_of_tables_are_cut_into_parts_of_groups_that_count_alike() -> None:
     index = np.array([0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4], dtype=np.int64)
     ones = np.ones(len(index), dtype=np.int64)
     tables = L2Tables(
@@ -225,7 +225,7 @@ def test_versions_of_tables_are_cut_into_parts_of_groups_that_count_alike():
 
 
 @pytest.mark.parametrize("number", range(len(VERSIONED_TABLES)))
-def test_a_flag_that_versions_should_not_have_is_found_among_many_other_ones(number):
+def test_a_flag_that_versions_should_not_have_is_found_among_many_other_ones(number) -> None:
     """Where versions differ in most flags, these do not make their entries different ones."""
     image = Image(bytearray(VERSIONED.data))
     for at in (table + entry * 8 for table in VERSIONED_TABLES[::2] for entry in range(64)):
@@ -241,12 +241,12 @@ FILLED_AT = [FILLED.l2_table(cluster // 512) + cluster % 512 * 8 for cluster in 
 
 
 @given(data=st.binary(max_size=400))
-def test_any_bytes_are_reported(data):
+def test_any_bytes_are_reported(data) -> None:
     assert check_image(Bytes(data)).exit_code in (1, 63)
 
 
 @given(data=st.binary(min_size=1, max_size=600))
-def test_any_bytes_behind_a_sound_header_are_reported(data):
+def test_any_bytes_behind_a_sound_header_are_reported(data) -> None:
     image = plain()
     image.data[4096:] = data
     assert list(check_image(image.source).rows())
@@ -260,7 +260,7 @@ HUGE = 64 * MIB
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "refblock_listed_twice"])
-def test_sparse_counters_find_the_same(name):
+def test_sparse_counters_find_the_same(name) -> None:
     image = RULES[name]().image
     source = Sparse.of(bytes(image.data), len(image.data) + HUGE)
     assert answers(check_sparsely(source)) == answers(check_image(source))
@@ -299,27 +299,27 @@ def peak_of(source: Source) -> int:
 
 @pytest.mark.parametrize("length", [200, 4096, None], ids=["200 bytes", "one cluster", "whole"])
 @pytest.mark.parametrize("fields", CLAIMS.values(), ids=CLAIMS)
-def test_what_a_short_file_claims_costs_nothing(fields, length):
+def test_what_a_short_file_claims_costs_nothing(fields, length) -> None:
     data = bytes(claiming(**fields).data[:length])
     assert peak_of(Bytes(data)) < 64 * MIB
 
 
 @pytest.mark.parametrize("size", [1 << 40, 1 << 50, (1 << 63) - (1 << 30), (1 << 63) - 1])
 @pytest.mark.parametrize("fields", CLAIMS.values(), ids=CLAIMS)
-def test_what_a_sparse_file_claims_costs_nothing(fields, size):
+def test_what_a_sparse_file_claims_costs_nothing(fields, size) -> None:
     source = Sparse.of(bytes(claiming(**fields).data), size)
     assert peak_of(source) < 64 * MIB
     assert source.bytes_read < 64 * MIB
 
 
-def test_as_many_snapshots_as_can_be_claimed_cost_few_reads():
+def test_as_many_snapshots_as_can_be_claimed_cost_few_reads() -> None:
     source = Sparse.of(bytes(claiming(nb_snapshots=65536, snapshots_offset=1 << 40).data), EIB)
     assert check_image(source).counters.corruptions >= 65536
     assert source.bytes_read < 4 * MIB
     assert len(source.asked) < 12
 
 
-def test_clusters_far_apart_are_counted_where_they_are():
+def test_clusters_far_apart_are_counted_where_they_are() -> None:
     image = plain()
     far = (1 << 55) + 4096
     image.set_word(image.l2_at(1), far | 1 << 63)
@@ -334,7 +334,7 @@ def test_clusters_far_apart_are_counted_where_they_are():
     assert report.counters.image_end_offset == far + 4096
 
 
-def test_metadata_in_holes_is_not_read():
+def test_metadata_in_holes_is_not_read() -> None:
     made = builder(size=1 << 40)
     image = made.build()
     source = Sparse.of(bytes(image.data), 1 << 50)
@@ -346,7 +346,7 @@ def test_metadata_in_holes_is_not_read():
 # Progress, and the wish to stop
 
 
-def test_progress_is_told_stage_by_stage_and_never_goes_back():
+def test_progress_is_told_stage_by_stage_and_never_goes_back() -> None:
     told: list[tuple[str, int, int]] = []
     check_image(
         RULES["two_entries_on_one_cluster"]().image.source,
@@ -363,7 +363,7 @@ def test_progress_is_told_stage_by_stage_and_never_goes_back():
         assert done == sorted(done) or stage == "census"
 
 
-def test_check_can_be_stopped_whenever_it_asks():
+def test_check_can_be_stopped_whenever_it_asks() -> None:
     source = RULES["two_entries_on_one_cluster"]().image.source
     asked = 0
 
@@ -380,7 +380,7 @@ def test_check_can_be_stopped_whenever_it_asks():
             check_image(source, cancelled=lambda patience=patience: next(patience, None) is None)
 
 
-def test_check_reads_and_nothing_else():
+def test_check_reads_and_nothing_else() -> None:
     data = bytes(fill(builder()).build().data)
     source = Bytes(data)
     check_image(source)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 
-from examples.make_image import ImageBuilder, feature_name_table
 from planner.check import check as check_module
 from planner.check import versions
 from planner.check.check import check_image
@@ -16,9 +15,10 @@ from planner.check.refcount_walk import Walker
 from planner.check.report import CheckCounters, Report
 from planner.findings.kinds import KINDS, Finding, FindingKind, Severity
 from planner.source import Bytes
-from tests.luks_headers import luks_bytes
-from tests.planner.corpus import RULES, Rule
-from tests.planner.corpus.rule import Expected
+from tests.images.builder import ImageBuilder, feature_name_table
+from tests.images.corpus import RULES, Rule
+from tests.images.corpus.rule import Expected
+from tests.images.luks_headers import luks_bytes
 
 
 class CarefulWalker(Walker):
@@ -30,7 +30,7 @@ class CarefulWalker(Walker):
 
 
 @pytest.fixture(params=["fast", "versions", "careful"])
-def walker(request, monkeypatch):
+def walker(request, monkeypatch) -> None:
     """All ways of counting must find the same."""
     if request.param == "careful":
         monkeypatch.setattr(check_module, "Walker", CarefulWalker)
@@ -72,7 +72,7 @@ def exit_code(rule: Rule) -> int:
 
 @pytest.mark.usefixtures("walker")
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-def test_rule(make: Callable[[], Rule]):
+def test_rule(make: Callable[[], Rule]) -> None:
     rule = make()
     report = check_image(rule.image.source)
     assert report.error is None
@@ -90,7 +90,7 @@ def test_rule(make: Callable[[], Rule]):
 
 
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-def test_findings_add_up_to_the_counters(make: Callable[[], Rule]):
+def test_findings_add_up_to_the_counters(make: Callable[[], Rule]) -> None:
     report = check_image(make().image.source)
     sums = dict.fromkeys(Severity, 0)
     for row in report.rows():
@@ -102,7 +102,7 @@ def test_findings_add_up_to_the_counters(make: Callable[[], Rule]):
 
 
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-def test_rows_agree_with_the_counts_by_kind(make: Callable[[], Rule]):
+def test_rows_agree_with_the_counts_by_kind(make: Callable[[], Rule]) -> None:
     report = check_image(make().image.source)
     counts = dict.fromkeys(report.counts(), 0)
     for row in report.rows():
@@ -116,12 +116,12 @@ def test_rows_agree_with_the_counts_by_kind(make: Callable[[], Rule]):
     [kind for kind in FindingKind if kind is not FindingKind.COMPRESSED_UNREADABLE],
     ids=lambda kind: kind.label,
 )
-def test_kind_has_an_image_that_gives_it(kind: FindingKind):
+def test_kind_has_an_image_that_gives_it(kind: FindingKind) -> None:
     assert any(expected.kind is kind for make in RULES.values() for expected in make().findings)
 
 
 @pytest.mark.parametrize("kind", FindingKind, ids=lambda kind: kind.label)
-def test_kind_says_what_it_means_and_what_can_be_done(kind: FindingKind):
+def test_kind_says_what_it_means_and_what_can_be_done(kind: FindingKind) -> None:
     info = KINDS[kind]
     assert info.meaning
     assert info.found
@@ -179,7 +179,7 @@ SOUND: dict[str, dict[str, object]] = {
 
 @pytest.mark.usefixtures("walker")
 @pytest.mark.parametrize("options", SOUND.values(), ids=SOUND)
-def test_undamaged_image_gives_no_finding(options):
+def test_undamaged_image_gives_no_finding(options) -> None:
     builder = ImageBuilder(**{"cluster_bits": 12, "size": 48 << 20, **options})
     external, order = builder.geometry.external_data, builder.geometry.refcount_order
     write_everything(builder, snapshots=order > 1 and not external)
@@ -191,7 +191,7 @@ def test_undamaged_image_gives_no_finding(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"version": 2}, {"extended_l2": True, "cluster_bits": 14}])
-def test_empty_image_gives_no_finding(options):
+def test_empty_image_gives_no_finding(options) -> None:
     report = check_image(ImageBuilder(**{"cluster_bits": 12, **options}).build().source)
     assert list(report.rows()) == []
     assert report.verdict == "clean"
@@ -203,13 +203,13 @@ def counters_of(builder: ImageBuilder) -> CheckCounters:
     return report.counters
 
 
-def test_counters_of_an_empty_disk():
+def test_counters_of_an_empty_disk() -> None:
     counters = counters_of(ImageBuilder(cluster_bits=12, size=1 << 20))
     # Header, L1 table, refcount table, refcount block.
     assert counters == CheckCounters(image_end_offset=4 * 4096, total_clusters=256)
 
 
-def test_counters_of_allocated_and_compressed_clusters():
+def test_counters_of_allocated_and_compressed_clusters() -> None:
     builder = ImageBuilder(cluster_bits=12, size=(1 << 20) + 513)
     builder.write(0, b"a" * 3 * 4096)  # The L2 table is placed behind the first of them.
     builder.write_zeros(8)
@@ -224,14 +224,14 @@ def test_counters_of_allocated_and_compressed_clusters():
     assert counters.fragmented_clusters == 2 + 1
 
 
-def test_fragmentation_begins_anew_in_each_l2_table():
+def test_fragmentation_begins_anew_in_each_l2_table() -> None:
     builder = ImageBuilder(cluster_bits=9, size=1 << 17)
     for cluster in (130, 70, 71, 3, 4):
         builder.write(cluster, b"x")
     assert counters_of(builder).fragmented_clusters == 2
 
 
-def test_counters_are_those_of_the_active_disk():
+def test_counters_are_those_of_the_active_disk() -> None:
     builder = ImageBuilder(cluster_bits=12, size=1 << 22)
     builder.write(0, b"a" * 4 * 4096)
     builder.take_snapshot("four clusters")
@@ -241,7 +241,7 @@ def test_counters_are_those_of_the_active_disk():
     assert (counters.allocated_clusters, counters.fragmented_clusters) == (1, 0)
 
 
-def test_image_ends_behind_the_last_cluster_in_use():
+def test_image_ends_behind_the_last_cluster_in_use() -> None:
     builder = ImageBuilder(cluster_bits=12, size=1 << 22)
     image = builder.build()
     used = len(image.data)
@@ -264,12 +264,12 @@ def test_image_ends_behind_the_last_cluster_in_use():
         ("l2_zero_bit_with_extended_entries", "clean"),
     ],
 )
-def test_verdict(name: str, verdict: str):
+def test_verdict(name: str, verdict: str) -> None:
     report: Report = check_image(RULES[name]().image.source)
     assert report.verdict == verdict
 
 
-def test_header_that_cannot_be_read_is_the_answer():
+def test_header_that_cannot_be_read_is_the_answer() -> None:
     report = check_image(Bytes(b"no image"))
     assert report.error is not None
     assert (report.verdict, report.exit_code) == ("unreadable", 63)

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 
-from examples.make_image import MIB, Image, ImageBuilder
 from planner.arrays import U8
 from planner.check.check import check_image
 from planner.check.classify import MAX_REFCOUNT, Look
@@ -13,6 +12,7 @@ from planner.check.signatures import NAMES
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
 from planner.triage.triage import looker_of
+from tests.images.builder import MIB, Image, ImageBuilder
 
 
 def build(**options: object) -> Image:
@@ -47,7 +47,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_structures_of_an_image_are_recognised(shape: dict[str, object]):
+def test_the_structures_of_an_image_are_recognised(shape: dict[str, object]) -> None:
     image = build(**shape)
     assert looks(
         image,
@@ -68,7 +68,7 @@ def test_the_structures_of_an_image_are_recognised(shape: dict[str, object]):
 
 
 @pytest.mark.parametrize("order", range(3, 7))
-def test_refcounts_of_a_byte_and_more_are_recognised(order: int):
+def test_refcounts_of_a_byte_and_more_are_recognised(order: int) -> None:
     image = build(refcount_order=order)
     content = cluster_at(image, image.refblock(0))
     large = np.full(image.geometry.refblock_entries, MAX_REFCOUNT + 2, dtype=np.uint64)
@@ -82,7 +82,7 @@ def table_with(image: Image, *words: int) -> bytes:
     return np.array(words, dtype=">u8").tobytes()
 
 
-def test_a_table_leads_into_the_file():
+def test_a_table_leads_into_the_file() -> None:
     image = build()
     inside = (image.host_clusters - 1) * image.cluster_size
     outside = image.host_clusters * image.cluster_size
@@ -94,7 +94,7 @@ def test_a_table_leads_into_the_file():
     ) == [Look.L2_TABLE, Look.DATA, Look.DATA]
 
 
-def test_a_table_may_be_overwritten_in_part():
+def test_a_table_may_be_overwritten_in_part() -> None:
     image = build()
     inside = (image.host_clusters - 1) * image.cluster_size
     whole = table_with(image, *[inside | entries.COPIED] * (image.cluster_size // 8))
@@ -107,7 +107,7 @@ def test_a_table_may_be_overwritten_in_part():
     ) == [Look.L2_TABLE, Look.L2_TABLE, Look.DATA]
 
 
-def test_an_l1_table_has_no_subcluster_bitmaps():
+def test_an_l1_table_has_no_subcluster_bitmaps() -> None:
     image = build(cluster_bits=16, extended_l2=True)
     inside = (image.host_clusters - 1) * image.cluster_size
     looker = looker_of(check_image(image.source))
@@ -121,7 +121,7 @@ def test_an_l1_table_has_no_subcluster_bitmaps():
         assert looker.targets(words, looker.plausible(words))[0, :2].tolist() == targets
 
 
-def test_data_says_what_it_begins_with():
+def test_data_says_what_it_begins_with() -> None:
     image = build()
     looker = looker_of(check_image(image.source))
     contents = (cluster_at(image, image.l2_table(0)), b"%PDF-1.7 and so on", b"\x93\x01\x02" * 999)
@@ -130,7 +130,7 @@ def test_data_says_what_it_begins_with():
     assert [NAMES[code] for code in signature.tolist()] == ["", "PDF document", ""]
 
 
-def test_the_first_sector_shows_what_is_worth_reading():
+def test_the_first_sector_shows_what_is_worth_reading() -> None:
     image = build()
     looker = looker_of(check_image(image.source))
     sectors = [cluster_at(image, image.l2_table(0)), cluster_at(image, image.host_offset(0)), b""]

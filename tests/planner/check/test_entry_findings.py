@@ -17,7 +17,7 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import read_bytes
-from tests.planner.corpus import RULES
+from tests.images.corpus import RULES
 
 CLUSTERS = 1 << 20
 MIB = 1 << 20

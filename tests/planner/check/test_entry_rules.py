@@ -11,8 +11,8 @@ from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.source import Bytes, Source
 from planner.views.host_map import kinds_in
 from planner.views.table_view import read_l1_page, read_l2_page
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, plain
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, plain
 
 OF_L1 = {
     FindingKind.L1_ENTRY_RESERVED,

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 
-from examples.make_image import Image, ImageBuilder
 from planner.check.check import check_image
 from planner.check.classify import content_name
 from planner.check.report import Report
@@ -15,6 +14,7 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
+from tests.images.builder import Image, ImageBuilder
 
 LOG = b'{"log":"request ok","t":1234567}\n'
 SHAPES = [
@@ -51,7 +51,7 @@ def text(length: int) -> bytes:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, object]):
+def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, object]) -> None:
     image = disk(**shape)
     size, coverage = image.cluster_size, image.geometry.l2_coverage
     overwrite(image, image.l2_table(1), text(size))
@@ -66,7 +66,7 @@ def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, obj
 
 
 @pytest.mark.parametrize("length", [11, 13, 2000, 32768])
-def test_a_refcount_block_over_a_table_vouches_for_nothing_behind_its_end(length: int):
+def test_a_refcount_block_over_a_table_vouches_for_nothing_behind_its_end(length: int) -> None:
     image = disk(cluster_bits=16)
     refcounts = np.ones(length, dtype=">u2").tobytes().ljust(image.cluster_size, b"\0")
     overwrite(image, image.l2_table(0), refcounts)
@@ -78,7 +78,7 @@ def test_a_refcount_block_over_a_table_vouches_for_nothing_behind_its_end(length
         assert lost == [(0, image.geometry.l2_coverage)]
 
 
-def test_a_sector_under_text_costs_what_it_mapped():
+def test_a_sector_under_text_costs_what_it_mapped() -> None:
     image = disk(clusters=200, cluster_bits=16)
     overwrite(image, image.l2_table(0) + 512, text(512))
     report, rows = found_in(image)
@@ -91,7 +91,7 @@ def test_a_sector_under_text_costs_what_it_mapped():
 
 
 @pytest.mark.parametrize("bit", [1, 8, 20, 40, 56, 61])
-def test_a_flipped_bit_is_a_damaged_entry_and_no_lost_table(bit: int):
+def test_a_flipped_bit_is_a_damaged_entry_and_no_lost_table(bit: int) -> None:
     image = disk(cluster_bits=12)
     at = image.l2_at(3)
     image.set_word(at, image.word(at) ^ 1 << bit)
@@ -99,7 +99,7 @@ def test_a_flipped_bit_is_a_damaged_entry_and_no_lost_table(bit: int):
 
 
 @pytest.mark.parametrize("kept", [1, 4, 7])
-def test_a_file_that_is_cut_off_has_tables_that_are_tables(kept: int):
+def test_a_file_that_is_cut_off_has_tables_that_are_tables(kept: int) -> None:
     image = disk(cluster_bits=16)
     tables = max(image.l2_table(0), image.l2_table(1)) + image.cluster_size
     order = sorted(image.host_offset(n) for n in range(40) if image.host_offset(n))
@@ -113,7 +113,7 @@ def test_a_file_that_is_cut_off_has_tables_that_are_tables(kept: int):
 
 @pytest.mark.parametrize("tier", RepairTier)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_repair_edits_what_lies_over_a_table(shape: dict[str, object], tier: RepairTier):
+def test_no_repair_edits_what_lies_over_a_table(shape: dict[str, object], tier: RepairTier) -> None:
     image = disk(clusters=60, **shape)
     start = image.l2_table(0)
     overwrite(image, start, text(image.cluster_size))
@@ -124,7 +124,7 @@ def test_no_repair_edits_what_lies_over_a_table(shape: dict[str, object], tier: 
     assert after == text(image.cluster_size)
 
 
-def test_what_is_left_in_it_is_left_for_that_reason():
+def test_what_is_left_in_it_is_left_for_that_reason() -> None:
     image = disk(clusters=60)
     overwrite(image, image.l2_table(0), text(image.cluster_size))
     report, _ = found_in(image)

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from examples.make_image import Image
 from planner.check import owners as owners_module
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE, NONE, NOWHERE, FindingKind, Owner, Structure
 from planner.qcow2.entries import COPIED
 from planner.qcow2.layout import Layout
-from tests.luks_headers import luks_bytes
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, builder, fill, plain, with_snapshot
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, builder, fill, plain, with_snapshot
+from tests.images.luks_headers import luks_bytes
 
 
 def owners_of(image: Image, offset: int) -> list[Owner]:
@@ -102,7 +102,7 @@ METADATA: dict[str, tuple[Callable[[Image], int], list[Owner]]] = {
 
 
 @pytest.mark.parametrize(("offset_of", "owners"), METADATA.values(), ids=METADATA)
-def test_guest_cluster_on_metadata_lists_both(offset_of, owners):
+def test_guest_cluster_on_metadata_lists_both(offset_of, owners) -> None:
     image = rich()
     offset = offset_of(image)
     image.set_word(image.l2_at(1), offset | COPIED)
@@ -116,7 +116,7 @@ def test_guest_cluster_on_metadata_lists_both(offset_of, owners):
     assert contested[0].found == 2
 
 
-def test_guest_cluster_on_the_header_lists_both():
+def test_guest_cluster_on_the_header_lists_both() -> None:
     image = rich()
     image.set_word(image.l2_at(1), 1 << 62 | 100)
     assert owners_of(image, 0) == [
@@ -125,7 +125,7 @@ def test_guest_cluster_on_the_header_lists_both():
     ]
 
 
-def test_guest_cluster_on_compressed_data_lists_both():
+def test_guest_cluster_on_compressed_data_lists_both() -> None:
     image = rich()
     offset = compressed_offset(image) // SIZE * SIZE
     image.set_word(image.l2_at(1), offset | COPIED)
@@ -136,17 +136,17 @@ def test_guest_cluster_on_compressed_data_lists_both():
     ]
 
 
-def test_two_guest_clusters_on_one_host_cluster_are_listed():
+def test_two_guest_clusters_on_one_host_cluster_are_listed() -> None:
     image = RULES["two_entries_on_one_cluster"]().image
     assert owners_of(image, image.host_offset(1)) == [guest(1), guest(5)]
 
 
-def test_cluster_that_the_disk_and_a_snapshot_map_differently_lists_both():
+def test_cluster_that_the_disk_and_a_snapshot_map_differently_lists_both() -> None:
     image = RULES["snapshot_and_active_disk_contest_a_cluster"]().image
     assert owners_of(image, image.host_offset(5)) == [guest(5), guest(2, snapshot=0)]
 
 
-def test_l2_table_at_two_places_lists_both():
+def test_l2_table_at_two_places_lists_both() -> None:
     image = RULES["l1_two_entries_on_one_table"]().image
     assert owners_of(image, image.l2_table(0)) == [
         Owner(Structure.L2_TABLE, ACTIVE, 0, NONE, NONE),
@@ -154,12 +154,12 @@ def test_l2_table_at_two_places_lists_both():
     ]
 
 
-def test_cluster_with_too_low_a_refcount_lists_its_owners():
+def test_cluster_with_too_low_a_refcount_lists_its_owners() -> None:
     image = RULES["refcount_low"]().image
     assert owners_of(image, image.host_offset(1)) == [guest(1), guest(1, snapshot=0)]
 
 
-def test_owners_of_a_run_of_clusters():
+def test_owners_of_a_run_of_clusters() -> None:
     image = RULES["l1_two_entries_on_one_table"]().image
     owners = check_image(image.source).owners
     assert len(owners.of(1, 5)) == 10
@@ -168,7 +168,7 @@ def test_owners_of_a_run_of_clusters():
 
 
 @pytest.mark.parametrize("limit", range(1, 11))
-def test_no_more_owners_are_kept_than_a_report_can_hold(monkeypatch, limit):
+def test_no_more_owners_are_kept_than_a_report_can_hold(monkeypatch, limit) -> None:
     source = RULES["l1_two_entries_on_one_table"]().image.source
     everyone = check_image(source).owners.of(1, 5)
     monkeypatch.setattr(owners_module, "MAX_OWNERS", limit)
@@ -179,13 +179,13 @@ def test_no_more_owners_are_kept_than_a_report_can_hold(monkeypatch, limit):
 
 
 @pytest.mark.parametrize("make", [plain, with_snapshot, rich], ids=lambda make: make.__name__)
-def test_what_snapshots_share_is_not_contested(make):
+def test_what_snapshots_share_is_not_contested(make) -> None:
     report = check_image(make().source)
     assert list(report.rows()) == []
     assert len(report.owners.cluster) == 0
 
 
-def test_many_snapshots_of_one_disk_are_not_contested():
+def test_many_snapshots_of_one_disk_are_not_contested() -> None:
     made = fill(builder())
     for number in range(6):
         made.take_snapshot(str(number))

@@ -25,19 +25,19 @@ def noise(size: int = CLUSTER) -> bytearray:
 
 
 @pytest.mark.parametrize("signature", SIGNATURES, ids=lambda it: f"{it.name} at {it.offset}")
-def test_every_signature_is_seen_where_it_stands(signature: Signature):
+def test_every_signature_is_seen_where_it_stands(signature: Signature) -> None:
     content = noise()
     content[signature.offset : signature.offset + len(signature.magic)] = signature.magic
     assert name_of(bytes(content)) == signature.name
 
 
-def test_noise_and_zeros_begin_with_nothing():
+def test_noise_and_zeros_begin_with_nothing() -> None:
     rows = np.random.default_rng(2).integers(0, 256, (4096, 512), dtype=np.uint8)
     assert np.count_nonzero(recognise(rows)) <= 2
     assert name_of(b"") == ""
 
 
-def test_what_python_writes(tmp_path: Path):
+def test_what_python_writes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a", b"content")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -62,12 +62,12 @@ def ext_superblock(log_block_size: int) -> bytes:
     return bytes(content)
 
 
-def test_an_ext_superblock_needs_a_block_size():
+def test_an_ext_superblock_needs_a_block_size() -> None:
     assert name_of(ext_superblock(2)) == "ext2/3/4 superblock"
     assert name_of(ext_superblock(7)) == ""
 
 
-def test_a_partition_table_needs_partitions():
+def test_a_partition_table_needs_partitions() -> None:
     sector = bytearray(512)
     sector[510:] = b"\x55\xaa"
     assert name_of(bytes(sector), 512) == ""
@@ -77,7 +77,7 @@ def test_a_partition_table_needs_partitions():
     assert name_of(bytes(sector), 512) == ""
 
 
-def test_text_may_end_in_zeros_and_nothing_else():
+def test_text_may_end_in_zeros_and_nothing_else() -> None:
     line = "2024-03-01 host7 started, größer als nötig\n".encode()
     assert name_of(line) == name_of(line * 100) == TEXT
     assert name_of(line + bytes(8) + line) == ""
@@ -85,5 +85,5 @@ def test_text_may_end_in_zeros_and_nothing_else():
     assert name_of(b"\x01" + line) == ""
 
 
-def test_a_cluster_may_be_shorter_than_a_signature_is_deep():
+def test_a_cluster_may_be_shorter_than_a_signature_is_deep() -> None:
     assert name_of(b"\x7fELF", 512) == "ELF program"

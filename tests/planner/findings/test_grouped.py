@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import Image, ImageBuilder
 from planner.check.check import check_image
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import COLUMNS, KINDS, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.source import Bytes
-from tests.fuzz.bombs import append, base, with_bitmaps, with_snapshots
+from tests.images.bombs import append, base, with_bitmaps, with_snapshots
+from tests.images.builder import Image, ImageBuilder
 
 COUNT = 1 << 18
 MIB = 1 << 20

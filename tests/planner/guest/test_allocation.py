@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from examples.make_image import ImageBuilder
 from planner.guest.allocation import Allocation, allocation, bytes_in_backing_file, disk_allocation
 from planner.guest.mapping import RunKind
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.source import nonzero_words
+from tests.images.builder import ImageBuilder
 from tests.planner.guest.test_mapping import GEOMETRIES, L1_OFFSET, RandomImage
 from tests.planner.sources import Sparse
 

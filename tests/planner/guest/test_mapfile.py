@@ -31,7 +31,7 @@ def statuses(mapfile: Mapfile) -> bytes:
     return np.repeat(mapfile.status, mapfile.length).tobytes()
 
 
-def test_what_ddrescue_writes():
+def test_what_ddrescue_writes() -> None:
     found = parse_mapfile(OF_DDRESCUE)
     assert found.size == 0x168000
     assert found.position == 0x120000
@@ -47,7 +47,7 @@ def test_what_ddrescue_writes():
 
 
 @given(st.integers(1, 60), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), STATUSES)))
-def test_blocks_are_laid_over_each_other(size, layers):
+def test_blocks_are_laid_over_each_other(size, layers) -> None:
     mapfile, truth = Mapfile.untried(size, ("one", "two")), bytearray([UNTRIED] * size)
     for low, high, status in layers:
         start, end = sorted((min(low, size), min(high, size)))
@@ -65,7 +65,7 @@ def test_blocks_are_laid_over_each_other(size, layers):
     assert (statuses(again), again.remarks[:2]) == (truth, ("one", "two"))
 
 
-def test_the_text():
+def test_the_text() -> None:
     mapfile = Mapfile.untried(0x300000000).overlaid([(0, 0x10000, READ), (0x10000, 0x30000, BAD)])
     assert b"".join(mapfile.render()).decode().splitlines() == [
         "# current_pos  current_status  current_pass",
@@ -79,7 +79,7 @@ def test_the_text():
     assert b"\n0x00000000     +               1\n" in b"".join(done.render())
 
 
-def test_an_empty_disk_has_no_blocks():
+def test_an_empty_disk_has_no_blocks() -> None:
     mapfile = Mapfile.untried(0)
     assert mapfile.blocks(UNTRIED, BAD, READ) == []
     assert parse_mapfile(b"".join(mapfile.render())).size == 0
@@ -103,7 +103,7 @@ def test_an_empty_disk_has_no_blocks():
         (b"0 ? 1\n0 1e3 +\n", 2),
     ],
 )
-def test_what_is_no_mapfile(text, line):
+def test_what_is_no_mapfile(text, line) -> None:
     with pytest.raises(NotAMapfile) as caught:
         parse_mapfile(text)
     assert caught.value.line == line

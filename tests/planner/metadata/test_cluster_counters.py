@@ -21,7 +21,7 @@ amounts = st.sampled_from([1, 2, 100, 250, 255, 256, 60_000, 70_000, 1 << 31])
 
 
 @given(steps=st.lists(st.tuples(st.booleans(), slots, runs, amounts), max_size=8))
-def test_counts_are_sums_whatever_their_width(steps):
+def test_counts_are_sums_whatever_their_width(steps) -> None:
     found, expected = ClusterCounts(SLOTS), np.zeros(SLOTS, dtype=np.uint64)
     for taken_back, single, several, amount in steps:
         found.add(np.array(single, dtype=np.int64), amount)
@@ -37,7 +37,7 @@ def test_counts_are_sums_whatever_their_width(steps):
     assert found.values.tolist() == expected.tolist()
 
 
-def test_a_copy_is_counted_on_by_itself():
+def test_a_copy_is_counted_on_by_itself() -> None:
     first = ClusterCounts(2)
     first.add_run(0, 1, 300)
     second = first.copy()
@@ -46,7 +46,7 @@ def test_a_copy_is_counted_on_by_itself():
     assert second.values.tolist() == [65_800, 65_500]
 
 
-def test_counters_are_one_byte_wide_while_that_is_enough():
+def test_counters_are_one_byte_wide_while_that_is_enough() -> None:
     found = ClusterCounts(1000)
     for slot in range(1000):
         found.add_run(slot, 1, 1)
@@ -54,13 +54,13 @@ def test_counters_are_one_byte_wide_while_that_is_enough():
 
 
 @given(values=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=20))
-def test_distinct_values_are_those_of_a_set(values):
+def test_distinct_values_are_those_of_a_set(values) -> None:
     array = np.array(values, dtype=np.int64)
     assert distinct(array).tolist() == sorted(set(values))
     assert without_repeats(np.sort(array)).tolist() == sorted(set(values))
 
 
-def test_pages_have_slots_for_all_their_clusters_and_for_no_others():
+def test_pages_have_slots_for_all_their_clusters_and_for_no_others() -> None:
     pages = np.array([0, 3, 4, 1 << 30])
     index = PagedIndex((1 << 36) + 10, pages)
     assert index.slots == 4 << PAGE_BITS

@@ -16,7 +16,7 @@ from planner.metadata.work_limits import (
     followed_tables,
 )
 from planner.source import Bytes
-from tests.fuzz.bombs import BOMBS
+from tests.images.bombs import BOMBS
 
 MIB = 1 << 20
 UNIT = MAX_SHARED_BYTES // 8
@@ -27,46 +27,46 @@ def chosen(*ranges: tuple[int, int]) -> list[bool]:
     return followed(start, end).tolist()
 
 
-def test_no_tables_are_followed():
+def test_no_tables_are_followed() -> None:
     assert chosen() == []
 
 
-def test_tables_that_touch_are_all_followed():
+def test_tables_that_touch_are_all_followed() -> None:
     assert all(chosen(*((n * MIB, (n + 1) * MIB) for n in range(1000))))
 
 
-def test_a_little_in_common_is_followed():
+def test_a_little_in_common_is_followed() -> None:
     assert all(chosen((0, MIB), (0, MIB)))
 
 
-def test_one_table_over_another_is_followed_however_large_they_are():
+def test_one_table_over_another_is_followed_however_large_they_are() -> None:
     """An L2 table may have 2 MiB, and a single one that is misaligned hides nothing."""
     size = 2 * MAX_SHARED_BYTES
     assert all(chosen((0, size), (size // 4, size // 4 + size)))
 
 
-def test_of_very_many_in_one_place_a_few_are_followed():
+def test_of_very_many_in_one_place_a_few_are_followed() -> None:
     assert sum(chosen(*[(0, MIB)] * 1000)) == 1 + MAX_SHARED_BYTES // MIB
 
 
-def test_what_shares_nothing_is_followed_beside_what_does():
+def test_what_shares_nothing_is_followed_beside_what_does() -> None:
     assert chosen((5 * MIB, 6 * MIB), *[(0, MIB)] * 10, (7 * MIB, 8 * MIB))[0::11] == [True, True]
 
 
-def test_what_lies_in_holes_is_followed_up_to_a_limit():
+def test_what_lies_in_holes_is_followed_up_to_a_limit() -> None:
     step = MAX_TABLE_BYTES // 4
     tables = [(n, n * step, step // 8) for n in range(6)]
     assert followed_tables(tables, 1 << 60).tolist() == [True] * 4 + [False] * 2
 
 
-def test_the_l2_tables_of_a_large_disk_are_all_followed():
+def test_the_l2_tables_of_a_large_disk_are_all_followed() -> None:
     """16 TiB in clusters of 64 KiB have 2 GiB of them."""
     offset = np.arange(1 << 15, dtype=np.int64) << 29
     assert followed(offset, offset + (1 << 16)).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=12))
-def test_what_is_followed_shares_no_more_than_allowed(pairs):
+def test_what_is_followed_shares_no_more_than_allowed(pairs) -> None:
     ranges = [(start * UNIT, (start + length) * UNIT) for start, length in pairs]
     answers = chosen(*ranges)
     kept = [range(*pair) for pair, is_kept in zip(pairs_of(pairs), answers, strict=True) if is_kept]
@@ -82,7 +82,7 @@ def pairs_of(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     "name", ["snapshots-with-one-l1-table", "bitmaps-with-one-table", "misaligned-l2-tables"]
 )
-def test_a_check_that_did_not_follow_everything_says_so(name):
+def test_a_check_that_did_not_follow_everything_says_so(name) -> None:
     report = check_image(Bytes(bytes(BOMBS[name]().data)))
     assert report.verdict == "incomplete"
     assert not report.complete

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import ImageBuilder
 from planner.errors import ImageError
 from planner.qcow2 import bitmaps
 from planner.qcow2.bitmaps import IN_USE, Bitmap, encode_bitmap, read_bitmaps
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.geometry import Geometry
 from planner.source import Bytes
+from tests.images.builder import ImageBuilder
 from tests.planner.answers import refusal
 
 GEOMETRY = Geometry(3, 16, 4, 1 << 30)
@@ -42,12 +42,12 @@ def read(raw: bytes, count: int, *, size: int | None = None) -> tuple[Bitmap, ..
     return read_bitmaps(Bytes(raw), pointer, GEOMETRY)
 
 
-def test_entry_is_24_bytes():
+def test_entry_is_24_bytes() -> None:
     assert bitmaps.ENTRY_BYTES == 24
 
 
 @given(found=st.lists(good_bitmaps, min_size=1, max_size=5, unique_by=lambda b: b.name))
-def test_directory_comes_back_the_same(found):
+def test_directory_comes_back_the_same(found) -> None:
     found = [replace(bitmap, flags=bitmap.flags & bitmaps.AUTO) for bitmap in found]
     raw = b"".join(encode_bitmap(bitmap) for bitmap in found)
     again = read(raw, len(found))
@@ -58,7 +58,7 @@ def test_directory_comes_back_the_same(found):
 
 
 @given(raw=st.binary(min_size=1, max_size=120), count=st.integers(0, 4))
-def test_any_directory_is_read_or_refused(raw, count):
+def test_any_directory_is_read_or_refused(raw, count) -> None:
     error = refusal(read, raw, count)
     if error is None:
         assert len(read(raw, count)) == count
@@ -66,11 +66,11 @@ def test_any_directory_is_read_or_refused(raw, count):
         assert "\n" not in str(error)
 
 
-def test_granularity_is_in_bytes():
+def test_granularity_is_in_bytes() -> None:
     assert GOOD.granularity == 65536
 
 
-def test_bitmaps_of_an_image():
+def test_bitmaps_of_an_image() -> None:
     builder = ImageBuilder(size=1 << 28)
     builder.add_bitmap("first", {0, 4095}, granularity_bits=16)
     builder.add_bitmap("second", set(), granularity_bits=20)
@@ -103,7 +103,7 @@ RULES = {
 
 
 @pytest.mark.parametrize(("changes", "field"), RULES.values(), ids=RULES)
-def test_entry_that_qemu_refuses_is_refused(changes, field):
+def test_entry_that_qemu_refuses_is_refused(changes, field) -> None:
     with pytest.raises(ImageError) as caught:
         read(encode_bitmap(replace(GOOD, **changes)), 1)
     assert caught.value.field == f"{field} of the bitmap at 0"
@@ -119,18 +119,18 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
-def test_entry_that_qemu_takes_is_taken(changes):
+def test_entry_that_qemu_takes_is_taken(changes) -> None:
     assert read(encode_bitmap(replace(GOOD, **changes)), 1) == (replace(GOOD, **changes),)
 
 
-def test_names_are_unique():
+def test_names_are_unique() -> None:
     other = replace(GOOD, bitmap_table_offset=0x60000)
     with pytest.raises(ImageError, match="not unique"):
         read(encode_bitmap(GOOD) + encode_bitmap(other), 2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 65535])
-def test_count_of_the_extension_must_be_that_of_the_directory(count):
+def test_count_of_the_extension_must_be_that_of_the_directory(count) -> None:
     raw = encode_bitmap(GOOD) + encode_bitmap(replace(GOOD, name=b"other"))
     with pytest.raises(ImageError) as caught:
         read(raw, count)
@@ -138,26 +138,26 @@ def test_count_of_the_extension_must_be_that_of_the_directory(count):
 
 
 @pytest.mark.parametrize("cut", [1, 8, 16, 31])
-def test_entry_cut_off_by_the_end_of_the_directory_is_refused(cut):
+def test_entry_cut_off_by_the_end_of_the_directory_is_refused(cut) -> None:
     raw = encode_bitmap(GOOD)
     with pytest.raises(ImageError, match="cut off"):
         read(raw, 1, size=len(raw) - cut)
 
 
-def test_name_that_runs_past_the_directory_is_refused():
+def test_name_that_runs_past_the_directory_is_refused() -> None:
     raw = bytearray(encode_bitmap(GOOD))
     raw[18:20] = b"\xff\xff"
     with pytest.raises(ImageError, match="cut off"):
         read(bytes(raw), 1)
 
 
-def test_empty_directory_is_refused():
+def test_empty_directory_is_refused() -> None:
     with pytest.raises(ImageError) as caught:
         read(b"", 0)
     assert caught.value.field == "bitmap_directory_size"
 
 
-def test_directory_past_the_end_of_the_file_is_refused():
+def test_directory_past_the_end_of_the_file_is_refused() -> None:
     with pytest.raises(ImageError) as caught:
         read_bitmaps(Bytes(bytes(1024)), BitmapsPointer(1, 64 << 20, 0), GEOMETRY)
     assert caught.value.field == "bitmap_directory_offset"

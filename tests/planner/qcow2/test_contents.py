@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from examples.make_image import Image, ImageBuilder
 from planner.errors import ImageError
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import CRYPT_LUKS, MAGIC
 from planner.qcow2.luks import encode_luks
 from planner.source import Bytes
-from tests.luks_headers import luks_header
+from tests.images.builder import Image, ImageBuilder
+from tests.images.luks_headers import luks_header
 
 
 def _image() -> Image:

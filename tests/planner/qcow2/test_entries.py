@@ -47,12 +47,12 @@ MASKS = {
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-def test_masks_are_disjoint_and_together_all_64_bits(masks):
+def test_masks_are_disjoint_and_together_all_64_bits(masks) -> None:
     assert sum(masks) == ALL_BITS
     assert sum(mask.bit_count() for mask in masks) == 64
 
 
-def test_masks_are_those_of_the_specification():
+def test_masks_are_those_of_the_specification() -> None:
     assert entries.L1_OFFSET == entries.L2_OFFSET == 0x00FF_FFFF_FFFF_FE00
     assert entries.L1_RESERVED == 0x7F00_0000_0000_01FF
     assert entries.L2_RESERVED == 0x3F00_0000_0000_01FE
@@ -78,7 +78,7 @@ def type_of(word: int, *, extended: bool, external: bool) -> ClusterType:
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("extended", [False, True])
 @given(values=st.lists(telling_words | words, max_size=40))
-def test_cluster_types_follow_the_specification(extended, external, values):
+def test_cluster_types_follow_the_specification(extended, external, values) -> None:
     types = entries.cluster_types(as_words(*values), geometry(extended=extended, external=external))
     expected = [type_of(word, extended=extended, external=external) for word in values]
     assert types.tolist() == expected
@@ -98,22 +98,22 @@ def test_cluster_types_follow_the_specification(extended, external, values):
         (COMPRESSED | COPIED | ZERO, ClusterType.COMPRESSED),
     ],
 )
-def test_type_of_a_standard_entry(word, expected):
+def test_type_of_a_standard_entry(word, expected) -> None:
     assert entries.cluster_types(as_words(word), geometry()).tolist() == [expected]
 
 
-def test_zero_bit_of_an_extended_entry_is_ignored():
+def test_zero_bit_of_an_extended_entry_is_ignored() -> None:
     types = entries.cluster_types(as_words(ZERO, 5 << 16 | ZERO), geometry(extended=True))
     assert types.tolist() == [ClusterType.UNALLOCATED, ClusterType.NORMAL]
 
 
-def test_offset_zero_with_copied_is_data_in_an_external_data_file():
+def test_offset_zero_with_copied_is_data_in_an_external_data_file() -> None:
     types = entries.cluster_types(as_words(COPIED, 0), geometry(external=True))
     assert types.tolist() == [ClusterType.NORMAL, ClusterType.UNALLOCATED]
 
 
 @given(values=st.lists(words, max_size=20))
-def test_offsets_keep_their_shape_and_drop_flags(values):
+def test_offsets_keep_their_shape_and_drop_flags(values) -> None:
     table = as_words(*values, *values).reshape(2, len(values))
     offsets = entries.l2_offsets(table)
     assert offsets.dtype == np.int64
@@ -122,7 +122,7 @@ def test_offsets_keep_their_shape_and_drop_flags(values):
 
 @pytest.mark.parametrize("cluster_bits", CLUSTER_BITS)
 @given(values=st.lists(words, min_size=1, max_size=20))
-def test_compressed_ranges_follow_the_specification(cluster_bits, values):
+def test_compressed_ranges_follow_the_specification(cluster_bits, values) -> None:
     offset, length = entries.compressed_ranges(as_words(*values), geometry(cluster_bits))
     shift = 62 - (cluster_bits - 8)
     for word, start, size in zip(values, offset.tolist(), length.tolist(), strict=True):
@@ -132,7 +132,7 @@ def test_compressed_ranges_follow_the_specification(cluster_bits, values):
         assert (start + size) % 512 == 0
 
 
-def test_compressed_range_of_an_entry_written_down_by_hand():
+def test_compressed_range_of_an_entry_written_down_by_hand() -> None:
     # 64 KiB clusters: offset in bits 0-53; sectors beyond the first in bits 54-61.
     word = COMPRESSED | 2 << 54 | 0x50_0123
     offset, length = entries.compressed_ranges(as_words(word), geometry())
@@ -153,5 +153,5 @@ def test_compressed_range_of_an_entry_written_down_by_hand():
         (1 << 63 | 7 << 16, True),
     ],
 )
-def test_bitmap_table_entry(word, bad):
+def test_bitmap_table_entry(word, bad) -> None:
     assert entries.bad_bitmap_entries(as_words(word), geometry()).tolist() == [bad]

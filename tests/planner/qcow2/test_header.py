@@ -35,7 +35,7 @@ def values_of(names: list[str]) -> dict[str, st.SearchStrategy[int]]:
     return {name: u64 if name in WIDE else u32 for name in names}
 
 
-def test_lengths_are_those_of_the_specification():
+def test_lengths_are_those_of_the_specification() -> None:
     assert HEADER_V2.sizeof() == 72
     assert HEADER_V2.sizeof() + HEADER_V3.sizeof() == 104
 
@@ -63,21 +63,21 @@ def test_lengths_are_those_of_the_specification():
         ("header_length", 100, 4),
     ],
 )
-def test_field_is_where_the_specification_has_it(name, offset, size):
+def test_field_is_where_the_specification_has_it(name, offset, size) -> None:
     header = bytearray(104)
     header[4:8] = (3).to_bytes(4, "big")
     header[offset : offset + size] = (3).to_bytes(size, "big")
     assert getattr(decode_header(bytes(header)), name) == 3
 
 
-def test_no_field_is_left_out():
+def test_no_field_is_left_out() -> None:
     assert {field.name for field in fields(Header)} == {
         "magic", "version", *V2_NAMES, *V3_NAMES, "additional",
     }  # fmt: skip
 
 
 @given(values=st.fixed_dictionaries(values_of(V2_NAMES)))
-def test_version_2_comes_back_the_same(values):
+def test_version_2_comes_back_the_same(values) -> None:
     header = Header(magic=MAGIC, version=2, **values)
     raw = encode_header(header)
     assert len(raw) == 72
@@ -89,7 +89,7 @@ def test_version_2_comes_back_the_same(values):
     values=st.fixed_dictionaries(values_of([*V2_NAMES, *V3_NAMES[:-1]])),
     additional=st.binary(max_size=40),
 )
-def test_version_3_comes_back_the_same(values, additional):
+def test_version_3_comes_back_the_same(values, additional) -> None:
     length = 104 + len(additional)
     header = Header(magic=MAGIC, version=3, header_length=length, additional=additional, **values)
     raw = encode_header(header)
@@ -98,13 +98,13 @@ def test_version_3_comes_back_the_same(values, additional):
 
 
 @given(raw=st.binary(min_size=104, max_size=160))
-def test_any_bytes_decode_and_come_back_the_same(raw):
+def test_any_bytes_decode_and_come_back_the_same(raw) -> None:
     again = encode_header(decode_header(raw))
     assert again == raw[: len(again)]
     assert len(again) >= 72
 
 
-def test_version_2_has_the_defaults_of_version_3():
+def test_version_2_has_the_defaults_of_version_3() -> None:
     header = decode_header(encode_header(Header(MAGIC, 2, *[0] * len(V2_NAMES))))
     assert (header.refcount_order, header.header_length, header.compression_type) == (4, 72, 0)
     assert not header.incompatible_features | header.compatible_features
@@ -112,12 +112,12 @@ def test_version_2_has_the_defaults_of_version_3():
 
 
 @pytest.mark.parametrize("bits", [Incompatible, Compatible, Autoclear])
-def test_feature_bits_are_single_and_distinct(bits):
+def test_feature_bits_are_single_and_distinct(bits) -> None:
     assert all(bit.value.bit_count() == 1 for bit in bits)
     assert sum(bits) == (1 << len(bits)) - 1
 
 
-def test_known_incompatible_bits_are_those_with_a_name():
+def test_known_incompatible_bits_are_those_with_a_name() -> None:
     assert sum(Incompatible) == KNOWN_INCOMPATIBLE
 
 
@@ -130,7 +130,7 @@ def test_known_incompatible_bits_are_those_with_a_name():
         (Incompatible.EXTENDED_L2, "extended_l2"),
     ],
 )
-def test_feature_bit_has_its_accessor(bit, name):
+def test_feature_bit_has_its_accessor(bit, name) -> None:
     names = ("dirty", "corrupt", "external_data", "extended_l2")
     plain = Header(MAGIC, 3, *[0] * len(V2_NAMES))
     flagged = Header(MAGIC, 3, *[0] * len(V2_NAMES), incompatible_features=bit)
@@ -139,7 +139,7 @@ def test_feature_bit_has_its_accessor(bit, name):
 
 
 @given(data=st.binary(max_size=80))
-def test_what_does_not_begin_with_the_magic_is_not_qcow2(data):
+def test_what_does_not_begin_with_the_magic_is_not_qcow2(data) -> None:
     if data[:4] == MAGIC.to_bytes(4, "big"):
         return
     with pytest.raises(NotQcow2):
@@ -147,7 +147,7 @@ def test_what_does_not_begin_with_the_magic_is_not_qcow2(data):
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_header_cut_off_at_any_byte_is_refused(version):
+def test_header_cut_off_at_any_byte_is_refused(version) -> None:
     header = Header(MAGIC, version, 0, 0, 16, *[0] * (len(V2_NAMES) - 3), header_length=104)
     raw = encode_header(header)
     assert read_header(Bytes(raw)).version == version
@@ -157,7 +157,7 @@ def test_header_cut_off_at_any_byte_is_refused(version):
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_the_older_format_is_not_qcow2(version):
+def test_the_older_format_is_not_qcow2(version) -> None:
     raw = encode_header(Header(MAGIC, version, *[0] * len(V2_NAMES)))
     with pytest.raises(NotQcow2) as caught:
         read_header(Bytes(raw))
@@ -165,7 +165,7 @@ def test_the_older_format_is_not_qcow2(version):
 
 
 @given(raw=st.binary(max_size=120))
-def test_any_header_is_read_or_refused(raw):
+def test_any_header_is_read_or_refused(raw) -> None:
     source = Bytes(MAGIC.to_bytes(4, "big") + b"\0\0\0\3" + raw)
     error = refusal(read_header, source)
     if error is None:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import Image, ImageBuilder, feature_name_table
 from planner.errors import ImageError, NotQcow2
 from planner.qcow2 import extensions
 from planner.qcow2.extensions import BITMAPS, BITMAPS_POINTER, CRYPTO_HEADER, CRYPTO_POINTER
@@ -15,6 +14,7 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout, sector_end
 from planner.source import Bytes
+from tests.images.builder import Image, ImageBuilder, feature_name_table
 from tests.planner.answers import refusal
 
 MIB = 1 << 20
@@ -194,7 +194,7 @@ STOPS: dict[str, tuple[Callable[[], Image], str]] = {
 
 
 @pytest.mark.parametrize(("make", "field"), STOPS.values(), ids=STOPS)
-def test_image_that_cannot_be_opened_is_refused(make, field):
+def test_image_that_cannot_be_opened_is_refused(make, field) -> None:
     with pytest.raises(ImageError) as caught:
         Layout.read(make().source)
     assert caught.value.field == field
@@ -212,7 +212,7 @@ NOT_QCOW2 = {
 
 
 @pytest.mark.parametrize("data", NOT_QCOW2.values(), ids=NOT_QCOW2)
-def test_what_is_not_qcow2_is_told_apart(data):
+def test_what_is_not_qcow2_is_told_apart(data) -> None:
     with pytest.raises(NotQcow2) as caught:
         Layout.read(Bytes(data))
     assert caught.value.exit_code == 63
@@ -246,14 +246,14 @@ ALLOWED: dict[str, Callable[[], Image]] = {
 
 
 @pytest.mark.parametrize("make", ALLOWED.values(), ids=ALLOWED)
-def test_image_that_can_be_opened_is_opened(make):
+def test_image_that_can_be_opened_is_opened(make) -> None:
     image = make()
     layout = Layout.read(image.source)
     assert layout.header == image.header
     assert layout.file_size == len(image.data)
 
 
-def test_unknown_feature_has_its_name_from_the_feature_name_table():
+def test_unknown_feature_has_its_name_from_the_feature_name_table() -> None:
     magic, rows = feature_name_table()
     rows += extensions.FEATURE_NAME.build(
         {"type": 0, "bit": 40, "name": b"time travel".ljust(46, b"\0")}
@@ -263,14 +263,14 @@ def test_unknown_feature_has_its_name_from_the_feature_name_table():
         Layout.read(image.source)
 
 
-def test_unknown_feature_is_told_though_the_extensions_are_broken_too():
+def test_unknown_feature_is_told_though_the_extensions_are_broken_too() -> None:
     image = with_extension_length(0xFFFF_FFFF)
     image.change_header(incompatible_features=1 << 40)
     with pytest.raises(ImageError, match="unknown: bit 40"):
         Layout.read(image.source)
 
 
-def test_backing_file_name_is_as_stored():
+def test_backing_file_name_is_as_stored() -> None:
     assert Layout.read(plain(backing_file=b"/dev/\xff").source).backing_file == b"/dev/\xff"
     assert Layout.read(plain().source).backing_file is None
 
@@ -286,14 +286,14 @@ def test_backing_file_name_is_as_stored():
         (Geometry(3, 16, 4, 0), 8192, 512 * MIB, 0),
     ],
 )
-def test_shape_of_the_tables(geometry, entries, coverage, needed):
+def test_shape_of_the_tables(geometry, entries, coverage, needed) -> None:
     assert geometry.l2_entries == entries
     assert geometry.l2_coverage == coverage
     assert geometry.l1_entries_needed == needed
 
 
 @pytest.mark.parametrize(("order", "entries"), [(0, 524288), (3, 65536), (4, 32768), (6, 8192)])
-def test_shape_of_a_refcount_block(order, entries):
+def test_shape_of_a_refcount_block(order, entries) -> None:
     geometry = Geometry(3, 16, order, 0)
     assert geometry.refblock_entries == entries
     assert geometry.refcount_bits == 1 << order
@@ -303,17 +303,17 @@ def test_shape_of_a_refcount_block(order, entries):
 @pytest.mark.parametrize(
     ("size", "clusters"), [(0, 0), (511, 0), (512, 1), (65536, 1), (65537, 1), (66048, 2)]
 )
-def test_guest_clusters_count_whole_sectors(size, clusters):
+def test_guest_clusters_count_whole_sectors(size, clusters) -> None:
     assert Geometry(3, 16, 4, size).guest_clusters == clusters
 
 
 @pytest.mark.parametrize(("size", "end"), [(0, 0), (1, 512), (512, 512), (513, 1024)])
-def test_file_ends_with_a_sector(size, end):
+def test_file_ends_with_a_sector(size, end) -> None:
     assert sector_end(size) == end
 
 
 @given(data=st.binary(max_size=300))
-def test_any_bytes_give_a_layout_or_an_image_error(data):
+def test_any_bytes_give_a_layout_or_an_image_error(data) -> None:
     assert "\n" not in str(refusal(Layout.read, Bytes(data)))
 
 
@@ -337,7 +337,7 @@ RICH = bytes(rich.build().data)
     ),
     end=st.none() | st.integers(0, 1000),
 )
-def test_any_damaged_header_gives_a_layout_or_an_image_error(changes, end):
+def test_any_damaged_header_gives_a_layout_or_an_image_error(changes, end) -> None:
     data = bytearray(RICH[:end])
     for at, value in changes:
         if at < len(data):
@@ -359,7 +359,7 @@ CLAIMS: dict[str, dict[str, int]] = {
 
 
 @pytest.mark.parametrize("fields", CLAIMS.values(), ids=CLAIMS)
-def test_what_a_short_file_claims_costs_nothing(fields):
+def test_what_a_short_file_claims_costs_nothing(fields) -> None:
     image = changed(**fields)
     source = Bytes(bytes(image.data[:200]))
     tracemalloc.start()

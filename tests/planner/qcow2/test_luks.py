@@ -25,7 +25,7 @@ from planner.qcow2.luks import (
     read_luks,
 )
 from planner.source import Bytes
-from tests.luks_headers import ACCEPTED, LOCKED, REFUSED, luks_header, with_slot
+from tests.images.luks_headers import ACCEPTED, LOCKED, REFUSED, luks_header, with_slot
 
 
 def test_header_is_as_long_as_the_specification_says() -> None:

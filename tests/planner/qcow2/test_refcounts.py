@@ -26,7 +26,7 @@ def stored_refcount(block: bytes, index: int, order: int) -> int:
 
 @pytest.mark.parametrize("order", ORDERS)
 @given(data=st.binary(min_size=64, max_size=64))
-def test_unpacking_follows_the_specification(order, data):
+def test_unpacking_follows_the_specification(order, data) -> None:
     values = unpack_refcounts(blocks(data), order)
     expected = [stored_refcount(data, index, order) for index in range(64 * 8 >> order)]
     assert values.tolist() == expected
@@ -34,13 +34,13 @@ def test_unpacking_follows_the_specification(order, data):
 
 @pytest.mark.parametrize("order", ORDERS)
 @given(data=st.binary(min_size=64, max_size=64))
-def test_bytes_come_back_the_same(order, data):
+def test_bytes_come_back_the_same(order, data) -> None:
     assert pack_refcounts(unpack_refcounts(blocks(data), order), order).tobytes() == data
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @given(data=st.data())
-def test_refcounts_come_back_the_same(order, data):
+def test_refcounts_come_back_the_same(order, data) -> None:
     top = (1 << (1 << order)) - 1
     values = data.draw(st.lists(st.integers(0, top), min_size=8, max_size=8))
     packed = pack_refcounts(np.array(values, dtype=np.uint64), order)
@@ -60,13 +60,13 @@ def test_refcounts_come_back_the_same(order, data):
         (6, b"\x01\x02\x03\x04\x05\x06\x07\x08", [0x102030405060708]),
     ],
 )
-def test_bit_and_byte_order(order, data, expected):
+def test_bit_and_byte_order(order, data, expected) -> None:
     assert unpack_refcounts(blocks(data), order).tolist() == expected
     assert pack_refcounts(np.array(expected, dtype=np.uint64), order).tobytes() == data
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_many_blocks_at_once(order):
+def test_many_blocks_at_once(order) -> None:
     data = bytes(range(256)) * 6
     table = unpack_refcounts(blocks(data).reshape(3, 512), order)
     assert table.shape == (3, 512 * 8 >> order)
@@ -79,12 +79,12 @@ def test_many_blocks_at_once(order):
     ("order", "dtype"),
     [(0, "u1"), (1, "u1"), (2, "u1"), (3, "u1"), (4, "u2"), (5, "u4"), (6, "u8")],
 )
-def test_native_order_in_the_smallest_type(order, dtype):
+def test_native_order_in_the_smallest_type(order, dtype) -> None:
     assert unpack_refcounts(blocks(bytes(64)), order).dtype == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @given(data=st.binary(min_size=64, max_size=64), indices=st.lists(st.integers(0, 7), max_size=5))
-def test_single_refcounts_of_a_block(order, data, indices):
+def test_single_refcounts_of_a_block(order, data, indices) -> None:
     found = read_refcount_in_block(blocks(data), np.array(indices, dtype=np.int64), order)
     assert found.tolist() == [stored_refcount(data, index, order) for index in indices]

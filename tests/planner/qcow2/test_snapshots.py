@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import ImageBuilder
 from planner.errors import ImageError
 from planner.qcow2 import snapshots as snapshots_module
 from planner.qcow2.snapshots import (
@@ -23,6 +22,7 @@ from planner.qcow2.snapshots import (
     read_snapshots,
 )
 from planner.source import Bytes
+from tests.images.builder import ImageBuilder
 from tests.planner.answers import refusal
 
 u16 = st.integers(0, (1 << 16) - 1)
@@ -55,12 +55,12 @@ def table_of(image) -> SnapshotTable:
     return read_snapshots(image.source, image.header, image.geometry)
 
 
-def test_entry_is_40_bytes():
+def test_entry_is_40_bytes() -> None:
     assert ENTRY_BYTES == 40
 
 
 @given(snapshot=snapshots, before=st.integers(0, 9).map(lambda n: n * 8))
-def test_entry_comes_back_the_same(snapshot, before):
+def test_entry_comes_back_the_same(snapshot, before) -> None:
     raw = encode_snapshot(snapshot)
     assert len(raw) % 8 == 0
     source = Bytes(bytes(before) + raw)
@@ -68,7 +68,7 @@ def test_entry_comes_back_the_same(snapshot, before):
 
 
 @given(raw=st.binary(max_size=80))
-def test_any_bytes_decode_and_come_back_the_same_or_are_refused(raw):
+def test_any_bytes_decode_and_come_back_the_same_or_are_refused(raw) -> None:
     error = refusal(decode_snapshot, Bytes(raw), 0)
     if error is not None:
         assert error.field == "extra_data_size"
@@ -90,14 +90,14 @@ def test_any_bytes_decode_and_come_back_the_same_or_are_refused(raw):
         (bytes(16) + (5).to_bytes(8, "big") + b"unknown more", 0, 0, 5),
     ],
 )
-def test_extra_data_says_as_much_as_it_has(extra, vm_state, disk, icount):
+def test_extra_data_says_as_much_as_it_has(extra, vm_state, disk, icount) -> None:
     snapshot = replace(EMPTY, vm_state_size_32=7, extra_data=extra)
     assert (snapshot.vm_state_size, snapshot.disk_size, snapshot.icount) == (
         vm_state, disk, icount,
     )  # fmt: skip
 
 
-def test_table_lists_snapshots_in_order():
+def test_table_lists_snapshots_in_order() -> None:
     table = table_of(image_with("one", "second", "third one"))
     assert [snapshot.name for snapshot in table.snapshots] == [b"one", b"second", b"third one"]
     assert [snapshot.id_str for snapshot in table.snapshots] == [b"1", b"2", b"3"]
@@ -105,16 +105,16 @@ def test_table_lists_snapshots_in_order():
     assert offsets == [0, 64, 128]  # 40 + 16 of extra data + id + name, padded to 8
 
 
-def test_length_of_the_table_leaves_out_the_last_padding():
+def test_length_of_the_table_leaves_out_the_last_padding() -> None:
     assert table_of(image_with("one")).length == 40 + 16 + 1 + 3
 
 
-def test_no_snapshots_is_an_empty_table():
+def test_no_snapshots_is_an_empty_table() -> None:
     table = table_of(image_with())
     assert (table.length, len(table.snapshots)) == (0, 0)
 
 
-def test_entries_past_the_end_of_the_file_are_snapshots_of_nothing():
+def test_entries_past_the_end_of_the_file_are_snapshots_of_nothing() -> None:
     image = image_with("one")
     image.change_header(nb_snapshots=3, snapshots_offset=len(image.data))
     table = table_of(image)
@@ -141,7 +141,7 @@ def with_extra_data_size(size: int):
     return image
 
 
-def test_table_over_its_limit_is_refused(monkeypatch):
+def test_table_over_its_limit_is_refused(monkeypatch) -> None:
     assert snapshots_module.MAX_TABLE_BYTES == 64 << 20
     monkeypatch.setattr(snapshots_module, "MAX_TABLE_BYTES", 200)
     assert len(table_of(image_with("one", "two", "three")).snapshots) == 3  # 189 bytes
@@ -165,14 +165,14 @@ STOPS = {
 
 
 @pytest.mark.parametrize(("make", "field"), STOPS.values(), ids=STOPS)
-def test_table_that_cannot_be_read_is_refused(make, field):
+def test_table_that_cannot_be_read_is_refused(make, field) -> None:
     with pytest.raises(ImageError) as caught:
         table_of(make())
     assert caught.value.field == field
     assert "\n" not in str(caught.value)
 
 
-def test_extra_data_of_1024_bytes_is_read():
+def test_extra_data_of_1024_bytes_is_read() -> None:
     builder = ImageBuilder(cluster_bits=9, size=1 << 15)
     builder.take_snapshot("x", extra_data=b"e" * 1024)
     assert table_of(builder.build()).snapshots[0].extra_data == b"e" * 1024
@@ -195,7 +195,7 @@ def with_field(image, index: int, at: int, width: int, value: int):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_what_is_in_front_of_garbage_and_behind_it_can_be_reached(index):
+def test_what_is_in_front_of_garbage_and_behind_it_can_be_reached(index) -> None:
     image = image_with("one", "two", "three")
     at = table_of(image).snapshots[index].offset
     image.data[at : at + 40] = b"\xff" * 40
@@ -206,7 +206,7 @@ def test_what_is_in_front_of_garbage_and_behind_it_can_be_reached(index):
 
 @pytest.mark.parametrize("size", [1025, 1 << 16, (1 << 32) - 1])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_an_entry_whose_length_of_extra_data_alone_is_wrong_is_read_as_it_was(size, index):
+def test_an_entry_whose_length_of_extra_data_alone_is_wrong_is_read_as_it_was(size, index) -> None:
     image = image_with("one", "two", "three")
     before = list(table_of(image).snapshots)
     with_field(image, index, 36, 4, size)
@@ -214,7 +214,7 @@ def test_an_entry_whose_length_of_extra_data_alone_is_wrong_is_read_as_it_was(si
     assert list(table.snapshots) == before
 
 
-def test_extra_data_that_is_there_is_cut_to_what_has_a_meaning():
+def test_extra_data_that_is_there_is_cut_to_what_has_a_meaning() -> None:
     image = image_with("one")
     l1 = table_of(image).snapshots[0].l1_table_offset
     long = replace(
@@ -229,7 +229,7 @@ def test_extra_data_that_is_there_is_cut_to_what_has_a_meaning():
 
 
 @pytest.mark.parametrize("value", [0, 1, 512 * 1000], ids=["none", "misaligned", "past the end"])
-def test_an_entry_without_an_l1_table_cannot_be_reached(value):
+def test_an_entry_without_an_l1_table_cannot_be_reached(value) -> None:
     image = image_with("one", "two", "three")
     with_field(image, 0, 36, 4, 1025)
     at = image.header.snapshots_offset + table_of(image_with("one", "two")).length + 7 & ~7
@@ -237,20 +237,20 @@ def test_an_entry_without_an_l1_table_cannot_be_reached(value):
     assert reached(image) == [b"one", b"two"]
 
 
-def test_an_entry_whose_names_cannot_be_found_is_reached_without_them():
+def test_an_entry_whose_names_cannot_be_found_is_reached_without_them() -> None:
     image = image_with("one", "two")
     with_field(image, 1, 12, 4, 0xFFFF_FFFF)
     with_field(image, 1, 36, 4, 1 << 20)
     assert reached(image) == [b"one", b""]
 
 
-def test_of_more_snapshots_than_there_can_be_those_in_the_file_can_be_reached():
+def test_of_more_snapshots_than_there_can_be_those_in_the_file_can_be_reached() -> None:
     image = image_with("one", "two")
     image.change_header(nb_snapshots=(1 << 32) - 1)
     assert reached(image) == [b"one", b"two"]
 
 
-def test_of_a_misplaced_table_nothing_can_be_reached():
+def test_of_a_misplaced_table_nothing_can_be_reached() -> None:
     image = image_with("one")
     image.change_header(snapshots_offset=image.header.snapshots_offset + 8)
     assert reached(image) == []
@@ -280,7 +280,7 @@ def answer_of(read):
         return str(error)
 
 
-def assert_read_the_same(source, count):
+def assert_read_the_same(source, count) -> None:
     image = image_with()
     header = replace(image.header, snapshots_offset=512, nb_snapshots=count)
 
@@ -299,14 +299,14 @@ def assert_read_the_same(source, count):
     more=st.integers(0, 3),
     read_bytes=st.sampled_from([ENTRY_BYTES, 100, 64 << 10]),
 )
-def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, read_bytes):
+def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, read_bytes) -> None:
     source = Bytes(bytes(512) + b"".join(table))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshots_module, "READ_BYTES", read_bytes)
         assert_read_the_same(source, len(table) + more)
 
 
-def test_a_long_table_is_the_same_as_its_entries():
+def test_a_long_table_is_the_same_as_its_entries() -> None:
     rng = random.Random(1)
     entries = [
         replace(
@@ -322,11 +322,11 @@ def test_a_long_table_is_the_same_as_its_entries():
     assert_read_the_same(Bytes(bytes(512) + table[:-2000]), 520)
 
 
-def test_nothing_behind_the_table_is_read():
+def test_nothing_behind_the_table_is_read() -> None:
     class Watched(Bytes):
         end = 0
 
-        def read_into(self, offset, buffer):
+        def read_into(self, offset, buffer) -> None:
             type(self).end = max(self.end, offset + len(buffer))
             super().read_into(offset, buffer)
 
@@ -336,7 +336,7 @@ def test_nothing_behind_the_table_is_read():
     assert Watched.end == table.offset + table.length
 
 
-def test_entries_as_columns_are_those_of_the_snapshots():
+def test_entries_as_columns_are_those_of_the_snapshots() -> None:
     table = table_of(image_with("one", "second", "third one"))
     fields = table.snapshots.fields()
     assert fields["l1_table_offset"].tolist() == [s.l1_table_offset for s in table.snapshots]
@@ -349,7 +349,7 @@ def test_entries_as_columns_are_those_of_the_snapshots():
     assert table.snapshots != table_of(image_with("one", "second", "third two")).snapshots
 
 
-def test_as_many_snapshots_as_there_can_be_cost_little_more_than_their_bytes():
+def test_as_many_snapshots_as_there_can_be_cost_little_more_than_their_bytes() -> None:
     entry = encode_snapshot(replace(EMPTY, extra_data=bytes(16), id_str=b"12345", name=b"snapshot"))
     source = Bytes(bytes(512) + entry * MAX_SNAPSHOTS)
     header = replace(image_with().header, snapshots_offset=512, nb_snapshots=MAX_SNAPSHOTS)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from examples.make_image import Image
 from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import FindingKind as Kind
@@ -14,7 +13,8 @@ from planner.repair.plan import RepairTier, StageKind
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
-from tests.planner.corpus.rule import COPIED, SIZE, builder, fill, plain, with_snapshot
+from tests.images.builder import Image
+from tests.images.corpus.rule import COPIED, SIZE, builder, fill, plain, with_snapshot
 
 RESERVED = 1 << 60
 
@@ -50,7 +50,7 @@ def checks_of(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Propo
     return len(checked), proposal
 
 
-def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch):
+def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch) -> None:
     image = plain()
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     image.set_word(72, 1)
@@ -59,7 +59,7 @@ def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch):
     assert counts(proposal) == {}
 
 
-def test_bits_are_drafted_anew_where_the_outcome_is_not_clean_after_all(monkeypatch):
+def test_bits_are_drafted_anew_where_the_outcome_is_not_clean_after_all(monkeypatch) -> None:
     image = plain()
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     image.set_word(72, 1)
@@ -70,20 +70,20 @@ def test_bits_are_drafted_anew_where_the_outcome_is_not_clean_after_all(monkeypa
     assert Kind.DATA_MISALIGNED in counts(proposal)
 
 
-def test_reserved_bits_go_with_the_first_repair_where_the_refcount_is_wrong_too():
+def test_reserved_bits_go_with_the_first_repair_where_the_refcount_is_wrong_too() -> None:
     image = plain()
     image.set_bits(image.l2_at(1), RESERVED)
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     assert counts(settled(image)) == {}
 
 
-def test_reserved_bits_go_with_the_first_repair_where_the_copied_flag_is_wrong_too():
+def test_reserved_bits_go_with_the_first_repair_where_the_copied_flag_is_wrong_too() -> None:
     image = plain()
     image.set_word(image.l2_at(1), image.host_offset(1) | RESERVED)
     assert counts(settled(image)) == {}
 
 
-def test_reserved_bits_stay_where_the_target_is_lost():
+def test_reserved_bits_stay_where_the_target_is_lost() -> None:
     image = plain()
     image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | RESERVED)
     assert counts(settled(image))[Kind.L1_ENTRY_RESERVED] == 1
@@ -94,7 +94,7 @@ def misaligned_zero(image: Image) -> None:
     image.set_word(image.l2_at(1), image.host_offset(1) + 512 | COPIED | entries.ZERO)
 
 
-def test_reserved_bits_go_where_no_refcount_at_all_can_be_looked_up():
+def test_reserved_bits_go_where_no_refcount_at_all_can_be_looked_up() -> None:
     """The refcount table is said to lie where the L1 table is, which is no refcount table."""
     image = plain()
     for index in range(2):
@@ -109,7 +109,7 @@ def claimed_as_refblock(image: Image, offset: int) -> Image:
 
 
 @pytest.mark.parametrize("what", ["L2 table", "L1 table", "data", "header", "zeros"])
-def test_a_refcount_table_entry_that_leads_to_something_else_is_wrong(what):
+def test_a_refcount_table_entry_that_leads_to_something_else_is_wrong(what) -> None:
     made = fill(builder())
     made.write(9, bytes(SIZE - 1) + b"x")
     image = made.build()
@@ -133,7 +133,9 @@ def test_a_refcount_table_entry_that_leads_to_something_else_is_wrong(what):
     [b"", b"text " * (SIZE // 5), b"\x80\0\0\0\0\7\0\0" * (SIZE // 8)],
     ids=["zeros", "text", "table"],
 )
-def test_what_is_lost_stays_counted_where_something_else_lies_in_the_place_of_refcounts(content):
+def test_what_is_lost_stays_counted_where_something_else_lies_in_the_place_of_refcounts(
+    content,
+) -> None:
     image = plain()
     lost = image.l2_table(1)
     data = [image.word(lost + 8 * index) % COPIED for index in range(SIZE // 8)]
@@ -148,14 +150,14 @@ def test_what_is_lost_stays_counted_where_something_else_lies_in_the_place_of_re
 
 
 @pytest.mark.parametrize("what", ["L1 entry", "data"])
-def test_what_leads_to_refcounts_that_are_right_stays_named(what):
+def test_what_leads_to_refcounts_that_are_right_stays_named(what) -> None:
     image = plain()
     block = image.refblock(0)
     image.set_word(image.l1_at(1) if what == "L1 entry" else image.l2_at(1), block | COPIED)
     assert Kind.MULTIPLE_OWNERS in counts(settled(image))
 
 
-def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named():
+def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named() -> None:
     """Two L1 entries lead to one L2 table: a guest that writes to one must copy it first."""
     image = plain()
     image.set_word(image.l1_at(1), image.word(image.l1_at(0)))
@@ -167,13 +169,13 @@ def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named():
         assert read_bytes(after, at, 1)[0] & 0x80 == 0
 
 
-def test_a_refcount_table_that_is_said_to_be_the_header_is_made_anew():
+def test_a_refcount_table_that_is_said_to_be_the_header_is_made_anew() -> None:
     image = plain()
     image.change_header(refcount_table_offset=0)
     assert counts(settled(image)) == {}
 
 
-def test_a_refcount_table_that_seems_to_go_on_over_zeros_and_text_ends_where_it_did():
+def test_a_refcount_table_that_seems_to_go_on_over_zeros_and_text_ends_where_it_did() -> None:
     image = plain()
     old, new = image.header.refcount_table_offset // SIZE, image.host_clusters
     image.data += image.data[old * SIZE : (old + 1) * SIZE] + bytes(SIZE) + b"text" * (SIZE // 4)
@@ -190,7 +192,7 @@ def test_a_refcount_table_that_seems_to_go_on_over_zeros_and_text_ends_where_it_
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["active", "with a snapshot"])
-def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared(shared):
+def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared(shared) -> None:
     made = fill(builder())
     made.write_zeros(9, allocated=True)
     if shared:
@@ -201,7 +203,7 @@ def test_an_entry_that_reads_as_zeros_does_not_make_the_header_shared(shared):
     assert counts(settled(image)) == {}
 
 
-def test_where_something_leads_to_the_header_refcounts_are_corrected_without_it():
+def test_where_something_leads_to_the_header_refcounts_are_corrected_without_it() -> None:
     image = plain()
     image.set_word(image.l2_at(7), entries.COMPRESSED | 1)
     proposal = settled(image)
@@ -212,7 +214,7 @@ def test_where_something_leads_to_the_header_refcounts_are_corrected_without_it(
         propose(image.source, check_image(image.source), RepairTier.ALL)
 
 
-def test_two_kinds_of_damage_in_one_table_go_with_one_repair():
+def test_two_kinds_of_damage_in_one_table_go_with_one_repair() -> None:
     made = fill(builder())
     made.write_zeros(9, allocated=True)
     made.write_compressed(3, b"x")
@@ -222,7 +224,7 @@ def test_two_kinds_of_damage_in_one_table_go_with_one_repair():
     assert {Kind.ZERO_MISALIGNED, Kind.COMPRESSED_COPIED} <= settled(image).before.counts().keys()
 
 
-def test_l1_entries_are_mended_in_sectors_that_they_share():
+def test_l1_entries_are_mended_in_sectors_that_they_share() -> None:
     image = plain()
     image.set_bits(image.l1_at(0), RESERVED)
     image.set_word(image.l1_at(1), image.word(image.l1_at(1)) ^ COPIED)
@@ -235,7 +237,7 @@ def test_l1_entries_are_mended_in_sectors_that_they_share():
     ]
 
 
-def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it():
+def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it() -> None:
     """It reaches over two clusters, the second of them an L2 table in which a flag is wrong."""
     image = plain()
     table = image.l2_table(1)
@@ -247,21 +249,21 @@ def test_what_a_cluster_of_zeros_reached_into_is_mended_with_it():
     assert counts(settled(image)) == {}
 
 
-def test_an_entry_that_reads_as_zeros_is_mended_also_in_a_table_that_it_overlaps_itself():
+def test_an_entry_that_reads_as_zeros_is_mended_also_in_a_table_that_it_overlaps_itself() -> None:
     image = plain()
     image.set_word(image.l2_at(3), image.l2_table(0) - 512 | entries.ZERO | RESERVED)
     proposal = settled(image)
     assert counts(proposal) == {}
 
 
-def test_an_entry_that_reads_as_zeros_stays_in_a_table_that_is_another_ones_data():
+def test_an_entry_that_reads_as_zeros_stays_in_a_table_that_is_another_ones_data() -> None:
     image = plain()
     image.set_word(image.l2_at(3), image.l2_table(0) - 512 | entries.ZERO)
     image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
     assert counts(settled(image))[Kind.ZERO_MISALIGNED] == 1
 
 
-def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_lost():
+def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_lost() -> None:
     image = plain()
     misaligned_zero(image)
     image.set_word(image.l1_at(1), 0)
@@ -271,7 +273,7 @@ def test_what_the_repair_frees_is_no_leak_where_leaks_are_kept_for_what_may_be_l
     assert counts(proposal) == {Kind.LEAK: 2}
 
 
-def test_what_the_repair_frees_is_no_leak_where_the_census_is_not_complete():
+def test_what_the_repair_frees_is_no_leak_where_the_census_is_not_complete() -> None:
     image = plain()
     misaligned_zero(image)
     image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | COPIED)
@@ -281,7 +283,7 @@ def test_what_the_repair_frees_is_no_leak_where_the_census_is_not_complete():
     assert Kind.ZERO_MISALIGNED not in counts(proposal)
 
 
-def test_a_refcount_stays_where_the_flag_that_tells_of_it_must_not_be_written():
+def test_a_refcount_stays_where_the_flag_that_tells_of_it_must_not_be_written() -> None:
     """The L2 table is also the guest's data: the flag of that entry cannot be cleared."""
     image = plain()
     image.set_word(image.l2_at(1), image.l2_table(0) | COPIED)
@@ -294,7 +296,7 @@ def test_a_refcount_stays_where_the_flag_that_tells_of_it_must_not_be_written():
     assert proposal.before.counters.leaks == 1
 
 
-def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written():
+def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written() -> None:
     image = plain()
     image.set_word(image.l2_at(1), image.l2_table(0))
     image.set_refcount(image.l2_table(0) // SIZE, 2)
@@ -307,7 +309,7 @@ def test_a_leak_stays_where_the_flag_that_tells_of_it_must_not_be_written():
     assert counts(proposal)[Kind.LEAK] == 1
 
 
-def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_following():
+def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_following() -> None:
     """Beside other damage `leaks` leaves the flag of entry 1; 0 and 2 follow their refcounts."""
     image = plain()
     image.set_bits(image.l2_at(3), RESERVED)
@@ -320,7 +322,7 @@ def test_a_flag_that_was_wrong_before_does_not_keep_its_neighbours_from_followin
     assert [row.l2_index for row in proposal.after.rows(Kind.L2_COPIED)] == [1]
 
 
-def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong():
+def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong() -> None:
     image = plain()
     image.clear_bits(image.l1_at(0), COPIED)
     image.clear_bits(image.l2_at(1), COPIED)
@@ -333,7 +335,7 @@ def test_flags_follow_their_refcounts_under_leaks_where_nothing_else_is_wrong():
 
 @pytest.mark.parametrize("number", [1, 2, 16])
 @pytest.mark.parametrize("misaligned", [False, True])
-def test_snapshots_whose_table_would_be_the_header_are_none(number, misaligned):
+def test_snapshots_whose_table_would_be_the_header_are_none(number, misaligned) -> None:
     image = plain()
     if misaligned:
         misaligned_zero(image)
@@ -344,7 +346,7 @@ def test_snapshots_whose_table_would_be_the_header_are_none(number, misaligned):
     assert proposal.after.layout.header.nb_snapshots == 0
 
 
-def test_a_snapshot_table_on_the_header_is_refused_where_something_leaks():
+def test_a_snapshot_table_on_the_header_is_refused_where_something_leaks() -> None:
     image = with_snapshot()
     image.change_header(snapshots_offset=0)
     source = Bytes(bytes(image.data))
@@ -353,7 +355,7 @@ def test_a_snapshot_table_on_the_header_is_refused_where_something_leaks():
     assert "snapshot table" in refused.value.reason
 
 
-def test_new_refcounts_go_behind_data_that_reaches_over_the_end():
+def test_new_refcounts_go_behind_data_that_reaches_over_the_end() -> None:
     """No refcount can be looked up, and a misaligned cluster is cut by the end of the file."""
     image = plain()
     image.data += bytes(SIZE)
@@ -366,7 +368,7 @@ def test_new_refcounts_go_behind_data_that_reaches_over_the_end():
     assert proposal.plan.size_before == end * SIZE
 
 
-def test_new_refcounts_go_behind_what_an_entry_reached_over_the_end_before_it_was_mended():
+def test_new_refcounts_go_behind_what_an_entry_reached_over_the_end_before_it_was_mended() -> None:
     """The entry becomes plain zero, but only in a later stage than the new blocks are written."""
     image = plain()
     image.data += bytes(SIZE)
@@ -378,7 +380,7 @@ def test_new_refcounts_go_behind_what_an_entry_reached_over_the_end_before_it_wa
     assert proposal.plan.size_after == (end + 1 + 2) * SIZE
 
 
-def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
+def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end() -> None:
     image = with_snapshot()
     image.data += bytes(SIZE)
     image.set_word(image.l2_at(1), len(image.data) - 512 | COPIED)
@@ -389,7 +391,9 @@ def test_a_new_snapshot_table_goes_behind_data_that_reaches_over_the_end():
     assert proposal.plan.size_after > proposal.plan.size_before + SIZE
 
 
-def test_a_new_snapshot_table_does_not_become_the_refcount_block_that_is_lost_past_the_end():
+def test_a_new_snapshot_table_does_not_become_the_refcount_block_that_is_lost_past_the_end() -> (
+    None
+):
     image = with_snapshot()
     image.set_word(image.reftable_at(0), len(image.data))
     at = image.snapshots[0].offset + 36
@@ -398,7 +402,9 @@ def test_a_new_snapshot_table_does_not_become_the_refcount_block_that_is_lost_pa
     assert counts(settled(image)) == {}
 
 
-def test_of_a_snapshot_table_past_the_end_nothing_is_left_and_what_it_listed_stays_counted():
+def test_of_a_snapshot_table_past_the_end_nothing_is_left_and_what_it_listed_stays_counted() -> (
+    None
+):
     image = with_snapshot()
     image.change_header(snapshots_offset=len(image.data))
     before = settled(image)
@@ -412,7 +418,7 @@ def test_of_a_snapshot_table_past_the_end_nothing_is_left_and_what_it_listed_sta
     assert refused.value.finding == Kind.SNAPSHOT_EXTRA_DATA.label
 
 
-def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end():
+def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end() -> None:
     """With its size raised, the L1 table claims all that lies behind it: none of it is touched."""
     image = with_snapshot()
     image.set_refcount(image.host_offset(1) // SIZE, 1)
@@ -424,7 +430,7 @@ def test_nothing_is_written_in_a_table_that_runs_over_others_and_past_the_end():
         assert (stage.sectors * 512 < after_l1).all()
 
 
-def test_tables_of_a_snapshot_are_mended_once_the_snapshot_table_can_be_read():
+def test_tables_of_a_snapshot_are_mended_once_the_snapshot_table_can_be_read() -> None:
     image = with_snapshot()
     at, l1 = image.snapshots[0].offset + 36, image.snapshots[0].l1_table_offset
     image.data[at : at + 4] = (1025).to_bytes(4, "big")
@@ -434,7 +440,7 @@ def test_tables_of_a_snapshot_are_mended_once_the_snapshot_table_can_be_read():
     assert proposal.before.counters.check_errors == 1
 
 
-def test_the_place_of_no_snapshot_table_becomes_0():
+def test_the_place_of_no_snapshot_table_becomes_0() -> None:
     image = plain()
     image.change_header(snapshots_offset=(1 << 64) - 1)
     proposal = settled(image)
@@ -443,7 +449,7 @@ def test_the_place_of_no_snapshot_table_becomes_0():
     assert proposal.after.layout.header.snapshots_offset == 0
 
 
-def test_the_place_of_a_snapshot_table_stays_where_one_may_be_lost():
+def test_the_place_of_a_snapshot_table_stays_where_one_may_be_lost() -> None:
     image = with_snapshot()
     image.change_header(nb_snapshots=0, snapshots_offset=image.header.snapshots_offset + 8)
     proposal = settled(image)
@@ -451,7 +457,7 @@ def test_the_place_of_a_snapshot_table_stays_where_one_may_be_lost():
     assert proposal.after.layout.header.snapshots_offset == image.header.snapshots_offset
 
 
-def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
+def test_what_would_free_clusters_waits_where_no_refcount_may_be_written() -> None:
     """The guest's data lies on a refcount block: neither is written to."""
     image = with_snapshot()
     image.set_word(image.l2_at(2), image.refblock(0) | COPIED)
@@ -463,7 +469,9 @@ def test_what_would_free_clusters_waits_where_no_refcount_may_be_written():
 
 
 @pytest.mark.parametrize("hidden", [Kind.SNAPSHOT_L1_MISALIGNED, Kind.L2_TABLE_MISALIGNED])
-def test_leaks_are_not_freed_where_a_table_that_could_refer_to_them_cannot_be_read(hidden: Kind):
+def test_leaks_are_not_freed_where_a_table_that_could_refer_to_them_cannot_be_read(
+    hidden: Kind,
+) -> None:
     image = with_snapshot()
     free = image.refcounts().index(0)
     image.set_refcount(free, 1)
@@ -476,7 +484,9 @@ def test_leaks_are_not_freed_where_a_table_that_could_refer_to_them_cannot_be_re
 
 
 @pytest.mark.parametrize("tier", RepairTier)
-def test_no_plan_leaves_without_its_proof(tier: RepairTier, monkeypatch: pytest.MonkeyPatch):
+def test_no_plan_leaves_without_its_proof(
+    tier: RepairTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a planner drafts: here, one that writes where the guest has its data."""
     image = plain()
     image.set_refcount(image.refcounts().index(0), 1)
@@ -506,7 +516,7 @@ def written(proposal: Proposal) -> set[int]:
     return {int(s) * 512 // SIZE for stage in proposal.plan.stages for s in stage.sectors}
 
 
-def test_new_refcounts_go_behind_all_that_is_used():
+def test_new_refcounts_go_behind_all_that_is_used() -> None:
     image = plain()
     image.set_word(image.reftable_at(0), 0)
     used = image.host_clusters
@@ -515,7 +525,7 @@ def test_new_refcounts_go_behind_all_that_is_used():
     assert written(proposal) == {0, used, used + 1}
 
 
-def test_new_refcounts_go_behind_what_may_be_evidence():
+def test_new_refcounts_go_behind_what_may_be_evidence() -> None:
     image = plain()
     image.set_word(image.reftable_at(0), 0)
     image.data += bytes(SIZE) + b"something old".ljust(SIZE, b"\0")
@@ -525,7 +535,7 @@ def test_new_refcounts_go_behind_what_may_be_evidence():
 
 def test_a_device_that_is_full_of_old_data_is_repaired_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     monkeypatch.setattr(scope, "LOOKED_AHEAD", 4 * SIZE)
     image = plain()
     image.set_word(image.reftable_at(0), 0)
@@ -535,14 +545,14 @@ def test_a_device_that_is_full_of_old_data_is_repaired_all_the_same(
     assert written(proposal) == {0, lost_refblock, lost_refblock + 1}
 
 
-def test_without_room_new_refcounts_are_refused():
+def test_without_room_new_refcounts_are_refused() -> None:
     image = plain()
     image.set_word(image.reftable_at(0), 0)
     with pytest.raises(UnsupportedRepair, match="does not grow; make the device larger"):
         on_device(image, len(image.data) + SIZE)
 
 
-def test_what_lies_behind_the_image_is_named_where_it_takes_the_room():
+def test_what_lies_behind_the_image_is_named_where_it_takes_the_room() -> None:
     image = plain()
     image.set_word(image.reftable_at(0), 0)
     used = image.host_clusters - 1  # The last cluster is the refcount block that is lost.
@@ -557,7 +567,7 @@ def test_what_lies_behind_the_image_is_named_where_it_takes_the_room():
     on_device(image, len(image.data))
 
 
-def test_without_room_the_snapshot_table_stays_as_it_is():
+def test_without_room_the_snapshot_table_stays_as_it_is() -> None:
     image = with_snapshot()
     at = image.snapshots[0].offset + 36
     image.data[at : at + 4] = (8).to_bytes(4, "big")
@@ -565,7 +575,7 @@ def test_without_room_the_snapshot_table_stays_as_it_is():
     assert counts(on_device(image, len(image.data) + SIZE)) == {}
 
 
-def test_an_unreadable_header_is_refused_with_a_way_out():
+def test_an_unreadable_header_is_refused_with_a_way_out() -> None:
     image = plain()
     image.data[4:8] = (9).to_bytes(4, "big")
     source = Bytes(bytes(image.data))
@@ -585,7 +595,7 @@ def leak_with_autoclear(bits: int) -> Image:
 
 
 @pytest.mark.parametrize("tier", RepairTier)
-def test_autoclear_bits_that_are_not_known_go_before_anything_else_is_written(tier):
+def test_autoclear_bits_that_are_not_known_go_before_anything_else_is_written(tier) -> None:
     image = leak_with_autoclear(1 << 63 | 1 << 5 | Autoclear.BITMAPS)
     proposal = settled(image, tier)
     assert counts(proposal) == {}
@@ -597,7 +607,7 @@ def test_autoclear_bits_that_are_not_known_go_before_anything_else_is_written(ti
     assert Kind.UNKNOWN_AUTOCLEAR in {edit.kind for edit in proposal.plan.edits}
 
 
-def test_a_header_that_may_not_be_written_to_stops_a_repair_that_would_have_to():
+def test_a_header_that_may_not_be_written_to_stops_a_repair_that_would_have_to() -> None:
     image = leak_with_autoclear(1 << 63)
     image.set_word(image.l2_at(7), entries.COMPRESSED | 1)
     with pytest.raises(AmbiguousCorruption, match="autoclear bits"):
@@ -620,7 +630,7 @@ def three_snapshots() -> Image:
     return made.build()
 
 
-def test_entries_of_zeros_behind_the_snapshots_are_none_and_nothing_is_moved():
+def test_entries_of_zeros_behind_the_snapshots_are_none_and_nothing_is_moved() -> None:
     image = three_snapshots()
     image.change_header(nb_snapshots=9)
     proposal = settled(image)
@@ -629,7 +639,9 @@ def test_entries_of_zeros_behind_the_snapshots_are_none_and_nothing_is_moved():
     assert proposal.plan.size_after == proposal.plan.size_before
 
 
-def test_entries_of_zeros_are_none_also_where_they_are_all_and_what_they_listed_stays_counted():
+def test_entries_of_zeros_are_none_also_where_they_are_all_and_what_they_listed_stays_counted() -> (
+    None
+):
     image = three_snapshots()
     first, last = image.snapshots[0].offset, image.snapshots[-1].offset
     image.data[first : last + 80] = bytes(last + 80 - first)
@@ -639,7 +651,7 @@ def test_entries_of_zeros_are_none_also_where_they_are_all_and_what_they_listed_
     assert counts(proposal) == {Kind.LEAK: leaked}
 
 
-def test_a_snapshot_that_is_cut_off_stays_counted():
+def test_a_snapshot_that_is_cut_off_stays_counted() -> None:
     image = three_snapshots()
     second = image.snapshots[1].offset
     image.data[second : second + 40] = b"\xff" * 40
@@ -650,7 +662,7 @@ def test_a_snapshot_that_is_cut_off_stays_counted():
     assert [table.offset for table in proposal.suspects if table.is_l1]
 
 
-def test_a_snapshot_is_not_cut_off_where_nothing_would_show_what_its_data_was():
+def test_a_snapshot_is_not_cut_off_where_nothing_would_show_what_its_data_was() -> None:
     """Its tables are overwritten too, so that what it had seems to be waste."""
     image = three_snapshots()
     snapshot = image.snapshots[2]
@@ -662,7 +674,7 @@ def test_a_snapshot_is_not_cut_off_where_nothing_would_show_what_its_data_was():
         propose(image.source, check_image(image.source), RepairTier.ALL)
 
 
-def test_nothing_is_cut_off_where_refcounts_would_not_show_what_that_lost():
+def test_nothing_is_cut_off_where_refcounts_would_not_show_what_that_lost() -> None:
     image = three_snapshots()
     second = image.snapshots[1].offset
     image.data[second : second + 40] = b"\xff" * 40
@@ -671,7 +683,7 @@ def test_nothing_is_cut_off_where_refcounts_would_not_show_what_that_lost():
         propose(image.source, check_image(image.source), RepairTier.ALL)
 
 
-def test_extra_data_that_would_reach_past_the_end_of_the_file_hides_no_snapshot():
+def test_extra_data_that_would_reach_past_the_end_of_the_file_hides_no_snapshot() -> None:
     image = three_snapshots()
     at = image.snapshots[1].offset + 36
     image.data[at : at + 4] = (1 << 16).to_bytes(4, "big")

@@ -17,7 +17,7 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.source import SECTOR, Bytes, read_bytes
-from tests.planner.corpus import RULES
+from tests.images.corpus import RULES
 
 CASES = [(name, tier) for name in RULES for tier in RepairTier]
 
@@ -38,7 +38,7 @@ def applied(source: Bytes, proposal: Proposal) -> Bytes:
 
 
 @pytest.mark.parametrize(("name", "tier"), CASES)
-def test_what_is_found_is_mended_or_named(name, tier):
+def test_what_is_found_is_mended_or_named(name, tier) -> None:
     source, report, answer = proposed(name, tier)
     if isinstance(answer, RepairError):
         assert answer.reason
@@ -58,7 +58,7 @@ def test_what_is_found_is_mended_or_named(name, tier):
 
 
 @pytest.mark.parametrize(("name", "tier"), CASES)
-def test_a_second_repair_changes_nothing(name, tier):
+def test_a_second_repair_changes_nothing(name, tier) -> None:
     source, _, answer = proposed(name, tier)
     if isinstance(answer, Proposal):
         repaired = applied(source, answer)
@@ -67,7 +67,7 @@ def test_a_second_repair_changes_nothing(name, tier):
 
 
 @pytest.mark.parametrize(("name", "tier"), CASES)
-def test_the_inverse_restores_every_byte(name, tier):
+def test_the_inverse_restores_every_byte(name, tier) -> None:
     source, _, answer = proposed(name, tier)
     if isinstance(answer, Proposal):
         inverse = answer.plan.inverse()
@@ -78,7 +78,7 @@ def test_the_inverse_restores_every_byte(name, tier):
 
 
 @pytest.mark.parametrize(("name", "tier"), CASES)
-def test_patches_change_every_byte_that_they_touch_and_nothing_twice(name, tier):
+def test_patches_change_every_byte_that_they_touch_and_nothing_twice(name, tier) -> None:
     _, report, answer = proposed(name, tier)
     if isinstance(answer, RepairError):
         return
@@ -100,7 +100,7 @@ def test_patches_change_every_byte_that_they_touch_and_nothing_twice(name, tier)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_leaks_never_touches_the_header_or_raises_a_refcount(name):
+def test_leaks_never_touches_the_header_or_raises_a_refcount(name) -> None:
     source, report, answer = proposed(name, RepairTier.LEAKS)
     if isinstance(answer, RepairError):
         return
@@ -112,7 +112,7 @@ def test_leaks_never_touches_the_header_or_raises_a_refcount(name):
         assert answer.plan.changes_nothing
 
 
-def test_every_kind_that_a_tier_mends_is_mended_somewhere():
+def test_every_kind_that_a_tier_mends_is_mended_somewhere() -> None:
     mended = set()
     for name, tier in CASES:
         _, report, answer = proposed(name, tier)
@@ -124,7 +124,7 @@ def test_every_kind_that_a_tier_mends_is_mended_somewhere():
     assert promised <= mended
 
 
-def test_kinds_without_a_tier_stay_and_are_named():
+def test_kinds_without_a_tier_stay_and_are_named() -> None:
     # A refcount block that is listed twice has itself as its other owner: a rebuild loses nothing.
     # A refcount table past the end of the file is made anew; of a snapshot table that QEMU does not
     # load, what is whole is kept. Who owns what a table at two places maps is only looked up where

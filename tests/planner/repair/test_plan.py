@@ -68,18 +68,18 @@ def by_hand(steps: list[tuple[StageKind, int, bytes]], size: int) -> bytes:
 
 
 @given(steps=writes, size=sizes)
-def test_the_overlay_is_the_file_after_all_writes(steps, size):
+def test_the_overlay_is_the_file_after_all_writes(steps, size) -> None:
     overlay = Overlay(Bytes(DATA), drafted(steps, size))
     assert overlay.size == size
     assert read_bytes(overlay, 0, size) == by_hand(steps, size)
 
 
 @given(steps=writes, size=sizes)
-def test_a_draft_that_is_looked_at_meanwhile_becomes_the_same_plan(steps, size):
+def test_a_draft_that_is_looked_at_meanwhile_becomes_the_same_plan(steps, size) -> None:
     assert drafted_in_steps(steps, size) == drafted(steps, size)
 
 
-def test_a_draft_has_another_revision_after_every_change():
+def test_a_draft_has_another_revision_after_every_change() -> None:
     draft = Draft(Bytes(DATA))
     seen = [draft.revision]
     for change in (
@@ -92,7 +92,7 @@ def test_a_draft_has_another_revision_after_every_change():
     assert len(set(seen)) == len(seen)
 
 
-def test_a_stage_that_builds_on_nothing_new_is_not_made_again():
+def test_a_stage_that_builds_on_nothing_new_is_not_made_again() -> None:
     draft = Draft(Bytes(DATA))
     draft_one(draft, StageKind.CORRECT, SECTOR, bytes(SECTOR))
     (before,) = draft.plan(RepairTier.ALL).stages
@@ -103,7 +103,7 @@ def test_a_stage_that_builds_on_nothing_new_is_not_made_again():
     assert draft.plan(RepairTier.ALL).stages[-1].before[0, 0] == ord("y")
 
 
-def test_what_is_drafted_is_held_once():
+def test_what_is_drafted_is_held_once() -> None:
     size, batch = 32 << 20, 2 << 20
     draft = Draft(Bytes(bytes(size)))
     tracemalloc.start()
@@ -121,14 +121,14 @@ def test_what_is_drafted_is_held_once():
 
 
 @given(steps=writes, size=sizes, start=st.integers(0, SIZE), length=st.integers(1, 3000))
-def test_the_overlay_reads_alike_at_any_offset(steps, size, start, length):
+def test_the_overlay_reads_alike_at_any_offset(steps, size, start, length) -> None:
     overlay = Overlay(Bytes(DATA), drafted(steps, size))
     expected = by_hand(steps, size)[start : start + length].ljust(length, b"\0")
     assert read_bytes(overlay, start, length) == expected
 
 
 @given(steps=writes, size=sizes)
-def test_all_that_is_not_zero_lies_in_an_extent(steps, size):
+def test_all_that_is_not_zero_lies_in_an_extent(steps, size) -> None:
     overlay = Overlay(Bytes(DATA), drafted(steps, size))
     outside = bytearray(read_bytes(overlay, 0, size))
     end = -1
@@ -140,7 +140,7 @@ def test_all_that_is_not_zero_lies_in_an_extent(steps, size):
 
 
 @given(steps=writes)
-def test_the_inverse_takes_every_byte_back(steps):
+def test_the_inverse_takes_every_byte_back(steps) -> None:
     plan = drafted(steps, 4 * SIZE)
     assert plan.inverse().inverse() == plan
     after = Bytes(by_hand(steps, 4 * SIZE))
@@ -150,7 +150,7 @@ def test_the_inverse_takes_every_byte_back(steps):
 
 
 @given(steps=writes)
-def test_patches_change_every_byte_and_never_overlap(steps):
+def test_patches_change_every_byte_and_never_overlap(steps) -> None:
     for stage in drafted(steps, 4 * SIZE).stages:
         end = 0
         for patch in stage.patches():
@@ -161,18 +161,18 @@ def test_patches_change_every_byte_and_never_overlap(steps):
 
 
 @given(steps=writes)
-def test_stages_stand_in_their_order_and_none_is_empty(steps):
+def test_stages_stand_in_their_order_and_none_is_empty(steps) -> None:
     stages = drafted(steps, 4 * SIZE).stages
     assert [stage.kind for stage in stages] == sorted({stage.kind for stage in stages})
     assert all(len(stage.sectors) for stage in stages)
 
 
-def test_what_changes_nothing_is_no_stage():
+def test_what_changes_nothing_is_no_stage() -> None:
     plan = drafted([(StageKind.CORRECT, 700, DATA[700:900])])
     assert plan.changes_nothing
 
 
-def test_the_id_is_that_of_what_is_done():
+def test_the_id_is_that_of_what_is_done() -> None:
     one = drafted([(StageKind.CORRECT, 10, b"a")])
     assert one.id == drafted([(StageKind.CORRECT, 10, b"a")]).id
     assert one.id != drafted([(StageKind.CORRECT, 10, b"b")]).id
@@ -180,7 +180,7 @@ def test_the_id_is_that_of_what_is_done():
     assert one.id != drafted([(StageKind.CORRECT, 10, b"a")], SIZE + 1).id
 
 
-def test_an_id_is_quoted_by_itself_or_its_first_six_digits():
+def test_an_id_is_quoted_by_itself_or_its_first_six_digits() -> None:
     plan = drafted([(StageKind.CORRECT, 10, b"a")])
     assert plan.is_quoted_by(plan.id)
     assert plan.is_quoted_by(plan.id[:6])
@@ -190,7 +190,7 @@ def test_an_id_is_quoted_by_itself_or_its_first_six_digits():
     assert not plan.is_quoted_by("")
 
 
-def test_a_stage_knows_the_bytes_before_and_after():
+def test_a_stage_knows_the_bytes_before_and_after() -> None:
     (stage,) = drafted([(StageKind.CORRECT, SECTOR - 1, b"xy")]).stages
     before, after = stage.bytes_at(SECTOR - 2, 4)
     assert before == DATA[SECTOR - 2 : SECTOR + 2]
@@ -198,7 +198,7 @@ def test_a_stage_knows_the_bytes_before_and_after():
     assert stage.bytes_at(3 * SECTOR, 4) == (b"", b"")
 
 
-def test_edits_past_the_limit_are_counted_and_not_kept():
+def test_edits_past_the_limit_are_counted_and_not_kept() -> None:
     draft = Draft(Bytes(DATA))
     edit = Edit(StageKind.CORRECT, Structure.REFBLOCK, FindingKind.LEAK, 0, 2, 1)
     draft.explain((edit for _ in range(MAX_EDITS + 5)), MAX_EDITS + 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.qcow2.bitmaps import AUTO, IN_USE
 from planner.qcow2.layout import Layout
 from planner.triage.beside import Beside, look_beside
-from tests.planner.corpus.rule import SIZE, builder, fill
+from tests.images.corpus.rule import SIZE, builder, fill
 
 
 def test_an_image_with_nothing_beside_it() -> None:

@@ -8,12 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.make_image import DAMAGES, MIB, Image, ImageBuilder, sample
 from planner.arrays import I64
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE
 from planner.qcow2 import entries
 from planner.triage.impact import Harm, Impact, _merged, _without, guest_impact
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 
 SIZE = 8 * MIB
 CLUSTER = 1 << 12
@@ -39,13 +41,13 @@ def ranges(found: Impact) -> dict[Harm, list[tuple[int, int]]]:
     return {harm: list(some.first(9)) for harm, some in found.ranges.items() if len(some)}
 
 
-def test_a_clean_image_is_safe():
+def test_a_clean_image_is_safe() -> None:
     found = impact(build())
     assert ranges(found) == {}
     assert (found.size, found.safe, found.is_whole) == (SIZE, SIZE, True)
 
 
-def test_what_lies_past_the_end_is_lost():
+def test_what_lies_past_the_end_is_lost() -> None:
     image = build()
     for cluster in (1, 2, 4):
         past = (image.host_clusters + 9) * CLUSTER
@@ -55,7 +57,7 @@ def test_what_lies_past_the_end_is_lost():
     assert found.safe == SIZE - 3 * CLUSTER
 
 
-def test_an_l2_table_that_cannot_be_read_loses_all_that_it_maps():
+def test_an_l2_table_that_cannot_be_read_loses_all_that_it_maps() -> None:
     image = build()
     image.set_bits(image.l1_at(1), 512)
     coverage = image.geometry.l2_coverage
@@ -64,7 +66,7 @@ def test_an_l2_table_that_cannot_be_read_loses_all_that_it_maps():
     assert not found.is_whole
 
 
-def test_an_l1_table_that_is_cut_off_loses_what_its_lost_entries_mapped():
+def test_an_l1_table_that_is_cut_off_loses_what_its_lost_entries_mapped() -> None:
     image = build()
     at = image.header.l1_table_offset
     image.change_header(l1_table_offset=(image.host_clusters + 5) * CLUSTER)
@@ -75,35 +77,35 @@ def test_an_l1_table_that_is_cut_off_loses_what_its_lost_entries_mapped():
     assert ranges(impact(image))[Harm.LOST] == [(2 * coverage, SIZE - 2 * coverage)]
 
 
-def test_a_snapshot_whose_l1_table_is_nowhere_is_lost_and_the_disk_is_not():
+def test_a_snapshot_whose_l1_table_is_nowhere_is_lost_and_the_disk_is_not() -> None:
     image = build()
     image.set_bits(image.snapshots[0].offset, 8)
     assert ranges(impact(image, 0))[Harm.LOST] == [(0, SIZE)]
     assert Harm.LOST not in ranges(impact(image))
 
 
-def test_a_guest_cluster_on_the_l1_table_makes_all_of_the_disk_suspect():
+def test_a_guest_cluster_on_the_l1_table_makes_all_of_the_disk_suspect() -> None:
     image = build()
     image.set_word(image.l2_at(0), image.header.l1_table_offset | entries.COPIED)
     assert ranges(impact(image))[Harm.SUSPECT] == [(0, SIZE)]
     assert Harm.SUSPECT not in ranges(impact(image, 0))
 
 
-def test_both_guest_clusters_of_a_shared_one_are_suspect():
+def test_both_guest_clusters_of_a_shared_one_are_suspect() -> None:
     image = build()
     image.set_word(image.l2_at(0), image.word(image.l2_at(3)))
     suspect = ranges(impact(image))[Harm.SUSPECT]
     assert suspect == [(0, CLUSTER), (3 * CLUSTER, CLUSTER)]
 
 
-def test_a_guest_cluster_on_an_l2_table_makes_all_that_it_maps_suspect():
+def test_a_guest_cluster_on_an_l2_table_makes_all_that_it_maps_suspect() -> None:
     image = build()
     image.set_word(image.l2_at(0), image.l2_table(2) | entries.COPIED)
     coverage = image.geometry.l2_coverage
     assert ranges(impact(image))[Harm.SUSPECT] == [(0, CLUSTER), (2 * coverage, coverage)]
 
 
-def test_what_is_counted_too_low_is_at_risk_in_every_disk_that_has_it():
+def test_what_is_counted_too_low_is_at_risk_in_every_disk_that_has_it() -> None:
     image = build()
     image.set_refcount(image.host_offset(3) // CLUSTER, 1)
     assert ranges(impact(image))[Harm.AT_RISK] == [(3 * CLUSTER, CLUSTER)]
@@ -113,7 +115,7 @@ def test_what_is_counted_too_low_is_at_risk_in_every_disk_that_has_it():
 @pytest.mark.parametrize(("flag", "harmed"), [(True, [(3 * CLUSTER, CLUSTER)]), (False, None)])
 def test_a_copied_flag_too_many_is_a_risk_and_one_too_few_is_none(
     flag: bool, harmed: list[tuple[int, int]] | None
-):
+) -> None:
     image = build()
     if flag:
         image.set_bits(image.l2_at(3), entries.COPIED)
@@ -122,7 +124,7 @@ def test_a_copied_flag_too_many_is_a_risk_and_one_too_few_is_none(
     assert ranges(impact(image)).get(Harm.AT_RISK) == harmed
 
 
-def test_the_worst_that_befalls_a_byte_counts():
+def test_the_worst_that_befalls_a_byte_counts() -> None:
     image = build()
     image.set_word(image.l2_at(0), image.word(image.l2_at(3)) | 1 << 61)
     found = impact(image)
@@ -131,7 +133,7 @@ def test_the_worst_that_befalls_a_byte_counts():
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_no_damage_harms_more_than_there_is(name: str):
+def test_no_damage_harms_more_than_there_is(name: str) -> None:
     image = sample().build()
     DAMAGES[name](image, random.Random(1))
     found = impact(image)
@@ -152,7 +154,7 @@ def bounds_of(rows: list[tuple[int, int]]) -> I64:
 
 
 @given(BOUNDS, BOUNDS, st.integers(1, 120))
-def test_ranges_are_the_bytes_that_they_were(one, other, size):
+def test_ranges_are_the_bytes_that_they_were(one, other, size) -> None:
     part = _merged(bounds_of(one), size)
     whole = _merged(np.concatenate((bounds_of(one), bounds_of(other)), axis=1), size)
     rest = _without(whole, part)
@@ -165,7 +167,7 @@ def test_ranges_are_the_bytes_that_they_were(one, other, size):
         assert (some.start[1:] > some.end[:-1]).all()
 
 
-def test_a_million_ranges_are_merged_where_they_are():
+def test_a_million_ranges_are_merged_where_they_are() -> None:
     start = np.arange(1 << 20, dtype=np.int64) * 2 * CLUSTER
     bounds = np.stack((start, start + CLUSTER))
     tracemalloc.start()

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from examples.make_image import MIB, Image, ImageBuilder
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
+from tests.images.builder import MIB, Image, ImageBuilder
 
 
 def build(*l1_indices: int) -> Image:
@@ -25,7 +25,7 @@ def rows(found: tuple[Place, ...]) -> list[tuple[str, int, int, int]]:
     return [(str(place.kind), place.snapshot, place.l1_index, place.count) for place in found]
 
 
-def test_empty_entries_in_runs_the_active_disk_first():
+def test_empty_entries_in_runs_the_active_disk_first() -> None:
     found = gaps(build(0, 3, 4))
     assert rows(found.first(9, only_active=True)) == [
         ("empty", ACTIVE, 1, 2),
@@ -35,13 +35,13 @@ def test_empty_entries_in_runs_the_active_disk_first():
     assert (found.entries(only_active=True), found.entries(only_active=False)) == (5, 10)
 
 
-def test_a_disk_without_gaps():
+def test_a_disk_without_gaps() -> None:
     found = gaps(build(*range(8)))
     assert found.first(9, only_active=False) == ()
     assert found.entries(only_active=False) == 0
 
 
-def test_which_indices_lead_nowhere_in_one_of_the_disks():
+def test_which_indices_lead_nowhere_in_one_of_the_disks() -> None:
     image = build(0, 3, 4)
     (snapshot,) = check_image(image.source).snapshots
     image.set_word(snapshot.l1_table_offset + 8 * 3, 0)
@@ -50,7 +50,7 @@ def test_which_indices_lead_nowhere_in_one_of_the_disks():
     assert not gaps(build(*range(8))).cover(np.arange(9)).any()
 
 
-def test_entries_that_cannot_be_right_are_damaged():
+def test_entries_that_cannot_be_right_are_damaged() -> None:
     image = build(*range(8))
     image.set_bits(image.l1_at(1), 512)
     image.set_word(image.l1_at(2), image.host_clusters * image.cluster_size)
@@ -64,7 +64,7 @@ def test_entries_that_cannot_be_right_are_damaged():
     ]
 
 
-def test_damaged_entries_are_named_first():
+def test_damaged_entries_are_named_first() -> None:
     image = build(0, 7)
     image.set_word(image.l1_at(5), 512)
     assert rows(gaps(image).first(2, only_active=True)) == [
@@ -73,7 +73,7 @@ def test_damaged_entries_are_named_first():
     ]
 
 
-def test_a_place_says_which_guest_bytes_it_maps():
+def test_a_place_says_which_guest_bytes_it_maps() -> None:
     place = Place(PlaceKind.EMPTY, 2, 3, 1, 1 << 21)
     assert place.guest_offset == 3 << 21
     assert place.phrase == (

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from examples.make_image import MIB, Image, ImageBuilder
 from planner.check.check import check_image
 from planner.errors import RepairError
 from planner.findings.kinds import FindingKind
@@ -18,7 +17,8 @@ from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
 from planner.triage.losses import CauseKind
 from planner.triage.triage import Triage, triage_leaks
-from tests.luks_headers import luks_bytes
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.luks_headers import luks_bytes
 
 CLUSTER = 4096
 PER_TABLE = 5
@@ -244,7 +244,7 @@ PLACES: dict[Callable[[], Image], CauseKind] = {
 @pytest.mark.parametrize(("make", "cause"), PLACES.items(), ids=[f.__name__ for f in PLACES])
 def test_leaked_data_that_has_a_place_is_not_freed_without_an_id(
     make: Callable[[], Image], cause: CauseKind
-):
+) -> None:
     image = make()
     assert cause in causes(image)
     leaks = proposal(image, RepairTier.LEAKS)
@@ -254,7 +254,7 @@ def test_leaked_data_that_has_a_place_is_not_freed_without_an_id(
 
 
 @pytest.mark.parametrize("make", PLACES, ids=lambda each: each.__name__)
-def test_all_keeps_what_has_a_place_counted(make: Callable[[], Image]):
+def test_all_keeps_what_has_a_place_counted(make: Callable[[], Image]) -> None:
     image = make()
     before = check_image(image.source)
     assert before.mismatches is not None
@@ -351,13 +351,13 @@ HARMLESS = (
 )
 
 
-def test_a_newer_copy_of_a_table_in_use_looks_lost():
+def test_a_newer_copy_of_a_table_in_use_looks_lost() -> None:
     found = triage(older_copy_of_a_table_in_its_place())
     assert len(found.suspects) == 1
     assert found.buried_count == 1
 
 
-def test_a_lost_table_of_zeros_hid_what_the_backing_file_has():
+def test_a_lost_table_of_zeros_hid_what_the_backing_file_has() -> None:
     builder = disk(backing_file=b"base.qcow2")
     for cluster in range(7):
         builder.write_zeros(3 * builder.geometry.l2_entries + cluster)
@@ -368,7 +368,7 @@ def test_a_lost_table_of_zeros_hid_what_the_backing_file_has():
 
 
 @pytest.mark.parametrize("make", HARMLESS, ids=lambda each: each.__name__)
-def test_what_cannot_have_been_lost_is_freed_without_an_id(make: Callable[[], Image]):
+def test_what_cannot_have_been_lost_is_freed_without_an_id(make: Callable[[], Image]) -> None:
     image = make()
     assert check_image(image.source).counters.leaks
     assert causes(image) == set()
@@ -381,11 +381,11 @@ def test_what_cannot_have_been_lost_is_freed_without_an_id(make: Callable[[], Im
 # ---- how much is missing ----
 
 
-def test_no_more_is_missing_than_a_wiped_table_mapped():
+def test_no_more_is_missing_than_a_wiped_table_mapped() -> None:
     assert triage(wiped_table()).losses.missing == PER_TABLE * CLUSTER
 
 
-def test_no_more_is_missing_than_reads_as_nothing():
+def test_no_more_is_missing_than_reads_as_nothing() -> None:
     image = disk().build()
     builder = disk(size=3 * image.geometry.l2_coverage)
     width = builder.geometry.l2_entries
@@ -397,7 +397,7 @@ def test_no_more_is_missing_than_reads_as_nothing():
     assert triage(image).losses.missing == CLUSTER
 
 
-def test_compressed_clusters_that_shared_a_cluster_are_all_missing():
+def test_compressed_clusters_that_shared_a_cluster_are_all_missing() -> None:
     builder = disk()
     for cluster in range(20, 28):
         builder.write_compressed(cluster, bytes([cluster]) * 100)
@@ -406,7 +406,7 @@ def test_compressed_clusters_that_shared_a_cluster_are_all_missing():
     assert triage(image).losses.missing >= (PER_TABLE + 8) * CLUSTER
 
 
-def test_what_a_snapshot_still_has_is_missing_from_the_disk_all_the_same():
+def test_what_a_snapshot_still_has_is_missing_from_the_disk_all_the_same() -> None:
     builder = disk()
     builder.take_snapshot("one")
     builder.write(40, b"of its own")  # the disk's first table is its own now
@@ -415,7 +415,7 @@ def test_what_a_snapshot_still_has_is_missing_from_the_disk_all_the_same():
     assert triage(image).losses.missing == (PER_TABLE + 1) * CLUSTER
 
 
-def test_a_counter_that_is_far_too_high_hides_one_cluster_at_most():
+def test_a_counter_that_is_far_too_high_hides_one_cluster_at_most() -> None:
     builder = disk()
     builder.take_snapshot("one")
     builder.write(0, b"anew")
@@ -425,7 +425,7 @@ def test_a_counter_that_is_far_too_high_hides_one_cluster_at_most():
     assert triage(image).losses.missing == 0
 
 
-def test_what_the_disk_has_nothing_in_the_place_of_may_be_missing():
+def test_what_the_disk_has_nothing_in_the_place_of_may_be_missing() -> None:
     builder = disk()
     builder.take_snapshot("one")
     builder.write(0, b"anew")
@@ -438,7 +438,7 @@ def test_what_the_disk_has_nothing_in_the_place_of_may_be_missing():
     assert found.causes[0].kind is CauseKind.SHARED
 
 
-def test_what_the_disk_still_has_is_not_missing_from_it():
+def test_what_the_disk_still_has_is_not_missing_from_it() -> None:
     builder = disk()
     builder.take_snapshot("one")
     image = builder.build()
@@ -458,7 +458,7 @@ def shared_with_a_snapshot() -> Image:
 
 
 @pytest.mark.parametrize("tier", RepairTier)
-def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier):
+def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier) -> None:
     found = proposal(shared_with_a_snapshot(), tier)
     assert found.needs_quote
     assert "a snapshot has what the disk may have lost" in " ".join(found.warnings)
@@ -466,7 +466,7 @@ def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier)
         assert found.after.verdict == "leaks"
 
 
-def test_refcounts_that_are_lost_too_leave_what_a_snapshot_has():
+def test_refcounts_that_are_lost_too_leave_what_a_snapshot_has() -> None:
     image = without_refcounts(shared_with_a_snapshot())
     assert causes(image) == {CauseKind.SHARED}
     assert proposal(image, RepairTier.ALL).needs_quote
@@ -480,7 +480,7 @@ def without_refcounts(image: Image) -> Image:
     return image
 
 
-def test_clusters_without_refcounts_are_looked_at_like_leaks():
+def test_clusters_without_refcounts_are_looked_at_like_leaks() -> None:
     image = without_refcounts(wiped_table())
     found = triage(image)
     assert len(found.uncounted) >= PER_TABLE
@@ -488,7 +488,7 @@ def test_clusters_without_refcounts_are_looked_at_like_leaks():
     assert proposal(image, RepairTier.ALL).needs_quote
 
 
-def test_a_rebuild_counts_what_may_be_lost_and_a_second_one_changes_nothing():
+def test_a_rebuild_counts_what_may_be_lost_and_a_second_one_changes_nothing() -> None:
     image = without_refcounts(wiped_table())
     everything = proposal(image, RepairTier.ALL)
     assert everything.found == everything.planned + everything.left_count
@@ -505,14 +505,14 @@ def test_a_rebuild_counts_what_may_be_lost_and_a_second_one_changes_nothing():
     assert propose(repaired, after, RepairTier.LEAKS).needs_quote
 
 
-def test_where_nothing_is_lost_but_refcounts_a_rebuild_leaves_nothing():
+def test_where_nothing_is_lost_but_refcounts_a_rebuild_leaves_nothing() -> None:
     everything = proposal(without_refcounts(disk().build()), RepairTier.ALL)
     assert everything.after.verdict == "clean"
     assert not everything.needs_quote
     assert everything.kept == 0
 
 
-def test_one_refcount_of_zero_is_no_loss_of_refcounts():
+def test_one_refcount_of_zero_is_no_loss_of_refcounts() -> None:
     image = wiped_table()
     image.set_refcount(image.host_offset(0) // CLUSTER, 0)
     assert len(triage(image).uncounted) == 0

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 import planner.triage.triage
-from examples.make_image import DAMAGES, MIB, Image, ImageBuilder, sample
 from planner.check.check import check_image
 from planner.check.classify import Look
 from planner.findings.kinds import ACTIVE, NONE
 from planner.qcow2 import entries
 from planner.triage.l1_holes import Place, PlaceKind
 from planner.triage.triage import Suspect, Triage, triage_leaks
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.damage import DAMAGES
+from tests.images.sample import sample
 
 
 def damaged(*names: str) -> Image:
@@ -44,7 +46,7 @@ def full(**options: object) -> ImageBuilder:
 # ---- a lost L2 table ----
 
 
-def test_the_table_behind_a_zeroed_l1_entry_is_a_suspect():
+def test_the_table_behind_a_zeroed_l1_entry_is_a_suspect() -> None:
     image = sample().build()
     lost = image.l2_at(image.geometry.l2_entries) & -image.cluster_size
     image.set_word(image.l1_at(1), 0)
@@ -55,7 +57,7 @@ def test_the_table_behind_a_zeroed_l1_entry_is_a_suspect():
     assert "a lost L2 table" in suspect.sentence
 
 
-def test_the_only_empty_l1_entry_says_what_a_lost_table_mapped():
+def test_the_only_empty_l1_entry_says_what_a_lost_table_mapped() -> None:
     image = full().build()
     coverage = image.geometry.l2_coverage
     image.set_word(image.l1_at(2), 0)
@@ -66,7 +68,7 @@ def test_the_only_empty_l1_entry_says_what_a_lost_table_mapped():
     )
 
 
-def test_of_several_empty_l1_entries_each_may_be_the_one():
+def test_of_several_empty_l1_entries_each_may_be_the_one() -> None:
     image = damaged("lost-l2-table")
     (suspect,) = suspects(image)
     assert suspect.places == (Place(PlaceKind.EMPTY, ACTIVE, 1, 3, image.geometry.l2_coverage),)
@@ -74,7 +76,7 @@ def test_of_several_empty_l1_entries_each_may_be_the_one():
     assert "L1 entries 1 to 3 are empty" in suspect.sentence
 
 
-def test_a_damaged_l1_entry_is_named_before_the_empty_ones():
+def test_a_damaged_l1_entry_is_named_before_the_empty_ones() -> None:
     image = damaged("lost-l2-table")
     image.set_word(image.l1_at(3), image.host_clusters * 16 * image.cluster_size)
     (suspect,) = suspects(image)
@@ -84,7 +86,7 @@ def test_a_damaged_l1_entry_is_named_before_the_empty_ones():
     ]
 
 
-def test_what_a_lost_table_mapped_belongs_to_it():
+def test_what_a_lost_table_mapped_belongs_to_it() -> None:
     image = sample().build()
     DAMAGES["leaked-clusters"](image, random.Random(1))
     DAMAGES["lost-l2-table"](image, random.Random(1))
@@ -96,7 +98,7 @@ def test_what_a_lost_table_mapped_belongs_to_it():
     assert np.count_nonzero(found.group != NONE) == 10
 
 
-def test_a_lost_table_that_is_overwritten_in_part_is_still_a_suspect():
+def test_a_lost_table_that_is_overwritten_in_part_is_still_a_suspect() -> None:
     image = full().build()
     lost = image.l2_table(1)
     words = [image.word(lost + 8 * at) for at in range(5)]
@@ -108,7 +110,7 @@ def test_a_lost_table_that_is_overwritten_in_part_is_still_a_suspect():
     assert (suspect.offset, suspect.words, suspect.plausible) == (lost, 60, 59)
 
 
-def test_a_table_of_a_snapshot_may_have_stood_in_any_l1_table():
+def test_a_table_of_a_snapshot_may_have_stood_in_any_l1_table() -> None:
     builder = full()
     builder.take_snapshot("one")
     for l1_index in range(4):
@@ -120,7 +122,7 @@ def test_a_table_of_a_snapshot_may_have_stood_in_any_l1_table():
     assert "L1 entry 2 of snapshot 0 is empty" in suspect.sentence
 
 
-def test_without_an_empty_l1_entry_a_table_may_be_left_over():
+def test_without_an_empty_l1_entry_a_table_may_be_left_over() -> None:
     image = full().build()
     other = image.l2_table(0)
     image.set_word(image.l1_at(1), other | entries.COPIED)
@@ -132,7 +134,7 @@ def test_without_an_empty_l1_entry_a_table_may_be_left_over():
 # ---- a lost snapshot ----
 
 
-def test_the_l1_table_of_a_lost_snapshot_is_a_suspect():
+def test_the_l1_table_of_a_lost_snapshot_is_a_suspect() -> None:
     found = triage(damaged("lost-snapshot"))
     (l1,) = (suspect for suspect in found.suspects if suspect.is_l1)
     (snapshot,) = found.snapshots
@@ -141,7 +143,7 @@ def test_the_l1_table_of_a_lost_snapshot_is_a_suspect():
     assert "the L1 table of a lost snapshot, ID '1', name 'before upgrade'" in l1.sentence
 
 
-def test_a_lost_snapshot_is_named_behind_those_that_are_left():
+def test_a_lost_snapshot_is_named_behind_those_that_are_left() -> None:
     builder = full()
     for name in ("first", "second", "third\x1b[31m"):
         builder.take_snapshot(name)
@@ -155,7 +157,7 @@ def test_a_lost_snapshot_is_named_behind_those_that_are_left():
     assert "name 'third\x1b[31m'" in sentences, "as it is: whoever shows it makes it harmless"
 
 
-def test_a_table_of_a_lost_snapshot_is_placed_by_its_l1_table():
+def test_a_table_of_a_lost_snapshot_is_placed_by_its_l1_table() -> None:
     builder = full()
     builder.take_snapshot("one")
     for l1_index in range(4):
@@ -169,7 +171,7 @@ def test_a_table_of_a_lost_snapshot_is_placed_by_its_l1_table():
     assert "at guest offset 4194304 in the lost snapshot" in found[third].sentence
 
 
-def test_the_table_of_a_deleted_snapshot_names_nobody():
+def test_the_table_of_a_deleted_snapshot_names_nobody() -> None:
     image = damaged("lost-snapshot")
     for suspect in suspects(image):
         image.set_refcount(suspect.offset // image.cluster_size, 0)
@@ -179,14 +181,14 @@ def test_the_table_of_a_deleted_snapshot_names_nobody():
 # ---- what is no loss ----
 
 
-def test_leaked_data_is_no_suspect():
+def test_leaked_data_is_no_suspect() -> None:
     assert not suspects(damaged("leaked-clusters"))
 
 
 @pytest.mark.parametrize(
     "content", [b"text " * 800, random.Random(1).randbytes(4096), b"\0\1" * 999]
 )
-def test_content_of_any_sort_is_no_suspect(content: bytes):
+def test_content_of_any_sort_is_no_suspect(content: bytes) -> None:
     builder = full()
     at = builder.place(content) // builder.geometry.cluster_size
     image = builder.build()
@@ -196,7 +198,7 @@ def test_content_of_any_sort_is_no_suspect(content: bytes):
     assert not found.suspects
 
 
-def test_an_old_table_whose_targets_are_in_use_is_no_suspect():
+def test_an_old_table_whose_targets_are_in_use_is_no_suspect() -> None:
     builder = full()
     copy_at = builder.place(bytes(builder.geometry.cluster_size))
     image = builder.build()
@@ -217,7 +219,7 @@ def counted_once_more(image: Image) -> Image:
     return image
 
 
-def test_an_l2_table_that_lost_one_of_its_l1_entries_is_a_suspect():
+def test_an_l2_table_that_lost_one_of_its_l1_entries_is_a_suspect() -> None:
     image = shared_by_a_snapshot(lost=1)
     (suspect,) = suspects(image)
     (place,) = suspect.places
@@ -238,7 +240,9 @@ def shared_by_a_snapshot(lost: int) -> Image:
 
 
 @pytest.mark.parametrize("l1_indices", [(0, 1, 2, 3), (0, 1), (1, 3)])
-def test_what_a_deleted_snapshot_still_counts_is_not_called_lost(l1_indices: tuple[int, ...]):
+def test_what_a_deleted_snapshot_still_counts_is_not_called_lost(
+    l1_indices: tuple[int, ...],
+) -> None:
     """Wherever the disk has no table: of the same disk no two entries share one."""
     builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
     for l1_index in l1_indices:
@@ -252,7 +256,7 @@ def test_what_a_deleted_snapshot_still_counts_is_not_called_lost(l1_indices: tup
 # ---- bounds ----
 
 
-def test_how_many_leaked_clusters_were_looked_at_is_said():
+def test_how_many_leaked_clusters_were_looked_at_is_said() -> None:
     image = damaged("leaked-clusters")
     found = triage(image)
     assert found.looked_at == found.leaked == check_image(image.source).counters.leaks
@@ -260,7 +264,7 @@ def test_how_many_leaked_clusters_were_looked_at_is_said():
 
 def test_of_very_many_a_share_is_read_and_the_tables_are_found_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     image = full().build()
     lost = {image.l2_table(l1_index) for l1_index in range(4)}
     for l1_index in range(4):
@@ -272,7 +276,9 @@ def test_of_very_many_a_share_is_read_and_the_tables_are_found_all_the_same(
     assert found.looks()[Look.UNREAD] == found.leaked - found.looked_at
 
 
-def test_tables_beyond_those_that_are_described_are_counted(monkeypatch: pytest.MonkeyPatch):
+def test_tables_beyond_those_that_are_described_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     image = full().build()
     for l1_index in range(4):
         image.set_word(image.l1_at(l1_index), 0)
@@ -282,7 +288,7 @@ def test_tables_beyond_those_that_are_described_are_counted(monkeypatch: pytest.
     assert found.suspect_count == 4
 
 
-def test_says_how_much_of_it_was_read():
+def test_says_how_much_of_it_was_read() -> None:
     image = damaged("leaked-clusters")
     report = check_image(image.source)
     told: list[tuple[str, int, int]] = []

@@ -1,12 +1,12 @@
 """planner.triage.uncounted: what is asked of a file that is nearly all holes."""
 
-from examples.make_image import ImageBuilder
 from planner.check.check import check_image
 from planner.triage.uncounted import uncounted_clusters
+from tests.images.builder import ImageBuilder
 from tests.planner.sources import Sparse
 
 
-def test_clusters_without_a_refcount_block_are_looked_for_together():
+def test_clusters_without_a_refcount_block_are_looked_for_together() -> None:
     builder = ImageBuilder(cluster_bits=9, size=64 << 9, refcount_order=6)
     builder.write(0, b"guest")
     image = builder.build()

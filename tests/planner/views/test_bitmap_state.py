@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from examples.make_image import Image
 from planner.errors import Cancelled, ImageError
 from planner.qcow2.bitmaps import ENTRY_BYTES, IN_USE, encode_bitmap
 from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
 from planner.views import bitmap_state as dirty_module
 from planner.views.bitmap_state import BitmapState, BitmapStates, read_bitmap_states
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, builder, fill, plain
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, builder, fill, plain
 
 
 def states(source: Source) -> BitmapStates:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from examples.make_image import Image
 from planner.check.check import check_image
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import ACTIVE, FindingKind, Owner, Structure
@@ -14,8 +13,9 @@ from planner.qcow2.entries import COPIED, ClusterType
 from planner.source import Bytes
 from planner.views.explain import GuestExplanation, HostExplanation, explain_guest, explain_host
 from planner.views.host_map import kinds_in
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, extended, fill, plain, with_snapshot
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, extended, fill, plain, with_snapshot
 
 
 def host(image: Image, offset: int) -> HostExplanation:

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from examples.make_image import Image
 from planner.check import check as check_module
 from planner.check.check import check_image
 from planner.check.owners import OwnersFinder
@@ -21,8 +20,9 @@ from planner.metadata.locate import take_survey
 from planner.source import Bytes, Source
 from planner.views import host_map as atlas_module
 from planner.views.host_map import DAMAGE, Atlas, Use, bits_of, draw_atlas, kinds_in, owner_label
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import SIZE, builder, fill, plain, with_snapshot
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import SIZE, builder, fill, plain, with_snapshot
 from tests.planner.sources import Sparse
 
 REFCOUNTS = bits_of(FindingKind.LEAK, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING)

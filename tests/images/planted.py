@@ -12,11 +12,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from examples.make_image import DAMAGES, MIB, Image, ImageBuilder, sample
 from planner.qcow2 import extensions
 from planner.qcow2.header import CRYPT_LUKS
 from planner.qcow2.luks import encode_luks
-from tests.luks_headers import luks_header
+from tests.images.builder import MIB, Image, ImageBuilder
+from tests.images.damage import DAMAGES
+from tests.images.luks_headers import luks_header
+from tests.images.sample import sample
 
 MARK = "FORGED"
 FORGED = MARK.encode()

@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.qcow2.snapshots import Snapshot
 from planner.source import SECTOR, Source, read_bytes
-from tests.oracle.images import Row, convert_command
+from tests.images.matrix import Row, convert_command
 from tests.oracle.scene import FileSource
 
 READING_SECONDS = 20

@@ -4,7 +4,7 @@ A module a chapter: ``ending`` (of the file), ``guest`` (L1 and L2), ``refcounts
 ``others`` (header, LUKS, bitmaps). What is common to them is in ``rule``.
 """
 
-from tests.planner.corpus import ending, guest, others, refcounts, snapshots
-from tests.planner.corpus.rule import RULES, Rule
+from tests.images.corpus import ending, guest, others, refcounts, snapshots
+from tests.images.corpus.rule import RULES, Rule
 
 __all__ = ["RULES", "Rule", "ending", "guest", "others", "refcounts", "snapshots"]

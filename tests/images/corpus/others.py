@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from examples.make_image import Image
 from planner.findings.kinds import FindingKind as Kind
 from planner.findings.kinds import Structure
 from planner.qcow2.extensions import CRYPTO_HEADER
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import DISABLED, LUKS_BYTES, encode_luks
-from tests.luks_headers import luks_bytes, small_luks_header
-from tests.planner.corpus.rule import (
+from tests.images.builder import Image
+from tests.images.corpus.rule import (
     SIZE,
     Rule,
     builder,
@@ -23,6 +22,7 @@ from tests.planner.corpus.rule import (
     plain,
     rule,
 )
+from tests.images.luks_headers import luks_bytes, small_luks_header
 
 # The header
 

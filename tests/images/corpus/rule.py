@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from examples.make_image import Image, ImageBuilder
 from planner.findings.kinds import FindingKind
 from planner.qcow2 import entries
+from tests.images.builder import Image, ImageBuilder
 
 CLUSTER_BITS = 12
 SIZE = 1 << CLUSTER_BITS

@@ -9,11 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from examples.make_image import Image, ImageBuilder
 from planner.qcow2 import entries, extensions
 from planner.qcow2.bitmaps import IN_USE, TYPE_DIRTY, Bitmap, encode_bitmap
 from planner.qcow2.header import Autoclear
 from tests.fuzz.targets import FILE_BYTES
+from tests.images.builder import Image, ImageBuilder
 
 CLUSTER = 512
 COPIED = entries.COPIED

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from examples.make_image import Image
 from planner.findings.kinds import FindingKind as Kind
 from planner.findings.kinds import Structure
 from planner.qcow2 import entries
-from tests.planner.corpus.rule import (
+from tests.images.builder import Image
+from tests.images.corpus.rule import (
     COMPRESSED,
     COVERAGE,
     SIZE,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from examples.make_image import Image
 from planner.findings.kinds import FindingKind as Kind
 from planner.findings.kinds import Structure
-from tests.planner.corpus.rule import (
+from tests.images.builder import Image
+from tests.images.corpus.rule import (
     COPIED,
     SIZE,
     Expected,
