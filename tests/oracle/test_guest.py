@@ -24,9 +24,9 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from instarfs.render.guest_map import map_json
 from planner.qcow2.snapshots import read_snapshots
+from tests.images import matrix
 from tests.images.guest_disks import first_difference
 from tests.images.matrix import MATRIX, Row, describe, random_row
-from tests.oracle import images
 from tests.oracle.scene import FileSource
 
 PLAIN = [row for row in MATRIX if not row.encryption]
@@ -57,7 +57,7 @@ def opened(image: Path) -> Guest:
 
 def converted(row: Row, image: Path, snapshot: str | None, raw: Path) -> None:
     done = subprocess.run(
-        images.convert_command(row, image, snapshot, raw),
+        matrix.convert_command(row, image, snapshot, raw),
         check=False,
         capture_output=True,
         text=True,
@@ -107,7 +107,7 @@ def must_map_alike(guest: Guest, image: Path) -> None:
 
 def must_agree(row: Row, folder: Path, seed: str) -> None:
     """Disk, snapshots and map of one image."""
-    image = images.build(row, folder, seed)
+    image = matrix.build(row, folder, seed)
     guest, rng = opened(image), random.Random(seed)
     must_map_alike(guest, image)
     raw = folder / "theirs.raw"
@@ -142,7 +142,7 @@ def test_mixed_rows(tmp_path: Path, cases: int, seed: int) -> None:
 
 @pytest.mark.parametrize("row", ENCRYPTED, ids=lambda row: row.name)
 def test_nothing_is_read_of_what_is_encrypted(row: Row, tmp_path: Path) -> None:
-    guest = opened(images.build(row, tmp_path, row.name))
+    guest = opened(matrix.build(row, tmp_path, row.name))
     for place in (Place(Part.DISK), Place(Part.SNAPSHOT, 0), Place(Part.VMSTATE, 0)):
         with pytest.raises(GuestEncrypted):
             guest.find(place)

@@ -21,9 +21,9 @@ from instarfs.image import locks
 from planner.qcow2.extensions import FEATURE_NAMES
 from planner.qcow2.header import CRYPT_AES, CRYPT_LUKS, Autoclear, Incompatible
 from planner.qcow2.luks import LuksHeader, encode_luks
+from tests.images import matrix
 from tests.images.builder import ImageBuilder
 from tests.images.luks_headers import ACCEPTED, REFUSED, SLOT_SECTORS, with_slot
-from tests.oracle import images
 
 
 class Said:
@@ -76,14 +76,14 @@ def write(path: Path, builder: ImageBuilder) -> str:
 # ---- images that QEMU made ----
 
 
-def _sparing(row: images.Row) -> images.Row:
+def _sparing(row: matrix.Row) -> matrix.Row:
     """The row without guest data, where nothing in it needs some: info does not read any."""
     return row if row.bitmaps or row.killed else replace(row, empty=True).settled()
 
 
-@pytest.mark.parametrize("row", images.MATRIX, ids=lambda row: row.name)
-def test_matrix(row: images.Row, instarfs: Instarfs, tmp_path: Path) -> None:
-    instarfs.must_agree(str(images.build(_sparing(row), tmp_path, row.name)))
+@pytest.mark.parametrize("row", matrix.MATRIX, ids=lambda row: row.name)
+def test_matrix(row: matrix.Row, instarfs: Instarfs, tmp_path: Path) -> None:
+    instarfs.must_agree(str(matrix.build(_sparing(row), tmp_path, row.name)))
 
 
 def test_file_names_are_relative_to_the_image(
