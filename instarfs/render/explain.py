@@ -15,9 +15,9 @@ from instarfs.text import text_lines
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import KINDS, Finding, FindingKind, Owner, Structure
-from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, RunKind
+from planner.guest.mapping import FLAW_SENTENCES, RunKind
 from planner.qcow2 import entries
-from planner.qcow2.entries import ClusterType
+from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.geometry import SECTOR
 from planner.views.explain import GuestExplanation, HostCluster, HostExplanation
 from planner.views.host_map import kinds_in

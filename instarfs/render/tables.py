@@ -25,7 +25,6 @@ from planner.errors import ImageError
 from planner.findings.kinds import BATCH_ROWS, KINDS, NONE
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
-from planner.qcow2.geometry import Geometry
 from planner.views.host_map import kinds_in
 from planner.views.table_view import L1Page, L2Page
 
@@ -110,27 +109,20 @@ def _l2_lines(page: L2Page, first: I64, count: I64) -> bytes:
     types = entries.cluster_types(words, geometry)
     bitmaps = same(b"-") if page.bitmaps is None else hexadecimals(page.bitmaps[first])
     guest = first + page.l1_index * geometry.l2_entries
+    host, size = entries.host_ranges(words, types, geometry)
     return tsv_lines(
         decimals(first),
         decimals(count),
         decimals(guest << geometry.cluster_bits),
         decimals(count << geometry.cluster_bits),
         labels([TYPE_LABELS[kind] for kind in ClusterType], types),
-        *map(decimals, _host_ranges(words, types, geometry)),
+        decimals(host),
+        decimals(np.where(size == 0, NONE, size)),
         _copied(words),
         hexadecimals(words),
         bitmaps,
         _findings(page.findings[first]),
     )
-
-
-def _host_ranges(words: U64, types: U8, geometry: Geometry) -> tuple[I64, I64]:
-    """Host offset and bytes of what entries refer to; `NONE` for those that refer to nothing."""
-    start, length = entries.compressed_ranges(words, geometry)
-    packed = types == ClusterType.COMPRESSED
-    data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
-    offset = np.where(packed, start, np.where(data, entries.l2_offsets(words), NONE))
-    return offset, np.where(packed, length, np.where(data, geometry.cluster_size, NONE))
 
 
 # ---- both ----

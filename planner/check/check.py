@@ -19,7 +19,7 @@ from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
 from planner.check.overwritten import find_overwritten, find_overwritten_l1
 from planner.check.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.check.refcount_comparison import CHUNK, Mismatches
-from planner.check.refcount_walk import Census, Walker, referenced_clusters
+from planner.check.refcount_walk import Census, Walker
 from planner.check.report import CheckCounters, Report, count_findings
 from planner.errors import Cancelled, ImageError, as_value
 from planner.findings.grouped import FindingsBuilder, GroupedFindings
@@ -41,6 +41,7 @@ from planner.metadata.cluster_counters import (
     PagedIndex,
 )
 from planner.metadata.locate import Survey, take_survey
+from planner.metadata.mapping_tables import referenced_clusters
 from planner.metadata.refcounts import PIECE_BYTES, Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, count_regions, overlapping_clusters
 from planner.qcow2 import entries

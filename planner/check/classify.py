@@ -11,7 +11,6 @@ from enum import IntEnum
 import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
-from planner.check.refcount_walk import decode_words
 from planner.check.signatures import NAMES, TEXT, recognise
 from planner.qcow2 import entries
 from planner.qcow2.header import MAX_REFCOUNT_ORDER
@@ -119,7 +118,7 @@ class Looker:
 
     def may_be_tables(self, sectors: U8) -> Mask:
         """Which clusters are worth reading, by their first sectors, uint8 (n, 512)."""
-        words = decode_words(sectors)[:, :: 2 if self._geometry.extended_l2 else 1]
+        words = entries.decode_words(sectors)[:, :: 2 if self._geometry.extended_l2 else 1]
         return self._mostly_plausible(words) & words.any(axis=1)
 
     def table_words(self, rows: U8) -> U64:
@@ -127,7 +126,7 @@ class Looker:
 
         An L1 table has no bitmaps, whatever the L2 tables have.
         """
-        words = decode_words(rows)
+        words = entries.decode_words(rows)
         if self._geometry.extended_l2:
             misaligned = entries.L1_OFFSET & (self._geometry.cluster_size - 1)
             is_l1 = ((words & np.uint64(entries.L1_RESERVED | misaligned)) == 0).all(axis=1)
@@ -180,7 +179,7 @@ class Looker:
 
     def _say_zeros(self, rows: U8) -> Mask:
         """Which hold nothing but entries that say zeros, without a cluster; and some of these."""
-        words = decode_words(rows)
+        words = entries.decode_words(rows)
         allowed = entries.ZERO
         if self._geometry.extended_l2:
             words, bitmaps = words[:, 0::2], words[:, 1::2]
@@ -210,7 +209,7 @@ class Looker:
 
     def _are_snapshot_tables(self, rows: U8, at: I64) -> Mask:
         """Which begin with an entry of a snapshot table. Source: qcow2.txt, "Snapshots"."""
-        head = decode_words(np.ascontiguousarray(rows[at, :40]))
+        head = entries.decode_words(np.ascontiguousarray(rows[at, :40]))
         offset, sizes, extra = head[:, 0], head[:, 1], head[:, 4] & np.uint64(0xFFFF_FFFF)
         l1_size, id_size = sizes >> np.uint64(32), sizes >> np.uint64(16) & np.uint64(0xFFFF)
         good: Mask = (offset != 0) & (offset < self._end)

@@ -15,7 +15,6 @@ import numpy as np
 
 from planner.arrays import I64, U64, Mask, without_repeats
 from planner.check.ending import CutOff
-from planner.check.refcount_walk import decode_words, split_entries
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.mapping_tables import L2Tables
@@ -116,7 +115,7 @@ def _walk(source: Source, report: Report, tick: Callable[[int], None]) -> Iterat
     which = np.flatnonzero(tables.offset % size == 0)
     which = which[present_tables(source, tables.offset[which], size)]
     for part, rows in read_tables(source, tables.offset[which], size):
-        words, _ = split_entries(decode_words(rows), geometry.extended_l2)
+        words, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
         row, column = np.nonzero(words & np.uint64(entries.COMPRESSED))
         position = which[part][row] * geometry.l2_entries + column
         seen = _within_disk(tables, geometry, position)

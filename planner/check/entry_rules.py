@@ -14,14 +14,14 @@ from planner.findings.kinds import FindingKind
 from planner.metadata.refcounts import StoredRefcounts
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
-from planner.qcow2.layout import Layout, sector_end
+from planner.qcow2.layout import Layout
 
 
 def judge_l1(words: U64, layout: Layout, stored: StoredRefcounts) -> U64:
     """The kinds of findings about words of the active L1 table."""
     geometry = layout.geometry
-    offset = (words & np.uint64(entries.L1_OFFSET)).astype(np.int64)
-    beyond = offset + geometry.cluster_size - sector_end(layout.file_size) >= geometry.cluster_size
+    offset = entries.l1_offsets(words)
+    beyond = layout.is_past_end(offset, geometry.cluster_size)
     leads = words != 0
     wrong = _copied_is_wrong(words, offset >> geometry.cluster_bits, stored)
     return _gather(
@@ -39,17 +39,14 @@ def judge_l2(words: U64, bitmaps: U64 | None, layout: Layout, stored: StoredRefc
     types = entries.cluster_types(words, geometry)
     subclusters = np.zeros(len(words), dtype=np.uint64) if bitmaps is None else bitmaps
     packed, nowhere = types == ClusterType.COMPRESSED, types == ClusterType.UNALLOCATED
-    data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
-    is_zero = (types == ClusterType.ZERO_PLAIN) | (types == ClusterType.ZERO_ALLOC)
+    data, is_zero = entries.has_host_cluster(types), entries.reads_as_zeros(types)
     allocated = (subclusters & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
     both = ((subclusters >> np.uint64(32)) & subclusters) != 0
     offset = entries.l2_offsets(words)
     misaligned = data & (offset % geometry.cluster_size != 0)
     holds_data = types == ClusterType.NORMAL if bitmaps is None else allocated
-    start, length = entries.compressed_ranges(words, geometry)
     counted = packed & (subclusters == 0)
-    end = np.where(packed, start + length, offset + geometry.cluster_size)
-    beyond = end - sector_end(layout.file_size) >= geometry.cluster_size
+    beyond = layout.is_past_end(*entries.host_ranges(words, types, geometry))
     if geometry.external_data:
         beyond[:] = False
         wrong = words < np.uint64(entries.COPIED)

@@ -17,7 +17,6 @@ import numpy as np
 from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.check.classify import Looker
 from planner.check.entry_findings import EntryFindings
-from planner.check.refcount_walk import decode_words
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import NONE, FindingKind, Structure
 from planner.metadata.locate import Survey
@@ -123,7 +122,7 @@ def _wild(words: U64, layout: Layout, reserved: int, *, packed: bool) -> Mask:
 def _overwritten_runs(rows: U8, layout: Layout, looker: Looker) -> _Runs:
     """The overwritten parts of tables, uint8 (tables, cluster size)."""
     step = layout.geometry.l2_entry_size // 8
-    words = decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
+    words = entries.decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
     filled = np.count_nonzero(words, axis=2)
     wild = _wild(words, layout, entries.L2_RESERVED, packed=True)
     bad = np.count_nonzero(wild, axis=2)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, expand_ranges
-from planner.check.refcount_walk import decode_words, split_entries
 from planner.findings.kinds import NONE, Owners, Structure
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.mapping_tables import L1Entries, L2Tables
@@ -78,7 +77,7 @@ class OwnersFinder:
         for part, rows in read_tables(source, self._tables.offset[which], size):
             if self.truncated:
                 return
-            words, _ = split_entries(decode_words(rows), self._geometry.extended_l2)
+            words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)
             self._add_batch(which[part], words.reshape(-1), words.shape[1])
             tick(rows.size)
 
@@ -89,11 +88,8 @@ class OwnersFinder:
         word = words[positions]
         types = entries.cluster_types(word, self._geometry)
         packed = types == ClusterType.COMPRESSED
-        data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
-        offset, size = entries.compressed_ranges(word, self._geometry)
-        offset = np.where(packed, offset, entries.l2_offsets(word))
-        size = np.where(packed, size, self._geometry.cluster_size)
-        keep = np.flatnonzero(packed | data)
+        offset, size = entries.host_ranges(word, types, self._geometry)
+        keep = np.flatnonzero(size)
         bits = self._geometry.cluster_bits
         first, last = offset[keep] >> bits, (offset[keep] + size[keep] - 1) >> bits
         entry = np.repeat(keep, last - first + 1)

@@ -35,18 +35,15 @@ class Mismatches:
 
     def totals(self) -> dict[FindingKind, int]:
         """How many clusters there are of each kind."""
-        leaks = low = missing = 0
+        totals = dict.fromkeys(
+            (FindingKind.LEAK, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING), 0
+        )
         for _, stored, counted in self._chunks():
-            if np.array_equal(stored, counted):
-                continue
-            leaks += int(np.count_nonzero(stored > counted))
-            low += int(np.count_nonzero(stored < counted))
-            missing += int(np.count_nonzero((stored == 0) & (counted > 0)))
-        return {
-            FindingKind.LEAK: leaks,
-            FindingKind.REFCOUNT_LOW: low - missing,
-            FindingKind.REFCOUNT_MISSING: missing,
-        }
+            if not np.array_equal(stored, counted):
+                found = kinds_of(stored, counted)
+                for kind in totals:
+                    totals[kind] += int(np.count_nonzero(found == kind))
+        return totals
 
     def highest(self) -> int:
         """The last cluster that has a refcount or a reference; 0 where none has."""
@@ -90,7 +87,7 @@ class Mismatches:
     def _runs(self, wanted: U8) -> Iterator[Columns]:
         """Cluster, length, kind, stored, counted."""
         for first, stored, counted in self._chunks():
-            kind = _kinds_of(stored, counted)
+            kind = kinds_of(stored, counted)
             at = np.flatnonzero(np.isin(kind, wanted))
             cluster = self.index.clusters_of(first + at)
             yield merge_runs(cluster, np.ones_like(cluster), kind[at], stored[at], counted[at])
@@ -99,7 +96,7 @@ class Mismatches:
         """The first clusters of a kind, at most *limit*."""
         found: list[I64] = []
         for first, stored, counted in self._chunks():
-            at = np.flatnonzero(_kinds_of(stored, counted) == kind)
+            at = np.flatnonzero(kinds_of(stored, counted) == kind)
             found.append(self.index.clusters_of(first + at))
             limit -= len(at)
             if limit <= 0:
@@ -112,7 +109,7 @@ class Mismatches:
         found = [np.zeros(0, dtype=np.int64)]
         for first, stored, counted in self._chunks():
             if not np.array_equal(stored, counted):
-                at = np.flatnonzero(np.isin(_kinds_of(stored, counted), wanted))
+                at = np.flatnonzero(np.isin(kinds_of(stored, counted), wanted))
                 found.append(without_repeats(self.index.clusters_of(first + at) // per_block))
         return without_repeats(np.concatenate(found))
 
@@ -120,7 +117,7 @@ class Mismatches:
         """The wrong clusters in [first, end): cluster, kind, stored, counted."""
         low, high = self.index.slots_before(first), self.index.slots_before(end)
         stored, counted = self.stored[low:high], self.counted[low:high]
-        kind = _kinds_of(stored, counted)
+        kind = kinds_of(stored, counted)
         wrong = kind != NO_KIND
         wrong &= self.readable(low, high)
         at = np.flatnonzero(wrong)
@@ -164,8 +161,8 @@ class Mismatches:
         )
 
 
-def _kinds_of(stored: Counts, counted: Counts) -> U8:
-    """The finding kind of each pair of numbers; `NO_KIND` where they agree."""
+def kinds_of(stored: Counts, counted: Counts) -> U8:
+    """`FindingKind` of each pair of a stored refcount and counted references; else `NO_KIND`."""
     kind = np.full(len(stored), NO_KIND, dtype=np.uint8)
     kind[stored > counted] = FindingKind.LEAK
     kind[stored < counted] = FindingKind.REFCOUNT_LOW

@@ -26,7 +26,7 @@ from planner.metadata.refcounts import StoredRefcounts
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import SECTOR, SUBCLUSTERS_PER_CLUSTER
-from planner.qcow2.layout import Layout, sector_end
+from planner.qcow2.layout import Layout
 from planner.source import Source, read_tables
 
 RUN_SHIFT = 9
@@ -64,10 +64,6 @@ class Census:
     compressed: Mask | None
     findings: EntryFindingsBuilder
     guest: GuestCounters = field(default_factory=GuestCounters)
-
-    @property
-    def file_end(self) -> int:
-        return sector_end(self.layout.file_size)
 
     def mapped_twice(self, slots: slice) -> Mask:
         """Which of *slots* hold data of two guest clusters, other than compressed data alone."""
@@ -126,7 +122,7 @@ class Walker:
         size, tables = self._geometry.cluster_size, self._tables
         for group in tables.classes(which):
             for part, rows in read_tables(self._source, tables.offset[group.ids], size):
-                self._count_batch(replace(group, ids=group.ids[part]), decode_words(rows))
+                self._count_batch(replace(group, ids=group.ids[part]), entries.decode_words(rows))
                 tick(rows.size)
 
     def _walk_siblings(self, which: I64, tick: Callable[[int], None]) -> None:
@@ -134,11 +130,12 @@ class Walker:
         size, tables = self._geometry.cluster_size, self._tables
         which = which[np.lexsort((tables.offset[which], tables.l1_index[which]))]
         for part, rows in read_tables(self._source, tables.offset[which], size):
-            words, _ = split_entries(decode_words(rows), self._geometry.extended_l2)
+            words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)
             types = entries.cluster_types(words, self._geometry)
-            data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
             clusters = np.where(
-                data, entries.l2_offsets(words) >> self._geometry.cluster_bits, NONE
+                entries.has_host_cluster(types),
+                entries.l2_offsets(words) >> self._geometry.cluster_bits,
+                NONE,
             )
             _drop_shared(clusters, tables.l1_index[which[part]])
             slots, known = self._census.index.find(clusters[clusters >= 0])
@@ -147,7 +144,7 @@ class Walker:
 
     def _count_batch(self, batch: Batch, words: U64) -> None:
         """Count by the fastest way that holds for these tables; all three count alike."""
-        values, bitmaps = split_entries(words, self._geometry.extended_l2)
+        values, bitmaps = entries.split_entries(words, self._geometry.extended_l2)
         regular = bitmaps is None or _regular_bitmaps(values, bitmaps)
         if regular and not self._external and self.fast:
             if self._count_runs(batch, values):
@@ -342,9 +339,7 @@ class Walker:
             found=entry.word[bad],
         )
         if self._geometry.version < 3:
-            bad = np.flatnonzero(
-                np.isin(entry.types, (ClusterType.ZERO_PLAIN, ClusterType.ZERO_ALLOC))
-            )
+            bad = np.flatnonzero(entries.reads_as_zeros(entry.types))
             self._report(
                 FindingKind.ZERO_IN_VERSION_2,
                 batch,
@@ -407,8 +402,7 @@ class Walker:
         census.compressed[slots] = True
 
     def _count_data(self, batch: Batch, entry: _Entries) -> None:
-        data = (entry.types == ClusterType.NORMAL) | (entry.types == ClusterType.ZERO_ALLOC)
-        chosen = np.flatnonzero(data)
+        chosen = np.flatnonzero(entries.has_host_cluster(entry.types))
         if not len(chosen):
             return
         word, positions, width = entry.word[chosen], entry.positions[chosen], entry.width
@@ -491,14 +485,9 @@ class Walker:
         Their data ends somewhere in that one: QEMU's files end with the data.
         """
         past = offset + size - self._census.layout.file_size
-        cut = (past >= SECTOR) & ~self._beyond(offset, size)
+        cut = (past >= SECTOR) & ~self._census.layout.is_past_end(offset, size)
         kind, structure = FindingKind.CUT_OFF, Structure.COMPRESSED
         self._report(kind, batch, positions[cut], width, found=past[cut], structure=structure)
-
-    def _beyond(self, offset: I64, size: I64) -> Mask:
-        """Which ranges reach a cluster or more past the end of the file."""
-        beyond: Mask = offset + size - self._census.file_end >= self._geometry.cluster_size
-        return beyond
 
     def _check_copied(
         self, batch: Batch, word: U64, offset: I64, positions: I64, width: int
@@ -525,7 +514,7 @@ class Walker:
     ) -> I64:
         """Count byte ranges that may straddle clusters; the slots that they touch, with repeats."""
         census, bits = self._census, self._geometry.cluster_bits
-        beyond = self._beyond(offset, size)
+        beyond = census.layout.is_past_end(offset, size)
         if beyond.any():
             self._report(
                 FindingKind.PAST_END,
@@ -595,54 +584,12 @@ def _positions(batch: Batch, positions: I64, width: int) -> I64:
     return batch.ids[positions // width] * width + positions % width
 
 
-def decode_words(rows: U8) -> U64:
-    """Big-endian tables, uint8 (tables, bytes), as native words, uint64 (tables, bytes / 8)."""
-    return rows.view(">u8").astype(np.uint64)
-
-
-def split_entries(words: U64, extended: bool) -> tuple[U64, U64 | None]:
-    """L2 entries and, where they are extended, their subcluster bitmaps."""
-    if not extended:
-        return words, None
-    return np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
-
-
 def _regular_bitmaps(values: U64, bitmaps: U64) -> bool:
     """Whether no subcluster bitmap of entries that are not compressed contradicts anything."""
     if ((bitmaps >> np.uint64(32)) & bitmaps).any():
         return False
     allocated = (bitmaps & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
     return not ((values & np.uint64(entries.L2_OFFSET) == 0) & allocated).any()
-
-
-def referenced_clusters(rows: U8, layout: Layout) -> I64:
-    """Every cluster inside the file that the entries of L2 tables refer to, with repeats."""
-    return np.concatenate(data_and_compressed(rows, layout))
-
-
-def data_and_compressed(rows: U8, layout: Layout) -> tuple[I64, I64]:
-    """The same, apart: clusters of data, and those with compressed data."""
-    geometry = layout.geometry
-    word, _ = split_entries(decode_words(rows), geometry.extended_l2)
-    word = word[word != 0]
-    types = entries.cluster_types(word, geometry)
-    packed = word[types == ClusterType.COMPRESSED]
-    data = entries.l2_offsets(
-        word[(types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)]
-    )
-    whole = np.full(len(data), geometry.cluster_size)
-    return (
-        _clusters_inside(data, whole, layout),
-        _clusters_inside(*entries.compressed_ranges(packed, geometry), layout),
-    )
-
-
-def _clusters_inside(offset: I64, size: I64, layout: Layout) -> I64:
-    """The clusters of those ranges that do not reach a cluster or more past the end."""
-    bits, end = layout.geometry.cluster_bits, sector_end(layout.file_size)
-    inside = offset + size - end < layout.geometry.cluster_size
-    offset, size = offset[inside], size[inside]
-    return expand_ranges(offset >> bits, (offset + size - 1) >> bits)
 
 
 def _drop_shared(clusters: I64, l1_index: I64) -> None:

@@ -18,7 +18,6 @@ from planner.arrays import I64, U64, Mask, distinct
 from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
 from planner.metadata.mapping_tables import Batch, L2Tables
 from planner.qcow2 import entries
-from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
 from planner.source import Source, read_parts
 
@@ -154,7 +153,7 @@ class VersionCounter:
             self._counter.count_entries(batch, positions, found.word[chosen])
         words = found.word[found.fresh]
         types = entries.cluster_types(words, self._geometry)
-        data = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+        data = entries.has_host_cluster(types)
         clusters = entries.l2_offsets(words[data]) >> self._geometry.cluster_bits
         slots, known = self._index.find(clusters)
         self._mapped.add(slots[known], 1)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.arrays import I32, I64, U8, Mask
-from planner.guest.mapping import NO_HOST, Mapping, RunKind, Runs
+from planner.guest.mapping import Mapping, RunKind, Runs
 from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.qcow2.entries import NO_HOST
 from planner.qcow2.layout import Layout, sector_end
 from planner.source import Source
 

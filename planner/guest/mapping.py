@@ -16,12 +16,9 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
 from planner.qcow2 import entries
-from planner.qcow2.entries import ClusterType
+from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.geometry import SUBCLUSTERS_PER_CLUSTER, Geometry
 from planner.source import Salvaged, Source, nonzero_words, present_tables, read_tables
-
-NO_HOST = -1
-"""The host offset of what has none."""
 
 KEPT_RUNS = 1 << 20
 """Runs that a mapping keeps for the next read, at most: 34 MiB of them."""
@@ -293,7 +290,7 @@ class Mapping:
         self._salvaged = None if data_end is None else Salvaged(source)
         self._source: Source = self._salvaged or source
         index, words = nonzero_words(self._source, l1_offset, l1_size)
-        offset = (words & np.uint64(entries.L1_OFFSET)).astype(np.int64)
+        offset = entries.l1_offsets(words)
         leads = offset != 0
         self._index, self._offset = index[leads], offset[leads]
         misaligned = self._offset & (geometry.cluster_size - 1) != 0

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U64, Mask
+from planner.arrays import I32, I64, U8, U64, Mask, expand_ranges
 from planner.findings.kinds import ACTIVE
 from planner.qcow2 import entries
+from planner.qcow2.entries import ClusterType
+from planner.qcow2.layout import Layout
 from planner.source import Source, nonzero_words
 
 
@@ -32,7 +34,7 @@ class L1Entries:
     @property
     def offset(self) -> I64:
         """Of the L2 table that the entry leads to, bytes."""
-        return (self.word & np.uint64(entries.L1_OFFSET)).astype(np.int64)
+        return entries.l1_offsets(self.word)
 
     @property
     def active(self) -> Mask:
@@ -126,3 +128,27 @@ def distinct_l2_tables(l1: L1Entries, copied: Mask) -> L2Tables:
         sibling=crowd[slot] > 1 if len(offset) else np.zeros(0, dtype=np.bool_),
         l1_position=inverse,
     )
+
+
+def referenced_clusters(rows: U8, layout: Layout) -> I64:
+    """Every cluster inside the file that the entries of L2 tables refer to, with repeats.
+
+    *rows*: the tables, uint8 (tables, bytes).
+    """
+    return np.concatenate(data_and_compressed(rows, layout))
+
+
+def data_and_compressed(rows: U8, layout: Layout) -> tuple[I64, I64]:
+    """The same, apart: clusters of data, and those with compressed data."""
+    geometry, bits = layout.geometry, layout.geometry.cluster_bits
+    word, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
+    word = word[word != 0]
+    types = entries.cluster_types(word, geometry)
+    offset, size = entries.host_ranges(word, types, geometry)
+    inside = (size != 0) & ~layout.is_past_end(offset, size)
+    packed = types == ClusterType.COMPRESSED
+    of_data, of_packed = (
+        expand_ranges(offset[which] >> bits, (offset[which] + size[which] - 1) >> bits)
+        for which in (inside & ~packed, inside & packed)
+    )
+    return of_data, of_packed

@@ -13,7 +13,7 @@ from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import NONE, NOWHERE, FindingKind, Structure
 from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
-from planner.qcow2.layout import Layout, sector_end
+from planner.qcow2.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +148,11 @@ class RegionsBuilder:
             self._add(make_regions(structure, offset, size, snapshot=snapshot, index=index))
 
     def _add(self, added: Regions) -> None:
-        beyond = self._past_end(added)
+        beyond = self._layout.is_past_end(added.offset, added.size)
         if beyond.any():
             self._report(added.select(beyond))
             added = added.select(~beyond)
         self._parts.append(added)
-
-    def _past_end(self, regions: Regions) -> Mask:
-        """Which reach one cluster or more past the end of the file."""
-        end = sector_end(self._layout.file_size)
-        return regions.offset + regions.size - end >= self._layout.geometry.cluster_size
 
     def _report(self, regions: Regions) -> None:
         coverage = self._layout.geometry.l2_coverage

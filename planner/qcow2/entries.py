@@ -1,7 +1,7 @@
 """L1, L2, refcount-table and bitmap-table words: masks, types and their accessors over arrays.
 
-Judging what a word should be lives in `planner.check.check`. Source: docs/interop/qcow2.txt, "L1
-table entry", "L2 table entry", "Refcount table entry", "Bitmap table".
+Which of them are wrong is the business of `planner.check.entry_rules`. Source:
+docs/interop/qcow2.txt, "L1 table entry", "L2 table entry", "Refcount table entry", "Bitmap table".
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ BITMAP_ALL_ONES = 1
 SUBCLUSTERS_ALLOCATED = 0x0000_0000_FFFF_FFFF
 SUBCLUSTERS_ZERO = 0xFFFF_FFFF_0000_0000
 
+NO_HOST = -1
+"""The host offset of what has none."""
+
 
 class ClusterType(IntEnum):
     """What an L2 entry says of its guest cluster; QEMU's QCow2ClusterType."""
@@ -54,6 +57,23 @@ def compressed_sectors_mask(geometry: Geometry) -> int:
     return ((1 << (geometry.cluster_bits - 8)) - 1) << geometry.compressed_shift
 
 
+def decode_words(rows: U8) -> U64:
+    """Big-endian tables, uint8 (tables, bytes), as native words, uint64 (tables, bytes / 8)."""
+    return rows.view(">u8").astype(np.uint64)
+
+
+def split_entries(words: U64, extended: bool) -> tuple[U64, U64 | None]:
+    """L2 entries and, where they are extended, their subcluster bitmaps."""
+    if not extended:
+        return words, None
+    return np.ascontiguousarray(words[:, 0::2]), np.ascontiguousarray(words[:, 1::2])
+
+
+def l1_offsets(words: U64) -> I64:
+    """Host offsets of the L2 tables that L1 entries lead to, bytes, same shape as *words*."""
+    return (words & np.uint64(L1_OFFSET)).astype(np.int64)
+
+
 def l2_offsets(entries: U64) -> I64:
     """Host offsets of standard L2 entries, bytes, same shape as *entries* (uint64)."""
     return (entries & np.uint64(L2_OFFSET)).astype(np.int64)
@@ -70,6 +90,28 @@ def cluster_types(entries: U64, geometry: Geometry) -> U8:
         types[zero] = np.where(has_offset[zero], ClusterType.ZERO_ALLOC, ClusterType.ZERO_PLAIN)
     types[(entries & np.uint64(COMPRESSED)) != 0] = ClusterType.COMPRESSED
     return types
+
+
+def has_host_cluster(types: U8) -> Mask:
+    """Which `ClusterType`s have a host cluster of their own, whatever the guest reads there."""
+    has: Mask = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+    return has
+
+
+def reads_as_zeros(types: U8) -> Mask:
+    """Which `ClusterType`s have the zero flag."""
+    zeros: Mask = (types == ClusterType.ZERO_PLAIN) | (types == ClusterType.ZERO_ALLOC)
+    return zeros
+
+
+def host_ranges(entries: U64, types: U8, geometry: Geometry) -> tuple[I64, I64]:
+    """Host offset and bytes of what L2 entries refer to; `NO_HOST` and 0 where that is nothing."""
+    placed, packed = has_host_cluster(types), np.flatnonzero(types == ClusterType.COMPRESSED)
+    offset = np.where(placed, l2_offsets(entries), NO_HOST)
+    size = np.where(placed, geometry.cluster_size, 0)
+    if len(packed):
+        offset[packed], size[packed] = compressed_ranges(entries[packed], geometry)
+    return offset, size
 
 
 def compressed_ranges(entries: U64, geometry: Geometry) -> tuple[I64, I64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.qcow2.extensions import Extensions, read_extensions
 from planner.qcow2.geometry import Geometry
@@ -66,6 +67,14 @@ class Layout:
     def whole_clusters(self) -> int:
         """Clusters that lie within the file to their last byte."""
         return self.file_size // self.geometry.cluster_size
+
+    def is_past_end(self, offset: I64, size: I64 | int) -> Mask:
+        """Which ranges of the file (bytes) reach a cluster or more past its end.
+
+        QEMU counts nothing for those (qcow2_inc_refcounts_imrt).
+        """
+        past: Mask = offset + size - sector_end(self.file_size) >= self.geometry.cluster_size
+        return past
 
     @property
     def reftable_entries(self) -> int:

@@ -16,11 +16,10 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.check.claims import refcounts_are_shared
-from planner.check.refcount_walk import data_and_compressed, decode_words, split_entries
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
-from planner.metadata.mapping_tables import read_l1_tables
+from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
 from planner.metadata.regions import Regions
 from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
@@ -442,7 +441,7 @@ class _Disk:
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
-            words, bitmaps = split_entries(decode_words(rows), geometry.extended_l2)
+            words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
             # A flag without an offset leads nowhere, but to the beginning of a data file.
             flag = 0 if geometry.external_data else entries.COPIED
             filled = (words & ~np.uint64(flag)) != 0

@@ -18,7 +18,6 @@ from planner.arrays import I32, I64, U8, Mask, distinct
 from planner.check.check import check_image
 from planner.check.classify import Look, Looker
 from planner.check.refcount_comparison import Mismatches
-from planner.check.refcount_walk import decode_words
 from planner.check.report import Report
 from planner.check.signatures import NAMES
 from planner.errors import Cancelled, ImageError
@@ -416,7 +415,7 @@ class _Describer:
         at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
-            words = decode_words(rows)
+            words = entries.decode_words(rows)
             wrong = (words & np.uint64(entries.BITMAP_RESERVED)) != 0
             sound = ~wrong.any(axis=1)
             targets = words[sound] >> np.uint64(self._geometry.cluster_bits)

@@ -16,11 +16,11 @@ from planner.check.owners import OwnersFinder, contested_clusters
 from planner.errors import ImageError
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, Owner, Structure
-from planner.guest.mapping import NO_HOST, Flaw, RunKind, runs_of_entries
+from planner.guest.mapping import Flaw, RunKind, runs_of_entries
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.locate import Survey, take_survey
 from planner.qcow2 import entries
-from planner.qcow2.entries import ClusterType
+from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import read_refcount_in_block
 from planner.qcow2.snapshots import Snapshots
@@ -171,8 +171,8 @@ def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
     misaligned = page.offset % geometry.cluster_size != 0
     flaw = np.array([Flaw.L2_MISALIGNED if misaligned else Flaw.NONE], dtype=np.uint8)
     run = runs_of_entries(start, word, bitmap, geometry, flaw).cut(offset, offset + 1)
-    kind = ClusterType(int(entries.cluster_types(word, geometry)[0]))
-    host, length = _host_range(word, kind, layout)
+    types = entries.cluster_types(word, geometry)
+    host, length = (int(each[0]) for each in entries.host_ranges(word, types, geometry))
     numbers = [page.offset >> geometry.cluster_bits] if page.offset else []
     if host != NO_HOST and not geometry.external_data:
         last = host + length - 1
@@ -191,7 +191,7 @@ def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
         l2_word=int(word[0]),
         l2_findings=int(page.findings[l2_index]),
         bitmap=None if bitmap is None else int(bitmap[0]),
-        type=kind,
+        type=ClusterType(int(types[0])),
         subcluster=None if bitmap is None else (offset & (geometry.cluster_size - 1)) // sub,
         kind=RunKind(int(run.kind[0])),
         flaw=Flaw(int(run.flaw[0])),
@@ -200,16 +200,6 @@ def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
         read_from=int(run.host[0]),
         clusters=_clusters(source, layout, numbers, tick),
     )
-
-
-def _host_range(word: np.ndarray, kind: ClusterType, layout: Layout) -> tuple[int, int]:
-    """Host offset and bytes of what an L2 entry refers to; `NO_HOST` and 0 for nothing."""
-    if kind is ClusterType.COMPRESSED:
-        offset, length = entries.compressed_ranges(word, layout.geometry)
-        return int(offset[0]), int(length[0])
-    if kind in (ClusterType.NORMAL, ClusterType.ZERO_ALLOC):
-        return int(entries.l2_offsets(word)[0]), layout.geometry.cluster_size
-    return NO_HOST, 0
 
 
 # ---- host clusters ----

@@ -14,8 +14,7 @@ from enum import IntEnum
 import numpy as np
 
 from planner.arrays import I64, U16, U32, U64, Mask, distinct, expand_ranges
-from planner.check.refcount_comparison import Mismatches
-from planner.check.refcount_walk import data_and_compressed
+from planner.check.refcount_comparison import NO_KIND, Mismatches, kinds_of
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.grouped import FindingsBuilder
@@ -30,6 +29,7 @@ from planner.findings.kinds import (
 from planner.findings.runs import Columns, join_parts, merge_runs
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.locate import Survey, take_survey
+from planner.metadata.mapping_tables import data_and_compressed
 from planner.metadata.regions import Regions
 from planner.qcow2.layout import Layout
 from planner.source import Source, read_tables
@@ -238,16 +238,9 @@ class Atlas:
 
 
 def _refcount_findings(refcount: U64, references: U64, unreadable: Mask) -> U64:
-    findings = np.zeros(len(refcount), dtype=np.uint64)
-    missing = (refcount == 0) & (references != 0)
-    for kind, mask in (
-        (FindingKind.LEAK, refcount > references),
-        (FindingKind.REFCOUNT_MISSING, missing),
-        (FindingKind.REFCOUNT_LOW, (refcount < references) & ~missing),
-    ):
-        findings[mask & ~unreadable] = bits_of(kind)
-    findings[unreadable] = bits_of(FindingKind.REFCOUNT_UNREADABLE)
-    return findings
+    kind = kinds_of(refcount, references)
+    kind[unreadable] = FindingKind.REFCOUNT_UNREADABLE
+    return np.where(kind == NO_KIND, np.uint64(0), np.uint64(1) << kind.astype(np.uint64))
 
 
 def _free(cluster: int, length: int) -> Columns:

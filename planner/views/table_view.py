@@ -11,7 +11,6 @@ import numpy as np
 
 from planner.arrays import I64, U64
 from planner.check.entry_rules import judge_l1, judge_l2
-from planner.check.refcount_walk import decode_words, split_entries
 from planner.findings.kinds import FindingKind
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2 import entries
@@ -34,7 +33,7 @@ class L1Page:
     @property
     def offset(self) -> I64:
         """Host offsets of the L2 tables."""
-        return (self.words & np.uint64(entries.L1_OFFSET)).astype(np.int64)
+        return entries.l1_offsets(self.words)
 
     @property
     def in_use(self) -> I64:
@@ -76,7 +75,7 @@ def read_l1_page(source: Source) -> L1Page:
     layout = Layout.read(source)
     index, words = nonzero_words(source, layout.header.l1_table_offset, layout.header.l1_size)
     findings = judge_l1(words, layout, _stored(source, layout))
-    offset = words & np.uint64(entries.L1_OFFSET)
+    offset = entries.l1_offsets(words)
     _, which, times = np.unique(offset, return_inverse=True, return_counts=True)
     shared = (times[which.reshape(-1)] > 1) & (offset != 0)
     findings[shared] |= np.uint64(1 << FindingKind.MULTIPLE_OWNERS)
@@ -94,7 +93,9 @@ def read_l2_page(source: Source, l1_index: int) -> L2Page:
     offset = int(word[0]) & entries.L1_OFFSET
     table = read_bytes(source, offset, geometry.cluster_size) if offset else b""
     rows = np.frombuffer(table.ljust(geometry.cluster_size, b"\0"), dtype=np.uint8)
-    words, bitmaps = split_entries(decode_words(rows.reshape(1, -1)), geometry.extended_l2)
+    words, bitmaps = entries.split_entries(
+        entries.decode_words(rows.reshape(1, -1)), geometry.extended_l2
+    )
     bitmap = None if bitmaps is None else bitmaps[0]
     return L2Page(
         layout=layout,

@@ -8,7 +8,8 @@ import pytest
 from instarfs.render.guest_map import ROWS_A_PART, map_json, map_json_length
 from planner.guest.chain import Member, Named, Role
 from planner.guest.extents import UNKNOWN, Extents
-from planner.guest.mapping import NO_HOST, Flaw
+from planner.guest.mapping import Flaw
+from planner.qcow2.entries import NO_HOST
 
 BACKING = Member(0, Named(Role.BACKING, b'base \xff"', b"raw"), None, "it is not there: \u00e9")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from planner.errors import ReadFailed
-from planner.guest.mapping import FLAW_SENTENCES, NO_HOST, Flaw, Mapping, RunKind, Runs
-from planner.qcow2.entries import COMPRESSED, COPIED
+from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
+from planner.qcow2.entries import COMPRESSED, COPIED, NO_HOST
 from planner.qcow2.geometry import Geometry
 from planner.source import Bytes
 from tests.planner.sources import Sparse

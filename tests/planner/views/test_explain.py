@@ -8,8 +8,8 @@ import pytest
 from planner.check.check import check_image
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import ACTIVE, FindingKind, Owner, Structure
-from planner.guest.mapping import NO_HOST, Flaw, Mapping, RunKind
-from planner.qcow2.entries import COPIED, ClusterType
+from planner.guest.mapping import Flaw, Mapping, RunKind
+from planner.qcow2.entries import COPIED, NO_HOST, ClusterType
 from planner.source import Bytes
 from planner.views.explain import GuestExplanation, HostExplanation, explain_guest, explain_host
 from planner.views.host_map import kinds_in
