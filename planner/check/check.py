@@ -13,18 +13,19 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.arrays import I64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
+from planner.check.census import Census
 from planner.check.classify import Looker
 from planner.check.ending import Found, find_cut, judge_cut_regions
-from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
+from planner.check.entry_findings import EntryFindings
+from planner.check.entry_rules import L1_RULES, L1Columns, expected
 from planner.check.overwritten import find_overwritten, find_overwritten_l1
 from planner.check.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.check.refcount_comparison import CHUNK, Mismatches
-from planner.check.refcount_walk import Census, Walker
+from planner.check.refcount_walk import count_references
 from planner.check.report import CheckCounters, Report, count_findings
 from planner.errors import Cancelled, ImageError, as_value
 from planner.findings.grouped import FindingsBuilder, GroupedFindings
 from planner.findings.kinds import (
-    ACTIVE,
     KINDS,
     NONE,
     FindingKind,
@@ -34,17 +35,11 @@ from planner.findings.kinds import (
     no_owners,
 )
 from planner.guest.allocation import allocation
-from planner.metadata.cluster_counters import (
-    PAGE_BITS,
-    ClusterCounts,
-    ClusterIndex,
-    PagedIndex,
-)
+from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex
 from planner.metadata.locate import Survey, take_survey
-from planner.metadata.mapping_tables import referenced_clusters
+from planner.metadata.mapping_tables import L1Entries, referenced_clusters
 from planner.metadata.refcounts import PIECE_BYTES, Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, count_regions, overlapping_clusters
-from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.source import Source, present_pieces, read_tables
 
@@ -119,7 +114,7 @@ class _Check:
         clusters = self._count_refblocks(census, survey.reftable)
         self._clip(census)
         mismatches = self._compare(census, stored, clusters)
-        self._check_l1_copied(survey, stored)
+        self._judge_l1(survey.l1, stored)
         self._look_beyond_disk(survey)
         judge_cut_regions(every_region, self._layout, self._findings)
         totals = mismatches.totals()
@@ -175,15 +170,12 @@ class _Check:
 
     def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
         tables, present = survey.tables, survey.present
-        references = ClusterCounts(index.slots)
-        cut_at = self._layout.file_size % self._geometry.cluster_size
-        findings = EntryFindingsBuilder(self._geometry, tables, cut_at)
-        census = Census(self._layout, index, references, references, None, findings)
+        census = Census.begin(self._layout, tables, index)
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size
         self._tick.begin("census", len(present) * size)
-        Walker(self._source, census, stored, tables).walk(present, self._tick)
+        count_references(self._source, census, stored, present, self._tick)
         return census
 
     def _contested(self, census: Census, survey: Survey, regions: Regions) -> Mask:
@@ -296,27 +288,26 @@ class _Check:
             tuple(span for span in spans if span[0] < span[1]),
         )
 
-    def _check_l1_copied(self, survey: Survey, stored: StoredRefcounts) -> None:
-        l1, bits = survey.l1, self._geometry.cluster_bits
-        at = np.flatnonzero(l1.active & (l1.offset != 0))
-        cluster = l1.offset[at] >> bits
-        copied = l1.word[at] >= np.uint64(entries.COPIED)
-        wrong = stored.is_one(cluster) != copied
-        unreadable = stored.unreadable(cluster)
-        if unreadable is not None:
-            wrong &= ~unreadable
-        at, copied = at[wrong], copied[wrong]
-        self._findings.add(
-            FindingKind.L1_COPIED,
-            structure=Structure.L1_TABLE,
-            host_offset=l1.host_offset[at],
-            snapshot=ACTIVE,
-            l1_index=l1.l1_index[at],
-            guest_offset=l1.l1_index[at] * self._geometry.l2_coverage,
-            guest_length=self._geometry.l2_coverage,
-            found=copied,
-            expected=~copied,
-        )
+    def _judge_l1(self, l1: L1Entries, stored: StoredRefcounts) -> None:
+        """What is wrong with L1 entries in themselves."""
+        columns, coverage = L1Columns(self._layout, stored, l1.word), self._geometry.l2_coverage
+        for rule in L1_RULES:
+            if rule.structure is not Structure.L1_TABLE:
+                continue  # Where tables lie has been told with the regions.
+            wrong = rule.breaks(columns)
+            at = np.flatnonzero(wrong & l1.active if rule.kind is FindingKind.L1_COPIED else wrong)
+            found = rule.found(columns)[at]
+            self._findings.add(
+                rule.kind,
+                structure=rule.structure,
+                host_offset=l1.host_offset[at],
+                snapshot=l1.snapshot[at],
+                l1_index=l1.l1_index[at],
+                guest_offset=l1.l1_index[at] * coverage,
+                guest_length=coverage,
+                found=found,
+                expected=expected(rule.kind, found),
+            )
 
     def _look_beyond_disk(self, survey: Survey) -> None:
         """What the active L1 table maps where the disk has ended, other than a machine's state.

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges
+from planner.check.entry_rules import expected
 from planner.findings.kinds import (
     BATCH_ROWS,
     NONE,
@@ -27,17 +28,10 @@ from planner.findings.kinds import (
     no_findings,
 )
 from planner.metadata.mapping_tables import L2Tables
-from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 
 CHUNK = 1 << 18
 """Findings that are gone through at a time where all of them are."""
-
-_WRONG_BITS = {
-    FindingKind.L2_ENTRY_RESERVED: np.uint64(entries.L2_RESERVED),
-    FindingKind.COMPRESSED_COPIED: np.uint64(entries.COPIED),
-}
-"""What an entry must not have set: expected is what was found without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +196,7 @@ class EntryFindings:
             guest_offset=guest,
             guest_length=guest_length,
             found=held.found,
-            expected=_expected(kind, held.found),
+            expected=expected(kind, held.found),
         )
 
 
@@ -210,12 +204,6 @@ def _counted(kind: FindingKind, tables: L2Tables, table: I64, length: I64) -> I6
     """How often QEMU counts a finding: its COPIED pass follows fewer L1 entries than its census."""
     each = tables.copied if kind is FindingKind.L2_COPIED else tables.weight
     return each[table] * length
-
-
-def _expected(kind: FindingKind, found: npt.NDArray[Any]) -> npt.NDArray[Any] | int:
-    if kind is FindingKind.L2_COPIED:
-        return ~found
-    return found & ~_WRONG_BITS[kind] if kind in _WRONG_BITS else 0
 
 
 @dataclass(slots=True)
@@ -238,21 +226,27 @@ class EntryFindingsBuilder:
         self,
         kind: FindingKind,
         position: I64,
-        found: U64 | I64,
+        found: npt.NDArray[Any],
         structure: Structure = Structure.L2_TABLE,
     ) -> None:
-        """Single entries at *position*, as of `_Held`."""
-        if len(position):
-            parts = self._parts.setdefault((kind, structure), _Parts())
-            parts.position.append(position)
-            parts.found.append(found.view(np.uint64))
+        """Single entries at *position*, as of `_Held`; where there are none, nothing.
 
-    def add_copied(self, position: I64, length: I64, found: Mask) -> None:
-        """Runs of entries with the same wrong COPIED flag."""
-        kind = FindingKind.L2_COPIED
-        parts = self._parts.setdefault((kind, Structure.L2_TABLE), _Parts())
+        Of COPIED flags *found* is bool, and the same wrong one in neighbours in a table, where they
+        are given one after the other, is one finding.
+        """
+        if not len(position):
+            return
+        parts = self._parts.setdefault((kind, structure), _Parts())
+        if kind is FindingKind.L2_COPIED:
+            new = np.ones(len(position), dtype=np.bool_)
+            new[1:] = (np.diff(position) != 1) | (found[1:] != found[:-1])
+            new |= position % self._geometry.l2_entries == 0
+            start = np.flatnonzero(new)
+            parts.length.append(np.diff(start, append=len(position)).astype(np.uint32))
+            position, found = position[start], found[start]
+        else:
+            found = found.view(np.uint64)
         parts.position.append(position)
-        parts.length.append(length.astype(np.uint32))
         parts.found.append(found)
 
     def build(self) -> EntryFindings:

@@ -2,7 +2,7 @@
 
 They mostly agree. One of them is counted for all, and of the others only the entries in which they
 differ: so a snapshot costs reading its tables and comparing them, not counting them again. Where
-they have little in common, or are not plain, `planner.check.refcount_walk` counts them one by one.
+they have little in common, or are not plain, they are left to be counted one by one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct
-from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
-from planner.metadata.mapping_tables import Batch, L2Tables
+from planner.check.census import Census
+from planner.check.entry_counter import EntryCounter
+from planner.check.plain_counter import PlainCounter
+from planner.metadata.mapping_tables import Batch, L2Tables, clusters_of_entries
 from planner.qcow2 import entries
-from planner.qcow2.geometry import Geometry
 from planner.source import Source, read_parts
 
 MIN_ENTRIES = 1 << 11
@@ -38,19 +39,6 @@ HELD = 1 << 18
 
 _SAME = np.array([(1 << 64) - 1 - entries.COPIED], dtype=">u8").view(np.uint64)
 """The COPIED flag does not make an entry another one. In the byte order of the disk."""
-
-
-class Counter(Protocol):
-    """What counts entries: `planner.check.refcount_walk.Walker`."""
-
-    def are_plain(self, words: U64) -> Mask:
-        """Which tables (rows) have only entries that `count_plain` can count."""
-
-    def count_plain(self, batch: Batch, words: U64) -> None:
-        """Count whole tables."""
-
-    def count_entries(self, batch: Batch, positions: I64, words: U64) -> None:
-        """Count single entries of any type, at flat *positions* in the tables of *batch*."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +62,13 @@ class Differences:
 
 
 class VersionCounter:
-    """Counts into *references* and *mapped*; see `planner.check.refcount_walk.Census`."""
+    """Counts into a census: what versions share through *plain*, where they differ through
+    *single*.
+    """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        tables: L2Tables,
-        counter: Counter,
-        *,
-        index: ClusterIndex,
-        references: ClusterCounts,
-        mapped: ClusterCounts,
-    ) -> None:
-        self._geometry, self._tables, self._counter = geometry, tables, counter
-        self._index, self._references, self._mapped = index, references, mapped
+    def __init__(self, census: Census, plain: PlainCounter, single: EntryCounter) -> None:
+        self._census, self._plain, self._single = census, plain, single
+        self._geometry, self._tables = census.layout.geometry, census.tables
         self._found: list[Differences] = []
 
     def count(self, source: Source, which: I64, tick: Callable[[int], None]) -> I64:
@@ -114,14 +95,14 @@ class VersionCounter:
         """
         versions = words.reshape(*part.shape, -1)
         base = versions[0].byteswap()
-        sound = self._counter.are_plain(base)
+        sound = self._plain.are_plain(base)
         found = _differences(part, versions, sound)
         if sound.any():
             first = int(part[0, 0])
             tables, weight = self._tables, int(self._tables.weight[part[:, 0]].sum())
             active, copied = int(tables.active[first]), int(tables.copied[first])
             batch = Batch(part[0, sound], weight, active, copied, sibling=False)
-            self._counter.count_plain(batch, base if sound.all() else base[sound])
+            self._plain.count(batch, base if sound.all() else base[sound])
         self._found.append(found)
         if sum(len(each.table) for each in self._found) > HELD:
             self._count_found()
@@ -139,8 +120,8 @@ class VersionCounter:
         """Take back what was counted for versions that differ there."""
         clusters = entries.l2_offsets(found.base) >> self._geometry.cluster_bits
         held = clusters != 0
-        slots = self._index.slots_of(clusters[held])
-        self._references.subtract(slots, self._tables.weight[found.table[held]])
+        slots = self._census.index.slots_of(clusters[held])
+        self._census.references.subtract(slots, self._tables.weight[found.table[held]])
 
     def _count_differences(self, found: Differences) -> None:
         """Count entries that are not as in the version that was counted for all."""
@@ -150,13 +131,9 @@ class VersionCounter:
             chosen = (weight == each) & (found.word != 0)
             batch = Batch(found.table[chosen], each, active=0, copied=0, sibling=True)
             positions = np.arange(len(batch.ids)) * width + found.column[chosen]
-            self._counter.count_entries(batch, positions, found.word[chosen])
-        words = found.word[found.fresh]
-        types = entries.cluster_types(words, self._geometry)
-        data = entries.has_host_cluster(types)
-        clusters = entries.l2_offsets(words[data]) >> self._geometry.cluster_bits
-        slots, known = self._index.find(clusters)
-        self._mapped.add(slots[known], 1)
+            self._single.count_entries(batch, positions, found.word[chosen])
+        clusters, _ = clusters_of_entries(found.word[found.fresh], self._census.layout)
+        self._census.mapped.add(self._census.index.slots_of(clusters), 1)
 
 
 def cut(tables: L2Tables, which: I64, target: int, limit: int) -> tuple[list[I64], I64]:

@@ -7,7 +7,7 @@ QEMU reads, and for what it refuses to. Nothing here reads the guest's bytes the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
 from planner.qcow2 import entries
-from planner.qcow2.entries import NO_HOST, ClusterType
+from planner.qcow2.entries import NO_HOST, ClusterType, L2Entries
 from planner.qcow2.geometry import SUBCLUSTERS_PER_CLUSTER, Geometry
 from planner.source import Salvaged, Source, nonzero_words, present_tables, read_tables
 
@@ -66,6 +66,15 @@ FLAW_SENTENCES = {
     Flaw.TABLE_LOST: "its L1 or L2 entry is past the end of the file, or cannot be read",
     Flaw.CLUSTER_LOST: "its cluster is past the end of the file",
 }
+
+_FLAWS: tuple[tuple[Flaw, Callable[[L2Entries], Mask]], ...] = (
+    (Flaw.CLUSTER_MISALIGNED, lambda entry: entry.is_misaligned),
+    (Flaw.COMPRESSED_EXTERNAL, lambda entry: entry.is_compressed_elsewhere),
+    (Flaw.ZERO_IN_V2, lambda entry: entry.is_zero_in_version_2),
+    (Flaw.SUBCLUSTERS, lambda entry: entry.has_subcluster_conflict),
+    (Flaw.SUBCLUSTERS, lambda entry: entry.has_subclusters_without_cluster),
+)
+"""What an L2 entry cannot be read with; of several the last."""
 
 _KIND_OF_TYPE = np.zeros(len(ClusterType), dtype=np.uint8)
 _KIND_OF_TYPE[ClusterType.ZERO_PLAIN] = RunKind.ZERO
@@ -205,39 +214,23 @@ def runs_of_entries(
     extended L2. *table_flaw*: `Flaw` of what leads to them, NONE where their words are what is in
     the image. All of shape (clusters,).
     """
-    types = entries.cluster_types(words, geometry)
-    host, stored = entries.l2_offsets(words), np.zeros(len(words), dtype=np.int64)
-    placed = (types == ClusterType.NORMAL) | (types == ClusterType.ZERO_ALLOC)
+    entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
     flaw = np.zeros(len(words), dtype=np.uint8)
-    flaw[placed & (host & (geometry.cluster_size - 1) != 0)] = Flaw.CLUSTER_MISALIGNED
-    host[~placed] = NO_HOST
-    packed = types == ClusterType.COMPRESSED
-    if packed.any():
-        host[packed], stored[packed] = entries.compressed_ranges(words[packed], geometry)
     if geometry.external_data:
-        flaw[placed & (flaw == Flaw.NONE) & (host != guest)] = Flaw.NOT_IN_PLACE
-        flaw[packed] = Flaw.COMPRESSED_EXTERNAL
-    if geometry.version < 3:
-        is_zero = (types == ClusterType.ZERO_PLAIN) | (types == ClusterType.ZERO_ALLOC)
-        flaw[is_zero] = Flaw.ZERO_IN_V2
-    kind = _KIND_OF_TYPE[types]
-    if bitmaps is not None:
-        flaw[_contradictory(types, bitmaps)] = Flaw.SUBCLUSTERS
+        flaw[entry.has_cluster & (entry.offset != guest)] = Flaw.NOT_IN_PLACE
+    for each, is_so in _FLAWS:
+        flaw[is_so(entry)] = each
     np.copyto(flaw, table_flaw, where=table_flaw != Flaw.NONE)
     damaged = flaw != Flaw.NONE
-    kind[damaged], host[damaged], stored[damaged] = RunKind.DAMAGED, NO_HOST, 0
-    length = np.full(len(words), geometry.cluster_size, dtype=np.int64)
-    runs = Runs(guest, length, kind, host, stored, flaw)
+    runs = Runs(
+        guest=guest,
+        length=np.full(len(words), geometry.cluster_size, dtype=np.int64),
+        kind=np.where(damaged, RunKind.DAMAGED, _KIND_OF_TYPE[entry.types]).astype(np.uint8),
+        host=np.where(damaged, NO_HOST, entry.offset),
+        stored=np.where(damaged | ~entry.is_compressed, 0, entry.size),
+        flaw=flaw,
+    )
     return runs if bitmaps is None else _subclusters(runs, bitmaps, geometry)
-
-
-def _contradictory(types: U8, bitmaps: U64) -> Mask:
-    """Which clusters have QCOW2_SUBCLUSTER_INVALID."""
-    both = (bitmaps >> np.uint64(32)) & bitmaps != 0
-    allocated = (bitmaps & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
-    nowhere = types == ClusterType.UNALLOCATED
-    contradictory: Mask = ((types == ClusterType.NORMAL) & both) | (nowhere & allocated)
-    return contradictory
 
 
 def _subclusters(runs: Runs, bitmaps: U64, geometry: Geometry) -> Runs:

@@ -163,7 +163,6 @@ class _Surveyor:
         for number, offset, size in l1_tables:
             self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
         l1 = read_l1_tables(self._source, l1_tables)
-        self._judge_l1(l1)
         copied = l1.active & (l1.offset != 0)
         stored = StoredRefcounts(self._source, self._layout, reftable)
         unreadable = stored.unreadable(l1.offset >> self._geometry.cluster_bits)
@@ -233,37 +232,6 @@ class _Surveyor:
             problem = "past the end of any file"
             self._stop(
                 ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
-            )
-
-    def _judge_l1(self, l1: L1Entries) -> None:
-        geometry = self._geometry
-        reserved = np.uint64(entries.L1_RESERVED)
-        offset = l1.offset
-        for kind, mask, found, expected in (
-            (
-                FindingKind.L1_ENTRY_RESERVED,
-                (l1.word & reserved) != 0,
-                l1.word,
-                l1.word & ~reserved,
-            ),
-            (
-                FindingKind.L2_TABLE_MISALIGNED,
-                (offset & (geometry.cluster_size - 1)) != 0,
-                offset,
-                0,
-            ),
-        ):
-            at = np.flatnonzero(mask)
-            self._findings.add(
-                kind,
-                structure=Structure.L1_TABLE,
-                host_offset=l1.host_offset[at],
-                snapshot=l1.snapshot[at],
-                l1_index=l1.l1_index[at],
-                guest_offset=l1.l1_index[at] * geometry.l2_coverage,
-                guest_length=geometry.l2_coverage,
-                found=found[at],
-                expected=expected[at] if isinstance(expected, np.ndarray) else expected,
             )
 
     def locate(self, snapshots: SnapshotTable, tables: L2Tables) -> None:

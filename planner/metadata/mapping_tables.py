@@ -104,6 +104,10 @@ class Batch:
     copied: int
     sibling: bool
 
+    def positions(self, flat: I64, width: int) -> I64:
+        """*flat* positions in these tables of *width* entries, as positions in all tables."""
+        return self.ids[flat // width] * width + flat % width
+
 
 def distinct_l2_tables(l1: L1Entries, copied: Mask) -> L2Tables:
     """Group L1 entries by the L2 table that they lead to.
@@ -140,15 +144,22 @@ def referenced_clusters(rows: U8, layout: Layout) -> I64:
 
 def data_and_compressed(rows: U8, layout: Layout) -> tuple[I64, I64]:
     """The same, apart: clusters of data, and those with compressed data."""
-    geometry, bits = layout.geometry, layout.geometry.cluster_bits
-    word, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-    word = word[word != 0]
-    types = entries.cluster_types(word, geometry)
-    offset, size = entries.host_ranges(word, types, geometry)
-    inside = (size != 0) & ~layout.is_past_end(offset, size)
-    packed = types == ClusterType.COMPRESSED
-    of_data, of_packed = (
-        expand_ranges(offset[which] >> bits, (offset[which] + size[which] - 1) >> bits)
-        for which in (inside & ~packed, inside & packed)
+    words, _ = entries.split_entries(entries.decode_words(rows), layout.geometry.extended_l2)
+    return clusters_of_entries(words[words != 0], layout)
+
+
+def clusters_of_entries(words: U64, layout: Layout) -> tuple[I64, I64]:
+    """The same, of single L2 entries."""
+    types = entries.cluster_types(words, layout.geometry)
+    data = entries.l2_offsets(words[entries.has_host_cluster(types)])
+    packed = words[types == ClusterType.COMPRESSED]
+    return (
+        _clusters_inside(data, layout.geometry.cluster_size, layout),
+        _clusters_inside(*entries.compressed_ranges(packed, layout.geometry), layout),
     )
-    return of_data, of_packed
+
+
+def _clusters_inside(offset: I64, size: I64 | int, layout: Layout) -> I64:
+    """The clusters of those ranges that are not past the end of the file."""
+    inside, bits = ~layout.is_past_end(offset, size), layout.geometry.cluster_bits
+    return expand_ranges(offset[inside] >> bits, (offset + size - 1)[inside] >> bits)

@@ -194,6 +194,12 @@ class StoredRefcounts:
             return None
         return np.isin(clusters // self.entries_per_block, self._unreadable_blocks)
 
+    def unreadable_slots(self, slots: I64) -> Mask | None:
+        """The same, of clusters with these slots."""
+        if not len(self._unreadable_blocks):
+            return None
+        return self.unreadable(self.index.clusters_of(slots))
+
     def is_one(self, clusters: I64) -> Mask:
         """Whether the stored refcount is 1, for any clusters."""
         slots, known = self.index.find(clusters)

@@ -6,7 +6,9 @@ docs/interop/qcow2.txt, "L1 table entry", "L2 table entry", "Refcount table entr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 
@@ -129,3 +131,116 @@ def bad_bitmap_entries(entries: U64, geometry: Geometry) -> Mask:
     bad |= (offset != 0) & ((entries & np.uint64(BITMAP_ALL_ONES)) != 0)
     bad |= (offset & np.uint64(geometry.cluster_size - 1)) != 0
     return bad
+
+
+def bitmaps_of(words: U64, bitmaps: U64 | None) -> U64:
+    """The subcluster bitmaps of L2 entries: zeros where these are not extended (None)."""
+    return (
+        np.broadcast_to(np.zeros(1, dtype=np.uint64), words.shape) if bitmaps is None else bitmaps
+    )
+
+
+@dataclass(frozen=True)
+class L2Entries:
+    """L2 entries in columns, and what they say by themselves: worked out when it is asked for.
+
+    ``word``: uint64, 1-D. ``bitmap``: subcluster bitmaps, see `bitmaps_of`. What is true of an
+    entry is a mask; whether it may be is the business of `planner.check.entry_rules`, and whether
+    it can be read all the same that of `planner.guest.mapping`.
+    """
+
+    geometry: Geometry
+    word: U64
+    bitmap: U64
+
+    @cached_property
+    def nowhere(self) -> Mask:
+        """No entry at all."""
+        return np.zeros(self.word.shape, dtype=np.bool_)
+
+    @cached_property
+    def types(self) -> U8:
+        """`ClusterType` of each."""
+        return cluster_types(self.word, self.geometry)
+
+    @cached_property
+    def has_cluster(self) -> Mask:
+        return has_host_cluster(self.types)
+
+    @cached_property
+    def is_compressed(self) -> Mask:
+        compressed: Mask = self.types == ClusterType.COMPRESSED
+        return compressed
+
+    @property
+    def copied(self) -> Mask:
+        return self.word >= np.uint64(COPIED)
+
+    @cached_property
+    def _ranges(self) -> tuple[I64, I64]:
+        return host_ranges(self.word, self.types, self.geometry)
+
+    @property
+    def offset(self) -> I64:
+        """As `host_ranges` has it."""
+        return self._ranges[0]
+
+    @property
+    def size(self) -> I64:
+        return self._ranges[1]
+
+    @property
+    def has_reserved_bits(self) -> Mask:
+        """Compressed entries have none: their bits all say where they are, and how long."""
+        reserved: Mask = (self.word & np.uint64(L2_RESERVED)) != 0
+        reserved &= ~self.is_compressed
+        return reserved
+
+    @property
+    def is_zero_in_version_2(self) -> Mask:
+        """The zero flag came with version 3."""
+        return reads_as_zeros(self.types) if self.geometry.version < 3 else self.nowhere
+
+    @property
+    def is_compressed_elsewhere(self) -> Mask:
+        """Data files hold nothing that is compressed."""
+        return self.is_compressed if self.geometry.external_data else self.nowhere
+
+    @cached_property
+    def is_misaligned(self) -> Mask:
+        """Whose cluster does not begin where one can."""
+        misaligned: Mask = (self.offset & (self.geometry.cluster_size - 1)) != 0
+        misaligned &= self.has_cluster
+        return misaligned
+
+    @cached_property
+    def has_subclusters(self) -> Mask:
+        """Which have allocated subclusters."""
+        if not self.geometry.extended_l2:
+            return self.nowhere
+        allocated: Mask = (self.bitmap & np.uint64(SUBCLUSTERS_ALLOCATED)) != 0
+        return allocated
+
+    @property
+    def holds_data(self) -> Mask:
+        """Which have anything in their cluster that the guest reads."""
+        if self.geometry.extended_l2:
+            return self.has_cluster & self.has_subclusters
+        data: Mask = self.types == ClusterType.NORMAL
+        return data
+
+    @property
+    def has_subclusters_without_cluster(self) -> Mask:
+        """What is allocated has nowhere to be."""
+        without: Mask = self.types == ClusterType.UNALLOCATED
+        without &= self.has_subclusters
+        return without
+
+    @property
+    def has_subcluster_conflict(self) -> Mask:
+        """A subcluster is allocated, and reads as zeros."""
+        if not self.geometry.extended_l2:
+            return self.nowhere
+        conflict: Mask = ((self.bitmap >> np.uint64(32)) & self.bitmap) != 0
+        conflict &= self.has_cluster
+        return conflict

@@ -11,6 +11,7 @@ import numpy as np
 
 from planner.arrays import I64, U64, Mask
 from planner.check.claims import place_of_entry
+from planner.check.entry_rules import expected
 from planner.findings.kinds import FindingKind, Owner, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
@@ -20,8 +21,6 @@ from planner.repair.words import draft_words
 _OWNERS_WEIGHED = 64
 """Owners of a cluster that are looked at; one with more is not written to."""
 
-_WORD = (1 << 64) - 1
-
 
 def correct_entries(scope: Scope) -> None:
     """Draft every entry that can be corrected; the others stay and stay named."""
@@ -30,7 +29,7 @@ def correct_entries(scope: Scope) -> None:
         _make_plain_zero(scope)
     for tables in marked_tables(scope, FindingKind.COMPRESSED_COPIED):
         chosen = tables.without_contested()
-        chosen.words[chosen.marks] &= np.uint64(~entries.COPIED & _WORD)
+        _correct(chosen)
         chosen.draft()
 
 
@@ -39,7 +38,7 @@ def clear_reserved_bits(scope: Scope) -> None:
     for tables in marked_tables(scope, FindingKind.L2_ENTRY_RESERVED):
         chosen = tables.without_contested()
         chosen = chosen.select(_is_otherwise_right(chosen))
-        chosen.words[chosen.marks] &= np.uint64(~entries.L2_RESERVED & _WORD)
+        _correct(chosen)
         chosen.draft()
     wrong = scope.report.findings.of(FindingKind.L1_ENTRY_RESERVED)
     free = scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
@@ -47,6 +46,12 @@ def clear_reserved_bits(scope: Scope) -> None:
     right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
     wrong = wrong.select(right)
     draft_words(scope, FindingKind.L1_ENTRY_RESERVED, wrong.host_offset, wrong.expected)
+
+
+def _correct(tables: MarkedTables) -> None:
+    """Make the marked entries what the rule that they break expects."""
+    found = tables.words[tables.marks].astype(np.uint64)
+    tables.words[tables.marks] = expected(tables.kind, found)
 
 
 def _make_plain_zero(scope: Scope) -> None:

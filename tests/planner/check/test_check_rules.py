@@ -11,7 +11,6 @@ import pytest
 from planner.check import check as check_module
 from planner.check import versions
 from planner.check.check import check_image
-from planner.check.refcount_walk import Walker
 from planner.check.report import CheckCounters, Report
 from planner.findings.kinds import KINDS, Finding, FindingKind, Severity
 from planner.source import Bytes
@@ -19,21 +18,14 @@ from tests.images.builder import ImageBuilder, feature_name_table
 from tests.images.corpus import RULES, Rule
 from tests.images.corpus.rule import Expected
 from tests.images.luks_headers import luks_bytes
+from tests.planner.check import naive
 
 
-class CarefulWalker(Walker):
-    """Judges every entry one by one, never a run at once."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.fast = False
-
-
-@pytest.fixture(params=["fast", "versions", "careful"])
+@pytest.fixture(params=["fast", "versions", "naive"])
 def walker(request, monkeypatch) -> None:
     """All ways of counting must find the same."""
-    if request.param == "careful":
-        monkeypatch.setattr(check_module, "Walker", CarefulWalker)
+    if request.param == "naive":
+        monkeypatch.setattr(check_module, "count_references", naive.count_references)
     if request.param == "versions":
         monkeypatch.setattr(versions, "MIN_ENTRIES", 1)
         monkeypatch.setattr(versions, "SHARED", 1)

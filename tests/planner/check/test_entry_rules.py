@@ -1,16 +1,23 @@
-"""A table shown entry by entry says of each what a check says of it."""
+"""Each rule by itself; and a table shown entry by entry says of each what a check says of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import numpy as np
 import pytest
 
 from planner.check.check import check_image
+from planner.check.entry_rules import L1_RULES, L2_RULES, expected, judge_l1, judge_l2
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
+from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
 from planner.views.host_map import kinds_in
 from planner.views.table_view import read_l1_page, read_l2_page
+from tests.images.builder import ImageBuilder
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import SIZE, plain
 
@@ -32,6 +39,158 @@ OF_L2 = {
     FindingKind.L2_COPIED,
 }
 Judged = set[tuple[int, FindingKind]]
+
+SIZES = {False: SIZE, True: 4 * SIZE}
+"""Of clusters, without and with extended L2 entries."""
+
+
+def in_an_image(
+    *, extended: bool = False, external: bool = False, version: int = 3
+) -> tuple[Layout, StoredRefcounts]:
+    """Of 32 clusters and a half: the header's refcount is 1, that of cluster 4 is 2, others are 0.
+
+    The refcount block of the clusters from 16 times that of a block on is misaligned.
+    """
+    size = SIZES[extended]
+    made = ImageBuilder(
+        cluster_bits=size.bit_length() - 1,
+        size=1 << 26,
+        version=version,
+        extended_l2=extended,
+        data_file=b"data.raw" if external else None,
+    )
+    image = made.build()
+    image.data += bytes(32 * size + size // 2 - len(image.data))
+    for cluster in range(32):
+        image.set_refcount(cluster, {0: 1, 4: 2}.get(cluster, 0))
+    layout = Layout.read(image.source)
+    image.set_word(layout.header.refcount_table_offset + 16 * 8, 512)
+    return layout, StoredRefcounts(image.source, layout, Reftable(image.source, layout))
+
+
+COPIED, PACKED, ZERO = 1 << 63, 1 << 62, 1
+ALLOCATED, READS_ZERO = 1 << 5, 1 << 37
+"""Of subcluster 5."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A word that breaks a rule, and one that is as near to it as can be and does not."""
+
+    kind: FindingKind
+    wrong: int
+    right: int
+    bitmaps: tuple[int, int] = (0, 0)
+    image: dict[str, int] = field(default_factory=dict)
+
+
+L1_CASES = [
+    Case(FindingKind.L1_ENTRY_RESERVED, 2 * SIZE | 1 << 8, 2 * SIZE),
+    Case(FindingKind.L1_ENTRY_RESERVED, 1 << 56, 1 << 63),
+    Case(FindingKind.L2_TABLE_MISALIGNED, 2 * SIZE + 512, 2 * SIZE),
+    Case(FindingKind.PAST_END, 33 * SIZE, 32 * SIZE),
+    Case(FindingKind.L1_COPIED, COPIED | 4 * SIZE, 4 * SIZE),
+    Case(FindingKind.L1_COPIED, COPIED | 5 * SIZE, COPIED),
+]
+EXTENDED = {"extended": True}
+X_SIZE = SIZES[True]
+L2_CASES = [
+    Case(FindingKind.L2_ENTRY_RESERVED, 2 * SIZE | 1 << 61, PACKED | 1 << 61),
+    Case(FindingKind.L2_ENTRY_RESERVED, 2, 0),
+    Case(FindingKind.ZERO_IN_VERSION_2, ZERO, 0, image={"version": 2}),
+    Case(FindingKind.ZERO_IN_VERSION_2, 2 * SIZE | ZERO, PACKED | ZERO, image={"version": 2}),
+    Case(
+        FindingKind.UNALLOCATED_SUBCLUSTERS, 0, 0, bitmaps=(ALLOCATED, READS_ZERO), image=EXTENDED
+    ),
+    Case(FindingKind.UNALLOCATED_SUBCLUSTERS, 0, X_SIZE, bitmaps=(ALLOCATED,) * 2, image=EXTENDED),
+    Case(FindingKind.COMPRESSED_COPIED, COPIED | PACKED | SIZE, PACKED | SIZE),
+    Case(FindingKind.COMPRESSED_WITH_DATA_FILE, PACKED | SIZE, SIZE, image={"external": True}),
+    Case(
+        FindingKind.COMPRESSED_SUBCLUSTERS, PACKED, PACKED, bitmaps=(READS_ZERO, 0), image=EXTENDED
+    ),
+    Case(
+        FindingKind.SUBCLUSTER_CONFLICT,
+        X_SIZE,
+        X_SIZE,
+        bitmaps=(ALLOCATED | READS_ZERO, ALLOCATED | READS_ZERO << 1),
+        image=EXTENDED,
+    ),
+    Case(FindingKind.DATA_MISALIGNED, 2 * SIZE + 512, 2 * SIZE),
+    Case(FindingKind.DATA_MISALIGNED, 2 * SIZE + 512, 2 * SIZE + 512 | ZERO),
+    Case(FindingKind.DATA_MISALIGNED, 512, 512, bitmaps=(ALLOCATED, READS_ZERO), image=EXTENDED),
+    Case(FindingKind.ZERO_MISALIGNED, 2 * SIZE + 512 | ZERO, 2 * SIZE | ZERO),
+    Case(FindingKind.ZERO_MISALIGNED, 512, 512, bitmaps=(0, ALLOCATED), image=EXTENDED),
+    Case(FindingKind.PAST_END, 33 * SIZE, 32 * SIZE),
+    Case(FindingKind.PAST_END, PACKED | 34 * SIZE, PACKED | 33 * SIZE),
+    Case(FindingKind.L2_COPIED, COPIED | 4 * SIZE, 4 * SIZE),
+    Case(FindingKind.L2_COPIED, COPIED | 5 * SIZE, COPIED),
+    Case(FindingKind.L2_COPIED, SIZE, COPIED | SIZE, image={"external": True}),
+]
+
+
+def kinds_of_l2(word: int, bitmap: int, options: dict[str, int]) -> list[FindingKind]:
+    layout, stored = in_an_image(**options)
+    bitmaps = as_words(bitmap) if layout.geometry.extended_l2 else None
+    return kinds_in(int(judge_l2(as_words(word), bitmaps, layout, stored)[0]))
+
+
+def as_words(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint64)
+
+
+def told(case: Case) -> str:
+    return f"{case.kind.label}-{case.wrong:#x}-{case.right:#x}"
+
+
+@pytest.mark.parametrize("case", L1_CASES, ids=told)
+def test_rule_of_l1_entries(case: Case) -> None:
+    found = judge_l1(as_words(case.wrong, case.right), *in_an_image()).tolist()
+    assert case.kind in kinds_in(found[0])
+    assert case.kind not in kinds_in(found[1])
+
+
+@pytest.mark.parametrize("case", L2_CASES, ids=told)
+def test_rule_of_l2_entries(case: Case) -> None:
+    assert case.kind in kinds_of_l2(case.wrong, case.bitmaps[0], case.image)
+    assert case.kind not in kinds_of_l2(case.right, case.bitmaps[1], case.image)
+
+
+def test_every_rule_has_a_word_that_breaks_it() -> None:
+    assert {rule.kind for rule in L1_RULES} == {case.kind for case in L1_CASES}
+    assert {rule.kind for rule in L2_RULES} == {case.kind for case in L2_CASES}
+
+
+def test_a_flag_whose_refcount_cannot_be_looked_up_is_not_wrong() -> None:
+    layout, stored = in_an_image()
+    lost = 16 * layout.geometry.refblock_entries * SIZE
+    words = as_words(COPIED | lost, lost)
+    kinds = {FindingKind.L1_COPIED, FindingKind.L2_COPIED}
+    judged_words = (*judge_l1(words, layout, stored), *judge_l2(words, None, layout, stored))
+    for bits in judged_words:
+        assert not kinds & set(kinds_in(int(bits)))
+
+
+def test_nothing_of_a_data_file_is_past_the_end_of_the_image() -> None:
+    for word in (1 << 50, PACKED | 1 << 50):
+        assert FindingKind.PAST_END not in kinds_of_l2(word, 0, {"external": True})
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "wanted"),
+    [
+        (FindingKind.L1_ENTRY_RESERVED, COPIED | SIZE | 1 << 57 | 2, COPIED | SIZE),
+        (FindingKind.L2_ENTRY_RESERVED, COPIED | SIZE | 1 << 57 | 3, COPIED | SIZE | 1),
+        (FindingKind.COMPRESSED_COPIED, COPIED | PACKED | 3 * SIZE, PACKED | 3 * SIZE),
+        (FindingKind.DATA_MISALIGNED, SIZE + 512, 0),
+    ],
+)
+def test_expected_is_the_word_without_what_is_wrong(kind, found, wanted) -> None:
+    assert expected(kind, as_words(found)).tolist() == [wanted]
+
+
+def test_the_other_flag_is_expected() -> None:
+    for kind in (FindingKind.L1_COPIED, FindingKind.L2_COPIED):
+        assert expected(kind, np.array([True, False])).tolist() == [False, True]
 
 
 def judged(source: Source) -> Judged:

@@ -1,0 +1,110 @@
+"""Counts L2 entries of every type, and reports those that break a rule.
+
+Each entry is decoded and judged by `planner.check.entry_rules`. Most tables need not be: see
+`planner.check.plain_counter`. Source: check_refcounts_l2 and qcow2_inc_refcounts_imrt for what
+counts when an entry is damaged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.arrays import I64, U64, expand_ranges
+from planner.check.census import Census
+from planner.check.entry_rules import L2_RULES, L2Columns
+from planner.findings.kinds import ACTIVE, FindingKind, Structure
+from planner.metadata.mapping_tables import Batch
+from planner.metadata.refcounts import StoredRefcounts
+
+
+class EntryCounter:
+    """Counts into a census. *stored*: what COPIED flags are compared with."""
+
+    def __init__(self, census: Census, stored: StoredRefcounts) -> None:
+        self._census, self._stored = census, stored
+        self._geometry, self._width = census.layout.geometry, census.layout.geometry.l2_entries
+
+    def count_tables(self, batch: Batch, words: U64, bitmaps: U64 | None) -> None:
+        """Count the entries of whole tables, uint64 (tables, entries)."""
+        flat = words.reshape(-1)
+        if bitmaps is None:
+            positions = np.flatnonzero(flat)
+            self.count_entries(batch, positions, flat[positions])
+        else:
+            bitmap = bitmaps.reshape(-1)
+            positions = np.flatnonzero(flat | bitmap)
+            self.count_entries(batch, positions, flat[positions], bitmap[positions])
+
+    def count_entries(
+        self, batch: Batch, positions: I64, words: U64, bitmaps: U64 | None = None
+    ) -> None:
+        """Count single entries, none of them 0, at flat *positions* in the tables of *batch*."""
+        census = self._census
+        entry = L2Columns.of(words, bitmaps, census.layout, self._stored)
+        for rule in L2_RULES:
+            if rule.kind is FindingKind.L2_COPIED and not batch.copied:
+                continue
+            at = np.flatnonzero(rule.breaks(entry))
+            if len(at):
+                where = batch.positions(positions[at], self._width)
+                census.findings.add(rule.kind, where, rule.found(entry)[at], rule.structure)
+        if (entry.bytes_past_end > 0).any():
+            self._report_cut_data(batch, positions, entry)
+            self._report_cut_compressed(batch, positions, entry)
+        if batch.active:
+            self._count_guest(batch, positions, entry)
+        self._count_references(batch, entry)
+
+    def _count_guest(self, batch: Batch, positions: I64, entry: L2Columns) -> None:
+        """Add to the guest's counters; in each table fragmentation begins anew."""
+        guest, packed = self._census.guest, entry.is_counted & entry.is_compressed
+        compressed = batch.active * int(np.count_nonzero(packed))
+        data = entry.data
+        offset, table = entry.offset[data], positions[data] // self._width
+        jumps = (np.diff(offset) != self._geometry.cluster_size) & (table[1:] == table[:-1])
+        guest.compressed += compressed
+        guest.allocated += compressed + batch.active * len(data)
+        guest.fragmented += compressed + batch.active * int(np.count_nonzero(jumps))
+
+    def _count_references(self, batch: Batch, entry: L2Columns) -> None:
+        """Add to the counters of all clusters that entries touch, which may be several."""
+        census, inside = self._census, entry.is_counted & ~entry.is_past_end
+        if (entry.is_compressed & ~entry.is_compressed_elsewhere).any():
+            census.separate_mapped()
+            slots = self._slots(entry, np.flatnonzero(inside & entry.is_compressed))
+            census.references.add(slots, batch.weight)
+            census.mark_compressed(slots)
+        slots = self._slots(entry, np.flatnonzero(inside & entry.has_cluster))
+        for counts, amount in census.targets(batch):
+            counts.add(slots, amount)
+
+    def _slots(self, entry: L2Columns, which: I64) -> I64:
+        """Slots of the clusters that entries touch, with repeats."""
+        bits, offset, size = self._geometry.cluster_bits, entry.offset[which], entry.size[which]
+        clusters = expand_ranges(offset >> bits, (offset + size - 1) >> bits)
+        return self._census.index.slots_of(clusters)
+
+    # ---- where the file ends ----
+
+    def _report_cut_data(self, batch: Batch, positions: I64, entry: L2Columns) -> None:
+        """Data clusters that the file ends in. QEMU counts them, and reads zeros past the end."""
+        at = np.flatnonzero(entry.is_cut_data)
+        if not len(at):
+            return
+        where = batch.positions(positions[at], self._width)
+        table, inside = np.divmod(where, self._width)
+        tables, geometry = self._census.tables, self._geometry
+        guest = (tables.l1_index[table] * self._width + inside) << geometry.cluster_bits
+        needed = entry.bytes_needed(at)
+        # Past the end of the disk nobody reads; where a snapshot's disk ends is not looked at.
+        left = np.minimum(needed, geometry.virtual_size - guest)
+        needed = np.where(tables.snapshot[table] == ACTIVE, left, needed)
+        lost = needed - (geometry.cluster_size - entry.bytes_past_end[at])
+        cut = lost > 0
+        self._census.findings.add(FindingKind.CUT_OFF, where[cut], lost[cut], Structure.DATA)
+
+    def _report_cut_compressed(self, batch: Batch, positions: I64, entry: L2Columns) -> None:
+        """Compressed clusters that the file ends in."""
+        at = np.flatnonzero(entry.is_cut_compressed)
+        where, lost = batch.positions(positions[at], self._width), entry.bytes_past_end[at]
+        self._census.findings.add(FindingKind.CUT_OFF, where, lost, Structure.COMPRESSED)
