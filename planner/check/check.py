@@ -37,9 +37,9 @@ from planner.findings.kinds import (
 from planner.guest.allocation import allocation
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex
 from planner.metadata.locate import Survey, take_survey
-from planner.metadata.mapping_tables import L1Entries, referenced_clusters
-from planner.metadata.refcounts import PIECE_BYTES, Reftable, StoredRefcounts
-from planner.metadata.regions import Regions, count_regions, overlapping_clusters
+from planner.metadata.mapping_tables import referenced_clusters
+from planner.metadata.refcounts import PIECE_BYTES, StoredRefcounts
+from planner.metadata.regions import count_regions, overlapping_clusters
 from planner.qcow2.layout import Layout
 from planner.source import Source, present_pieces, read_tables
 
@@ -101,52 +101,44 @@ class _Check:
         self._source, self._layout, self._tick = source, layout, tick
         self._geometry = layout.geometry
         self._findings = FindingsBuilder()
+        self._tick(0)
+        self._survey = take_survey(source, layout, self._findings)
+        self._regions = self._survey.every_region
+        self._stored = StoredRefcounts(source, layout, self._survey.reftable)
 
     def run(self) -> Report:
-        self._tick(0)
-        survey = take_survey(self._source, self._layout, self._findings)
-        every_region = survey.every_region
-        stored = StoredRefcounts(self._source, self._layout, survey.reftable)
-        index = self._load_refcounts(stored, survey, every_region)
-        census = self._take_census(stored, survey, index)
-        contested = self._contested(census, survey, every_region)
-        count_regions(survey.regions, self._geometry.cluster_bits, index, census.references)
-        clusters = self._count_refblocks(census, survey.reftable)
+        index = self._load_refcounts()
+        census = self._take_census(index)
+        contested = self._contested(census)
+        bits = self._geometry.cluster_bits
+        count_regions(self._survey.regions, bits, index, census.references)
+        clusters = self._clusters_to_compare(census)
+        self._count_refblocks(census, clusters)
         self._clip(census)
-        mismatches = self._compare(census, stored, clusters)
-        self._judge_l1(survey.l1, stored)
-        self._look_beyond_disk(survey)
-        judge_cut_regions(every_region, self._layout, self._findings)
+        mismatches = self._compare(census, clusters)
+        self._judge_l1()
+        self._look_beyond_disk()
+        judge_cut_regions(self._regions, self._layout, self._findings)
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
             if totals[kind]:
                 some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
                 contested[index.slots_of(some)] = True
-        owners = self._find_owners(contested, index, survey, every_region)
+        owners = self._find_owners(contested, index)
         found_entries = census.findings.build()
-        self._find_overwritten(survey, found_entries)
-        return self._report(
-            survey,
-            census,
-            found_entries,
-            stored=stored,
-            mismatches=mismatches,
-            totals=totals,
-            owners=owners,
-            regions=every_region,
-        )
+        self._find_overwritten(found_entries)
+        return self._report(census, found_entries, mismatches, totals, owners)
 
     # -- counting ------------------------------------------------------------------------------
 
-    def _load_refcounts(
-        self, stored: StoredRefcounts, survey: Survey, regions: Regions
-    ) -> ClusterIndex:
+    def _load_refcounts(self) -> ClusterIndex:
         """Read all stored refcounts; one counter a cluster, or only for those near what matters."""
+        survey, stored, regions = self._survey, self._stored, self._regions
         size = self._geometry.cluster_size
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
         blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
         self._tick.begin("refcounts", len(blocks) * size)
-        if slots <= DENSE_CLUSTERS or slots <= 2 * self._metadata_present(stored, survey):
+        if slots <= DENSE_CLUSTERS or slots <= 2 * self._metadata_present():
             stored.load_dense(slots, self._tick)
             return stored.index
         page, refcount = stored.read_pages(slots, self._tick)
@@ -161,26 +153,27 @@ class _Check:
         stored.set_pages(index, page, refcount)
         return index
 
-    def _metadata_present(self, stored: StoredRefcounts, survey: Survey) -> int:
+    def _metadata_present(self) -> int:
         """How many entries of L2 tables and refcount blocks there are, holes not counted."""
-        offset, size = survey.tables.offset[survey.present], self._geometry.cluster_size
+        survey, size = self._survey, self._geometry.cluster_size
+        offset = survey.tables.offset[survey.present]
         piece = min(size, PIECE_BYTES)
         pieces = present_pieces(self._source, offset, size, piece)
-        return len(pieces) * (piece // 8) + stored.metadata_present()
+        return len(pieces) * (piece // 8) + self._stored.metadata_present()
 
-    def _take_census(self, stored: StoredRefcounts, survey: Survey, index: ClusterIndex) -> Census:
-        tables, present = survey.tables, survey.present
+    def _take_census(self, index: ClusterIndex) -> Census:
+        tables, present = self._survey.tables, self._survey.present
         census = Census.begin(self._layout, tables, index)
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size
         self._tick.begin("census", len(present) * size)
-        count_references(self._source, census, stored, present, self._tick)
+        count_references(self._source, census, self._stored, present, self._tick)
         return census
 
-    def _contested(self, census: Census, survey: Survey, regions: Regions) -> Mask:
+    def _contested(self, census: Census) -> Mask:
         """Slots of clusters that may have two owners: a superset, before metadata is counted."""
-        bits, index = self._geometry.cluster_bits, census.index
+        bits, index, regions = self._geometry.cluster_bits, census.index, self._regions
         # Marked one by one: the zeros of a whole file take no memory before something is written.
         contested: Mask = np.zeros(index.slots, dtype=np.bool_)
         for start in range(0, index.slots, CHUNK):
@@ -196,37 +189,37 @@ class _Check:
         for slot, end in zip(*(column.tolist() for column in joined), strict=True):
             contested[slot + np.flatnonzero(census.holds_data(slice(slot, end)))] = True
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
-        shared = survey.tables.offset[_at_several_places(survey)] >> bits
+        shared = self._survey.tables.offset[_at_several_places(self._survey)] >> bits
         slots, known = index.find(shared)
         contested[slots[known]] = True
         return contested
 
-    def _count_refblocks(self, census: Census, reftable: Reftable) -> int:
-        """Count refcount blocks, last of all, and judge them; the number of clusters to compare."""
-        bits, index, counts = self._geometry.cluster_bits, census.index, census.references
+    def _clusters_to_compare(self, census: Census) -> int:
+        """Those of the file, and the one right behind it where something reaches into that."""
         clusters = self._layout.host_clusters
-        slot, known = index.find(np.array([clusters]))
-        if known[0] and counts.values[slot[0]]:
-            clusters += 1
+        slot, known = census.index.find(np.array([clusters]))
+        return clusters + bool(known[0] and census.references.values[slot[0]])
+
+    def _count_refblocks(self, census: Census, clusters: int) -> None:
+        """Count refcount blocks, last of all, and judge them; *clusters*: that there are."""
+        counts, reftable = census.references, self._survey.reftable
         sound = np.flatnonzero(~reftable.reserved & ~reftable.misaligned & (reftable.offset != 0))
-        cluster = reftable.offset[sound] >> bits
+        cluster = reftable.offset[sound] >> self._geometry.cluster_bits
         beyond = (cluster >= clusters) | reftable.too_far[sound]
-        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, reftable, sound[beyond])
+        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, sound[beyond])
         sound, cluster = sound[~beyond], cluster[~beyond]
-        slots = index.slots_of(cluster)
+        slots = census.index.slots_of(cluster)
         limit = self._geometry.refcount_max
         rank = _rank_among_equals(slots)
         seen = np.minimum(counts.values[slots].astype(np.uint64) + rank + 1, np.uint64(limit))
         shared = seen != 1
         self._report_refblocks(
-            FindingKind.REFBLOCK_SHARED, reftable, sound[shared], found=seen[shared], expected=1
+            FindingKind.REFBLOCK_SHARED, sound[shared], found=seen[shared], expected=1
         )
         counts.add(slots, 1)
-        return clusters
 
-    def _report_refblocks(
-        self, kind: FindingKind, reftable: Reftable, at: I64, **columns: object
-    ) -> None:
+    def _report_refblocks(self, kind: FindingKind, at: I64, **columns: object) -> None:
+        reftable = self._survey.reftable
         columns.setdefault("found", reftable.word[at])
         base = self._layout.header.refcount_table_offset
         self._findings.add(
@@ -258,8 +251,9 @@ class _Check:
 
     # -- comparing -----------------------------------------------------------------------------
 
-    def _compare(self, census: Census, stored: StoredRefcounts, clusters: int) -> Mismatches:
+    def _compare(self, census: Census, clusters: int) -> Mismatches:
         """Pair stored and counted, leaving out what could not be looked up."""
+        stored = self._stored
         index, per_block, block = census.index, stored.entries_per_block, stored.unreadable_blocks
         low, high = (
             np.minimum(block + more, -(-clusters // per_block)) * per_block for more in (0, 1)
@@ -288,9 +282,10 @@ class _Check:
             tuple(span for span in spans if span[0] < span[1]),
         )
 
-    def _judge_l1(self, l1: L1Entries, stored: StoredRefcounts) -> None:
+    def _judge_l1(self) -> None:
         """What is wrong with L1 entries in themselves."""
-        columns, coverage = L1Columns(self._layout, stored, l1.word), self._geometry.l2_coverage
+        l1, coverage = self._survey.l1, self._geometry.l2_coverage
+        columns = L1Columns(self._layout, self._stored, l1.word)
         for rule in L1_RULES:
             if rule.structure is not Structure.L1_TABLE:
                 continue  # Where tables lie has been told with the regions.
@@ -309,17 +304,17 @@ class _Check:
                 expected=expected(rule.kind, found),
             )
 
-    def _look_beyond_disk(self, survey: Survey) -> None:
+    def _look_beyond_disk(self) -> None:
         """What the active L1 table maps where the disk has ended, other than a machine's state.
 
         `qcow2_snapshot_goto` leaves the state that a snapshot saved there: it belongs to that one.
         """
-        geometry, l1 = self._geometry, survey.l1
+        geometry, l1 = self._geometry, self._survey.l1
         end = geometry.guest_clusters << geometry.cluster_bits
         at = np.flatnonzero(l1.active & (l1.l1_index >= end // geometry.l2_coverage))
         if not len(at):
             return
-        snapshots = enumerate(survey.snapshots.snapshots)
+        snapshots = enumerate(self._survey.snapshots.snapshots)
         keepers = [number for number, snapshot in snapshots if snapshot.vm_state_size]
         if keepers:
             saved = l1.offset[np.isin(l1.snapshot, keepers)]
@@ -336,14 +331,13 @@ class _Check:
                 found=found.mapped,
             )
 
-    def _find_owners(
-        self, wanted: Mask, index: ClusterIndex, survey: Survey, regions: Regions
-    ) -> Owners | None:
+    def _find_owners(self, wanted: Mask, index: ClusterIndex) -> Owners | None:
         """Owners of the clusters in *wanted*; reports those that cannot all be right."""
         if not wanted.any():
             return None
+        survey = self._survey
         finder = OwnersFinder(self._geometry, index, wanted, survey.l1, survey.tables)
-        finder.add_regions(regions)
+        finder.add_regions(self._regions)
         self._tick.begin("owners", len(survey.present) * self._geometry.cluster_size)
         finder.add_entries(self._source, survey.present, self._tick)
         owners = finder.result()
@@ -361,8 +355,9 @@ class _Check:
         )
         return owners
 
-    def _find_overwritten(self, survey: Survey, found: EntryFindings) -> None:
+    def _find_overwritten(self, found: EntryFindings) -> None:
         """Report tables that hold something else."""
+        survey = self._survey
         looker = Looker(self._layout, len(survey.snapshots.snapshots))
         find_overwritten(self._source, self._layout, looker, found, self._findings, tick=self._tick)
         find_overwritten_l1(self._source, self._layout, looker, survey, self._findings)
@@ -371,17 +366,14 @@ class _Check:
 
     def _report(
         self,
-        survey: Survey,
         census: Census,
         found_entries: EntryFindings,
-        *,
-        stored: StoredRefcounts,
         mismatches: Mismatches,
         totals: dict[FindingKind, int],
         owners: Owners | None,
-        regions: Regions,
     ) -> Report:
-        findings = self._findings.build()
+        survey, findings = self._survey, self._findings.build()
+        found = Found(findings, found_entries, self._stored)
         counts = count_findings(findings, found_entries, totals)
         by_severity = dict.fromkeys(Severity, 0)
         for kind, number in counts.items():
@@ -405,14 +397,14 @@ class _Check:
             mismatches=mismatches,
             totals=totals,
             owners=owners or no_owners(),
-            regions=regions,
+            regions=self._regions,
             snapshots=survey.snapshots.snapshots,
             stopped=survey.stopped,
             needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
             hidden=_hide_references(findings, found_entries, self._layout.file_size),
             luks_error=survey.luks_error,
             holds_compressed=census.compressed is not None,
-            cut_off=find_cut(self._source, self._layout, Found(findings, found_entries, stored)),
+            cut_off=find_cut(self._source, self._layout, found),
         )
 
 
