@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.arrays import I64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
 from planner.check.census import Census
 from planner.check.classify import Looker
 from planner.check.ending import Found, find_cut, judge_cut_regions
@@ -206,28 +206,27 @@ class _Check:
         sound = np.flatnonzero(~reftable.reserved & ~reftable.misaligned & (reftable.offset != 0))
         cluster = reftable.offset[sound] >> self._geometry.cluster_bits
         beyond = (cluster >= clusters) | reftable.too_far[sound]
-        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, sound[beyond])
+        past_end = sound[beyond]
+        self._report_refblocks(FindingKind.REFBLOCK_PAST_END, past_end, reftable.word[past_end])
         sound, cluster = sound[~beyond], cluster[~beyond]
         slots = census.index.slots_of(cluster)
         limit = self._geometry.refcount_max
         rank = _rank_among_equals(slots)
         seen = np.minimum(counts.values[slots].astype(np.uint64) + rank + 1, np.uint64(limit))
         shared = seen != 1
-        self._report_refblocks(
-            FindingKind.REFBLOCK_SHARED, sound[shared], found=seen[shared], expected=1
-        )
+        self._report_refblocks(FindingKind.REFBLOCK_SHARED, sound[shared], seen[shared], expected=1)
         counts.add(slots, 1)
 
-    def _report_refblocks(self, kind: FindingKind, at: I64, **columns: object) -> None:
+    def _report_refblocks(self, kind: FindingKind, at: I64, found: U64, expected: int = 0) -> None:
         reftable = self._survey.reftable
-        columns.setdefault("found", reftable.word[at])
         base = self._layout.header.refcount_table_offset
         self._findings.add(
             kind,
             structure=Structure.REFTABLE,
             host_offset=base + reftable.index[at] * 8,
             index=reftable.index[at],
-            **columns,
+            found=found,
+            expected=expected,
         )
 
     def _clip(self, census: Census) -> None:

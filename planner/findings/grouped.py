@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,15 @@ import numpy.typing as npt
 from planner.findings.kinds import (
     COLUMNS,
     KINDS,
+    Columns,
     FindingKind,
     Findings,
     Structure,
+    fill_columns,
     join_findings,
     make_findings,
     no_findings,
+    refuse_unknown,
 )
 
 _Key = tuple[FindingKind, Structure]
@@ -72,24 +75,23 @@ class FindingsBuilder:
         self._parts: dict[_Key, list[Findings]] = {}
         self._single: dict[_Key, list[tuple[object, ...]]] = {}
 
-    def add(
-        self, kind: FindingKind, *, structure: Structure = Structure.CLUSTER, **columns: object
-    ) -> None:
-        """Add rows. Columns are scalars or arrays that broadcast; `COLUMNS` has the defaults."""
-        key = kind, structure
-        columns |= {"kind": kind, "structure": structure}
+    def add(self, kind: FindingKind, **columns: Unpack[Columns]) -> None:
+        """Add rows, `make_findings` says of what. Nothing where a column is empty."""
+        refuse_unknown(columns)
+        key = kind, columns.get("structure", Structure.CLUSTER)
         if not any(isinstance(value, np.ndarray) for value in columns.values()):
             # A row each for thousands of snapshots: making it arrays of their own takes 100 µs.
-            row = tuple(columns.get(name, default) for name, (_, default) in COLUMNS.items())
+            said = {"kind": kind, **columns}
+            row = tuple(said.get(name, default) for name, (_, default) in COLUMNS.items())
             self._single.setdefault(key, []).append(row)
         elif all(np.asarray(value).size for value in columns.values()):
-            self._parts.setdefault(key, []).append(make_findings(**columns))
+            self._parts.setdefault(key, []).append(make_findings(kind, **columns))
 
     def build(self) -> GroupedFindings:
         """What was collected, which the builder lets go of."""
         for key, rows in self._single.items():
             columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
-            self._parts.setdefault(key, []).append(make_findings(**columns))
+            self._parts.setdefault(key, []).append(fill_columns(columns))
         self._single.clear()
         order = sorted(self._parts, key=lambda key: (-KINDS[key[0]].severity, *key))
         return GroupedFindings({key: _joined(self._parts.pop(key)) for key in order})

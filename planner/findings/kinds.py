@@ -6,11 +6,13 @@ of its own until somebody reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.arrays import I64, U8, U64, Mask
 
@@ -436,6 +438,33 @@ COLUMNS: dict[str, tuple[type[np.generic], int]] = {
 }
 """Of `Findings`: the type of each column, and what it holds where nothing is said."""
 
+Numbers = npt.NDArray[Any] | np.integer[Any] | int
+
+
+class Where(TypedDict, total=False):
+    """The place of findings that are added, in columns of `Findings`."""
+
+    structure: Structure
+    host_offset: Numbers
+    length: Numbers
+    snapshot: Numbers
+    l1_index: Numbers
+    l2_index: Numbers
+    index: Numbers
+
+
+class Columns(Where, total=False):
+    """What can be said of findings that are added: the columns of `Findings` other than ``kind``.
+
+    Scalars or arrays that broadcast. What is left out is as `COLUMNS` says.
+    """
+
+    count: Numbers
+    guest_offset: Numbers
+    guest_length: Numbers
+    found: Numbers
+    expected: Numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -511,8 +540,21 @@ def join_findings(*parts: Findings) -> Findings:
     return Findings(*(np.concatenate([getattr(p, name) for p in parts]) for name in COLUMNS))
 
 
-def make_findings(**columns: object) -> Findings:
-    """Rows in the order in which they are given. Columns broadcast; `COLUMNS` has the defaults."""
+def make_findings(kind: FindingKind | U8, **columns: Unpack[Columns]) -> Findings:
+    """Rows in the order in which they are given. Raises TypeError for a column that is none."""
+    refuse_unknown(columns)
+    return fill_columns({"kind": kind, **columns})
+
+
+def refuse_unknown(columns: Mapping[str, object]) -> None:
+    """Raise TypeError for a column that is none: what it says would be lost without a word."""
+    if not columns.keys() <= COLUMNS.keys():
+        unknown = ", ".join(sorted(columns.keys() - COLUMNS.keys()))
+        raise TypeError(f"findings have no column {unknown}")
+
+
+def fill_columns(columns: Mapping[str, object]) -> Findings:
+    """Whole columns of those of `COLUMNS` that are given, and the defaults of the others."""
     given = {name: np.asarray(value) for name, value in columns.items()}
     shape = np.broadcast_shapes((1,), *(value.shape for value in given.values()))
     whole = {}
@@ -524,7 +566,7 @@ def make_findings(**columns: object) -> Findings:
 
 def no_findings() -> Findings:
     """Columns without rows."""
-    return make_findings(kind=np.zeros(0))
+    return make_findings(np.zeros(0, dtype=np.uint8))
 
 
 @dataclass(frozen=True, slots=True)

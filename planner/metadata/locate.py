@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
-from planner.findings.kinds import ACTIVE, FindingKind, Structure
+from planner.findings.kinds import ACTIVE, FindingKind, Structure, Where
 from planner.metadata.mapping_tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, RegionsBuilder, join_regions, make_regions
@@ -98,7 +98,7 @@ class _Surveyor:
         self.stopped: list[ImageError] = []
         self.luks_error: ImageError | None = None
 
-    def _stop(self, error: ImageError, **where: Any) -> None:
+    def _stop(self, error: ImageError, **where: Unpack[Where]) -> None:
         """QEMU ends its check here; what follows is still worth knowing."""
         self.stopped.append(as_value(error))
         found = error.value if isinstance(error.value, int) else 0
@@ -216,7 +216,7 @@ class _Surveyor:
     def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
         """Why the L1 table of a snapshot is not read."""
         offset, size = snapshot.l1_table_offset, snapshot.l1_size
-        where: dict[str, Any] = {
+        where: Where = {
             "structure": Structure.SNAPSHOT_TABLE,
             "host_offset": snapshot.offset,
             "length": 40,
@@ -260,18 +260,20 @@ class _Surveyor:
         # QEMU takes the length as signed, and counts nothing for one that comes out negative.
         if crypto.length <= SIGNED_MAX:
             self.regions.add(Structure.LUKS, crypto.offset, crypto.length)
-        where: dict[str, Any] = {
+        where: Where = {
             "structure": Structure.LUKS,
             "host_offset": min(crypto.offset, SIGNED_MAX),
             "length": self._geometry.cluster_size,
-            "found": np.uint64(crypto.length),
         }
+        length = np.uint64(crypto.length)
         self.luks_error = luks_error(self._source, crypto)
         if self.luks_error is not None:
-            self._findings.add(FindingKind.LUKS_HEADER_INVALID, **where)
+            self._findings.add(FindingKind.LUKS_HEADER_INVALID, found=length, **where)
         needed = luks_length(self._source, crypto)
         if not needed <= crypto.length <= SIGNED_MAX:
-            self._findings.add(FindingKind.LUKS_HEADER_LENGTH, expected=needed, **where)
+            self._findings.add(
+                FindingKind.LUKS_HEADER_LENGTH, found=length, expected=needed, **where
+            )
 
     def _locate_bitmaps(self) -> None:
         pointer = self._layout.extensions.bitmaps
@@ -282,7 +284,7 @@ class _Surveyor:
         try:
             bitmaps = read_bitmaps(self._source, pointer, self._geometry)
         except ImageError as error:
-            where: dict[str, Any] = {
+            where: Where = {
                 "structure": Structure.BITMAP_DIRECTORY,
                 "host_offset": min(offset, READABLE_END),
             }

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from planner.check.check import check_image
 from planner.findings.grouped import FindingsBuilder
-from planner.findings.kinds import COLUMNS, KINDS, FindingKind, Structure
+from planner.findings.kinds import (
+    COLUMNS,
+    KINDS,
+    Columns,
+    FindingKind,
+    Numbers,
+    Structure,
+    make_findings,
+)
 from planner.qcow2 import entries
 from planner.source import Bytes
 from tests.images.bombs import append, base, with_bitmaps, with_snapshots
@@ -130,12 +138,9 @@ def test_groups_hold_what_was_added_in_order(
 ) -> None:
     builder, expected = FindingsBuilder(), []
     for kind, structure, offsets, index in parts:
-        columns = {"structure": structure, "index": index, "length": index + 1}
-        if len(offsets) == 1:
-            builder.add(kind, host_offset=offsets[0], **columns)
-        else:
-            builder.add(kind, host_offset=np.array(offsets), **columns)
-        expected += [(kind, structure, at, index, index + 1) for at in offsets]
+        at = offsets[0] if len(offsets) == 1 else np.array(offsets)
+        builder.add(kind, structure=structure, host_offset=at, length=index + 1, index=index)
+        expected += [(kind, structure, each, index, index + 1) for each in offsets]
     found = builder.build()
     rows = [
         (row.kind, row.structure, row.host_offset, row.index, row.length)
@@ -148,6 +153,20 @@ def test_groups_hold_what_was_added_in_order(
     )
     assert sorted(rows) == sorted(expected)
     assert found.counts() == Counter(row[0] for row in expected)
+
+
+@pytest.mark.parametrize("offset", [7, np.array([7]), np.array([], dtype=np.int64)])
+def test_a_misspelt_column_is_refused(offset: Numbers) -> None:
+    typo: Columns = {"hots_offset": offset}  # type: ignore[typeddict-unknown-key]
+    with pytest.raises(TypeError, match="no column hots_offset"):
+        FindingsBuilder().add(FindingKind.LEAK, **typo)
+    with pytest.raises(TypeError, match="no column hots_offset"):
+        make_findings(FindingKind.LEAK, **typo)
+
+
+def test_columns_that_can_be_said_are_those_of_findings() -> None:
+    said = Columns.__optional_keys__  # of `Where` too
+    assert {"kind"} | said == COLUMNS.keys()
 
 
 def test_nothing_was_added() -> None:
