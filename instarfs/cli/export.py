@@ -46,7 +46,8 @@ def command(
     """Copy the disk of the qcow2 image IMAGE into the new, sparse file OUT.
 
     What cannot be read is a hole in OUT, and listed in OUT.map, in the format of GNU ddrescue; the
-    exit code is 1 then, and 0 where all was read. The image is not changed. Where it was stopped,
+    exit code is 1 then, and 0 where all was read. So is what a table maps that was overwritten with
+    something else, whatever QEMU reads there. The image is not changed. Where it was stopped,
     by whatever, the same command goes on, and tries again what could not be read.
     """
     name, follow = ImageName(path, force_share=force_share), Follow(directories)

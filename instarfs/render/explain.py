@@ -48,7 +48,7 @@ def guest_txt(it: GuestExplanation | ImageError, offset: int, report: Report | N
     lines = [f"guest offset {offset} ({offset:#x})", ""]
     if isinstance(it, ImageError):
         return _text([*lines, f"There is no way to it: {it}."])
-    lines += [*_l1_lines(it), *_l2_lines(it), "", _reading(it)]
+    lines += [*_l1_lines(it), *_l2_lines(it), "", _reading(it), *_gone(it)]
     for number, cluster in enumerate(it.clusters):
         what = "the L2 table" if it.l2_table and not number else "the data"
         head = f"Host cluster {cluster.number}, at {cluster.offset}: {what}"
@@ -121,6 +121,14 @@ def _reading(it: GuestExplanation) -> str:
             past = not geometry.external_data and it.read_from >= it.layout.file_size
             end = "; that is past its end: zeros" if past else ""
             return f"The guest reads the byte at offset {it.read_from} of {where}{end}."
+
+
+def _gone(it: GuestExplanation) -> Iterator[str]:
+    if it.gone is not None:
+        yield (
+            f"That is not what the guest wrote: the {it.gone.label} was overwritten there with"
+            " something else, and what it led to is lost."
+        )
 
 
 # ---- host clusters ----

@@ -1,10 +1,9 @@
 """Tables that something else was written over: text, a refcount block, whatever it is.
 
-A damaged entry is a finding of its own. Where most of what a sector of a table holds could never
-have been an entry, the table is not damaged there but gone: its zeros say nothing either, what it
+A damaged entry is a finding of its own. A table that is gone, in whole sectors, is another: what it
 mapped is lost, and its content is somebody's data, which no repair edits. Only tables are looked at
-in which the check found something; what the content looks like is judged by
-`planner.check.classify`.
+in which the check found something. Which words could be entries is decided by
+`planner.metadata.gone_tables`, what the content looks like by `planner.check.classify`.
 """
 
 from __future__ import annotations
@@ -14,23 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.arrays import I64, U8, distinct
 from planner.check.classify import Looker
 from planner.check.entry_findings import EntryFindings
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import NONE, FindingKind, Structure
+from planner.metadata.gone_tables import MIN_WILD, GoneTables
 from planner.metadata.locate import Survey
 from planner.metadata.mapping_tables import L2Tables
-from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.source import SECTOR, Source, read_tables
-
-MIN_WILD = 4
-"""So many words of a sector are no entries before it counts as overwritten."""
-
-SLACK = 1 << 30
-"""An entry may lead so far behind the image and its disk, and yet have been one: the file is cut
-off, or was the file of a larger disk."""
 
 _SIGNS = (
     FindingKind.L2_ENTRY_RESERVED,
@@ -81,7 +73,7 @@ def find_overwritten_l1(
 ) -> None:
     """Add a finding for each L1 table of which little else is left."""
     size, l1 = layout.geometry.cluster_size, survey.l1
-    wild = _wild(l1.word, layout, entries.L1_RESERVED, packed=False)
+    wild = GoneTables(layout.geometry, layout.file_size).wild_l1(l1.word)
     bad, all_ = (np.bincount(numbers + 1) for numbers in (l1.snapshot[wild], l1.snapshot))
     gone = np.flatnonzero((bad >= MIN_WILD) & (bad * 2 >= all_[: len(bad)])) - 1
     tables = survey.regions.select(survey.regions.structure == Structure.L1_TABLE)
@@ -100,36 +92,9 @@ def find_overwritten_l1(
         )
 
 
-def _wild(words: U64, layout: Layout, reserved: int, *, packed: bool) -> Mask:
-    """Which words could never have been entries; 0 could.
-
-    They lead where no cluster can be, or nowhere with reserved bits set. *packed*: whether there
-    are compressed ones among them.
-    """
-    geometry = layout.geometry
-    limit = 2 * (layout.file_size + geometry.virtual_size) + SLACK
-    offset = entries.l2_offsets(words)
-    wild: Mask = (offset & (geometry.cluster_size - 1)) != 0
-    wild |= offset > limit
-    wild |= (offset == 0) & ((words & np.uint64(reserved)) != 0)
-    if packed:
-        is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
-        start, _ = entries.compressed_ranges(words, geometry)
-        wild = np.where(is_packed, start > limit, wild)
-    return wild
-
-
 def _overwritten_runs(rows: U8, layout: Layout, looker: Looker) -> _Runs:
     """The overwritten parts of tables, uint8 (tables, cluster size)."""
-    step = layout.geometry.l2_entry_size // 8
-    words = entries.decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
-    filled = np.count_nonzero(words, axis=2)
-    wild = _wild(words, layout, entries.L2_RESERVED, packed=True)
-    bad = np.count_nonzero(wild, axis=2)
-    gone = (bad >= MIN_WILD) & (bad * 2 >= filled)
-    # A table of which little else is left is gone as a whole: no zero in it means anything.
-    whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
-    gone[whole] = True
+    gone, whole = GoneTables(layout.geometry, layout.file_size).sectors(rows)
     edge = np.diff(gone, axis=1, prepend=False, append=False)
     row, bounds = np.nonzero(edge)
     row, first, end = row[::2], bounds[::2], bounds[1::2]

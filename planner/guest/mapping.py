@@ -14,11 +14,12 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.metadata.gone_tables import GoneTables
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType, L2Entries
 from planner.qcow2.geometry import SUBCLUSTERS_PER_CLUSTER, Geometry
-from planner.source import Salvaged, Source, nonzero_words, present_tables, read_tables
+from planner.source import SECTOR, Salvaged, Source, nonzero_words, present_tables, read_tables
 
 KEPT_RUNS = 1 << 20
 """Runs that a mapping keeps for the next read, at most: 34 MiB of them."""
@@ -54,6 +55,7 @@ class Flaw(IntEnum):
     SUBCLUSTERS = 6
     TABLE_LOST = 7
     CLUSTER_LOST = 8
+    TABLE_GONE = 9
 
 
 FLAW_SENTENCES = {
@@ -65,6 +67,7 @@ FLAW_SENTENCES = {
     Flaw.SUBCLUSTERS: "the subcluster bitmap of its L2 entry contradicts itself",
     Flaw.TABLE_LOST: "its L1 or L2 entry is past the end of the file, or cannot be read",
     Flaw.CLUSTER_LOST: "its cluster is past the end of the file",
+    Flaw.TABLE_GONE: "its L1 or L2 table was overwritten with something else",
 }
 
 _FLAWS: tuple[tuple[Flaw, Callable[[L2Entries], Mask]], ...] = (
@@ -275,8 +278,9 @@ class Mapping:
         """*l1_size*: entries of the table at *l1_offset*.
 
         *data_end*: where the file of the data ends. Given, tables and data that are past the end
-        of their file are DAMAGED, and so is what a table maps that cannot be read; otherwise all of
-        that is as QEMU has it: zeros, or an error.
+        of their file are DAMAGED, and so is what a table maps that cannot be read, or that was
+        overwritten; otherwise all of that is as QEMU has it: zeros, an error, or whatever the
+        words there happen to lead to.
         """
         self.geometry = geometry
         self._data_end = data_end
@@ -284,6 +288,8 @@ class Mapping:
         self._source: Source = self._salvaged or source
         index, words = nonzero_words(self._source, l1_offset, l1_size)
         offset = entries.l1_offsets(words)
+        self._gone_tables = GoneTables(geometry, source.size)
+        self._is_gone = data_end is not None and self._gone_tables.is_gone_l1(words)
         leads = offset != 0
         self._index, self._offset = index[leads], offset[leads]
         misaligned = self._offset & (geometry.cluster_size - 1) != 0
@@ -343,6 +349,9 @@ class Mapping:
         What leads to no table, or to one in a hole, costs nothing; a table that several L1 entries
         lead to is read once. *packed*: as of `Runs.joined`.
         """
+        if self._is_gone:
+            yield self._gone_runs(offset, end)
+            return
         # With an external data file an entry means something else at every place that it has.
         by_table = len(self._repeats) > 0 and not self.geometry.external_data
         walk, position = self._walk_tables if by_table else self._walk_windows, offset
@@ -431,6 +440,42 @@ class Mapping:
         numbers = np.unique((tables[low:high] * coverage // size)[:, None] + inside)
         return numbers[(numbers >= offset // size) & (numbers < -(-end // size))]
 
+    def _gone_runs(self, low: int, high: int) -> Runs:
+        """The run from guest offset *low* to *high* of a disk whose L1 table was overwritten."""
+        kind = np.array([RunKind.DAMAGED], dtype=np.uint8)
+        flaw = np.array([Flaw.TABLE_GONE], dtype=np.uint8)
+        return replace(Runs.unallocated(low, high), kind=kind, flaw=flaw)
+
+    @cached_property
+    def _gone(self) -> tuple[I64, Mask]:
+        """Tables that were overwritten: their offsets, ascending, and which of their sectors."""
+        offsets, masks = distinct(self._offset[self._in_use]), []
+        for part, rows in read_tables(self._source, offsets, self.geometry.cluster_size):
+            sectors, _ = self._gone_tables.sectors(rows)
+            some = np.flatnonzero(sectors.any(axis=1))
+            masks.append((offsets[part][some], sectors[some]))
+        nothing = np.zeros((0, self.geometry.cluster_size // SECTOR), dtype=np.bool_)
+        return (
+            np.concatenate([offsets[:0], *(found for found, _ in masks)]),
+            np.concatenate([nothing, *(sectors for _, sectors in masks)]),
+        )
+
+    def _mark_gone(self, flaws: U8, rows: I64, offset: I64) -> None:
+        """Mark the entries in *rows*, at *offset* in the file, that were overwritten."""
+        tables, sectors = self._gone
+        if not len(tables):
+            return
+        start = offset & ~(self.geometry.cluster_size - 1)
+        at = np.searchsorted(tables, start)
+        hit = np.flatnonzero(np.append(tables, -1)[at] == start)
+        if not len(hit):
+            return
+        # Where not all of a table is asked for, it is one.
+        first = int(offset[0] - start[0]) // self.geometry.l2_entry_size
+        each = np.repeat(sectors[at[hit]], SECTOR // self.geometry.l2_entry_size, axis=1)
+        each = each[:, first : first + flaws.shape[1]]
+        flaws[rows[hit]] = np.where(each, np.uint8(Flaw.TABLE_GONE), flaws[rows[hit]])
+
     def _lifeless(self, low: int, high: int) -> Runs:
         """The runs from guest offset *low* to *high*, where no table is in use."""
         coverage = self.geometry.l2_coverage
@@ -485,7 +530,10 @@ class Mapping:
                 words[index[part]] = rows.view(">u8")
         each = np.repeat(flaws, words.shape[1] // width)
         if self._salvaged is not None:
+            self._mark_gone(each.reshape(len(words), -1), index, offset)
             self._mark_lost(self._salvaged, each.reshape(len(words), -1), index, offset)
+        if self._is_gone:
+            each[:] = Flaw.TABLE_GONE
         return words.reshape(-1), each
 
     def _mark_lost(self, source: Salvaged, flaws: U8, rows: I64, offset: I64) -> None:

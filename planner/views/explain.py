@@ -18,13 +18,14 @@ from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, Owner, Structure
 from planner.guest.mapping import Flaw, RunKind, runs_of_entries
 from planner.metadata.cluster_counters import ClusterIndex
+from planner.metadata.gone_tables import GoneTables
 from planner.metadata.locate import Survey, take_survey
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import read_refcount_in_block
 from planner.qcow2.snapshots import Snapshots
-from planner.source import READABLE_END, Source, read_bytes
+from planner.source import READABLE_END, SECTOR, Source, nonzero_words, read_bytes
 from planner.views.table_view import read_l2_page
 
 LISTED_OWNERS = 1000
@@ -101,7 +102,9 @@ class GuestExplanation:
     nowhere. ``l2_at``, ``l2_word``, ``bitmap``, ``type``, ``l2_findings``: the L2 entry.
     ``subcluster``: of extended L2 entries. ``kind``, ``flaw``: what is read, and why nothing can
     be. ``host``, ``length``: the bytes that the entry refers to, `NO_HOST` for none; ``read_from``:
-    where exactly the byte is. ``clusters``: the host clusters of the L2 table, and of the data.
+    where exactly the byte is. ``gone``: the table on the way that was overwritten with something
+    else, so that whatever is read there was never the guest's. ``clusters``: the host clusters of
+    the L2 table, and of the data.
     """
 
     layout: Layout
@@ -123,6 +126,7 @@ class GuestExplanation:
     host: int
     length: int
     read_from: int
+    gone: Structure | None
     clusters: tuple[HostCluster, ...]
 
 
@@ -198,8 +202,24 @@ def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
         host=host,
         length=length,
         read_from=int(run.host[0]),
+        gone=_gone_table(source, layout, page.offset, l2_index),
         clusters=_clusters(source, layout, numbers, tick),
     )
+
+
+def _gone_table(source: Source, layout: Layout, table: int, l2_index: int) -> Structure | None:
+    """Which of the tables on the way to an entry of the L2 table at *table* was overwritten."""
+    geometry, header = layout.geometry, layout.header
+    rule = GoneTables(geometry, layout.file_size)
+    _, words = nonzero_words(source, header.l1_table_offset, header.l1_size)
+    if rule.is_gone_l1(words):
+        return Structure.L1_TABLE
+    if not table or table % geometry.cluster_size or table >= layout.file_size:
+        return None
+    row = np.frombuffer(read_bytes(source, table, geometry.cluster_size), dtype=np.uint8)
+    sectors, _ = rule.sectors(row.reshape(1, -1))
+    is_gone = bool(sectors[0, l2_index * geometry.l2_entry_size // SECTOR])
+    return Structure.L2_TABLE if is_gone else None
 
 
 # ---- host clusters ----

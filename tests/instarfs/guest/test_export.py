@@ -116,6 +116,36 @@ def test_a_huge_disk_costs_what_is_on_it(export: Command, tmp_path: Path) -> Non
         assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == (1 << 42) - 4096
 
 
+@pytest.mark.parametrize("what", ["refcounts", "text"])
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_no_byte_of_a_table_that_was_overwritten_is_vouched_for(
+    export: Command, tmp_path: Path, what: str, snapshot: bool
+) -> None:
+    """QEMU reads zeros there, or what the words happen to lead to, and says nothing."""
+    path, out = tmp_path / "image", tmp_path / "out"
+    builder = ImageBuilder(size=3 * CLUSTER * CLUSTER // 8)
+    coverage = builder.geometry.l2_coverage
+    for table in range(3):
+        builder.write(table * coverage // CLUSTER, content(1))
+    if snapshot:
+        builder.take_snapshot("kept")
+    image = builder.build()
+    text = b"kernel: a line of a log\n" * 4096
+    table = image.l2_table(1)
+    image.data[table : table + CLUSTER] = {"refcounts": b"\0\1" * CLUSTER, "text": text}[what][
+        :CLUSTER
+    ]
+    path.write_bytes(image.data)
+    said = export(*(["--snapshot", "kept"] if snapshot else []), path, out)
+    refused(said, f"{coverage} of {3 * coverage} bytes could not be read", f"{out}.map")
+    assert listed(out).blocks(BAD) == [(coverage, 2 * coverage)]
+    with out.open("rb") as file:
+        for number, held in ((0, content(1)), (1, bytes(CLUSTER)), (2, content(1))):
+            assert os.pread(file.fileno(), CLUSTER, number * coverage) == held
+        file.seek(coverage)
+        assert os.lseek(file.fileno(), coverage, os.SEEK_DATA) == 2 * coverage
+
+
 def test_what_cannot_be_read_is_a_hole_that_is_listed(export: Command, tmp_path: Path) -> None:
     """Broken entries of all kinds, each beside a cluster that reads."""
     path, out = tmp_path / "image", tmp_path / "out"

@@ -87,6 +87,15 @@ def test_any_offset_of_any_image_can_be_explained(name: str) -> None:
         assert "guest" in guest(image, cluster * size, report)
 
 
+def test_zeros_of_an_overwritten_table_are_not_said_to_be_the_guests() -> None:
+    image = plain()
+    at = image.l2_table(0)
+    image.data[at : at + SIZE] = b"\0\1" * (SIZE // 2)
+    told = guest(image, 0)
+    assert "That is not what the guest wrote: the L2 table was overwritten there" in told
+    assert "overwritten" not in guest(image, COVERAGE)
+
+
 def test_how_metadata_is_located() -> None:
     image = plain()
     told = host(image, image.l2_at(5))

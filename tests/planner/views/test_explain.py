@@ -74,6 +74,23 @@ def test_the_way_to_a_guest_byte_is_the_one_that_is_read(name: str) -> None:
             assert it.l2_word == image.word(it.l2_at)
 
 
+@pytest.mark.parametrize(
+    ("name", "cluster", "gone"),
+    [
+        ("l2_table_overwritten", 9, Structure.L2_TABLE),
+        ("l2_table_overwritten_in_part", 70, Structure.L2_TABLE),
+        ("l2_table_overwritten_in_part", 0, None),
+        ("l1_table_overwritten", 5, Structure.L1_TABLE),
+        ("zero_flag_in_version_2", 0, None),
+    ],
+)
+def test_a_table_that_was_overwritten_is_named(
+    name: str, cluster: int, gone: Structure | None
+) -> None:
+    image = RULES[name]().image
+    assert guest(image, cluster * image.geometry.cluster_size).gone is gone
+
+
 def test_users_are_named_with_their_snapshots() -> None:
     image = with_snapshot()
     cluster = host(image, image.host_offset(0)).cluster
