@@ -64,18 +64,21 @@ def commands() -> None:
     """Mount a qcow2 image, read what is inside it, and repair it where that can be proven."""
 
 
-def main() -> NoReturn:
-    """Run the command line of this process: errors are one line on stderr, and an exit code."""
+def main(what_for: str | None = None) -> NoReturn:
+    """Run the command line of this process: errors are one line on stderr, and an exit code.
+
+    *what_for*: `instarfs.cli.stopping.PROCESS` where the process is for nothing else.
+    """
     # numpy's library for linear algebra, of which there is none here, starts a thread a core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with standard_streams():
-        sys.exit(_run())
+        sys.exit(_run(what_for))
 
 
-def _run() -> int:
+def _run(what_for: str | None) -> int:
     """The exit code."""
     try:
-        result = commands.main(prog_name=NAME, standalone_mode=False)
+        result = commands.main(prog_name=NAME, standalone_mode=False, obj=what_for)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return _USAGE_EXIT_CODE

@@ -9,7 +9,7 @@ import click
 from instarfs.cli.complaints import remark
 from instarfs.cli.naming import named
 from instarfs.cli.progress import progress_bar
-from instarfs.cli.stopping import stoppable
+from instarfs.cli.stopping import is_a_process, stoppable
 from instarfs.daemon.logs import warn_on_stderr
 from instarfs.errors import InstarfsError, RepairIncomplete
 from instarfs.image.file import Image
@@ -34,7 +34,8 @@ def run(
     says what became of the image.
     """
     warn_on_stderr()
-    asked_to_stop = click.get_current_context().with_resource(stoppable())
+    context = click.get_current_context()
+    asked_to_stop = context.with_resource(stoppable(last=is_a_process(context)))
     with (
         Image.open(path, undo_file) as image,
         limited(image),

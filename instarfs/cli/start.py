@@ -14,11 +14,12 @@ def main() -> None:
     try:
         with Loading():
             from instarfs.cli.main import main as run  # noqa: PLC0415
+            from instarfs.cli.stopping import PROCESS  # noqa: PLC0415
     except BaseException as error:
         end_if_short(error)
         raise
     try:
-        run()
+        run(PROCESS)
     finally:
         # What was done is done, and the exit code says it, whatever comes while Python ends.
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):

@@ -7,14 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import click
+
 _ASKING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
+
+PROCESS = "process"
+"""The object of a command's context where the command is all that this process is for."""
+
+
+def is_a_process(context: click.Context) -> bool:
+    """Whether the process ends with the command of this context."""
+    return context.find_root().obj == PROCESS
 
 
 @contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
+def stoppable(*, last: bool = False) -> Iterator[Callable[[], bool]]:
     """Whether somebody has asked to stop; the signals that do so end nothing by themselves.
 
-    One that the caller had chosen to ignore, as `nohup` does, stays ignored.
+    One that the caller had chosen to ignore, as `nohup` does, stays ignored. *last*: nothing is
+    left to do after this but to say what was done, and to end: then nothing asks for it any more.
     """
     asked: list[int] = []
 
@@ -29,4 +40,4 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)

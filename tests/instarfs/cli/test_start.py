@@ -23,6 +23,18 @@ def told(outcome):
 it.fixed_human = told
 """
 
+# When nothing of the command is left.
+LET_GO = """
+import os
+import click
+whole = click.Context.__exit__
+def let_go(context, *error):
+    whole(context, *error)
+    if not context._depth:
+        os.kill(os.getpid(), {number})
+click.Context.__exit__ = let_go
+"""
+
 RUN = "from instarfs.cli.start import main; main()\n"
 NUMBERS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
@@ -38,7 +50,9 @@ def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("moment", [AT_END, IN_OUTPUT], ids=["at the end", "in the output"])
+@pytest.mark.parametrize(
+    "moment", [AT_END, IN_OUTPUT, LET_GO], ids=["at the end", "in the output", "let go"]
+)
 def test_what_was_done_is_what_the_exit_code_says(
     tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
