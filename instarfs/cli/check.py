@@ -16,6 +16,7 @@ from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import FormatHasNoChecks, FormatNotRead
 from instarfs.image import locks
+from instarfs.image.directory import lasting_name
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
 from instarfs.repair.interrupted import pending
 from instarfs.text import json_array, printable, shell_path
@@ -241,7 +242,7 @@ def _conclude_repair(
     if shown == "human" and after is not None:
         click.echo(fixed_human(outcome), nl=False)
         _show_check(after)
-        click.echo("\n" + outcome_human(outcome, path, name.undo_file), nl=False)
+        click.echo("\n" + outcome_human(outcome, lasting_name(path), name.undo_file), nl=False)
     return code
 
 
@@ -250,7 +251,7 @@ def _show_checked(checked: _Checked, label: str = "") -> None:
         remark(f"{label}NOTE {checked.left_over.sentence}")
     _show_check(checked.report, label)
     if not checked.report.torn and checked.report.verdict not in _SELF_EVIDENT:
-        path = shell_path(checked.name.path)
+        path = shell_path(lasting_name(checked.name.path))
         remark(f"{label}NOTE what it means, and what to do: instarfs report {path}")
 
 

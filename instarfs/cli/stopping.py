@@ -17,7 +17,7 @@ PROCESS = "process"
 
 def is_a_process(context: click.Context) -> bool:
     """Whether the process ends with the command of this context."""
-    return context.find_root().obj == PROCESS
+    return bool(context.find_root().obj == PROCESS)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import click
 
 from instarfs.cli import repairing
 from instarfs.cli.options import undo_file_option
+from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human
 
 
@@ -28,4 +29,4 @@ def command(
     )
     repairing.raise_error(outcome, path)
     if not quiet:
-        click.echo(outcome_human(outcome, path, undo_file), nl=False)
+        click.echo(outcome_human(outcome, lasting_name(path), undo_file), nl=False)

@@ -6,6 +6,7 @@ import click
 
 from instarfs.cli import repairing
 from instarfs.cli.options import undo_file_option
+from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human
 from instarfs.repair.run import Repairer
 
@@ -25,4 +26,4 @@ def command(path: str, undo_file: str | None, *, quiet: bool, progress: bool) ->
     outcome = repairing.run(path, Repairer.undo, undo_file=undo_file, progress=progress)
     repairing.raise_error(outcome, path)
     if not quiet:
-        click.echo(outcome_human(outcome, path, undo_file), nl=False)
+        click.echo(outcome_human(outcome, lasting_name(path), undo_file), nl=False)

@@ -178,6 +178,24 @@ def behind_links(directory: int, name: str) -> tuple[int, str]:
     return directory, name
 
 
+def lasting_name(path: str) -> str:
+    """A name of the file at *path* that any process can use: not that of a descriptor of this one.
+
+    What is named otherwise, has no other name, or cannot be reached by it, stays as it is.
+    """
+    named = Path(path)
+    try:
+        for _ in range(MAX_LINKS):
+            folder = named.parent.resolve()
+            if folder.is_relative_to("/proc"):
+                real = named.resolve()
+                return str(real) if real.samefile(path) else path
+            named = folder / named.readlink()
+    except OSError:  # not a link, or one that leads nowhere
+        pass
+    return path
+
+
 def exists(directory: int, name: str) -> bool:
     """Whether there is anything under *name*, be it a link that leads nowhere."""
     try:

@@ -31,7 +31,15 @@ from instarfs.errors import (
     InstarfsError,
     UndoFileImpossible,
 )
-from instarfs.image.directory import Hands, Opening, Origin, OwnHands, Spot, behind_links
+from instarfs.image.directory import (
+    Hands,
+    Opening,
+    Origin,
+    OwnHands,
+    Spot,
+    behind_links,
+    lasting_name,
+)
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.image.surroundings import Gone
 from instarfs.linux import look_at, open_looked_at
@@ -230,7 +238,7 @@ class Image:
         """
         undo = _spot_of(undo_file) if undo_file is not None else None
         try:
-            absolute = Path(path).absolute()
+            absolute = Path(lasting_name(path)).absolute()
             fd = _open_file(path)
         except OSError as error:
             raise _open_error(path, error) from error

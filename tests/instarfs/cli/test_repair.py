@@ -485,3 +485,37 @@ def test_whether_a_file_can_be_read_is_found_out_by_opening_it(
     monkeypatch.setattr("os.access", lambda *_arguments, **_options: False)
     for command in (("check",), ("check", "-r", "all"), ("plan", "all"), ("info",), ("trim",)):
         assert instarfs(*command, image).code == 0
+
+
+@pytest.mark.parametrize("name", ["/proc/self/fd/{}", "/dev/fd/{}", "{link}"])
+def test_what_takes_it_back_works_in_another_process(
+    instarfs: Run, tmp_path: Path, name: str
+) -> None:
+    image, link = tmp_path / "an image", tmp_path / "link"
+    image.write_bytes(content(*LEAKY))
+    fd = os.open(image, os.O_RDWR)
+    link.symlink_to(f"/proc/self/fd/{fd}")
+    path = name.format(fd, link=link)
+    told = instarfs("report", path)
+    repaired = instarfs("check", "-r", "all", path)
+    os.close(fd)
+    assert path not in told.out
+    assert (repaired.code, repaired.err) == (0, "")
+    command = repaired.out.rpartition("To take it back: ")[2].strip()
+    assert command == f"instarfs undo {shell_path(str(image))}"
+    assert instarfs("undo", image).code == 0
+    assert image.read_bytes() == content(*LEAKY)
+
+
+def test_a_descriptor_of_what_has_no_name_keeps_its_own(instarfs: Run, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(content(*LEAKY))
+    fd = os.open(image, os.O_RDWR)
+    image.unlink()
+    image.write_bytes(content())
+    path = f"/proc/self/fd/{fd}"
+    assert (
+        f"NOTE what it means, and what to do: instarfs report {path}" in instarfs("check", path).err
+    )
+    os.close(fd)
+    assert image.read_bytes() == content()
