@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from examples.make_image import Image
 from planner.check.check import check_image
 from planner.guest.mapping import Flaw, Mapping, RunKind, Runs
 from planner.triage.impact import Harm, Impact, Ranges, guest_impact
-from tests.planner.corpus import RULES
-from tests.planner.corpus.rule import builder, extended
+from tests.images.builder import Image
+from tests.images.corpus import RULES
+from tests.images.corpus.rule import builder, extended
 
 ANY_FLAW = tuple(set(Flaw) - {Flaw.NONE})
 
