@@ -789,17 +789,18 @@ class UndoFileNoSpace(UndoFileImpossible):
 
 @dataclass(eq=False)
 class UndoFileFailed(InstarfsError):
-    """{undo_file}: the undo file cannot be brought up to date: {reason}; look at the disk beneath
-    it (dmesg)
+    """{undo_file}: the undo file cannot be brought up to date: {reason}; {done}look at the disk
+    beneath it (dmesg)
     """
 
     undo_file: str
     reason: str
+    done: str = ""
 
 
 class UndoFileFull(UndoFileFailed):
-    """{undo_file}: the undo file cannot be brought up to date: {reason}; make space (df), then try
-    again
+    """{undo_file}: the undo file cannot be brought up to date: {reason}; {done}make space (df),
+    then try again
     """
 
     errno: ClassVar[int] = _errno.ENOSPC

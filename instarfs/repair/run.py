@@ -133,6 +133,10 @@ class Repairer:
         return work.outcome
 
 
+PUT_BACK = "the repair was taken back, and the image is as it was before it: "
+"""Of a repair that was written, whole, but could not be recorded."""
+
+
 class _Pass:
     """One pass over an image that is open for writing, and what has become of it so far."""
 
@@ -279,6 +283,8 @@ class _Pass:
             session.stand()
         except BaseException as error:
             put_back(session.device, proposal.plan, error)
+            if isinstance(error, UndoFileFailed):
+                error.done = PUT_BACK
             raise
         return after
 

@@ -1056,7 +1056,13 @@ def test_where_the_state_cannot_be_made_durable_the_image_is_put_back(
         outcome = box.repair(LEAKS)
     assert outcome.status is Status.ROLLED_BACK
     assert isinstance(outcome.error, UndoFileFailed)
+    assert outcome.reason == (
+        f"{box.undo_path}: the undo file cannot be brought up to date: Input/output error; the"
+        " repair was taken back, and the image is as it was before it: look at the disk beneath it"
+        " (dmesg)"
+    )
     assert box.read() == content
+    assert box.names() == {box.path.name}
     assert box.repair(LEAKS).status is Status.REPAIRED
 
 
