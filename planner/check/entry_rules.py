@@ -109,7 +109,7 @@ class L2Columns(L2Entries):
 
     # ---- where the file ends; how much of it is needed depends on where an entry stands ----
 
-    @cached_property
+    @property
     def bytes_past_end(self) -> I64:
         """How much further they reach than the file; negative where it goes on."""
         return self.offset + self.size - self.layout.file_size

@@ -90,7 +90,7 @@ L1_CASES = [
     Case(FindingKind.L2_TABLE_MISALIGNED, 2 * SIZE + 512, 2 * SIZE),
     Case(FindingKind.PAST_END, 33 * SIZE, 32 * SIZE),
     Case(FindingKind.L1_COPIED, COPIED | 4 * SIZE, 4 * SIZE),
-    Case(FindingKind.L1_COPIED, COPIED | 5 * SIZE, COPIED),
+    Case(FindingKind.L1_COPIED, COPIED | 5 * SIZE, 1 << 56),  # cluster 0 has one reference
 ]
 EXTENDED = {"extended": True}
 X_SIZE = SIZES[True]
