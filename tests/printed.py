@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from instarfs.cli.main import commands
 from instarfs.image.file import Image
-from instarfs.inspect.inspector import Inspector
+from instarfs.inspect.inspector import inspecting
 from instarfs.mount.nodes import Directory, Node
 from instarfs.mount.tree import build_tree
 from tests.images.corpus import RULES
@@ -89,7 +89,8 @@ def printed(data: bytes) -> dict[str, str]:
 
 async def _shown() -> dict[str, str]:
     with Image.open(NAME) as image:
-        return {name: text async for name, text in _files(build_tree(Inspector(image)), "")}
+        async with inspecting(image) as inspector:
+            return {name: text async for name, text in _files(build_tree(inspector), "")}
 
 
 async def _files(node: Node | None, path: str) -> AsyncIterator[tuple[str, str]]:

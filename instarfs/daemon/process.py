@@ -17,6 +17,7 @@ import sys
 import syslog
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -54,7 +55,7 @@ class Service:
 
 
 def run(
-    make_service: Callable[[], Service],
+    make_service: Callable[[], AbstractAsyncContextManager[Service]],
     directory: str,
     options: set[str],
     *,
@@ -62,8 +63,9 @@ def run(
 ) -> int:
     """Mount on *directory* and serve until it is unmounted or a signal comes: the exit code.
 
-    *make_service* runs in the event loop. *ready* is called once the mount answers; when nobody
-    is left to hear that (BrokenPipeError), the mount ends. Raises `MountFailed`.
+    What *make_service* makes is entered in the event loop, and left when there is no mount any
+    more. *ready* is called once the mount answers; when nobody is left to hear that
+    (BrokenPipeError), the mount ends. Raises `MountFailed`.
     """
     _share_memory_among_threads()
     return trio.run(_serve, make_service, directory, options, ready)
@@ -81,31 +83,42 @@ def _share_memory_among_threads() -> None:
 
 
 async def _serve(
-    make_service: Callable[[], Service],
+    make_service: Callable[[], AbstractAsyncContextManager[Service]],
     directory: str,
     options: set[str],
     ready: Callable[[], None],
 ) -> int:
-    # From before the mount on: a signal in between must not leave a dead mount behind.
-    with trio.open_signal_receiver(*_STOP, STOP_COMPUTING) as signals:
-        service, target = make_service(), os.path.realpath(directory)
-        with _mounted(service.operations, directory, options):
-            read_ahead = ReadAhead(target)
-            follow_no_links(target)
-            os.chdir("/")  # whatever the caller's directory is on can be unmounted
-            service.confine()
-            try:
-                async with trio.open_nursery() as nursery:
-                    stop = nursery.cancel_scope.cancel
-                    nursery.start_soon(_obey, signals, service, stop)
-                    nursery.start_soon(_announce, service, read_ahead, ready, stop)
-                    nursery.start_soon(service.operations.watch_callers)
-                    take_turns_fast()
-                    await pyfuse3.main(max_tasks=_MAX_TASKS)
-                    stop()
-            except Exception:
-                log.exception("the mount ended unexpectedly")
-                return 1
+    async with make_service() as service:
+        # From before the mount on: a signal in between must not leave a dead mount behind.
+        with trio.open_signal_receiver(*_STOP, STOP_COMPUTING) as signals:
+            return await _mount(service, signals, directory, options, ready)
+
+
+async def _mount(
+    service: Service,
+    signals: AsyncIterator[int],
+    directory: str,
+    options: set[str],
+    ready: Callable[[], None],
+) -> int:
+    target = os.path.realpath(directory)
+    with _mounted(service.operations, directory, options):
+        read_ahead = ReadAhead(target)
+        follow_no_links(target)
+        os.chdir("/")  # whatever the caller's directory is on can be unmounted
+        service.confine()
+        try:
+            async with trio.open_nursery() as nursery:
+                stop = nursery.cancel_scope.cancel
+                nursery.start_soon(_obey, signals, service, stop)
+                nursery.start_soon(_announce, service, read_ahead, ready, stop)
+                nursery.start_soon(service.operations.watch_callers)
+                take_turns_fast()
+                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                stop()
+        except Exception:
+            log.exception("the mount ended unexpectedly")
+            return 1
     return 0
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.image import memory
 from instarfs.image.file import FileSource, Image
-from instarfs.inspect.inspector import Check, Inspector
+from instarfs.inspect.inspector import Check, inspecting
 from instarfs.inspect.repair_queue import MakeRepairer
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
@@ -66,26 +67,27 @@ def serve(
         memory.limit(image.source())
         confinement.enforce()
 
-    def make_service() -> daemon.Service:
-        inspector = Inspector(
+    @asynccontextmanager
+    async def make_service() -> AsyncIterator[daemon.Service]:
+        async with inspecting(
             image, follow=follow, check=bounded_check, make_repairer=make_repairer
-        )
-        pending = inspector.pending()
-        if pending is not None:
-            log.warning("%s: %s", image.path, pending.sentence)
-        ownership = Ownership(os.getuid(), os.getgid(), for_others=options.for_others)
-        operations = Operations(
-            tree.build_tree(
+        ) as inspector:
+            pending = inspector.subject.pending()
+            if pending is not None:
+                log.warning("%s: %s", image.path, pending.sentence)
+            root = tree.build_tree(
                 inspector,
                 read_only=options.read_only,
                 keeps_undo=keeps_undo,
                 mountpoint=str(Path(directory).absolute()),
-            ),
-            partial(tree.facts, inspector),
-            ownership,
-            {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
-        )
-        return daemon.Service(operations, inspector.cancel, confine)
+            )
+            operations = Operations(
+                root,
+                partial(tree.facts, inspector.subject),
+                Ownership(os.getuid(), os.getgid(), for_others=options.for_others),
+                {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
+            )
+            yield daemon.Service(operations, inspector.cancel, confine)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 

@@ -1,16 +1,18 @@
 """A value that takes long to compute, once for all who ask for it.
 
-Everything about sharing such a value lives here: one worker thread for any number of readers,
-how long the value stays good, and ending the work when nobody waits for it. What is computed,
-and what it depends on, comes from outside.
+Everything about sharing such values lives here: one computation for any number of readers, how long
+a value stays good, and ending the work when nobody waits for it, or all of it at once. A
+computation is a task of the event loop: it waits there for the values that it needs, and hands to a
+thread what takes long. What is computed, and what it depends on, comes from outside.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import trio
 
@@ -18,6 +20,9 @@ from instarfs.errors import DOMAIN_ERRORS, ReadCancelled
 from planner.errors import Cancelled
 
 T = TypeVar("T")
+
+Changed = Callable[[], bool]
+"""Whether what a computation is about is no longer what it was when it began."""
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +34,75 @@ class Edition(Generic[T]):
     value: T
 
 
-class Computed(Generic[T]):
+@asynccontextmanager
+async def room_for_values() -> AsyncIterator[trio.Nursery]:
+    """A nursery whose tasks end with the block; what the block raises comes out as it is."""
+    failed = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except Exception as error:  # noqa: BLE001 - out of the nursery it would be a group of one
+            failed = error
+        finally:
+            nursery.cancel_scope.cancel()
+    if failed is not None:
+        try:
+            raise failed
+        finally:
+            del failed
+
+
+class Workshop:
+    """Where values are computed: in *nursery*, with which all that is under way ends.
+
+    *moment*: what stays the same while what the values are about does. Asked in the event loop, as
+    each computation begins and when it wants to know; never raises.
+    """
+
+    def __init__(self, nursery: trio.Nursery, moment: Callable[[], Hashable]) -> None:
+        self._nursery, self._moment = nursery, moment
+        self._runs: set[_Run[Any]] = set()
+
+    def cancel(self) -> None:
+        """End whatever is being computed; those who wait for it get `ReadCancelled`."""
+        for run in self._runs:
+            run.scope.cancel()
+
+    def start(self, work: Callable[[_Run[T]], Awaitable[None]], run: _Run[T]) -> None:
+        """Begin *work*, a computation of a `Value`."""
+        self._runs.add(run)
+        self._nursery.start_soon(self._do, work, run)
+
+    def watch(self) -> Changed:
+        """Begin to look whether the moment is still the same."""
+        before = self._moment()
+        return lambda: self._moment() != before
+
+    async def _do(self, work: Callable[[_Run[T]], Awaitable[None]], run: _Run[T]) -> None:
+        try:
+            await work(run)
+        finally:
+            self._runs.discard(run)
+
+
+class Value(Generic[T]):
     """A value that is computed when it is first asked for, and again when its key has changed.
 
     *key* says what the value depends on. It is called often, in the event loop, and may raise a
     domain error, which readers get; what it takes from others *refresh* has looked at before, where
-    that may have to be waited for. *compute* runs in a worker thread and is handed a function
-    that turns true when it should stop; what it raises goes to those who wait, and is not kept.
+    that may have to be waited for. *compute* awaits the values that it needs, and a thread for what
+    takes long, which asks `should_stop`; what it raises goes to those who wait, and is not kept.
     Neither is a value whose key changed while it was computed.
     """
 
     def __init__(
         self,
+        workshop: Workshop,
         key: Callable[[], Hashable],
-        compute: Callable[[Callable[[], bool]], T],
+        compute: Callable[[Changed], Awaitable[T]],
         refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._workshop = workshop
         self._key = key
         self._refresh = refresh
         self._compute = compute
@@ -79,7 +137,7 @@ class Computed(Generic[T]):
             if self._run is None:
                 self._run = _Run()
                 # Not the reader's own task: the reader may leave and others still wait.
-                trio.lowlevel.spawn_system_task(self._execute, self._run)
+                self._workshop.start(self._execute, self._run)
             elif self._run.is_cancelled:
                 # Two at a time would share the image's locks, and the first would drop them.
                 await self._run.wait()
@@ -90,19 +148,14 @@ class Computed(Generic[T]):
                 return edition
 
     def forget(self) -> None:
-        """Let go of what is kept, in any thread; whoever asks gets it computed anew."""
+        """Let go of what is kept; whoever asks gets it computed anew."""
         self._kept = None
-
-    def cancel(self) -> None:
-        """End the computation under way, if any; its readers get `ReadCancelled`."""
-        if self._run is not None:
-            self._run.scope.cancel()
 
     async def _execute(self, run: _Run[T]) -> None:
         try:
             with run.scope:
                 key = self._key()
-                edition = Edition(await trio.to_thread.run_sync(self._compute, should_stop))
+                edition = Edition(await self._compute(self._workshop.watch()))
                 run.is_kept = key == self._key()
                 self._kept = (key, edition) if run.is_kept else None
                 run.edition = edition
@@ -166,3 +219,9 @@ def should_stop() -> bool:
     except trio.Cancelled:
         return True
     return False
+
+
+def stop_when_told(_amount: int = 0) -> None:
+    """End the calling worker thread's work when nobody waits for it: raises `Cancelled`."""
+    if should_stop():
+        raise Cancelled

@@ -72,7 +72,7 @@ class Controls:
     """The control files of one mount."""
 
     def __init__(self, inspector: Inspector, *, read_only: bool) -> None:
-        self._inspector = inspector
+        self._repairs, self._subject = inspector.repairs, inspector.subject
         self._read_only = read_only
 
     def tier_file(self) -> ControlFile:
@@ -95,7 +95,7 @@ class Controls:
             try:
                 outcome = await act(command)
             except DOMAIN_ERRORS as error:
-                self._inspector.repairs.refuse(as_value(error))
+                self._repairs.refuse(as_value(error))
                 log.info("%s: nothing was begun: %s", _shortened(command.strip()), error)
                 raise
             # Not another await: when the mount ends, this is all that there is still time for.
@@ -109,35 +109,35 @@ class Controls:
         """Raise the error of whoever wants to write and cannot."""
         if self._read_only:
             raise RepairNotOffered
-        if self._inspector.repairs.is_running:
-            raise RepairRunning(self._inspector.path)
+        if self._repairs.is_running:
+            raise RepairRunning(self._subject.path)
 
     # ---- commands ----
 
     async def _repair(self, command: bytes) -> RepairOutcome:
         tier, quote = parse_tier(command)
-        return await self._inspector.repairs.repair(tier, quote)
+        return await self._repairs.repair(tier, quote)
 
     async def _undo(self, command: bytes) -> RepairOutcome:
         parse_word(command, "undo")
-        return await self._inspector.repairs.undo()
+        return await self._repairs.undo()
 
     async def _trim(self, command: bytes) -> RepairOutcome:
         parse_word(command, "trim")
-        return await self._inspector.repairs.trim()
+        return await self._repairs.trim()
 
     # ---- what they show ----
 
     def _show_tiers(self) -> bytes:
-        applied = self._inspector.repairs.applied
+        applied = self._repairs.applied
         words = ["none", *RepairTier]
         current = applied or "none"
         return (" ".join(f"[{w}]" if w == current else w for w in words) + "\n").encode()
 
     def _show_undo(self) -> bytes:
-        if self._inspector.repairs.is_running:
+        if self._repairs.is_running:
             return b"a repair is running\n"
-        last = self._inspector.last_repair()
+        last = self._subject.last_repair()
         if last is None:
             return b"nothing to take back\n"
         if not isinstance(last, Summary):
@@ -147,7 +147,7 @@ class Controls:
         plan = f" (tier {last.tier}, plan {last.plan_id})"
         more = last.status.depth - 1
         rest = f"; {more} more before it" if more else ""
-        if self._inspector.is_touched(last):
+        if self._subject.is_touched(last):
             rest = ", if it still fits: the image may have been written to after it"
         elif last.stale_count:
             rest = f"; {stale_sentence(last.stale_count)}"

@@ -36,7 +36,7 @@ BEHIND_BYTES = 1 << 20
 
 
 class Value(Protocol[T]):
-    """What a generated file shows: see `instarfs.inspect.shared_value.Computed`."""
+    """What a generated file shows: see `instarfs.inspect.shared_value.Value`."""
 
     def peek(self) -> Edition[T] | None:
         """The value if it is known and still good; never computes."""

@@ -15,6 +15,8 @@ from typing import TypeVar
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.inspect.leaked_runs import LostRuns
+from instarfs.inspect.shared_value import stop_when_told
+from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import (
     DataFile,
@@ -44,7 +46,7 @@ from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import report_txt
 from instarfs.text import printable
 from planner.check.report import Report
-from planner.errors import Cancelled, ImageError, RepairError
+from planner.errors import ImageError, RepairError
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from planner.source import Source
@@ -93,7 +95,7 @@ def build_tree(
         *_lost_files(inspector),
         *_repair_files(inspector, controls),
     ]
-    readme = LiveFile(lambda: _readme(inspector.path, entries))
+    readme = LiveFile(lambda: _readme(inspector.subject.path, entries))
     nodes: list[tuple[list[str], Node]] = [(["README.txt"], readme)]
     nodes += ((entry.path.split("/"), entry.node) for entry in entries if entry.node is not None)
     return _directory(nodes)
@@ -111,9 +113,9 @@ def _directory(nodes: Iterable[tuple[list[str], Node]]) -> Directory:
     return FixedDirectory(children | {name: _directory(inside) for name, inside in below.items()})
 
 
-def facts(inspector: Inspector) -> Facts:
+def facts(subject: Subject) -> Facts:
     """The size and time that the mount shows: those of the image."""
-    generation = inspector.generation()
+    generation = subject.generation()
     is_settled = generation.is_settled(time.time_ns())
     return Facts(generation.size, generation.mtime_ns, is_settled=is_settled)
 
@@ -126,7 +128,12 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "disk.raw",
             "the guest's disk as QEMU reads it; can be loop-mounted, read-only",
-            _data_file(inspector, Place(Part.DISK), inspector.disk_size, inspector.learn_disk_size),
+            _data_file(
+                inspector,
+                Place(Part.DISK),
+                inspector.subject.disk_size,
+                inspector.subject.learn_disk_size,
+            ),
         ),
         _Entry(
             "snapshots",
@@ -198,7 +205,7 @@ def _snapshot_files(inspector: Inspector, index: int) -> dict[str, File]:
 def _image_files(inspector: Inspector) -> list[_Entry]:
     def info(description: Description) -> bytes | Iterator[bytes]:
         known = render_info.ImageFacts(
-            inspector.path, description.file_size, description.allocated_size
+            inspector.subject.path, description.file_size, description.allocated_size
         )
         if isinstance(description.contents, ImageError):
             return render_info.info_error_json(description.contents, known)
@@ -246,7 +253,9 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "image/map.svg",
             "a picture of the host file: what each part is used for, leaks, damage",
-            GeneratedFile(inspector.atlas, lambda atlas: render_map.map_svg(atlas, inspector.path)),
+            GeneratedFile(
+                inspector.atlas, lambda atlas: render_map.map_svg(atlas, inspector.subject.path)
+            ),
         ),
     ]
 
@@ -300,7 +309,7 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
 
 
 def _l2_file(inspector: Inspector, number: int) -> File:
-    page = inspector.look(lambda source, _cancelled: read_l2_page(source, number))
+    page = inspector.look(lambda source: read_l2_page(source, number))
     return GeneratedFile(page, render_tables.l2_tsv)
 
 
@@ -324,7 +333,9 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
             offset = _number(name)
             if offset is None:
                 return None
-            value = inspector.look(partial(_look_at, explain, offset), beside_check=True)
+            value = inspector.look(
+                lambda source: explain(source, offset, stop_when_told), beside_check=True
+            )
 
             def show(it: T | ImageError) -> bytes:
                 checkup = inspector.checkup.peek()
@@ -350,26 +361,13 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
     ]
 
 
-def _look_at(
-    explain: Callable[[Source, int, Callable[[int], None]], T],
-    offset: int,
-    source: Source,
-    cancelled: Callable[[], bool],
-) -> T:
-    def tick(_amount: int) -> None:
-        if cancelled():
-            raise Cancelled
-
-    return explain(source, offset, tick)
-
-
 # ---- check/ ----
 
 
 def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
         return render_check.result_json(
-            it.report, inspector.path, it.repaired, it.pending, gone=it.gone
+            it.report, inspector.subject.path, it.repaired, it.pending, gone=it.gone
         )
 
     def report(it: Briefing) -> bytes:
@@ -383,7 +381,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
             it.beside,
             checkup.gone,
         )
-        return report_txt(checkup.report, inspector.path, known)
+        return report_txt(checkup.report, inspector.subject.path, known)
 
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
@@ -442,7 +440,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
 
 
 def _lost_files(inspector: Inspector) -> list[_Entry]:
-    runs = LostRuns(inspector.last_check, inspector.source)
+    runs = LostRuns(inspector.last_check, inspector.subject.source)
 
     async def listed() -> Sequence[str]:
         return [str(offset) for offset in await runs.offsets(render_triage.LISTED_RUNS)]
@@ -453,10 +451,11 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
         run = await runs.find(int(name)) if is_offset else None
         if run is None:
             return None
-        return DataFile(lambda: run.length, partial(runs.read, run), inspector.state)
+        return DataFile(lambda: run.length, partial(runs.read, run), inspector.subject.state)
 
     triage = GeneratedFile(
-        inspector.leaks, lambda it: render_triage.triage_json(it.triage, it.report, inspector.path)
+        inspector.leaks,
+        lambda it: render_triage.triage_json(it.triage, it.report, inspector.subject.path),
     )
     return [
         _Entry("lost/triage.json", "what the leaked clusters look like, and what looks lost", None),
@@ -476,12 +475,12 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
 def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
     def plan(tier: RepairTier, proposal: Proposal | RepairError) -> bytes | Iterator[bytes]:
         if isinstance(proposal, RepairError):
-            return render_repair.refusal_json(proposal, tier, inspector.path)
-        return render_repair.plan_json(proposal, inspector.path)
+            return render_repair.refusal_json(proposal, tier, inspector.subject.path)
+        return render_repair.plan_json(proposal, inspector.subject.path)
 
     def result() -> bytes:
-        outcome, pending = inspector.repairs.outcome, inspector.pending()
-        return render_repair.outcome_json(outcome, inspector.path, pending)
+        outcome, pending = inspector.repairs.outcome, inspector.subject.pending()
+        return render_repair.outcome_json(outcome, inspector.subject.path, pending)
 
     def progress() -> bytes:
         return f"{inspector.repair_progress()}\n".encode()

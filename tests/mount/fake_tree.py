@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+from contextlib import nullcontext
 from typing import NoReturn
 
 from instarfs.daemon import process as daemon
@@ -67,4 +68,4 @@ operations = Operations(
     ROOT, lambda: Facts(size=0, mtime_ns=0), Ownership(os.getuid(), os.getgid())
 )
 service = daemon.Service(operations, cancel=lambda: None)
-sys.exit(daemon.run(lambda: service, sys.argv[1], set(), ready=daemon.nobody_waits))
+sys.exit(daemon.run(lambda: nullcontext(service), sys.argv[1], set(), ready=daemon.nobody_waits))

@@ -2,6 +2,7 @@
 
 In FOLDER the check adds a line to `count` when it begins, and waits for `gate` to appear. Then it
 ends with an I/O error if there is a file `fail`, with a bug if there is a `crash`, and else checks.
+What explains a byte of the image does the same, and then explains it.
 """
 
 import os
@@ -16,10 +17,13 @@ from instarfs.daemon import serve as session
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.image.file import FileSource, Image
+from instarfs.mount import tree
 from instarfs.mount.options import MountOptions
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
+from planner.source import Source
+from planner.views.explain import HostExplanation, explain_host
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
@@ -45,6 +49,16 @@ def check(
     return check_image(source, progress=progress, cancelled=cancelled)
 
 
+def explain(source: Source, offset: int, tick: Callable[[int], None]) -> HostExplanation:
+    """`explain_host`, held up."""
+    print("explain", file=COUNT, flush=True)
+    while not (FOLDER / "gate").exists():
+        tick(0)
+        time.sleep(0.005)
+    return explain_host(source, offset, tick)
+
+
+tree.explain_host = explain
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):

@@ -173,6 +173,16 @@ def test_umount_in_the_middle_ends_the_check(gated: Gate, reader: subprocess.Pop
     assert "Operation canceled" in complaint
 
 
+def test_umount_ends_what_is_being_explained(gated: Gate) -> None:
+    with start_reading(gated.mount / "explain/host/65536") as reader:
+        until(lambda: gated.checks == 1, "it began")
+        done = instarfs("umount", gated.mount.path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert gated.mount.wait_for_end() == 0
+        _, complaint = reader.communicate(timeout=DEADLINE)
+    assert "Operation canceled" in complaint
+
+
 def test_a_lazy_unmount_in_the_middle(gated: Gate, reader: subprocess.Popen[str]) -> None:
     run("fusermount3", "-u", "-z", gated.mount.path)
     gated.open()

@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from instarfs.guest.guest import Part, Place
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.image.locks import Access, Permission, held
-from instarfs.inspect import shared_value as computed
-from instarfs.inspect.inspector import KEPT_LOOKS, Inspector, Leaks
-from instarfs.inspect.shared_value import Computed
+from instarfs.inspect import shared_value
+from instarfs.inspect.inspector import KEPT_LOOKS, Inspector, Leaks, inspecting
+from instarfs.inspect.shared_value import Changed, Value, room_for_values
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
 from planner.check.report import Report
@@ -85,8 +85,8 @@ def check() -> FakeCheck:
 
 
 @pytest.fixture
-def inspector(path: Path, check: FakeCheck) -> Inspector:
-    return Inspector(Image.open(str(path)), check=check)
+async def inspector(path: Path, check: FakeCheck, nursery: trio.Nursery) -> Inspector:
+    return Inspector(Image.open(str(path)), nursery, check=check)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ async def test_checks_the_file_that_took_the_path(
     other.write_bytes(b"y" * 7)
     backdate(other)
     other.rename(path)
-    assert inspector.generation().size == 7
+    assert inspector.subject.generation().size == 7
     assert not (await report(inspector)).changed
     await report(inspector)
     assert check.sizes == [1000, 7]
@@ -172,11 +172,11 @@ async def test_a_check_during_which_the_image_changed_tells_of_no_repair(
     inspector: Inspector, check: FakeCheck, path: Path
 ) -> None:
     outcome = RepairOutcome(Status.REPAIRED)
-    inspector.repairs._standing = (inspector.generation(), outcome)
+    inspector.repairs._standing = (inspector.subject.generation(), outcome)
     check.hook = lambda: os.utime(path, ns=(10**18, 10**18 + 1))
     assert (await inspector.checkup.get()).value.repaired is None
     check.hook = lambda: None
-    inspector.repairs._standing = (inspector.generation(), outcome)
+    inspector.repairs._standing = (inspector.subject.generation(), outcome)
     assert (await inspector.checkup.get()).value.repaired is outcome
 
 
@@ -254,11 +254,11 @@ async def test_what_is_no_image_any_more_is_an_error_until_it_is_one(
     inspector: Inspector, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await report(inspector)
-    before = inspector.generation()
+    before = inspector.subject.generation()
     path.rename(path.with_name("away"))
     os.mkfifo(path)
     assert inspector.checkup.peek() is None
-    assert inspector.generation() == before
+    assert inspector.subject.generation() == before
     with pytest.raises(ImageNotFollowed):
         await report(inspector)
     assert "FIFO" in caplog.text
@@ -281,25 +281,29 @@ async def test_describes_what_is_there(inspector: Inspector, path: Path) -> None
 # ---- what follows from a check ----
 
 
-def damaged(path: Path, *names: str) -> Inspector:
+def write_damaged(path: Path, *names: str) -> None:
     image = sample().build()
     for name in names:
         DAMAGES[name](image, random.Random(1))
     path.write_bytes(image.data)
     backdate(path)
-    return Inspector(Image.open(str(path)))
 
 
-async def test_a_briefing_of_a_clean_image_plans_nothing(path: Path) -> None:
-    inspector = damaged(path)
+def damaged(nursery: trio.Nursery, path: Path, *names: str) -> Inspector:
+    write_damaged(path, *names)
+    return Inspector(Image.open(str(path)), nursery)
+
+
+async def test_a_briefing_of_a_clean_image_plans_nothing(path: Path, nursery: trio.Nursery) -> None:
+    inspector = damaged(nursery, path)
     briefing = (await inspector.briefing.get()).value
     assert briefing.checkup is (await inspector.checkup.get()).value
     assert briefing.proposals == {}
     assert all(inspector.proposals[tier].peek() is None for tier in RepairTier)
 
 
-async def test_a_briefing_joins_check_triage_and_plans(path: Path) -> None:
-    inspector = damaged(path, "lost-l2-table")
+async def test_a_briefing_joins_check_triage_and_plans(path: Path, nursery: trio.Nursery) -> None:
+    inspector = damaged(nursery, path, "lost-l2-table")
     briefing = (await inspector.briefing.get()).value
     leaks = (await inspector.leaks.get()).value
     assert briefing.triage is leaks.triage
@@ -312,9 +316,9 @@ async def test_a_briefing_joins_check_triage_and_plans(path: Path) -> None:
 
 
 async def test_says_how_far_a_briefing_is_from_its_beginning_to_its_end(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inspector = damaged(path, "leaked-clusters")
+    inspector = damaged(nursery, path, "leaked-clusters")
     shown: list[str] = []
     read_into = FileSource.read_into
 
@@ -329,13 +333,13 @@ async def test_says_how_far_a_briefing_is_from_its_beginning_to_its_end(
             await trio.sleep(0)
 
     monkeypatch.setattr(FileSource, "read_into", read)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(inspector.briefing.get)
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(inspector.briefing.get)
         while inspector.progress() == IDLE:
             await trio.sleep(0)
-        nursery.start_soon(watch)
+        tasks.start_soon(watch)
         await inspector.briefing.get()
-        nursery.cancel_scope.cancel()
+        tasks.cancel_scope.cancel()
     assert inspector.progress() == IDLE
     while shown[-1] == IDLE:
         shown.pop()  # it had ended, and who waited for it had not heard of that yet
@@ -347,8 +351,10 @@ async def test_says_how_far_a_briefing_is_from_its_beginning_to_its_end(
     assert order.index("plan leaks census") < order.index("plan all census")
 
 
-async def test_a_briefing_of_an_image_in_use_plans_nothing(path: Path) -> None:
-    inspector = damaged(path, "leaked-clusters")
+async def test_a_briefing_of_an_image_in_use_plans_nothing(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    inspector = damaged(nursery, path, "leaked-clusters")
     with path.open("rb") as stranger, held(stranger.fileno(), "", WRITER):
         briefing = (await inspector.briefing.get()).value
     assert briefing.checkup.report.verdict == "torn"
@@ -356,19 +362,19 @@ async def test_a_briefing_of_an_image_in_use_plans_nothing(path: Path) -> None:
     assert all(inspector.proposals[tier].peek() is None for tier in RepairTier)
 
 
-async def test_a_refusal_is_a_part_of_the_briefing(path: Path) -> None:
-    inspector = damaged(path, "snapshot-l1-misaligned")
+async def test_a_refusal_is_a_part_of_the_briefing(path: Path, nursery: trio.Nursery) -> None:
+    inspector = damaged(nursery, path, "snapshot-l1-misaligned")
     briefing = (await inspector.briefing.get()).value
     assert isinstance(briefing.proposals[RepairTier.LEAKS], RepairError)
 
 
-async def test_a_briefing_that_was_cancelled_is_not_kept(path: Path) -> None:
-    inspector = damaged(path, "leaked-clusters")
+async def test_a_briefing_that_was_cancelled_is_not_kept(path: Path, nursery: trio.Nursery) -> None:
+    inspector = damaged(nursery, path, "leaked-clusters")
     propose = inspector._propose
 
-    def stopped(tier: RepairTier, cancelled: Callable[[], bool]) -> Proposal | RepairError:
-        trio.from_thread.run_sync(inspector.cancel)
-        return propose(tier, cancelled)
+    async def stopped(tier: RepairTier, changed: Changed) -> Proposal | RepairError:
+        inspector.cancel()
+        return await propose(tier, changed)
 
     for tier in RepairTier:
         inspector.proposals[tier]._compute = partial(stopped, tier)
@@ -377,45 +383,47 @@ async def test_a_briefing_that_was_cancelled_is_not_kept(path: Path) -> None:
     assert inspector.briefing.peek() is None
 
 
-def replaced_first(
-    computed: Computed[T], path: Path, *damages: str
-) -> Callable[[Callable[[], bool]], T]:
-    """What *computed* computes, once another image has taken the place of the one at *path*."""
-    compute = computed._compute
+def replace_first(value: Value[T], path: Path, *damages: str) -> None:
+    """Have another image take the place of the one at *path* as *value* begins to be computed."""
+    compute = value._compute
 
-    def late(cancelled: Callable[[], bool]) -> T:
-        damaged(path.with_name("other"), *damages)
+    async def late(changed: Changed) -> T:
+        write_damaged(path.with_name("other"), *damages)
         path.with_name("other").rename(path)
-        return compute(cancelled)
+        return await compute(changed)
 
-    return late
+    value._compute = late
 
 
-async def test_a_briefing_of_an_image_that_is_replaced_meanwhile_is_torn(path: Path) -> None:
-    inspector = damaged(path, "leaked-clusters")
-    inspector.leaks._compute = replaced_first(inspector.leaks, path, "lost-l2-table")
+async def test_a_briefing_of_an_image_that_is_replaced_meanwhile_is_torn(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    inspector = damaged(nursery, path, "leaked-clusters")
+    replace_first(inspector.leaks, path, "lost-l2-table")
     briefing = (await inspector.briefing.get()).value
     assert briefing.checkup.report.verdict == "torn"
     assert briefing.proposals == {}
     assert inspector.briefing.peek() is None
 
 
-async def test_leaks_of_an_image_that_is_replaced_meanwhile_are_torn(path: Path) -> None:
-    inspector = damaged(path, "leaked-clusters")
-    inspector.checkup._compute = replaced_first(inspector.checkup, path, "lost-l2-table")
+async def test_leaks_of_an_image_that_is_replaced_meanwhile_are_torn(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    inspector = damaged(nursery, path, "leaked-clusters")
+    replace_first(inspector.checkup, path, "lost-l2-table")
     assert (await inspector.leaks.get()).value.report.verdict == "torn"
     assert inspector.leaks.peek() is None
 
 
 async def test_an_image_that_changes_while_it_is_planned_is_not_called_unrepairable(
-    path: Path,
+    path: Path, nursery: trio.Nursery
 ) -> None:
-    inspector = damaged(path, "wrong-copied")
+    inspector = damaged(nursery, path, "wrong-copied")
     look = inspector.leaks._compute
 
-    def late(cancelled: Callable[[], bool]) -> Leaks:
-        found = look(cancelled)
-        damaged(path, "wrong-copied", "leaked-clusters")
+    async def late(changed: Changed) -> Leaks:
+        found = await look(changed)
+        write_damaged(path, "wrong-copied", "leaked-clusters")
         return found
 
     inspector.leaks._compute = late
@@ -423,14 +431,16 @@ async def test_an_image_that_changes_while_it_is_planned_is_not_called_unrepaira
     assert str(refused).startswith("the image changed while it was planned")
 
 
-async def test_a_briefing_beside_which_somebody_begins_to_write_is_torn(path: Path) -> None:
-    inspector = damaged(path, "leaked-clusters")
+async def test_a_briefing_beside_which_somebody_begins_to_write_is_torn(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    inspector = damaged(nursery, path, "leaked-clusters")
     look = inspector.leaks._compute
     with path.open("rb") as stranger, ExitStack() as stack:
 
-        def late(cancelled: Callable[[], bool]) -> Leaks:
+        async def late(changed: Changed) -> Leaks:
             stack.enter_context(held(stranger.fileno(), "", WRITER))
-            return look(cancelled)
+            return await look(changed)
 
         inspector.leaks._compute = late
         briefing = (await inspector.briefing.get()).value
@@ -439,13 +449,20 @@ async def test_a_briefing_beside_which_somebody_begins_to_write_is_torn(path: Pa
 
 
 async def test_an_image_that_is_replaced_just_before_it_is_planned_is_the_one_that_is_planned(
-    path: Path,
+    path: Path, nursery: trio.Nursery
 ) -> None:
-    inspector, tier = damaged(path, "leaked-clusters"), RepairTier.ALL
-    late = replaced_first(inspector.proposals[tier], path, "low-refcount")
-    inspector.proposals[tier]._compute = late
+    inspector, tier = damaged(nursery, path, "leaked-clusters"), RepairTier.ALL
+    look = inspector.proposals[tier]._key
+
+    def late() -> Hashable:
+        state = look()
+        write_damaged(path.with_name("other"), "low-refcount")
+        path.with_name("other").rename(path)
+        return state
+
+    inspector.proposals[tier]._key = late
     planned = (await inspector.proposals[tier].get()).value
-    fresh = (await Inspector(Image.open(str(path))).proposals[tier].get()).value
+    fresh = (await Inspector(Image.open(str(path)), nursery).proposals[tier].get()).value
     assert isinstance(planned, Proposal)
     assert isinstance(fresh, Proposal)
     assert planned.plan == fresh.plan
@@ -459,8 +476,11 @@ def test_an_image_that_was_replaced_is_let_go(
     """Whatever is kept of it, or failed meanwhile: an error holds the frames it came through."""
 
     async def main() -> None:
-        inspector = damaged(path, "leaked-clusters")
-        image = weakref.ref(inspector._image)
+        async with room_for_values() as nursery:
+            await inspect(damaged(nursery, path, "leaked-clusters"))
+
+    async def inspect(inspector: Inspector) -> None:
+        image = weakref.ref(inspector.subject.image)
         values = [getattr(inspector, name) for name in KEPT] + [*inspector.proposals.values()]
         if is_readable:
             values.append(inspector.guest)  # its errors trio itself holds a while
@@ -476,12 +496,12 @@ def test_an_image_that_was_replaced_is_let_go(
             path.rmdir()
         path.with_name("other").write_bytes(b"y" * 7)
         path.with_name("other").rename(path)
-        assert inspector.generation().size == 7
+        assert inspector.subject.generation().size == 7
         with trio.fail_after(DEADLINE):
             while image():  # a thread that has answered may not have ended
                 await trio.sleep(0.001)
 
-    monkeypatch.setattr(computed.log, "disabled", True)  # pytest keeps what was logged
+    monkeypatch.setattr(shared_value.log, "disabled", True)  # pytest keeps what was logged
     gc.disable()
     try:
         trio.run(main)
@@ -493,9 +513,9 @@ def test_inspecting_changes_nothing(path: Path) -> None:
     before = path.stat(), path.read_bytes()
 
     async def main() -> None:
-        inspector = Inspector(Image.open(str(path)))
-        await inspector.checkup.get()
-        await inspector.description.get()
+        async with inspecting(Image.open(str(path))) as inspector:
+            await inspector.checkup.get()
+            await inspector.description.get()
 
     trio.run(main)
     after = path.stat()
@@ -508,8 +528,8 @@ def test_inspecting_changes_nothing(path: Path) -> None:
 
 
 async def test_of_what_was_looked_at_the_last_few_are_kept(inspector: Inspector) -> None:
-    looks = [inspector.look(lambda _source, _cancelled: bytes(1)) for _ in range(KEPT_LOOKS + 3)]
-    kept = inspector.look(lambda _source, _cancelled: bytes(1), is_kept=True)
+    looks = [inspector.look(lambda _source: bytes(1)) for _ in range(KEPT_LOOKS + 3)]
+    kept = inspector.look(lambda _source: bytes(1), is_kept=True)
     for looked in [kept, *looks, looks[5]]:
         await looked.get()
     assert [looked.peek() is not None for looked in looks] == [False] * 3 + [True] * KEPT_LOOKS
@@ -517,29 +537,3 @@ async def test_of_what_was_looked_at_the_last_few_are_kept(inspector: Inspector)
     await looks[0].get()
     assert looks[3].peek() is None
     assert looks[5].peek() is not None
-
-
-async def test_the_size_of_the_disk_is_not_waited_for_in_the_event_loop(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here no byte of the image is in memory."""
-    path.write_bytes(sample(size=64 << 20, cluster_bits=12).build().data)
-    inspector, whole = Inspector(Image.open(str(path))), os.preadv
-    monkeypatch.setattr(Image, "is_in_memory", False)
-
-    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        assert threading.current_thread() is not threading.main_thread()
-        return whole(fd, views, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    assert inspector.disk_size() == 0
-    await inspector.learn_disk_size()
-    assert inspector.disk_size() == 64 << 20
-    other = path.with_name("other")
-    other.write_bytes(sample(size=32 << 20, cluster_bits=12).build().data)
-    other.replace(path)
-    assert inspector.disk_size() == 64 << 20
-    await inspector.learn_disk_size()
-    assert inspector.disk_size() == 32 << 20

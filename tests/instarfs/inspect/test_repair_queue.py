@@ -90,7 +90,9 @@ def gate() -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def inspector(path: Path, repairer: FakeRepairer, gate: threading.Event) -> Inspector:
+async def inspector(
+    path: Path, repairer: FakeRepairer, gate: threading.Event, nursery: trio.Nursery
+) -> Inspector:
     def check(
         source: FileSource,
         *,
@@ -104,7 +106,7 @@ def inspector(path: Path, repairer: FakeRepairer, gate: threading.Event) -> Insp
         return Report(layout=None)
 
     image = Image.open(str(path))
-    return Inspector(image, check=check, make_repairer=repairer.make)
+    return Inspector(image, nursery, check=check, make_repairer=repairer.make)
 
 
 async def until_started(repairer: FakeRepairer) -> None:
@@ -314,7 +316,7 @@ async def test_an_image_that_nobody_has_looked_at_is_not_repaired(
     other = path.with_name("other")
     other.write_bytes(b"y" * 7)
     other.rename(path)
-    assert inspector.generation().size == 7
+    assert inspector.subject.generation().size == 7
     with pytest.raises(ImageReplaced):
         await inspector.repairs.repair(LEAKS)
     assert repairer.asked == []
@@ -331,7 +333,7 @@ async def test_nor_is_one_with_the_inode_number_of_an_image_that_was_looked_at(
     other = path.with_name("other")
     other.write_bytes(b"y" * 7)
     other.rename(path)
-    assert inspector.generation().size == 7
+    assert inspector.subject.generation().size == 7
     # As the file system may give it to a new file: its own is gone as soon as nobody has it open.
     first.write_bytes(b"z" * 8)
     first.rename(path)
@@ -340,7 +342,9 @@ async def test_nor_is_one_with_the_inode_number_of_an_image_that_was_looked_at(
     assert repairer.asked == []
 
 
-async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(path: Path) -> None:
+async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(
+    path: Path, nursery: trio.Nursery
+) -> None:
     path.write_bytes(healthy())
     os.utime(path, ns=(OLD, OLD))
     checks: list[int] = []
@@ -354,16 +358,16 @@ async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(pat
         checks.append(source.size)
         return check_image(source, progress=progress, cancelled=cancelled)
 
-    inspector = Inspector(Image.open(str(path)), check=check)
+    inspector = Inspector(Image.open(str(path)), nursery, check=check)
     editions = {}
 
     async def plan(tier: RepairTier) -> None:
         editions[tier] = await inspector.proposals[tier].get()
 
     with trio.fail_after(DEADLINE):
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as tasks:
             for tier in RepairTier:
-                nursery.start_soon(plan, tier)
+                tasks.start_soon(plan, tier)
     assert len(checks) == 1
     for tier in RepairTier:
         proposal = editions[tier].value
@@ -377,7 +381,9 @@ async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(pat
     assert len(checks) == 2
 
 
-async def test_an_image_that_cannot_be_opened_has_a_refusal_for_a_plan(path: Path) -> None:
-    inspector = Inspector(Image.open(str(path)))
+async def test_an_image_that_cannot_be_opened_has_a_refusal_for_a_plan(
+    path: Path, nursery: trio.Nursery
+) -> None:
+    inspector = Inspector(Image.open(str(path)), nursery)
     proposal = (await inspector.proposals[ALL].get()).value
     assert isinstance(proposal, ParseFailed)

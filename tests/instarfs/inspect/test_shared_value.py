@@ -4,14 +4,20 @@ nobody.
 
 import logging
 import threading
-from collections.abc import Callable
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from instarfs.errors import ImageReadFailed, ReadCancelled
-from instarfs.inspect.shared_value import Computed, Edition
+from instarfs.inspect.shared_value import (
+    Changed,
+    Edition,
+    Value,
+    Workshop,
+    room_for_values,
+    should_stop,
+)
 from planner.errors import Cancelled
 
 DEADLINE = 10
@@ -20,21 +26,26 @@ DEADLINE = 10
 class Work:
     """A computation that a test holds up, counts, and lets fail; its value is its number."""
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: trio.Nursery) -> None:
         self.key: object = "first"
+        self.moment: object = "first"
         self.count = 0
         self.stopped = 0
         self.error: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
-        self.computed = Computed(lambda: self.key, self.run)
+        self.workshop = Workshop(nursery, lambda: self.moment)
+        self.computed = Value(self.workshop, lambda: self.key, self.compute)
 
-    def run(self, cancelled: Callable[[], bool]) -> int:
+    async def compute(self, _changed: Changed) -> int:
+        return await trio.to_thread.run_sync(self.run)
+
+    def run(self) -> int:
         self.count += 1
         self.started.set()
         while not self.gate.wait(0.001):
-            if cancelled():
+            if should_stop():
                 self.stopped += 1
                 raise Cancelled
         if self.error is not None:
@@ -42,13 +53,22 @@ class Work:
         return self.count
 
 
+@pytest.fixture
+async def work(nursery: trio.Nursery) -> Work:
+    return Work(nursery)
+
+
+async def refused(value: Value[int]) -> None:
+    with pytest.raises(ReadCancelled):
+        await value.get()
+
+
 async def until_started(work: Work) -> None:
     with trio.fail_after(DEADLINE):
         await trio.to_thread.run_sync(work.started.wait)
 
 
-async def test_computes_when_asked_and_only_then() -> None:
-    work = Work()
+async def test_computes_when_asked_and_only_then(work: Work) -> None:
     assert work.computed.peek() is None
     assert work.count == 0
     edition = await work.computed.get()
@@ -58,8 +78,7 @@ async def test_computes_when_asked_and_only_then() -> None:
     assert work.count == 1
 
 
-async def test_once_for_all_who_ask_at_the_same_time() -> None:
-    work = Work()
+async def test_once_for_all_who_ask_at_the_same_time(work: Work) -> None:
     work.gate.clear()
     editions: list[Edition[int]] = []
 
@@ -78,16 +97,14 @@ async def test_once_for_all_who_ask_at_the_same_time() -> None:
     assert len(editions) == 50
 
 
-async def test_again_when_the_key_has_changed() -> None:
-    work = Work()
+async def test_again_when_the_key_has_changed(work: Work) -> None:
     await work.computed.get()
     work.key = "second"
     assert work.computed.peek() is None
     assert (await work.computed.get()).value == 2
 
 
-async def test_a_value_whose_key_changed_meanwhile_is_given_but_not_kept() -> None:
-    work = Work()
+async def test_a_value_whose_key_changed_meanwhile_is_given_but_not_kept(work: Work) -> None:
     work.gate.clear()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
@@ -100,8 +117,7 @@ async def test_a_value_whose_key_changed_meanwhile_is_given_but_not_kept() -> No
     assert work.computed.peek() is not None
 
 
-async def test_who_comes_while_the_key_changes_gets_what_is_computed_later() -> None:
-    work = Work()
+async def test_who_comes_while_the_key_changes_gets_what_is_computed_later(work: Work) -> None:
     work.gate.clear()
     values: dict[str, int] = {}
 
@@ -121,9 +137,9 @@ async def test_who_comes_while_the_key_changes_gets_what_is_computed_later() -> 
 
 
 async def test_an_error_reaches_its_readers_and_is_not_kept(
+    work: Work,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    work = Work()
     work.error = ImageReadFailed("image", 512, "Input/output error")
     with pytest.raises(ImageReadFailed, match="offset 512"):
         await work.computed.get()
@@ -134,30 +150,28 @@ async def test_an_error_reaches_its_readers_and_is_not_kept(
     assert (await work.computed.get()).value == 2
 
 
-async def test_a_bug_reaches_its_readers_too() -> None:
-    work = Work()
+async def test_a_bug_reaches_its_readers_too(work: Work) -> None:
     work.error = ZeroDivisionError()
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             await work.computed.get()
 
 
-async def test_a_key_that_cannot_be_had_is_an_error_of_the_reader() -> None:
+async def test_a_key_that_cannot_be_had_is_an_error_of_the_reader(nursery: trio.Nursery) -> None:
     error = ImageReadFailed("image", 0, "Stale file handle")
 
     def fail() -> object:
         raise error
 
-    work = Work()
-    computed = Computed(fail, work.run)
+    work = Work(nursery)
+    computed = Value(work.workshop, fail, work.compute)
     assert computed.peek() is None
     with pytest.raises(ImageReadFailed):
         await computed.get()
     assert work.count == 0
 
 
-async def test_the_work_ends_with_its_last_reader() -> None:
-    work = Work()
+async def test_the_work_ends_with_its_last_reader(work: Work) -> None:
     work.gate.clear()
     scopes = [trio.CancelScope() for _ in range(3)]
 
@@ -183,8 +197,7 @@ async def test_the_work_ends_with_its_last_reader() -> None:
     assert (await work.computed.get()).value == 2
 
 
-async def test_cancelling_tells_the_readers() -> None:
-    work = Work()
+async def test_cancelling_tells_the_readers(work: Work) -> None:
     work.gate.clear()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
@@ -196,23 +209,82 @@ async def test_cancelling_tells_the_readers() -> None:
             nursery.start_soon(read)
             nursery.start_soon(read)
             await until_started(work)
-            work.computed.cancel()
+            work.workshop.cancel()
     assert work.stopped == 1
 
 
-async def test_cancelling_nothing_is_nothing() -> None:
-    Work().computed.cancel()
+async def test_cancelling_nothing_is_nothing(work: Work) -> None:
+    work.workshop.cancel()
+    assert (await work.computed.get()).value == 1
 
 
-def test_the_end_of_the_event_loop_ends_the_work() -> None:
-    work = Work()
+async def test_the_work_ends_with_its_room() -> None:
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as tasks:
+            async with room_for_values() as nursery:
+                work = Work(nursery)
+                work.gate.clear()
+                tasks.start_soon(refused, work.computed)
+                await until_started(work)
+            assert work.stopped == 1
+
+
+async def test_what_a_block_raises_comes_out_of_the_room_as_it_is() -> None:
+    with pytest.raises(ImageReadFailed):
+        async with room_for_values():
+            raise ImageReadFailed("image", 0, "Input/output error")
+
+
+async def test_a_value_that_waits_for_another_keeps_no_thread(nursery: trio.Nursery) -> None:
+    """As many as there are threads, one upon the other, and a thread is left for the first."""
+    work = Work(nursery)
     work.gate.clear()
+    values = [work.computed]
 
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(work.computed.get)
+    def above(below: Value[int]) -> Value[int]:
+        async def compute(_changed: Changed) -> int:
+            return (await below.get()).value + 1
+
+        return Value(work.workshop, lambda: work.key, compute)
+
+    limiter = trio.to_thread.current_default_thread_limiter()
+    for _ in range(int(limiter.total_tokens)):
+        values.append(above(values[-1]))
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(values[-1].get)
             await until_started(work)
-            nursery.cancel_scope.cancel()
+            await wait_all_tasks_blocked()
+            assert limiter.borrowed_tokens == 1
+            work.gate.set()
+    edition = values[-1].peek()
+    assert edition is not None
+    assert edition.value == len(values)
 
-    trio.run(main)
+
+async def test_cancelling_ends_all_that_wait_for_each_other(work: Work) -> None:
+    async def compute(_changed: Changed) -> int:
+        return (await work.computed.get()).value
+
+    above = Value(work.workshop, lambda: work.key, compute)
+    work.gate.clear()
+    with trio.fail_after(DEADLINE):
+        async with trio.open_nursery() as tasks:
+            tasks.start_soon(refused, above)
+            tasks.start_soon(refused, work.computed)
+            await until_started(work)
+            work.workshop.cancel()
     assert work.stopped == 1
+    work.gate.set()
+    assert (await above.get()).value == 2
+
+
+@pytest.mark.parametrize("moment", ["first", "second"])
+async def test_a_computation_hears_that_the_moment_is_another(work: Work, moment: str) -> None:
+    async def compute(changed: Changed) -> tuple[bool, bool]:
+        before = changed()
+        work.moment = moment
+        return before, changed()
+
+    value = Value(work.workshop, lambda: work.key, compute)
+    assert (await value.get()).value == (False, moment != "first")

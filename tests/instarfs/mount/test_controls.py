@@ -55,17 +55,27 @@ class FakeRepairs:
         return await self.repair("trim")
 
 
-class FakeInspector:
-    """Stands in for `Inspector`."""
+class FakeSubject:
+    """Stands in for `Subject`."""
 
     path = "image"
     last: Summary | Exception | None = None
-
-    def __init__(self) -> None:
-        self.repairs = FakeRepairs()
+    touched = False
 
     def last_repair(self) -> Summary | Exception | None:
         return self.last
+
+    def is_touched(self, last: Summary) -> bool:
+        assert last is self.last
+        return self.touched
+
+
+class FakeInspector:
+    """Stands in for `Inspector`."""
+
+    def __init__(self) -> None:
+        self.repairs = FakeRepairs()
+        self.subject = FakeSubject()
 
 
 @pytest.fixture
@@ -248,6 +258,12 @@ def summary(state: State, depth: int = 1) -> Summary:
 async def test_whether_there_is_something_to_take_back(
     inspector: FakeInspector, last: Summary | Exception | None, shown: str
 ) -> None:
-    inspector.last = last
+    inspector.subject.last = last
     read = await (await controls(inspector).undo_file().open()).read(0, 200)
     assert read == f"{shown}\n".encode()
+
+
+async def test_what_others_wrote_to_since_may_not_be_taken_back(inspector: FakeInspector) -> None:
+    inspector.subject.last, inspector.subject.touched = summary(State.APPLIED), True
+    read = await (await controls(inspector).undo_file().open()).read(0, 200)
+    assert read.endswith(b", if it still fits: the image may have been written to after it\n")

@@ -43,6 +43,7 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector
+from instarfs.inspect.shared_value import room_for_values
 from instarfs.mount import tree
 from instarfs.mount.nodes import Directory, FixedDirectory
 from instarfs.mount.operations import Operations, Ownership
@@ -160,8 +161,9 @@ class Loop:
     async def _wait(self) -> None:
         self._end = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
-        self._started.set()
-        await self._end.wait()
+        async with room_for_values() as self.nursery:
+            self._started.set()
+            await self._end.wait()
 
     def run(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
         async def bounded() -> T:
@@ -310,11 +312,16 @@ class MountLife(RuleBasedStateMachine):
     async def mount(self, for_others: bool) -> None:
         repairer = partial(Repairer, check=cached_check, propose=cached_propose)
         self.inspector = Inspector(
-            Image.open(str(self.path)), check=cached_check, make_repairer=repairer
+            Image.open(str(self.path)),
+            self.loop.nursery,
+            check=cached_check,
+            make_repairer=repairer,
         )
         self.root = tree.build_tree(self.inspector, read_only=self.read_only)
         self.operations = Operations(
-            self.root, partial(tree.facts, self.inspector), Ownership(OWNER, 100, for_others)
+            self.root,
+            partial(tree.facts, self.inspector.subject),
+            Ownership(OWNER, 100, for_others),
         )
 
     # ---- the image ----

@@ -1,20 +1,30 @@
-"""The tree without a mount: what it costs to list what there may be very many of."""
+"""The tree without a mount: what it costs to list what there may be very many of, and how what it
+is asked for ends.
+"""
 
+import threading
 import tracemalloc
 from pathlib import Path
 
-from instarfs.image.file import Image
-from instarfs.inspect.inspector import Inspector
-from instarfs.mount.nodes import Directory
+import pytest
+import trio
+
+from instarfs.errors import ReadCancelled
+from instarfs.image.file import FileSource, Image
+from instarfs.inspect.inspector import inspecting
+from instarfs.mount.nodes import Directory, Node
 from instarfs.mount.tree import build_tree
 from tests.images.bombs import BOMBS
+from tests.images.sample import sample
+
+DEADLINE = 10
 
 
 async def test_a_listed_snapshot_takes_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     path.write_bytes(BOMBS["snapshots-of-nothing"]().data)
-    with Image.open(str(path)) as image:
-        snapshots = await build_tree(Inspector(image)).child("snapshots")
+    async with inspecting(Image.open(str(path))) as inspector:
+        snapshots = await build_tree(inspector).child("snapshots")
         assert isinstance(snapshots, Directory)
         names = await snapshots.names()
         tracemalloc.start()
@@ -29,3 +39,49 @@ async def test_a_listed_snapshot_takes_little_memory(tmp_path: Path) -> None:
         last = nodes[-1]
         assert isinstance(last, Directory)
         assert await last.names() == ["info.json", "disk.raw"]
+
+
+async def find(root: Directory, path: str) -> Node:
+    node: Node | None = root
+    for name in path.split("/"):
+        assert isinstance(node, Directory)
+        node = await node.child(name)
+    assert node is not None
+    return node
+
+
+@pytest.mark.parametrize(
+    "name", ["explain/host/0", "explain/guest/0", "tables/l1.tsv", "tables/l2/0.tsv"]
+)
+async def test_who_looks_while_all_is_cancelled_is_let_go_at_once(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the disk may not have answered."""
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(sample().build().data)
+    started, gate = threading.Event(), threading.Event()
+    read_into = FileSource.read_into
+
+    def read(source: FileSource, offset: int, buffer: memoryview) -> None:
+        started.set()
+        gate.wait(2 * DEADLINE)
+        read_into(source, offset, buffer)
+
+    monkeypatch.setattr(FileSource, "read_into", read)
+    async with inspecting(Image.open(str(path))) as inspector:
+        root = build_tree(inspector)
+
+        async def refused() -> None:
+            with pytest.raises(ReadCancelled):
+                await (await find(root, name)).open()
+
+        try:
+            with trio.fail_after(DEADLINE):
+                async with trio.open_nursery() as tasks:
+                    tasks.start_soon(refused)
+                    await trio.to_thread.run_sync(started.wait)
+                    inspector.cancel()
+        finally:
+            gate.set()
+        with trio.fail_after(DEADLINE):
+            await (await find(root, name)).open()

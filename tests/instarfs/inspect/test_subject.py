@@ -1,0 +1,100 @@
+"""instarfs.inspect.subject: which file a path names now, and what is known of it."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from instarfs.errors import ImageNotFollowed, ImageReplaced
+from instarfs.image.file import Image
+from instarfs.image.locks import Access, Permission, held
+from instarfs.inspect.subject import Subject
+from tests.images.sample import sample
+
+OLD = 10**18
+WRITER = Access((Permission.CONSISTENT_READ, Permission.WRITE), ())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    put(path, b"x" * 1000)
+    return path
+
+
+@pytest.fixture
+def subject(path: Path) -> Subject:
+    return Subject(Image.open(str(path)))
+
+
+def put(path: Path, content: bytes) -> None:
+    """As another file, written long ago."""
+    other = path.with_name("other")
+    other.write_bytes(content)
+    os.utime(other, ns=(OLD, OLD))
+    other.replace(path)
+
+
+def test_the_file_that_took_the_path_is_another_image(subject: Subject, path: Path) -> None:
+    told: list[int] = []
+    subject.when_replaced(lambda: told.append(subject.image.generation().size))
+    first, state, moment = subject.image, subject.state(), subject.moment()
+    assert (subject.state(), subject.moment()) == (state, moment)
+    assert subject.to_repair() is first
+    put(path, b"x" * 999)
+    assert subject.state() != state
+    assert subject.moment() != moment
+    assert subject.image is not first
+    assert told == [999]
+    with pytest.raises(ImageReplaced):
+        subject.to_repair()
+    subject.reviewed(subject.image)
+    assert subject.to_repair() is subject.image
+
+
+def test_where_there_is_no_image_the_last_one_is_told_of(subject: Subject, path: Path) -> None:
+    state, generation = subject.state(), subject.generation()
+    path.rename(path.with_name("away"))
+    os.mkfifo(path)
+    assert subject.generation() == generation
+    assert subject.state() not in (state, subject.state())
+    for look in (subject.look, subject.checked_state, subject.to_repair):
+        with pytest.raises(ImageNotFollowed):
+            look()
+
+
+def test_a_writer_makes_another_moment_of_the_same_bytes(subject: Subject, path: Path) -> None:
+    state, moment, checked = subject.state(), subject.moment(), subject.checked_state()
+    with path.open("rb") as stranger, held(stranger.fileno(), "", WRITER):
+        assert subject.state() == state
+        assert subject.moment() != moment
+        assert subject.checked_state() != checked
+    assert (subject.moment(), subject.checked_state()) == (moment, checked)
+
+
+async def test_the_size_of_the_disk_is_not_waited_for_in_the_event_loop(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here no byte of the image is in memory."""
+    path.write_bytes(sample(size=64 << 20, cluster_bits=12).build().data)
+    subject, whole = Subject(Image.open(str(path))), os.preadv
+    monkeypatch.setattr(Image, "is_in_memory", False)
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        assert threading.current_thread() is not threading.main_thread()
+        return whole(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert subject.disk_size() == 0
+    await subject.learn_disk_size()
+    assert subject.disk_size() == 64 << 20
+    other = path.with_name("other")
+    other.write_bytes(sample(size=32 << 20, cluster_bits=12).build().data)
+    other.replace(path)
+    assert subject.disk_size() == 64 << 20
+    await subject.learn_disk_size()
+    assert subject.disk_size() == 32 << 20
