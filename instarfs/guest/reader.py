@@ -88,27 +88,32 @@ class GuestReader:
         return guest
 
     def ready(self, place: Place, offset: int, size: int) -> memoryview | None:
-        """As `read`, where nothing has to be waited for; else None."""
-        kept = self._kept
-        if kept is None or not self._is_fresh(kept):
-            return None
-        guest = self._current()
+        """*size* bytes from *offset* of what is at *place*, fewer only at its end.
+
+        None where something has to be waited for. Raises what `Guest.find` and `Disk.read` raise,
+        for this part alone.
+        """
+        guest = self._fresh()
         return _at_hand(guest, place, offset, size) if guest is not None else None
 
     async def read(self, place: Place, offset: int, size: int) -> memoryview:
-        """*size* bytes from *offset* of what is at *place*, fewer only at its end.
-
-        Raises what `Guest.find` and `Disk.read` raise, for this part alone.
-        """
-        guest = await self.guest()
-        content = _at_hand(guest, place, offset, size)
-        if content is not None:
-            return content
+        """The same, waiting for what has to be waited for; to be called where `ready` gave None."""
+        guest = self._fresh()
+        if guest is None:
+            guest = await self.guest()
+            content = _at_hand(guest, place, offset, size)
+            if content is not None:
+                return content
         return await trio.to_thread.run_sync(
             lambda: guest.find(place).read(offset, size),
             abandon_on_cancel=True,
             limiter=self._limiter,
         )
+
+    def _fresh(self) -> Guest | None:
+        """The guest as it is now, where nothing has to be waited for to know that."""
+        kept = self._kept
+        return self._current() if kept is not None and self._is_fresh(kept) else None
 
     def _is_fresh(self, kept: _Kept) -> bool:
         """Whether nothing beneath has to be looked at."""

@@ -51,7 +51,7 @@ class Handle(Protocol):
     def size(self) -> int:
         """Bytes that there are to read."""
 
-    async def read(self, offset: int, size: int) -> Data:
+    def read(self, offset: int, size: int, /) -> Awaitable[Data]:
         """Up to *size* bytes from *offset*; fewer only at the end."""
 
 
@@ -320,8 +320,8 @@ class _Stream:
 class DataFile(File):
     """Bytes that are read where somebody wants them, as of a disk.
 
-    *length*: bytes there are now. *read* may raise a domain error, for the part that it was asked
-    for alone; so may *ready*, which gives the same where nothing has to be waited for, else None.
+    *length*: bytes there are now. *ready* gives a part where nothing has to be waited for, else
+    None, and then *read* does; both may raise a domain error, for that part alone.
     *content*: changes when what the kernel may have kept of it is no longer good. *allocated*: as
     of `File`; *learn* has it know more, *learn_length* the length.
     """
@@ -363,19 +363,13 @@ class DataFile(File):
         return before == self._cached
 
 
+@dataclass(frozen=True, slots=True)
 class DataHandle:
-    """A data file, opened."""
+    """A data file, opened. What it is made of is asked as it is: reading it is to cost little."""
 
-    def __init__(
-        self,
-        length: Callable[[], int],
-        read: Callable[[int, int], Awaitable[Data]],
-        ready: Callable[[int, int], Data | None],
-    ) -> None:
-        self.size, self._read, self.ready = length, read, ready
-
-    async def read(self, offset: int, size: int) -> Data:
-        return await self._read(offset, size)
+    size: Callable[[], int]
+    read: Callable[[int, int], Awaitable[Data]]
+    ready: Callable[[int, int], Data | None]
 
 
 class LiveFile(File):

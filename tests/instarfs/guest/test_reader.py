@@ -78,7 +78,7 @@ async def test_what_is_in_memory_needs_no_thread(image: Path, threads: list[int]
     assert await reader.read(DISK, 0, 5) == b"first"
     threads.clear()
     assert reader.ready(DISK, 0, 5) == b"first"
-    assert await reader.read(DISK, 2, 3) == b"rst"
+    assert reader.ready(DISK, 2, 3) == b"rst"
     assert set(threads) == {threading.get_ident()}
 
 
@@ -100,6 +100,30 @@ async def test_what_is_not_is_read_in_a_thread(
     for _ in range(3):
         assert await reader.read(DISK, 0, 5) == b"first"
         assert reader.ready(DISK, 0, 5) is None
+
+
+async def test_what_has_to_be_waited_for_is_tried_once(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the event loop, where it would hold up everybody else."""
+    monkeypatch.setattr(Image, "is_in_memory", False)
+    whole: Callable[..., int] = os.preadv
+    tried: list[int] = []
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            tried.append(offset)
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return whole(fd, views, offset)
+
+    reader = reader_of(image)
+    assert await reader.read(DISK, 0, 5) == b"first"
+    monkeypatch.setattr("instarfs.guest.reader.FRESH_SECONDS", 60)
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert reader.ready(DISK, 0, 5) is None
+    assert len(tried) == 1
+    assert await reader.read(DISK, 0, 5) == b"first"
+    assert len(tried) == 1
 
 
 async def test_each_read_shows_the_image_as_it_is(
