@@ -352,8 +352,7 @@ class Mapping:
         if self._is_gone:
             yield self._gone_runs(offset, end)
             return
-        # With an external data file an entry means something else at every place that it has.
-        by_table = len(self._repeats) > 0 and not self.geometry.external_data
+        by_table = self._is_by_table(offset, end)
         walk, position = self._walk_tables if by_table else self._walk_windows, offset
         for low, runs in walk(offset, end, packed):
             if position < low:
@@ -362,6 +361,15 @@ class Mapping:
             position = int(runs.guest[-1] + runs.length[-1])
         if position < end:
             yield self._lifeless(position, end)
+
+    def _is_by_table(self, offset: int, end: int) -> bool:
+        """Whether to walk table by table: where they repeat, or stand far from each other."""
+        if self._repeats:
+            # With an external data file an entry means something else at every place that it has.
+            return not self.geometry.external_data
+        window = self._walk_window << self.geometry.cluster_bits
+        tables = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
+        return len(tables) <= 2 * len(self._numbers_in_use(offset, end, window))
 
     def _walk_windows(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
         """Where tables are in use, the runs, and where they begin."""
@@ -372,7 +380,7 @@ class Mapping:
             yield low, runs.joined(packed=packed).cut(low, high)
 
     def _walk_tables(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
-        """The same where tables repeat, table by table; one that does is decoded once."""
+        """The same table by table; one that repeats is decoded once."""
         size = self.geometry.l2_coverage
         numbers = self._numbers_in_use(offset, end, size)
         tables = self._offset[np.searchsorted(self._index, numbers)]
@@ -396,14 +404,17 @@ class Mapping:
         """
         if offset in kept:
             return kept[offset]
-        per_table, count = (
-            self.geometry.l2_entries,
-            min(self.geometry.l2_entries, self._walk_window),
-        )
-        parts = [
-            self._decode(self._source, number * per_table + at, count).joined(packed=packed)
-            for at in range(0, per_table, count)
-        ]
+        geometry, per_table = self.geometry, self.geometry.l2_entries
+        count = min(per_table, self._walk_window)
+        at = np.arange(0, per_table, count)
+        held = self._parts_in_use(offset + at * geometry.l2_entry_size, count)
+        parts = []
+        for first, is_held in zip((number * per_table + at).tolist(), held.tolist(), strict=True):
+            if is_held:
+                parts.append(self._decode(self._source, first, count).joined(packed=packed))
+            else:
+                low, high = first << geometry.cluster_bits, (first + count) << geometry.cluster_bits
+                parts.append(Runs.unallocated(low, high))
         runs = Runs.concatenate(parts).joined(packed=packed)
         runs = replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
         if offset in self._repeats:
@@ -438,7 +449,31 @@ class Mapping:
         low, high = np.searchsorted(tables, [offset // coverage, -(-end // coverage)])
         inside = np.arange(max(1, coverage // size))
         numbers = np.unique((tables[low:high] * coverage // size)[:, None] + inside)
-        return numbers[(numbers >= offset // size) & (numbers < -(-end // size))]
+        numbers = numbers[(numbers >= offset // size) & (numbers < -(-end // size))]
+        if size >= coverage:
+            return numbers
+        table, part = np.divmod(numbers, coverage // size)
+        count = size >> self.geometry.cluster_bits
+        starts = self._offset[np.searchsorted(self._index, table)]
+        starts = starts + part * (count * self.geometry.l2_entry_size)
+        return numbers[self._parts_in_use(starts, count)]
+
+    def _parts_in_use(self, offset: I64, count: int) -> Mask:
+        """Which parts of tables, of *count* entries from *offset* each, may say anything.
+
+        Those in a hole do not: what they map is not allocated, as where there is no table.
+        """
+        if count == self.geometry.l2_entries:
+            return np.ones(len(offset), dtype=np.bool_)
+        size = count * self.geometry.l2_entry_size
+        order = np.argsort(offset, kind="stable")
+        in_use = np.zeros(len(offset), dtype=np.bool_)
+        in_use[order] = present_tables(self._source, offset[order], size, anyway=0)
+        if self._salvaged is not None:
+            # Past the end it is lost, and a hole in a table that was overwritten may be, too.
+            in_use |= offset + size > self._salvaged.size
+            in_use |= np.isin(offset & ~(self.geometry.cluster_size - 1), self._gone[0])
+        return in_use
 
     def _gone_runs(self, low: int, high: int) -> Runs:
         """The run from guest offset *low* to *high* of a disk whose L1 table was overwritten."""

@@ -11,7 +11,7 @@ from planner.errors import ReadFailed
 from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.entries import COMPRESSED, COPIED, NO_HOST
 from planner.qcow2.geometry import Geometry
-from planner.source import Bytes
+from planner.source import Bytes, Source
 from tests.planner.sources import Sparse
 
 L1_OFFSET = 1 << 16
@@ -369,3 +369,55 @@ def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
     strict = Mapping(Sparse.of(l1, 1 << 25, 1 << 16), geometry, 0, count, data_end=0)
     runs = Runs.concatenate(list(strict.walk(0, size)))
     assert set(runs.flaw.tolist()) == {Flaw.L2_MISALIGNED, Flaw.TABLE_LOST}
+
+
+def walked(mapping: Mapping, size: int) -> tuple[Runs, int]:
+    """All runs from 0 to *size*, in one; and how many entries were decoded for them."""
+    decoded, decode = [0], mapping._decode
+
+    def counting(source: Source, first: int, count: int) -> Runs:
+        decoded[0] += count
+        return decode(source, first, count)
+
+    mapping._decode = counting  # type: ignore[method-assign]
+    return Runs.concatenate(list(mapping.walk(0, size))).joined(), decoded[0]
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["each alone", "many at one place"])
+@pytest.mark.parametrize("data_end", [None, 1 << 62])
+def test_of_a_table_that_is_a_hole_for_the_most_only_the_rest_is_gone_through(
+    alike: bool, data_end: int | None
+) -> None:
+    geometry, count = Geometry(3, 21, 4, 0), 64
+    block, blocks = 4096, {}
+    tables = (np.arange(count, dtype=np.uint64) // np.uint64(1 + alike) + np.uint64(1)) << 21
+    blocks |= {at: tables.astype(">u8").tobytes().ljust(block, b"\0") for at in (0,)}
+    for table in tables.tolist():
+        entry = COPIED | (table << 8 & ((1 << 40) - 1))
+        blocks[(table + (1 << 20)) // block] = entry.to_bytes(8, "big").ljust(block, b"\0")
+    # The last table ends past the end of the file.
+    size = int(tables[-1]) + (1 << 20) + block
+    mapping = Mapping(Sparse(blocks, size, block), geometry, 0, count, data_end=data_end)
+    end = count * geometry.l2_coverage
+    runs, decoded = walked(mapping, end)
+    data = runs.select(runs.kind == RunKind.DATA)
+    middle = geometry.l2_coverage // 2
+    assert data.guest.tolist() == [at * geometry.l2_coverage + middle for at in range(count)]
+    assert data.length.tolist() == [geometry.cluster_size] * count
+    # Of the last what is cut off is looked at too, for it is lost.
+    assert decoded <= (count + 4) * geometry.l2_entries // 4
+    lost = int(runs.length[runs.flaw == Flaw.TABLE_LOST].sum())
+    after = (middle // geometry.cluster_size - block // 8) * geometry.cluster_size
+    assert lost == (after * (1 + alike) if data_end is not None else 0)
+
+
+def test_of_tables_that_stand_alone_no_neighbours_are_gone_through() -> None:
+    geometry, count = Geometry(3, 14, 4, 0), 1 << 13
+    l1 = np.zeros(count, dtype=">u8")
+    l1[::32] = (np.arange(count // 32, dtype=np.uint64) + np.uint64(8)) << np.uint64(14)
+    entry = (COPIED | 1 << 30).to_bytes(8, "big")
+    source = Bytes(l1.tobytes().ljust(8 << 14, b"\0") + entry.ljust(1 << 14, b"\0") * (count // 32))
+    runs, decoded = walked(Mapping(source, geometry, 0, count), count * geometry.l2_coverage)
+    assert decoded == count // 32 * geometry.l2_entries
+    places = np.flatnonzero(l1) * geometry.l2_coverage
+    assert runs.guest[runs.kind == RunKind.DATA].tolist() == places.tolist()
