@@ -412,16 +412,20 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
             "reference counts that differ from the references",
             lambda it: render_check.refcounts_tsv(it.report),
         ),
-        (
-            "findings.jsonl",
-            "all findings, one JSON object a line",
-            lambda it: render_findings.findings_jsonl(it.report),
-        ),
     ]
     return [
         *(
             _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, render))
             for name, what, render in files
+        ),
+        _Entry(
+            "check/findings.jsonl",
+            "all findings, one JSON object a line",
+            GeneratedFile(
+                inspector.checkup,
+                lambda it: render_findings.findings_jsonl(it.report),
+                lambda it: render_findings.findings_jsonl_length(it.report),
+            ),
         ),
         _Entry(
             "check/report.txt",

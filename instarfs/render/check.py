@@ -180,12 +180,13 @@ def finding_value(report: Report, finding: Finding) -> dict[str, object]:
         value["left-because"] = info.left
     owners = owners_of(report, finding)
     if owners:
-        value["owners"] = [_owner_value(report, owner) for owner in owners]
+        value["owners"] = [owner_value(report, owner) for owner in owners]
     value["message"] = sentence(report, finding)
     return value
 
 
-def _owner_value(report: Report, owner: Owner) -> dict[str, object]:
+def owner_value(report: Report, owner: Owner) -> dict[str, object]:
+    """An owner as an object of ``findings.jsonl``; what does not apply is left out."""
     value: dict[str, object] = {
         "structure": owner.structure.label,
         "class": "guest" if owner.structure.is_guest else "metadata",

@@ -79,6 +79,14 @@ def interleaved(parts: Sequence[tuple[I64, U8]]) -> U8:
     return column
 
 
+def gathered(cells: U8, rows: I64, places: I64, count: int) -> U8:
+    """*count* rows, of which cell *i* is in row ``rows[i]``, in its place of those that are."""
+    most = int(places.max(initial=-1)) + 1
+    column = np.zeros((count, most, cells.shape[1]), dtype=np.uint8)
+    column[rows, places] = cells
+    return column.reshape(count, -1)
+
+
 def content(column: U8) -> bytes:
     """The cells of a column, each ended as a line."""
     cells = beside(column, same(b"\n"))

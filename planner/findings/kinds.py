@@ -24,6 +24,9 @@ ACTIVE = -1
 
 NOWHERE = -2
 
+OWNERS_LIMIT = 64
+"""Owners that are told of a finding, at most."""
+
 BATCH_ROWS = 1 << 12
 """Rows of findings that are looked at together where all of them would be too many."""
 
@@ -592,7 +595,7 @@ class Owners:
     index: I64
     truncated: bool = False
 
-    def of(self, first: int, count: int = 1, limit: int = 64) -> list[Owner]:
+    def of(self, first: int, count: int = 1, limit: int = OWNERS_LIMIT) -> list[Owner]:
         """Owners of *count* clusters from *first* on, at most *limit*."""
         low, high = np.searchsorted(self.cluster, [first, first + count])
         high = min(int(high), int(low) + limit)

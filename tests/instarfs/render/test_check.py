@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -12,8 +13,9 @@ import pytest
 
 from instarfs.render import check as render
 from instarfs.render import findings as render_findings
-from instarfs.render.findings import findings_jsonl
+from instarfs.render.findings import findings_jsonl, findings_jsonl_length
 from instarfs.render.report import report_txt
+from instarfs.text import json_text
 from planner.check import refcount_comparison as mismatch_module
 from planner.check.check import check_image
 from planner.check.refcount_comparison import Mismatches
@@ -27,12 +29,14 @@ from planner.findings.kinds import (
     NOWHERE,
     Finding,
     FindingKind,
+    Owners,
     Severity,
     Structure,
 )
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
+from planner.qcow2.snapshots import Snapshot, Snapshots, encode_snapshot
 from tests.cached import check_bytes
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import plain
@@ -99,8 +103,7 @@ def test_every_list_has_a_line_for_each_of_its_findings(name: str) -> None:
     assert rows_of(render.corruptions_tsv(report)) == [
         corruption(f) for f in found if KINDS[f.kind].severity in CORRUPT
     ]
-    written = b"".join(findings_jsonl(report)).decode().splitlines()
-    assert written == [json.dumps(render.finding_value(report, f)) for f in found]
+    assert_listed(report)
 
 
 def test_an_unreadable_header_gives_empty_lists() -> None:
@@ -127,9 +130,55 @@ def test_findings_of_rare_shapes_stand_in_their_order() -> None:
             l1_index=rng.choice([NONE, 3], rows),
             found=rng.integers(0, 1 << 62, rows),
         )
-    mixed = replace(report, findings=builder.build(), totals={})
-    written = b"".join(findings_jsonl(mixed)).decode().splitlines()
-    assert written == [json.dumps(render.finding_value(mixed, f)) for f in mixed.rows()]
+    assert_listed(replace(report, findings=builder.build(), totals={}))
+
+
+@pytest.mark.parametrize("most", [1, 3, 80])
+def test_every_finding_has_its_owners_whoever_they_are(most: int) -> None:
+    report = check_bytes(bytes(RULES["leaks_in_runs"]().image.data))
+    names = [b'"quoted\\"', b"", "Grüße \U0001f600".encode(), b"\xff\x1b[31m", b"n" * 300]
+    raw = [encode_snapshot(Snapshot(0, 0, 0, 0, 0, 0, 0, bytes(16), b"1", n)) for n in names]
+    start = np.cumsum([0, *map(len, raw)])[:-1]
+    snapshots = Snapshots(b"".join(raw), start, start)
+    builder, rng, rows = FindingsBuilder(), np.random.default_rng(most), 400
+    bits = report.geometry.cluster_bits
+    kinds = (FindingKind.MULTIPLE_OWNERS, FindingKind.REFCOUNT_LOW, FindingKind.PAST_END)
+    for kind, structure in itertools.product(kinds, (Structure.CLUSTER, Structure.DATA)):
+        builder.add(
+            kind,
+            structure=structure,
+            host_offset=rng.permutation(rows) << bits,
+            length=rng.integers(1, 3, rows) << bits,
+            count=rng.integers(1, 3, rows),
+            snapshot=rng.choice([NOWHERE, ACTIVE, 0, 2, 9], rows),
+            found=rng.integers(2, 1 << 62, rows),
+            expected=rng.integers(1, 3, rows),
+        )
+    clusters = np.repeat(np.arange(rows), rng.integers(0, most + 1, rows))
+    count = len(clusters)
+    structure = rng.integers(0, len(Structure), count).astype(np.uint8)
+    is_guest = np.isin(structure, [Structure.DATA, Structure.COMPRESSED])
+    l1 = np.where(is_guest, rng.integers(0, 1 << 20, count), rng.choice([NONE, 5], count))
+    l2 = np.where(is_guest, rng.integers(0, 1 << 12, count), rng.choice([NONE, 7], count))
+    owners = Owners(
+        cluster=clusters,
+        structure=structure,
+        snapshot=rng.choice([NOWHERE, ACTIVE, *range(7)], count),
+        l1_index=l1,
+        l2_index=np.where(l1 == NONE, NONE, l2),
+        index=rng.choice([NONE, 0, 123_456], count),
+    )
+    assert_listed(
+        replace(report, findings=builder.build(), totals={}, owners=owners, snapshots=snapshots)
+    )
+
+
+def assert_listed(report: Report) -> None:
+    """Each finding has its line, as it has alone; and they are as long as they are said to be."""
+    written = b"".join(findings_jsonl(report))
+    lines = [json_text(render.finding_value(report, f)) for f in report.rows()]
+    assert written.decode().splitlines() == lines
+    assert findings_jsonl_length(report) == len(written)
 
 
 # ---- millions ----
