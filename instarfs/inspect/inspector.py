@@ -64,6 +64,9 @@ T = TypeVar("T")
 KEPT_LOOKS = 8
 """L2 tables and explanations: of large clusters each has 4 MiB."""
 
+MAX_LOOKING = 16
+"""Threads that look, at a time: those left to a disk that does not answer are not to be all."""
+
 log = logging.getLogger(__name__)
 
 
@@ -167,6 +170,7 @@ class Inspector:
         self._workshop = Workshop(nursery, subject.moment)
         self._described: Description | None = None
         self._snapshot_sizes: dict[Place, int] = {}
+        self._looking = trio.CapacityLimiter(MAX_LOOKING)
         self._looks: deque[Value[Any]] = deque()
         self._checked: tuple[Generation, Edition[Checkup]] | None = None
         self.repairs = Repairs(subject.to_repair, subject.sharing, make_repairer)
@@ -247,7 +251,7 @@ class Inspector:
             try:
                 # It holds no lock: who leaves need not wait for a disk that does not answer.
                 return await trio.to_thread.run_sync(
-                    at, self.subject.source(), abandon_on_cancel=True
+                    at, self.subject.source(), abandon_on_cancel=True, limiter=self._looking
                 )
             except ImageError as error:
                 return as_value(error)

@@ -37,19 +37,16 @@ class Edition(Generic[T]):
 @asynccontextmanager
 async def room_for_values() -> AsyncIterator[trio.Nursery]:
     """A nursery whose tasks end with the block; what the block raises comes out as it is."""
-    failed = None
-    async with trio.open_nursery() as nursery:
-        try:
-            yield nursery
-        except Exception as error:  # noqa: BLE001 - out of the nursery it would be a group of one
-            failed = error
-        finally:
-            nursery.cancel_scope.cancel()
-    if failed is not None:
-        try:
-            raise failed
-        finally:
-            del failed
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            finally:
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:  # of one: no value raises anything but in its readers
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
 
 
 class Workshop:

@@ -23,7 +23,7 @@ from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.image.locks import Access, Permission, held
 from instarfs.inspect import shared_value
-from instarfs.inspect.inspector import KEPT_LOOKS, Inspector, Leaks, inspecting
+from instarfs.inspect.inspector import KEPT_LOOKS, MAX_LOOKING, Inspector, Leaks, inspecting
 from instarfs.inspect.shared_value import Changed, Value, room_for_values
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
@@ -537,3 +537,29 @@ async def test_of_what_was_looked_at_the_last_few_are_kept(inspector: Inspector)
     await looks[0].get()
     assert looks[3].peek() is None
     assert looks[5].peek() is not None
+
+
+async def test_looks_that_no_disk_answers_leave_threads_to_others(inspector: Inspector) -> None:
+    """However often somebody looks, and gives up."""
+    gate = threading.Event()
+    started: list[int] = []
+
+    def at(_source: FileSource) -> None:
+        started.append(1)
+        gate.wait(2 * DEADLINE)
+
+    looked = inspector.look(at)
+    default = trio.to_thread.current_default_thread_limiter()
+    try:
+        with trio.fail_after(DEADLINE):
+            for number in range(1, 2 * MAX_LOOKING):
+                async with trio.open_nursery() as tasks:
+                    tasks.start_soon(looked.get)
+                    while len(started) < min(number, MAX_LOOKING):
+                        await trio.sleep(0.001)
+                    tasks.cancel_scope.cancel()
+            assert len(started) == MAX_LOOKING
+            assert default.borrowed_tokens == 0
+            await report(inspector)
+    finally:
+        gate.set()

@@ -229,10 +229,14 @@ async def test_the_work_ends_with_its_room() -> None:
             assert work.stopped == 1
 
 
-async def test_what_a_block_raises_comes_out_of_the_room_as_it_is() -> None:
-    with pytest.raises(ImageReadFailed):
+@pytest.mark.parametrize(
+    "error", [ImageReadFailed("image", 0, "Input/output error"), KeyboardInterrupt()]
+)
+async def test_what_a_block_raises_comes_out_of_the_room_as_it_is(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
         async with room_for_values():
-            raise ImageReadFailed("image", 0, "Input/output error")
+            raise error
+    assert caught.value is error
 
 
 async def test_a_value_that_waits_for_another_keeps_no_thread(nursery: trio.Nursery) -> None:
