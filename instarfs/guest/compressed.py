@@ -44,25 +44,31 @@ def look_at_packed(
 
     if report.error is not None:
         return report
-    packed = find_packed(source, report, tick)
+    every, layout = find_packed(source, report, tick), report.layout
+    kind = layout.header.compression_type if layout else 0
+    packed, nothing, left = every.sorted_out(source, kind)
     bad, done = [np.zeros(0, dtype=np.int64)], 0
-    for part, failed in _unpacked(source, packed, report):
+    for part, failed in _unpacked(source, packed, kind):
         bad.append(part.start + np.array(failed, dtype=np.int64))
         done += part.stop - part.start
         tick(0)
         if progress is not None:
             progress(STAGE, done, len(packed))
-    return report_unreadable(source, report, packed.keys[np.concatenate(bad)], packed)
+    keys = np.concatenate((packed.keys[np.concatenate(bad)], nothing))
+    return report_unreadable(source, report, keys, packed, left)
 
 
-def _unpacked(source: Source, packed: Packed, report: Report) -> Iterator[tuple[slice, list[int]]]:
-    """Each span of *packed*, and which of its clusters, counted from its first, are not sound."""
+def _unpacked(source: Source, packed: Packed, kind: int) -> Iterator[tuple[slice, list[int]]]:
+    """Each span of *packed*, and which of its clusters, counted from its first, are not sound.
+
+    *kind*: the compression type of the header.
+    """
     processors = os.cpu_count() or 1
     waiting: deque[tuple[slice, Future[list[int]]]] = deque()
     pool = ThreadPoolExecutor(processors, "unpack")
     try:
         for part in packed.spans():
-            waiting.append((part, pool.submit(_failed, source, packed, part, report)))
+            waiting.append((part, pool.submit(_failed, source, packed, part, kind)))
             if len(waiting) >= WAITING * processors:
                 oldest, future = waiting.popleft()
                 yield oldest, future.result()
@@ -72,7 +78,7 @@ def _unpacked(source: Source, packed: Packed, report: Report) -> Iterator[tuple[
         pool.shutdown(cancel_futures=True)
 
 
-def _failed(source: Source, packed: Packed, part: slice, report: Report) -> list[int]:
+def _failed(source: Source, packed: Packed, part: slice, kind: int) -> list[int]:
     """Which of the clusters in *part* cannot be read or unpacked."""
     offset, length = packed.ranges(part)
     start = int(offset[0])
@@ -84,11 +90,9 @@ def _failed(source: Source, packed: Packed, part: slice, report: Report) -> list
             return [0]
         # Which of them it is only shows when they are read one by one.
         numbers = range(part.start, part.stop)
-        alone = (_failed(source, packed, slice(at, at + 1), report) for at in numbers)
+        alone = (_failed(source, packed, slice(at, at + 1), kind) for at in numbers)
         return [number for number, failed in enumerate(alone) if failed]
-    size, layout = report.geometry.cluster_size, report.layout
-    kind = layout.header.compression_type if layout else 0
-    bad = []
+    bad, size = [], packed.geometry.cluster_size
     for number, (low, stored) in enumerate(
         zip((offset - start).tolist(), length.tolist(), strict=True)
     ):

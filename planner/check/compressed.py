@@ -16,6 +16,8 @@ import numpy as np
 from planner.arrays import I64, U64, Mask, without_repeats
 from planner.check.ending import CutOff
 from planner.check.report import Report
+from planner.errors import ImageError, as_value
+from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.mapping_tables import L2Tables
 from planner.qcow2 import entries
@@ -27,6 +29,15 @@ SPAN_BYTES = 1 << 20
 
 NEAR_BYTES = 1 << 14
 """What lies no further behind the one before is read with it: a request costs more."""
+
+MAX_OVER_BYTES = 32 << 20
+"""So much is unpacked of ranges that lie over others: no program has written them so."""
+
+ZEROS_OF_NO_STREAM = 5
+"""A stored block of deflate has the length 0 there, and not its complement; no frame of zstd."""
+
+_LEAST = {0: 1040, 1: 1 << 15}
+"""By compression type, zlib and zstd: no cluster becomes smaller than its size through that."""
 
 _CHUNK = 1 << 16
 
@@ -48,6 +59,26 @@ class Packed:
         """Offsets and lengths of some, bytes; as `entries.compressed_ranges` has them."""
         offset, more = np.divmod(self.keys[part], 1 << _sector_bits(self.geometry))
         return offset, (more + 1) * SECTOR - offset % SECTOR
+
+    def sorted_out(self, source: Source, compression_type: int) -> tuple[Packed, I64, int]:
+        """What of it to unpack; keys of what is none, for a hole begins no stream; how many more.
+
+        What is there bounds the work: ranges that no program can have written where they are, as
+        they begin before the end of the ones in front, are looked at up to `MAX_OVER_BYTES`.
+        """
+        offset, length = self.ranges(slice(None))
+        is_there = present_tables(source, offset, ZEROS_OF_NO_STREAM, anyway=0)
+        offset, length = offset[is_there], length[is_there]
+        size = self.geometry.cluster_size
+        # The last byte is somewhere in the last sector, in which the next one may begin.
+        least = max(1, size // _LEAST.get(compression_type, size))
+        end = np.maximum.accumulate(offset + np.maximum(length - SECTOR, least))
+        over = np.zeros(len(offset), dtype=np.bool_)
+        over[1:] = offset[1:] < end[:-1]
+        chosen = ~over | (np.cumsum(np.where(over, size + length, 0)) <= MAX_OVER_BYTES)
+        keys = self.keys[is_there]
+        left = len(keys) - int(np.count_nonzero(chosen))
+        return replace(self, keys=keys[chosen]), self.keys[~is_there], left
 
     def spans(self) -> Iterator[slice]:
         """Which of them to read together, all of them in their order."""
@@ -74,9 +105,12 @@ def find_packed(source: Source, report: Report, tick: Callable[[int], None]) -> 
     return Packed(without_repeats(keys), report.geometry)
 
 
-def report_unreadable(source: Source, report: Report, bad: I64, packed: Packed) -> Report:
-    """*report* of a check for which all of *packed* was unpacked, but for the keys *bad*."""
-    report = replace(report, compressed_looked_at=True, cut_off=_cut(report, bad, packed))
+def report_unreadable(
+    source: Source, report: Report, bad: I64, packed: Packed, left: int = 0
+) -> Report:
+    """*report* of a check for which all of *packed* but *left* was unpacked, not the keys *bad*."""
+    report = replace(report, compressed_looked_at=not left, cut_off=_cut(report, bad, packed))
+    report = _stopped(report, left) if left else report
     if not len(bad) or report.entries is None:
         return report
     parts = [(at, keys) for at, keys in _matching(source, report, np.sort(bad))]
@@ -86,6 +120,19 @@ def report_unreadable(source: Source, report: Report, bad: I64, packed: Packed) 
         FindingKind.COMPRESSED_UNREADABLE, Structure.COMPRESSED, position, offset
     )
     return replace(report, entries=held)
+
+
+def _stopped(report: Report, left: int) -> Report:
+    """*report* that says that *left* clusters more were not looked at."""
+    error = ImageError("compressed clusters", left, f"{left} more lie over others: not unpacked")
+    findings = FindingsBuilder()
+    findings.add(FindingKind.CHECK_STOPPED, structure=Structure.COMPRESSED, found=np.uint64(left))
+    return replace(
+        report,
+        findings=report.findings.joined(findings.build()),
+        stopped=(*report.stopped, as_value(error)),
+        counters=replace(report.counters, check_errors=report.counters.check_errors + 1),
+    )
 
 
 def _cut(report: Report, bad: I64, packed: Packed) -> CutOff | None:

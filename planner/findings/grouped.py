@@ -54,6 +54,11 @@ class GroupedFindings:
         """What the findings of a kind are about."""
         return [structure for each, structure in self.groups if each is kind]
 
+    def joined(self, other: GroupedFindings) -> GroupedFindings:
+        """These and those of *other*, in whose groups none of these are."""
+        groups = {**self.groups, **other.groups}
+        return GroupedFindings({key: groups[key] for key in sorted(groups, key=_order)})
+
     def counts(self) -> dict[FindingKind, int]:
         """How often each kind that is there occurs."""
         counts = Counter[FindingKind]()
@@ -93,8 +98,12 @@ class FindingsBuilder:
             columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
             self._parts.setdefault(key, []).append(fill_columns(columns))
         self._single.clear()
-        order = sorted(self._parts, key=lambda key: (-KINDS[key[0]].severity, *key))
+        order = sorted(self._parts, key=_order)
         return GroupedFindings({key: _joined(self._parts.pop(key)) for key in order})
+
+
+def _order(key: _Key) -> tuple[int, FindingKind, Structure]:
+    return -KINDS[key[0]].severity, *key
 
 
 def _joined(parts: list[Findings]) -> Findings:

@@ -17,8 +17,9 @@ import pytest
 from instarfs.errors import ImageReadFailed
 from instarfs.guest.compressed import look_at_packed
 from instarfs.render.report import report_txt
+from planner.check import compressed
 from planner.check.check import check_image
-from planner.check.compressed import SPAN_BYTES, find_packed
+from planner.check.compressed import MAX_OVER_BYTES, SPAN_BYTES, find_packed
 from planner.check.ending import CutOff
 from planner.check.report import Report
 from planner.errors import Cancelled
@@ -27,6 +28,7 @@ from planner.qcow2 import entries
 from planner.source import Source
 from planner.triage.impact import Harm, guest_impact
 from tests.images.builder import Image, ImageBuilder, zlib_compress
+from tests.planner.sources import Sparse
 
 KIND = FindingKind.COMPRESSED_UNREADABLE
 
@@ -144,6 +146,69 @@ def test_ranges_take_little_memory_however_many_entries_lead_to_them() -> None:
     tracemalloc.stop()
     assert len(packed) == 1 << 18
     assert peak < 24 * (1 << 20) + (48 << 20)  # of a table at a time more is held
+
+
+def full_of(words: np.ndarray, *, at: int, stored: bytes, **options: object) -> Image:
+    """An image whose first L2 table begins with *words*, with *stored* at offset *at*."""
+    made = ImageBuilder(**{"cluster_bits": 16, "size": 1 << 29, **options})  # type: ignore[arg-type]
+    made.write_compressed(0, b"x")
+    image = made.build()
+    table = image.l2_table(0)
+    image.data[table : table + 8 * len(words)] = words.astype(">u8").tobytes()
+    end = at + len(stored)
+    image.data.extend(bytes(max(0, end - len(image.data))))
+    image.data[at:end] = stored
+    return image
+
+
+@pytest.mark.parametrize("options", [{}, {"zstd": True}, {"cluster_bits": 21, "size": 1 << 34}])
+def test_of_ranges_that_lie_over_each_other_some_are_unpacked_and_the_rest_is_told(
+    options: dict[str, object],
+) -> None:
+    rows, at = 8000, 64 << 20
+    word = entries.COMPRESSED | 1 << ImageBuilder(**options).geometry.compressed_shift  # type: ignore[arg-type]
+    words = (word | at) + np.arange(rows, dtype=np.uint64)
+    image = full_of(words, at=at, stored=random.Random(1).randbytes(1 << 14), **options)
+    before, report = check_image(image.source), looked_at(image)
+    assert (before.counters.check_errors, report.counters.check_errors) == (0, 1)
+    assert report.verdict == "incomplete"
+    assert not report.compressed_looked_at
+    assert report.hidden == before.hidden
+    (row,) = report.rows(FindingKind.CHECK_STOPPED)
+    size = image.cluster_size
+    assert rows - MAX_OVER_BYTES // size <= row.found < rows
+    assert len(unreadable(report)) == rows - row.found
+    assert f"{row.found} more lie over others" in str(report.stopped[0])
+    assert "not unpacked" in report_txt(report, "x").decode()
+
+
+def test_what_begins_in_a_hole_is_unreadable_and_not_read() -> None:
+    made = ImageBuilder(cluster_bits=21, size=1 << 30)
+    made.write_compressed(0, b"x")
+    image = made.build()
+    table, shift = image.l2_table(0), image.geometry.compressed_shift
+    longest = entries.COMPRESSED | ((1 << 62 - shift) - 1) << shift
+    words = longest + (np.arange(1, 257, dtype=np.uint64) << np.uint64(32))
+    image.data[table + 8 : table + 8 + 256 * 8] = words.astype(">u8").tobytes()
+    source = Sparse.of(bytes(image.data), 1 << 42, 4096)
+    report = check_image(source)
+    before = source.bytes_read
+    with_data = look_at_packed(source, report)
+    assert len(unreadable(with_data)) == 256
+    assert with_data.compressed_looked_at
+    assert source.bytes_read - before < 16 << 20  # the table, and what is there
+
+
+def test_no_sound_image_has_ranges_that_lie_over_each_other() -> None:
+    """Small and large ones, one behind the other as closely as QEMU stores them."""
+    for options in ({}, {"zstd": True}, {"cluster_bits": 9, "size": 1 << 18}, {"cluster_bits": 21}):
+        image = packed_image(**{"clusters": 40, "size": 1 << 28, **options})
+        packed = find_packed(image.source, check_image(image.source), lambda _: None)
+        kind = int("zstd" in options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compressed, "MAX_OVER_BYTES", 0)
+            chosen, nothing, left = packed.sorted_out(image.source, kind)
+        assert (len(chosen), len(nothing), left) == (len(packed), 0, 0)
 
 
 def test_spans_hold_every_range_once_and_no_more_than_a_reader_has_room_for() -> None:
