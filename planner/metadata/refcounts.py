@@ -140,11 +140,20 @@ class StoredRefcounts:
 
     def in_use(self, clusters: int) -> int:
         """How many of the clusters below *clusters* have a refcount."""
-        count = 0
-        below = -(-clusters // self.entries_per_block)
-        for rows, part in self._read_blocks(below, lambda _: None):
-            inside = np.arange(self.entries_per_block) < clusters - rows[:, None] * part.shape[1]
-            count += int(np.count_nonzero((part != 0) & inside))
+        table, geometry = self.reftable, self._layout.geometry
+        size, per_block = geometry.cluster_size, self.entries_per_block
+        which = table.blocks()
+        which = which[table.index[which] < -(-clusters // per_block)]
+        # However many entries lead to a block, it is read once.
+        offsets, times = np.unique(table.offset[which], return_counts=True)
+        cut = table.offset[which[table.index[which] == clusters // per_block]]
+        present = present_tables(self._source, offsets, size, anyway=0)
+        offsets, times, count = offsets[present], times[present], 0
+        for part, rows in read_tables(self._source, offsets, size):
+            used = unpack_refcounts(rows, geometry.refcount_order) != 0
+            count += int(np.count_nonzero(used, axis=1) @ times[part])
+            past = used[np.isin(offsets[part], cut), clusters % per_block :]
+            count -= int(np.count_nonzero(past))
         return count
 
     def counted_end(self, clusters: int) -> int:
