@@ -83,7 +83,8 @@ def test_imports_of_ours_exist(module) -> None:
 @pytest.mark.parametrize("module", PLANNER)
 def test_planner_imports_only_what_is_pure(module) -> None:
     outside = {name.split(".")[0] for name in imports_of(module)} - {"planner"}
-    assert outside <= PURE
+    # The package itself loads its modules when they are asked for.
+    assert outside <= PURE | ({"importlib"} if module == "planner" else set())
 
 
 @pytest.mark.parametrize("module", PLANNER)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,6 +52,20 @@ def test_every_command_of_the_readme_prints_what_it_shows(tmp_path: Path) -> Non
     finally:
         subprocess.run(["fusermount3", "-q", "-u", "-z", str(tmp_path / "mnt")], check=False)
     assert printed == steps
+
+
+def test_every_line_of_python_in_the_readme_prints_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"^```pycon\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    make = [sys.executable, ROOT / "examples/make_image.py", "damaged.qcow2"]
+    subprocess.run(make, check=True, capture_output=True)
+    test = doctest.DocTestParser().get_doctest(block, {}, "README.md", None, None)
+    assert len(test.examples) > 10
+    printed: list[str] = []
+    doctest.DocTestRunner().run(test, out=printed.append)
+    assert not "".join(printed)
 
 
 def test_every_test_that_the_readme_of_the_tests_names_exists() -> None:

@@ -15,10 +15,9 @@ from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import FormatHasNoChecks, FormatNotRead
-from instarfs.image import locks
 from instarfs.image.directory import lasting_name
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
-from instarfs.repair.interrupted import pending
+from instarfs.repair.checking import run_check
 from instarfs.text import json_array, printable, shell_path
 from planner.check.check import check_image
 from planner.check.report import Report
@@ -165,16 +164,14 @@ def _without_checks() -> Iterator[None]:
 
 def _check(name: ImageName, wanted: _Wanted) -> _Checked:
     with _without_checks(), name.opened() as image:
-        in_use = locks.is_written(image.fileno())
-        before = image.generation()
         with progress_bar(shown=wanted.progress) as tell:
-            source = image.source()
-            report = check_image(source, progress=tell)
-            if wanted.data:
-                report = _look_at_data(source, report, tell)
-        changed = image.generation() != before
-        report = replace(report, in_use=in_use, changed=changed)
-        return _Checked(name, report, pending(image))
+
+            def check(source: FileSource) -> Report:
+                report = check_image(source, progress=tell)
+                return _look_at_data(source, report, tell) if wanted.data else report
+
+            checked = run_check(image, check)
+        return _Checked(name, checked.report, checked.pending)
 
 
 def _look_at_data(

@@ -25,7 +25,7 @@ from instarfs.cli.options import share_option
 from instarfs.errors import FormatNotRead, ImageNotQcow2, ImageUnreadable, InstarfsError
 from instarfs.image import locks
 from instarfs.image.file import Image
-from instarfs.image.memory import limited
+from instarfs.repair.checking import opened
 from planner.errors import PlannerError
 
 FORMAT = "qcow2"
@@ -101,11 +101,7 @@ class ImageName:
     def opened(self) -> Iterator[Image]:
         """The image, under QEMU's locks of a reader, and within the bound of memory."""
         access = locks.FORCE_SHARE if self.force_share else locks.READ_UNLESS_SHARED
-        with (
-            Image.open(self.path, self.undo_file) as image,
-            limited(image),
-            locks.held(image.fileno(), self.path, access),
-        ):
+        with opened(self.path, self.undo_file, access=access) as image:
             self.require_qcow2()
             yield image
 

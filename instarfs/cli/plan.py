@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import RepairPending
-from instarfs.image import locks
 from instarfs.render.repair import plan_human, plan_json, refusal_json
-from instarfs.repair.interrupted import pending
-from planner.check.check import check_image
+from instarfs.repair.planning import run_plan
 from planner.errors import RepairError
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import propose
 
 
 @click.command(name="plan")
@@ -47,27 +41,13 @@ def command(
     while somebody writes to the image.
     """
     name = ImageName(path, force_share=force_share, undo_file=undo_file)
-    with name.opened() as image:
-        in_use, before = locks.is_written(image.fileno()), image.generation()
-        interrupted = pending(image)
-        if interrupted is not None:
-            raise RepairPending(path, interrupted.sentence)
-        source = image.source()
-        with progress_bar(shown=progress) as tell:
-            report = check_image(source, progress=tell)
-            changed = image.generation() != before
-            try:
-                proposal = propose(
-                    source,
-                    replace(report, in_use=in_use, changed=changed),
-                    RepairTier(tier),
-                    can_grow=not image.is_device,
-                    progress=tell,
-                )
-            except RepairError as error:
-                if output == "json":
-                    click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
-                raise name.failed(error) from error
+    with name.opened() as image, progress_bar(shown=progress) as tell:
+        try:
+            proposal = run_plan(image, RepairTier(tier), path=path, progress=tell)
+        except RepairError as error:
+            if output == "json":
+                click.echo(refusal_json(error, RepairTier(tier), path), nl=False)
+            raise name.failed(error) from error
     if output == "json":
         for part in plan_json(proposal, path):
             click.echo(part, nl=False)

@@ -12,9 +12,8 @@ from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import is_a_process, stoppable
 from instarfs.daemon.logs import warn_on_stderr
 from instarfs.errors import InstarfsError, RepairIncomplete
-from instarfs.image.file import Image
-from instarfs.image.memory import limited
 from instarfs.render.repair import TAKEN_BACK_FIRST
+from instarfs.repair.checking import opened
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.run import Repairer
 from planner.errors import PlannerError
@@ -37,8 +36,7 @@ def run(
     context = click.get_current_context()
     asked_to_stop = context.with_resource(stoppable(last=is_a_process(context)))
     with (
-        Image.open(path, undo_file) as image,
-        limited(image),
+        opened(path, undo_file, access=None) as image,
         progress_bar(shown=progress) as tell,
     ):
         repairer = Repairer(

@@ -14,18 +14,17 @@ from instarfs.cli.progress import Tell, progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
-from instarfs.image import locks
 from instarfs.image.file import Image
 from instarfs.image.surroundings import Surroundings
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
-from instarfs.repair.interrupted import pending
+from instarfs.repair.checking import Checked, run_check
 from instarfs.repair.looking import look_around
+from instarfs.repair.planning import plan_checked
 from planner.check.check import check_image
-from planner.check.report import Report
 from planner.errors import NotQcow2, RepairError, as_value
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Proposal, is_repairable, propose
+from planner.repair.tiers import Proposal, is_repairable
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import Triage, triage_leaks
 
@@ -58,21 +57,20 @@ def command(
     follow = Follow(directories)
     name = ImageName(path, force_share=force_share, undo_file=undo_file)
     with name.opened() as image:
-        in_use, before = locks.is_written(image.fileno()), image.generation()
         with progress_bar(shown=progress) as tell:
-            report = replace(check_image(image.source(), progress=tell), in_use=in_use)
-            if isinstance(report.error, NotQcow2):
-                raise name.failed(report.error)
-            known = _aftermath(image, report, follow, tell)
+            checked = run_check(image, lambda source: check_image(source, progress=tell))
+            if isinstance(checked.report.error, NotQcow2):
+                raise name.failed(checked.report.error)
+            known = _aftermath(checked, follow, tell)
         known = replace(known, surroundings=_around(image, undo_file))
-        report = replace(report, changed=image.generation() != before)
+        report = checked.report_now()
         click.echo(report_txt(report, image.path, known), nl=False)
     sys.exit(1 if report.torn else report.exit_code)
 
 
-def _aftermath(image: Image, report: Report, follow: Follow, tell: Tell | None) -> Aftermath:
+def _aftermath(checked: Checked, follow: Follow, tell: Tell | None) -> Aftermath:
     """What is known beyond the check, as a mount knows it."""
-    interrupted = pending(image)
+    image, report, interrupted = checked.image, checked.report, checked.pending
     triage: Triage | ImageReadFailed
     try:
         triage = triage_leaks(image.source(), report)
@@ -85,14 +83,7 @@ def _aftermath(image: Image, report: Report, follow: Follow, tell: Tell | None) 
                 raise RepairError(interrupted.sentence)
             if isinstance(triage, ImageReadFailed):
                 raise triage
-            proposals[tier] = propose(
-                image.source(),
-                report,
-                tier,
-                can_grow=not image.is_device,
-                triage=triage,
-                progress=tell,
-            )
+            proposals[tier] = plan_checked(checked, tier, triage=triage, progress=tell)
         except DOMAIN_ERRORS as error:
             proposals[tier] = as_value(error)
     beside = Beside()

@@ -50,7 +50,7 @@ class OutOfTime(BaseException):
 def settle() -> None:
     """Make the most of it; ends the process where there is too little to begin with."""
     if sys.flags.optimize > 1:
-        _end(
+        end(
             "Python leaves out what it would say (python -OO): unset PYTHONOPTIMIZE, or set it to 1"
         )
     # A program that is told of no child's end takes every one for a success; and whoever blocked
@@ -60,11 +60,11 @@ def settle() -> None:
     for limit, name, least in _LEAST:
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY and soft < least:
-            _end(f"{least // _MIB} MiB of memory are the least it takes ({name} {least // 1024})")
-    _be_told_of_the_end()
+            end(f"{least // _MIB} MiB of memory are the least it takes ({name} {least // 1024})")
+    _be_told_of_theend()
 
 
-def _be_told_of_the_end() -> None:
+def _be_told_of_theend() -> None:
     """Of processor time: at its hard limit a process is killed, whatever it does just then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard != resource.RLIM_INFINITY and soft == hard > 1:
@@ -96,10 +96,11 @@ def end_if_short(error: BaseException) -> None:
     """End the process with one line if *error* is a shortage."""
     shortage = shortage_of(error)
     if shortage is not None:
-        _end(shortage)
+        end(shortage)
 
 
-def _end(sentence: str) -> NoReturn:
+def end(sentence: str) -> NoReturn:
+    """End the process with this line."""
     with contextlib.suppress(OSError):
         os.write(2, f"instarfs: {sentence}\n".encode())
     os._exit(1)

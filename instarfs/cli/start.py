@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 
+from instarfs import require_own_planner
 from instarfs.cli.loading import Loading
-from instarfs.cli.room import end_if_short, settle
+from instarfs.cli.room import end, end_if_short, settle
 
 
 def main() -> None:
@@ -13,6 +14,7 @@ def main() -> None:
     settle()
     try:
         with Loading():
+            _require_own_planner()
             from instarfs.cli.main import main as run  # noqa: PLC0415
             from instarfs.cli.stopping import PROCESS  # noqa: PLC0415
     except BaseException as error:
@@ -24,3 +26,12 @@ def main() -> None:
         # What was done is done, and the exit code says it, whatever comes while Python ends.
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
             signal.signal(number, signal.SIG_IGN)
+
+
+def _require_own_planner() -> None:
+    try:
+        require_own_planner()
+    except ImportError as error:
+        from instarfs.text import printable  # noqa: PLC0415
+
+        end(printable(str(error)))

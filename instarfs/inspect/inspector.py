@@ -40,19 +40,20 @@ from instarfs.inspect.shared_value import (
 )
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.subject import Subject
-from instarfs.repair.interrupted import pending
+from instarfs.repair.checking import run_check
 from instarfs.repair.looking import look_around
 from instarfs.repair.outcome import Pending, RepairOutcome
+from instarfs.repair.planning import of_one_moment, propose_for
 from instarfs.repair.run import Repairer
 from instarfs.repair.writing import missing
 from planner.check.check import check_image
 from planner.check.report import Report
-from planner.errors import AmbiguousCorruption, ImageError, PlannerError, RepairError, as_value
+from planner.errors import ImageError, PlannerError, RepairError, as_value
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Proposal, is_repairable, propose
+from planner.repair.tiers import Proposal, is_repairable
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import Triage, triage_leaks
 from planner.views.bitmap_state import BitmapStates, read_bitmap_states
@@ -304,13 +305,16 @@ class Inspector:
         return checkup
 
     def _check_now(self, image: Image) -> tuple[Generation, Checkup]:
-        before, interrupted, gone = image.generation(), pending(image), image.gone()
+        gone = image.gone()
         if gone is not None:
             log.warning("%s", missing(image))
         with self._stages.running("opening"), self.subject.sharing.reading(image) as is_kept:
-            report = self._check(image.source(), progress=self._stages.tell, cancelled=should_stop)
-        report = replace(report, in_use=not is_kept, changed=image.generation() != before)
-        return before, Checkup(report, pending=interrupted, gone=gone)
+            checked = run_check(
+                image,
+                partial(self._check, progress=self._stages.tell, cancelled=should_stop),
+                is_written=lambda: not is_kept,
+            )
+        return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
 
     async def _look_into_leaks(self, changed: Changed) -> Leaks:
         image = self.subject.image
@@ -366,10 +370,7 @@ class Inspector:
             proposal = await trio.to_thread.run_sync(
                 self._plan, image, checkup.report, tier, triage
             )
-        # A refusal, too, may come of the change; that of a torn report has the better advice.
-        if changed() and not checkup.report.torn:
-            return AmbiguousCorruption("the image changed while it was planned", "read again")
-        return proposal
+        return of_one_moment(proposal, checkup.report, changed, "read again")
 
     def _plan(
         self, image: Image, report: Report, tier: RepairTier, triage: Triage
@@ -377,19 +378,10 @@ class Inspector:
         def tell(stage: str, done: int, total: int) -> None:
             self._stages.tell(f"plan {tier} {stage}", done, total)
 
-        try:
-            with self.subject.sharing.reading(image):
-                return propose(
-                    image.source(),
-                    report,
-                    tier,
-                    can_grow=not image.is_device,
-                    triage=triage,
-                    progress=tell,
-                    cancelled=should_stop,
-                )
-        except RepairError as error:
-            return as_value(error)
+        with self.subject.sharing.reading(image):
+            return propose_for(
+                image, report, tier, triage=triage, progress=tell, cancelled=should_stop
+            )
 
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image

@@ -37,6 +37,7 @@ from instarfs.errors import (
     UndoStale,
 )
 from instarfs.image.file import Image
+from instarfs.repair.checking import run_check
 from instarfs.repair.execute import Device, FileDevice, execute, punch, put_back
 from instarfs.repair.journal import State, StateWord
 from instarfs.repair.outcome import RepairOutcome, Status
@@ -222,7 +223,9 @@ class _Pass:
 
     def _fresh_check(self, session: Session) -> Report:
         """The check that everything else follows from. Raises its error where it has one."""
-        report = self.check(session.source)
+        # It is locked, so that whoever writes keeps no locks: the image's times tell of that.
+        checked = run_check(session.image, self.check, is_written=lambda: False)
+        report = checked.report
         number = total(report)
         self.outcome = replace(
             self.outcome, before=report, after=report, found=number, left_count=number

@@ -18,6 +18,7 @@ from instarfs.cli.stopping import stoppable
 from instarfs.image.directory import SUFFIX
 from instarfs.repair.execute import execute
 from instarfs.text import shell_path
+from planner.repair.tiers import Proposal, propose
 from tests.advice import blocks_of, follow, follow_all
 from tests.images.builder import Image
 from tests.images.damage import DAMAGES
@@ -354,6 +355,26 @@ def test_plan_shows_what_check_r_then_does(instarfs: Run, make) -> None:
         assert done[key] == plan[key]
     for key, value in plan["predicted"].items():
         assert done.get(key, 0) == value
+
+
+@pytest.mark.parametrize("output", ["human", "json"])
+def test_there_is_no_plan_of_an_image_that_was_written_to_while_it_was_planned(
+    instarfs: Run, make, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    image = make(*LEAKY)
+    os.utime(image, (0, 0))
+
+    def write_first(*arguments: object, **options: object) -> Proposal:
+        proposal = propose(*arguments, **options)
+        make("leaked-clusters")
+        return proposal
+
+    monkeypatch.setattr("instarfs.repair.planning.propose", write_first)
+    ended = instarfs("plan", "all", "--output", output, image)
+    why = "the image changed while it was planned; stop its writer first"
+    assert (ended.code, ended.err) == (1, f"instarfs: {image}: {why}\n")
+    assert output == "human" or ended.json["status"] == "refused"
+    assert "plan-id" not in ended.out
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""One check of one image: the order of its steps, for whoever wants one.
+
+The command line, the mount, a repair and a library all check like this. What follows from a check,
+a plan of a repair, is `instarfs.repair.planning`; what a check asks is `planner.check.check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from instarfs.image import locks
+from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.memory import limited
+from instarfs.repair.interrupted import pending
+from planner.check.report import Report
+
+if TYPE_CHECKING:
+    from instarfs.repair.outcome import Pending
+
+
+@contextmanager
+def opened(
+    path: str,
+    undo_file: str | None = None,
+    *,
+    access: locks.Access | None = locks.READ_ONLY,
+    is_bounded: bool = True,
+) -> Iterator[Image]:
+    """The image at *path*, under QEMU's locks for *access*: none for a repair, which has its own.
+
+    *is_bounded*: this process is given as much memory as work on that image takes, meanwhile.
+    Raises an `InstarfsError` for what cannot be opened, `ImageInUse`, `NotEnoughMemory`.
+    """
+    with ExitStack() as stack:
+        image = stack.enter_context(Image.open(path, undo_file))
+        if is_bounded:
+            stack.enter_context(limited(image))
+        if access is not None:
+            stack.enter_context(locks.held(image.fileno(), path, access))
+        yield image
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A check of ``image`` as it was ``before``. ``pending``: a repair that was interrupted."""
+
+    image: Image
+    before: Generation
+    pending: Pending | None
+    report: Report
+
+    @property
+    def still_holds(self) -> bool:
+        """Whether the image is still what it was before the check. Raises `ImageReadFailed`."""
+        return self.image.generation() == self.before
+
+    def report_now(self) -> Report:
+        """The report; torn where the image has changed by now, after more was read of it."""
+        return self.report if self.still_holds else replace(self.report, changed=True)
+
+
+def run_check(
+    image: Image,
+    check: Callable[[FileSource], Report],
+    *,
+    is_written: Callable[[], bool] | None = None,
+) -> Checked:
+    """Have *check* look at *image*, and say whether all that it read is of one moment.
+
+    *is_written*: whether somebody else may be writing just now; as QEMU's locks tell unless it is
+    told otherwise. Takes no lock. Raises `ImageReadFailed`, and what *check* raises.
+    """
+
+    def by_others() -> bool:
+        return locks.is_written(image.fileno())
+
+    is_written = is_written or by_others
+    was_written, before, interrupted = is_written(), image.generation(), pending(image)
+    report = check(image.source())
+    in_use = was_written or is_written()
+    changed = image.generation() != before
+    report = replace(report, in_use=in_use, changed=changed)
+    return Checked(image, before, interrupted, report)
