@@ -1,8 +1,11 @@
-"""openat2(2), which the standard library does not have: a look at a name that nobody is asked for.
+"""What of Linux and its C library the standard library does not have, each a function with types.
 
-What stands under a name is looked at without being opened (O_PATH), no link is followed, and where
-something is mounted on the name that is not entered: whoever serves it need not answer, and may be
-the one who looks.
+All that is called by `ctypes` is here, and nothing of what it is called for. What fails raises
+OSError with the kernel's own number.
+
+By openat2(2) a name is looked at that nobody is asked for: what stands under it is not opened
+(O_PATH), no link is followed, and where something is mounted on it that is not entered: whoever
+serves it need not answer, and may be the one who looks.
 """
 
 from __future__ import annotations
@@ -11,13 +14,33 @@ import ctypes
 import errno
 import functools
 import os
+import struct
+from collections.abc import Callable
 
 NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, BENEATH = 0x01, 0x02, 0x04, 0x08
 """RESOLVE_* of linux/openat2.h."""
 
 LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_NUMBER = 437  # on every architecture but alpha
+# Of system calls, on every architecture but alpha; but seccomp(2), of which the caller knows it.
+_OPENAT2, _MOUNT_SETATTR = 437, 442
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+
+# linux/fcntl.h, linux/mount.h
+_AT_FDCWD, _NOSYMFOLLOW = -100, 0x0020_0000
+# linux/falloc.h
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
+# linux/prctl.h
+_SET_NAME, _SET_NO_NEW_PRIVS = 15, 38
+# linux/landlock.h
+_VERSION_OF_LANDLOCK, _PATH_BENEATH = 1, 1
+# linux/seccomp.h
+_SET_MODE_FILTER = 1
+# linux/capability.h
+_CAPABILITY_VERSION_3 = 0x20080522
+# malloc.h
+_ARENA_MAX = -8
+
 # An older kernel, and what some containers say in its place.
 _NOT_THERE = (errno.ENOSYS, errno.EPERM)
 
@@ -26,15 +49,36 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_syscall.argtypes = (
-    ctypes.c_long,
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.POINTER(_OpenHow),
-    ctypes.c_size_t,
-)
-_syscall.restype = ctypes.c_long
+_int, _uint, _long, _ulong = ctypes.c_int, ctypes.c_uint, ctypes.c_long, ctypes.c_ulong
+_bytes, _size = ctypes.c_char_p, ctypes.c_size_t
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _system_call(*arguments: type) -> Callable[..., int]:
+    """syscall(2) for a call that takes these. Each has a function of its own."""
+    function = _libc["syscall"]
+    function.argtypes, function.restype = (_long, *arguments), _long
+    return function
+
+
+_openat2 = _system_call(_int, _bytes, ctypes.POINTER(_OpenHow), _size)
+_mount_setattr = _system_call(_int, _bytes, _uint, _bytes, _size)
+_seccomp = _system_call(_ulong, _ulong, _bytes)
+_create_ruleset = _system_call(_bytes, _size, _uint)
+_add_rule = _system_call(_int, _int, _bytes, _uint)
+_restrict_self = _system_call(_int, _uint)
+
+
+def _checked(result: int) -> int:
+    """What a call gave, or the error that it left."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+# ---- files ----
 
 
 @functools.cache
@@ -46,11 +90,8 @@ def _how(flags: int, resolve: int) -> _OpenHow:
 def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
     """A new descriptor. Raises OSError; EXDEV is what *resolve* rules out."""
     how = _how(flags, resolve)
-    fd: int = _syscall(_NUMBER, directory, os.fsencode(name), how, ctypes.sizeof(how))
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return fd
+    name_ = os.fsencode(name)
+    return _checked(_openat2(_OPENAT2, directory, name_, how, ctypes.sizeof(how)))
 
 
 def look(directory: int, name: str, *, across: bool = False) -> int:
@@ -91,3 +132,111 @@ def open_looked_at(looked_at: int, flags: int, name: str, directory: int | None 
         os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     return fd
+
+
+# off_t has 64 bits in the one wherever it exists, and in the other where the first does not.
+_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
+_fallocate.argtypes = (_int, _int, ctypes.c_int64, ctypes.c_int64)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give back what a file has there, in bytes; it reads as zeros then, and is as long as before.
+
+    fallocate(2). Raises OSError; EOPNOTSUPP where the filesystem cannot.
+    """
+    _checked(_fallocate(fd, _PUNCH_HOLE_KEEP_SIZE, offset, length))
+
+
+def follow_no_links_in(mount: str) -> None:
+    """Have the kernel follow no symbolic link in what is mounted on *mount*: mount_setattr(2).
+
+    Raises OSError; ENOSYS before Linux 5.12, EINVAL before 5.14, EPERM where one is not root.
+    """
+    attributes = struct.pack("=QQQQ", _NOSYMFOLLOW, 0, 0, 0)
+    size = len(attributes)
+    _checked(_mount_setattr(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(mount), 0, attributes, size))
+
+
+# ---- the process itself ----
+
+
+_prctl = _libc["prctl"]
+_prctl.argtypes = (_int, _ulong, _ulong, _ulong, _ulong)
+_name_process = _libc["prctl"]
+_name_process.argtypes = (_int, _bytes, _ulong, _ulong, _ulong)
+
+
+def name_process(name: bytes) -> None:
+    """What ps(1) calls it, up to 15 bytes: PR_SET_NAME of prctl(2)."""
+    _checked(_name_process(_SET_NAME, name, 0, 0, 0))
+
+
+def rule_out_new_privileges() -> None:
+    """No program that this process runs gets more rights than it has: prctl(2). Raises OSError."""
+    _checked(_prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def keep_capabilities(kept: int) -> None:
+    """Of those that are permitted keep these alone, and inherit none: capset(2).
+
+    *kept*: a set of bits, 1 << CAP_*, below the 32nd. Raises OSError.
+    """
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    current = ctypes.create_string_buffer(24)
+    _checked(_libc.capget(header, current))
+    permitted = struct.unpack("=6I", current.raw)[1]
+    low = permitted & kept
+    _checked(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)))
+
+
+def limit_arenas(number: int) -> None:
+    """Have all threads take their memory from so many arenas: mallopt(3).
+
+    Other allocators than glibc's are left alone.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, number)
+
+
+def load_what_ends_threads() -> None:
+    """What glibc would load only when a thread is ended from within. Raises OSError without it."""
+    ctypes.CDLL("libgcc_s.so.1")
+
+
+# ---- what it gives up ----
+
+
+def install_filter(number: int, program: bytes, flags: int) -> None:
+    """Have the kernel run *program* over every system call of this thread: seccomp(2).
+
+    *number*: that of the call on this machine; *program*: instructions of classic BPF, 8 bytes
+    each; *flags*: SECCOMP_FILTER_FLAG_*. Raises OSError; EINVAL for a flag that it does not know.
+    """
+    kept = ctypes.create_string_buffer(program, len(program))
+    described = struct.pack("@HP", len(program) // 8, ctypes.addressof(kept))
+    _checked(_seccomp(number, _SET_MODE_FILTER, flags, described))
+
+
+def landlock_version() -> int:
+    """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
+    return _create_ruleset(_CREATE_RULESET, None, 0, _VERSION_OF_LANDLOCK)
+
+
+def create_ruleset(attributes: bytes) -> int:
+    """A descriptor of a ruleset of Landlock: struct landlock_ruleset_attr. Raises OSError."""
+    return _checked(_create_ruleset(_CREATE_RULESET, attributes, len(attributes), 0))
+
+
+def allow_beneath(ruleset: int, directory: int, rights: int) -> None:
+    """Let *rights*, LANDLOCK_ACCESS_FS_*, be had on a descriptor and all beneath it.
+
+    Raises OSError.
+    """
+    rule = struct.pack("=Qi", rights, directory)
+    _checked(_add_rule(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
+
+
+def restrict_to(ruleset: int) -> None:
+    """From now on this thread may do only what *ruleset* lets it. Raises OSError."""
+    _checked(_restrict_self(_RESTRICT_SELF, ruleset, 0))

@@ -110,6 +110,10 @@ def test_arrows_point_one_way() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_one_module_calls_c() -> None:
+    assert [name for name in MODULES if "ctypes" in imports_of(name)] == ["instarfs.linux"]
+
+
 VALUES = {"instarfs.image.surroundings", "instarfs.repair.outcome"}
 """What `render` takes beside what the planner returns."""
 

@@ -10,7 +10,6 @@ elsewhere, and nothing else, and ends when the daemon does. What there is to ask
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import logging
@@ -40,6 +39,7 @@ from instarfs.image.directory import (
     Spot,
 )
 from instarfs.image.file import Image
+from instarfs.linux import name_process
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ REQUEST = struct.Struct("=BxxxIQQ")
 # The errno, or 0.
 ANSWER = struct.Struct("=i")
 
-_PR_SET_NAME = 15
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 
 _GONE = (
@@ -235,7 +234,7 @@ def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"instarfs-broker", 0, 0, 0)
+    name_process(b"instarfs-broker")
     os.chdir("/")
     os.umask(0o077)  # it could not put a mode right afterwards
     spots = [image.spot, *([image.undo] if image.undo else [])]

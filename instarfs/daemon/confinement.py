@@ -15,7 +15,6 @@ called before there are others.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -34,19 +33,19 @@ from typing import Self
 from instarfs.daemon import calls, seccomp
 from instarfs.errors import reason_of
 from instarfs.image.file import BLOCK_STATISTICS, Image
+from instarfs.linux import (
+    allow_beneath,
+    create_ruleset,
+    keep_capabilities,
+    landlock_version,
+    load_what_ends_threads,
+    restrict_to,
+    rule_out_new_privileges,
+)
 
 log = logging.getLogger(__name__)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-# Numbers of linux/prctl.h, linux/landlock.h, linux/capability.h.
-_PR_SET_NO_NEW_PRIVS = 38
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_VERSION_OF_LANDLOCK = 1
-_PATH_BENEATH = 1
-_CAPABILITY_VERSION_3 = 0x20080522
-
+# linux/capability.h
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
 _TO_LOOK = 1 << _CAP_DAC_READ_SEARCH
 _TO_USE = 1 << _CAP_DAC_OVERRIDE | _TO_LOOK
@@ -146,12 +145,12 @@ class Confinement:
     def enforce(self) -> None:
         """Give up everything else, for good. Never fails: what cannot be had is logged."""
         time.tzset()  # reads a file, once
-        with contextlib.suppress(OSError):  # glibc would load it when a thread is ended from within
-            ctypes.CDLL("libgcc_s.so.1")
+        with contextlib.suppress(OSError):  # afterwards it could not be opened
+            load_what_ends_threads()
         steps: dict[str, Callable[[], None]] = {
             "core dumps": _rule_out_core_dumps,
             "capabilities": self._drop_capabilities,
-            "new privileges": _rule_out_new_privileges,
+            "new privileges": rule_out_new_privileges,
             "files": self._restrict,
             "openings that empty a file": _require_rule_on_cutting,
             "system calls": self._deny_calls,  # the last: what it takes to get here is among them
@@ -165,12 +164,7 @@ class Confinement:
 
     def _drop_capabilities(self) -> None:
         """Where there are any, as of root: all but those that open the files of others."""
-        header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-        current = ctypes.create_string_buffer(24)
-        _require(_libc.capget(header, current) == 0)
-        permitted = struct.unpack("=6I", current.raw)[1]
-        low = permitted & self._capabilities
-        _require(_libc.capset(header, struct.pack("=6I", low, low, 0, 0, 0, 0)) == 0)
+        keep_capabilities(self._capabilities)
 
     def _deny_calls(self) -> None:
         seccomp.deny_all_but(self._allowed(os.getpid()))
@@ -185,23 +179,16 @@ class Confinement:
         scopes = _ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SCOPES_SINCE else 0
         attributes = struct.pack("=QQQ", handled, tcp, scopes)
         size = 24 if scopes else 16 if tcp else 8
-        ruleset = _syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
+        ruleset = create_ruleset(attributes[:size])
         try:
             for fd, rights in self._kept:
                 allowed = rights & handled
                 if not stat.S_ISDIR(os.fstat(fd).st_mode):
                     allowed &= _OF_FILES
-                rule = struct.pack("=Qi", allowed, fd)
-                _syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
-            _syscall(_RESTRICT_SELF, ruleset, 0)
+                allow_beneath(ruleset, fd, allowed)
+            restrict_to(ruleset)
         finally:
             os.close(ruleset)
-
-
-def landlock_version() -> int:
-    """The version of Landlock that this kernel has; below 1 where it has none, or it is off."""
-    version: int = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION_OF_LANDLOCK)
-    return version
 
 
 def _require_rule_on_cutting() -> None:
@@ -223,18 +210,6 @@ def _libraries() -> Iterator[str]:
 _CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
-def _syscall(number: int, *arguments: object) -> int:
-    result: int = _libc.syscall(number, *arguments)
-    _require(result >= 0)
-    return result
-
-
-def _require(succeeded: bool) -> None:
-    if not succeeded:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
 def _rule_out_core_dumps() -> None:
     """None is written, nor handed to a program that collects them (do_coredump of the kernel)."""
     # Not 0: such a program would get one all the same.
@@ -248,8 +223,3 @@ def _rule_out_core_dumps() -> None:
                 raise OSError(
                     errno.EPERM, "the hard limit is 0, and a program collects them"
                 ) from None
-
-
-def _rule_out_new_privileges() -> None:
-    """No program that this process runs gets more rights than it has."""
-    _require(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)

@@ -7,7 +7,6 @@ does not know what an image is.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -26,6 +25,7 @@ import trio
 
 from instarfs.daemon.logs import log_to
 from instarfs.errors import MountFailed
+from instarfs.linux import limit_arenas
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter, follow_no_links
 from instarfs.mount.operations import Operations
 from instarfs.mount.requests import take_turns_fast
@@ -37,7 +37,6 @@ _STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 # A reader that waits for a check keeps a task; by default the hundredth would stop the whole mount.
 _MAX_TASKS = 1 << 20
 
-_M_ARENA_MAX = -8  # of malloc.h
 _ARENAS = 2
 
 
@@ -78,8 +77,7 @@ def _share_memory_among_threads() -> None:
     to the threads of another. Under load a mount held a quarter more that way, and most of it was
     free. Other allocators are left alone.
     """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
+    limit_arenas(_ARENAS)
 
 
 async def _serve(

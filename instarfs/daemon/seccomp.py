@@ -6,7 +6,6 @@ classic BPF that the kernel runs over the number, the architecture and the argum
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
@@ -14,12 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from instarfs.daemon.calls import ANY_BIT, EXPECTED, Call, Only
+from instarfs.linux import install_filter
 
 # linux/seccomp.h. Of answers that several filters give, the kernel takes the least.
 ALLOW, ERRNO, KILL = 0x7FFF_0000, 0x0005_0000, 0x8000_0000
-_SET_MODE_FILTER, _FLAG_LOG = 1, 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_FLAG_LOG = 2
 
 # struct seccomp_data: the call's number, the architecture; six arguments, their lower halves first.
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16
@@ -122,9 +120,4 @@ def this_machine() -> Machine:
 
 def _install(program: Program, machine: Machine, flags: int) -> None:
     instructions = b"".join(struct.pack("=HBBI", *each) for each in program)
-    kept = ctypes.create_string_buffer(instructions, len(instructions))
-    described = struct.pack("@HP", len(program), ctypes.addressof(kept))
-    number, flags_ = ctypes.c_long(machine.seccomp), ctypes.c_ulong(flags)
-    if _libc.syscall(number, ctypes.c_ulong(_SET_MODE_FILTER), flags_, described):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    install_filter(machine.seccomp, instructions, flags)

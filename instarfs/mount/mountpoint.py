@@ -7,7 +7,6 @@ mount shows does not matter here.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -15,7 +14,6 @@ import select
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -41,6 +39,7 @@ from instarfs.errors import (
 )
 from instarfs.guest.follow import FILESYSTEM_TYPE
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
+from instarfs.linux import follow_no_links_in
 
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
 """Extended attribute of a mount's root: the identity of the process behind it."""
@@ -52,8 +51,6 @@ _DEVICE = Path("/dev/fuse")
 _LOOP_DEVICES = Path("/sys/block")
 _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
-# On every architecture but alpha; linux/fcntl.h, linux/mount.h.
-_MOUNT_SETATTR, _AT_FDCWD, _NOSYMFOLLOW = 442, -100, 0x0020_0000
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
 
 # Once told where and what that is, it unmounts nothing else, whoever tells it to and however late.
@@ -75,17 +72,6 @@ fusermount3 -u -z -- "$1" || umount -l -- "$1"
 _RELEASE_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 _END_SECONDS = 10.0
-
-
-_syscall = ctypes.CDLL(None).syscall
-_syscall.argtypes = (
-    ctypes.c_long,
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_uint,
-    ctypes.c_char_p,
-    ctypes.c_size_t,
-)
 
 
 # ---- before mounting ----
@@ -339,8 +325,8 @@ def follow_no_links(directory: str) -> None:
     file, and choose what is written to. Only root may ask for it (Linux 5.14), and libfuse does not
     know it. *directory*: absolute, without links; nothing is asked of the mount itself.
     """
-    attributes = struct.pack("=QQQQ", _NOSYMFOLLOW, 0, 0, 0)
-    _syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(directory), 0, attributes, len(attributes))
+    with contextlib.suppress(OSError):
+        follow_no_links_in(directory)
 
 
 # ---- the mount table ----

@@ -7,7 +7,6 @@ with which journal, that of `instarfs.repair.run`.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -32,6 +31,7 @@ from instarfs.errors import (
     TrimUnsupported,
     reason_of,
 )
+from instarfs.linux import punch_hole
 from planner.arrays import I64, U8, Mask, distinct
 from planner.check.check import Progress
 from planner.repair.draft import equal_rows
@@ -40,12 +40,6 @@ from planner.source import SECTOR, Source, read_tables
 
 MAX_WRITE_SECTORS = (1 << 20) // SECTOR
 """One write at most: between two of them a repair can be cancelled."""
-
-_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
-_libc = ctypes.CDLL(None, use_errno=True)
-# off_t has 64 bits in the one wherever it exists, and in the other where the first does not.
-_fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Device(Protocol):
@@ -118,9 +112,7 @@ class FileDevice:
     def punch_hole(self, offset: int, length: int) -> None:
         if self._is_block:
             raise OSError(errno.EOPNOTSUPP, "it is a block device; use blkdiscard on a copy")
-        if _fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, offset, length):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        punch_hole(self._fd, offset, length)
 
 
 class DeviceSource:

@@ -222,7 +222,7 @@ from instarfs.daemon.calls import Call, Only
 
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 image, kernel = Image.open(sys.argv[1]), sys.argv[2]
-confinement._rule_out_new_privileges()
+confinement.rule_out_new_privileges()
 answers = {
     "without seccomp": (Call("seccomp", 317, 277), errno.ENOSYS),
     "before 4.14": (Call("seccomp", 317, 277, (Only(1, (2,)),)), errno.EINVAL),
