@@ -175,6 +175,9 @@ def _explain(scope: Scope, offsets: I64, table_offset: int, table_bytes: int) ->
         FindingKind.PAST_END,
         FindingKind.REFCOUNT_MISSING,
         FindingKind.REFCOUNT_LOW,
+        # Where a block that many entries lead to is all that is wrong, in refcounts of a bit.
+        FindingKind.REFCOUNT_OVERFLOW,
+        FindingKind.LEAK,
     )
     kind = next(each for each in reasons if each in counts)
     size = scope.geometry.cluster_size

@@ -13,7 +13,7 @@ from planner.repair.plan import RepairTier, StageKind
 from planner.repair.scope import Scope
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
-from tests.images.builder import Image
+from tests.images.builder import Image, ImageBuilder
 from tests.images.corpus.rule import COPIED, SIZE, builder, fill, plain, with_snapshot
 
 RESERVED = 1 << 60
@@ -690,3 +690,21 @@ def test_extra_data_that_would_reach_past_the_end_of_the_file_hides_no_snapshot(
     proposal = settled(image)
     assert counts(proposal) == {}
     assert snapshots_of(proposal) == [b"one", b"two", b"three"]
+
+
+def test_a_block_that_many_entries_lead_to_in_refcounts_of_a_bit_is_taken_apart() -> None:
+    """More references than its width holds, and a leak: no other finding says so."""
+    made = ImageBuilder(cluster_bits=12, size=1 << 20, refcount_order=0)
+    made.write(0, b"data")
+    image = made.build()
+    table = read_header(image.source).refcount_table_offset
+    block = image.word(table)
+    for entry in range(64):
+        image.set_word(table + entry * 8, block)
+    image.data[block] |= 1 << (len(image.data) >> 12)
+    image.data += bytes(1 << 12)
+    before = check_image(image.source).counts()
+    assert before == {Kind.MULTIPLE_OWNERS: 1, Kind.REFCOUNT_OVERFLOW: 63, Kind.LEAK: 1}
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    assert {edit.kind for edit in proposal.plan.edits} == {Kind.REFCOUNT_OVERFLOW}
