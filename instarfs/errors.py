@@ -181,6 +181,14 @@ class ImageNotQcow2(ImageUnreadable):
 
 
 @dataclass(eq=False)
+class ImageTorn(InstarfsError):
+    """{path}: {what}: check again"""
+
+    path: str
+    what: str
+
+
+@dataclass(eq=False)
 class FormatNotRead(InstarfsError):
     """{path}: format {format}: instarfs reads no images but qcow2"""
 

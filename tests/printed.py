@@ -20,6 +20,7 @@ import trio
 from click.testing import CliRunner
 
 from instarfs.cli.main import commands
+from instarfs.errors import DOMAIN_ERRORS
 from instarfs.image.file import Image
 from instarfs.inspect.inspector import inspecting
 from instarfs.mount.nodes import Directory, Node
@@ -78,8 +79,11 @@ def printed(data: bytes) -> dict[str, str]:
         found = {}
         for command in COMMANDS:
             done = CliRunner().invoke(commands, [*command, NAME])
-            ended = done.exit_code if isinstance(done.exception, SystemExit) else done.exception
-            found[" ".join(command)] = f"{done.output}\nended: {ended!r}\n"
+            said, ended = done.output, done.exception
+            if isinstance(ended, DOMAIN_ERRORS):  # as the process ends then
+                said, ended = f"{said}Error: {ended}\n", SystemExit(ended.exit_code)
+            code = ended.code if isinstance(ended, SystemExit) else ended
+            found[" ".join(command)] = f"{said}\nended: {code!r}\n"
         found |= trio.run(_shown)
         return {
             name: _TIMES.sub("TIME", text).replace(str(room), "ROOM")

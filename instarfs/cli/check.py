@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from instarfs.cli.complaints import FAILURES, Failure, complain, remark, sentence_of
+from instarfs.cli.complaints import Failure, complain, remark
 from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import FormatHasNoChecks, FormatNotRead
+from instarfs.errors import DOMAIN_ERRORS, FormatHasNoChecks, FormatNotRead, ImageTorn
 from instarfs.image.directory import lasting_name
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
 from instarfs.repair.checking import run_check
@@ -133,7 +133,7 @@ class _Checked:
         if not report.torn:
             return None
         what = "it is in use" if report.in_use else "it was written to during the check"
-        return click.ClickException(f"{self.name.path}: {what}: check again")
+        return ImageTorn(self.name.path, what)
 
     @property
     def exit_code(self) -> int:
@@ -272,7 +272,7 @@ def _check_all(names: Sequence[ImageName], shown: str, wanted: _Wanted) -> int:
             if isinstance(outcome, _Checked):
                 yield outcome.json()
             else:
-                yield unchecked_json(name.path, sentence_of(outcome), codes[-1])
+                yield unchecked_json(name.path, str(outcome), codes[-1])
 
     if shown == "json":
         for part in json_array(documents()):
@@ -291,7 +291,7 @@ def _check_all(names: Sequence[ImageName], shown: str, wanted: _Wanted) -> int:
 def _attempt(name: ImageName, wanted: _Wanted) -> _Checked | Failure:
     try:
         return _check(name, wanted)
-    except FAILURES as error:
+    except DOMAIN_ERRORS as error:
         return error
 
 
@@ -299,5 +299,5 @@ def _complain(outcome: _Checked | Failure) -> int:
     """Say what went wrong with one of several images, if anything: its exit code."""
     error = outcome.error if isinstance(outcome, _Checked) else outcome
     if error is not None:
-        complain(sentence_of(error))
+        complain(str(error))
     return outcome.exit_code

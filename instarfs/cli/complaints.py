@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import click
 
-from instarfs.errors import DOMAIN_ERRORS, InstarfsError
+from instarfs.errors import InstarfsError
 from instarfs.text import printable
 from planner.errors import PlannerError
 
 NAME = "instarfs"
 
-FAILURES = (*DOMAIN_ERRORS, click.ClickException)
-"""What ends a command, or its work on one of several images, in one line and an exit code."""
-
-Failure = InstarfsError | PlannerError | click.ClickException
-
-
-def sentence_of(error: Failure) -> str:
-    """What to say of it."""
-    return error.format_message() if isinstance(error, click.ClickException) else str(error)
+Failure = InstarfsError | PlannerError
+"""What ends a command, or its work on one of several images: its sentence, and its exit code."""
 
 
 def complain(sentence: str) -> None:

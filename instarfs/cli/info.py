@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import click
 
 from instarfs.cli.grammar import image_name, image_options
+from instarfs.errors import ImageUnreadable
 from instarfs.guest.chain import backing_files
 from instarfs.guest.disk import Missing
 from instarfs.guest.follow import Follow
@@ -54,21 +55,26 @@ def command(
     if directories and not backing_chain:
         raise click.UsageError("--follow is for --backing-chain")
     follow = Follow(directories) if backing_chain else None
-    problems: list[str] = []
+    problems: list[ImageUnreadable] = []
     with name.opened() as image:
         documents = _documents(name.path, image, follow, problems, as_json=output == "json")
         for part in _joined(documents, as_json=output == "json", as_list=backing_chain):
             click.echo(part, nl=False)
     if problems:
-        raise click.ClickException(problems[0])
+        raise problems[0]
 
 
 def _documents(
-    path: str, image: Image, follow: Follow | None, problems: list[str], *, as_json: bool
+    path: str,
+    image: Image,
+    follow: Follow | None,
+    problems: list[ImageUnreadable],
+    *,
+    as_json: bool,
 ) -> Iterator[Iterable[bytes]]:
     """What there is to say of the image, and with *follow* of each of its backing files.
 
-    *problems* gets a sentence for whatever could not be read.
+    *problems* gets an error for whatever could not be read.
     """
     contents = _contents(path, image)
     links: Iterator[tuple[Named, Image | Missing]] = iter(())
@@ -79,8 +85,9 @@ def _documents(
         unread = ""
         if isinstance(below, Missing):
             unread = f"the backing file {below.name} is not opened: {below.refusal}"
-        problems += [f"{path}: {error}" for _, error in contents.errors]
-        problems += [f"{path}: {unread}"] if unread else []
+        reasons = [str(error) for _, error in contents.errors]
+        reasons += [unread] if unread else []
+        problems += [ImageUnreadable(path, reason) for reason in reasons]
         render = info_json if as_json else info_human
         yield render(contents, _facts(path, image), unread)
         if named is None or not isinstance(below, Image):
@@ -91,8 +98,8 @@ def _documents(
             return
         try:
             contents = _contents(path, image)
-        except click.ClickException as error:
-            problems.append(error.message)
+        except ImageUnreadable as error:
+            problems.append(error)
             return
 
 
@@ -100,7 +107,7 @@ def _contents(path: str, image: Image) -> Contents:
     try:
         return Contents.read(image.source())
     except ImageError as error:
-        raise click.ClickException(f"{path}: {error}") from error
+        raise ImageUnreadable(path, str(error)) from error
 
 
 def _facts(path: str, image: Image) -> ImageFacts:

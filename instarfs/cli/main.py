@@ -14,10 +14,11 @@ from typing import NoReturn
 
 import click
 
-from instarfs.cli.complaints import FAILURES, NAME, complain, sentence_of
+from instarfs.cli.complaints import NAME, complain
 from instarfs.cli.loading import Loading
 from instarfs.cli.room import OutOfTime, shortage_of
 from instarfs.cli.streams import standard_streams
+from instarfs.errors import DOMAIN_ERRORS
 
 _MODULES = {
     "mount": "instarfs.cli.mount",
@@ -86,8 +87,8 @@ def _run(what_for: str | None) -> int:
         command = error.ctx.command_path if error.ctx else NAME
         complain(f"{error.format_message()} (see: {command} --help)")
         return _USAGE_EXIT_CODE
-    except FAILURES as error:
-        complain(sentence_of(error))
+    except DOMAIN_ERRORS as error:
+        complain(str(error))
         return error.exit_code
     except (MemoryError, OSError, ImportError, SystemError, RuntimeError, OutOfTime) as error:
         shortage = shortage_of(error)

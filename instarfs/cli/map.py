@@ -8,6 +8,7 @@ import click
 
 from instarfs.cli.grammar import image_name, image_options
 from instarfs.cli.sizes import Size
+from instarfs.errors import ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import LARGEST, Guest
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
@@ -53,7 +54,7 @@ def command(  # noqa: PLR0917 - as on the command line
         try:
             guest = Guest(image, follow)
         except ImageError as error:
-            raise click.ClickException(f"{path}: {error}") from error
+            raise ImageUnreadable(path, str(error)) from error
         end = start_offset + (LARGEST if max_length is None else max_length)
         rows = guest.extents(start_offset, end)
         if output == "json":
@@ -64,4 +65,4 @@ def command(  # noqa: PLR0917 - as on the command line
             for part in parts:
                 click.echo(part, nl=False)
         except (ImageError, MapIncomplete) as error:
-            raise click.ClickException(f"{path}: {error}") from error
+            raise ImageUnreadable(path, str(error)) from error
