@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.matrix import run as create_even_if_busy
+from tests.images.matrix import Row, build
 from tests.mount.mounts import MakeMount, Mount, leak, make_image, run
 
 EXTRACT = "mkdir {copy} && tar -C {copy} -xf {copy}.tar"
@@ -74,8 +74,7 @@ def test_of_a_disk_that_cannot_be_read_all_but_that_is_copied(
     image, copy = tmp_path / "image.qcow2", tmp_path / "copy"
     create = ["qemu-img", "create", "-q", "-f", "qcow2"]
     if why == "luks":
-        key = ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
-        create_even_if_busy(*create, "--object", "secret,id=s,data=x", *key, str(image), "1M")
+        image = build(Row(encryption="luks"), tmp_path, "copied")
     else:
         run("qemu-img", "create", "-q", "-f", "raw", tmp_path / "base", "1M")
         run(*create, "-b", "base", "-F", "raw", image)
