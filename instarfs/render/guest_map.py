@@ -122,7 +122,8 @@ def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
     have no such line, as QEMU does; and at the end where some were damaged, or are not known.
     """
     yield b"Offset          Length          Mapped to       File\n"
-    damaged, bytes_damaged, unknown = 0, 0, NO_HOST
+    damaged, bytes_damaged = 0, 0
+    unknown: int | None = None
     for rows in batches:
         # QEMU joins what it does not tell apart.
         is_flawed = (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)
@@ -137,13 +138,13 @@ def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
             )
         damaged += int(np.count_nonzero(is_flawed))
         bytes_damaged += int(rows.length[is_flawed].sum())
-        if unknown == NO_HOST and (rows.flaw == UNKNOWN).any():
+        if unknown is None and (rows.flaw == UNKNOWN).any():
             unknown = int(rows.start[rows.flaw == UNKNOWN][0])
     problems = []
     if damaged:
         what = "part is" if damaged == 1 else "parts are"
         problems.append(f"{damaged} {what} damaged ({plural(bytes_damaged, 'byte')})")
-    if unknown != NO_HOST:
+    if unknown is not None:
         problems.append(f"what is at {unknown} is in a backing file that is not read; see --follow")
     if problems:
         raise MapIncomplete("; ".join(problems))

@@ -19,7 +19,7 @@ from instarfs.text import shell_path, shell_word, text_lines
 from planner.arrays import I64
 from planner.check.report import Report
 from planner.errors import RepairError
-from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Severity, Structure
+from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.guest.chain import Role
 from planner.qcow2.bitmaps import Bitmap
 from planner.qcow2.names import brief_name, decode_name
@@ -224,7 +224,7 @@ def _snapshot_lines(report: Report, triage: Triage | Exception) -> Iterator[str]
     parts += [of_entries.snapshots()] if of_entries else []
     missed = _missed_in_snapshots(triage)
     touched = np.unique(np.concatenate((report.owners.snapshot, missed, *map(np.unique, parts))))
-    touched = touched[(touched > ACTIVE) & (touched < len(report.snapshots))]
+    touched = touched[(touched >= 0) & (touched < len(report.snapshots))]
     for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
         impact = guest_impact(report, number)
         harms = [

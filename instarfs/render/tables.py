@@ -116,7 +116,7 @@ def _l2_lines(page: L2Page, first: I64, count: I64) -> bytes:
         decimals(guest << geometry.cluster_bits),
         decimals(count << geometry.cluster_bits),
         labels([TYPE_LABELS[kind] for kind in ClusterType], types),
-        decimals(host),
+        decimals(np.where(size == 0, NONE, host)),
         decimals(np.where(size == 0, NONE, size)),
         _copied(words),
         hexadecimals(words),

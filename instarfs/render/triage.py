@@ -15,10 +15,10 @@ from instarfs.text import json_bytes, printable
 from planner.arrays import I64
 from planner.check.classify import Look
 from planner.check.report import Report
-from planner.findings.kinds import ACTIVE, NONE
+from planner.findings.kinds import ACTIVE, NONE, UNLISTED
 from planner.qcow2.names import brief_name, decode_name
 from planner.qcow2.snapshots import Snapshot
-from planner.triage.l1_holes import Place, PlaceKind
+from planner.triage.l1_holes import Place
 from planner.triage.triage import Suspect, Triage, adjacent, looks_of, names_of
 
 LISTED_RUNS = 1000
@@ -117,10 +117,9 @@ def _place_value(place: Place, report: Report) -> dict[str, object]:
     length = place.count * place.coverage
     if place.snapshot == ACTIVE:
         length = min(length, max(0, report.geometry.virtual_size - place.guest_offset))
-    is_known = place.kind is not PlaceKind.LOST
     return {
         "l1-entry": place.kind.value,
-        "snapshot": place.snapshot if is_known and place.snapshot != ACTIVE else None,
+        "snapshot": None if place.snapshot in (ACTIVE, UNLISTED) else place.snapshot,
         "l1-index": place.l1_index,
         "count": place.count,
         "guest-offset": place.guest_offset,

@@ -19,10 +19,14 @@ from planner.arrays import I64, U8, U64, Mask
 NONE = -1
 """In a column: does not apply."""
 
-ACTIVE = -1
-"""In the ``snapshot`` column: the active disk. `NOWHERE` where no L1 table is involved."""
+ACTIVE = -2
+"""In place of a snapshot's index: the active disk. Below all indices, so that it comes first."""
 
-NOWHERE = -2
+NOWHERE = -3
+"""In place of a snapshot's index: no L1 table is involved."""
+
+UNLISTED = -4
+"""In place of a snapshot's index: a snapshot that the snapshot table does not list."""
 
 OWNERS_LIMIT = 64
 """Owners that are told of a finding, at most."""

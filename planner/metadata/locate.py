@@ -17,7 +17,7 @@ import numpy as np
 from planner.arrays import I64, Mask
 from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
-from planner.findings.kinds import ACTIVE, FindingKind, Structure, Where
+from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure, Where
 from planner.metadata.mapping_tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, RegionsBuilder, join_regions, make_regions
@@ -161,7 +161,8 @@ class _Surveyor:
             [active, *self._readable_l1(snapshots.snapshots)], snapshots
         )
         for number, offset, size in l1_tables:
-            self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=number)
+            index = NONE if number == ACTIVE else number
+            self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=index)
         l1 = read_l1_tables(self._source, l1_tables)
         copied = l1.active & (l1.offset != 0)
         stored = StoredRefcounts(self._source, self._layout, reftable)

@@ -35,8 +35,8 @@ BITMAP_ALL_ONES = 1
 SUBCLUSTERS_ALLOCATED = 0x0000_0000_FFFF_FFFF
 SUBCLUSTERS_ZERO = 0xFFFF_FFFF_0000_0000
 
-NO_HOST = -1
-"""The host offset of what has none."""
+NO_HOST = -5
+"""The host offset of what has none; neither a number of `planner.findings.kinds` nor of a guest."""
 
 
 class ClusterType(IntEnum):

@@ -32,8 +32,8 @@ class PlaceKind(StrEnum):
 class Place:
     """*count* neighbouring L1 entries from ``l1_index`` on.
 
-    ``snapshot``: whose L1 table it is; `ACTIVE`, or an index, of which nothing is known for the L1
-    table of a lost snapshot. ``coverage``: guest bytes that one of the entries maps.
+    ``snapshot``: whose L1 table it is; `ACTIVE`, an index, or `UNLISTED` where that is a lost
+    snapshot's. ``coverage``: guest bytes that one of the entries maps.
     """
 
     kind: PlaceKind

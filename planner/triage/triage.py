@@ -21,7 +21,7 @@ from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.check.signatures import NAMES
 from planner.errors import Cancelled, ImageError
-from planner.findings.kinds import NONE, FindingKind, Structure
+from planner.findings.kinds import NONE, UNLISTED, FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
@@ -727,6 +727,6 @@ class _Places:
             tables = words & np.uint64(entries.L1_OFFSET)
             wanted = np.isin(tables, self._offsets.astype(np.uint64))
             for at, table in zip(index[wanted].tolist(), tables[wanted].tolist(), strict=True):
-                place = Place(PlaceKind.LOST, NONE, base + at, 1, self._gaps.coverage)
+                place = Place(PlaceKind.LOST, UNLISTED, base + at, 1, self._gaps.coverage)
                 found.setdefault(table, place)
         return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.findings.kinds import ACTIVE, Structure
 from planner.findings.kinds import FindingKind as Kind
-from planner.findings.kinds import Structure
 from planner.qcow2 import entries
 from tests.images.builder import Image
 from tests.images.corpus.rule import (
@@ -129,7 +129,7 @@ def l2_table_cut_by_the_end() -> Rule:
                 host_offset=table,
                 length=SIZE,
                 l1_index=1,
-                snapshot=-1,
+                snapshot=ACTIVE,
                 guest_offset=2 * COVERAGE - 2 * SIZE,
                 guest_length=2 * SIZE,
                 found=12,
@@ -150,5 +150,5 @@ def l1_table_cut_by_the_end() -> Rule:
     image.set_refcount(end // SIZE, 1)
     image.change_header(l1_table_offset=end)
     lost = {"host_offset": end, "guest_offset": COVERAGE, "guest_length": COVERAGE}
-    cut = finding(Kind.CUT_OFF, structure=Structure.L1_TABLE, **lost, snapshot=-1, found=8)
+    cut = finding(Kind.CUT_OFF, structure=Structure.L1_TABLE, **lost, snapshot=ACTIVE, found=8)
     return Rule(image, [cut, leak(first, 2)], leaks=2, complete=False)

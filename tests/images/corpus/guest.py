@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.findings.kinds import NONE, Structure
+from planner.findings.kinds import ACTIVE, NONE, Structure
 from planner.findings.kinds import FindingKind as Kind
 from planner.qcow2 import entries
 from tests.images.builder import Image
@@ -108,7 +108,7 @@ def l1_past_end() -> Rule:
                 structure=Structure.L2_TABLE,
                 host_offset=beyond,
                 length=SIZE,
-                snapshot=-1,
+                snapshot=ACTIVE,
                 l1_index=1,
                 guest_offset=COVERAGE,
                 guest_length=COVERAGE,
@@ -897,7 +897,7 @@ def l1_table_overwritten() -> Rule:
         finding(
             Kind.PAST_END,
             structure=Structure.L2_TABLE,
-            snapshot=-1,
+            snapshot=ACTIVE,
             l1_index=number,
             host_offset=word,
             length=SIZE,
@@ -910,7 +910,7 @@ def l1_table_overwritten() -> Rule:
         structure=Structure.L1_TABLE,
         host_offset=image.header.l1_table_offset,
         length=64,
-        snapshot=-1,
+        snapshot=ACTIVE,
         guest_offset=0,
         guest_length=8 * COVERAGE,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from planner.findings.kinds import ACTIVE, Structure
 from planner.findings.kinds import FindingKind as Kind
-from planner.findings.kinds import Structure
 from planner.qcow2.extensions import CRYPTO_HEADER
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout
@@ -63,7 +63,7 @@ def l1_table_past_end() -> Rule:
                 structure=Structure.L1_TABLE,
                 host_offset=beyond,
                 length=16,
-                snapshot=-1,
+                snapshot=ACTIVE,
                 found=beyond,
             ),
             leak(old // SIZE),

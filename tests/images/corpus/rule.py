@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from planner.findings.kinds import FindingKind
+from planner.findings.kinds import ACTIVE, FindingKind
 from planner.qcow2 import entries
 from tests.images.builder import Image, ImageBuilder
 
@@ -108,7 +108,7 @@ def in_guest(cluster: int, image: Image) -> dict[str, int]:
     """The columns of a finding about the L2 entry of a guest cluster of the active disk."""
     l1_index, l2_index = divmod(cluster, image.geometry.l2_entries)
     return {
-        "snapshot": -1,
+        "snapshot": ACTIVE,
         "l1_index": l1_index,
         "l2_index": l2_index,
         "host_offset": image.l2_at(cluster),
@@ -121,7 +121,7 @@ def in_guest(cluster: int, image: Image) -> dict[str, int]:
 def of_l1(l1_index: int, image: Image) -> dict[str, int]:
     """The columns of a finding about an L1 entry of the active disk."""
     return {
-        "snapshot": -1,
+        "snapshot": ACTIVE,
         "l1_index": l1_index,
         "host_offset": image.l1_at(l1_index),
         "length": 8,

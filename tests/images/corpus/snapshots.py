@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from planner.findings.kinds import ACTIVE, Structure
 from planner.findings.kinds import FindingKind as Kind
-from planner.findings.kinds import Structure
 from tests.images.builder import Image
 from tests.images.corpus.rule import (
     COPIED,
@@ -324,7 +324,7 @@ def damage_in_a_shared_l2_table() -> Rule:
     image.set_bits(at, 2)
     return Rule(
         image,
-        [finding(Kind.L2_ENTRY_RESERVED, host_offset=at, snapshot=-1, l2_index=1, count=2)],
+        [finding(Kind.L2_ENTRY_RESERVED, host_offset=at, snapshot=ACTIVE, l2_index=1, count=2)],
         corruptions=2,
     )
 

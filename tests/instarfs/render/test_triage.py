@@ -62,7 +62,25 @@ def test_a_lost_snapshot_is_described() -> None:
     assert (snapshot["id"], snapshot["name"]) == ("1", "before upgrade")
     l1, l2 = sorted(value["tables"], key=lambda table: table["looks-like"])
     assert l1["snapshot"] == snapshot
-    assert l2["may-have-stood"][0]["l1-entry"] == "in-lost-snapshot"
+    place = l2["may-have-stood"][0]
+    assert (place["l1-entry"], place["snapshot"]) == ("in-lost-snapshot", None)
+
+
+def test_what_a_lost_snapshot_mapped_does_not_end_with_the_disk() -> None:
+    builder = ImageBuilder(size=4 << 21, cluster_bits=12)
+    first = [l1_index * builder.geometry.l2_entries for l1_index in range(4)]
+    for cluster in first:
+        builder.write(cluster, random.Random(1).randbytes(4096))
+    builder.take_snapshot("of the larger disk")
+    for cluster in first:
+        builder.write(cluster, random.Random(2).randbytes(4096))
+    image = builder.build()
+    image.change_header(size=2 << 21, nb_snapshots=0)
+    tables = value_of(image)["tables"]
+    places = [place for table in tables for place in table["may-have-stood"]]
+    lost = [place for place in places if place["l1-entry"] == "in-lost-snapshot"]
+    assert sorted(place["guest-offset"] for place in lost) == [0 << 21, 1 << 21, 2 << 21, 3 << 21]
+    assert {place["guest-length"] for place in lost} == {1 << 21}
 
 
 def test_an_image_without_leaks_has_nothing_to_tell() -> None:

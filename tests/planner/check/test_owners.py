@@ -52,7 +52,7 @@ def compressed_offset(image: Image) -> int:
 METADATA: dict[str, tuple[Callable[[Image], int], list[Owner]]] = {
     "L1 table": (
         lambda image: image.header.l1_table_offset,
-        [Owner(Structure.L1_TABLE, ACTIVE, NONE, NONE, ACTIVE)],
+        [Owner(Structure.L1_TABLE, ACTIVE, NONE, NONE, NONE)],
     ),
     "L1 table of a snapshot": (
         lambda image: image.snapshots[0].l1_table_offset,

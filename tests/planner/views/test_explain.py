@@ -7,7 +7,7 @@ import pytest
 
 from planner.check.check import check_image
 from planner.errors import Cancelled, ImageError
-from planner.findings.kinds import ACTIVE, FindingKind, Owner, Structure
+from planner.findings.kinds import ACTIVE, NONE, FindingKind, Owner, Structure
 from planner.guest.mapping import Flaw, Mapping, RunKind
 from planner.qcow2.entries import COPIED, NO_HOST, ClusterType
 from planner.source import Bytes
@@ -95,7 +95,7 @@ def test_users_are_named_with_their_snapshots() -> None:
     image = with_snapshot()
     cluster = host(image, image.host_offset(0)).cluster
     assert cluster.owners == (
-        Owner(Structure.DATA, ACTIVE, 0, 0, -1),
+        Owner(Structure.DATA, ACTIVE, 0, 0, NONE),
         Owner(Structure.DATA, 0, 0, 0, -1),
     )
     assert cluster.references == 2
