@@ -18,7 +18,7 @@ python := .venv/bin/python
 help:
 	@echo 'make demo    mount a damaged sample image, show what is wrong, repair it, undo'
 	@echo 'make test    run the tests, real mounts included           ARGS="-k leaks --cases 5000"'
-	@echo 'make lint    ruff format, ruff lint, mypy strict'
+	@echo 'make lint    ruff format, ruff lint, mypy strict (tests too)'
 	@echo 'make coverage what the tests without mounts reach, against the floor in pyproject.toml'
 	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
 	@echo 'make fuzz    fuzz everything that reads an image         SECONDS=60 ARGS="check plan"'

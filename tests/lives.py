@@ -4,6 +4,7 @@ import contextlib
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 
@@ -29,7 +30,8 @@ SHAPES: tuple[Mapping[str, int], ...] = (
 def made(shape: Mapping[str, int]) -> bytes:
     """Two L2 tables, a snapshot, compressed clusters, and free clusters between them."""
     rng = random.Random(1)
-    builder = ImageBuilder(**({"cluster_bits": 9, "size": 200 << 9} | dict(shape)))
+    options: dict[str, Any] = {"cluster_bits": 9, "size": 200 << 9, **shape}
+    builder = ImageBuilder(**options)
     size = builder.geometry.cluster_size
     builder.write(0, rng.randbytes(6 * size))
     builder.write_compressed(9, b"x" * size)

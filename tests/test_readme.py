@@ -59,7 +59,7 @@ def test_every_line_of_python_in_the_readme_prints_what_it_shows(
 ) -> None:
     (block,) = re.findall(r"^```pycon\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    make = [sys.executable, ROOT / "examples/make_image.py", "damaged.qcow2"]
+    make: list[str | Path] = [sys.executable, ROOT / "examples/make_image.py", "damaged.qcow2"]
     subprocess.run(make, check=True, capture_output=True)
     test = doctest.DocTestParser().get_doctest(block, {}, "README.md", None, None)
     assert len(test.examples) > 10

@@ -32,8 +32,8 @@ def encoded(*records: Record, state: State = State.APPLYING) -> bytes:
     whole = [encode_front(words[-1])]
     for record, word in zip(records, words, strict=False):
         below = replace(word, state=State.APPLIED) if word.depth else word
-        whole += encode_record(record, below)
-    return b"".join(bytes(piece) for piece in whole)
+        whole += map(bytes, encode_record(record, below))
+    return b"".join(whole)
 
 
 def decode(raw: bytes, name: str = "it") -> tuple[Record | None, StateWord]:

@@ -52,7 +52,17 @@ def convert(folder: Path, write: Callable[[Path], None], *options: str) -> Path:
     """A qcow2 image of what *write* writes."""
     raw, image = folder / "raw", folder / "image.qcow2"
     write(raw)
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, raw, image]
+    command: list[str | Path] = [
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        *options,
+        raw,
+        image,
+    ]
     subprocess.run(command, check=True)
     raw.unlink()
     settle(image)
@@ -152,7 +162,7 @@ def side_by_side(
             )
             image = convert(folder, write, *options)
             directory = folder / "mnt"
-            command = [*INSTARFS, "mount", "-f", image, directory]
+            command: list[str | Path] = [*INSTARFS, "mount", "-f", image, directory]
             mount = stack.enter_context(mounted(command, image, directory))
             shown = {
                 OURS: (mount / "disk.raw", mount.process.pid),

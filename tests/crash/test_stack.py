@@ -47,12 +47,11 @@ def content_of(scene: str) -> bytes:
     return bytes(image.data)
 
 
-def repair(path: Path, tier: RepairTier, **options: bool) -> RepairOutcome:
+def repair(path: Path, tier: RepairTier, *, keep_undo: bool = True) -> RepairOutcome:
     quote = propose_bytes(path.read_bytes(), tier).plan.id
     with Image.open(str(path)) as image:
-        return Repairer(image, check=cached_check, propose=cached_propose, **options).repair(
-            tier, quote
-        )
+        repairer = Repairer(image, check=cached_check, propose=cached_propose, keep_undo=keep_undo)
+        return repairer.repair(tier, quote)
 
 
 def undo(path: Path) -> RepairOutcome:

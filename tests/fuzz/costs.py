@@ -21,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from instarfs.cli import main as cli
 from tests.fuzz.holed import Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
-from tests.images.bombs import BOMBS
+from tests.images.bombs import BOMBS, Bomb
 
 COMMANDS = (
     "info",
@@ -149,7 +150,7 @@ class Costs:
         except SystemExit as error:
             os._exit(int(error.code or 0))
         except BaseException:  # noqa: BLE001 - as Python itself ends
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
         os._exit(99)
 
     def _command(self, command: str) -> Cost:
@@ -259,7 +260,10 @@ def _read_apart(path: Path) -> bool:
 
 
 def _write_apart(path: Path, word: str) -> None:
-    _apart(lambda: path.write_text(word) and None)
+    def write() -> None:
+        path.write_text(word)
+
+    _apart(write)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -349,6 +353,10 @@ def main() -> int:
     return bool(found)
 
 
+def _write_bomb(make: Bomb, to: Path) -> None:
+    to.write_bytes(make().data)
+
+
 def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path], None]]]:
     """The bombs asked for: their names, and what writes them."""
     if arguments.images:
@@ -358,7 +366,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path
         return
     if arguments.named:
         for name, make in BOMBS.items():
-            yield name, lambda to, make=make: to.write_bytes(make().data) and None
+            yield name, partial(_write_bomb, make)
         return
     seed = arguments.seed
     while True:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 from planner.qcow2.luks import DISABLED, ENABLED, MAGIC, STRIPES, KeySlot, LuksHeader, encode_luks
 
 SLOT_SECTORS = 504  # 64 bytes of key x 4000 stripes, rounded up to 4096 bytes
 
 
-def luks_header(**changes: object) -> LuksHeader:
+def luks_header(**changes: Any) -> LuksHeader:
     """aes-xts-plain64, one key; *changes* replace fields."""
     slots = tuple(
         KeySlot(ENABLED if n == 0 else DISABLED, 1000 if n == 0 else 0, bytes(32), at, STRIPES)
@@ -33,7 +34,7 @@ def luks_header(**changes: object) -> LuksHeader:
     return replace(header, **changes)
 
 
-def with_slot(index: int, **changes: object) -> LuksHeader:
+def with_slot(index: int, **changes: Any) -> LuksHeader:
     """The same, with *changes* to one key slot."""
     header = luks_header()
     slots = list(header.key_slots)

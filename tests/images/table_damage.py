@@ -92,9 +92,8 @@ IMAGES = {
 
 def l2_tables(image: Image) -> list[int]:
     """Host offsets of all L2 tables, each once."""
-    return take_survey(
-        image.source, Layout.read(image.source), FindingsBuilder()
-    ).tables.offset.tolist()
+    survey = take_survey(image.source, Layout.read(image.source), FindingsBuilder())
+    return list(map(int, survey.tables.offset))
 
 
 def words_for(image: Image) -> st.SearchStrategy[int]:

@@ -117,6 +117,7 @@ class Load:
             offset = rng.randrange(16 * MIB // PAGE) * PAGE if name.endswith("disk.raw") else None
             before = self.truth.version
             self._since[me] = time.monotonic()
+            content: bytes | OSError
             try:
                 content = self._content(name, offset)
             except OSError as error:

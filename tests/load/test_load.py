@@ -23,7 +23,7 @@ WARM_UP = 2.0
 def test_nothing_goes_wrong_under_load(tmp_path: Path, load_seconds: float) -> None:
     image = tmp_path / "image.qcow2"
     prepare(image)
-    command = [*INSTARFS, "mount", "-f", image, tmp_path / "mnt"]
+    command: list[str | Path] = [*INSTARFS, "mount", "-f", image, tmp_path / "mnt"]
     with mounted(command, image, tmp_path / "mnt") as mount, ExitStack() as handles:
         mount.unexpected = ("Traceback", "unexpected")
         truth = Truth.record(mount)

@@ -30,7 +30,7 @@ _COPIED = ("st_mode", "st_nlink", "st_uid", "st_gid", "st_size", "st_blksize", "
 _TIMES = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")
 
 
-class BadDisk(pyfuse3.Operations):  # type: ignore[misc]
+class BadDisk(pyfuse3.Operations):
     """The regular files of a folder; inode numbers stand for names, open files for descriptors."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class BadDisk(pyfuse3.Operations):  # type: ignore[misc]
         try:
             status = path.lstat()
         except OSError as error:
-            raise FUSEError(error.errno) from error
+            raise FUSEError(error.errno or errno.EIO) from error
         entry = EntryAttributes()
         entry.st_ino = inode
         entry.entry_timeout = entry.attr_timeout = 0

@@ -60,6 +60,9 @@ def open_and_close(path: Path | str, flags: int, *, directory: int | None = None
     os.close(os.open(path, flags, dir_fd=directory))
 
 
+image: Image  # opened below, before any of these is called
+
+
 def have_the_image_opened_for_writing() -> int:
     """While no repair is under way: nobody but the daemon knows when one is."""
     return image.hands.open(Opening.IMAGE_TO_WRITE, image.directory, image.name)

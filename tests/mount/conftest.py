@@ -42,7 +42,7 @@ def mount(tmp_path: Path) -> Iterator[MakeMount]:
 
         def make(image: Path, *arguments: str) -> Mount:
             directory = tmp_path / f"mnt{next(numbers)}"
-            command = [*INSTARFS, "mount", "-f", *arguments, image, directory]
+            command: list[str | Path] = [*INSTARFS, "mount", "-f", *arguments, image, directory]
             return stack.enter_context(mounted(command, image, directory))
 
         yield make
@@ -61,7 +61,13 @@ def gate(program: str, image: Path, tmp_path: Path) -> Iterator[Gate]:
     folder = tmp_path / "gate"
     folder.mkdir()
     directory = tmp_path / "gated"
-    command = [sys.executable, Path(__file__).with_name(program), image, directory, folder]
+    command: list[str | Path] = [
+        sys.executable,
+        Path(__file__).with_name(program),
+        image,
+        directory,
+        folder,
+    ]
     with mounted(command, image, directory) as it:
         yield Gate(it, folder)
 

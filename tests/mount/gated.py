@@ -58,7 +58,7 @@ def explain(source: Source, offset: int, tick: Callable[[int], None]) -> HostExp
     return explain_host(source, offset, tick)
 
 
-tree.explain_host = explain
+vars(tree)["explain_host"] = explain
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):

@@ -38,8 +38,8 @@ class Operations(operations.Operations):
         return pyfuse3.FileNameT(TARGET.encode())
 
 
-session.Ownership = Ownership  # type: ignore[misc]
-session.Operations = Operations  # type: ignore[misc]
+vars(session)["Ownership"] = Ownership
+vars(session)["Operations"] = Operations
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):

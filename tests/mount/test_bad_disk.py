@@ -64,7 +64,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     settle(it.beneath)
     it.fail()
     program = Path(__file__).with_name("bad_disk.py")
-    command = [sys.executable, program, folder, directory, it.faults]
+    command: list[str | Path] = [sys.executable, program, folder, directory, it.faults]
     with mounted(command, it.path, directory):
         yield it
 

@@ -236,7 +236,7 @@ def test_a_change_in_the_middle_tears_the_result(
 def test_a_vm_cannot_start_to_write_in_the_middle_and_can_afterwards(
     gated: Gate, reader: subprocess.Popen[str]
 ) -> None:
-    command = ["qemu-io", "-c", "write 0 4k", gated.mount.image]
+    command: list[str | Path] = ["qemu-io", "-c", "write 0 4k", gated.mount.image]
     refused = subprocess.run(command, check=False, capture_output=True, text=True)
     assert 'Failed to get "write" lock' in refused.stderr
     gated.open()

@@ -133,7 +133,7 @@ def confined(request: pytest.FixtureRequest, folder: Path) -> Iterator[Mount]:
     followed.mkdir()
     (followed / "base").write_bytes(b"base")
     program = Path(__file__).with_name("confined.py")
-    command = [sys.executable, program, image, directory, str(request.param)]
+    command: list[str | Path] = [sys.executable, program, image, directory, str(request.param)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(listener))
         for path in (folder, image, neighbour, directory, followed, followed / "base", listener):
@@ -278,7 +278,13 @@ def test_a_broker_holds_the_directory_and_nothing_else(mount: MakeMount, image: 
 def test_whatever_the_umask_an_undo_file_is_its_owners(image: Path, tmp_path: Path) -> None:
     leak(image, 2)
     program, directory = shlex.join([*INSTARFS, "mount", "-f"]), tmp_path / "mnt"
-    command = ["sh", "-c", f'umask 0777; exec {program} "$0" "$1"', image, directory]
+    command: list[str | Path] = [
+        "sh",
+        "-c",
+        f'umask 0777; exec {program} "$0" "$1"',
+        image,
+        directory,
+    ]
     with mounted(command, image, directory) as it:
         (it / "repair/tier").write_text("leaks")
         undo = image.with_name(f"{image.name}.instarfs-undo")

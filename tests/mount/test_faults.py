@@ -16,7 +16,11 @@ from tests.mount.mounts import DEADLINE, Mount, is_opening, mounted, run, until
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     directory = tmp_path_factory.mktemp("fake") / "mnt"
-    command = [sys.executable, Path(__file__).with_name("fake_tree.py"), directory]
+    command: list[str | Path] = [
+        sys.executable,
+        Path(__file__).with_name("fake_tree.py"),
+        directory,
+    ]
     with mounted(command, Path(os.devnull), directory) as it:
         it.unexpected = ("the mount ended",)
         yield it
@@ -86,8 +90,12 @@ def test_a_file_of_many_reads(fake: Mount) -> None:
 @pytest.mark.parametrize("number", [STOP_COMPUTING, signal.SIGTERM])
 def test_who_opens_a_file_without_an_end_holds_no_unmount_up(tmp_path: Path, number: int) -> None:
     directory = tmp_path / "mnt"
-    command = [sys.executable, Path(__file__).with_name("fake_tree.py"), directory]
-    cat = ["cat", directory / "endless"]
+    command: list[str | Path] = [
+        sys.executable,
+        Path(__file__).with_name("fake_tree.py"),
+        directory,
+    ]
+    cat: list[str | Path] = ["cat", directory / "endless"]
     with mounted(command, Path(os.devnull), directory) as it:
         reader = subprocess.Popen(cat, stderr=subprocess.PIPE, text=True)
         try:

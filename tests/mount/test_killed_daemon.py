@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ def kill_during_repair(image: Path, directory: Path, delay: float) -> None:
         daemon = stack.enter_context(
             subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL)
         )
-        unmount = ["fusermount3", "-q", "-u", "-z", directory]
-        stack.callback(subprocess.run, unmount, check=False)
+        unmount: list[str | Path] = ["fusermount3", "-q", "-u", "-z", directory]
+        stack.callback(partial(subprocess.run, unmount, check=False))
         stack.callback(daemon.kill)
         until(lambda: mounted_type(directory) is not None, "it was mounted")
         control = os.open(directory / "repair" / "tier", os.O_WRONLY)

@@ -120,7 +120,7 @@ def test_of_the_descriptors_of_its_caller_none_is_left(
     secret = image.with_name("secret")
     secret.touch()
     words = [*INSTARFS, "mount", option, '"$0"', '"$1"', '7<"$2"', '300>>"$2"', '<"$2"', '>"$2"']
-    command = ["bash", "-c", " ".join(words), image, directory, secret]
+    command: list[str | Path] = ["bash", "-c", " ".join(words), image, directory, secret]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as caller:
         until(lambda: mounted_type(directory) is not None, "it was mounted")
         assert '"clean"' in (directory / "check/result.json").read_text()
@@ -266,7 +266,16 @@ def test_the_kernel_reads_ahead_as_much_as_a_request_can_ask_for(shared: Mount) 
 )
 def test_a_hard_limit_that_is_lower_already(limit: str, image: Path, tmp_path: Path) -> None:
     """As a service that forbids core dumps starts it, or a shell that bounds its memory."""
-    command = ["sh", "-c", f'{limit}; exec "$@"', "sh", *INSTARFS, "mount", "-f", image]
+    command: list[str | Path] = [
+        "sh",
+        "-c",
+        f'{limit}; exec "$@"',
+        "sh",
+        *INSTARFS,
+        "mount",
+        "-f",
+        image,
+    ]
     with mounted([*command, tmp_path / "mnt"], image, tmp_path / "mnt") as it:
         assert json.loads(it.read("check/result.json"))["verdict"] == "clean"
         core = resource.prlimit(it.process.pid, resource.RLIMIT_CORE)

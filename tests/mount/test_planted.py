@@ -30,7 +30,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     (folder / UNREADABLE).write_bytes(IMAGES["unknown-features"]().data)
     image.write_bytes(IMAGES["every-name"]().data)
     settle(image)
-    command = [*INSTARFS, "mount", "-f", "--follow", folder, image, directory]
+    command: list[str | Path] = [*INSTARFS, "mount", "-f", "--follow", folder, image, directory]
     with mounted(command, image, directory) as it:
         yield it
     require_harmless(it.log, "the log")

@@ -39,7 +39,7 @@ def image(folder: Path) -> Path:
 def opened(image: Path, folder: Path) -> Iterator[Mount]:
     """A mount that all users may read."""
     directory = folder / "opened"
-    command = [*INSTARFS, "mount", "-f", "-o", "allow_other", image, directory]
+    command: list[str | Path] = [*INSTARFS, "mount", "-f", "-o", "allow_other", image, directory]
     with mounted(command, image, directory) as it:
         yield it
 

@@ -100,7 +100,8 @@ def answers(path: Path) -> int:
 def require_answers(mount: Mount, *, refused: tuple[str, ...] = ()) -> None:
     for name in FILES:
         assert answers(mount / name) == (name in refused), name
-    for command in (["ls", "-lR", mount.path], ["stat", mount / "README.txt"]):
+    commands: list[list[str | Path]] = [["ls", "-lR", mount.path], ["stat", mount / "README.txt"]]
+    for command in commands:
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, timeout=SECONDS)
 
 

@@ -105,7 +105,8 @@ def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
         answer = error
     except Exception:  # noqa: BLE001 -- whatever it is, it is a fault of this one case
         return Judgement(tier, "raised", faults=(traceback.format_exc(),))
-    faults, unread, refusal = [], 0, ""
+    faults: list[str] = []
+    unread, refusal = 0, ""
     if isinstance(answer, RepairError):
         refusal = f"{answer.kind} {answer.finding or answer.reason.split(':')[0]}"
         faults += _faults_of_refusal(answer)

@@ -19,7 +19,7 @@ from planner.qcow2.extensions import BITMAPS, CRYPTO_HEADER, Extension
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
-from planner.qcow2.snapshots import Snapshot, read_snapshots
+from planner.qcow2.snapshots import Snapshots, read_snapshots
 from planner.source import Source, read_bytes
 from tests.images.matrix import data_extents
 
@@ -64,7 +64,7 @@ class Anatomy:
     l2: tuple[Table, ...]
     reftable: Table
     refblocks: tuple[int, ...]
-    snapshots: tuple[Snapshot, ...]
+    snapshots: Snapshots
     snapshot_l1: tuple[Table, ...]
     snapshot_l2: tuple[Table, ...]
     bitmaps: tuple[Bitmap, ...]

@@ -76,7 +76,7 @@ def test_nor_is_one_that_was_converted_resized_or_has_snapshots_and_bitmaps(tmp_
     for options in ([], ["-c"], ["-c", "-o", "compression_type=zstd"], ["-o", "extended_l2=on"]):
         run("qemu-img", "convert", "-O", "qcow2", *options, raw, image)
         assert checked(image).cut_off is None
-    for step in (
+    steps: list[list[str | Path]] = [
         ["qemu-img", "snapshot", "-c", "one", image],
         ["qemu-img", "bitmap", "--add", "-g", "512", image, "bits"],
         ["qemu-io", "-c", "write -q 1M 512", image],
@@ -84,7 +84,8 @@ def test_nor_is_one_that_was_converted_resized_or_has_snapshots_and_bitmaps(tmp_
         ["qemu-img", "snapshot", "-c", "two", image],
         ["qemu-img", "bitmap", "--remove", image, "bits"],
         ["qemu-img", "resize", "-q", "--shrink", image, "1M"],
-    ):
+    ]
+    for step in steps:
         run(*step)
         assert checked(image).cut_off is None, step
 

@@ -1,6 +1,7 @@
 """The wire structs, bit for bit: offsets, byte order, flags, and what a report becomes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,8 @@ RESULT_FIELDS = [
 
 
 def with_field(name: str, value: int) -> CheckResult:
-    return replace(CheckResult(), **{name: ResultFlag(value) if name == "flags" else value})
+    changes: dict[str, Any] = {name: ResultFlag(value) if name == "flags" else value}
+    return replace(CheckResult(), **changes)
 
 
 # CheckConfig

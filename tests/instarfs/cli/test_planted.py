@@ -191,7 +191,8 @@ def received(command: str, tmp_path: Path) -> list[list[bytes]]:
         stdout=subprocess.DEVNULL,
         env={"TOLD": str(told), "LC_ALL": "C.UTF-8"},
     )
-    programs, words = [], []
+    programs: list[list[bytes]] = []
+    words: list[bytes] = []
     for word in told.read_bytes().split(b"\0")[:-1]:
         if word == b"\n":
             programs.append([words[0].rpartition(b"/")[2], *words[1:]])

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -294,6 +295,8 @@ def test_an_image_in_use_is_refused(instarfs: Run, make, command: tuple[str, ...
         ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as program:
         try:
+            assert program.stdin is not None
+            assert program.stdout is not None
             program.stdin.write("length\n")
             program.stdin.flush()
             assert "3 MiB" in program.stdout.readline()
@@ -364,7 +367,7 @@ def test_there_is_no_plan_of_an_image_that_was_written_to_while_it_was_planned(
     image = make(*LEAKY)
     os.utime(image, (0, 0))
 
-    def write_first(*arguments: object, **options: object) -> Proposal:
+    def write_first(*arguments: Any, **options: Any) -> Proposal:
         proposal = propose(*arguments, **options)
         make("leaked-clusters")
         return proposal
@@ -380,12 +383,12 @@ def test_there_is_no_plan_of_an_image_that_was_written_to_while_it_was_planned(
 @pytest.fixture
 def interrupted(instarfs: Run, make, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An image whose repair ended in the middle, as by a power failure."""
-    image = make(*LEAKY)
+    image: Path = make(*LEAKY)
 
     class PowerFailure(BaseException):
         pass
 
-    def fail(*arguments: object, **options: object) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         execute(*arguments, **options)
         raise PowerFailure
 
@@ -473,7 +476,7 @@ def test_a_signal_rolls_a_repair_back(
 ) -> None:
     image = make(*LEAKY)
 
-    def stop_in_the_middle(*arguments: object, **options: object) -> None:
+    def stop_in_the_middle(*arguments: Any, **options: Any) -> None:
         execute(*arguments, **options)
         os.kill(os.getpid(), number)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.daemon.confinement import landlock_version
 from instarfs.daemon.seccomp import MACHINES
+from instarfs.linux import landlock_version
 from tests.mount.mounts import environment
 
 PROGRAM = """

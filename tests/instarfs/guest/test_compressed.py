@@ -7,9 +7,10 @@ import random
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def unreadable(report: Report) -> list[int]:
         {"cluster_bits": 21, "size": 1 << 28},
     ],
 )
-def test_what_cannot_be_unpacked_is_found(options: dict[str, object]) -> None:
+def test_what_cannot_be_unpacked_is_found(options: dict[str, Any]) -> None:
     image = packed_image(**options)
     assert not unreadable(looked_at(image))
     for cluster in (2, 78):
@@ -201,8 +202,14 @@ def test_what_begins_in_a_hole_is_unreadable_and_not_read() -> None:
 
 def test_no_sound_image_has_ranges_that_lie_over_each_other() -> None:
     """Small and large ones, one behind the other as closely as QEMU stores them."""
-    for options in ({}, {"zstd": True}, {"cluster_bits": 9, "size": 1 << 18}, {"cluster_bits": 21}):
-        image = packed_image(**{"clusters": 40, "size": 1 << 28, **options})
+    shapes: tuple[dict[str, Any], ...] = (
+        {},
+        {"zstd": True},
+        {"cluster_bits": 9, "size": 1 << 18},
+        {"cluster_bits": 21},
+    )
+    for options in shapes:
+        image = packed_image(**{"size": 1 << 28, **options})
         packed = find_packed(image.source, check_image(image.source), lambda _: None)
         kind = int("zstd" in options)
         with pytest.MonkeyPatch.context() as patch:
@@ -242,7 +249,7 @@ class BadSectors:
                 raise ImageReadFailed("image", at, "Input/output error")
         self.source.read_into(offset, buffer)
 
-    def data_extents(self, offset: int, length: int) -> object:
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self.source.data_extents(offset, length)
 
 
@@ -312,7 +319,17 @@ def test_it_is_what_qemu_cannot_read(kind: str, tmp_path: Path) -> None:
     rng, raw, image = random.Random(kind), tmp_path / "raw", tmp_path / "image"
     raw.write_bytes(b"".join(bytes(rng.choices(b"abcdefgh", k=4096)) for _ in range(160)))
     options = f"cluster_size=4k,compression_type={kind}"
-    command = ["qemu-img", "convert", "-c", "-O", "qcow2", "-o", options, raw, image]
+    command: list[str | Path] = [
+        "qemu-img",
+        "convert",
+        "-c",
+        "-O",
+        "qcow2",
+        "-o",
+        options,
+        raw,
+        image,
+    ]
     subprocess.run(command, check=True)
     data = bytearray(image.read_bytes())
     whole = Image(bytearray(data))
@@ -329,7 +346,7 @@ def test_it_is_what_qemu_cannot_read(kind: str, tmp_path: Path) -> None:
     assert 0 < len(unreadable(report)) < 60
     assert (done.stdout + done.stderr).count("read failed") == len(unreadable(report))
     for at in unreadable(report):
-        alone = ["qemu-io", "-r", "-c", f"read -q {at} 4096", image]
+        alone: list[str | Path] = ["qemu-io", "-r", "-c", f"read -q {at} 4096", image]
         assert (
             "read failed"
             in subprocess.run(alone, check=False, capture_output=True, text=True).stdout

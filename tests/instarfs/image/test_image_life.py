@@ -19,11 +19,11 @@ from hypothesis.stateful import (
 )
 
 from instarfs.errors import PlanStale, RepairInterrupted
+from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.repair.interrupted import pending
 from instarfs.repair.outcome import RepairOutcome, Status
 from instarfs.repair.run import Repairer
-from instarfs.repair.undo_place import SUFFIX
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import RepairError

@@ -1,6 +1,6 @@
 """What stands in for the kernel where `Operations` are driven without one."""
 
-from typing import Any
+from typing import cast
 
 from pyfuse3 import RequestContext, SetattrFields
 
@@ -14,8 +14,7 @@ class Caller:
 
 
 def caller(uid: int = 1000, pid: int = 0) -> RequestContext:
-    context: Any = Caller(uid, pid)
-    return context
+    return cast("RequestContext", Caller(uid, pid))
 
 
 class Fields:
@@ -29,5 +28,4 @@ class Fields:
 
 
 def fields(*names: str) -> SetattrFields:
-    made: Any = Fields(*names)
-    return made
+    return cast("SetattrFields", Fields(*names))

@@ -791,10 +791,10 @@ class MountLife(RuleBasedStateMachine):
             assert self.call(self.operations.releasedir, handle)[0] == 0
         if self.path.is_file():
             for path in ("disk.raw", "image/map.json", "check/result.json"):
-                handle = self.open_file(path)
-                assert handle is not None
-                self.read_from(handle, 0, 1)
-                self.close_file(handle)
+                opened = self.open_file(path)
+                assert opened is not None
+                self.read_from(opened, 0, 1)
+                self.close_file(opened)
         del self.held[ROOT]
         self.call(self.operations.forget, list(self.held.items()))
         assert set(self.operations._known) == {ROOT}

@@ -211,7 +211,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 async def read_all(node: GeneratedFile[str], size: int = 64) -> bytes:
     handle, parts = await node.open(), [b""]
     while len(parts) == 1 or parts[-1]:
-        parts.append(await handle.read(sum(map(len, parts)), size))
+        parts.append(bytes(await handle.read(sum(map(len, parts)), size)))
     return b"".join(parts)
 
 

@@ -12,7 +12,7 @@ import trio
 from instarfs.errors import ReadCancelled
 from instarfs.image.file import FileSource, Image
 from instarfs.inspect.inspector import inspecting
-from instarfs.mount.nodes import Directory, Node
+from instarfs.mount.nodes import Directory, File, Node
 from instarfs.mount.tree import build_tree
 from tests.images.bombs import BOMBS
 from tests.images.sample import sample
@@ -50,6 +50,12 @@ async def find(root: Directory, path: str) -> Node:
     return node
 
 
+async def open_file(root: Directory, path: str) -> None:
+    node = await find(root, path)
+    assert isinstance(node, File)
+    await node.open()
+
+
 @pytest.mark.parametrize(
     "name", ["explain/host/0", "explain/guest/0", "tables/l1.tsv", "tables/l2/0.tsv"]
 )
@@ -73,7 +79,7 @@ async def test_who_looks_while_all_is_cancelled_is_let_go_at_once(
 
         async def refused() -> None:
             with pytest.raises(ReadCancelled):
-                await (await find(root, name)).open()
+                await open_file(root, name)
 
         try:
             with trio.fail_after(DEADLINE):
@@ -84,4 +90,4 @@ async def test_who_looks_while_all_is_cancelled_is_let_go_at_once(
         finally:
             gate.set()
         with trio.fail_after(DEADLINE):
-            await (await find(root, name)).open()
+            await open_file(root, name)

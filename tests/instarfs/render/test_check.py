@@ -156,13 +156,13 @@ def test_every_finding_has_its_owners_whoever_they_are(most: int) -> None:
         )
     clusters = np.repeat(np.arange(rows), rng.integers(0, most + 1, rows))
     count = len(clusters)
-    structure = rng.integers(0, len(Structure), count).astype(np.uint8)
-    is_guest = np.isin(structure, [Structure.DATA, Structure.COMPRESSED])
+    of_owners = rng.integers(0, len(Structure), count).astype(np.uint8)
+    is_guest = np.isin(of_owners, [Structure.DATA, Structure.COMPRESSED])
     l1 = np.where(is_guest, rng.integers(0, 1 << 20, count), rng.choice([NONE, 5], count))
     l2 = np.where(is_guest, rng.integers(0, 1 << 12, count), rng.choice([NONE, 7], count))
     owners = Owners(
         cluster=clusters,
-        structure=structure,
+        structure=of_owners,
         snapshot=rng.choice([NOWHERE, ACTIVE, *range(7)], count),
         l1_index=l1,
         l2_index=np.where(l1 == NONE, NONE, l2),

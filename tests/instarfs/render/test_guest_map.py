@@ -21,7 +21,8 @@ def rows(count: int, rng: np.random.Generator) -> Extents:
     flaws = rng.choice([*map(int, Flaw), UNKNOWN], count).astype(np.uint8)
     offset = np.where(rng.integers(0, 3, count) == 0, NO_HOST, numbers[2])
     depth = rng.integers(0, 65, count).astype(np.int32)
-    return Extents(numbers[0], numbers[1], depth, *flags, offset, flaws)
+    present, zero, data, compressed = flags
+    return Extents(numbers[0], numbers[1], depth, present, zero, data, compressed, offset, flaws)
 
 
 @pytest.mark.parametrize("members", [(), (BACKING,)], ids=["alone", "with a backing file"])

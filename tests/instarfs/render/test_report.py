@@ -236,15 +236,15 @@ def test_the_gentler_tier_is_advised_where_it_mends_as_much() -> None:
 # ---- what the check did without ----
 
 
-def beside(**known: object) -> str:
+def beside(known: Beside) -> str:
     report = check_image(damaged().source)
-    return report_txt(report, PATH, Aftermath(beside=Beside(**known))).decode()
+    return report_txt(report, PATH, Aftermath(beside=known)).decode()
 
 
 def test_how_much_is_in_files_that_are_not_there() -> None:
     named = Named(Role.BACKING, b"../gone\x1b.qcow2", b"qcow2")
     found = Member(0, named, "/srv/gone", None), Member(1, named, None, "there is no such file")
-    text = beside(members=found, in_backing_file=4096)
+    text = beside(Beside(members=found, in_backing_file=4096))
     assert "What of the disk lies in other files, and is lost with them:\n" in text
     name = r"'../gone\x1b.qcow2'"
     assert f"  4096 of {1 << 31} bytes: in the backing file {name}, which is there\n" in text
@@ -276,14 +276,14 @@ def test_each_table_that_is_gone_is_named_with_what_lies_there() -> None:
         image.data[start : start + 4096] = content[:4096]
     text = report_txt(check_image(image.source), PATH).decode()
     for index in range(tables):
-        content = "a refcount block" if index < LISTED else "text"
+        holds = "a refcount block" if index < LISTED else "text"
         named = f"the L2 table of L1 entry {index}, at host offset {image.l2_table(index)}"
-        assert f"  - {named}, holds {content}\n" in text
+        assert f"  - {named}, holds {holds}\n" in text
 
 
 def test_bitmaps_that_no_backup_can_rely_on() -> None:
     bitmap = Bitmap(0, 0, 1, IN_USE, TYPE_DIRTY, 16, b"", b"backup\n")
-    text = beside(unsaved=(bitmap,) * (LISTED_BITMAPS + 2))
+    text = beside(Beside(unsaved=(bitmap,) * (LISTED_BITMAPS + 2)))
     assert "must begin anew, with the whole disk:\n  'backup\\n' (granularity 65536)\n" in text
     assert "  ... and 2 more: image/bitmaps.json\n" in text
     report = replace(check_image(damaged().source), in_use=True)

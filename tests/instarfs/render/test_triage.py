@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -21,10 +22,10 @@ def damaged(*names: str) -> Image:
     return image
 
 
-def value_of(image: Image) -> dict[str, object]:
+def value_of(image: Image) -> dict[str, Any]:
     report = check_image(image.source)
     triage = triage_leaks(image.source, report)
-    value: dict[str, object] = json.loads(triage_json(triage, report, "disk"))
+    value: dict[str, Any] = json.loads(triage_json(triage, report, "disk"))
     return value
 
 

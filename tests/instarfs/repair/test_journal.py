@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -55,6 +56,10 @@ CONTENT = random.Random(2).randbytes(20 * SECTOR)
 
 
 HERE = Identity(8, 4711)
+
+
+def reader_of(raw: bytes) -> Callable[[int, int], bytes]:
+    return lambda at, length: raw[at : at + length]
 
 
 def make_plan(data: bytes = b"changed", size: int = 24 * SECTOR) -> Plan:
@@ -121,7 +126,7 @@ def test_what_is_written_is_what_is_read() -> None:
         assert [stage.kind for stage in record.plan.stages] == [
             stage.kind for stage in (again.plan.stages if again else ())
         ]
-        summary = decode_summary(lambda at, length, raw=raw: raw[at : at + length], len(raw), "it")
+        summary = decode_summary(reader_of(raw), len(raw), "it")
         assert summary
         assert (summary[0].plan_id, summary[1]) == (record.plan.id, HERE)
     assert decode(encode_front(StateWord())) == (None, StateWord())
@@ -292,7 +297,7 @@ def test_a_header_that_contradicts_the_rest_is_refused(changes: dict[str, object
         {"end": BODY_AT + 2 * SECTOR},
     ],
 )
-def test_a_word_that_nothing_ever_writes_is_refused(changes: dict[str, int]) -> None:
+def test_a_word_that_nothing_ever_writes_is_refused(changes: dict[str, Any]) -> None:
     raw = encoded(make_record())
     slot = encode_slot(replace(stack_of(make_record())[-1], **changes))
     damaged(raw[:SLOTS_AT] + slot * 2 + raw[BODY_AT:])
@@ -712,6 +717,10 @@ FAILURES = [
 ]
 
 
+def only_at(number: int, code: int) -> Callable[[int], int]:
+    return lambda at: code if at == number else 0
+
+
 def begin_with(
     place: UndoPlace, patch: pytest.MonkeyPatch, name: str, fails: Callable[[int], int]
 ) -> UndoFileImpossible | None:
@@ -754,9 +763,7 @@ def test_where_it_cannot_be_made_nothing_is_left_and_the_others_stay(
     before = {each: image.with_name(each).stat().st_size for each in names(image)}
     refused = []
     for number in range(8):
-        error = begin_with(
-            place, pytest.MonkeyPatch(), name, lambda at, n=number: code if at == n else 0
-        )
+        error = begin_with(place, pytest.MonkeyPatch(), name, only_at(number, code))
         assert {each: image.with_name(each).stat().st_size for each in names(image)} == before
         assert state_at(place) == (None if is_first else (State.APPLIED, make_plan().id))
         refused += [error] if error else []

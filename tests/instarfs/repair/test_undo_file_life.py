@@ -138,9 +138,9 @@ def last_slot(raw: bytes) -> StateWord | None:
     """The later of the slots that are whole."""
     found = []
     for at in range(SLOTS_AT, BODY_AT, SECTOR):
-        sequence, state, *rest, checksum = SLOT.unpack(raw[at : at + SLOT.size])
+        sequence, state, *numbers, checksum = SLOT.unpack(raw[at : at + SLOT.size])
         if zlib.crc32(raw[at : at + SLOT.size - 4]) == checksum:
-            found.append(StateWord(State(state), *rest, sequence))
+            found.append(StateWord(State(state), *[*numbers, sequence]))
     return max(found, key=lambda slot: slot.sequence) if found else None
 
 

@@ -13,7 +13,7 @@ from tests.images.corpus.rule import COPIED, SIZE, builder, fill, plain
 
 def none_of(image: Image) -> list[int]:
     source = Bytes(bytes(image.data))
-    return blocks_that_are_none(source, check_image(source)).tolist()
+    return list(map(int, blocks_that_are_none(source, check_image(source))))
 
 
 def with_block(content: bytes) -> Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import pytest
@@ -39,6 +40,15 @@ OF_L2 = {
     FindingKind.L2_COPIED,
 }
 Judged = set[tuple[int, FindingKind]]
+
+
+class Shape(TypedDict, total=False):
+    """What `in_an_image` takes."""
+
+    extended: bool
+    external: bool
+    version: int
+
 
 SIZES = {False: SIZE, True: 4 * SIZE}
 """Of clusters, without and with extended L2 entries."""
@@ -81,7 +91,7 @@ class Case:
     wrong: int
     right: int
     bitmaps: tuple[int, int] = (0, 0)
-    image: dict[str, int] = field(default_factory=dict)
+    image: Shape = field(default_factory=Shape)
 
 
 L1_CASES = [
@@ -92,7 +102,7 @@ L1_CASES = [
     Case(FindingKind.L1_COPIED, COPIED | 4 * SIZE, 4 * SIZE),
     Case(FindingKind.L1_COPIED, COPIED | 5 * SIZE, 1 << 56),  # cluster 0 has one reference
 ]
-EXTENDED = {"extended": True}
+EXTENDED: Shape = {"extended": True}
 X_SIZE = SIZES[True]
 L2_CASES = [
     Case(FindingKind.L2_ENTRY_RESERVED, 2 * SIZE | 1 << 61, PACKED | 1 << 61),
@@ -128,7 +138,7 @@ L2_CASES = [
 ]
 
 
-def kinds_of_l2(word: int, bitmap: int, options: dict[str, int]) -> list[FindingKind]:
+def kinds_of_l2(word: int, bitmap: int, options: Shape) -> list[FindingKind]:
     layout, stored = in_an_image(**options)
     bitmaps = as_words(bitmap) if layout.geometry.extended_l2 else None
     return kinds_in(int(judge_l2(as_words(word), bitmaps, layout, stored)[0]))

@@ -1,6 +1,7 @@
 """Tables that something else was written over: what is said of them, and never done to them."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ SHAPES = [
 ]
 
 
-def disk(clusters: int = 40, **options: object) -> Image:
+def disk(clusters: int = 40, **options: Any) -> Image:
     """Two L2 tables in use of three, *clusters* in each."""
-    builder = ImageBuilder(**{"size": 1, **options})  # type: ignore[arg-type]
+    builder = ImageBuilder(**{"size": 1, **options})
     coverage = builder.geometry.l2_coverage
-    builder = ImageBuilder(**{**options, "size": 3 * coverage})  # type: ignore[arg-type]
+    builder = ImageBuilder(**{**options, "size": 3 * coverage})
     content = random.Random(3).randbytes(clusters * builder.geometry.cluster_size)
     builder.write(0, content)
     builder.write(builder.geometry.l2_entries, content)
@@ -51,7 +52,7 @@ def text(length: int) -> bytes:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, object]) -> None:
+def test_a_table_under_text_is_named_and_its_window_is_lost(shape: dict[str, Any]) -> None:
     image = disk(**shape)
     size, coverage = image.cluster_size, image.geometry.l2_coverage
     overwrite(image, image.l2_table(1), text(size))

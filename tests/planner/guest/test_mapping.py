@@ -389,9 +389,9 @@ def test_of_a_table_that_is_a_hole_for_the_most_only_the_rest_is_gone_through(
     alike: bool, data_end: int | None
 ) -> None:
     geometry, count = Geometry(3, 21, 4, 0), 64
-    block, blocks = 4096, {}
+    block = 4096
     tables = (np.arange(count, dtype=np.uint64) // np.uint64(1 + alike) + np.uint64(1)) << 21
-    blocks |= {at: tables.astype(">u8").tobytes().ljust(block, b"\0") for at in (0,)}
+    blocks = {0: tables.astype(">u8").tobytes().ljust(block, b"\0")}
     for table in tables.tolist():
         entry = COPIED | (table << 8 & ((1 << 40) - 1))
         blocks[(table + (1 << 20)) // block] = entry.to_bytes(8, "big").ljust(block, b"\0")

@@ -25,7 +25,8 @@ def test_counts_are_sums_whatever_their_width(steps) -> None:
     found, expected = ClusterCounts(SLOTS), np.zeros(SLOTS, dtype=np.uint64)
     for taken_back, single, several, amount in steps:
         found.add(np.array(single, dtype=np.int64), amount)
-        found.add_runs(*np.array(several, dtype=np.int64).reshape(-1, 2).T, amount)
+        first, count = np.array(several, dtype=np.int64).reshape(-1, 2).T
+        found.add_runs(first, count, amount)
         for slot, times in Counter(single).items():
             expected[slot] += np.uint64(times * amount)
         for first, length in several:

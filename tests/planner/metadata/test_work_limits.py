@@ -24,7 +24,7 @@ UNIT = MAX_SHARED_BYTES // 8
 
 def chosen(*ranges: tuple[int, int]) -> list[bool]:
     start, end = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
-    return followed(start, end).tolist()
+    return [bool(is_kept) for is_kept in followed(start, end)]
 
 
 def test_no_tables_are_followed() -> None:

@@ -282,7 +282,7 @@ def discarded() -> Image:
 
 def stale_bitmaps() -> Image:
     builder = disk()
-    builder.add_bitmap("backup", granularity_bits=16, dirty=[0, 5])
+    builder.add_bitmap("backup", granularity_bits=16, dirty={0, 5})
     image = builder.build()
     bits = image.header.autoclear_features & ~int(Autoclear.BITMAPS)
     image.change_header(autoclear_features=bits)
