@@ -48,6 +48,9 @@ COMMANDS = (
     "undo",
     "trim",
 )
+BESIDE_UNDO = ("undo", "check -r leaks", "trim")
+"""What looks at an undo file that is there: one that is long, a hole, and says nothing."""
+
 BRIEFLY = ("info --output=json", "check --data", "report", "map --output=json")
 
 STREAMED = ("info --output=json", "map", "map --output=json", "plan --output=json all")
@@ -119,6 +122,13 @@ class Costs:
             found = cost.beyond(streamed=command in STREAMED)
             if found:
                 yield command, found
+        for command in () if self._briefly else BESIDE_UNDO:
+            self._anew(write)
+            self._plant_undo()
+            cost = self._command(command)
+            self._note(cost)
+            if found := cost.beyond(streamed=False):
+                yield f"{command}, beside an undo file", found
         self._anew(write)
         yield from self._mounted()
 
@@ -133,6 +143,12 @@ class Costs:
                 old.unlink()
         write(self._image)
         os.utime(self._image, (1e9, 1e9))
+
+    def _plant_undo(self) -> None:
+        path = Path(f"{self._image}.instarfs-undo")
+        path.touch(0o600)
+        path.write_bytes(b"garbage")
+        os.truncate(path, 1900 << 20)
 
     def _fork(self, arguments: list[str], out: int, *ours: int) -> int:
         """A process that is `instarfs` with *arguments*, and has none of *ours*."""
