@@ -1,9 +1,22 @@
-"""Names for the array types that the planner passes around, and what numpy does not do well."""
+"""Names for what the planner passes around, and what numpy does not do well.
+
+The words for places, each of which is a number, and none of them another:
+
+- *host offset*: bytes from the start of the image file. *Guest offset*: of the disk that a guest
+  sees, or of a snapshot's.
+- *cluster*: a host cluster's number, its host offset divided by the cluster size. *Guest cluster*:
+  the same of a guest offset.
+- *slot*: where the counters of a cluster stand in their arrays, see `ClusterIndex`.
+- *L1 index*, *L2 index*: which entry of its table. *Position*: of an entry among those of many
+  tables, one behind the other.
+
+Single ones have types of their own; columns of them are all `I64`.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +29,11 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.unsignedinteger[Any]]
+
+HostOffset = NewType("HostOffset", int)
+GuestOffset = NewType("GuestOffset", int)
+Cluster = NewType("Cluster", int)
+Slot = NewType("Slot", int)
 
 
 def expand_ranges(first: I64, last: I64) -> I64:

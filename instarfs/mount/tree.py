@@ -45,6 +45,7 @@ from instarfs.render import triage as render_triage
 from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import report_txt
 from instarfs.text import printable
+from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
 from planner.errors import ImageError, RepairError
 from planner.repair.plan import RepairTier
@@ -54,6 +55,7 @@ from planner.views.explain import explain_guest, explain_host
 from planner.views.table_view import read_l2_page
 
 T = TypeVar("T")
+P = TypeVar("P", HostOffset, GuestOffset)
 
 _NUMBER = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 
@@ -326,13 +328,15 @@ def _number(text: str) -> int | None:
 
 def _explain_files(inspector: Inspector) -> list[_Entry]:
     def explained(
-        explain: Callable[[Source, int, Callable[[int], None]], T],
+        place: Callable[[int], P],
+        explain: Callable[[Source, P, Callable[[int], None]], T],
         render: Callable[[T | ImageError, int, Report | None], bytes],
     ) -> Callable[[str], Awaitable[Node | None]]:
         async def make(name: str) -> Node | None:
-            offset = _number(name)
-            if offset is None:
+            number = _number(name)
+            if number is None:
                 return None
+            offset = place(number)
             value = inspector.look(
                 lambda source: explain(source, offset, stop_when_told), beside_check=True
             )
@@ -349,13 +353,13 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "explain/host",
             "what a byte of the image file is used for; OFFSET is decimal, or begins with 0x",
-            MadeDirectory(explained(explain_host, render_explain.host_txt)),
+            MadeDirectory(explained(HostOffset, explain_host, render_explain.host_txt)),
             shown="explain/host/OFFSET",
         ),
         _Entry(
             "explain/guest",
             "where a byte of the guest's disk is: the way through the tables to it",
-            MadeDirectory(explained(explain_guest, render_explain.guest_txt)),
+            MadeDirectory(explained(GuestOffset, explain_guest, render_explain.guest_txt)),
             shown="explain/guest/OFFSET",
         ),
     ]

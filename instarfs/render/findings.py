@@ -26,7 +26,7 @@ from instarfs.render.check import (
     snapshot_name,
 )
 from instarfs.text import json_text
-from planner.arrays import I64, U64, Mask
+from planner.arrays import I64, U64, GuestOffset, HostOffset, Mask
 from planner.check.report import Report
 from planner.findings.kinds import (
     NONE,
@@ -121,6 +121,8 @@ def _example(shape: int) -> tuple[Finding, bool]:
         kind=FindingKind(kind),
         structure=Structure(structure),
         snapshot=_snapshot_of(state),
+        host_offset=HostOffset(numbers.pop("host_offset")),
+        guest_offset=GuestOffset(numbers.pop("guest_offset")),
         **numbers,
     )
     return finding, bool(owned)

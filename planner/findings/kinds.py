@@ -14,7 +14,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, GuestOffset, HostOffset, Mask
 
 NONE = -1
 """In a column: does not apply."""
@@ -480,13 +480,13 @@ class Finding:
     kind: FindingKind
     structure: Structure
     count: int
-    host_offset: int
+    host_offset: HostOffset
     length: int
     snapshot: int
     l1_index: int
     l2_index: int
     index: int
-    guest_offset: int
+    guest_offset: GuestOffset
     guest_length: int
     found: int
     expected: int

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.arrays import I64, Counts, Mask
+from planner.arrays import I64, Counts, Mask, Slot
 
 _WIDTHS: tuple[type[np.unsignedinteger], ...] = (np.uint8, np.uint16, np.uint32, np.uint64)
 
@@ -45,11 +45,11 @@ class ClusterIndex:
             clusters = slots
         return np.where(known, clusters, 0), known
 
-    def slots_before(self, cluster: int) -> int:
+    def slots_before(self, cluster: int) -> Slot:
         """How many slots belong to clusters below *cluster*."""
         if self.keys is None:
-            return min(cluster, self.slots)
-        return int(np.searchsorted(self.keys, cluster))
+            return Slot(min(cluster, self.slots))
+        return Slot(int(np.searchsorted(self.keys, cluster)))
 
     def clusters_of(self, slots: I64) -> I64:
         """The inverse of `slots_of`."""
@@ -86,11 +86,11 @@ class PagedIndex(ClusterIndex):
         inside = clusters & ((1 << PAGE_BITS) - 1)
         return np.where(known, (at << PAGE_BITS) + inside, 0), known
 
-    def slots_before(self, cluster: int) -> int:
+    def slots_before(self, cluster: int) -> Slot:
         page, inside = divmod(cluster, 1 << PAGE_BITS)
         at = int(np.searchsorted(self._pages, page))
         is_there = at < len(self._pages) and int(self._pages[at]) == page
-        return (at << PAGE_BITS) + (inside if is_there else 0)
+        return Slot((at << PAGE_BITS) + (inside if is_there else 0))
 
     def clusters_of(self, slots: I64) -> I64:
         first: I64 = self._pages[slots >> PAGE_BITS] << PAGE_BITS
@@ -112,7 +112,7 @@ class ClusterCounts:
         twin._bound, twin._limit = self._bound, self._limit
         return twin
 
-    def add_run(self, first: int, count: int, amount: int) -> None:
+    def add_run(self, first: Slot, count: int, amount: int) -> None:
         """Add *amount* to the slots first..first+count-1."""
         part = slice(first, first + count)
         self._make_room(part, amount)

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, GuestOffset, Mask
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind
 from planner.metadata.mapping_tables import L1Entries, read_l1_tables
@@ -43,9 +43,9 @@ class Place:
     coverage: int
 
     @property
-    def guest_offset(self) -> int:
+    def guest_offset(self) -> GuestOffset:
         """Of the first guest byte that the entries map."""
-        return self.l1_index * self.coverage
+        return GuestOffset(self.l1_index * self.coverage)
 
     @property
     def phrase(self) -> str:

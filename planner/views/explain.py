@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, Cluster, GuestOffset, HostOffset
 from planner.check.owners import OwnersFinder, contested_clusters
 from planner.errors import ImageError
 from planner.findings.grouped import FindingsBuilder
@@ -62,7 +62,7 @@ class HostCluster:
     """
 
     layout: Layout
-    number: int
+    number: Cluster
     refcount: RefcountPath
     owners: tuple[Owner, ...]
     references: int
@@ -74,8 +74,8 @@ class HostCluster:
     stopped: tuple[ImageError, ...]
 
     @property
-    def offset(self) -> int:
-        return self.number << self.layout.geometry.cluster_bits
+    def offset(self) -> HostOffset:
+        return HostOffset(self.number << self.layout.geometry.cluster_bits)
 
     @property
     def is_leaked(self) -> bool:
@@ -89,9 +89,9 @@ class HostExplanation:
     ``guest``: for each owner the guest offset that reads this byte; None for what is no plain data.
     """
 
-    offset: int
+    offset: HostOffset
     cluster: HostCluster
-    guest: tuple[int | None, ...]
+    guest: tuple[GuestOffset | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class GuestExplanation:
     """
 
     layout: Layout
-    offset: int
+    offset: GuestOffset
     l1_index: int
     l1_at: int
     l1_word: int
@@ -133,19 +133,21 @@ class GuestExplanation:
 Tick = Callable[[int], None]
 
 
-def explain_host(source: Source, offset: int, tick: Tick) -> HostExplanation:
+def explain_host(source: Source, offset: HostOffset, tick: Tick) -> HostExplanation:
     """Who uses the cluster of the host *offset*. *tick* is told of the bytes read.
 
     Raises `ImageError` where the header does not say where anything is.
     """
     layout = Layout.read(source)
-    number = offset >> layout.geometry.cluster_bits
+    number = Cluster(offset >> layout.geometry.cluster_bits)
     (cluster,) = _clusters(source, layout, [number], tick)
     guest = tuple(_guest_byte(source, offset, cluster, owner) for owner in cluster.owners)
     return HostExplanation(offset, cluster, guest)
 
 
-def _guest_byte(source: Source, offset: int, cluster: HostCluster, owner: Owner) -> int | None:
+def _guest_byte(
+    source: Source, offset: HostOffset, cluster: HostCluster, owner: Owner
+) -> GuestOffset | None:
     """The guest offset that an owner of a host *offset* reads it at."""
     geometry = cluster.layout.geometry
     table = cluster.l2_tables.get((owner.snapshot, owner.l1_index))
@@ -156,10 +158,10 @@ def _guest_byte(source: Source, offset: int, cluster: HostCluster, owner: Owner)
     if not start <= offset < start + geometry.cluster_size:
         return None
     guest = owner.l1_index * geometry.l2_coverage + owner.l2_index * geometry.cluster_size
-    return guest + offset - start
+    return GuestOffset(guest + offset - start)
 
 
-def explain_guest(source: Source, offset: int, tick: Tick) -> GuestExplanation:
+def explain_guest(source: Source, offset: GuestOffset, tick: Tick) -> GuestExplanation:
     """The way to the guest *offset*. Raises as `explain_host`, and for one past the disk's end."""
     layout = Layout.read(source)
     geometry = layout.geometry
@@ -249,7 +251,7 @@ def _clusters(
     of_snapshots = survey.snapshots.snapshots.fields()["l1_table_offset"].tolist()
     l1_tables = active_l1 | dict(enumerate(of_snapshots))
     found = []
-    for number in numbers:
+    for number in map(Cluster, numbers):
         low, high = np.searchsorted(owners.cluster, [number, number + 1])
         listed = tuple(owners.of(number, limit=LISTED_OWNERS))
         found.append(

@@ -40,6 +40,7 @@ from instarfs.render.report import report_txt
 from instarfs.render.triage import triage_json
 from instarfs.repair import journal
 from instarfs.repair.undo_place import Identity
+from planner.arrays import GuestOffset, HostOffset
 from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError, NotAMapfile, RepairError
@@ -189,10 +190,10 @@ def tables(data: bytes) -> None:
     host = rng.choice((0, len(data), rng.randrange(1 << 20), (1 << 64) - 1))
     guest = rng.choice((0, rng.randrange(1 << 18), 1 << 63))
     with suppress(ImageError):
-        found = explain_host(source, host, lambda _: None)
+        found = explain_host(source, HostOffset(host), lambda _: None)
         _require_printable(render_explain.host_txt(found, host, None))
     with suppress(ImageError):
-        way = explain_guest(source, guest, lambda _: None)
+        way = explain_guest(source, GuestOffset(guest), lambda _: None)
         _require_printable(render_explain.guest_txt(way, guest, None))
 
 

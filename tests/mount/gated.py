@@ -19,6 +19,7 @@ from instarfs.errors import ImageReadFailed
 from instarfs.image.file import FileSource, Image
 from instarfs.mount import tree
 from instarfs.mount.options import MountOptions
+from planner.arrays import HostOffset
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
@@ -49,7 +50,7 @@ def check(
     return check_image(source, progress=progress, cancelled=cancelled)
 
 
-def explain(source: Source, offset: int, tick: Callable[[int], None]) -> HostExplanation:
+def explain(source: Source, offset: HostOffset, tick: Callable[[int], None]) -> HostExplanation:
     """`explain_host`, held up."""
     print("explain", file=COUNT, flush=True)
     while not (FOLDER / "gate").exists():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import Finding, FindingKind
@@ -37,10 +38,10 @@ def singles(row: Finding, report: Report) -> list[Finding]:
         replace(
             row,
             count=row.count // number,
-            host_offset=row.host_offset + at * entry,
+            host_offset=HostOffset(row.host_offset + at * entry),
             length=entry,
             l2_index=row.l2_index + at,
-            guest_offset=row.guest_offset + at * cluster,
+            guest_offset=GuestOffset(row.guest_offset + at * cluster),
             guest_length=cluster,
         )
         for at in range(number)

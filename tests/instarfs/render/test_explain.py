@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from instarfs.render.explain import guest_txt, host_txt
+from planner.arrays import GuestOffset, HostOffset
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import ImageError
@@ -22,13 +23,13 @@ from tests.images.sample import sample
 
 
 def host(image: Image, offset: int, report: Report | None = None) -> str:
-    it = explain_host(image.source, offset, lambda _: None)
+    it = explain_host(image.source, HostOffset(offset), lambda _: None)
     return host_txt(it, offset, report).decode()
 
 
 def guest(image: Image, offset: int, report: Report | None = None) -> str:
     try:
-        it = explain_guest(image.source, offset, lambda _: None)
+        it = explain_guest(image.source, GuestOffset(offset), lambda _: None)
     except ImageError as error:
         return guest_txt(error, offset, report).decode()
     return guest_txt(it, offset, report).decode()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from planner.arrays import I64
+from planner.arrays import I64, Slot
 from planner.check import check as check_module
 from planner.check.census import Census
 from planner.check.check import check_image
@@ -202,7 +202,7 @@ class _NaiveWalk:
             where = np.array(position, dtype=np.int64)
             census.findings.add(kind, where, np.array(found, dtype=dtype), structure)
 
-    def slot(self, cluster: int) -> int:
+    def slot(self, cluster: int) -> Slot:
         slots, known = self.census.index.find(np.array([cluster]))
         assert known[0]
-        return int(slots[0])
+        return Slot(int(slots[0]))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.arrays import distinct, without_repeats
+from planner.arrays import Slot, distinct, without_repeats
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterCounts, PagedIndex
 
 SLOTS = 12
@@ -40,7 +40,7 @@ def test_counts_are_sums_whatever_their_width(steps) -> None:
 
 def test_a_copy_is_counted_on_by_itself() -> None:
     first = ClusterCounts(2)
-    first.add_run(0, 1, 300)
+    first.add_run(Slot(0), 1, 300)
     second = first.copy()
     second.add_distinct(np.array([0, 1]), 65_500)
     assert first.values.tolist() == [300, 0]
@@ -50,7 +50,7 @@ def test_a_copy_is_counted_on_by_itself() -> None:
 def test_counters_are_one_byte_wide_while_that_is_enough() -> None:
     found = ClusterCounts(1000)
     for slot in range(1000):
-        found.add_run(slot, 1, 1)
+        found.add_run(Slot(slot), 1, 1)
     assert found.values.dtype == np.uint8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from planner.arrays import GuestOffset, HostOffset
 from planner.check.check import check_image
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Owner, Structure
@@ -19,11 +20,11 @@ from tests.images.corpus.rule import SIZE, extended, fill, plain, with_snapshot
 
 
 def host(image: Image, offset: int) -> HostExplanation:
-    return explain_host(image.source, offset, lambda _: None)
+    return explain_host(image.source, HostOffset(offset), lambda _: None)
 
 
 def guest(image: Image, offset: int) -> GuestExplanation:
-    return explain_guest(image.source, offset, lambda _: None)
+    return explain_guest(image.source, GuestOffset(offset), lambda _: None)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -189,10 +190,10 @@ def test_it_stops_when_it_is_told_to() -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        explain_host(plain().source, 0, tick)
+        explain_host(plain().source, HostOffset(0), tick)
 
 
 def test_nothing_is_explained_without_a_layout() -> None:
     source = Bytes(b"QFI\xfb" + bytes(200))
     with pytest.raises(ImageError):
-        explain_host(source, 0, lambda _: None)
+        explain_host(source, HostOffset(0), lambda _: None)
