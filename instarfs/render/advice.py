@@ -17,7 +17,6 @@ from instarfs.render.triage import LISTED_RUNS
 from instarfs.text import shell_path
 from planner.check.reopened import is_mended_when_opened
 from planner.check.report import Report
-from planner.findings.kinds import FindingKind
 from planner.qcow2.header import CRYPT_NONE
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
@@ -327,6 +326,4 @@ def _reads_whole(report: Report) -> bool:
     impact = guest_impact(report)
     is_packed = report.holds_compressed and not report.compressed_looked_at
     harmed = impact.ranges[Harm.LOST], impact.ranges[Harm.SUSPECT]
-    # Zeros, and still QEMU reads none of them.
-    is_misaligned = FindingKind.ZERO_MISALIGNED in report.counts()
-    return report.complete and not (is_packed or is_misaligned or any(map(len, harmed)))
+    return report.complete and not (is_packed or any(map(len, harmed)))

@@ -158,6 +158,25 @@ class StoredRefcounts:
 
     def counted_end(self, clusters: int) -> int:
         """Behind the last cluster from *clusters* on that has a refcount; 0 where none has."""
+        end = 0
+        for first, refcounts in self._blocks_past(clusters):
+            used = refcounts != 0
+            past = self.entries_per_block - np.argmax(used[:, ::-1], axis=1)
+            end = max(end, int((first + past)[used.any(axis=1)].max(initial=0)))
+        return end if end > clusters else 0
+
+    def references_past(self, clusters: int, most: int) -> int:
+        """The sum of the refcounts of all clusters from *clusters* on, each *most* at most."""
+        count = 0
+        for first, refcounts in self._blocks_past(clusters):
+            is_past = first[:, None] + np.arange(self.entries_per_block) >= clusters
+            count += int(np.minimum(refcounts[is_past].astype(np.uint64), most).sum())
+        return count
+
+    def _blocks_past(self, clusters: int) -> Iterator[tuple[I64, Counts]]:
+        """The blocks that count clusters from *clusters* on, in batches: the first cluster of each,
+        and its refcounts. One that several entries lead to stands where it reaches furthest.
+        """
         table, per_block = self.reftable, self.entries_per_block
         which = table.blocks()
         which = which[table.index[which] >= clusters // per_block][::-1]
@@ -165,13 +184,9 @@ class StoredRefcounts:
         offsets, first = np.unique(table.offset[which], return_index=True)
         present = present_tables(self._source, offsets, self._layout.geometry.cluster_size)
         offsets, which = offsets[present], which[first[present]]
-        end = 0
         for part, rows in read_tables(self._source, offsets, self._layout.geometry.cluster_size):
-            used = unpack_refcounts(rows, self._layout.geometry.refcount_order) != 0
-            past = per_block - np.argmax(used[:, ::-1], axis=1)
-            ends = table.index[which[part]] * per_block + past
-            end = max(end, int(ends[used.any(axis=1)].max(initial=0)))
-        return end if end > clusters else 0
+            refcounts = unpack_refcounts(rows, self._layout.geometry.refcount_order)
+            yield table.index[which[part]] * per_block, refcounts
 
     def set_pages(self, index: PagedIndex, page: I64, refcount: Counts) -> None:
         """Take over what `read_pages` found; every *page* has slots in *index*."""

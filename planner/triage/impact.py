@@ -33,6 +33,7 @@ _HARM = {
         FindingKind.COMPRESSED_UNREADABLE,
         FindingKind.L2_TABLE_MISALIGNED,
         FindingKind.DATA_MISALIGNED,
+        FindingKind.ZERO_MISALIGNED,  # zeros, and still QEMU reads none of them
         FindingKind.ZERO_IN_VERSION_2,
         FindingKind.COMPRESSED_WITH_DATA_FILE,
     ),
@@ -45,7 +46,6 @@ _HARM = {
         FindingKind.UNALLOCATED_SUBCLUSTERS,
     ),
     Harm.AT_RISK: (
-        FindingKind.ZERO_MISALIGNED,
         FindingKind.L1_COPIED,
         FindingKind.L2_COPIED,
     ),

@@ -20,6 +20,7 @@ from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
+from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions
 from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
@@ -240,6 +241,8 @@ def find_losses(
         _causes(source, report, disk, leaked, homeless=homeless, other_reading=other_reading)
     )
     references = _references_lost(disk, report, leaked, candidates)
+    if leaked.lost_tables or disk.lost_windows:
+        references += references_past_end(source, report)
     room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
     lost = references * report.geometry.cluster_size
     if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
@@ -400,6 +403,20 @@ def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Ma
     return int(lost.sum())
 
 
+def references_past_end(source: Source, report: Report) -> int:
+    """How many references the file counts behind its end that nothing is left of.
+
+    A table that is lost may have had them, and what they led to was cut off.
+    """
+    layout = report.layout
+    if layout is None or report.entries is None:
+        return 0
+    stored = StoredRefcounts(source, layout, Reftable(source, layout))
+    counted = stored.references_past(layout.host_clusters, layout.geometry.guest_clusters)
+    known = report.entries.counts().get(FindingKind.PAST_END, 0)
+    return max(0, counted - known)
+
+
 class _Disk:
     """The active disk's tables as they are: what they leave out, and which of the clusters *in_use*
     they map. *homeless*: clusters with data that no table leads to.
@@ -467,18 +484,21 @@ class _Disk:
         """Count the entries of active tables that map nothing, and mark what the others map."""
         used = filled.any(axis=1)
         free, offsets = ~filled[used], offsets[used]
-        order = np.argsort(self._l1.offset, kind="stable")
-        low, high = (
-            np.searchsorted(self._l1.offset, offsets, side=side, sorter=order)
-            for side in ("left", "right")
-        )
-        # The last table goes on behind the end of the disk.
-        first = self._l1.l1_index[order[low]] * free.shape[1]
-        free &= np.arange(free.shape[1]) < self._geometry.guest_clusters - first[:, None]
-        self._free += int((np.count_nonzero(free, axis=1) * (high - low)).sum())
+        # The last table goes on behind the end of the disk, and the L1 table may.
+        whole, rest = divmod(self._geometry.guest_clusters, free.shape[1])
+        for among, width in ((slice(0, whole), free.shape[1]), (slice(whole, whole + 1), rest)):
+            free_entries = np.count_nonzero(free[:, :width], axis=1)
+            self._free += int((free_entries * self._led_to(offsets, among)).sum())
         if self._report.layout is not None and self._can_share:
             data, _ = data_and_compressed(np.ascontiguousarray(rows), self._report.layout)
             self._is_mapped |= np.isin(self._in_use, data)
+
+    def _led_to(self, offsets: I64, among: slice) -> I64:
+        """How many of those L1 entries of the active disk lead to each of the tables."""
+        is_among = (self._l1.l1_index >= among.start) & (self._l1.l1_index < among.stop)
+        tables = np.sort(self._l1.offset[is_among])
+        low, high = (np.searchsorted(tables, offsets, side=side) for side in ("left", "right"))
+        return high - low
 
     def _look_for_shared(self, tables: Regions, words: U64) -> None:
         """Note which clusters in use *tables* of snapshots lead to, and for which guest cluster."""

@@ -29,6 +29,7 @@ from planner.findings.kinds import FindingKind
 from planner.guest.mapping import RunKind
 from planner.source import SECTOR, read_bytes
 from planner.triage.impact import Harm, Ranges, guest_impact
+from planner.triage.losses import references_past_end
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.matrix import Row, describe
 from tests.oracle.campaign import images_of_group, row_of
@@ -42,6 +43,7 @@ UNKNOWABLE = (
     frozenset({"header-version"}),
     frozenset({"header-refcount_order"}),
     frozenset({"header-incompatible_features"}),
+    frozenset({"subclusters-zeroed"}),
     frozenset({"grown", "cut-short"}),
     frozenset({"grown", "cut-near-end"}),
     frozenset({"grown-far", "cut-short"}),
@@ -108,6 +110,7 @@ class Truth:
             if report.error is not None:
                 return Verdict()
             triage = triage_leaks(source, report)
+            cut = references_past_end(source, report)
         before, after = self._before(), open_disk(image)
         if before is None or after is None:
             return Verdict()
@@ -118,7 +121,7 @@ class Truth:
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(report, triage, after),
+            *_faults_of_missing(report, triage, after, cut),
         ]
         missing = triage.losses.missing
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
@@ -177,18 +180,20 @@ def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
     return inside
 
 
-def _faults_of_missing(report: Report, triage: Triage, after: Patched) -> Iterator[str]:
-    """More missing than leaked clusters can have held, or than the disk has room for."""
+def _faults_of_missing(report: Report, triage: Triage, after: Patched, cut: int) -> Iterator[str]:
+    """More missing than leaked clusters can have held, and the *cut* off ones that are counted; or
+    than the disk has room for.
+    """
     missing = triage.losses.missing
     if not missing:
         return
     leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
-    bound = (leaks + len(triage.uncounted)) * report.geometry.cluster_size
+    bound = (leaks + len(triage.uncounted) + cut) * report.geometry.cluster_size
     has_backing = report.layout is not None and report.layout.header.backing_file_offset
     # What was lost without a refcount nobody can count: in compressed clusters, or as zeros.
     is_bounded = not has_backing and not len(triage.uncounted)
     if missing > bound and is_bounded:
-        yield f"{missing} bytes missing, and the leaked clusters held {bound} at most"
+        yield f"{missing} bytes missing, and what leaks held {bound} at most"
     room = _ranges(after.disk, RunKind.UNALLOCATED).size
     if missing > room + report.geometry.cluster_size:  # the last cluster of a disk may be cut off
         yield f"{missing} bytes missing, and only {room} read as nothing"

@@ -57,6 +57,12 @@ def test_what_lies_past_the_end_is_lost() -> None:
     assert found.safe == SIZE - 3 * CLUSTER
 
 
+def test_zeros_that_qemu_does_not_read_are_lost() -> None:
+    image = build()
+    image.set_bits(image.l2_at(1), 512 | entries.ZERO)
+    assert ranges(impact(image))[Harm.LOST] == [(CLUSTER, CLUSTER)]
+
+
 def test_an_l2_table_that_cannot_be_read_loses_all_that_it_maps() -> None:
     image = build()
     image.set_bits(image.l1_at(1), 512)

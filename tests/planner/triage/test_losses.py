@@ -397,6 +397,24 @@ def test_no_more_is_missing_than_reads_as_nothing() -> None:
     assert triage(image).losses.missing == CLUSTER
 
 
+def test_what_an_l1_table_has_behind_the_end_of_the_disk_is_no_room_on_it() -> None:
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    for cluster in (0, 1, 2 * builder.geometry.l2_entries):
+        builder.write_compressed(cluster, bytes([7]) * 100)
+    image = builder.build()
+    image.set_word(image.l1_at(2), image.word(image.l1_at(0)))
+    image.change_header(size=3 * CLUSTER)
+    wipe(image, image.refblock(0))
+    assert triage(image).losses.missing == CLUSTER
+
+
+def test_what_a_lost_table_led_to_behind_the_end_of_the_file_is_missing_too() -> None:
+    image = disk().build()
+    wipe(image, image.l2_table(2))
+    image.set_refcount(image.host_clusters + 3, 1)
+    assert triage(image).losses.missing == (PER_TABLE + 1) * CLUSTER
+
+
 def test_compressed_clusters_that_shared_a_cluster_are_all_missing() -> None:
     builder = disk()
     for cluster in range(20, 28):
