@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, U16, U32, U64, Mask, distinct, expand_ranges
+from planner.arrays import I64, U16, U32, U64, Mask, distinct, expand_ranges, join_ranges
 from planner.check.refcount_comparison import NO_KIND, Mismatches, kinds_of
 from planner.check.report import Report
 from planner.errors import ImageError
@@ -341,9 +341,12 @@ def _damaged_clusters(report: Report, survey: Survey) -> tuple[I64, U64]:
     clusters, kinds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
     for (kind, _), group in report.findings.groups.items():
         first = group.host_offset >> bits
-        last = (group.host_offset + np.maximum(group.length, 1) - 1) >> bits
         inside = np.flatnonzero(first < end)
-        about = expand_ranges(first[inside], np.minimum(last[inside], end))
+        # A length is whatever a header claims: no sum of it and an offset is one.
+        offset = group.host_offset[inside]
+        length = np.clip(group.length[inside], 1, (end << bits) - offset + 1)
+        start, stop = join_ranges(first[inside], ((offset + length - 1) >> bits) + 1)
+        about = expand_ranges(start, stop - 1)
         # What lies past the end is shown where it is pointed at.
         pointers = _pointers_to(group.select(np.flatnonzero(first >= end)), survey) >> bits
         clusters.append(distinct(np.concatenate((about, pointers))))

@@ -81,7 +81,7 @@ def test_names_of_features_come_from_the_feature_name_table() -> None:
 def test_feature_name_that_is_not_text_is_still_told() -> None:
     row = extensions.FEATURE_NAME.build({"type": 0, "bit": 9, "name": b"\xff".ljust(46, b"\0")})
     image = ImageBuilder(size=1 << 20, more_extensions=((extensions.FEATURE_NAMES, row),)).build()
-    assert extensions_of(image).names_of_features() == {(0, 9): "\\xff"}
+    assert extensions_of(image).names_of_features() == {(0, 9): "\udcff"}
 
 
 def _named(table: bytes) -> dict[tuple[int, int], str]:

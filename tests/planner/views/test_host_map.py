@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -206,3 +207,15 @@ def test_nothing_is_known_of_an_image_without_a_layout() -> None:
     source = Bytes(b"QFI\xfb" + bytes(200))
     with pytest.raises(ImageError):
         draw(source)
+
+
+def test_a_length_that_reaches_over_every_number_covers_the_file():
+    image = plain()
+    report = check_image(image.source)
+    found = FindingsBuilder()
+    longest = np.array([2**63 - 1, 2**63 - 1, SIZE])
+    offset = np.array([SIZE, 3 * SIZE, 2 * SIZE])
+    found.add(FindingKind.LEAK, host_offset=offset, length=longest)
+    marked = draw(image.source, replace(report, findings=found.build()))
+    leaks = [row[0] for row in clusters(marked) if FindingKind.LEAK in kinds_in(row[2])]
+    assert leaks == list(range(1, image.host_clusters))
