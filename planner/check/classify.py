@@ -82,11 +82,16 @@ def content_name(code: int) -> str:
 
 
 class Looker:
-    """Judges clusters of an image of that *layout*, with so many *snapshots*."""
+    """Judges clusters of an image of that *layout*, with so many *snapshots*.
 
-    def __init__(self, layout: Layout, snapshots: int) -> None:
+    *counted_end*: behind the last cluster that has a refcount, where that is past the file's end.
+    A table may lead there still, if the file was cut off.
+    """
+
+    def __init__(self, layout: Layout, snapshots: int, counted_end: int = 0) -> None:
         self._geometry = layout.geometry
-        self._end = layout.file_size
+        self._end, self._clusters = layout.file_size, layout.host_clusters
+        self._reach = max(self._end, counted_end << layout.geometry.cluster_bits)
         # Without it nothing is lost with a table of zeros, which looks like refcounts as well.
         self._has_backing = bool(layout.header.backing_file_offset)
         self._max_refcount = MAX_REFCOUNT + snapshots
@@ -134,27 +139,29 @@ class Looker:
         return words
 
     def plausible(self, words: U64) -> Mask:
-        """Which words could be entries: they lead into the file, or nowhere. Shape of *words*."""
+        """Which words could be entries: what they lead to is counted. Shape of *words*."""
         geometry = self._geometry
         unusual = entries.L2_RESERVED | entries.L2_OFFSET & (geometry.cluster_size - 1)
         whole = (words & np.uint64(unusual)) == 0
-        whole &= entries.l2_offsets(words) < self._end
+        whole &= entries.l2_offsets(words) < self._reach
         packed = (words & np.uint64(entries.COMPRESSED)) != 0
         if packed.any():
             start, length = entries.compressed_ranges(words, geometry)
-            whole = np.where(packed, start + length < self._end + geometry.cluster_size, whole)
+            whole = np.where(packed, start + length < self._reach + geometry.cluster_size, whole)
         result: Mask = whole
         return result
 
     def targets(self, words: U64, plausible: Mask) -> I64:
-        """The cluster that each *plausible* word points at, int64, shape of *words*; 0: none."""
+        """The cluster that each *plausible* word points at, int64, shape of *words*; 0: none that
+        the file has.
+        """
         offset = entries.l2_offsets(words)
         packed = (words & np.uint64(entries.COMPRESSED)) != 0
         if packed.any():
             start, _ = entries.compressed_ranges(words, self._geometry)
             offset = np.where(packed, start, offset)
         offset >>= self._geometry.cluster_bits
-        offset[~plausible] = 0
+        offset[~plausible | (offset >= self._clusters)] = 0
         return offset
 
     def _are_tables(self, rows: U8, at: I64) -> Mask:

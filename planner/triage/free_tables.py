@@ -26,7 +26,7 @@ def find_free_tables(source: Source, report: Report, offset: I64, length: I64) -
     if len(report.snapshots) or not len(offset):
         return nothing
     free = _filled_clusters(source, offset, offset + length, bits)
-    looker = looker_of(report)
+    looker = looker_of(source, report)
     screened = free[:: max(1, -(-len(free) // MAX_SCREENED))]
     likely = np.zeros(len(screened), dtype=np.bool_)
     for part, sectors in read_tables(source, screened << bits, SECTOR):

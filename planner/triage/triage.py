@@ -22,6 +22,7 @@ from planner.check.report import Report
 from planner.check.signatures import NAMES
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import NONE, UNLISTED, FindingKind, Structure
+from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
@@ -257,11 +258,13 @@ def triage_leaks(
     return describer.describe(signature)
 
 
-def looker_of(report: Report) -> Looker:
+def looker_of(source: Source, report: Report) -> Looker:
     """Judges clusters of the image that *report* is about. Raises its ``error``, if it has one."""
-    if report.layout is None:
+    layout = report.layout
+    if layout is None:
         raise report.error or ImageError("header", "unknown", "it was not read")
-    return Looker(report.layout, len(report.snapshots))
+    stored = StoredRefcounts(source, layout, Reftable(source, layout))
+    return Looker(layout, len(report.snapshots), stored.counted_end(layout.host_clusters))
 
 
 def _nobody(_stage: str, _done: int, _total: int) -> None:
@@ -297,7 +300,8 @@ class _Watched:
 
 def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:
     """The `Look` and the signature of every leaked cluster."""
-    geometry, size, looker = report.geometry, report.geometry.cluster_size, looker_of(report)
+    geometry, size = report.geometry, report.geometry.cluster_size
+    looker = looker_of(source, report)
     look = np.full(len(leaked), Look.IN_USE, dtype=np.uint8)
     signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
@@ -373,7 +377,7 @@ class _Describer:
         self._geometry, self._mismatches = report.geometry, mismatches
         self._uncounted = uncounted
         self._unused = mismatches.count_references(leaked) == 0
-        self._looker = looker_of(report)
+        self._looker = looker_of(source, report)
         self._group = np.full(len(leaked), NONE, dtype=np.int32)
         self._gaps = read_gaps(source, report)
         # For every cluster that has a slot, which of the leaked ones it is.

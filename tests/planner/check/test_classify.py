@@ -30,7 +30,7 @@ def rows_of(image: Image, *contents: bytes) -> U8:
 
 
 def looks(image: Image, *contents: bytes) -> list[Look]:
-    looker = looker_of(check_image(image.source))
+    looker = looker_of(image.source, check_image(image.source))
     return [Look(code) for code in looker.look(rows_of(image, *contents))[0].tolist()]
 
 
@@ -110,7 +110,7 @@ def test_a_table_may_be_overwritten_in_part() -> None:
 def test_an_l1_table_has_no_subcluster_bitmaps() -> None:
     image = build(cluster_bits=16, extended_l2=True)
     inside = (image.host_clusters - 1) * image.cluster_size
-    looker = looker_of(check_image(image.source))
+    looker = looker_of(image.source, check_image(image.source))
     l1 = rows_of(image, table_with(image, 0, inside))
     l2 = rows_of(image, table_with(image, inside, entries.SUBCLUSTERS_ALLOCATED))
     for rows, targets in (
@@ -123,7 +123,7 @@ def test_an_l1_table_has_no_subcluster_bitmaps() -> None:
 
 def test_data_says_what_it_begins_with() -> None:
     image = build()
-    looker = looker_of(check_image(image.source))
+    looker = looker_of(image.source, check_image(image.source))
     contents = (cluster_at(image, image.l2_table(0)), b"%PDF-1.7 and so on", b"\x93\x01\x02" * 999)
     look, signature = looker.look(rows_of(image, *contents))
     assert look.tolist() == [Look.L2_TABLE, Look.DATA, Look.DATA]
@@ -132,7 +132,7 @@ def test_data_says_what_it_begins_with() -> None:
 
 def test_the_first_sector_shows_what_is_worth_reading() -> None:
     image = build()
-    looker = looker_of(check_image(image.source))
+    looker = looker_of(image.source, check_image(image.source))
     sectors = [cluster_at(image, image.l2_table(0)), cluster_at(image, image.host_offset(0)), b""]
     rows = rows_of(image, *sectors)[:, :512]
     assert looker.may_be_tables(np.ascontiguousarray(rows)).tolist() == [True, False, False]

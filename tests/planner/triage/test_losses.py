@@ -534,3 +534,19 @@ def test_one_refcount_of_zero_is_no_loss_of_refcounts() -> None:
     image = wiped_table()
     image.set_refcount(image.host_offset(0) // CLUSTER, 0)
     assert len(triage(image).uncounted) == 0
+
+
+@pytest.mark.parametrize("beyond", [2, 4])
+def test_a_lost_table_that_led_behind_the_end_of_a_cut_file_is_not_taken_for_data(
+    beyond: int,
+) -> None:
+    image = disk().build()
+    first = 2 * image.geometry.l2_entries
+    for number in range(beyond):
+        cluster, past = first + number, image.host_clusters + 3 + number
+        image.set_refcount(image.host_offset(cluster) // CLUSTER, 0)
+        image.set_word(image.l2_at(cluster), past * CLUSTER | entries.COPIED)
+        image.set_refcount(past, 1)
+    image.set_word(image.l1_at(2), 0)
+    assert [suspect.looks_lost for suspect in triage(image).suspects] == [True]
+    assert proposal(image, RepairTier.LEAKS).needs_quote
