@@ -11,9 +11,9 @@ loads nothing.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
+# Nothing is imported here: `python -m instarfs` runs this while Python still looks into the
+# current folder for whatever is imported.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from instarfs.errors import InstarfsError
     from instarfs.repair.library import check, plan, repair, trim, undo
@@ -49,6 +49,8 @@ def require_own_planner() -> None:
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # noqa: PLC0415
+
     require_own_planner()
     home = importlib.import_module(f"{__name__}.{_HOMES.get(name, _LIBRARY)}")
     found: object = getattr(home, name)
