@@ -454,7 +454,7 @@ class _Disk:
         wanted = np.flatnonzero(~is_gone)
         offsets = tables.offset[wanted]
         present = present_tables(self._source, offsets, geometry.cluster_size)
-        empty, parted = [wanted[~present]], [wanted[:0]]
+        empty, parted, unsound = [wanted[~present]], [wanted[:0]], [offsets[:0]]
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
@@ -463,11 +463,14 @@ class _Disk:
             flag = 0 if geometry.external_data else entries.COPIED
             filled = (words & ~np.uint64(flag)) != 0
             filled = filled if bitmaps is None else filled | (bitmaps != 0)
-            empty.append(wanted[part][~(filled & self._are_sound(words)).any(axis=1)])
+            is_empty = ~(filled & self._are_sound(words)).any(axis=1)
+            empty.append(wanted[part][is_empty])
+            unsound.append(offsets[part][is_empty & filled.any(axis=1)])
             parted.append(wanted[part][self.traces.lacking(offsets[part], words, filled)])
             mine = is_active[part]
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
             self._look_for_shared(tables.select(wanted[part][~mine]), words[~mine])
+        self._unsound = np.concatenate(unsound)
         zeros = distinct(np.concatenate(empty))
         parts = distinct(np.concatenate(parted))
         places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
@@ -602,6 +605,9 @@ class _Disk:
         """
         coverage, (number, index) = self._geometry.l2_coverage, self.windows.zeros
         index = index[number == ACTIVE]
+        # What a table of none but damaged entries leaves out is counted entry by entry.
+        number, counted = self._entries_of(self._unsound)
+        index = np.setdiff1d(index, counted[number == ACTIVE])
         if with_empty_entries:
             index = np.concatenate((index, self.empty_entries()[1]))
         windows = int(np.clip(self.size - index * coverage, 0, coverage).sum())
