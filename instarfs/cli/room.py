@@ -61,10 +61,10 @@ def settle() -> None:
         soft, _ = resource.getrlimit(limit)
         if soft != resource.RLIM_INFINITY and soft < least:
             end(f"{least // _MIB} MiB of memory are the least it takes ({name} {least // 1024})")
-    _be_told_of_theend()
+    _be_told_of_the_end()
 
 
-def _be_told_of_theend() -> None:
+def _be_told_of_the_end() -> None:
     """Of processor time: at its hard limit a process is killed, whatever it does just then."""
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard != resource.RLIM_INFINITY and soft == hard > 1:

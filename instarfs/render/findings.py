@@ -264,11 +264,11 @@ class _Lines(Generic[T]):
         row = np.repeat(np.arange(len(low)), count)
         place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
         all_of_them = self._report.owners
-        owners = _select(all_of_them, low[row] + place)
+        owners = all_of_them.select(low[row] + place)
         shapes, parts = _owner_shapes(owners), []
         for shape in np.unique(shapes).tolist():
             at = np.flatnonzero(shapes == shape)
-            parts.append((at, self._owners_alike(shape, _select(owners, at), written)))
+            parts.append((at, self._owners_alike(shape, owners.select(at), written)))
         separator, _ = written
         separators = self._cells.labels(["", separator], place > 0)
         cells = self._cells.beside(separators, self._cells.interleaved(parts))
@@ -297,17 +297,6 @@ _as_phrase: _Written = (
     "; ",
     lambda report, owner: _inside_text(owner_phrase(owner, report.geometry, ())),
 )
-
-
-def _select(owners: Owners, which: I64) -> Owners:
-    return Owners(
-        cluster=owners.cluster[which],
-        structure=owners.structure[which],
-        snapshot=owners.snapshot[which],
-        l1_index=owners.l1_index[which],
-        l2_index=owners.l2_index[which],
-        index=owners.index[which],
-    )
 
 
 def _without_owners(report: Report) -> Report:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from instarfs.render.lengths import decimals
 from instarfs.text import json_bytes, json_text, printable
 from planner.arrays import I32, I64
 from planner.guest.chain import Member, Role
@@ -23,8 +24,6 @@ from planner.words import plural
 _BOOLEANS = ("false", "true")
 
 ROWS_A_PART = 1 << 14
-
-_POWERS = 10 ** np.arange(1, 19, dtype=np.int64)
 
 _ROW = (
     '{{ "start": {}, "length": {}, "depth": {}, "present": {}, "zero": {}, "data": {},'
@@ -79,7 +78,7 @@ def map_json_length(batches: Iterable[Extents], members: tuple[Member, ...]) -> 
 
 def _digits(numbers: I64 | I32) -> int:
     """How many decimal digits all of *numbers*, none below 0, have together."""
-    return len(numbers) + int(np.searchsorted(_POWERS, numbers, side="right").sum())
+    return int(decimals(numbers).sum())
 
 
 def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:

@@ -151,6 +151,12 @@ class Looker:
         result: Mask = whole
         return result
 
+    def are_own(self, words: U64, plausible: Mask) -> Mask:
+        """Which of *plausible* words lead to a cluster that is their disk's alone: COPIED."""
+        own: Mask = plausible & (words >= np.uint64(entries.COPIED))
+        own &= (words & np.uint64(entries.COMPRESSED)) == 0
+        return own
+
     def targets(self, words: U64, plausible: Mask) -> I64:
         """The cluster that each *plausible* word points at, int64, shape of *words*; 0: none that
         the file has.

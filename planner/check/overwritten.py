@@ -18,7 +18,7 @@ from planner.check.classify import Looker
 from planner.check.entry_findings import EntryFindings
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
-from planner.metadata.gone_tables import MIN_WILD, GoneTables
+from planner.metadata.gone_tables import GoneTables, little_is_left
 from planner.metadata.locate import Survey
 from planner.metadata.mapping_tables import L2Tables
 from planner.qcow2.layout import Layout
@@ -75,7 +75,7 @@ def find_overwritten_l1(
     size, l1 = layout.geometry.cluster_size, survey.l1
     wild = GoneTables(layout.geometry, layout.file_size).wild_l1(l1.word)
     bad, all_ = (np.bincount(numbers - ACTIVE) for numbers in (l1.snapshot[wild], l1.snapshot))
-    gone = np.flatnonzero((bad >= MIN_WILD) & (bad * 2 >= all_[: len(bad)])) + ACTIVE
+    gone = np.flatnonzero(little_is_left(bad, all_[: len(bad)])) + ACTIVE
     tables = survey.regions.select(survey.regions.structure == Structure.L1_TABLE)
     tables = tables.select(np.isin(tables.snapshot, gone))
     tables = tables.select(np.argsort(tables.offset, kind="stable"))

@@ -607,6 +607,18 @@ class Owners:
         rows = zip(*(column[low:high].tolist() for column in columns), strict=True)
         return [Owner(Structure(structure), *rest) for structure, *rest in rows]
 
+    def select(self, which: I64) -> Owners:
+        """The rows at these positions."""
+        return Owners(
+            self.cluster[which],
+            self.structure[which],
+            self.snapshot[which],
+            self.l1_index[which],
+            self.l2_index[which],
+            self.index[which],
+            self.truncated,
+        )
+
     def of_tables_alike(self) -> I64:
         """The clusters all of whose owners are L1 tables, or all L2 tables."""
         if self.truncated or not len(self.cluster):

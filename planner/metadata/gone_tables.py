@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.source import SECTOR
@@ -22,6 +22,12 @@ MIN_WILD = 4
 SLACK = 1 << 30
 """An entry may lead so far behind the image and its disk, and yet have been one: the file is cut
 off, or was the file of a larger disk."""
+
+
+def little_is_left(wild: I64, filled: I64) -> Mask:
+    """Where so many of the *filled* words of a sector or a table are *wild* that it is gone."""
+    gone: Mask = (wild >= MIN_WILD) & (wild * 2 >= filled)
+    return gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class GoneTables:
         words = entries.decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
         filled = np.count_nonzero(words, axis=2)
         bad = np.count_nonzero(self._wild(words, entries.L2_RESERVED, packed=True), axis=2)
-        gone = (bad >= MIN_WILD) & (bad * 2 >= filled)
+        gone = little_is_left(bad, filled)
         # A table of which little else is left is gone as a whole: no zero in it means anything.
         whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
         gone[whole] = True
@@ -68,8 +74,8 @@ class GoneTables:
 
     def is_gone_l1(self, words: U64) -> bool:
         """Whether little else is left of the L1 table that has these words, and else zeros."""
-        bad = int(np.count_nonzero(self.wild_l1(words)))
-        return bad >= MIN_WILD and bad * 2 >= len(words)
+        bad = np.count_nonzero(self.wild_l1(words))
+        return bool(little_is_left(np.array(bad), np.array(len(words))))
 
     def _wild(self, words: U64, reserved: int, *, packed: bool) -> Mask:
         """Which words could never have been entries; 0 could.

@@ -11,7 +11,6 @@ import numpy as np
 from planner.arrays import I64, U8, Mask, expand_ranges
 from planner.check.classify import Look, Looker
 from planner.check.report import Report
-from planner.qcow2 import entries
 from planner.source import SECTOR, Source, read_tables
 from planner.triage.triage import MAX_SCREENED, MAX_TABLES, looker_of
 
@@ -55,8 +54,7 @@ def _filled_clusters(source: Source, start: I64, end: I64, bits: int) -> I64:
 def _lead_to(rows: U8, looker: Looker, clusters: I64) -> Mask:
     """Which tables have an entry of the disk's own, COPIED, that leads to one of *clusters*."""
     words = looker.table_words(rows)
-    is_own = looker.plausible(words) & (words >= np.uint64(entries.COPIED))
-    is_own &= (words & np.uint64(entries.COMPRESSED)) == 0
+    is_own = looker.are_own(words, looker.plausible(words))
     targets = looker.targets(words, is_own)
     hits: Mask = (np.isin(targets, clusters) & (targets != 0)).any(axis=1)
     return hits

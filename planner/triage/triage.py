@@ -247,13 +247,14 @@ def triage_leaks(
     leaked.sort()
     most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
     watched = _Watched(source, cancelled, progress or _nobody, most)
-    look, signature = _look(watched, report, mismatches, leaked)
+    looker = looker_of(watched, report)
+    look, signature = _look(watched, report, mismatches, leaked, looker)
     if len(uncounted):  # what is free and empty there is free, and empty
         kept = ~np.isin(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
         leaked, look, signature = leaked[kept], look[kept], signature[kept]
         uncounted = uncounted[np.isin(uncounted, leaked)]
     describer = _Describer(
-        watched, report, mismatches, leaked=leaked, look=look, uncounted=uncounted
+        watched, report, mismatches, looker, leaked=leaked, look=look, uncounted=uncounted
     )
     return describer.describe(signature)
 
@@ -298,10 +299,11 @@ class _Watched:
         return self.source.data_extents(offset, length)
 
 
-def _look(source: Source, report: Report, mismatches: Mismatches, leaked: I64) -> tuple[U8, U8]:
+def _look(
+    source: Source, report: Report, mismatches: Mismatches, leaked: I64, looker: Looker
+) -> tuple[U8, U8]:
     """The `Look` and the signature of every leaked cluster."""
     geometry, size = report.geometry, report.geometry.cluster_size
-    looker = looker_of(source, report)
     look = np.full(len(leaked), Look.IN_USE, dtype=np.uint8)
     signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
@@ -368,6 +370,7 @@ class _Describer:
         source: Source,
         report: Report,
         mismatches: Mismatches,
+        looker: Looker,
         *,
         leaked: I64,
         look: U8,
@@ -377,7 +380,7 @@ class _Describer:
         self._geometry, self._mismatches = report.geometry, mismatches
         self._uncounted = uncounted
         self._unused = mismatches.count_references(leaked) == 0
-        self._looker = looker_of(source, report)
+        self._looker = looker
         self._group = np.full(len(leaked), NONE, dtype=np.int32)
         self._gaps = read_gaps(source, report)
         # For every cluster that has a slot, which of the leaked ones it is.
@@ -491,13 +494,12 @@ class _Describer:
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
             words = self._looker.table_words(rows)
             filled, plausible = words != 0, self._looker.plausible(words)
-            plain = (words & np.uint64(entries.COMPRESSED)) == 0
-            is_copied = plausible & plain & (words >= np.uint64(entries.COPIED))
-            copied[part] = is_copied.any(axis=1)
+            is_own = self._looker.are_own(words, plausible)
+            copied[part] = is_own.any(axis=1)
             numbers[0, part] = np.count_nonzero(filled, axis=1)
             numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
             targets = self._looker.targets(words, plausible)
-            led_alone[part] = self._lead_to_data(np.where(is_copied, targets, 0))
+            led_alone[part] = self._lead_to_data(np.where(is_own, targets, 0))
             numbers[2:, part] = self._count_targets(targets, part.start, tables)
         entries_, plausible_, targets_, hits, to_tables, to_refblocks = numbers
         # A newer copy of a table in use had what is new alone, as an older one has nothing.
