@@ -111,6 +111,7 @@ async def _mount(
                 nursery.start_soon(_obey, signals, service, stop)
                 nursery.start_soon(_announce, service, read_ahead, ready, stop)
                 nursery.start_soon(service.operations.watch_callers)
+                nursery.start_soon(service.operations.drop_names)
                 take_turns_fast()
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
                 stop()

@@ -17,6 +17,7 @@ import logging
 import os
 import stat
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -145,9 +146,37 @@ def _guarded(
     return guard
 
 
-def _drop(directory: InodeT, name: FileNameT) -> None:
-    """In a thread: the kernel waits with it for who looks for something in that directory."""
-    pyfuse3.invalidate_entry_async(directory, name, ignore_enoent=True)
+class _Dropper:
+    """Has the kernel let go of names, for as long as there is a mount to drop them from.
+
+    In a thread: the kernel waits with it for whoever looks for something in that directory. The
+    thread that pyfuse3 has for it goes on when its session has been closed.
+    """
+
+    def __init__(self) -> None:
+        self._names: deque[tuple[InodeT, FileNameT]] = deque()
+        self._some = trio.Event()
+        self._is_over = False
+
+    def __call__(self, directory: InodeT, name: FileNameT) -> None:
+        self._names.append((directory, name))
+        self._some.set()
+
+    async def run(self) -> None:
+        """Drop what comes, until it is cancelled."""
+        try:
+            while True:
+                await self._some.wait()
+                self._some = trio.Event()
+                # Who waits for the end of the mount need not wait for who looks in a directory.
+                await trio.to_thread.run_sync(self._drop_all, abandon_on_cancel=True)
+        finally:
+            self._is_over = True
+
+    def _drop_all(self) -> None:
+        while self._names and not self._is_over:
+            with contextlib.suppress(OSError):  # the kernel has let go of it, or of the mount
+                pyfuse3.invalidate_entry(*self._names.popleft())
 
 
 @dataclass(slots=True)
@@ -183,10 +212,11 @@ class Operations(pyfuse3.Operations):
         facts: Callable[[], Facts],
         ownership: Ownership,
         attributes: dict[bytes, bytes] | None = None,
-        drop: Callable[[InodeT, FileNameT], None] = _drop,
+        drop: Callable[[InodeT, FileNameT], None] | None = None,
     ) -> None:
         super().__init__()
-        self._drop = drop
+        self._dropper = _Dropper()
+        self._drop = drop or self._dropper
         self._made: dict[int, tuple[InodeT, FileNameT]] = {}
         self._root = root
         self._facts = facts
@@ -209,6 +239,10 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         self.answering.set()
+
+    async def drop_names(self) -> None:
+        """Have the kernel let go of names that were made; runs as long as the mount."""
+        await self._dropper.run()
 
     async def watch_callers(self) -> None:
         """End what processes wait for that were killed meanwhile; runs as long as the mount.

@@ -11,7 +11,7 @@ from typing import Any
 import pyfuse3
 import pytest
 import trio
-from pyfuse3 import EntryAttributes, FUSEError
+from pyfuse3 import EntryAttributes, FileNameT, FUSEError, InodeT
 
 from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, RepairRunning
 from instarfs.inspect.shared_value import Edition
@@ -542,3 +542,27 @@ async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many
         if name in {"7", "9"}:
             await operations.forget([(entry.st_ino, 1)])
     assert dropped == [name.encode() for name in names[1:301] if name not in {"7", "9"}][:298]
+
+
+async def test_no_name_is_dropped_once_there_is_no_mount_to_drop_it_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped: list[bytes] = []
+
+    def invalidate(_directory: InodeT, name: FileNameT) -> None:
+        dropped.append(name)
+        if name == b"unknown":
+            raise FileNotFoundError
+
+    monkeypatch.setattr(pyfuse3, "invalidate_entry", invalidate)
+    dropper = module._Dropper()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dropper.run)
+        for name in (b"unknown", b"one"):
+            dropper(ROOT, name)
+        while len(dropped) < 2:
+            await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    dropper(ROOT, b"two")
+    await trio.to_thread.run_sync(dropper._drop_all)
+    assert dropped == [b"unknown", b"one"]
