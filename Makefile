@@ -35,7 +35,7 @@ demo:
 
 test:
 	@$(setup) test
-	@$(python) -m pytest --durations=5 $(ARGS)
+	@$(python) -m pytest -n auto --maxprocesses 4 --dist loadfile --durations=5 $(ARGS)
 
 lint:
 	@$(setup) dev

@@ -5,6 +5,7 @@ Fixtures live beside the tests that use them; here stands only what all levels n
 
 import os
 import signal
+from collections.abc import Generator
 
 import hypothesis
 import pytest
@@ -56,3 +57,15 @@ def cases(request: pytest.FixtureRequest) -> int:
 def seed(request: pytest.FixtureRequest) -> int:
     """The first seed of a campaign."""
     return int(request.config.getoption("--seed"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What runs tests side by side sends UTF-8, and some tests log names that are not."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report

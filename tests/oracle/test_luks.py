@@ -51,7 +51,7 @@ def with_header(path: Path, header: LuksHeader) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", REFUSED | LOCKED)
+@pytest.mark.parametrize("name", sorted(REFUSED | LOCKED))
 def test_refused(name: str, tmp_path: Path) -> None:
     header = (REFUSED | LOCKED)[name]
     image = with_header(tmp_path / "image", header)
@@ -63,7 +63,7 @@ def test_refused(name: str, tmp_path: Path) -> None:
     assert any(str(report.luks_error) in line for line in check_messages(report))
 
 
-@pytest.mark.parametrize("name", ACCEPTED.keys() - LOCKED.keys())
+@pytest.mark.parametrize("name", sorted(ACCEPTED.keys() - LOCKED.keys()))
 def test_accepted(name: str, tmp_path: Path) -> None:
     header = ACCEPTED[name]
     image = with_header(tmp_path / "image", header)
