@@ -15,7 +15,7 @@ FAT, the offset of the directory entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -131,20 +131,35 @@ class Names:
 class FileSystem(Protocol):
     """One file system, found on a source that it is read from again with each question."""
 
-    kind: str
-    """As blkid says it: ext2, ext3, ext4, xfs, ntfs, vfat, exfat, btrfs."""
-    label: str
-    """As stored, not to be trusted; "" where there is none."""
-    uuid: str
-    """As blkid writes it; "" where there is none."""
-    block_size: int
-    size: int
-    """Of the whole, in bytes: as the file system says, cut at the end of the source."""
-    root: int
-    """The inode of ``/``."""
-    notes: list[str]
-    """What could not be read and what that means, one sentence each, without a full stop; grows
-    while it is read, never with the number of what is damaged."""
+    @property
+    def kind(self) -> str:
+        """As blkid says it: ext2, ext3, ext4, xfs, ntfs, vfat, exfat, btrfs."""
+
+    @property
+    def label(self) -> str:
+        """As stored, not to be trusted; "" where there is none."""
+
+    @property
+    def uuid(self) -> str:
+        """As blkid writes it; "" where there is none."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """Of the whole, in bytes: as the file system says, cut at the end of the source."""
+
+    @property
+    def root(self) -> int:
+        """The inode of ``/``."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What could not be read and what that means, one sentence each, without a full stop.
+
+        All of it once the walks are over; their number does not grow with that of what is damaged.
+        """
 
     def extents(self) -> Iterator[Extents]:
         """All there is but what is free: data of all files, deleted ones that still have their

@@ -1,0 +1,59 @@
+"""What a reader says of a whole file system, gathered for a comparison."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from planner.guestfs.protocol import FileSystem, What
+
+
+def paths_of(filesystem: FileSystem) -> set[tuple[bytes, int]]:
+    """Every path from the root, and its inode."""
+    inside: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+    for names in filesystem.names():
+        for row in range(len(names)):
+            inside[int(names.parent[row])].append((names.name(row), int(names.child[row])))
+    found: set[tuple[bytes, int]] = set()
+    folders = [(filesystem.root, b"")]
+    while folders:
+        folder, path = folders.pop()
+        for name, inode in inside.pop(folder, []):
+            found.add((path + b"/" + name, inode))
+            folders.append((inode, path + b"/" + name))
+    return found
+
+
+def blocks_of(filesystem: FileSystem) -> dict[int, set[tuple[int | str, int]]]:
+    """The blocks of each inode as (block of the file, block of the disk); those that say where
+    they are with ``map`` for the first. Under -1 what is the file system's own.
+    """
+    size = filesystem.block_size
+    found: dict[int, set[tuple[int | str, int]]] = defaultdict(set)
+    for extents in filesystem.extents():
+        for inode, file_offset, start, length, what in zip(
+            extents.inode.tolist(),
+            extents.file_offset.tolist(),
+            extents.start.tolist(),
+            extents.length.tolist(),
+            extents.what.tolist(),
+            strict=True,
+        ):
+            for at in range(-(-length // size)):
+                place = "map" if what == What.INODE_TABLE else file_offset // size + at
+                found[inode].add((place, start // size + at))
+    return found
+
+
+def free_blocks_of(filesystem: FileSystem, own: set[int]) -> set[int]:
+    """Free blocks but for *own*: what nobody wrote a bitmap for is told of as free as a whole."""
+    size = filesystem.block_size
+    found: set[int] = set()
+    for spans in filesystem.free():
+        for start, length in zip(spans.start.tolist(), spans.length.tolist(), strict=True):
+            found.update(range(start // size, (start + length) // size))
+    return found - own
+
+
+def owned_blocks(blocks: dict[int, set[tuple[int | str, int]]]) -> set[int]:
+    """All blocks that somebody has, or the file system itself."""
+    return {block for pairs in blocks.values() for _, block in pairs}
