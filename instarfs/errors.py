@@ -401,7 +401,10 @@ class FuseForbidden(InstarfsError):
 
 @dataclass(eq=False)
 class FuseNotInstalled(InstarfsError):
-    """what a mount needs is not installed: {reason}; install fuse3, and pyfuse3 for this Python"""
+    """a mount needs what is not installed: {reason}; all other commands work without. Install it: apt
+    install gcc pkg-config fuse3 libfuse3-dev python3-dev (or dnf install gcc pkgconf fuse3
+    fuse3-devel python3-devel), then pip install 'instarfs[mount]'
+    """
 
     reason: str
 
