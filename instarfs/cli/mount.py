@@ -26,7 +26,8 @@ from instarfs.mount.options import MountOptions
     multiple=True,
     metavar="OPT[,OPT...]",
     help="Mount options. allow_other lets other users read the mount; ro as --read-only;"
-    " what mount(8) and fstab pass is understood.",
+    " no_undo, undo_file=PATH and follow=DIR as the options below; what mount(8) and fstab pass is"
+    " understood.",
 )
 @click.option("-f", "foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
@@ -61,8 +62,10 @@ def command(
     """
     inherited = descriptors.open_now()
     options = MountOptions.parse(words, read_only=read_only)
+    keep_undo = options.keep_undo and not no_undo
     # Opened before the mount could hide it.
-    opened, follow = Image.open(image, undo_file), Follow(directories, serving=True)
+    opened = Image.open(image, undo_file or options.undo_file)
+    follow = Follow((*directories, *options.follow), serving=True)
     check_mountpoint(directory)
     check_fuse(directory)
     try:
@@ -87,7 +90,7 @@ def command(
         from instarfs.daemon.serve import serve  # noqa: PLC0415
         from instarfs.repair.run import Repairer  # noqa: PLC0415
 
-        repairer = partial(Repairer, keep_undo=not no_undo)
+        repairer = partial(Repairer, keep_undo=keep_undo)
         code = serve(
             opened,
             directory,
@@ -95,6 +98,6 @@ def command(
             ready,
             follow=follow,
             make_repairer=repairer,
-            keeps_undo=not no_undo,
+            keeps_undo=keep_undo,
         )
     sys.exit(code)

@@ -1,11 +1,14 @@
 """The options behind ``-o``: which there are, which the kernel gets, which mean nothing here.
 
-Everything about their spelling lives here, that of what libfuse is handed included.
+Everything about their spelling lives here, that of what libfuse is handed included. An fstab has no
+other place for what the command line has options of its own for: ``follow=DIR``, ``no_undo`` and
+``undo_file=PATH`` are those.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,12 +28,23 @@ _IGNORED = frozenset(
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
+_NO_UNDO, _FOLLOW, _UNDO_FILE = "no_undo", "follow=", "undo_file="
+
+# As in libfuse: a comma that is part of a path has a backslash before it.
+_COMMA = re.compile(r"(?<!\\),")
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """What was asked for with ``-o``, sorted and judged."""
+    """What was asked for with ``-o``, sorted and judged.
+
+    ``follow``, ``undo_file`` and ``keep_undo`` are those of the command line, under other names.
+    """
 
     passed_on: frozenset[str] = frozenset()
+    follow: tuple[str, ...] = ()
+    undo_file: str | None = None
+    keep_undo: bool = True
 
     @classmethod
     def parse(cls, words: Iterable[str], *, read_only: bool = False) -> MountOptions:
@@ -38,11 +52,19 @@ class MountOptions:
 
         Raises `UnknownMountOption`.
         """
-        options = {option for word in words for option in word.split(",") if option}
-        for option in sorted(options - _PASSED_ON - _IGNORED):
-            if not option.startswith(_IGNORED_PREFIXES):
+        options = [option for word in words for option in _COMMA.split(word) if option]
+        known = _PASSED_ON | _IGNORED | {_NO_UNDO}
+        prefixes = (*_IGNORED_PREFIXES, _FOLLOW, _UNDO_FILE)
+        for option in options:
+            is_empty = option in (_FOLLOW, _UNDO_FILE)
+            if is_empty or (option not in known and not option.startswith(prefixes)):
                 raise UnknownMountOption(option)
-        return cls(frozenset((options & _PASSED_ON) | ({"ro"} if read_only else set())))
+        return cls(
+            frozenset((_PASSED_ON.intersection(options)) | ({"ro"} if read_only else set())),
+            follow=tuple(_paths(options, _FOLLOW)),
+            undo_file=next(reversed(_paths(options, _UNDO_FILE)), None),
+            keep_undo=_NO_UNDO not in options,
+        )
 
     @property
     def read_only(self) -> bool:
@@ -60,6 +82,11 @@ class MountOptions:
         There is no program in the tree, and none can be put there by whoever takes its daemon over.
         """
         return {*self.passed_on, "noexec", f"fsname={_escaped(source)}", "subtype=instarfs"}
+
+
+def _paths(options: Iterable[str], key: str) -> list[str]:
+    """The values of the option *key*, in order."""
+    return [o[len(key) :].replace("\\,", ",") for o in options if o.startswith(key)]
 
 
 def _escaped(path: str) -> str:

@@ -29,6 +29,26 @@ def test_read_only_is_an_option() -> None:
     assert not MountOptions.parse(["rw"]).read_only
 
 
+def test_an_fstab_can_say_what_the_command_line_can() -> None:
+    options = MountOptions.parse(["follow=/a,ro,follow=/b\\,c", "no_undo,undo_file=/u/x"])
+    assert options.follow == ("/a", "/b,c")
+    assert options.undo_file == "/u/x"
+    assert not options.keep_undo
+    assert options.passed_on == {"ro"}
+
+
+def test_unless_it_says_otherwise_nothing_is_followed_and_undo_is_kept() -> None:
+    assert MountOptions.parse(["ro"]).follow == ()
+    assert MountOptions.parse(["ro"]).undo_file is None
+    assert MountOptions.parse(["ro"]).keep_undo
+
+
+@pytest.mark.parametrize("option", ["follow=", "undo_file=", "follow", "no_undo=1"])
+def test_an_option_needs_its_value_and_no_other(option: str) -> None:
+    with pytest.raises(UnknownMountOption, match=f"^-o {option}: "):
+        MountOptions.parse([option])
+
+
 def test_others_are_kept_out_unless_invited() -> None:
     assert not MountOptions.parse(["allow_root"]).for_others
 
