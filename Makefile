@@ -3,12 +3,14 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench fuzz load clean
+.PHONY: help demo test lint coverage bench fuzz load wheel deb test-deb clean
 
 # The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
 PYTHON ?=
 # More arguments for the command behind a target: make test ARGS="-k leaks --cases 5000"
 ARGS ?=
+# The Debian releases that packages are tried in.
+SUITES ?= bookworm trixie
 # How long each fuzzer runs, or the load lasts.
 SECONDS ?= 60
 
@@ -23,6 +25,9 @@ help:
 	@echo 'make bench   measure each work against its peers         ARGS="--only check-1t --runs 9"'
 	@echo 'make fuzz    fuzz everything that reads an image         SECONDS=60 ARGS="check plan"'
 	@echo 'make load    put a mount under load for so long          SECONDS=600'
+	@echo 'make wheel   a wheel and a source archive in dist/, the same bytes every time'
+	@echo 'make deb     a package for this Debian in dist/, with all that it needs inside'
+	@echo 'make test-deb  the same, installed, used and removed in new systems  SUITES="bookworm trixie"'
 	@echo 'make clean   remove .venv and everything else that make made'
 	@echo
 	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
@@ -62,6 +67,19 @@ load:
 	@# It lasts longer than a test that hangs.
 	@$(python) -m pytest -s tests/load --cases $$(( $(SECONDS) * 60 )) \
 		-o faulthandler_timeout=$$(( $(SECONDS) + 300 ))
+
+wheel:
+	@$(setup) package
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || stat -c %Y CHANGELOG.md)} \
+		$(python) -m hatchling build -d dist
+
+deb:
+	@$(setup) package
+	@packaging/deb/build dist
+
+test-deb:
+	@$(setup) package
+	@for suite in $(SUITES); do packaging/deb/test $$suite build/deb || exit 1; done
 
 clean:
 	rm -rf .coverage .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ import resource
 import site
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -198,11 +199,19 @@ def _require_rule_on_cutting() -> None:
 
 
 def _libraries() -> Iterator[str]:
-    """Where modules are, for those that are imported late; and the sources for tracebacks."""
-    yield str(Path(os.__file__).parent)
-    yield from site.getsitepackages()
-    ours = Path(__file__).resolve().parents[2]
-    yield from (str(ours / name) for name in ("instarfs", "planner"))
+    """Where modules are, for those that are imported late; and the sources for tracebacks.
+
+    A package that is loaded from anywhere else, a user's site or PYTHONPATH, may be read on, and
+    nothing beside it.
+    """
+    installed = [str(Path(os.__file__).parent), *site.getsitepackages()]
+    yield from installed
+    inside = tuple(f"{os.path.realpath(path)}/" for path in installed)
+    for name, module in sorted(sys.modules.items()):
+        if "." not in name:
+            for folder in map(os.path.realpath, getattr(module, "__path__", ())):
+                if not folder.startswith(inside):
+                    yield folder
 
 
 # ---- the kernel ----

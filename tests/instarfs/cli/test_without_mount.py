@@ -1,4 +1,4 @@
-"""What `pip install instarfs` brings is enough for all but a mount, and a mount says what is not."""
+"""What `pip install instarfs` brings is enough for all but a mount, which says what is missing."""
 
 from __future__ import annotations
 
