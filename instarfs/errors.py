@@ -401,8 +401,8 @@ class FuseForbidden(InstarfsError):
 
 @dataclass(eq=False)
 class FuseNotInstalled(InstarfsError):
-    """a mount needs what is not installed: {reason}; all other commands work without. Install it: apt
-    install gcc pkg-config fuse3 libfuse3-dev python3-dev (or dnf install gcc pkgconf fuse3
+    """a mount needs what is not installed: {reason}; all other commands work without. Install it:
+    apt install gcc pkg-config fuse3 libfuse3-dev python3-dev (or dnf install gcc pkgconf fuse3
     fuse3-devel python3-devel), then pip install 'instarfs[mount]'
     """
 

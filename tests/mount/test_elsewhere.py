@@ -26,7 +26,13 @@ def test_its_daemon_still_imports_what_it_needs_late(tmp_path: Path) -> None:
         subprocess.run(["cp", "-a", PROJECT / package, library], check=True)
     image, mount = tmp_path / "image", tmp_path / "mnt"
     # With a cluster of two owners: numpy loads a package to compare them.
-    make = [sys.executable, PROJECT / "examples/make_image.py", "--damage", "shared-cluster", image]
+    make: list[str | Path] = [
+        sys.executable,
+        PROJECT / "examples/make_image.py",
+        "--damage",
+        "shared-cluster",
+        image,
+    ]
     subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     mount.mkdir()
     program = LAUNCHER.format(library=str(library))
