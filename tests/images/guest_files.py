@@ -64,3 +64,17 @@ def make_ext(image: Path, tree: Path, options: list[str], size: int = 64 << 20) 
     command: list[str | Path] = ["mke2fs", "-q", "-F", "-L", "a label", "-d", tree, *options, image]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def make_disk(disk: Path, script: str, parts: dict[int, Path], size: int = 48 << 20) -> None:
+    """A disk of *size* bytes that sfdisk partitions by *script*, with *parts* at their offsets."""
+    with disk.open("wb") as file:
+        file.truncate(size)
+    done = subprocess.run(
+        ["sfdisk", "--quiet", disk], input=script, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with disk.open("r+b") as file:
+        for offset, part in parts.items():
+            file.seek(offset)
+            file.write(part.read_bytes())

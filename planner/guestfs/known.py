@@ -1,0 +1,31 @@
+"""Which file systems there are readers for, and which of them is the one at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from planner.guestfs.ext import filesystem as ext
+from planner.guestfs.protocol import FileSystem
+from planner.guestfs.reading import Holes
+from planner.source import read_bytes
+
+Reader = Callable[[Holes], FileSystem | None]
+
+MARKS: tuple[tuple[int, bytes, Reader], ...] = ((1080, b"\x53\xef", ext.recognise),)
+"""Where the first copy of a superblock has which bytes, the surest first."""
+
+
+def recognise(source: Holes) -> FileSystem | None:
+    """The file system that *source* holds, if any of ours.
+
+    By its first superblock or boot sector if that is there. Only then by copies of one: those that
+    an earlier file system left behind are not overwritten by the next.
+    """
+    marked = [
+        reader for offset, mark, reader in MARKS if read_bytes(source, offset, len(mark)) == mark
+    ]
+    for reader in dict.fromkeys([*marked, *(reader for _, _, reader in MARKS)]):
+        found = reader(source)
+        if found is not None:
+            return found
+    return None

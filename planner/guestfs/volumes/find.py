@@ -1,0 +1,224 @@
+"""The volumes of a disk, and what each of them holds: the front door of this room.
+
+What has a file system is read by `planner.guestfs.known`; what has none is named by what it begins
+with: encrypted, swap space, a part of a RAID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.arrays import I64
+from planner.guestfs.known import recognise
+from planner.guestfs.protocol import FileSystem
+from planner.guestfs.reading import NO_RANGES, Holes, Window
+from planner.guestfs.volumes.lvm import Physical, read_physical
+from planner.guestfs.volumes.partitions import Partition, Table, read_table
+from planner.guestfs.volumes.space import Pieces, Segment, Space, linear
+from planner.source import Source, read_bytes
+
+WHOLE_DISK = "whole disk"
+
+MIN_SIZE = 4096
+"""Of a volume in which something is looked for."""
+
+MAX_VOLUMES = 1 << 10
+
+SIGNATURES = (
+    ("crypto_LUKS", 0, b"LUKS\xba\xbe"),
+    ("crypto_LUKS", 0, b"SKUL\xba\xbe"),
+    ("crypto_LUKS", 0x4000, b"SKUL\xba\xbe"),
+    ("BitLocker", 3, b"-FVE-FS-"),
+    ("swap", 4086, b"SWAPSPACE2"),
+    ("swap", 4086, b"SWAP-SPACE"),
+    ("linux_raid_member", 4096, b"\xfc\x4e\x2b\xa9"),
+    ("zfs_member", 128 << 10, b"\x0c\xb1\xba\x00\x00\x00\x00\x00"),
+    ("squashfs", 0, b"hsqs"),
+    ("iso9660", 32769, b"CD001"),
+    ("f2fs", 1024, b"\x10\x20\xf5\xf2"),
+    ("apfs", 32, b"NXSB"),
+    ("bcachefs", 4120, b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca"),
+    ("jfs", 32768, b"JFS1"),
+    ("reiserfs", 65588, b"ReIsEr"),
+)
+"""What a volume is that is no file system for us: the word of blkid, where, and with what."""
+
+ENCRYPTED = ("crypto_LUKS", "BitLocker")
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A part of the disk with a name that people know.
+
+    ``holds``: the file system's kind, or what else it is, in blkid's word; "" where nobody knows.
+    ``source``: its bytes, holes where they are damaged.
+    """
+
+    name: str
+    space: Space
+    source: Holes
+    filesystem: FileSystem | None
+    holds: str
+    notes: list[str] = field(default_factory=list)
+
+    def pieces(self, start: I64, end: I64) -> Pieces:
+        """What ranges of the disk are of it; see `Space.pieces`."""
+        return self.space.pieces(start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is on a disk: its volumes, and (start, length) of what describes them.
+
+    ``notes``: what could not be read of that.
+    """
+
+    volumes: list[Volume]
+    own: list[tuple[int, int]]
+    notes: list[str]
+
+
+@dataclass(slots=True)
+class _Disk:
+    """The disk that is looked at, with its holes as ranges, and without them as it is.
+
+    ``raw``: a failed read is to be a hole of the volume that it is in.
+    """
+
+    raw: Source
+    source: Holes
+    start: I64
+    end: I64
+    layout: Layout
+
+    def add(self, name: str, segments: tuple[Segment, ...], notes: list[str], label: str) -> Volume:
+        """The volume that *segments* are."""
+        space = Space(self.raw, segments)
+        holes = space.pieces(self.start, self.end)
+        source = Holes(space, holes.start, holes.start + holes.length)
+        holds = _signature(source)
+        # Below what is encrypted now lies what was there before.
+        known = recognise(source) if holds not in ENCRYPTED and space.size >= MIN_SIZE else None
+        holds = known.kind if known else holds
+        shown = label or (known.label if known else "")
+        volume = Volume(f"{name} ({shown})" if shown else name, space, source, known, holds, notes)
+        if len(self.layout.volumes) < MAX_VOLUMES:
+            self.layout.volumes.append(volume)
+        return volume
+
+
+def find_volumes(source: Source, start: I64 = NO_RANGES, end: I64 = NO_RANGES) -> Layout:
+    """What the disk *source* has, of which the ranges *start* to *end* are not to be believed.
+
+    The ranges ascend and are disjoint.
+    """
+    holes = Holes(source, start, end)
+    disk = _Disk(source, holes, start, end, Layout([], [], []))
+    table = read_table(holes)
+    if table is None:
+        _add_whole(disk, source.size)
+    else:
+        _add_partitions(disk, table)
+        if not any(each.holds for each in disk.layout.volumes):
+            whole = _Disk(source, holes, start, end, Layout([], [], []))
+            _add_whole(whole, source.size)
+            if any(each.filesystem for each in whole.layout.volumes):
+                return whole.layout
+    return disk.layout
+
+
+def _add_whole(disk: _Disk, size: int) -> None:
+    physical = _physical(disk, 0, size)
+    if physical is not None:
+        _add_logical(disk, physical, 0, WHOLE_DISK)
+        return
+    volume = disk.add(WHOLE_DISK, linear(size, 0), [], "")
+    if volume.holds:
+        return
+    found = list(_scattered(disk, size))
+    if found:
+        disk.layout.volumes.clear()
+        disk.layout.notes.append(
+            "there is no partition table that can be read: file systems were looked for where they"
+            " usually begin"
+        )
+        for begin, length in found:
+            disk.add(f"at offset {begin}", linear(length, begin), [], "")
+
+
+def _add_partitions(disk: _Disk, table: Table) -> None:
+    disk.layout.own.extend(table.own)
+    disk.layout.notes.extend(table.notes)
+    for each in table.partitions:
+        physical = _physical(disk, each.start, each.length)
+        if physical is not None:
+            _add_logical(disk, physical, each.start, _named(each))
+        else:
+            disk.add(f"partition {each.number}", linear(each.length, each.start), [], each.label)
+
+
+def _named(partition: Partition) -> str:
+    label = f" ({partition.label})" if partition.label else ""
+    return f"partition {partition.number}{label}"
+
+
+def _physical(disk: _Disk, start: int, length: int) -> Physical | None:
+    if length < MIN_SIZE:
+        return None
+    window = Window(disk.raw, start, length)
+    first = int(np.searchsorted(disk.end, start, side="right"))
+    last = int(np.searchsorted(disk.start, start + length, side="left"))
+    low, high = disk.start[first:last] - start, disk.end[first:last] - start
+    return read_physical(Holes(window, np.maximum(low, 0), np.minimum(high, length)), start)
+
+
+def _add_logical(disk: _Disk, physical: Physical, start: int, name: str) -> None:
+    disk.layout.own.extend((start + at, length) for at, length in physical.own)
+    disk.layout.notes.extend(f"{name}: {note}" for note in physical.notes)
+    for each in physical.volumes:
+        disk.add(each.name, tuple(each.segments), each.notes, "")
+
+
+def _signature(source: Holes) -> str:
+    for word, offset, signature in SIGNATURES:
+        if read_bytes(source, offset, len(signature)) == signature:
+            return word
+    return ""
+
+
+# ---- where the table is gone ----
+
+SCANNED_STEPS = (1 << 20, 63 * 512)
+"""Partitions begin at multiples of a mebibyte now; the first did at sector 63 of old."""
+
+MAX_SCANNED = 1 << 17
+
+
+def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of file systems that begin at likely places, ascending, none in another."""
+    places = [SCANNED_STEPS[1], *range(SCANNED_STEPS[0], size, SCANNED_STEPS[0])][:MAX_SCANNED]
+    end = 0
+    for begin in places:
+        if begin < end or begin + MIN_SIZE > size:
+            continue
+        if not any(True for _ in disk.source.data_extents(begin, MIN_SIZE)):
+            continue
+        if not _may_begin(read_bytes(disk.source, begin, MIN_SIZE)):
+            continue
+        found = recognise(Holes(Window(disk.source, begin, size - begin)))
+        if found is not None and found.size:
+            end = begin + found.size
+            yield begin, found.size
+
+
+def _may_begin(raw: bytes) -> bool:
+    """Whether the first bytes are those of a file system, not only of a copy somewhere in it."""
+    return (
+        raw[1080:1082] == b"\x53\xef"
+        or raw[:4] == b"XFSB"
+        or raw[3:11] in (b"NTFS    ", b"EXFAT   ")
+        or raw[510:512] == b"\x55\xaa"
+    )
