@@ -535,6 +535,14 @@ class ImageReplaced(InstarfsError):
 
 
 @dataclass(eq=False)
+class PreviewOutdated(InstarfsError):
+    """{path}: it was written to since this preview was made; mount the preview anew"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ESTALE
+
+
+@dataclass(eq=False)
 class ImageChanged(InstarfsError):
     """{path}: {what}; nothing was written; check it again"""
 

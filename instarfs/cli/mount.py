@@ -8,6 +8,7 @@ from functools import partial
 
 import click
 
+from instarfs.cli.naming import named
 from instarfs.cli.options import undo_file_option
 from instarfs.cli.room import shortage_of
 from instarfs.daemon import descriptors
@@ -16,7 +17,8 @@ from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image.file import Image
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
-from instarfs.mount.options import MountOptions
+from instarfs.mount.options import PREVIEWS, MountOptions
+from planner.errors import PlannerError
 
 
 @click.command(name="mount")
@@ -26,14 +28,19 @@ from instarfs.mount.options import MountOptions
     multiple=True,
     metavar="OPT[,OPT...]",
     help="Mount options. allow_other lets other users read the mount; ro as --read-only;"
-    " no_undo, undo_file=PATH and follow=DIR as the options below; what mount(8) and fstab pass is"
-    " understood.",
+    " no_undo, undo_file=PATH, preview=TIER and follow=DIR as the options below; what mount(8)"
+    " and fstab pass is understood.",
 )
 @click.option("-f", "foreground", is_flag=True, help="Stay in the foreground and log to stderr.")
 @click.option(
     "--read-only", is_flag=True, help="Refuse to repair: control files cannot be written."
 )
 @click.option("--no-undo", is_flag=True, help="Repair for good, so that nothing can be taken back.")
+@click.option(
+    "--preview",
+    type=click.Choice(PREVIEWS),
+    help="Show the image as it would be after this repair; nothing is written.",
+)
 @undo_file_option
 @click.option(
     "--follow",
@@ -51,6 +58,7 @@ def command(
     directories: tuple[str, ...],
     undo_file: str | None,
     *,
+    preview: str | None,
     foreground: bool,
     read_only: bool,
     no_undo: bool,
@@ -61,7 +69,7 @@ def command(
     and logs to syslog. The image is not changed, unless somebody writes to a file in repair/.
     """
     inherited = descriptors.open_now()
-    options = MountOptions.parse(words, read_only=read_only)
+    options = MountOptions.parse(words, read_only=read_only, preview=preview)
     keep_undo = options.keep_undo and not no_undo
     # Opened before the mount could hide it.
     opened = Image.open(image, undo_file or options.undo_file)
@@ -91,13 +99,17 @@ def command(
         from instarfs.repair.run import Repairer  # noqa: PLC0415
 
         repairer = partial(Repairer, keep_undo=keep_undo)
-        code = serve(
-            opened,
-            directory,
-            options,
-            ready,
-            follow=follow,
-            make_repairer=repairer,
-            keeps_undo=keep_undo,
-        )
+        try:
+            code = serve(
+                opened,
+                directory,
+                options,
+                ready,
+                follow=follow,
+                make_repairer=repairer,
+                keeps_undo=keep_undo,
+                preview=options.preview,
+            )
+        except PlannerError as error:
+            raise named(error, image) from error
     sys.exit(code)

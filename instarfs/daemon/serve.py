@@ -16,18 +16,21 @@ from instarfs.daemon import process as daemon
 from instarfs.daemon.confinement import Confinement
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
-from instarfs.image import memory
+from instarfs.image import locks, memory
 from instarfs.image.file import FileSource, Image
+from instarfs.image.preview import PreviewImage
 from instarfs.inspect.inspector import Check, inspecting
 from instarfs.inspect.repair_queue import MakeRepairer
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
+from instarfs.repair.planning import run_plan
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
 from planner.qcow2.layout import Layout
+from planner.repair.plan import RepairTier
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +45,21 @@ def serve(
     check: Check = check_image,
     make_repairer: MakeRepairer = Repairer,
     keeps_undo: bool = True,
+    preview: str | None = None,
 ) -> int:
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
     What the image needs of its directory from then on must come from an `instarfs.daemon.broker`:
-    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *ready* is
-    called once the mount answers. Raises before that, with
-    nothing mounted, when the image is not qcow2, or cannot be read, or mounting fails.
+    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *preview*:
+    the tier of the repair that is laid over it. *ready* is called once the mount answers. Raises
+    before that, with nothing mounted, when the image is not qcow2, or cannot be read, or the tier
+    refuses, or mounting fails.
     """
     _require_qcow2(image)
+    plan = None
+    if preview is not None:
+        image = _previewed(image, RepairTier(preview))
+        plan = image.plan
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
 
@@ -80,6 +89,7 @@ def serve(
                 read_only=options.read_only,
                 keeps_undo=keeps_undo,
                 mountpoint=str(Path(directory).absolute()),
+                preview=plan,
             )
             operations = Operations(
                 root,
@@ -90,6 +100,13 @@ def serve(
             yield daemon.Service(operations, inspector.cancel, confine)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
+
+
+def _previewed(image: Image, tier: RepairTier) -> PreviewImage:
+    """*image* as a repair would leave it. Raises as `run_plan` does, and `ImageInUse`."""
+    with memory.limited(image), locks.held(image.fileno(), image.path):
+        before = image.generation()
+        return PreviewImage(image, run_plan(image, tier).plan, before)
 
 
 def _require_qcow2(image: Image) -> None:

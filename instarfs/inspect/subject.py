@@ -123,12 +123,15 @@ class Subject:
         """
         generation = self.generation()
         if self._size[0] != generation:
-            with contextlib.suppress(WouldBlock):
+            with contextlib.suppress(WouldBlock, InstarfsError):
                 self._size = generation, _disk_size(self.image, wait=False)
         return self._size[1]
 
     async def learn_disk_size(self) -> None:
-        """Read the header, in a thread where a disk has to be waited for."""
+        """Read the header, in a thread where a disk has to be waited for.
+
+        Raises an `InstarfsError` where it cannot be read: nobody is to take that for no disk.
+        """
         generation, image = self.generation(), self.image
         self.disk_size()
         if self._size[0] != generation:
@@ -168,9 +171,7 @@ class Subject:
 
 
 def _disk_size(image: Image, *, wait: bool) -> int:
-    """As the header says. Raises `WouldBlock` unless *wait*."""
-    header = None
-    with contextlib.suppress(InstarfsError):
-        header = bare_header(image.source(wait=wait))
+    """As the header says. Raises `WouldBlock` unless *wait*, and an `InstarfsError`."""
+    header = bare_header(image.source(wait=wait))
     size = header.size // SECTOR * SECTOR if header else 0
     return size if size <= SIGNED_MAX else 0

@@ -1,8 +1,8 @@
 """The options behind ``-o``: which there are, which the kernel gets, which mean nothing here.
 
 Everything about their spelling lives here, that of what libfuse is handed included. An fstab has no
-other place for what the command line has options of its own for: ``follow=DIR``, ``no_undo`` and
-``undo_file=PATH`` are those.
+other place for what the command line has options of its own for: ``follow=DIR``, ``no_undo``,
+``undo_file=PATH`` and ``preview=TIER`` are those.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _IGNORED = frozenset(
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
-_NO_UNDO, _FOLLOW, _UNDO_FILE = "no_undo", "follow=", "undo_file="
+_NO_UNDO, _FOLLOW, _UNDO_FILE, _PREVIEW = "no_undo", "follow=", "undo_file=", "preview="
+
+PREVIEWS = ("leaks", "all")
+"""The repairs that can be laid over an image instead of being written to it."""
 
 # As in libfuse: a comma that is part of a path has a backslash before it.
 _COMMA = re.compile(r"(?<!\\),")
@@ -38,32 +41,39 @@ _COMMA = re.compile(r"(?<!\\),")
 class MountOptions:
     """What was asked for with ``-o``, sorted and judged.
 
-    ``follow``, ``undo_file`` and ``keep_undo`` are those of the command line, under other names.
+    ``follow``, ``undo_file``, ``preview`` and ``keep_undo`` are those of the command line, under
+    other names.
     """
 
     passed_on: frozenset[str] = frozenset()
     follow: tuple[str, ...] = ()
     undo_file: str | None = None
     keep_undo: bool = True
+    preview: str | None = None
 
     @classmethod
-    def parse(cls, words: Iterable[str], *, read_only: bool = False) -> MountOptions:
-        """From the values of all ``-o``, each a comma-separated list.
+    def parse(
+        cls, words: Iterable[str], *, read_only: bool = False, preview: str | None = None
+    ) -> MountOptions:
+        """From the values of all ``-o``, each a comma-separated list, which say it last.
 
         Raises `UnknownMountOption`.
         """
         options = [option for word in words for option in _COMMA.split(word) if option]
-        known = _PASSED_ON | _IGNORED | {_NO_UNDO}
+        known = _PASSED_ON | _IGNORED | {_NO_UNDO, *(_PREVIEW + tier for tier in PREVIEWS)}
         prefixes = (*_IGNORED_PREFIXES, _FOLLOW, _UNDO_FILE)
         for option in options:
             is_empty = option in (_FOLLOW, _UNDO_FILE)
             if is_empty or (option not in known and not option.startswith(prefixes)):
                 raise UnknownMountOption(option)
+        preview = next(reversed(_values(options, _PREVIEW)), preview)
+        is_read_only = read_only or preview is not None
         return cls(
-            frozenset((_PASSED_ON.intersection(options)) | ({"ro"} if read_only else set())),
-            follow=tuple(_paths(options, _FOLLOW)),
-            undo_file=next(reversed(_paths(options, _UNDO_FILE)), None),
+            frozenset((_PASSED_ON.intersection(options)) | ({"ro"} if is_read_only else set())),
+            follow=tuple(_values(options, _FOLLOW)),
+            undo_file=next(reversed(_values(options, _UNDO_FILE)), None),
             keep_undo=_NO_UNDO not in options,
+            preview=preview,
         )
 
     @property
@@ -84,7 +94,7 @@ class MountOptions:
         return {*self.passed_on, "noexec", f"fsname={_escaped(source)}", "subtype=instarfs"}
 
 
-def _paths(options: Iterable[str], key: str) -> list[str]:
+def _values(options: Iterable[str], key: str) -> list[str]:
     """The values of the option *key*, in order."""
     return [o[len(key) :].replace("\\,", ",") for o in options if o.startswith(key)]
 

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import trio
+
 from instarfs.guest.guest import Guest, Part, Place
+from instarfs.image.file import WouldBlock
 from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.inspect.leaked_runs import LostRuns
 from instarfs.inspect.shared_value import stop_when_told
@@ -48,9 +51,9 @@ from instarfs.text import printable
 from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
 from planner.errors import ImageError, RepairError
-from planner.repair.plan import RepairTier
+from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
-from planner.source import Source
+from planner.source import Source, read_present
 from planner.views.explain import explain_guest, explain_host
 from planner.views.table_view import read_l2_page
 
@@ -80,24 +83,27 @@ def build_tree(
     read_only: bool = False,
     keeps_undo: bool = True,
     mountpoint: str = "",
+    preview: Plan | None = None,
 ) -> Directory:
     """The root directory of the mount of one image; *read_only*: one that does not repair.
 
     For the commands that are told to a reader: *mountpoint*, where it will be, and *keeps_undo*,
-    whether its repairs can be taken back.
+    whether its repairs can be taken back. *preview*: the plan that is laid over the image; then
+    there is nothing to repair it with.
     """
-    advised = Mounted(mountpoint, has_controls=not read_only, keeps_undo=keeps_undo)
+    advised = Mounted(mountpoint, not read_only, keeps_undo, preview)
     controls = Controls(inspector, read_only=read_only)
     entries = [
+        _image_file(inspector),
         *_guest_files(inspector),
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
         *_check_files(inspector, advised),
         *_lost_files(inspector),
-        *_repair_files(inspector, controls),
+        *(_repair_files(inspector, controls) if preview is None else ()),
     ]
-    readme = LiveFile(lambda: _readme(inspector.subject.path, entries))
+    readme = LiveFile(lambda: _readme(inspector.subject.path, entries, preview))
     nodes: list[tuple[list[str], Node]] = [(["README.txt"], readme)]
     nodes += ((entry.path.split("/"), entry.node) for entry in entries if entry.node is not None)
     return _directory(nodes)
@@ -120,6 +126,39 @@ def facts(subject: Subject) -> Facts:
     generation = subject.generation()
     is_settled = generation.is_settled(time.time_ns())
     return Facts(generation.size, generation.mtime_ns, is_settled=is_settled)
+
+
+# ---- the image itself ----
+
+
+def _image_file(inspector: Inspector) -> _Entry:
+    subject = inspector.subject
+
+    def at_hand(offset: int, size: int) -> bytes | None:
+        try:
+            return read_present(subject.image.source(wait=False), offset, size)
+        except WouldBlock:
+            return None
+
+    async def read(offset: int, size: int) -> bytes:
+        return await trio.to_thread.run_sync(
+            lambda: read_present(subject.source(), offset, size), abandon_on_cancel=True
+        )
+
+    def allocated() -> int:
+        return subject.image.allocated_size()
+
+    return _Entry(
+        "image.qcow2",
+        "the bytes of the image itself, as this mount shows it: for qemu-img, or to copy",
+        DataFile(
+            lambda: subject.generation().size,
+            read,
+            subject.state,
+            at_hand,
+            allocated=allocated,
+        ),
+    )
 
 
 # ---- the guest's bytes ----
@@ -371,7 +410,12 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
 def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     def result(it: Checkup) -> bytes:
         return render_check.result_json(
-            it.report, inspector.subject.path, it.repaired, it.pending, gone=it.gone
+            it.report,
+            inspector.subject.path,
+            it.repaired,
+            it.pending,
+            gone=it.gone,
+            preview=mounted.preview,
         )
 
     def report(it: Briefing) -> bytes:
@@ -532,10 +576,21 @@ def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
 
 # ---- README.txt ----
 
-_README = """\
+_OF_FILES = """\
+Until a file has been opened once, its size is shown as 0. Programs that copy files (cp, tar,
+rsync) open them, and copy them whole, with the bytes of disk.raw and image.qcow2. Have the image
+checked first, or lost/ has nothing to copy yet. What they copy belongs to who made the copy.
+
+{files}
+
+Text files are columns separated by tabs, under one line of headings that begins with `#`;
+offsets and lengths are decimal bytes.
+"""
+
+_README = f"""\
 This is the inside of a qcow2 image, shown as files by instarfs:
 
-    {image}
+    {{image}}
 
 Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothing is computed
 before it is opened: whoever opens a file in check/ first has the whole image checked, which may
@@ -543,15 +598,7 @@ take a while; every other file answers meanwhile. check/report.txt also plans bo
 there is anything to repair. When the image changes, the files show its new state the next time
 they are opened; who has one open reads on in the old one.
 
-Until a file has been opened once, its size is shown as 0. Programs that copy files (cp, tar,
-rsync) open them, and copy them whole, with the bytes of disk.raw. Have the image checked first,
-or lost/ has nothing to copy yet. What they copy belongs to who made the copy.
-
-{files}
-
-Text files are columns separated by tabs, under one line of headings that begins with `#`;
-offsets and lengths are decimal bytes.
-
+{_OF_FILES}
 If a program has the image open for writing, or it changes while it is checked, the verdict
 is `torn`: what was read may belong to no single moment. Stop that program and read again.
 
@@ -567,9 +614,28 @@ repair/undo` takes the last one back, and again the one before.
 To unmount: instarfs umount DIRECTORY
 """
 
+_README_OF_PREVIEW = f"""\
+This is the inside of a qcow2 image as it would be after a repair, shown as files by instarfs:
 
-def _readme(image: str, entries: list[_Entry]) -> bytes:
+    {{image}}
+
+It is a preview of `{{tier}}`, plan {{plan}}. Nothing has been written, and nothing here
+writes. Run `qemu-img check` on image.qcow2, boot a machine on an overlay over it, or copy it
+elsewhere instead of repairing in place. Once the image itself is written to, nothing is read of
+this preview any more (ESTALE): mount it anew.
+
+{_OF_FILES}
+To have it so: instarfs check -r {{tier}} --plan {{plan}} IMAGE
+
+To unmount: instarfs umount DIRECTORY
+"""
+
+
+def _readme(image: str, entries: list[_Entry], preview: Plan | None) -> bytes:
     lines = [(entry.shown or entry.path, entry.what) for entry in entries]
     width = max(len(path) for path, _ in lines)
     files = "\n".join(f"    {path:<{width}}  {what}" for path, what in lines)
-    return _README.format(image=printable(image), files=files).encode()
+    values = {"image": printable(image), "files": files}
+    if preview is None:
+        return _README.format(**values).encode()
+    return _README_OF_PREVIEW.format(**values, tier=preview.tier, plan=preview.id).encode()

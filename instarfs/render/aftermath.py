@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.repair.outcome import Pending
-from planner.repair.plan import RepairTier
+from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage.beside import Beside
 from planner.triage.triage import Triage
@@ -18,12 +18,14 @@ Proposals = Mapping[RepairTier, Proposal | Exception]
 @dataclass(frozen=True, slots=True)
 class Mounted:
     """Where an image is mounted. ``has_controls``: whether it can be repaired there, and
-    ``keeps_undo``: be taken back then, if an undo file can be made.
+    ``keeps_undo``: be taken back then, if an undo file can be made. ``preview``: the plan that is
+    laid over it, of which nothing is written.
     """
 
     directory: str
     has_controls: bool = True
     keeps_undo: bool = True
+    preview: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from planner.words import plural
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
     from instarfs.repair.outcome import Pending, RepairOutcome
+    from planner.repair.plan import Plan
 
 REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
 HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}
@@ -67,13 +68,14 @@ def result_json(
     zeros: bool = True,
     exit_code: int | None = None,
     gone: Gone | None = None,
+    preview: Plan | None = None,
 ) -> bytes:
     """The keys of ``qemu-img check --output=json``, then ours.
 
     *repair*: the one that the check belongs to, if any. *pending*: one that was interrupted.
     *zeros*: print counters of QEMU's that are 0; `qemu-img` leaves them out, and callers ask for
     the key. *exit_code*: of the command that prints it, where that is not the check's. *gone*: that
-    the file has no name any more.
+    the file has no name any more. *preview*: the plan that is laid over it.
     """
     counters = {
         **counters_value(report),
@@ -108,6 +110,8 @@ def result_json(
         value["interrupted-repair"] = pending_value(pending)
     if gone is not None:
         value["image-gone"] = "deleted" if gone.is_deleted else "moved"
+    if preview is not None:
+        value["preview"] = {"tier": str(preview.tier), "plan-id": preview.id}
     return json_bytes(value)
 
 

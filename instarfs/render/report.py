@@ -23,7 +23,7 @@ from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.guest.chain import Role
 from planner.qcow2.bitmaps import Bitmap
 from planner.qcow2.names import brief_name, decode_name
-from planner.repair.plan import RepairTier
+from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage.impact import Harm, Ranges, guest_impact
 from planner.triage.l1_holes import PlaceKind
@@ -85,6 +85,9 @@ _LABELS = {Harm.LOST: "lost", Harm.SUSPECT: "suspect", Harm.AT_RISK: "at risk"}
 def report_txt(report: Report, filename: str, known: Aftermath | None = None) -> bytes:
     """The report for a reader."""
     known = known or Aftermath()
+    preview = known.mounted.preview if known.mounted else None
+    if preview is not None:
+        return _preview_txt(report, filename, known, preview)
     sections = [_verdict(report, filename, known), bring_back(filename, known)]
     if report.error is None:
         sections += [
@@ -101,6 +104,27 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
     if known.mounted is None and any(name in text for name in _NAMED):
         text += f"\nFiles that are named here, as {_NAMED[0]}, are in a mount of the image.\n"
     return text.encode()
+
+
+def _preview_txt(report: Report, filename: str, known: Aftermath, plan: Plan) -> bytes:
+    """Of an image as it would be: what would be left, and how to have it so."""
+    quoted = f"instarfs check -r {plan.tier} --plan {plan.id} -- {shell_path(filename)}"
+    sections = [
+        [
+            f"A preview: the image as it would be after `{plan.tier}`, plan {plan.id}.",
+            "Nothing has been written.",
+            *([] if plan.changes_nothing else ["To have it so:", f"      {quoted}"]),
+        ],
+        _verdict(report, filename, known),
+    ]
+    if report.error is None:
+        sections += [
+            _guest(report, known),
+            _elsewhere(report, known),
+            _leaked(known.triage),
+            *_findings(report),
+        ]
+    return "\n".join(text_lines(lines) for lines in sections if lines).encode()
 
 
 def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
