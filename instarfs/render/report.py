@@ -170,10 +170,10 @@ def _guest(report: Report, known: Aftermath) -> list[str]:
     """What became of the bytes of the active disk, and of the snapshots."""
     triage, elsewhere = known.triage, known.beside.in_data_file
     losses = triage.losses if isinstance(triage, Triage) else Losses()
-    impact = guest_impact(report, misread=losses.misread)
+    impact = guest_impact(report, losses=losses)
     missing = losses.missing
     lost_snapshot = isinstance(triage, Triage) and _has_lost_snapshot(triage)
-    snapshots = list(_snapshot_lines(report, triage))
+    snapshots = list(_snapshot_lines(report, triage, losses))
     is_safe = impact.safe == impact.size and impact.is_whole
     if is_safe and not missing and not lost_snapshot and not snapshots:
         return list(_unlooked_lines(report))
@@ -234,7 +234,7 @@ def _missed_in_snapshots(triage: Triage | Exception) -> I64:
     return np.array(sorted(numbers), dtype=np.int64)
 
 
-def _snapshot_lines(report: Report, triage: Triage | Exception) -> Iterator[str]:
+def _snapshot_lines(report: Report, triage: Triage | Exception, losses: Losses) -> Iterator[str]:
     """What is known of snapshots on their own; what they share with the disk is told there."""
     told = 0
     groups, of_entries = report.findings.groups, report.entries
@@ -250,7 +250,7 @@ def _snapshot_lines(report: Report, triage: Triage | Exception) -> Iterator[str]
     touched = np.unique(np.concatenate((report.owners.snapshot, missed, *map(np.unique, parts))))
     touched = touched[(touched >= 0) & (touched < len(report.snapshots))]
     for number in touched[:LOOKED_AT_SNAPSHOTS].tolist():
-        impact = guest_impact(report, number)
+        impact = guest_impact(report, number, losses)
         harms = [
             f"{plural(ranges.size, 'byte')} {_LABELS[harm]}"
             for harm, ranges in impact.ranges.items()

@@ -15,6 +15,7 @@ import numpy as np
 from planner.arrays import I64, Mask, distinct
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
+from planner.triage.losses import Losses
 
 
 class Harm(IntEnum):
@@ -96,12 +97,13 @@ class Impact:
         return self.size - sum(ranges.size for ranges in self.ranges.values())
 
 
-def guest_impact(report: Report, snapshot: int = ACTIVE, *, misread: bool = False) -> Impact:
+def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None = None) -> Impact:
     """What the findings mean for the active disk, or for a snapshot's.
 
-    Damage in a table that both share is told of the active disk alone. *misread*: a bit of the
-    header is wrong, so that tables are taken for what they are not.
+    Damage in a table that both share is told of the active disk alone. *losses*: what leaked
+    clusters may have been, where that is known: it casts doubt on what leads elsewhere now.
     """
+    losses = losses or Losses()
     size = report.geometry.virtual_size
     if snapshot != ACTIVE and report.snapshots[snapshot].disk_size is not None:
         size = report.snapshots[snapshot].disk_size or 0
@@ -112,9 +114,9 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, *, misread: bool = Fals
             np.concatenate(
                 [
                     *_of_findings(report, harm, snapshot),
-                    _of_owners(report, harm, snapshot),
+                    _of_owners(report, harm, snapshot, losses.astray),
                     _of_l1_table(report, harm, snapshot, size),
-                    _of_whole_disk(report, harm, size, misread=misread),
+                    _of_whole_disk(report, harm, size, misread=losses.misread),
                     np.stack((worse.start, worse.end)),
                 ],
                 axis=1,
@@ -172,14 +174,15 @@ def _of_whole_disk(report: Report, harm: Harm, size: int, *, misread: bool) -> I
     return np.array([[0], [size]] if everything else [[], []], dtype=np.int64)
 
 
-def _of_owners(report: Report, harm: Harm, snapshot: int) -> I64:
-    """Those of the owners of clusters that are used twice, or counted too low."""
+def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64) -> I64:
+    """Those of the owners of clusters that are used twice, or are *astray*, or counted too low."""
     none = np.zeros((2, 0), dtype=np.int64)
     if report.layout is None or harm is Harm.LOST:
         return none
     owners, geometry = report.owners, report.geometry
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-    clusters = contested >> geometry.cluster_bits if harm is Harm.SUSPECT else _low(report)
+    doubtful = np.concatenate((contested >> geometry.cluster_bits, astray))
+    clusters = doubtful if harm is Harm.SUSPECT else _low(report)
     mine: Mask = np.isin(owners.cluster, clusters) & (owners.snapshot == snapshot)
     guest = mine & np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
     tables = mine & (owners.structure == Structure.L2_TABLE)

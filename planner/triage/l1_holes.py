@@ -72,7 +72,8 @@ class Gaps:
     """Runs of L1 entries in columns, those of the active disk first; see `Place`.
 
     ``damaged``: not empty, but what the entry holds is no L2 table's offset, or that of a cluster
-    that something else uses too. ``coverage``: guest bytes that one entry maps.
+    that something else uses too, or of a table that is another's by its refcount. ``coverage``:
+    guest bytes that one entry maps.
     """
 
     snapshot: I64
@@ -113,8 +114,11 @@ class Gaps:
         return int(np.count_nonzero(self.snapshot == ACTIVE))
 
 
-def read_gaps(source: Source, report: Report) -> Gaps:
-    """All L1 entries without an L2 table, within what each disk needs."""
+def read_gaps(source: Source, report: Report, astray: I64) -> Gaps:
+    """All L1 entries without an L2 table, within what each disk needs.
+
+    *astray*: clusters of tables that have more users than their refcount says.
+    """
     header, geometry = report.layout.header if report.layout else None, report.geometry
     tables: list[tuple[int, int, int]] = []
     if header is not None:
@@ -130,7 +134,7 @@ def read_gaps(source: Source, report: Report) -> Gaps:
     kept = followed_tables(tables, source.size)
     tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]
     l1 = read_l1_tables(source, tables)
-    damaged = _damaged(l1, report)
+    damaged = _damaged(l1, report, astray)
     number, index, count = _between(l1, tables)
     snapshot = np.concatenate((number, l1.snapshot[damaged].astype(np.int64)))
     l1_index = np.concatenate((index, l1.l1_index[damaged]))
@@ -145,7 +149,7 @@ def read_gaps(source: Source, report: Report) -> Gaps:
     )
 
 
-def _damaged(l1: L1Entries, report: Report) -> Mask:
+def _damaged(l1: L1Entries, report: Report, astray: I64) -> Mask:
     """Which entries that are not zero lead to no table of their own."""
     geometry, offset = report.geometry, l1.offset
     end = report.layout.file_size if report.layout else 0
@@ -153,6 +157,7 @@ def _damaged(l1: L1Entries, report: Report) -> Mask:
     damaged: Mask = (offset & (geometry.cluster_size - 1)) != 0
     damaged |= (offset == 0) | (offset >= end)
     damaged |= np.isin(offset, contested)
+    damaged |= np.isin(offset >> geometry.cluster_bits, astray)
     return damaged
 
 

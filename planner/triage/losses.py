@@ -9,7 +9,7 @@ guest's clusters that read as nothing. Nothing is decided here but that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -27,6 +27,7 @@ from planner.qcow2 import entries
 from planner.qcow2.bitmaps import list_bitmaps
 from planner.qcow2.extensions import BITMAPS, decode_bitmaps
 from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
 from planner.triage.traces import Traces
 from planner.words import plural
@@ -125,13 +126,15 @@ class Losses:
     ``data``: leaked clusters that hold data, or may, and to which no table leads, lost or not.
     ``causes``: where they could have come from. ``missing``: bytes of the active disk that read as
     if never written, and were; at most. ``snapshots``: those that have tables of their own which
-    are gone, ascending; what they share with the disk is told of that.
+    are gone, ascending; what they share with the disk is told of that. ``astray``: clusters that an
+    entry leads to which may have led to what leaks; whoever has one may read what is not its own.
     """
 
     data: int = 0
     causes: tuple[Cause, ...] = ()
     missing: int = 0
     snapshots: tuple[int, ...] = ()
+    astray: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
 
     @property
     def misread(self) -> bool:
@@ -156,7 +159,8 @@ class Leaked:
     ``uncounted``: whether there is no refcount to tell; ``unused``: whether no reference is left;
     ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
     looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
-    tables look lost. ``gaps``: the L1 entries that lead to no table of their own.
+    tables look lost. ``gaps``: the L1 entries that lead to no table of their own. ``astray``: the
+    clusters of tables that are another's by their refcount.
     """
 
     cluster: I64
@@ -169,6 +173,7 @@ class Leaked:
     is_empty: Mask
     lost_tables: int
     gaps: Gaps
+    astray: I64
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +241,11 @@ def find_losses(
     candidates = leaked.holds_data | hidden
     if not candidates.any():
         return Losses()
-    disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless)
+    tables = leaked.astray if leaked.lost_tables else leaked.astray[:0]
+    disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless, tables)
+    astray = astray_data(report, leaked.astray, len(homeless))
     causes = tuple(
-        _causes(source, report, disk, leaked, homeless=homeless, other_reading=other_reading)
+        _causes(source, report, disk, leaked, homeless, astray=astray, other_reading=other_reading)
     )
     references = _references_lost(disk, report, leaked, candidates)
     if leaked.lost_tables or disk.lost_windows:
@@ -251,7 +258,8 @@ def find_losses(
         lost += (leaked.lost_tables + disk.lost_windows) * report.geometry.l2_coverage
     missing = min(lost, room, disk.size)
     snapshots = disk.snapshots_with_losses()
-    return Losses(len(homeless), causes, missing, snapshots)
+    doubtful = np.concatenate((tables, astray))
+    return Losses(len(homeless), causes, missing, snapshots, doubtful)
 
 
 def find_shared(source: Source, report: Report) -> Losses:
@@ -259,7 +267,7 @@ def find_shared(source: Source, report: Report) -> Losses:
     if not len(report.snapshots) or FindingKind.REFCOUNT_MISSING not in report.counts():
         return Losses()
     nothing = np.zeros(0, dtype=np.int64)
-    disk = _Disk(source, report, nothing, nothing)
+    disk = _Disk(source, report, nothing, nothing, nothing)
     return Losses(causes=tuple(_of_shared(disk.shared, report.geometry.l2_coverage)))
 
 
@@ -268,8 +276,9 @@ def _causes(
     report: Report,
     disk: _Disk,
     leaked: Leaked,
-    *,
     homeless: I64,
+    *,
+    astray: I64,
     other_reading: Callable[[I64], str],
 ) -> Iterator[Cause]:
     """Where clusters with data that no table leads to may have come from.
@@ -293,6 +302,8 @@ def _causes(
         if len(older) > len(homeless) - more and disk.has_room(leaked.gaps):
             tables = [Cause(CauseKind.OLDER, what=str(len(older)))]
     yield from tables
+    if len(astray):  # What explains the leaks otherwise explains them still.
+        elsewhere[FindingKind.REFCOUNT_LOW] = len(astray)
     if elsewhere:
         kinds = ", ".join(kind.label for kind in elsewhere)
         yield Cause(CauseKind.DAMAGED_ENTRY, what=kinds)
@@ -419,10 +430,13 @@ def references_past_end(source: Source, report: Report) -> int:
 
 class _Disk:
     """The active disk's tables as they are: what they leave out, and which of the clusters *in_use*
-    they map. *homeless*: clusters with data that no table leads to.
+    they map. *homeless*: clusters with data that no table leads to. *astray*: clusters of tables
+    that are another's, more likely than not: what they leave out is no place of the disk's.
     """
 
-    def __init__(self, source: Source, report: Report, in_use: I64, homeless: I64) -> None:
+    def __init__(
+        self, source: Source, report: Report, in_use: I64, homeless: I64, astray: I64
+    ) -> None:
         self._source, self._report, self._in_use = source, report, in_use
         self._geometry = report.geometry
         self.traces = Traces(report.geometry, homeless)
@@ -434,6 +448,7 @@ class _Disk:
         # Also behind the end of the disk: it may have been larger.
         size = header.l1_size if header else 0
         self._l1 = read_l1_tables(source, [(ACTIVE, start, size)])
+        self._astray = astray
         self._free = 0
         self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)
         self._shared: list[I64] = []
@@ -459,10 +474,7 @@ class _Disk:
         is_active = np.isin(offsets, self._l1.offset)
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-            # A flag without an offset leads nowhere, but to the beginning of a data file.
-            flag = 0 if geometry.external_data else entries.COPIED
-            filled = (words & ~np.uint64(flag)) != 0
-            filled = filled if bitmaps is None else filled | (bitmaps != 0)
+            filled = self._are_filled(words, bitmaps)
             is_empty = ~(filled & self._are_sound(words)).any(axis=1)
             empty.append(wanted[part][is_empty])
             unsound.append(offsets[part][is_empty & filled.any(axis=1)])
@@ -476,6 +488,15 @@ class _Disk:
         places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
         return _Windows(*map(self._entries_of, places))
 
+    def _are_filled(self, words: U64, bitmaps: U64 | None) -> Mask:
+        """Which entries of L2 tables say anything.
+
+        A flag without an offset leads nowhere, but to the beginning of a data file.
+        """
+        flag = 0 if self._geometry.external_data else entries.COPIED
+        filled: Mask = (words & ~np.uint64(flag)) != 0
+        return filled if bitmaps is None else filled | (bitmaps != 0)
+
     def _are_sound(self, words: U64) -> Mask:
         """Which words could be entries, wherever they lead."""
         unusual = entries.L2_RESERVED | entries.L2_OFFSET & (self._geometry.cluster_size - 1)
@@ -486,6 +507,7 @@ class _Disk:
     def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
         """Count the entries of active tables that map nothing, and mark what the others map."""
         used = filled.any(axis=1)
+        used &= ~np.isin(offsets >> self._geometry.cluster_bits, self._astray)
         free, offsets = ~filled[used], offsets[used]
         # The last table goes on behind the end of the disk, and the L1 table may.
         whole, rest = divmod(self._geometry.guest_clusters, free.shape[1])
@@ -548,8 +570,9 @@ class _Disk:
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             chosen = order[first[part.start] : ends[part.stop - 1]]
             row = np.searchsorted(offsets[part], mine[chosen])
-            entry = rows.reshape(len(rows), geometry.l2_entries, -1)
-            empty[chosen] = ~entry[row, guest[chosen] % geometry.l2_entries].any(axis=1)
+            words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
+            filled = self._are_filled(words, bitmaps)
+            empty[chosen] = ~filled[row, guest[chosen] % geometry.l2_entries]
         return empty
 
     def has_room(self, gaps: Gaps) -> bool:

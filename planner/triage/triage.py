@@ -29,6 +29,7 @@ from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
+from planner.triage.astray import astray_tables
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
 from planner.triage.losses import (
     CauseKind,
@@ -382,7 +383,8 @@ class _Describer:
         self._unused = mismatches.count_references(leaked) == 0
         self._looker = looker
         self._group = np.full(len(leaked), NONE, dtype=np.int32)
-        self._gaps = read_gaps(source, report)
+        self._astray = astray_tables(report, int(np.count_nonzero(look == Look.L2_TABLE)))
+        self._gaps = read_gaps(source, report, self._astray)
         # For every cluster that has a slot, which of the leaked ones it is.
         index = mismatches.index
         self._rank = np.full(index.slots if index.keys is None else 0, NONE, dtype=np.int32)
@@ -457,6 +459,7 @@ class _Describer:
             is_empty=self._look == Look.ZEROS,
             lost_tables=int(np.count_nonzero(tables.looks_lost)),
             gaps=self._gaps,
+            astray=self._astray,
         )
         return find_losses(self._source, self._report, leaked, self._other_reading)
 

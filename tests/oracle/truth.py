@@ -160,7 +160,7 @@ def _changed(before: Patched, after: Patched) -> I64:
 
 def _faults_of_safe(report: Report, triage: Triage, changed: I64) -> Iterator[str]:
     """What reads otherwise, is in no range that is named, and is not counted as missing."""
-    impact = guest_impact(report, misread=triage.losses.misread)
+    impact = guest_impact(report, losses=triage.losses)
     inside = np.zeros(len(changed), dtype=np.bool_)
     for harm in (Harm.LOST, Harm.SUSPECT):
         inside |= _touches(impact.ranges[harm], changed)

@@ -7,6 +7,8 @@ from planner.findings.kinds import ACTIVE
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
 from tests.images.builder import MIB, Image, ImageBuilder
 
+NONE_ASTRAY = np.zeros(0, dtype=np.int64)
+
 
 def build(*l1_indices: int) -> Image:
     """A disk of eight L2 tables, of which these are there; then a snapshot."""
@@ -18,7 +20,7 @@ def build(*l1_indices: int) -> Image:
 
 
 def gaps(image: Image) -> Gaps:
-    return read_gaps(image.source, check_image(image.source))
+    return read_gaps(image.source, check_image(image.source), NONE_ASTRAY)
 
 
 def rows(found: tuple[Place, ...]) -> list[tuple[str, int, int, int]]:

@@ -8,13 +8,15 @@ import pytest
 
 from planner.check.check import check_image
 from planner.errors import RepairError
-from planner.findings.kinds import FindingKind
+from planner.findings.kinds import ACTIVE, FindingKind
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
+from planner.triage.impact import Harm, guest_impact
+from planner.triage.l1_holes import PlaceKind
 from planner.triage.losses import CauseKind
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
@@ -114,6 +116,16 @@ def older_copy_of_a_table_in_its_place() -> Image:
     builder.write(40, random.Random(2).randbytes(CLUSTER))
     image = builder.build()
     image.set_word(image.l1_at(0), image.l2_table(0, 0))
+    return image
+
+
+def older_cluster_in_the_place_of_a_newer() -> Image:
+    """One entry of a table that is the disk's own, as it was when the snapshot was taken."""
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(3, random.Random(2).randbytes(CLUSTER))
+    image = builder.build()
+    image.set_word(image.l2_at(3), image.word(image.l2_at(3, 0)))
     return image
 
 
@@ -237,6 +249,7 @@ PLACES: dict[Callable[[], Image], CauseKind] = {
     data_file_bit: CauseKind.FEATURE_BIT,
     extended_l2_bit: CauseKind.FEATURE_BIT,
     entry_past_the_end: CauseKind.DAMAGED_ENTRY,
+    older_cluster_in_the_place_of_a_newer: CauseKind.DAMAGED_ENTRY,
     luks_header_gone: CauseKind.LUKS_HEADER,
 }
 
@@ -357,6 +370,61 @@ def test_a_newer_copy_of_a_table_in_use_looks_lost() -> None:
     assert found.buried_count == 1
 
 
+def suspect_ranges(image: Image, snapshot: int = ACTIVE) -> list[tuple[int, int]]:
+    report = check_image(image.source)
+    losses = triage_leaks(image.source, report).losses
+    return list(guest_impact(report, snapshot, losses).ranges[Harm.SUSPECT].first(9))
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "length"),
+    [
+        (older_copy_of_a_table_in_its_place, 0, 2 * MIB),
+        (older_cluster_in_the_place_of_a_newer, 3 * CLUSTER, CLUSTER),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_an_entry_leads_to_that_counts_others_alone_is_suspect_and_not_missing(
+    make: Callable[[], Image], start: int, length: int
+) -> None:
+    image = make()
+    assert suspect_ranges(image) == [(start, length)]
+    report = check_image(image.source)
+    assert list(guest_impact(report).ranges[Harm.SUSPECT].first(9)) == []
+    gone = triage(image).losses.missing
+    assert gone <= CLUSTER, "what leaks may have been in another place of the disk's, at most"
+
+
+def test_the_place_that_leads_to_an_older_table_is_named() -> None:
+    (table,) = triage(older_copy_of_a_table_in_its_place()).suspects
+    assert [(place.kind, place.l1_index) for place in table.places] == [
+        (PlaceKind.DAMAGED, 0),
+        (PlaceKind.EMPTY, 3),
+    ]
+
+
+def test_more_refcounts_that_are_too_low_than_clusters_leak_are_wrong_themselves() -> None:
+    """An older copy of a refcount block lacks what was shared since, and has what was freed."""
+    builder = disk()
+    freed = [builder.place(random.Random(seed).randbytes(CLUSTER)) for seed in (5, 6)]
+    builder.take_snapshot("one")
+    builder.write(0, b"of its own")
+    image = builder.build()
+    for offset in freed:
+        image.set_refcount(offset // CLUSTER, 1)
+    for cluster in range(1, PER_TABLE):
+        image.set_refcount(image.host_offset(cluster) // CLUSTER, 1)
+    assert suspect_ranges(image) == []
+    assert not proposal(image, RepairTier.LEAKS).needs_quote
+
+
+def test_refcounts_that_are_out_of_date_do_not_say_that_entries_lead_elsewhere() -> None:
+    image = older_cluster_in_the_place_of_a_newer()
+    bits = image.header.incompatible_features | Incompatible.DIRTY
+    image.change_header(incompatible_features=bits)
+    assert suspect_ranges(image) == []
+
+
 def test_a_lost_table_of_zeros_hid_what_the_backing_file_has() -> None:
     builder = disk(backing_file=b"base.qcow2")
     for cluster in range(7):
@@ -453,6 +521,17 @@ def test_what_the_disk_has_nothing_in_the_place_of_may_be_missing() -> None:
     image.set_word(image.l2_at(0), 0)
     found = triage(image).losses
     assert found.missing == 2 * CLUSTER
+    assert found.causes[0].kind is CauseKind.SHARED
+
+
+def test_a_flag_alone_is_nothing_in_the_place_of_what_a_snapshot_has() -> None:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(1, b"anew")
+    image = builder.build()
+    image.set_word(image.l2_at(0), entries.COPIED)
+    found = triage(image).losses
+    assert found.missing == CLUSTER
     assert found.causes[0].kind is CauseKind.SHARED
 
 
