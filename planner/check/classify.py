@@ -32,7 +32,9 @@ MAX_NAME_BYTES = 1024
 
 
 class Look(IntEnum):
-    """What a leaked cluster looks like. An L1 table is told from an L2 table by its targets."""
+    """What a leaked cluster looks like. An L1 table is told from an L2 table by its targets, an old
+    refcount block from what only looks like refcounts by the old refcount table that leads to it.
+    """
 
     UNREAD = 0
     ZEROS = 1
@@ -44,6 +46,7 @@ class Look(IntEnum):
     IN_USE = 7
     BITMAP = 8
     REFTABLE = 9
+    OLD_REFBLOCK = 10
 
     @property
     def label(self) -> str:
@@ -61,6 +64,7 @@ _LABELS = {
     Look.IN_USE: "in use, counted too high",
     Look.BITMAP: "bitmap",
     Look.REFTABLE: "refcount table",
+    Look.OLD_REFBLOCK: "old refcount block",
 }
 
 

@@ -39,6 +39,7 @@ from planner.triage.losses import (
     find_losses,
     find_shared,
 )
+from planner.triage.old_refcounts import OldRefcounts
 from planner.triage.uncounted import uncounted_clusters
 from planner.words import plural
 
@@ -393,6 +394,7 @@ class _Describer:
 
     def describe(self, signature: U8) -> Triage:
         self._set_bitmaps_aside()
+        self._set_old_refcounts_aside()
         tables = self._judge(np.flatnonzero(self._look == Look.L2_TABLE))
         self._look[tables.at[tables.is_l1]] = Look.L1_TABLE
         snapshots = self._lost_snapshots()
@@ -430,6 +432,16 @@ class _Describer:
             targets = words[sound] >> np.uint64(self._geometry.cluster_bits)
             self._look[at[part][sound]] = Look.BITMAP
             self._look[self._unused & np.isin(self._leaked, targets.astype(np.int64))] = Look.BITMAP
+
+    def _set_old_refcounts_aside(self) -> None:
+        """What refcounts were in before is waste, too."""
+        if self._report.layout is None:
+            return
+        at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
+        old = OldRefcounts(self._source, self._report.layout, self._mismatches, self._leaked)
+        tables, blocks = old.find(self._leaked[at])
+        self._look[self._unused & np.isin(self._leaked, tables)] = Look.REFTABLE
+        self._look[self._unused & np.isin(self._leaked, blocks)] = Look.OLD_REFBLOCK
 
     def _losses(
         self, tables: _Tables, described: tuple[Suspect, ...], snapshots: tuple[Snapshot, ...]
@@ -491,7 +503,7 @@ class _Describer:
         """
         known = (_known_l2_tables(self._report), self._leaked[at])
         tables = distinct(np.concatenate(known))
-        numbers = np.zeros((6, len(at)), dtype=np.int64)
+        numbers = np.zeros((5, len(at)), dtype=np.int64)
         copied, led_alone = np.zeros((2, len(at)), dtype=np.bool_)
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
@@ -504,15 +516,12 @@ class _Describer:
             targets = self._looker.targets(words, plausible)
             led_alone[part] = self._lead_to_data(np.where(is_own, targets, 0))
             numbers[2:, part] = self._count_targets(targets, part.start, tables)
-        entries_, plausible_, targets_, hits, to_tables, to_refblocks = numbers
+        entries_, plausible_, targets_, hits, to_tables = numbers
         # A newer copy of a table in use had what is new alone, as an older one has nothing.
         lost: Mask = (hits * 2 >= targets_) | led_alone
         if self._geometry.external_data:
             lost = entries_ == plausible_
         is_l1 = to_tables * 2 > targets_
-        is_reftable = ~copied & (to_refblocks > 0) & (to_refblocks == hits)
-        self._look[at[is_reftable]] = Look.REFTABLE
-        lost &= ~is_reftable
         in_use = ~self._unused[at]
         # What is in use has lost an entry only where one is missing: in another disk, at its index.
         lost &= ~in_use | np.isin(self._leaked[at], self._missed_tables())
@@ -534,7 +543,7 @@ class _Describer:
         return result
 
     def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
-        """Of each table: its targets, and those that are leaked, *tables*, refcount blocks; (4, n).
+        """Of each table: its targets, those that are leaked, and those that are *tables*; (3, n).
 
         Puts the leaked ones into the group of their table, which is number *first* and up.
         """
@@ -547,8 +556,7 @@ class _Describer:
         hit = rank != NONE
         free = hit & (self._group[rank] == NONE)
         self._group[rank[free]] = first + row[free]
-        is_refblock = self._look[rank[hit]] == Look.REFBLOCK
-        rows = (row, row[hit], row[np.isin(targets[new], tables)], row[hit][is_refblock])
+        rows = (row, row[hit], row[np.isin(targets[new], tables)])
         return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
 
     def _ranks(self, clusters: I64) -> I64:
@@ -639,7 +647,7 @@ class _Describer:
             position += len(snapshot.id_str) + len(snapshot.name)
 
 
-_NO_DATA = (Look.ZEROS, Look.BITMAP, Look.REFTABLE)
+_NO_DATA = (Look.ZEROS, Look.BITMAP, Look.REFTABLE, Look.OLD_REFBLOCK)
 
 _BITS = {
     Incompatible.DATA_FILE: "external data file",
