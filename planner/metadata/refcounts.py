@@ -159,27 +159,22 @@ class StoredRefcounts:
     def counted_end(self, clusters: int) -> int:
         """Behind the last cluster from *clusters* on that has a refcount; 0 where none has."""
         end = 0
-        for first, refcounts in self._blocks_past(clusters):
+        for first, refcounts in self.blocks_past(clusters, np.zeros(0, dtype=np.int64)):
             used = refcounts != 0
             past = self.entries_per_block - np.argmax(used[:, ::-1], axis=1)
             end = max(end, int((first + past)[used.any(axis=1)].max(initial=0)))
         return end if end > clusters else 0
 
-    def references_past(self, clusters: int, most: int) -> int:
-        """The sum of the refcounts of all clusters from *clusters* on, each *most* at most."""
-        count = 0
-        for first, refcounts in self._blocks_past(clusters):
-            is_past = first[:, None] + np.arange(self.entries_per_block) >= clusters
-            count += int(np.minimum(refcounts[is_past].astype(np.uint64), most).sum())
-        return count
-
-    def _blocks_past(self, clusters: int) -> Iterator[tuple[I64, Counts]]:
+    def blocks_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, Counts]]:
         """The blocks that count clusters from *clusters* on, in batches: the first cluster of each,
-        and its refcounts. One that several entries lead to stands where it reaches furthest.
+        and its refcounts. One that several entries lead to stands where it reaches furthest, but
+        for those at host offsets *known*: these reach no further than the block of *clusters*.
         """
         table, per_block = self.reftable, self.entries_per_block
         which = table.blocks()
         which = which[table.index[which] >= clusters // per_block][::-1]
+        is_known = np.isin(table.offset[which], known)
+        which = which[~is_known | (table.index[which] == clusters // per_block)]
         # Of the entries that lead to one block, the last is the one that reaches furthest.
         offsets, first = np.unique(table.offset[which], return_index=True)
         present = present_tables(self._source, offsets, self._layout.geometry.cluster_size)

@@ -20,7 +20,6 @@ from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
-from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions
 from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
@@ -29,6 +28,7 @@ from planner.qcow2.extensions import BITMAPS, decode_bitmaps
 from planner.source import Source, nonzero_words, present_tables, read_tables
 from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
+from planner.triage.past_end import references_past_end
 from planner.triage.traces import Traces
 from planner.words import plural
 
@@ -412,20 +412,6 @@ def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Ma
         # The disk has a cluster that is still in use once, or not at all.
         lost = np.where(leaked.unused[chosen], lost, np.minimum(lost, 1))
     return int(lost.sum())
-
-
-def references_past_end(source: Source, report: Report) -> int:
-    """How many references the file counts behind its end that nothing is left of.
-
-    A table that is lost may have had them, and what they led to was cut off.
-    """
-    layout = report.layout
-    if layout is None or report.entries is None:
-        return 0
-    stored = StoredRefcounts(source, layout, Reftable(source, layout))
-    counted = stored.references_past(layout.host_clusters, layout.geometry.guest_clusters)
-    known = report.entries.counts().get(FindingKind.PAST_END, 0)
-    return max(0, counted - known)
 
 
 class _Disk:

@@ -27,9 +27,9 @@ from planner.check.report import Report
 from planner.errors import PlannerError
 from planner.findings.kinds import FindingKind
 from planner.guest.mapping import RunKind
+from planner.qcow2.entries import NO_HOST
 from planner.source import SECTOR, read_bytes
 from planner.triage.impact import Harm, Ranges, guest_impact
-from planner.triage.losses import references_past_end
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.matrix import Row, describe
 from tests.oracle.campaign import images_of_group, row_of
@@ -110,7 +110,6 @@ class Truth:
             if report.error is not None:
                 return Verdict()
             triage = triage_leaks(source, report)
-            cut = references_past_end(source, report)
         before, after = self._before(), open_disk(image)
         if before is None or after is None:
             return Verdict()
@@ -121,7 +120,7 @@ class Truth:
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(report, triage, after, cut),
+            *_faults_of_missing(report, triage, after, _behind(before.disk, image.stat().st_size)),
         ]
         missing = triage.losses.missing
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
@@ -181,8 +180,8 @@ def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
 
 
 def _faults_of_missing(report: Report, triage: Triage, after: Patched, cut: int) -> Iterator[str]:
-    """More missing than leaked clusters can have held, and the *cut* off ones that are counted; or
-    than the disk has room for.
+    """More missing than leaked clusters can have held, and the guest clusters that were *cut* off;
+    or than the disk has room for.
     """
     missing = triage.losses.missing
     if not missing:
@@ -197,6 +196,17 @@ def _faults_of_missing(report: Report, triage: Triage, after: Patched, cut: int)
     room = _ranges(after.disk, RunKind.UNALLOCATED).size
     if missing > room + report.geometry.cluster_size:  # the last cluster of a disk may be cut off
         yield f"{missing} bytes missing, and only {room} read as nothing"
+
+
+def _behind(disk: Disk, end: int) -> int:
+    """How many guest clusters of *disk* had something behind *end*, where its file ends now."""
+    bits, count = disk.layer.mapping.geometry.cluster_bits, 0
+    for runs in disk.layer.mapping.walk(0, disk.size):
+        held = runs.select((runs.host != NO_HOST) & (runs.host + runs.length + runs.stored > end))
+        start = held.guest + np.maximum(0, np.where(held.stored == 0, end - held.host, 0))
+        last = held.guest + held.length - 1
+        count += int(((last >> bits) - (start >> bits) + 1).sum())
+    return count
 
 
 def _ranges(disk: Disk, *kinds: RunKind) -> Ranges:

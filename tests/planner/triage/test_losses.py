@@ -629,3 +629,26 @@ def test_a_lost_table_that_led_behind_the_end_of_a_cut_file_is_not_taken_for_dat
     image.set_word(image.l1_at(2), 0)
     assert [suspect.looks_lost for suspect in triage(image).suspects] == [True]
     assert proposal(image, RepairTier.LEAKS).needs_quote
+
+
+# ---- what was cut off ----
+
+
+def test_what_is_known_to_lead_behind_the_end_is_not_missing_as_well() -> None:
+    image = disk().build()
+    wipe(image, image.l2_table(0))
+    past = image.host_clusters + 3
+    for cluster in range(past, past + 3):
+        image.set_refcount(cluster, 1)
+    image.set_word(image.l1_at(2), past * CLUSTER | entries.COPIED)
+    image.set_word(image.l2_at(256), (past + 1) * CLUSTER | entries.COPIED)
+    # The data of two tables leaks, and one cluster behind the end has nothing that leads to it.
+    assert triage(image).losses.missing == (2 * PER_TABLE + 1) * CLUSTER
+
+
+def test_a_block_that_the_table_leads_to_twice_counts_nothing_behind_the_end() -> None:
+    image = disk().build()
+    wipe(image, image.l2_table(0))
+    alone = triage(image).losses.missing
+    image.set_word(image.reftable_at(150), image.refblock(0))
+    assert triage(image).losses.missing == alone == PER_TABLE * CLUSTER

@@ -1,0 +1,106 @@
+"""What the refcounts count behind the end of a file, and nothing that is left leads to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64
+from planner.check.refcount_comparison import CHUNK
+from planner.check.report import Report
+from planner.findings.kinds import FindingKind
+from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.source import Source
+
+
+def references_past_end(source: Source, report: Report) -> int:
+    """How many references the file counts behind its end that nothing is left of.
+
+    A table that is lost may have had them, and what they led to was cut off.
+    """
+    layout = report.layout
+    if layout is None or report.entries is None:
+        return 0
+    stored = StoredRefcounts(source, layout, Reftable(source, layout))
+    end, most = layout.host_clusters, layout.geometry.guest_clusters
+    known, count = _Known.of(report), 0
+    for first, rows in stored.blocks_past(end, _blocks_of_the_file(report, stored.reftable)):
+        for start, refcounts in zip(first.tolist(), rows, strict=True):
+            for at in range(max(0, end - start), len(refcounts), CHUNK):
+                part = refcounts[at : at + CHUNK]
+                used = np.flatnonzero(part)
+                references = np.minimum(part[used].astype(np.uint64), most).astype(np.int64)
+                lost = references - known.times(start + at + used)
+                count += int(np.maximum(lost, 0).sum())
+    return count
+
+
+def _blocks_of_the_file(report: Report, table: Reftable) -> I64:
+    """Host offsets of the blocks that hold the refcounts of clusters that the file has.
+
+    If the table leads to one of them a second time, it is none of clusters behind the end.
+    """
+    mismatches, per_block = report.mismatches, table.entries_per_block
+    found = [np.zeros(0, dtype=np.int64)]
+    if mismatches is None or report.layout is None:
+        return found[0]
+    which = table.blocks()
+    which = which[table.index[which] <= report.layout.host_clusters // per_block]
+    again = np.isin(table.offset, _repeated(table.offset[table.blocks()]))
+    for at in which[again[which]].tolist():
+        first = int(table.index[at]) * per_block
+        low, high = (
+            mismatches.index.slots_before(cluster) for cluster in (first, first + per_block)
+        )
+        counted = mismatches.counted[low:high]
+        used = counted != 0
+        agreeing = np.count_nonzero(used & (counted == mismatches.stored[low:high]))
+        if agreeing and agreeing * 2 >= np.count_nonzero(used):
+            found.append(table.offset[at : at + 1])
+    return np.concatenate(found)
+
+
+def _repeated(values: I64) -> I64:
+    distinct, times = np.unique(values, return_counts=True)
+    repeated: I64 = distinct[times > 1]
+    return repeated
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known to lead behind the end, as ranges of clusters: how many begin at or before
+    each of ``start``, ascending, is the running total beside it in ``begun``; and so on.
+    """
+
+    start: I64
+    begun: I64
+    end: I64
+    ended: I64
+
+    @classmethod
+    def of(cls, report: Report) -> _Known:
+        """The structures and entries that *report* says lie past the end."""
+        bits, findings = report.geometry.cluster_bits, report.findings.of(FindingKind.PAST_END)
+        first, last = findings.host_offset, findings.host_offset + (findings.length - 1)
+        times = findings.count
+        if report.entries is not None:
+            entries = report.entries.of(FindingKind.PAST_END)
+            offset = np.minimum(entries.found, np.uint64((1 << 63) - 1)).astype(np.int64)
+            first, last = np.append(first, offset), np.append(last, offset)
+            times = np.append(times, entries.count)
+        start, end = first >> bits, (last >> bits) + 1
+        by_start, by_end = np.argsort(start), np.argsort(end)
+        return cls(
+            start[by_start],
+            np.append(0, np.cumsum(times[by_start])),
+            end[by_end],
+            np.append(0, np.cumsum(times[by_end])),
+        )
+
+    def times(self, clusters: I64) -> I64:
+        """How often something leads to each of *clusters*."""
+        begun = self.begun[np.searchsorted(self.start, clusters, side="right")]
+        ended = self.ended[np.searchsorted(self.end, clusters, side="right")]
+        result: I64 = begun - ended
+        return result
