@@ -182,12 +182,13 @@ class _Shared:
 
     ``cluster``, ascending; ``l1_index``: all L1 entries of the disk that it is missing from.
     ``uncounted``: L1 entries of the disk that are empty, where snapshots have a table whose
-    refcount is lost.
+    refcount is lost; ``entries``: how many entries these tables have, the fullest of each index.
     """
 
     cluster: I64
     l1_index: I64
     uncounted: I64
+    entries: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +241,7 @@ def find_losses(
     hidden = leaked.is_empty & has_backing
     candidates = leaked.holds_data | hidden
     if not candidates.any():
-        return Losses()
+        return find_shared(source, report)
     tables = leaked.astray if leaked.lost_tables else leaked.astray[:0]
     disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless, tables)
     astray = astray_data(report, leaked.astray, len(homeless))
@@ -250,7 +251,9 @@ def find_losses(
     references = _references_lost(disk, report, leaked, candidates)
     if leaked.lost_tables or disk.lost_windows:
         references += references_past_end(source, report)
-    room = disk.unmapped_bytes(with_empty_entries=len(leaked.cluster) > 1)
+    references += disk.shared.entries
+    gone = disk.empty_entries()[1] if len(leaked.cluster) > 1 else disk.shared.uncounted
+    room = disk.unmapped_bytes(gone)
     lost = references * report.geometry.cluster_size
     if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
         lost = disk.size  # in one cluster as many compressed ones as nobody has counted any more
@@ -268,7 +271,9 @@ def find_shared(source: Source, report: Report) -> Losses:
         return Losses()
     nothing = np.zeros(0, dtype=np.int64)
     disk = _Disk(source, report, nothing, nothing, nothing)
-    return Losses(causes=tuple(_of_shared(disk.shared, report.geometry.l2_coverage)))
+    causes = tuple(_of_shared(disk.shared, report.geometry.l2_coverage))
+    lost = disk.shared.entries * report.geometry.cluster_size
+    return Losses(causes=causes, missing=min(lost, disk.unmapped_bytes(disk.shared.uncounted)))
 
 
 def _causes(
@@ -483,6 +488,11 @@ class _Disk:
         filled: Mask = (words & ~np.uint64(flag)) != 0
         return filled if bitmaps is None else filled | (bitmaps != 0)
 
+    def _filled(self, rows: U8) -> Mask:
+        """Which entries of whole tables say anything."""
+        words = entries.decode_words(rows)
+        return self._are_filled(*entries.split_entries(words, self._geometry.extended_l2))
+
     def _are_sound(self, words: U64) -> Mask:
         """Which words could be entries, wherever they lead."""
         unusual = entries.L2_RESERVED | entries.L2_OFFSET & (self._geometry.cluster_size - 1)
@@ -528,17 +538,33 @@ class _Disk:
         is_lost = guest < self._geometry.guest_clusters
         is_lost[is_lost] = self._are_empty(guest[is_lost])
         l1_index = guest[is_lost] // self._geometry.l2_entries
-        return _Shared(distinct(cluster[is_lost]), distinct(l1_index), self._uncounted_windows())
+        windows, count = self._uncounted_windows()
+        return _Shared(distinct(cluster[is_lost]), distinct(l1_index), windows, count)
 
-    def _uncounted_windows(self) -> I64:
-        """Empty L1 entries of the disk, where snapshots have tables whose refcounts are lost."""
+    def _uncounted_windows(self) -> tuple[I64, int]:
+        """Empty L1 entries of the disk, where snapshots have tables whose refcounts are lost; and
+        how many entries these have.
+        """
         mismatches, regions = self._report.mismatches, self._report.regions
         tables = regions.select(regions.structure == Structure.L2_TABLE)
-        tables = tables.select(np.isin(tables.l1_index, self.empty_entries()[1]))
+        is_aligned = tables.offset % self._geometry.cluster_size == 0
+        tables = tables.select(is_aligned & np.isin(tables.l1_index, self.empty_entries()[1]))
         if mismatches is None or not len(tables.offset):
-            return np.zeros(0, dtype=np.int64)
+            return np.zeros(0, dtype=np.int64), 0
         slots, known = mismatches.index.find(tables.first(self._geometry.cluster_bits))
-        return distinct(tables.l1_index[known & (mismatches.stored[slots] == 0)])
+        tables = tables.select(known & (mismatches.stored[slots] == 0))
+        index, at = np.unique(tables.l1_index, return_inverse=True)
+        most = np.zeros(len(index), dtype=np.int64)
+        np.maximum.at(most, at, self._filled_entries(tables.offset))
+        return index, int(most.sum())
+
+    def _filled_entries(self, offsets: I64) -> I64:
+        """How many entries the tables at *offsets* have."""
+        places, at = np.unique(offsets, return_inverse=True)
+        count = np.zeros(len(places), dtype=np.int64)
+        for part, rows in read_tables(self._source, places, self._geometry.cluster_size):
+            count[part] = np.count_nonzero(self._filled(rows), axis=1)
+        return count[at]
 
     def _are_empty(self, guest: I64) -> Mask:
         """Which guest clusters the active disk has no entry for."""
@@ -556,9 +582,7 @@ class _Disk:
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             chosen = order[first[part.start] : ends[part.stop - 1]]
             row = np.searchsorted(offsets[part], mine[chosen])
-            words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-            filled = self._are_filled(words, bitmaps)
-            empty[chosen] = ~filled[row, guest[chosen] % geometry.l2_entries]
+            empty[chosen] = ~self._filled(rows)[row, guest[chosen] % geometry.l2_entries]
         return empty
 
     def has_room(self, gaps: Gaps) -> bool:
@@ -607,18 +631,18 @@ class _Disk:
     def _all_windows(self) -> tuple[tuple[I64, I64], ...]:
         return self.windows.zeros, self.windows.parts, self.windows.overwritten
 
-    def unmapped_bytes(self, *, with_empty_entries: bool) -> int:
+    def unmapped_bytes(self, empty: I64) -> int:
         """Guest bytes of the active disk that no entry says anything about, rounded up.
 
-        Behind an L1 entry that is empty nothing was, unless its table was a cluster too.
+        Behind an L1 entry that is empty nothing was, unless its table was a cluster too: *empty*
+        are those that count.
         """
         coverage, (number, index) = self._geometry.l2_coverage, self.windows.zeros
         index = index[number == ACTIVE]
         # What a table of none but damaged entries leaves out is counted entry by entry.
         number, counted = self._entries_of(self._unsound)
         index = np.setdiff1d(index, counted[number == ACTIVE])
-        if with_empty_entries:
-            index = np.concatenate((index, self.empty_entries()[1]))
+        index = np.concatenate((index, empty))
         windows = int(np.clip(self.size - index * coverage, 0, coverage).sum())
         return self._free * self._geometry.cluster_size + windows
 

@@ -120,7 +120,7 @@ class Truth:
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(report, triage, after, _behind(before.disk, image.stat().st_size)),
+            *_faults_of_missing(report, triage, before, after, image.stat().st_size),
         ]
         missing = triage.losses.missing
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
@@ -179,15 +179,21 @@ def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
     return inside
 
 
-def _faults_of_missing(report: Report, triage: Triage, after: Patched, cut: int) -> Iterator[str]:
-    """More missing than leaked clusters can have held, and the guest clusters that were *cut* off;
-    or than the disk has room for.
+def _faults_of_missing(
+    report: Report, triage: Triage, before: Patched, after: Patched, end: int
+) -> Iterator[str]:
+    """More missing than leaked clusters can have held, and what lay behind the *end* that the file
+    has now, or all that there was where refcounts are lost; or than the disk has room for.
     """
     missing = triage.losses.missing
     if not missing:
         return
     leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
-    bound = (leaks + len(triage.uncounted) + cut) * report.geometry.cluster_size
+    leaks += len(triage.uncounted) + _behind(before.disk, end)
+    bound = leaks * report.geometry.cluster_size
+    if FindingKind.REFCOUNT_MISSING in report.counts():
+        held = RunKind.ZERO, RunKind.DATA, RunKind.COMPRESSED
+        bound += _ranges(before.disk, *held).size
     has_backing = report.layout is not None and report.layout.header.backing_file_offset
     # What was lost without a refcount nobody can count: in compressed clusters, or as zeros.
     is_bounded = not has_backing and not len(triage.uncounted)

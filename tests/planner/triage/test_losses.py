@@ -566,6 +566,7 @@ def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier)
 def test_refcounts_that_are_lost_too_leave_what_a_snapshot_has() -> None:
     image = without_refcounts(shared_with_a_snapshot())
     assert causes(image) == {CauseKind.SHARED}
+    assert triage(image).losses.missing == 3 * PER_TABLE * CLUSTER
     assert proposal(image, RepairTier.ALL).needs_quote
 
 
