@@ -97,7 +97,8 @@ class Guest:
         most = ROWS_OF_ANY
         for image in (self._image, *self.chain.images):
             most += ROWS_OF_A_BYTE * image.source().stored_bytes()
-        for rows in extents(_qcow2_stratum(self.chain.disk), offset, end):
+        disk = _qcow2_stratum(self.chain.disk)
+        for rows in extents(disk.marked(offset, end), offset, end):
             most -= len(rows)
             if most < 0:
                 problem = "it leads to the same L2 tables again and again; the map ends here"

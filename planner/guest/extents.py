@@ -41,6 +41,15 @@ class Stratum:
     hidden: bool = False
     backing: Stratum | int | None = None
 
+    def marked(self, offset: int, end: int) -> Stratum:
+        """The same chain, with damage where tables were overwritten: see `Mapping.marked`."""
+        end, backing = min(end, self.size), self.backing
+        return replace(
+            self,
+            mapping=self.mapping.marked(offset, end) if self.mapping else None,
+            backing=backing.marked(offset, end) if isinstance(backing, Stratum) else backing,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Extents:

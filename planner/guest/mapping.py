@@ -8,6 +8,7 @@ QEMU reads, and for what it refuses to. Nothing here reads the guest's bytes the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -289,7 +290,9 @@ class Mapping:
         index, words = nonzero_words(self._source, l1_offset, l1_size)
         offset = entries.l1_offsets(words)
         self._gone_tables = GoneTables(geometry, source.size)
-        self._is_gone = data_end is not None and self._gone_tables.is_gone_l1(words)
+        self._is_l1_gone = self._gone_tables.is_gone_l1(words)
+        # Where to look for overwritten tables: L1 indices, the first and behind the last.
+        self._marked = range(l1_size if data_end is not None else 0)
         leads = offset != 0
         self._index, self._offset = index[leads], offset[leads]
         misaligned = self._offset & (geometry.cluster_size - 1) != 0
@@ -315,6 +318,20 @@ class Mapping:
         self._offset = np.concatenate((self._offset[kept], nowhere))[order]
         flaws = np.full(len(lost), Flaw.TABLE_LOST, dtype=np.uint8)
         self._flaw = np.concatenate((self._flaw[kept], flaws))[order]
+
+    def marked(self, offset: int, end: int) -> Mapping:
+        """The same, but that what a table maps which was overwritten is DAMAGED, for who walks from
+        guest offset *offset* to *end*.
+        """
+        coverage, other = self.geometry.l2_coverage, copy(self)
+        span = range(offset // coverage, -(-end // coverage))
+        vars(other).update(_marked=span, _kept={})
+        return other
+
+    @property
+    def _is_gone(self) -> bool:
+        """Whether nothing is left of the L1 table, and that is to be told."""
+        return self._is_l1_gone and len(self._marked) > 0
 
     def runs(self, offset: int, end: int, source: Source | None = None) -> Runs:
         """The runs from guest offset *offset* to *end*, for a read: bytes around are kept for more.
@@ -470,8 +487,10 @@ class Mapping:
         in_use = np.zeros(len(offset), dtype=np.bool_)
         in_use[order] = present_tables(self._source, offset[order], size, anyway=0)
         if self._salvaged is not None:
-            # Past the end it is lost, and a hole in a table that was overwritten may be, too.
+            # Past the end it is lost.
             in_use |= offset + size > self._salvaged.size
+        if self._marked:
+            # Of a table that was overwritten a hole may be lost, too.
             in_use |= np.isin(offset & ~(self.geometry.cluster_size - 1), self._gone[0])
         return in_use
 
@@ -484,7 +503,8 @@ class Mapping:
     @cached_property
     def _gone(self) -> tuple[I64, Mask]:
         """Tables that were overwritten: their offsets, ascending, and which of their sectors."""
-        offsets, masks = distinct(self._offset[self._in_use]), []
+        is_wanted = (self._index >= self._marked.start) & (self._index < self._marked.stop)
+        offsets, masks = distinct(self._offset[self._in_use & is_wanted]), []
         for part, rows in read_tables(self._source, offsets, self.geometry.cluster_size):
             sectors, _ = self._gone_tables.sectors(rows)
             some = np.flatnonzero(sectors.any(axis=1))
@@ -564,8 +584,9 @@ class Mapping:
             for part, rows in read_tables(source, offset, geometry.cluster_size):
                 words[index[part]] = rows.view(">u8")
         each = np.repeat(flaws, words.shape[1] // width)
-        if self._salvaged is not None:
+        if self._marked:
             self._mark_gone(each.reshape(len(words), -1), index, offset)
+        if self._salvaged is not None:
             self._mark_lost(self._salvaged, each.reshape(len(words), -1), index, offset)
         if self._is_gone:
             each[:] = Flaw.TABLE_GONE

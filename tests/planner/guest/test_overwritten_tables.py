@@ -28,6 +28,19 @@ def of_disk(image: Image) -> tuple[Runs, Impact]:
     return walked, guest_impact(report)
 
 
+def marked_as_gone(image: Image) -> set[int]:
+    """The clusters that a map of the disk calls overwritten, made of all of it and of a part."""
+    geometry, header = image.geometry, image.header
+    mapping = Mapping(image.source, geometry, header.l1_table_offset, header.l1_size)
+    assert Flaw.TABLE_GONE not in next(iter(mapping.walk(0, geometry.virtual_size))).flaw
+    found = []
+    for start in (0, geometry.cluster_size):
+        walked = mapping.marked(start, geometry.virtual_size).walk(start, geometry.virtual_size)
+        found.append(flawed(Runs.concatenate(list(walked)), geometry.cluster_size, Flaw.TABLE_GONE))
+    assert found[0] - found[1] <= {0}
+    return found[0]
+
+
 def covered(ranges: Ranges, size: int, step: int) -> set[int]:
     found: set[int] = set()
     for start, end in zip(ranges.start.tolist(), ranges.end.tolist(), strict=True):
@@ -85,6 +98,7 @@ def test_no_byte_of_an_overwritten_table_is_read(
     start = at + 512 * (not whole)
     image.data[start : start + count * 512] = content
     runs, impact = of_disk(image)
+    assert marked_as_gone(image) == flawed(runs, step, Flaw.TABLE_GONE)
     lost = covered(impact.ranges[Harm.LOST], image.geometry.virtual_size, step)
     first = 0 if whole else per_sector
     gone = set(range(first, first + count * per_sector))
