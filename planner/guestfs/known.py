@@ -7,11 +7,15 @@ from collections.abc import Callable
 from planner.guestfs.ext import filesystem as ext
 from planner.guestfs.protocol import FileSystem
 from planner.guestfs.reading import Holes
+from planner.guestfs.xfs import filesystem as xfs
 from planner.source import read_bytes
 
 Reader = Callable[[Holes], FileSystem | None]
 
-MARKS: tuple[tuple[int, bytes, Reader], ...] = ((1080, b"\x53\xef", ext.recognise),)
+MARKS: tuple[tuple[int, bytes, Reader], ...] = (
+    (1080, b"\x53\xef", ext.recognise),
+    (0, b"XFSB", xfs.recognise),
+)
 """Where the first copy of a superblock has which bytes, the surest first."""
 
 
