@@ -17,15 +17,11 @@ import numpy as np
 from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.check.claims import refcounts_are_shared
 from planner.check.report import Report
-from planner.errors import ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
 from planner.metadata.regions import Regions
-from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
-from planner.qcow2.bitmaps import list_bitmaps
-from planner.qcow2.extensions import BITMAPS, decode_bitmaps
-from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.source import Source, present_tables, read_tables
 from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
 from planner.triage.past_end import references_past_end
@@ -658,40 +654,3 @@ class _Disk:
         np.add.at(change, high, -1)
         more: Mask = (np.cumsum(change[:-1]) == 0) & ~self._is_mapped
         return more
-
-
-def bitmap_clusters(source: Source, report: Report) -> tuple[I64, bool]:
-    """The clusters of the bitmaps that the header names, vouched for or not, ascending; and whether
-    their directory can be read to its end.
-
-    A program that knows nothing of bitmaps leaves them behind like that.
-    """
-    nothing, layout = np.zeros(0, dtype=np.int64), report.layout
-    if layout is None:
-        return nothing, True
-    raw = [each for each in layout.extensions.all if each.magic == BITMAPS]
-    if not raw:
-        return nothing, True
-    bits, size = report.geometry.cluster_bits, source.size
-    try:
-        pointer = decode_bitmaps(raw[-1].data, layout.header)
-    except ImageError:
-        return nothing, False
-    listed, broken = list_bitmaps(source, pointer, report.geometry)
-    spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
-    tables = [
-        (number, each.bitmap_table_offset, each.bitmap_table_size)
-        for number, (each, error) in enumerate(listed)
-        if error is None
-    ]
-    found = [nothing]
-    for (_, offset, entries_), kept in zip(tables, followed_tables(tables, size), strict=True):
-        spans.append((offset, entries_ * 8))
-        if kept:
-            _, word = nonzero_words(source, offset, entries_)
-            found.append((word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64) >> bits)
-    for offset, length in spans:
-        end = min(offset + length, size)
-        found.append(np.arange(offset >> bits, max(offset, end + (1 << bits) - 1) >> bits))
-    is_whole = broken is None and all(error is None for _, error in listed)
-    return distinct(np.concatenate(found)), is_whole

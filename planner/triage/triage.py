@@ -30,12 +30,12 @@ from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
 from planner.triage.astray import astray_tables
+from planner.triage.bitmaps import bitmap_clusters, lost_bitmap_clusters
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
 from planner.triage.losses import (
     CauseKind,
     Leaked,
     Losses,
-    bitmap_clusters,
     find_losses,
     find_shared,
 )
@@ -459,6 +459,8 @@ class _Describer:
                 if table.is_l1 or {place.kind for place in table.places} == {PlaceKind.LOST}
             ]
             lost[np.isin(self._group, elsewhere) & (lost == 1)] = 0
+        of_bitmaps = lost_bitmap_clusters(self._source, self._report, self._leaked)
+        lost[np.isin(self._leaked, of_bitmaps) & (lost == 1)] = 0
         leads = np.append(tables.looks_lost, False)  # the last for those of no group
         leaked = Leaked(
             cluster=self._leaked,

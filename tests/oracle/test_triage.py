@@ -10,7 +10,9 @@ import pytest
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
 from planner.check.check import check_image
+from planner.qcow2.bitmaps import Bitmap, read_bitmaps
 from planner.qcow2.header import Header, read_header
+from planner.qcow2.layout import Layout
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes
@@ -39,6 +41,14 @@ def create(directory: Path, options: str) -> tuple[Path, Header]:
     for number in range(L1_ENTRIES):
         write(path, f"write -q -P {65 + number} {number * coverage} {8 * cluster}")
     return path, header_of(path)
+
+
+def read_bitmaps_of(path: Path) -> tuple[Bitmap, ...]:
+    source = Bytes(path.read_bytes())
+    layout = Layout.read(source)
+    pointer = layout.extensions.bitmaps
+    assert pointer is not None
+    return read_bitmaps(source, pointer, layout.geometry)
 
 
 def write(path: Path, *commands: str) -> None:
@@ -84,6 +94,36 @@ def test_a_zeroed_l1_entry_is_named_with_its_table_and_what_it_mapped(
         f" (L1 entry {l1_index} is empty)"
     ) in text
     assert needs_quote
+
+
+BITMAP_DAMAGE = {
+    "zero": lambda _: 0,
+    "misaligned": lambda word: word | 512,
+    "past the end": lambda word: word + (1 << 40),
+    "reserved": lambda word: word | 1 << 60,
+}
+
+
+@pytest.mark.parametrize("what", BITMAP_DAMAGE)
+@pytest.mark.parametrize("which", [0, 1, 3])
+def test_what_a_bitmap_has_lost_is_not_missing_from_the_disk(
+    tmp_path: Path, which: int, what: str
+) -> None:
+    """Four clusters of a bitmap, and one of a disk that has room for more."""
+    path = tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "64M")
+    run("qemu-img", "bitmap", "--add", "-g", "512", path, "backup")
+    write(path, *(f"write -q {number << 24} 64k" for number in range(4)))
+    (bitmap,) = read_bitmaps_of(path)
+    at = bitmap.bitmap_table_offset + 8 * which
+    word = int.from_bytes(path.read_bytes()[at : at + 8], "big")
+    assert word
+    patch(path, at, BITMAP_DAMAGE[what](word).to_bytes(8, "big"))
+    source = Bytes(path.read_bytes())
+    triage = triage_leaks(source, check_image(source))
+    assert triage.leaked == 1
+    # Of the first there is no entry before it that would show that it was not the disk's.
+    assert (triage.losses.missing == 0) == ((which, what) != (0, "zero"))
 
 
 @pytest.mark.parametrize("options", SHAPES)

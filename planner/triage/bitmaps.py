@@ -1,0 +1,135 @@
+"""Which leaked clusters are those of bitmaps: no guest's data was there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges
+from planner.check.report import Report
+from planner.errors import ImageError
+from planner.findings.kinds import FindingKind
+from planner.metadata.work_limits import followed_tables
+from planner.qcow2 import entries
+from planner.qcow2.bitmaps import list_bitmaps
+from planner.qcow2.extensions import BITMAPS, decode_bitmaps
+from planner.source import Source, nonzero_words
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A bitmap table of ``size`` entries at ``offset``, bytes, and those that are not zero."""
+
+    offset: int
+    size: int
+    index: I64
+    word: U64
+
+
+@dataclass(frozen=True, slots=True)
+class _Bitmaps:
+    """What the header's extension leads to. ``spans``: offset and length of directory and tables.
+    ``is_whole``: whether the directory can be read to its end.
+    """
+
+    spans: tuple[tuple[int, int], ...] = ()
+    tables: tuple[_Table, ...] = ()
+    is_whole: bool = True
+
+
+def _read(source: Source, report: Report) -> _Bitmaps:
+    layout = report.layout
+    if layout is None:
+        return _Bitmaps()
+    raw = [each for each in layout.extensions.all if each.magic == BITMAPS]
+    if not raw:
+        return _Bitmaps()
+    try:
+        pointer = decode_bitmaps(raw[-1].data, layout.header)
+    except ImageError:
+        return _Bitmaps(is_whole=False)
+    listed, broken = list_bitmaps(source, pointer, report.geometry)
+    places = [
+        (number, each.bitmap_table_offset, each.bitmap_table_size)
+        for number, (each, error) in enumerate(listed)
+        if error is None
+    ]
+    spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
+    spans += [(offset, size * 8) for _, offset, size in places]
+    kept = followed_tables(places, source.size)
+    tables = tuple(
+        _Table(offset, size, *nonzero_words(source, offset, size))
+        for (_, offset, size), is_kept in zip(places, kept, strict=True)
+        if is_kept
+    )
+    is_whole = broken is None and all(error is None for _, error in listed)
+    return _Bitmaps(tuple(spans), tables, is_whole)
+
+
+def bitmap_clusters(source: Source, report: Report) -> tuple[I64, bool]:
+    """The clusters of the bitmaps that the header names, vouched for or not, ascending; and whether
+    their directory can be read to its end.
+
+    A program that knows nothing of bitmaps leaves them behind like that.
+    """
+    bits, found = report.geometry.cluster_bits, _read(source, report)
+    clusters = [np.zeros(0, dtype=np.int64)]
+    clusters += [_hosts(table) >> bits for table in found.tables]
+    for offset, length in found.spans:
+        end = min(offset + length, source.size)
+        clusters.append(np.arange(offset >> bits, max(offset, end + (1 << bits) - 1) >> bits))
+    return distinct(np.concatenate(clusters)), found.is_whole
+
+
+def lost_bitmap_clusters(source: Source, report: Report, leaked: I64) -> I64:
+    """Those of *leaked*, ascending, that entries of bitmap tables led to before they were damaged.
+
+    QEMU stores a bitmap as it goes, cluster behind cluster, and its table behind them: so the
+    neighbours of an entry say where it led to.
+    """
+    found = [np.zeros(0, dtype=np.int64)]
+    for table in _read(source, report).tables:
+        found += _led_to(table, report, source.size, leaked)
+    clusters = distinct(np.concatenate(found))
+    return clusters[np.isin(clusters, leaked)]
+
+
+def _led_to(table: _Table, report: Report, end: int, leaked: I64) -> Iterator[I64]:
+    """Where the damaged entries of a table led to, and those that are zero between two others."""
+    bits = report.geometry.cluster_bits
+    has_cluster = table.word > np.uint64(entries.BITMAP_ALL_ONES)
+    # Behind the last entry is the table itself.
+    index = np.append(table.index[has_cluster], table.size)
+    cluster = np.append(_hosts(table)[has_cluster], table.offset) >> bits
+    sound = np.flatnonzero(np.append(_are_sound(table, report, end)[has_cluster], True))
+    damaged = np.setdiff1d(np.arange(len(index)), sound)
+    after = np.searchsorted(sound, damaged)
+    following = sound[after]
+    yield cluster[following] - (following - damaged)
+    has_before = after > 0
+    before = sound[after[has_before] - 1]
+    yield cluster[before] + (damaged[has_before] - before)
+    # What fits exactly between two, and has an entry there that says nothing.
+    low, high = sound[:-1], sound[1:]
+    gap = cluster[high] - cluster[low] - 1
+    fits = (high - low == 1) & (gap > 0) & (gap < index[high] - index[low])
+    first, last = (
+        np.searchsorted(leaked, places[fits]) for places in (cluster[low] + 1, cluster[high])
+    )
+    whole = last - first == gap[fits]
+    yield leaked[expand_ranges(first[whole], last[whole] - 1)]
+
+
+def _hosts(table: _Table) -> I64:
+    return (table.word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+
+
+def _are_sound(table: _Table, report: Report, end: int) -> Mask:
+    """Which entries lead to a cluster that may be the bitmap's, and no other's."""
+    host = _hosts(table)
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    sound: Mask = ~entries.bad_bitmap_entries(table.word, report.geometry)
+    sound &= (host != 0) & (host < end) & ~np.isin(host, contested)
+    return sound
