@@ -185,6 +185,12 @@ def _guest(report: Report, known: Aftermath) -> list[str]:
             f"  missing: up to {missing} bytes, which leaked clusters may hold: they read as"
             f" {'the backing file' if backed else 'zeros'} now; see below"
         )
+    if losses.behind and report.cut_off is None:
+        lines.append(
+            f"  {plural(losses.behind, 'cluster')} {'is' if losses.behind == 1 else 'are'} counted"
+            " behind the end of the file: a table that is lost may have led there, before the file"
+            " was cut off; or a program ended while the file grew"
+        )
     if lost_snapshot:
         lines.append("  missing: a snapshot that the image no longer counts; see below")
     harmed = impact.size - impact.safe

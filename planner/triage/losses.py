@@ -124,6 +124,8 @@ class Losses:
     if never written, and were; at most. ``snapshots``: those that have tables of their own which
     are gone, ascending; what they share with the disk is told of that. ``astray``: clusters that an
     entry leads to which may have led to what leaks; whoever has one may read what is not its own.
+    ``behind``: clusters that the refcounts count behind the end of the file, where a table is lost
+    that may have led to them.
     """
 
     data: int = 0
@@ -131,6 +133,7 @@ class Losses:
     missing: int = 0
     snapshots: tuple[int, ...] = ()
     astray: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
+    behind: int = 0
 
     @property
     def misread(self) -> bool:
@@ -244,9 +247,9 @@ def find_losses(
     causes = tuple(
         _causes(source, report, disk, leaked, homeless, astray=astray, other_reading=other_reading)
     )
-    references = _references_lost(disk, report, leaked, candidates)
-    if leaked.lost_tables or disk.lost_windows:
-        references += references_past_end(source, report)
+    has_lost_table = leaked.lost_tables or disk.lost_windows
+    behind = references_past_end(source, report) if has_lost_table else 0
+    references = _references_lost(disk, report, leaked, candidates) + behind
     references += disk.shared.entries
     gone = disk.empty_entries()[1] if len(leaked.cluster) > 1 else disk.shared.uncounted
     room = disk.unmapped_bytes(gone)
@@ -258,7 +261,7 @@ def find_losses(
     missing = min(lost, room, disk.size)
     snapshots = disk.snapshots_with_losses()
     doubtful = np.concatenate((tables, astray))
-    return Losses(len(homeless), causes, missing, snapshots, doubtful)
+    return Losses(len(homeless), causes, missing, snapshots, doubtful, behind)
 
 
 def find_shared(source: Source, report: Report) -> Losses:

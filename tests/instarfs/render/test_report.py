@@ -104,6 +104,17 @@ def test_what_is_missing_is_named_with_its_place() -> None:
     assert "refused without the plan's id" in text
 
 
+def test_what_a_lost_table_may_have_led_to_behind_the_end_is_told() -> None:
+    image = damaged()
+    image.set_refcount(image.host_clusters + 1, 1)
+    assert "behind the end of the file" not in text_of(image)
+    start = image.l2_table(0)
+    image.data[start : start + image.cluster_size] = bytes(image.cluster_size)
+    assert "\n  1 cluster is counted behind the end of the file: a table that is lost" in text_of(
+        image
+    )
+
+
 def test_a_lost_snapshot_is_named() -> None:
     text = text_of(damaged("lost-snapshot"))
     assert "missing: a snapshot that the image no longer counts" in text
