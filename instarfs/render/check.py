@@ -326,8 +326,12 @@ def fact(report: Report, finding: Finding) -> str:
         )
     if kind is FindingKind.CHECK_STOPPED:
         return _place(report, finding)
-    if kind is FindingKind.LUKS_HEADER_INVALID:
-        return f"{_place(report, finding)}: {printable(str(report.luks_error))}"
+    if kind in {FindingKind.LUKS_HEADER_INVALID, FindingKind.LUKS_KEY_SLOT_GONE}:
+        slot = f"key slot {finding.index}, in sector {finding.found}"
+        is_slot = kind is FindingKind.LUKS_KEY_SLOT_GONE
+        return (
+            f"{_place(report, finding)}: {slot if is_slot else printable(str(report.luks_error))}"
+        )
     if kind is FindingKind.TABLE_OVERWRITTEN:
         return f"{_overwritten_place(report, finding)} holds {content_name(finding.found)}"
     fact = f"{info.found} {_number(info.found, finding.found)}"

@@ -136,6 +136,7 @@ class FindingKind(IntEnum):
     UNKNOWN_AUTOCLEAR = 38
     COMPRESSED_UNREADABLE = 39
     ZERO_IN_VERSION_2 = 40
+    LUKS_KEY_SLOT_GONE = 41
 
     @property
     def label(self) -> str:
@@ -316,6 +317,13 @@ KINDS: dict[FindingKind, KindInfo] = {
         "bytes",
         "at least",
         left="the image does not say which of the two is right",
+        counted=False,
+    ),
+    FindingKind.LUKS_KEY_SLOT_GONE: KindInfo(
+        _S.CORRUPTION,
+        "the password of this key slot opens the disk no more: its key material was overwritten",
+        "sector",
+        left="who has another password can set this one anew, with `qemu-img amend`",
         counted=False,
     ),
     FindingKind.REFTABLE_ENTRY_RESERVED: KindInfo(

@@ -26,7 +26,7 @@ from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.header import AUTOCLEAR_AT, SIGNED_MAX
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
-from planner.qcow2.luks import luks_error, luks_length
+from planner.qcow2.luks import gone_key_slots, luks_error, luks_length
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
     Snapshot,
@@ -270,6 +270,16 @@ class _Surveyor:
         self.luks_error = luks_error(self._source, crypto)
         if self.luks_error is not None:
             self._findings.add(FindingKind.LUKS_HEADER_INVALID, found=length, **where)
+        else:
+            for slot, sector in gone_key_slots(self._source, crypto).items():
+                self._findings.add(
+                    FindingKind.LUKS_KEY_SLOT_GONE,
+                    structure=Structure.LUKS,
+                    host_offset=where["host_offset"],
+                    length=where["length"],
+                    index=slot,
+                    found=sector,
+                )
         needed = luks_length(self._source, crypto)
         if not needed <= crypto.length <= SIGNED_MAX:
             self._findings.add(

@@ -231,15 +231,26 @@ def check_key_material(source: Source, pointer: CryptoPointer, header: LuksHeade
     A key is spread over all of its material, which looks random throughout (LUKS, section 2.4): one
     sector that does not, and no password opens that slot. QEMU finds out when it is given one.
     """
-    enabled = [n for n, slot in enumerate(header.key_slots) if slot.enabled]
-    first = [_first_bad_sector(source, pointer, header, slot) for slot in enabled]
-    if all(sector is not None for sector in first):
-        slots = (
-            f"slot {enabled[0]}" if len(enabled) == 1 else "slots " + ", ".join(map(str, enabled))
-        )
+    gone = _gone_slots(source, pointer, header)
+    if len(gone) == sum(slot.enabled for slot in header.key_slots):
+        slots, sectors = list(gone), list(gone.values())
+        named = f"slot {slots[0]}" if len(slots) == 1 else "slots " + ", ".join(map(str, slots))
         raise ImageError(
-            f"LUKS key {slots}", f"overwritten in sector {first[0]}", "no password opens the disk"
+            f"LUKS key {named}", f"overwritten in sector {sectors[0]}", "no password opens the disk"
         )
+
+
+def gone_key_slots(source: Source, pointer: CryptoPointer) -> dict[int, int]:
+    """The key slots that no password opens any more, where `luks_error` finds one that it does; of
+    each the first sector that was overwritten, from the header's beginning.
+    """
+    return _gone_slots(source, pointer, read_luks(source, pointer))
+
+
+def _gone_slots(source: Source, pointer: CryptoPointer, header: LuksHeader) -> dict[int, int]:
+    enabled = [n for n, slot in enumerate(header.key_slots) if slot.enabled]
+    first = {slot: _first_bad_sector(source, pointer, header, slot) for slot in enabled}
+    return {slot: sector for slot, sector in first.items() if sector is not None}
 
 
 def _first_bad_sector(

@@ -9,7 +9,7 @@ from planner.findings.kinds import FindingKind as Kind
 from planner.qcow2.extensions import CRYPTO_HEADER
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.qcow2.layout import Layout
-from planner.qcow2.luks import DISABLED, LUKS_BYTES, encode_luks
+from planner.qcow2.luks import DISABLED, ENABLED, LUKS_BYTES, encode_luks
 from tests.images.builder import Image
 from tests.images.corpus.rule import (
     SIZE,
@@ -181,6 +181,22 @@ def luks_header_without_keys() -> Rule:
     first = luks_offset(image)
     image.data[first : first + LUKS_BYTES] = encode_luks(replace(header, key_slots=slots))
     return Rule(image, [finding(Kind.LUKS_HEADER_INVALID, structure=Structure.LUKS)])
+
+
+@rule
+def luks_key_slot_that_is_overwritten() -> Rule:
+    """One of two passwords opens nothing any more; the other does."""
+    header = small_luks_header()
+    slots = list(header.key_slots)
+    slots[2] = replace(slots[2], active=ENABLED, iterations=1000)
+    image = luks()
+    first = luks_offset(image)
+    image.data[first : first + LUKS_BYTES] = encode_luks(replace(header, key_slots=tuple(slots)))
+    sector = slots[2].key_material_offset + 3
+    start = first + sector * 512
+    image.data[start : start + 512] = bytes(512)
+    gone = {"structure": Structure.LUKS, "host_offset": first, "index": 2, "found": sector}
+    return Rule(image, [finding(Kind.LUKS_KEY_SLOT_GONE, **gone)])
 
 
 # Bitmaps
