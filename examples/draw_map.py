@@ -26,7 +26,7 @@ def draw_sample(seed: int = 1) -> bytes:
     for name in TELLING:
         DAMAGES[name](image, rng)
     source = image.source
-    atlas = draw_atlas(source, check_image(source), lambda _: None)
+    atlas = draw_atlas(source, check_image(source))
     return map_svg(atlas, "damaged.qcow2")
 
 

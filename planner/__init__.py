@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from planner.check.check import check_image
     from planner.check.report import Report
-    from planner.errors import ImageError, RepairError
+    from planner.errors import Cancelled, ImageError, RepairError
     from planner.findings.kinds import Finding, FindingKind
+    from planner.progress import Progress
     from planner.repair.overlay import Overlay
     from planner.repair.plan import Patch, Plan, RepairTier
     from planner.repair.tiers import Proposal, propose
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bytes",
+    "Cancelled",
     "Finding",
     "FindingKind",
     "ImageError",
     "Overlay",
     "Patch",
     "Plan",
+    "Progress",
     "Proposal",
     "RepairError",
     "RepairTier",
@@ -43,12 +46,14 @@ __all__ = [
 
 _HOMES = {
     "Bytes": "source",
+    "Cancelled": "errors",
     "Finding": "findings.kinds",
     "FindingKind": "findings.kinds",
     "ImageError": "errors",
     "Overlay": "repair.overlay",
     "Patch": "repair.plan",
     "Plan": "repair.plan",
+    "Progress": "progress",
     "Proposal": "repair.tiers",
     "RepairError": "errors",
     "RepairTier": "repair.plan",

@@ -1,10 +1,10 @@
 """`check_image` and `propose`, each run once for the same bytes: tests repair the same often."""
 
-from collections.abc import Callable
 from functools import lru_cache
 
-from planner.check.check import Progress, check_image
+from planner.check.check import check_image
 from planner.check.report import Report
+from planner.progress import Progress, tell_nobody
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, Source, read_bytes
@@ -25,8 +25,7 @@ def propose_bytes(content: bytes, tier: RepairTier) -> Proposal:
 def cached_check(
     source: Source,
     *,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Report:
     """`planner.check.check.check_image`."""
     return check_bytes(read_bytes(source, 0, source.size))
@@ -38,8 +37,7 @@ def cached_propose(
     tier: RepairTier,
     *,
     can_grow: bool = True,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Proposal:
     """`planner.repair.tiers.propose`, of a file."""
     assert can_grow

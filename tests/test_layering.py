@@ -23,9 +23,9 @@ PLANNER = [name for name in MODULES if name.startswith("planner")]
 INSTARFS = [name for name in MODULES if name.startswith("instarfs")]
 
 PURE = {
-    "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "errno",
-    "functools", "hashlib", "heapq", "itertools", "math", "operator", "struct", "types", "typing",
-    "zlib",
+    "__future__", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "errno",
+    "functools", "hashlib", "heapq", "itertools", "math", "operator", "re", "struct", "types",
+    "typing", "zlib",
     "construct", "numpy",
 }  # fmt: skip
 """What the planner may use besides itself: nothing that reaches a file, a clock or a process."""

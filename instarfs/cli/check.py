@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from instarfs.repair.checking import run_check
 from instarfs.text import json_array, printable, shell_path
 from planner.check.check import check_image
 from planner.check.report import Report
+from planner.progress import Progress
 
 if TYPE_CHECKING:
     from instarfs.image.file import FileSource
@@ -174,9 +175,7 @@ def _check(name: ImageName, wanted: _Wanted) -> _Checked:
         return _Checked(name, checked.report, checked.pending)
 
 
-def _look_at_data(
-    source: FileSource, report: Report, tell: Callable[[str, int, int], None] | None
-) -> Report:
+def _look_at_data(source: FileSource, report: Report, tell: Progress) -> Report:
     from instarfs.guest.compressed import look_at_packed  # noqa: PLC0415
 
     return look_at_packed(source, report, progress=tell)

@@ -13,6 +13,7 @@ from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.guest.outfile import OutFile
 from instarfs.text import printable
+from planner.progress import unless
 
 
 @click.command(name="export")
@@ -58,7 +59,7 @@ def command(
             raise name.failed(error) from error
         target = OutFile.open(out, export.origin())
         try:
-            outcome = export.run(target, tell or _tell_nobody, stopped)
+            outcome = export.run(target, unless(stopped, tell))
         finally:
             target.close()
     _conclude(outcome, target, quiet=quiet)
@@ -73,7 +74,3 @@ def _conclude(outcome: Outcome, target: OutFile, *, quiet: bool) -> None:
         raise ExportIncomplete(target.path, outcome.unread, outcome.size, hint, target.map_path)
     if not quiet:
         click.echo(printable(f"{target.path}: all {outcome.size} bytes of the disk were read"))
-
-
-def _tell_nobody(_stage: str, _done: int, _total: int) -> None:
-    pass

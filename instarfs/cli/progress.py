@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-Tell = Callable[[str, int, int], None]
+from planner.progress import Progress, tell_nobody
 
 _ENDING = (signal.SIGHUP, signal.SIGTERM)
 
@@ -20,20 +20,20 @@ class _Ended(BaseException):
 
 
 @contextmanager
-def progress_bar(*, shown: bool) -> Iterator[Tell | None]:
-    """What `check_image` wants as its progress; None where nothing is to be shown.
+def progress_bar(*, shown: bool) -> Iterator[Progress]:
+    """What is told here is shown, unless nothing is to be *shown*.
 
     While it is shown the terminal has no cursor: a signal that ends the process gives it back.
     """
     if not shown:
-        yield None
+        yield tell_nobody
         return
     # Not at the top: it takes longer to load than a small image takes to check.
+    from rich import progress as bars  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress  # noqa: PLC0415
 
     # What is printed meanwhile goes where it is meant to, not to the bar's stream.
-    bar = Progress(console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
+    bar = bars.Progress(console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False)
     with _ended_in_order(), bar:
         tasks = {}
 

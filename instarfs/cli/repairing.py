@@ -17,6 +17,7 @@ from instarfs.repair.checking import opened
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.run import Repairer
 from planner.errors import PlannerError
+from planner.progress import unless
 
 
 def run(
@@ -39,9 +40,7 @@ def run(
         opened(path, undo_file, access=None) as image,
         progress_bar(shown=progress) as tell,
     ):
-        repairer = Repairer(
-            image, keep_undo=keep_undo, progress=tell or _tell_nobody, cancelled=asked_to_stop
-        )
+        repairer = Repairer(image, keep_undo=keep_undo, progress=unless(asked_to_stop, tell))
         return job(repairer)
 
 
@@ -64,7 +63,3 @@ def tell_what_came_first(outcome: RepairOutcome) -> None:
     """What was done all the same, before what was asked for failed."""
     if outcome.recovered:
         remark(f"NOTE {TAKEN_BACK_FIRST}")
-
-
-def _tell_nobody(_stage: str, _done: int, _total: int) -> None:
-    pass

@@ -10,7 +10,7 @@ import click
 
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import share_option, undo_file_option
-from instarfs.cli.progress import Tell, progress_bar
+from instarfs.cli.progress import progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
@@ -23,6 +23,7 @@ from instarfs.repair.looking import look_around
 from instarfs.repair.planning import plan_checked
 from planner.check.check import check_image
 from planner.errors import NotQcow2, RepairError, as_value
+from planner.progress import Progress
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, is_repairable
 from planner.triage.beside import Beside, look_beside
@@ -68,7 +69,7 @@ def command(
     sys.exit(1 if report.torn else report.exit_code)
 
 
-def _aftermath(checked: Checked, follow: Follow, tell: Tell | None) -> Aftermath:
+def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
     """What is known beyond the check, as a mount knows it."""
     image, report, interrupted = checked.image, checked.report, checked.pending
     triage: Triage | ImageReadFailed

@@ -29,6 +29,7 @@ from instarfs.repair.run import Repairer
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
+from planner.progress import Progress
 from planner.qcow2.layout import Layout
 from planner.repair.plan import RepairTier
 
@@ -63,14 +64,9 @@ def serve(
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
 
-    def bounded_check(
-        source: FileSource,
-        *,
-        progress: Callable[[str, int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Report:
+    def bounded_check(source: FileSource, *, progress: Progress) -> Report:
         memory.limit(source)  # anew: the image may have grown since
-        return check(source, progress=progress, cancelled=cancelled)
+        return check(source, progress=progress)
 
     def confine() -> None:
         memory.limit(image.source())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +17,7 @@ from instarfs.errors import ImageReadFailed
 from instarfs.guest.unpack import NotUnpacked, unpack
 from planner.check.compressed import Packed, find_packed, report_unreadable
 from planner.check.report import Report
-from planner.errors import Cancelled
+from planner.progress import Meter, Progress, tell_nobody
 from planner.source import Source
 
 STAGE = "compressed clusters"
@@ -30,30 +30,22 @@ def look_at_packed(
     source: Source,
     report: Report,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Report:
     """*report*, which a check of *source* gave, with what the compressed clusters show.
 
-    *progress* is called with (stage, clusters done, clusters in all). Raises `Cancelled`.
+    *progress*: clusters unpacked.
     """
-
-    def tick(_amount: int) -> None:
-        if cancelled is not None and cancelled():
-            raise Cancelled
-
     if report.error is not None:
         return report
-    every, layout = find_packed(source, report, tick), report.layout
+    every, layout = find_packed(source, report, Meter(progress, STAGE)), report.layout
     kind = layout.header.compression_type if layout else 0
     packed, nothing, left = every.sorted_out(source, kind)
     bad, done = [np.zeros(0, dtype=np.int64)], 0
     for part, failed in _unpacked(source, packed, kind):
         bad.append(part.start + np.array(failed, dtype=np.int64))
         done += part.stop - part.start
-        tick(0)
-        if progress is not None:
-            progress(STAGE, done, len(packed))
+        progress(STAGE, done, len(packed))
     keys = np.concatenate((packed.keys[np.concatenate(bad)], nothing))
     return report_unreadable(source, report, keys, packed, left)
 

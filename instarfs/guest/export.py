@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -34,10 +34,11 @@ from instarfs.guest.guest import Guest, Part, Place, disk_extents
 from instarfs.guest.outfile import Origin, OutFile
 from instarfs.image.file import Generation, Image
 from planner.arrays import U8
-from planner.errors import ReadFailed
+from planner.errors import Cancelled, ReadFailed
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapfile import BAD, READ, UNTRIED
 from planner.guest.mapping import Flaw
+from planner.progress import Progress, tell_nobody
 from planner.qcow2.snapshots import read_reachable_snapshots
 
 PART_BYTES = 2 << 20
@@ -55,8 +56,6 @@ PAGE = 4096
 SAVE_SECONDS = 2.0
 FLUSH_SECONDS = 20.0
 """How often the list is written, and what is copied flushed to the disk."""
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +123,12 @@ class Export:
     def _all_generations(self) -> tuple[Generation, ...]:
         return (self._image.generation(), *self._guest.generations())
 
-    def run(self, out: OutFile, tell: Tell, stopped: Callable[[], bool]) -> Outcome:
-        """Copy all of the disk that *out* does not have. *tell* is told how far it is.
+    def run(self, out: OutFile, progress: Progress = tell_nobody) -> Outcome:
+        """Copy all of the disk that *out* does not have. *progress*: bytes of the disk tried.
 
         Raises `ExportStopped`, `ExportTorn` and `OutFailed`; what was copied by then is listed.
         """
-        return _Run(self, self._disk, out, tell, stopped).run()
+        return _Run(self, self._disk, out, progress).run()
 
 
 def _shown(generation: Generation) -> str:
@@ -168,16 +167,9 @@ class _PartOfDisk:
 class _Run:
     """One run of an export."""
 
-    def __init__(
-        self,
-        export: Export,
-        disk: Disk,
-        out: OutFile,
-        tell: Tell,
-        stopped: Callable[[], bool],
-    ) -> None:
+    def __init__(self, export: Export, disk: Disk, out: OutFile, progress: Progress) -> None:
         self._export, self._disk, self._out = export, disk, out
-        self._tell, self._stopped = tell, stopped
+        self._progress = progress
         self._reader = _Reader(disk)
         self._base = out.mapfile
         self._blocks: list[tuple[int, int, int]] = []
@@ -209,20 +201,23 @@ class _Run:
         flusher: ThreadPoolExecutor,
         pending: deque[tuple[_PartOfDisk, Future[_PartOfDisk]]],
     ) -> None:
-        for part in self._parts():
-            pending.append((part, readers.submit(self._reader.read, part)))
-            while len(pending) > 8 or (pending and pending[0][1].done()):
+        try:
+            for part in self._parts():
+                pending.append((part, readers.submit(self._reader.read, part)))
+                while len(pending) > 8 or (pending and pending[0][1].done()):
+                    self._account(pending.popleft()[1].result())
+                self._tell()
+                self._keep(flusher)
+            while pending:
                 self._account(pending.popleft()[1].result())
-            if self._stopped():
-                break
-            self._keep(flusher)
-        while pending:
-            self._account(pending.popleft()[1].result())
-        if self._stopped():
+                self._tell()
+        except Cancelled:
+            for _, reading in pending:
+                self._account(reading.result())
             self._save()
             left = self._out.mapfile.bytes_of(UNTRIED)
             size = self._out.mapfile.size
-            raise ExportStopped(self._out.path, size - left, size)
+            raise ExportStopped(self._out.path, size - left, size) from None
 
     # ---- what is where ----
 
@@ -271,7 +266,9 @@ class _Run:
         self._note(position, part.end, READ)
         self._elsewhere += part.elsewhere
         self._tried = part.end
-        self._tell("export", part.end, self._export.size)
+
+    def _tell(self) -> None:
+        self._progress("export", self._tried, self._export.size)
 
     def _note(self, start: int, end: int, status: int) -> None:
         if start >= end:

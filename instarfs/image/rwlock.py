@@ -8,13 +8,13 @@ conflicts with that of a reader, though both are ours. What is read or written i
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from instarfs.errors import ImageInUse
 from instarfs.image import locks
 from instarfs.image.file import Image
-from planner.errors import Cancelled
+from planner.progress import Progress
 
 _POLL_SECONDS = 0.05
 
@@ -47,8 +47,8 @@ class Sharing:
                 self._end_reading(image)
 
     @contextmanager
-    def writing(self, cancelled: Callable[[], bool]) -> Iterator[None]:
-        """Be the only one: readers that have begun are waited for. Raises `Cancelled`.
+    def writing(self, progress: Progress) -> Iterator[None]:
+        """Be the only one: readers that have begun are waited for, as *progress* is told.
 
         Takes no lock of QEMU's; nor does any reader meanwhile, so that the writer can.
         """
@@ -57,8 +57,7 @@ class Sharing:
         try:
             with self._changed:
                 while self._readers:
-                    if cancelled():
-                        raise Cancelled
+                    progress("waiting", 0, 0)
                     self._changed.wait(_POLL_SECONDS)
             yield
         finally:

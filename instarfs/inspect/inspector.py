@@ -35,8 +35,7 @@ from instarfs.inspect.shared_value import (
     Value,
     Workshop,
     room_for_values,
-    should_stop,
-    stop_when_told,
+    while_wanted,
 )
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.subject import Subject
@@ -49,6 +48,7 @@ from instarfs.repair.writing import missing
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import ImageError, PlannerError, RepairError, as_value
+from planner.progress import Progress
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
@@ -136,13 +136,7 @@ class Briefing:
 class Check(Protocol):
     """`planner.check.check.check_image`, or what stands in for it in a test."""
 
-    def __call__(
-        self,
-        source: FileSource,
-        *,
-        progress: Callable[[str, int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Report: ...
+    def __call__(self, source: FileSource, *, progress: Progress) -> Report: ...
 
 
 class Inspector:
@@ -311,7 +305,7 @@ class Inspector:
         with self._stages.running("opening"), self.subject.sharing.reading(image) as is_kept:
             checked = run_check(
                 image,
-                partial(self._check, progress=self._stages.tell, cancelled=should_stop),
+                partial(self._check, progress=while_wanted(self._stages.tell)),
                 is_written=lambda: not is_kept,
             )
         return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
@@ -324,9 +318,7 @@ class Inspector:
 
     def _triage(self, image: Image, report: Report) -> Triage:
         with self._stages.running("opening"), self.subject.sharing.reading(image):
-            return triage_leaks(
-                image.source(), report, progress=self._stages.tell, cancelled=should_stop
-            )
+            return triage_leaks(image.source(), report, progress=while_wanted(self._stages.tell))
 
     async def _brief(self, changed: Changed) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
@@ -379,9 +371,7 @@ class Inspector:
             self._stages.tell(f"plan {tier} {stage}", done, total)
 
         with self.subject.sharing.reading(image):
-            return propose_for(
-                image, report, tier, triage=triage, progress=tell, cancelled=should_stop
-            )
+            return propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
 
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image
@@ -394,7 +384,7 @@ class Inspector:
     def _draw(self, image: Image, report: Report) -> Atlas | ImageError:
         try:
             with self._stages.running("drawing"):
-                return draw_atlas(image.source(), report, stop_when_told)
+                return draw_atlas(image.source(), report, while_wanted())
         except ImageError as error:
             return as_value(error)
 
@@ -437,7 +427,7 @@ def _look_around(
 def _read_bitmaps(image: Image) -> Bitmaps:
     states: BitmapStates | ImageError
     try:
-        states = read_bitmap_states(image.source(), stop_when_told)
+        states = read_bitmap_states(image.source(), while_wanted())
     except ImageError as error:
         states = as_value(error)
     return Bitmaps(states, locks.is_written(image.fileno()))

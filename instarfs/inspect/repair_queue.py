@@ -22,14 +22,14 @@ from instarfs.errors import (
 )
 from instarfs.image.file import Generation, Image
 from instarfs.image.rwlock import Sharing
-from instarfs.inspect.shared_value import should_stop
+from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.stages import IDLE, percentage
 from instarfs.repair.journal import Summary, read_summary
 from instarfs.repair.outcome import RepairOutcome, Status
 from instarfs.repair.run import Repairer
 from instarfs.repair.undo_place import UndoPlace
-from planner.check.check import Progress
 from planner.errors import Cancelled, PlannerError, RepairError
+from planner.progress import Progress
 from planner.repair.plan import RepairTier
 
 _APPLIED = (Status.REPAIRED, Status.INCOMPLETE, Status.NOTHING_TO_DO)
@@ -42,13 +42,7 @@ _Asked = tuple[RepairTier, str]
 class MakeRepairer(Protocol):
     """`instarfs.repair.run.Repairer`, or what stands in for it in a test."""
 
-    def __call__(
-        self,
-        image: Image,
-        *,
-        progress: Progress,
-        cancelled: Callable[[], bool],
-    ) -> Repairer: ...
+    def __call__(self, image: Image, *, progress: Progress) -> Repairer: ...
 
 
 class Repairs:
@@ -138,8 +132,8 @@ class Repairs:
         self, image: Image, job: Callable[[Repairer], RepairOutcome], asked: _Asked | None
     ) -> RepairOutcome:
         self._progress = "waiting for a check to end"
-        repairer = self._make_repairer(image, progress=self._set_progress, cancelled=should_stop)
-        with self._sharing.writing(should_stop):
+        repairer = self._make_repairer(image, progress=while_wanted(self._set_progress))
+        with self._sharing.writing(while_wanted()):
             before = image.generation()
             outcome = job(repairer)
             after = image.generation()

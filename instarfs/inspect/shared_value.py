@@ -18,6 +18,7 @@ import trio
 
 from instarfs.errors import DOMAIN_ERRORS, ReadCancelled
 from planner.errors import Cancelled
+from planner.progress import Progress, tell_nobody, unless
 
 T = TypeVar("T")
 
@@ -88,8 +89,8 @@ class Value(Generic[T]):
     *key* says what the value depends on. It is called often, in the event loop, and may raise a
     domain error, which readers get; what it takes from others *refresh* has looked at before, where
     that may have to be waited for. *compute* awaits the values that it needs, and a thread for what
-    takes long, which asks `should_stop`; what it raises goes to those who wait, and is not kept.
-    Neither is a value whose key changed while it was computed.
+    takes long, whose progress is told `while_wanted`; what it raises goes to those who wait, and is
+    not kept. Neither is a value whose key changed while it was computed.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class _Run(Generic[T]):
         return self.edition
 
 
-def should_stop() -> bool:
+def _is_unwanted() -> bool:
     """Whether whoever waits for the calling worker thread was cancelled."""
     try:
         trio.from_thread.check_cancelled()
@@ -218,7 +219,6 @@ def should_stop() -> bool:
     return False
 
 
-def stop_when_told(_amount: int = 0) -> None:
-    """End the calling worker thread's work when nobody waits for it: raises `Cancelled`."""
-    if should_stop():
-        raise Cancelled
+def while_wanted(progress: Progress = tell_nobody) -> Progress:
+    """*progress* of a work in a worker thread, which ends when nobody waits for it."""
+    return unless(_is_unwanted, progress)

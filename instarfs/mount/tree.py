@@ -18,7 +18,7 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import WouldBlock
 from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.inspect.leaked_runs import LostRuns
-from instarfs.inspect.shared_value import stop_when_told
+from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
 from instarfs.mount.nodes import (
@@ -51,6 +51,7 @@ from instarfs.text import printable
 from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
 from planner.errors import ImageError, RepairError
+from planner.progress import Progress
 from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
 from planner.source import Source, read_present
@@ -368,7 +369,7 @@ def _number(text: str) -> int | None:
 def _explain_files(inspector: Inspector) -> list[_Entry]:
     def explained(
         place: Callable[[int], P],
-        explain: Callable[[Source, P, Callable[[int], None]], T],
+        explain: Callable[[Source, P, Progress], T],
         render: Callable[[T | ImageError, int, Report | None], bytes],
     ) -> Callable[[str], Awaitable[Node | None]]:
         async def make(name: str) -> Node | None:
@@ -377,7 +378,7 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
                 return None
             offset = place(number)
             value = inspector.look(
-                lambda source: explain(source, offset, stop_when_told), beside_check=True
+                lambda source: explain(source, offset, while_wanted()), beside_check=True
             )
 
             def show(it: T | ImageError) -> bytes:

@@ -39,10 +39,10 @@ from planner.findings.kinds import (
     Severity,
     Structure,
 )
+from planner.findings.wording import plural
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.names import brief_name
 from planner.qcow2.snapshots import Snapshot
-from planner.words import plural
 
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
     from instarfs.repair.outcome import Pending, RepairOutcome
@@ -147,7 +147,7 @@ def _error_value(error: ImageError) -> dict[str, object]:
 
 def result_bin(report: Report, repair: RepairOutcome | None = None) -> bytes:
     """The `CheckResult`, 80 bytes; with what the *repair* that it belongs to has mended."""
-    from planner.wire import CheckResult  # noqa: PLC0415 - for nothing but this file
+    from planner.check.wire import CheckResult  # noqa: PLC0415 - for nothing but this file
 
     return CheckResult.of(report, repair.counters if repair else None).to_bytes()
 

@@ -15,13 +15,13 @@ from instarfs.text import text_lines
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import KINDS, Finding, FindingKind, Owner, Structure
+from planner.findings.wording import plural
 from planner.guest.mapping import FLAW_SENTENCES, RunKind
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.geometry import SECTOR
 from planner.views.explain import GuestExplanation, HostCluster, HostExplanation
 from planner.views.host_map import kinds_in
-from planner.words import plural
 
 LISTED = 20
 """Findings of a check, and users of a cluster, that are told."""

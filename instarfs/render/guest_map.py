@@ -14,12 +14,12 @@ import numpy as np
 from instarfs.render.lengths import decimals
 from instarfs.text import json_bytes, json_text, printable
 from planner.arrays import I32, I64
+from planner.findings.wording import plural
 from planner.guest.chain import Member, Role
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapping import FLAW_SENTENCES, Flaw
 from planner.qcow2.entries import NO_HOST
 from planner.qcow2.names import decode_name
-from planner.words import plural
 
 _BOOLEANS = ("false", "true")
 

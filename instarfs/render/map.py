@@ -20,8 +20,8 @@ from instarfs.text import printable
 from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
+from planner.findings.wording import plural
 from planner.views.host_map import DAMAGE, Atlas, Runs, Use, bits_of, kinds_in, owner_label, uses_in
-from planner.words import plural
 
 SVG = "http://www.w3.org/2000/svg"
 NAMESPACE = "urn:instarfs:atlas"

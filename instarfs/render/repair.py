@@ -15,9 +15,9 @@ from instarfs.repair.outcome import Pending, RepairOutcome, Status
 from instarfs.text import json_bytes, json_parts, printable, shell_path, text_lines
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS
+from planner.findings.wording import plural
 from planner.repair.plan import Edit, Plan, RepairTier
 from planner.repair.tiers import Left, Proposal
-from planner.words import plural
 
 SHOWN_BYTES = 16
 """Bytes of an edit that are shown before and after; longer ones are cut and say so."""

@@ -20,6 +20,7 @@ from planner.arrays import I64
 from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
+from planner.findings.wording import plural
 from planner.guest.chain import Role
 from planner.qcow2.bitmaps import Bitmap
 from planner.qcow2.names import brief_name, decode_name
@@ -29,7 +30,6 @@ from planner.triage.impact import Harm, Ranges, guest_impact
 from planner.triage.l1_holes import PlaceKind
 from planner.triage.losses import Losses
 from planner.triage.triage import Triage
-from planner.words import plural
 
 LISTED_RANGES = 5
 """Guest ranges of one sort that are listed; all findings are in the files of ``check/``."""

@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from instarfs.repair.outcome import RepairOutcome
+    from planner.progress import Progress
     from planner.repair.plan import RepairTier
 
 
 class _Room(ModuleType):
     def __call__(
-        self, path: str | PathLike[str], tier: RepairTier | str, quote: str = ""
+        self,
+        path: str | PathLike[str],
+        tier: RepairTier | str,
+        quote: str = "",
+        *,
+        progress: Progress | None = None,
     ) -> RepairOutcome:
         """See `instarfs.repair.library.repair`."""
         from instarfs.repair.library import repair  # noqa: PLC0415
+        from planner.progress import tell_nobody  # noqa: PLC0415
 
-        return repair(path, tier, quote)
+        return repair(path, tier, quote, progress=progress or tell_nobody)
 
 
 sys.modules[__name__].__class__ = _Room

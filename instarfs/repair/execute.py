@@ -12,6 +12,7 @@ import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +34,8 @@ from instarfs.errors import (
 )
 from instarfs.linux import punch_hole
 from planner.arrays import I64, U8, Mask, distinct
-from planner.check.check import Progress
+from planner.errors import Cancelled
+from planner.progress import Meter, Progress, tell_nobody
 from planner.repair.draft import equal_rows
 from planner.repair.plan import COMPARED_SECTORS, Plan, Stage, StageKind
 from planner.source import SECTOR, Source, read_tables
@@ -146,21 +148,20 @@ def execute(
     device: Device,
     plan: Plan,
     *,
-    progress: Progress = lambda _stage, _done, _total: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    progress: Progress = tell_nobody,
 ) -> None:
     """Write *plan*; when this returns it is durable.
 
-    A plan that changes nothing touches nothing. Raises `ImageChanged` before the first write where
-    the device does not hold what the plan starts from; after it, with everything put back and
-    flushed, `RepairWriteFailed`, `RepairNoSpace` or `RepairCancelled`. Raises `PutBackFailed` where
-    not even that was possible.
+    A plan that changes nothing touches nothing. *progress*: sectors written. Raises `ImageChanged`
+    before the first write where the device does not hold what the plan starts from; after it, with
+    everything put back and flushed, `RepairWriteFailed`, `RepairNoSpace` or `RepairCancelled`, or
+    what *progress* raised. Raises `PutBackFailed` where not even that was possible.
     """
     if plan.changes_nothing:
         return
     require_start(device, plan)
     steps = _steps(plan)
-    writer = _Writer(device, plan, progress, cancelled)
+    writer = _Writer(device, plan, progress)
     begun = 0
     try:
         for step in steps:
@@ -168,7 +169,7 @@ def execute(
             writer.carry_out(step)
     except BaseException as error:
         _put_back_steps(device, plan, steps[:begun], error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error is not writer.outside:
             raise _write_error(device.name, error) from error
         raise
 
@@ -261,14 +262,13 @@ def _steps(plan: Plan) -> list[_Step]:
 
 
 class _Writer:
-    """Writes the steps of one plan, in order."""
+    """Writes the steps of one plan, in order. ``outside``: what its progress failed by."""
 
-    def __init__(
-        self, device: Device, plan: Plan, progress: Progress, cancelled: Callable[[], bool]
-    ) -> None:
+    def __init__(self, device: Device, plan: Plan, progress: Progress) -> None:
         self._device, self._plan = device, plan
-        self._progress, self._cancelled = progress, cancelled
-        self._done, self._total = 0, sum(len(stage.sectors) for stage in plan.stages)
+        total = sum(len(stage.sectors) for stage in plan.stages)
+        self._meter = Meter(progress, "writing", total)
+        self.outside: OSError | None = None
 
     def carry_out(self, step: _Step) -> None:
         self._pause(0)
@@ -282,10 +282,13 @@ class _Writer:
         self._device.flush()
 
     def _pause(self, count: int) -> None:
-        self._done += count
-        self._progress("writing", self._done, self._total)
-        if self._cancelled():
-            raise RepairCancelled(self._device.name)
+        try:
+            self._meter.advance(count)
+        except Cancelled:
+            raise RepairCancelled(self._device.name) from None
+        except OSError as error:
+            self.outside = error
+            raise
 
 
 def _put_back_steps(
@@ -338,23 +341,33 @@ def punch(
     runs: Iterable[tuple[int, int]],
     total: int,
     *,
-    progress: Progress = lambda _stage, _done, _total: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    progress: Progress = tell_nobody,
 ) -> None:
     """Punch the *runs* (offset, length), *total* bytes of them, and flush.
 
-    Raises `TrimUnsupported` where nothing can be punched, `TrimFailed`, and `TrimCancelled`, which
-    leaves the rest as it is.
+    *progress*: bytes punched. Raises `TrimUnsupported` where nothing can be punched, `TrimFailed`,
+    and `TrimCancelled`, which leaves the rest as it is.
     """
     done = 0
-    try:
-        for offset, length in runs:
-            if cancelled():
-                raise TrimCancelled(device.name)
-            device.punch_hole(offset, length)
-            done += length
+    for offset, length in runs:
+        try:
             progress("trimming", done, total)
+        except Cancelled:
+            raise TrimCancelled(device.name) from None
+        with _explained(device):
+            device.punch_hole(offset, length)
+        done += length
+    with _explained(device):
         device.flush()
+    with suppress(Cancelled):  # it is done
+        progress("trimming", done, total)
+
+
+@contextmanager
+def _explained(device: Device) -> Iterator[None]:
+    """Raise what punching a hole in *device* fails by as an error that says so."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise TrimUnsupported(device.name, reason_of(error)) from error

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from instarfs.errors import InstarfsError
-from planner.check.report import Report
+from planner.check.report import RepairCounters, Report
 from planner.errors import PlannerError
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Left, RepairCounters
+from planner.repair.tiers import Left
 from planner.triage.triage import Suspect
 
 NOTHING_MENDED = RepairCounters(leaks=0, refcounts=0, corruptions=0, incomplete=False)

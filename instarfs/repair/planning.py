@@ -12,9 +12,10 @@ from instarfs.errors import RepairPending
 from instarfs.image.file import Image
 from instarfs.repair.checking import Checked, run_check
 from instarfs.repair.interrupted import pending
-from planner.check.check import Progress, check_image
+from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, RepairError, as_value
+from planner.progress import Progress, tell_nobody
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.triage.triage import Triage
@@ -25,7 +26,7 @@ def run_plan(
     tier: RepairTier,
     *,
     path: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = tell_nobody,
 ) -> Proposal:
     """Check *image* and plan a repair of *tier*. Nothing is written. *path*: what to call it.
 
@@ -44,7 +45,7 @@ def plan_checked(
     tier: RepairTier,
     *,
     triage: Triage | None = None,
-    progress: Progress | None = None,
+    progress: Progress = tell_nobody,
 ) -> Proposal:
     """Plan a repair from a check that was just made. *triage*: of its leaks, where that is known.
 
@@ -65,8 +66,7 @@ def propose_for(
     tier: RepairTier,
     *,
     triage: Triage | None = None,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Proposal | RepairError:
     """What a repair would do to *image* from its *report*, or why the tier refuses."""
     try:
@@ -77,7 +77,6 @@ def propose_for(
             can_grow=not image.is_device,
             triage=triage,
             progress=progress,
-            cancelled=cancelled,
         )
     except RepairError as error:
         return as_value(error)

@@ -44,9 +44,10 @@ from instarfs.repair.outcome import RepairOutcome, Status
 from instarfs.repair.trim import free_runs, held_within, table_of, used_clusters
 from instarfs.repair.writing import Session
 from planner.arrays import I64, distinct
-from planner.check.check import Progress, check_image
+from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, Cancelled, PlannerError, as_value
+from planner.progress import Progress, tell_nobody
 from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome, total
 from planner.source import SECTOR, Source
@@ -60,8 +61,7 @@ class Check(Protocol):
         self,
         source: Source,
         *,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+        progress: Progress,
     ) -> Report: ...
 
 
@@ -75,8 +75,7 @@ class Propose(Protocol):
         tier: RepairTier,
         *,
         can_grow: bool,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+        progress: Progress,
     ) -> Proposal: ...
 
 
@@ -87,15 +86,13 @@ class Repairer:
 
     Without *keep_undo* nothing can be taken back once the repair stands, neither this one nor those
     before it; and where no undo file can be made the repair goes on without: then an I/O error is
-    still rolled back, but not a crash or a power failure in the middle. *progress* is told of every
-    check and of the writing; *cancelled* is asked often, and what was written by then is rolled
-    back.
+    still rolled back, but not a crash or a power failure in the middle. *progress*: of every check
+    and of the writing; whatever it raises, what was written by then is rolled back.
     """
 
     image: Image
     keep_undo: bool = True
-    progress: Progress = lambda _stage, _done, _total: None
-    cancelled: Callable[[], bool] = lambda: False
+    progress: Progress = tell_nobody
     check: Check = check_image
     propose: Propose = propose
     device: Callable[[int, str], Device] = FileDevice
@@ -148,9 +145,7 @@ class _Pass:
         self.outcome = outcome
 
     def check(self, source: Source) -> Report:
-        return self._repairer.check(
-            source, progress=self._repairer.progress, cancelled=self._repairer.cancelled
-        )
+        return self._repairer.check(source, progress=self._repairer.progress)
 
     def fail(self, error: InstarfsError | PlannerError) -> None:
         """Put *error* into the outcome: nothing that was asked for was done."""
@@ -189,7 +184,6 @@ class _Pass:
             tier,
             can_grow=not session.image.is_device,
             progress=self._repairer.progress,
-            cancelled=self._repairer.cancelled,
         )
         plan = proposal.plan
         self.outcome = replace(
@@ -259,7 +253,6 @@ class _Pass:
                 session.device,
                 proposal.plan,
                 progress=self._repairer.progress,
-                cancelled=self._repairer.cancelled,
             )
             after = self._proven(session, proposal)
         except BaseException as error:
@@ -352,7 +345,6 @@ class _Pass:
                 session.device,
                 plan.inverse(),
                 progress=self._repairer.progress,
-                cancelled=self._repairer.cancelled,
             )
         except BaseException as error:
             if not isinstance(error, PutBackFailed):
@@ -455,7 +447,6 @@ class _Pass:
                 runs(),
                 int(length.sum()),
                 progress=self._repairer.progress,
-                cancelled=self._repairer.cancelled,
             )
         finally:
             with suppress(UndoFileFailed, ImageReadFailed):  # then it says too much

@@ -8,8 +8,6 @@ goes on with what can still be known and says that it is incomplete.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
@@ -23,7 +21,7 @@ from planner.check.owners import OwnersFinder, contested_clusters, first_guest_o
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.refcount_walk import count_references
 from planner.check.report import CheckCounters, Report, count_findings
-from planner.errors import Cancelled, ImageError, as_value
+from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder, GroupedFindings
 from planner.findings.kinds import (
     KINDS,
@@ -40,6 +38,7 @@ from planner.metadata.locate import Survey, take_survey
 from planner.metadata.mapping_tables import referenced_clusters
 from planner.metadata.refcounts import PIECE_BYTES, StoredRefcounts
 from planner.metadata.regions import count_regions, overlapping_clusters
+from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.layout import Layout
 from planner.source import Source, present_pieces, read_tables
 
@@ -52,56 +51,33 @@ OWNED_LOW_CLUSTERS = 1 << 12
 SIZE_AT = 24
 """Where the header says how large the disk is."""
 
-Progress = Callable[[str, int, int], None]
-
 
 def check_image(
     source: Source,
     *,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Report:
     """Check all metadata of a qcow2 image. Never writes.
 
-    *progress* is called with (stage, bytes done, bytes in all). When *cancelled* turns true,
-    `Cancelled` is raised soon. A header that cannot be interpreted gives a report whose ``error``
-    says why.
+    *progress*: bytes of tables read. A header that cannot be interpreted gives a report whose
+    ``error`` says why.
     """
     keep_freed_memory()
     try:
         layout = Layout.read(source)
     except ImageError as error:
         return Report(layout=None, error=as_value(error))
-    return _Check(source, layout, _Ticker(progress, cancelled)).run()
-
-
-class _Ticker:
-    """Turns bytes read into progress, and a wish to stop into `Cancelled`."""
-
-    def __init__(self, progress: Progress | None, cancelled: Callable[[], bool] | None) -> None:
-        self._progress, self._cancelled = progress, cancelled
-        self._stage, self._done, self._total = "census", 0, 1
-
-    def begin(self, stage: str, total: int) -> None:
-        self._stage, self._done, self._total = stage, 0, max(1, total)
-        self(0)
-
-    def __call__(self, amount: int) -> None:
-        if self._cancelled is not None and self._cancelled():
-            raise Cancelled
-        self._done = min(self._done + amount, self._total)
-        if self._progress is not None:
-            self._progress(self._stage, self._done, self._total)
+    return _Check(source, layout, Meter(progress, "census", 1)).run()
 
 
 class _Check:
     """One check. Each method is one question; `run` is their order."""
 
-    def __init__(self, source: Source, layout: Layout, tick: _Ticker) -> None:
-        self._source, self._layout, self._tick = source, layout, tick
+    def __init__(self, source: Source, layout: Layout, meter: Meter) -> None:
+        self._source, self._layout, self._meter = source, layout, meter
         self._geometry = layout.geometry
         self._findings = FindingsBuilder()
-        self._tick(0)
+        self._meter.advance(0)
         self._survey = take_survey(source, layout, self._findings)
         self._regions = self._survey.every_region
         self._stored = StoredRefcounts(source, layout, self._survey.reftable)
@@ -137,17 +113,17 @@ class _Check:
         size = self._geometry.cluster_size
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
         blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
-        self._tick.begin("refcounts", len(blocks) * size)
+        self._meter.begin("refcounts", len(blocks) * size)
         if slots <= DENSE_CLUSTERS or slots <= 2 * self._metadata_present():
-            stored.load_dense(slots, self._tick)
+            stored.load_dense(slots, self._meter)
             return stored.index
-        page, refcount = stored.read_pages(slots, self._tick)
+        page, refcount = stored.read_pages(slots, self._meter)
         bits = self._geometry.cluster_bits + PAGE_BITS
         spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
         known = [page, expand_ranges(*spans)]
         for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
             known.append(distinct(referenced_clusters(rows, self._layout) >> PAGE_BITS))
-            self._tick(0)
+            self._meter.advance(0)
         pages = distinct(np.concatenate(known))
         index = PagedIndex(slots, pages[pages << PAGE_BITS < slots])
         stored.set_pages(index, page, refcount)
@@ -167,8 +143,8 @@ class _Check:
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size
-        self._tick.begin("census", len(present) * size)
-        count_references(self._source, census, self._stored, present, self._tick)
+        self._meter.begin("census", len(present) * size)
+        count_references(self._source, census, self._stored, present, self._meter)
         return census
 
     def _contested(self, census: Census) -> Mask:
@@ -337,8 +313,8 @@ class _Check:
         survey = self._survey
         finder = OwnersFinder(self._geometry, index, wanted, survey.l1, survey.tables)
         finder.add_regions(self._regions)
-        self._tick.begin("owners", len(survey.present) * self._geometry.cluster_size)
-        finder.add_entries(self._source, survey.present, self._tick)
+        self._meter.begin("owners", len(survey.present) * self._geometry.cluster_size)
+        finder.add_entries(self._source, survey.present, self._meter)
         owners = finder.result()
         cluster, number = contested_clusters(owners, self._geometry.l2_entries)
         position = first_guest_owners(owners, cluster, self._geometry.l2_entries)
@@ -358,7 +334,9 @@ class _Check:
         """Report tables that hold something else."""
         survey = self._survey
         looker = Looker(self._layout, len(survey.snapshots.snapshots))
-        find_overwritten(self._source, self._layout, looker, found, self._findings, tick=self._tick)
+        find_overwritten(
+            self._source, self._layout, looker, found, self._findings, meter=self._meter
+        )
         find_overwritten_l1(self._source, self._layout, looker, survey, self._findings)
 
     # -- the answer ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ that are not sound. They are read and unpacked elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.mapping_tables import L2Tables
+from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.source import Source, present_tables, read_tables
@@ -96,10 +97,10 @@ class Packed:
                 yield slice(start + low, start + high)
 
 
-def find_packed(source: Source, report: Report, tick: Callable[[int], None]) -> Packed:
-    """All compressed clusters that a guest can read. *tick* is told of the bytes of tables read."""
+def find_packed(source: Source, report: Report, meter: Meter) -> Packed:
+    """All compressed clusters that a guest can read. *meter*: bytes of tables read."""
     found = [np.zeros(0, dtype=np.int64)]
-    found += [without_repeats(np.sort(keys)) for _, keys in _walk(source, report, tick)]
+    found += [without_repeats(np.sort(keys)) for _, keys in _walk(source, report, meter)]
     keys = np.concatenate(found)
     keys.sort()
     return Packed(without_repeats(keys), report.geometry)
@@ -147,13 +148,13 @@ def _cut(report: Report, bad: I64, packed: Packed) -> CutOff | None:
 
 def _matching(source: Source, report: Report, bad: I64) -> Iterator[tuple[I64, I64]]:
     """The entries, by position in `L2Tables`, that lead to one of *bad* (ascending)."""
-    for position, keys in _walk(source, report, lambda _: None):
+    for position, keys in _walk(source, report, Meter()):
         at = np.minimum(np.searchsorted(bad, keys), len(bad) - 1)
         hit = bad[at] == keys
         yield position[hit], keys[hit]
 
 
-def _walk(source: Source, report: Report, tick: Callable[[int], None]) -> Iterator[tuple[I64, I64]]:
+def _walk(source: Source, report: Report, meter: Meter) -> Iterator[tuple[I64, I64]]:
     """Of all compressed entries that a guest can read, batch by batch: position and key."""
     geometry = report.geometry
     if report.entries is None or geometry.external_data:
@@ -167,7 +168,7 @@ def _walk(source: Source, report: Report, tick: Callable[[int], None]) -> Iterat
         position = which[part][row] * geometry.l2_entries + column
         seen = _within_disk(tables, geometry, position)
         yield position[seen], _keys(words[row, column][seen], geometry)
-        tick(rows.size)
+        meter.advance(rows.size)
 
 
 def _within_disk(tables: L2Tables, geometry: Geometry, position: I64) -> Mask:

@@ -8,7 +8,6 @@ in which the check found something. Which words could be entries is decided by
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables, little_is_left
 from planner.metadata.locate import Survey
 from planner.metadata.mapping_tables import L2Tables
+from planner.progress import Meter
 from planner.qcow2.layout import Layout
 from planner.source import SECTOR, Source, read_tables
 
@@ -54,7 +54,7 @@ def find_overwritten(
     found: EntryFindings,
     findings: FindingsBuilder,
     *,
-    tick: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     """Add a finding for each part of an L2 table that something else was written over."""
     size, tables = layout.geometry.cluster_size, found.tables
@@ -65,7 +65,7 @@ def find_overwritten(
         runs = _overwritten_runs(rows, layout, looker)
         at = np.searchsorted(tables.offset, offsets[part][runs.row])
         _report_runs(layout, tables, at, runs, findings)
-        tick(0)
+        meter.advance(0)
 
 
 def find_overwritten_l1(

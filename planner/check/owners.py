@@ -5,8 +5,6 @@ The census counts; only for clusters that look wrong is it worth knowing every u
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, expand_ranges
@@ -14,6 +12,7 @@ from planner.findings.kinds import NONE, Owners, Structure
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.mapping_tables import L1Entries, L2Tables
 from planner.metadata.regions import Regions
+from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
@@ -71,7 +70,7 @@ class OwnersFinder:
             np.full(len(at), NONE),
         )
 
-    def add_entries(self, source: Source, which: I64, tick: Callable[[int], None]) -> None:
+    def add_entries(self, source: Source, which: I64, meter: Meter) -> None:
         """Owners that are guest clusters, from the L2 tables at positions *which*."""
         size = self._geometry.cluster_size
         for part, rows in read_tables(source, self._tables.offset[which], size):
@@ -79,7 +78,7 @@ class OwnersFinder:
                 return
             words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)
             self._add_batch(which[part], words.reshape(-1), words.shape[1])
-            tick(rows.size)
+            meter.advance(rows.size)
 
     def _add_batch(self, ids: I64, words: np.ndarray, width: int) -> None:
         if self._geometry.external_data:

@@ -12,7 +12,6 @@ many is one finding), so tables may be read in the order in which they lie in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +23,7 @@ from planner.check.plain_counter import PlainCounter, has_plain_bitmaps
 from planner.check.versions import VersionCounter
 from planner.metadata.mapping_tables import Batch, clusters_of_entries
 from planner.metadata.refcounts import StoredRefcounts
+from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.source import Source, read_tables
 
@@ -36,22 +36,22 @@ def count_references(
     census: Census,
     stored: StoredRefcounts,
     which: I64,
-    tick: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     """Count into *census* what its tables at positions *which* refer to.
 
-    *stored*: what COPIED flags are compared with. *tick* is told of the bytes read.
+    *stored*: what COPIED flags are compared with. *meter* is told of the bytes read.
     """
-    _Walk(source, census, stored, tick).count(which)
+    _Walk(source, census, stored, meter).count(which)
 
 
 class _Walk:
     """One walk. All ways of counting count alike."""
 
     def __init__(
-        self, source: Source, census: Census, stored: StoredRefcounts, tick: Callable[[int], None]
+        self, source: Source, census: Census, stored: StoredRefcounts, meter: Meter
     ) -> None:
-        self._source, self._census, self._tick = source, census, tick
+        self._source, self._census, self._meter = source, census, meter
         self._geometry, self._tables = census.layout.geometry, census.tables
         self._plain, self._single = PlainCounter(census, stored), EntryCounter(census, stored)
 
@@ -63,7 +63,7 @@ class _Walk:
         is_sibling = self._tables.sibling[which]
         alone, siblings = which[~is_sibling], which[is_sibling]
         versions = VersionCounter(self._census, self._plain, self._single)
-        siblings = versions.count(self._source, siblings, self._tick)
+        siblings = versions.count(self._source, siblings, self._meter)
         self._count_tables(np.sort(np.concatenate((alone, siblings))))
         self._map_siblings(siblings)
 
@@ -74,7 +74,7 @@ class _Walk:
             for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
                 batch = replace(group, ids=group.ids[part])
                 self._count_batch(batch, entries.decode_words(rows))
-                self._tick(rows.size)
+                self._meter.advance(rows.size)
 
     def _count_batch(self, batch: Batch, words: U64) -> None:
         """Count by the fastest way that holds for these tables."""
@@ -101,7 +101,7 @@ class _Walk:
             _drop_shared(words, tables.l1_index[which[part]])
             clusters, _ = clusters_of_entries(words[words != 0], census.layout)
             census.mapped.add(census.index.slots_of(clusters), 1)
-            self._tick(rows.size)
+            self._meter.advance(rows.size)
 
 
 def _drop_shared(words: U64, l1_index: I64) -> None:

@@ -56,6 +56,16 @@ class CheckCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairCounters:
+    """What a repair mends: leaks, wrong refcounts, the rest; and whether anything is left."""
+
+    leaks: int
+    refcounts: int
+    corruptions: int
+    incomplete: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The answer of a check.
 

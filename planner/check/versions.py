@@ -7,7 +7,7 @@ they have little in common, or are not plain, they are left to be counted one by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Self
@@ -19,6 +19,7 @@ from planner.check.census import Census
 from planner.check.entry_counter import EntryCounter
 from planner.check.plain_counter import PlainCounter
 from planner.metadata.mapping_tables import Batch, L2Tables, clusters_of_entries
+from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.source import Source, read_parts
 
@@ -71,7 +72,7 @@ class VersionCounter:
         self._geometry, self._tables = census.layout.geometry, census.tables
         self._found: list[Differences] = []
 
-    def count(self, source: Source, which: I64, tick: Callable[[int], None]) -> I64:
+    def count(self, source: Source, which: I64, meter: Meter) -> I64:
         """Count the tables at positions *which* of `L2Tables`; returns those that it did not."""
         if not len(which) or self._geometry.extended_l2 or self._geometry.l2_entries < MIN_ENTRIES:
             return which
@@ -84,7 +85,7 @@ class VersionCounter:
         read = read_parts(source, tables.offset[order], size, slices)
         for part, (_, rows) in zip(parts, read, strict=True):
             uncounted.append(self._count_part(part, rows.view(np.uint64)))
-            tick(rows.size)
+            meter.advance(rows.size)
         self._count_found()
         return np.concatenate(uncounted)
 

@@ -6,12 +6,13 @@ damaged structure does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from planner.arrays import I64, U64, Counts, Mask, distinct
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex, fill_rows
+from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
@@ -68,11 +69,11 @@ class StoredRefcounts:
         self.values: Counts = np.zeros(0, dtype=np.uint8)
         self._unreadable_blocks = reftable.index[reftable.unreadable]
 
-    def load_dense(self, clusters: int, tick: Callable[[int], None]) -> None:
-        """Read the refcounts of clusters 0..clusters-1. *tick* is told of the bytes read."""
+    def load_dense(self, clusters: int, meter: Meter) -> None:
+        """Read the refcounts of clusters 0..clusters-1. *meter* is told of the bytes read."""
         per_block = self.entries_per_block
         values: Counts = np.zeros((-(-clusters // per_block), per_block), dtype=np.uint8)
-        for rows, part in self._read_blocks(len(values), tick):
+        for rows, part in self._read_blocks(len(values), meter):
             values = fill_rows(values, rows, part)
         self.values = values.reshape(-1)[:clusters]
         self.index = ClusterIndex(clusters)
@@ -84,7 +85,7 @@ class StoredRefcounts:
         pieces = present_pieces(self._source, distinct(offset), size, self._piece_bytes)
         return len(pieces) * self._piece_entries
 
-    def read_pages(self, clusters: int, tick: Callable[[int], None]) -> tuple[I64, Counts]:
+    def read_pages(self, clusters: int, meter: Meter) -> tuple[I64, Counts]:
         """Pages of clusters below *clusters* of which one has a refcount, and all refcounts there.
 
         Ascending, of shape (pages,) and (pages, clusters of a page). For files far larger than
@@ -102,7 +103,7 @@ class StoredRefcounts:
             row, inside = np.divmod(used, pages_a_piece)
             found.append((first[part][row] >> PAGE_BITS) + inside)
             refcounts.append(values[used])
-            tick(rows.size)
+            meter.advance(rows.size)
         page, refcount = np.concatenate(found), np.concatenate(refcounts)
         order = np.argsort(page)
         order = order[page[order] << PAGE_BITS < clusters]
@@ -190,7 +191,7 @@ class StoredRefcounts:
         values[index.slots_of(page << PAGE_BITS) >> PAGE_BITS] = refcount
         self.values = values.reshape(-1)
 
-    def _read_blocks(self, below: int, tick: Callable[[int], None]) -> Iterator[tuple[I64, Counts]]:
+    def _read_blocks(self, below: int, meter: Meter) -> Iterator[tuple[I64, Counts]]:
         """Refcount table indices, and the refcounts of their blocks, shape (blocks, entries)."""
         table, geometry = self.reftable, self._layout.geometry
         which = table.blocks()
@@ -200,7 +201,7 @@ class StoredRefcounts:
         which = which[present_tables(self._source, table.offset[which], size)]
         for part, rows in read_tables(self._source, table.offset[which], size):
             yield table.index[which[part]], unpack_refcounts(rows, geometry.refcount_order)
-            tick(rows.size)
+            meter.advance(rows.size)
 
     @property
     def unreadable_blocks(self) -> I64:

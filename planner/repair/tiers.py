@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, distinct
-from planner.check.check import Progress, check_image
-from planner.check.report import Report
+from planner.check.check import check_image
+from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
+from planner.progress import Progress, tell_nobody
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
@@ -49,16 +50,6 @@ class Left:
     kind: FindingKind
     count: int
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RepairCounters:
-    """What a repair mends: leaks, wrong refcounts, the rest; and whether anything is left."""
-
-    leaks: int
-    refcounts: int
-    corruptions: int
-    incomplete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,30 +165,23 @@ def propose(
     *,
     can_grow: bool = True,
     triage: Triage | None = None,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    progress: Progress = tell_nobody,
 ) -> Proposal:
     """What a repair would do to an image whose check gave *report*, proven on an overlay.
 
     *can_grow*: whether the image may become longer. *triage*: of it as it is, where that is known.
-    Raises a `RepairError` where the tier refuses.
+    *progress*: of each check, and of that. Raises a `RepairError` where the tier refuses.
     """
     known = triage
 
     def check(image: Source) -> Report:
-        return check_image(image, progress=progress, cancelled=cancelled)
+        return check_image(image, progress=progress)
 
     def look(scope: Scope, ignored: I64) -> Triage:
         nonlocal known
         if scope.report is report and known is not None:
             return known
-        found = triage_leaks(
-            scope.source,
-            scope.report,
-            ignored=ignored,
-            progress=progress,
-            cancelled=cancelled or _never,
-        )
+        found = triage_leaks(scope.source, scope.report, ignored=ignored, progress=progress)
         known = found if scope.report is report else known
         return found
 
@@ -211,10 +195,6 @@ def propose(
     kept = int(np.isin(_leaked(after), triage.uncounted).sum())
     require_proof(source, plan, report, after, kept=kept)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage), kept)
-
-
-def _never() -> bool:
-    return False
 
 
 def _require_sound_basis(report: Report) -> None:

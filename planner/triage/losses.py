@@ -18,6 +18,7 @@ from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.check.claims import refcounts_are_shared
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
+from planner.findings.wording import plural
 from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
 from planner.metadata.regions import Regions
 from planner.qcow2 import entries
@@ -26,7 +27,6 @@ from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
 from planner.triage.past_end import references_past_end
 from planner.triage.traces import Traces
-from planner.words import plural
 
 
 class CauseKind(StrEnum):

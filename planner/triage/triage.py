@@ -7,10 +7,9 @@ waste: it is the table that mapped them. Only leaked clusters are read, of very 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,11 @@ from planner.check.classify import Look, Looker
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.check.signatures import NAMES
-from planner.errors import Cancelled, ImageError
+from planner.errors import ImageError
 from planner.findings.kinds import NONE, UNLISTED, FindingKind, Structure
+from planner.findings.wording import plural
 from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
@@ -41,10 +42,6 @@ from planner.triage.losses import (
 )
 from planner.triage.old_refcounts import OldRefcounts
 from planner.triage.uncounted import uncounted_clusters
-from planner.words import plural
-
-if TYPE_CHECKING:
-    from planner.check.check import Progress
 
 MAX_TRIAGED_BYTES = 1 << 30
 """Bytes of leaked clusters that are looked into; of more, every nth cluster."""
@@ -227,14 +224,12 @@ def triage_leaks(
     report: Report,
     *,
     ignored: I64 | None = None,
-    progress: Progress | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
+    progress: Progress = tell_nobody,
 ) -> Triage:
     """Look into the leaked clusters of the image that *report* is about.
 
     Where refcounts are lost, also into those that nothing refers to and that hold data. Those in
-    *ignored* are known to be waste. *progress* is told how many bytes of them were read, and how
-    many there are. Raises `Cancelled` soon after *cancelled* has turned true.
+    *ignored* are known to be waste. *progress*: bytes of them read.
     """
     mismatches = report.mismatches
     if mismatches is None:
@@ -242,13 +237,13 @@ def triage_leaks(
     counted = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
     if ignored is not None:
         counted = counted[~np.isin(counted, ignored)]
-    uncounted = uncounted_clusters(_Watched(source, cancelled, _nobody, 0), report)
+    uncounted = uncounted_clusters(_Watched(source, progress, 0), report)
     leaked = np.concatenate((counted, uncounted))
     if not len(leaked):
         return Triage(losses=find_shared(source, report))
     leaked.sort()
     most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
-    watched = _Watched(source, cancelled, progress or _nobody, most)
+    watched = _Watched(source, progress, most)
     looker = looker_of(watched, report)
     look, signature = _look(watched, report, mismatches, leaked, looker)
     if len(uncounted):  # what is free and empty there is free, and empty
@@ -270,18 +265,11 @@ def looker_of(source: Source, report: Report) -> Looker:
     return Looker(layout, len(report.snapshots), stored.counted_end(layout.host_clusters))
 
 
-def _nobody(_stage: str, _done: int, _total: int) -> None:
-    pass
-
-
 @dataclass(slots=True)
 class _Watched:
-    """A source that tells how much of ``most`` bytes was read, and is read no further once
-    ``cancelled`` has turned true.
-    """
+    """A source that tells how much of ``most`` bytes was read."""
 
     source: Source
-    cancelled: Callable[[], bool]
     progress: Progress
     most: int
     done: int = 0
@@ -291,8 +279,6 @@ class _Watched:
         return self.source.size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        if self.cancelled():
-            raise Cancelled
         self.source.read_into(offset, buffer)
         self.done += buffer.nbytes
         self.progress("leaks", min(self.done, self.most), self.most)

@@ -6,13 +6,13 @@ bitmap does not hide the others. Source: docs/interop/qcow2.txt, "Bitmaps"; load
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.arrays import I64, U8, U64
 from planner.errors import ImageError
+from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import IN_USE, Bitmap, list_bitmaps
 from planner.qcow2.geometry import SECTOR, Geometry
@@ -54,8 +54,8 @@ class BitmapStates:
     stale: bool = False
 
 
-def read_bitmap_states(source: Source, tick: Callable[[int], None]) -> BitmapStates:
-    """The bitmaps of an image. *tick* is told of the bytes read.
+def read_bitmap_states(source: Source, progress: Progress = tell_nobody) -> BitmapStates:
+    """The bitmaps of an image. *progress*: bytes read, of each of them.
 
     Raises `ImageError` where the header does not say where they are.
     """
@@ -64,7 +64,7 @@ def read_bitmap_states(source: Source, tick: Callable[[int], None]) -> BitmapSta
     if pointer is None:
         return BitmapStates(stale=layout.extensions.stale_bitmaps)
     listed, error = list_bitmaps(source, pointer, layout.geometry)
-    reader = _Reader(source, layout.geometry, tick)
+    reader = _Reader(source, layout.geometry, Meter(progress))
     states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
     return BitmapStates(tuple(states), error)
 
@@ -84,8 +84,8 @@ def unsaved_bitmaps(source: Source, layout: Layout) -> tuple[Bitmap, ...]:
 class _Reader:
     """Looks at one bitmap after the other, and reads only so much of all of them."""
 
-    def __init__(self, source: Source, geometry: Geometry, tick: Callable[[int], None]) -> None:
-        self._source, self._geometry, self._tick = source, geometry, tick
+    def __init__(self, source: Source, geometry: Geometry, meter: Meter) -> None:
+        self._source, self._geometry, self._meter = source, geometry, meter
         self._room = MAX_READ_BYTES
 
     def look_at(self, bitmap: Bitmap, wrong: ImageError | None) -> BitmapState:
@@ -142,13 +142,14 @@ class _Reader:
         """Dirty bytes in data clusters: *index* of their table entries, *data* host offsets."""
         order = np.argsort(data, kind="stable")
         index, data = index[order], data[order]
-        dirty = 0
-        for part, rows in read_tables(self._source, data, self._geometry.cluster_size):
+        dirty, size = 0, self._geometry.cluster_size
+        self._meter.begin("bitmap", len(data) * size)
+        for part, rows in read_tables(self._source, data, size):
             whole = granules.are_whole(index[part])
             dirty += int(_ONES[rows[whole]].sum(dtype=np.int64)) * granules.size
             for at in np.flatnonzero(~whole).tolist():
                 dirty += granules.dirty_in_last(int(index[part][at]), rows[at])
-            self._tick(rows.size)
+            self._meter.advance(rows.size)
         return dirty
 
 

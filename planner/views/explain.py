@@ -6,7 +6,6 @@ so; who uses a cluster is asked of every table all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from planner.guest.mapping import Flaw, RunKind, runs_of_entries
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.gone_tables import GoneTables
 from planner.metadata.locate import Survey, take_survey
+from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.layout import Layout
@@ -130,17 +130,16 @@ class GuestExplanation:
     clusters: tuple[HostCluster, ...]
 
 
-Tick = Callable[[int], None]
-
-
-def explain_host(source: Source, offset: HostOffset, tick: Tick) -> HostExplanation:
-    """Who uses the cluster of the host *offset*. *tick* is told of the bytes read.
+def explain_host(
+    source: Source, offset: HostOffset, progress: Progress = tell_nobody
+) -> HostExplanation:
+    """Who uses the cluster of the host *offset*. *progress*: bytes of tables read.
 
     Raises `ImageError` where the header does not say where anything is.
     """
     layout = Layout.read(source)
     number = Cluster(offset >> layout.geometry.cluster_bits)
-    (cluster,) = _clusters(source, layout, [number], tick)
+    (cluster,) = _clusters(source, layout, [number], progress)
     guest = tuple(_guest_byte(source, offset, cluster, owner) for owner in cluster.owners)
     return HostExplanation(offset, cluster, guest)
 
@@ -161,7 +160,9 @@ def _guest_byte(
     return GuestOffset(guest + offset - start)
 
 
-def explain_guest(source: Source, offset: GuestOffset, tick: Tick) -> GuestExplanation:
+def explain_guest(
+    source: Source, offset: GuestOffset, progress: Progress = tell_nobody
+) -> GuestExplanation:
     """The way to the guest *offset*. Raises as `explain_host`, and for one past the disk's end."""
     layout = Layout.read(source)
     geometry = layout.geometry
@@ -205,7 +206,7 @@ def explain_guest(source: Source, offset: GuestOffset, tick: Tick) -> GuestExpla
         length=length,
         read_from=int(run.host[0]),
         gone=_gone_table(source, layout, page.offset, l2_index),
-        clusters=_clusters(source, layout, numbers, tick),
+        clusters=_clusters(source, layout, numbers, progress),
     )
 
 
@@ -228,7 +229,7 @@ def _gone_table(source: Source, layout: Layout, table: int, l2_index: int) -> St
 
 
 def _clusters(
-    source: Source, layout: Layout, numbers: list[int], tick: Tick
+    source: Source, layout: Layout, numbers: list[int], progress: Progress
 ) -> tuple[HostCluster, ...]:
     """What is to be said of host clusters, in the order of *numbers*."""
     if not numbers:
@@ -239,7 +240,8 @@ def _clusters(
         layout.geometry, index, np.ones(index.slots, dtype=np.bool_), survey.l1, survey.tables
     )
     finder.add_regions(survey.every_region)
-    finder.add_entries(source, survey.present, tick)
+    size = len(survey.present) * layout.geometry.cluster_size
+    finder.add_entries(source, survey.present, Meter(progress, "owners", size))
     owners = finder.result()
     contested = dict(
         zip(

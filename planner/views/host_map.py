@@ -7,7 +7,7 @@ and a list cannot disagree. A cluster with two users has both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -31,6 +31,7 @@ from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.locate import Survey, take_survey
 from planner.metadata.mapping_tables import data_and_compressed
 from planner.metadata.regions import Regions
+from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.layout import Layout
 from planner.source import Source, read_tables
 
@@ -264,8 +265,8 @@ def _fill_gaps(position: int, columns: Columns) -> Columns:
 # ---- drawing it ----
 
 
-def draw_atlas(source: Source, report: Report, tick: Callable[[int], None]) -> Atlas:
-    """The atlas of an image, from its check. *tick* is told of the bytes read.
+def draw_atlas(source: Source, report: Report, progress: Progress = tell_nobody) -> Atlas:
+    """The atlas of an image, from its check. *progress*: bytes of tables read.
 
     Raises the report's `ImageError` where nothing is known but that.
     """
@@ -276,7 +277,8 @@ def draw_atlas(source: Source, report: Report, tick: Callable[[int], None]) -> A
     painter = _Painter(survey, mismatches.index)
     painter.paint_regions()
     if not layout.geometry.external_data:
-        painter.paint_data(source, tick)
+        size = len(survey.present) * layout.geometry.cluster_size
+        painter.paint_data(source, Meter(progress, "drawing", size))
     damaged, damage = _damaged_clusters(report, survey)
     return Atlas(layout, mismatches, painter.uses, damaged, damage, report.torn)
 
@@ -302,7 +304,7 @@ class _Painter:
         self._paint_region(l2.select(active > 0), Use.L2_TABLE)
         self._paint_region(l2.select(weight > active), Use.SNAPSHOT_L2_TABLE)
 
-    def paint_data(self, source: Source, tick: Callable[[int], None]) -> None:
+    def paint_data(self, source: Source, meter: Meter) -> None:
         """All that L2 tables map: those of the active disk, of snapshots, and of both."""
         tables, present = self._survey.tables, self._survey.present
         active = tables.active[present] > 0
@@ -323,7 +325,7 @@ class _Painter:
                 of_data, of_packed = data_and_compressed(rows, self._survey.layout)
                 self._paint(of_data, data)
                 self._paint(of_packed, packed)
-                tick(rows.size)
+                meter.advance(rows.size)
 
     def _paint_region(self, regions: Regions, use: Use) -> None:
         if len(regions.offset):

@@ -153,7 +153,7 @@ def atlas(data: bytes) -> None:
     source = Bytes(data)
     report = check_image(source)
     try:
-        drawn = draw_atlas(source, report, lambda _: None)
+        drawn = draw_atlas(source, report)
     except ImageError as error:
         assert report.error is not None
         ET.fromstring(render_map.map_svg(error, NAME))  # noqa: S314 - our own
@@ -184,16 +184,16 @@ def tables(data: bytes) -> None:
         _shown(render_tables.l1_tsv(page))
         for index in page.in_use[:3].tolist():
             _shown(render_tables.l2_tsv(read_l2_page(source, index)))
-        states = read_bitmap_states(source, lambda _: None)
+        states = read_bitmap_states(source)
         json.loads(render_bitmaps.bitmaps_json(states, is_written=False))
     rng = random.Random(data)
     host = rng.choice((0, len(data), rng.randrange(1 << 20), (1 << 64) - 1))
     guest = rng.choice((0, rng.randrange(1 << 18), 1 << 63))
     with suppress(ImageError):
-        found = explain_host(source, HostOffset(host), lambda _: None)
+        found = explain_host(source, HostOffset(host))
         _require_printable(render_explain.host_txt(found, host, None))
     with suppress(ImageError):
-        way = explain_guest(source, GuestOffset(guest), lambda _: None)
+        way = explain_guest(source, GuestOffset(guest))
         _require_printable(render_explain.guest_txt(way, guest, None))
 
 

@@ -31,6 +31,7 @@ from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
 from planner.check.report import Report
+from planner.progress import Progress
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
@@ -213,12 +214,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
 }
 
 
-def check(
-    source: FileSource,
-    *,
-    progress: Callable[[str, int, int], None],
-    cancelled: Callable[[], bool],
-) -> Report:
+def check(source: FileSource, *, progress: Progress) -> Report:
     """`check_image`, after all attempts."""
     for name, attempt in ATTEMPTS.items():
         try:
@@ -229,7 +225,7 @@ def check(
         except MemoryError:
             outcome = "ENOMEM"
         session.log.info("%s %s", name, outcome)
-    return check_image(source, progress=progress, cancelled=cancelled)
+    return check_image(source, progress=progress)
 
 
 log_to_stderr()

@@ -8,7 +8,6 @@ What explains a byte of the image does the same, and then explains it.
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from instarfs.daemon import broker
@@ -22,7 +21,7 @@ from instarfs.mount.options import MountOptions
 from planner.arrays import HostOffset
 from planner.check.check import check_image
 from planner.check.report import Report
-from planner.errors import Cancelled
+from planner.progress import Progress
 from planner.source import Source
 from planner.views.explain import HostExplanation, explain_host
 
@@ -30,33 +29,27 @@ IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
 
 
-def check(
-    source: FileSource,
-    *,
-    progress: Callable[[str, int, int], None],
-    cancelled: Callable[[], bool],
-) -> Report:
+def check(source: FileSource, *, progress: Progress) -> Report:
     """`check_image`, held up."""
     print("check", file=COUNT, flush=True)
     progress("census", 43, 100)
     while not (FOLDER / "gate").exists():
-        if cancelled():
-            raise Cancelled
+        progress("census", 43, 100)
         time.sleep(0.005)
     if (FOLDER / "fail").exists():
         raise ImageReadFailed(IMAGE, 65536, os.strerror(5))
     if (FOLDER / "crash").exists():
         raise ZeroDivisionError("a bug")
-    return check_image(source, progress=progress, cancelled=cancelled)
+    return check_image(source, progress=progress)
 
 
-def explain(source: Source, offset: HostOffset, tick: Callable[[int], None]) -> HostExplanation:
+def explain(source: Source, offset: HostOffset, progress: Progress) -> HostExplanation:
     """`explain_host`, held up."""
     print("explain", file=COUNT, flush=True)
     while not (FOLDER / "gate").exists():
-        tick(0)
+        progress("owners", 0, 1)
         time.sleep(0.005)
-    return explain_host(source, offset, tick)
+    return explain_host(source, offset, progress)
 
 
 vars(tree)["explain_host"] = explain

@@ -7,7 +7,7 @@ until it is cancelled.
 
 import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from instarfs.daemon import broker
@@ -18,7 +18,8 @@ from instarfs.image.file import Image
 from instarfs.mount.options import MountOptions
 from instarfs.repair.execute import FileDevice
 from instarfs.repair.run import Repairer
-from planner.check.check import Progress
+from planner.errors import Cancelled
+from planner.progress import Progress
 
 IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
@@ -27,22 +28,24 @@ COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
 class GatedDevice(FileDevice):
     """A file that is held up whenever it has been flushed."""
 
-    def __init__(self, fd: int, name: str, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, fd: int, name: str, progress: Progress) -> None:
         super().__init__(fd, name)
-        self._cancelled = cancelled
+        self._progress = progress
 
     def flush(self) -> None:
         super().flush()
         print("flush", file=COUNT, flush=True)
-        while not (FOLDER / "gate").exists() and not self._cancelled():
-            time.sleep(0.005)
+        with suppress(Cancelled):  # which the repair hears of, too
+            while not (FOLDER / "gate").exists():
+                self._progress("waiting", 0, 1)
+                time.sleep(0.005)
 
 
-def make_repairer(image: Image, *, progress: Progress, cancelled: Callable[[], bool]) -> Repairer:
+def make_repairer(image: Image, *, progress: Progress) -> Repairer:
     def device(fd: int, name: str) -> GatedDevice:
-        return GatedDevice(fd, name, cancelled)
+        return GatedDevice(fd, name, progress)
 
-    return Repairer(image, progress=progress, cancelled=cancelled, device=device)
+    return Repairer(image, progress=progress, device=device)
 
 
 log_to_stderr()

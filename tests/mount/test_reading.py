@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.wire import CheckResult
+from planner.check.wire import CheckResult
 from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run
 
 FILES = [

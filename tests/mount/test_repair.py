@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from instarfs.image.directory import SUFFIX
-from planner.wire import CheckResult, ResultFlag
+from planner.check.wire import CheckResult, ResultFlag
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.damage import DAMAGES
 from tests.mount.conftest import gate

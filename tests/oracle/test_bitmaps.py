@@ -34,7 +34,7 @@ def test_what_was_written_is_dirty(granularity: int, tmp_path: Path) -> None:
         dirty |= set(range(offset // granularity, (offset + length - 1) // granularity + 1))
     run("qemu-io", "-f", "qcow2", *commands, path)
     with Image.open(str(path)) as image:
-        states = read_bitmap_states(image.source(), lambda _: None)
+        states = read_bitmap_states(image.source())
     ours = {b["name"]: b for b in json.loads(bitmaps_json(states, is_written=False))["bitmaps"]}
     info = json.loads(run("qemu-img", "info", "--output=json", path))
     theirs = {b["name"]: b for b in info["format-specific"]["data"]["bitmaps"]}
@@ -56,7 +56,7 @@ def test_one_that_was_never_saved_is_what_qemu_takes_for_inconsistent(tmp_path: 
     for name in ("unsaved", "sound"):
         run("qemu-img", "bitmap", "--add", path, name)
     with Image.open(str(path)) as image:
-        states = read_bitmap_states(image.source(), lambda _: None)
+        states = read_bitmap_states(image.source())
     with path.open("r+b") as file:
         file.seek(states.bitmaps[0].bitmap.offset + 12)
         file.write((IN_USE | AUTO).to_bytes(4, "big"))
@@ -64,7 +64,7 @@ def test_one_that_was_never_saved_is_what_qemu_takes_for_inconsistent(tmp_path: 
         command = ["qemu-img", "bitmap", change, path, "unsaved"]
         assert subprocess.run(command, check=False, capture_output=True).returncode == 1
     with Image.open(str(path)) as image:
-        states = read_bitmap_states(image.source(), lambda _: None)
+        states = read_bitmap_states(image.source())
         unsaved = unsaved_bitmaps(image.source(), Layout.read(image.source()))
     shown = json.loads(bitmaps_json(states, is_written=False))["bitmaps"]
     assert [bitmap["inconsistent"] for bitmap in shown] == [True, False]

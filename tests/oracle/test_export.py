@@ -32,7 +32,7 @@ def export(image: Path, snapshot: str | None = None) -> tuple[Path, Mapfile, Out
     raw.with_name("ours.raw.map").unlink(missing_ok=True)
     it = Export(Image.open(str(image)), Follow([str(image.parent)]), snapshot)
     out = OutFile.open(str(raw), it.origin())
-    outcome = it.run(out, lambda *_: None, lambda: False)
+    outcome = it.run(out)
     out.close()
     return raw, out.mapfile, outcome
 

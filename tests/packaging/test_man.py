@@ -12,8 +12,8 @@ import pytest
 from instarfs.cli.main import commands
 from instarfs.mount import tree
 from planner.check.report import EXIT_CODES
+from planner.check.wire import RESULT
 from planner.findings.kinds import FindingKind
-from planner.wire import RESULT
 
 MAN = Path(__file__).parents[2] / "packaging/man"
 CONTEXT = click.Context(commands, info_name="instarfs")

@@ -25,6 +25,7 @@ from planner.check.ending import CutOff
 from planner.check.report import Report
 from planner.errors import Cancelled
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
+from planner.progress import Meter, unless
 from planner.qcow2 import entries
 from planner.source import Source
 from planner.triage.impact import Harm, guest_impact
@@ -97,7 +98,7 @@ def test_what_cannot_be_unpacked_is_found(options: dict[str, Any]) -> None:
 
 def test_a_range_is_unpacked_once_however_many_tables_lead_to_it() -> None:
     image = packed_image(snapshot=True)
-    packed = find_packed(image.source, check_image(image.source), lambda _: None)
+    packed = find_packed(image.source, check_image(image.source), Meter())
     assert len(packed) == 41
     spoil(image, 4)
     report = looked_at(image)
@@ -142,7 +143,7 @@ def test_ranges_take_little_memory_however_many_entries_lead_to_them() -> None:
         image.data[table : table + (1 << 21)] = words.astype(">u8").tobytes()
     source, report = image.source, check_image(image.source)
     tracemalloc.start()
-    packed = find_packed(source, report, lambda _: None)
+    packed = find_packed(source, report, Meter())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(packed) == 1 << 18
@@ -210,7 +211,7 @@ def test_no_sound_image_has_ranges_that_lie_over_each_other() -> None:
     )
     for options in shapes:
         image = packed_image(**{"size": 1 << 28, **options})
-        packed = find_packed(image.source, check_image(image.source), lambda _: None)
+        packed = find_packed(image.source, check_image(image.source), Meter())
         kind = int("zstd" in options)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compressed, "MAX_OVER_BYTES", 0)
@@ -220,7 +221,7 @@ def test_no_sound_image_has_ranges_that_lie_over_each_other() -> None:
 
 def test_spans_hold_every_range_once_and_no_more_than_a_reader_has_room_for() -> None:
     image = packed_image(clusters=400, size=1 << 25)
-    packed = find_packed(image.source, check_image(image.source), lambda _: None)
+    packed = find_packed(image.source, check_image(image.source), Meter())
     parts = list(packed.spans())
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
     assert parts[-1].stop == len(packed)
@@ -277,7 +278,7 @@ def test_it_can_be_stopped_and_says_how_far_it_is() -> None:
     look_at_packed(image.source, report, progress=lambda *step: told.append(step))
     assert told[-1] == ("compressed clusters", 40, 40)
     with pytest.raises(Cancelled):
-        look_at_packed(image.source, report, cancelled=lambda: True)
+        look_at_packed(image.source, report, progress=unless(lambda: True))
 
 
 def instarfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -13,6 +13,7 @@ from instarfs.image.file import Image
 from instarfs.image.locks import Access, Permission
 from instarfs.image.rwlock import Sharing
 from planner.errors import Cancelled
+from planner.progress import tell_nobody, unless
 
 DEADLINE = 10
 WRITER = Access((Permission.CONSISTENT_READ, Permission.WRITE), ())
@@ -37,10 +38,6 @@ def stranger(image: Image) -> Iterator[int]:
 
 def seen_by(stranger: int) -> set[int]:
     return {byte for byte in range(90, 260) if locks._is_held(stranger, byte)}
-
-
-def never() -> bool:
-    return False
 
 
 def test_the_last_reader_lets_the_locks_go(image: Image, stranger: int) -> None:
@@ -71,7 +68,7 @@ def test_a_writer_waits_for_readers_and_takes_no_lock_from_them(
     is_writing, may_end = threading.Event(), threading.Event()
 
     def write() -> None:
-        with sharing.writing(never):
+        with sharing.writing(tell_nobody):
             is_writing.set()
             assert may_end.wait(DEADLINE)
 
@@ -99,7 +96,7 @@ def test_waiting_can_be_cancelled(image: Image) -> None:
     sharing = Sharing()
     asked = iter([False, False, True])
     with sharing.reading(image):
-        with pytest.raises(Cancelled), sharing.writing(lambda: next(asked)):
+        with pytest.raises(Cancelled), sharing.writing(unless(lambda: next(asked))):
             pytest.fail("it did not wait")
         with sharing.reading(image) as is_kept:
             assert is_kept
@@ -107,7 +104,7 @@ def test_waiting_can_be_cancelled(image: Image) -> None:
 
 def test_a_failed_writer_is_gone(image: Image) -> None:
     sharing = Sharing()
-    with pytest.raises(ZeroDivisionError), sharing.writing(never):
+    with pytest.raises(ZeroDivisionError), sharing.writing(tell_nobody):
         raise ZeroDivisionError
     with sharing.reading(image) as is_kept:
         assert is_kept

@@ -28,7 +28,8 @@ from instarfs.inspect.shared_value import Changed, Value, room_for_values
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
 from planner.check.report import Report
-from planner.errors import Cancelled, NotQcow2, RepairError
+from planner.errors import NotQcow2, RepairError
+from planner.progress import Progress
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from tests.images.damage import DAMAGES
@@ -55,18 +56,11 @@ class FakeCheck:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(
-        self,
-        source: FileSource,
-        *,
-        progress: Callable[[str, int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Report:
+    def __call__(self, source: FileSource, *, progress: Progress) -> Report:
         self.sizes.append(source.size)
         progress("census", 43, 100)
         while not self.gate.wait(0.001):
-            if cancelled():
-                raise Cancelled
+            progress("census", 43, 100)
         self.hook()
         return Report(layout=None, error=None)
 

@@ -25,6 +25,7 @@ from instarfs.repair.outcome import RepairOutcome, Status
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, Cancelled, ParseFailed
+from planner.progress import Progress
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
 from tests.instarfs.repair.test_run import healthy
@@ -46,8 +47,8 @@ class FakeRepairer:
         self.gate.set()
         self.started = threading.Event()
 
-    def make(self, image: Image, *, progress: Any, cancelled: Callable[[], bool]) -> Any:
-        self.image, self.progress, self.cancelled = image, progress, cancelled
+    def make(self, image: Image, *, progress: Progress) -> Any:
+        self.image, self.progress = image, progress
         return self
 
     def repair(self, tier: RepairTier, quote: str) -> RepairOutcome:
@@ -59,7 +60,9 @@ class FakeRepairer:
         self.started.set()
         self.hook()
         while not self.gate.wait(0.001):
-            if self.cancelled():
+            try:
+                self.progress("writing", 43, 100)
+            except Cancelled:
                 error = RepairCancelled(self.image.path)
                 return RepairOutcome(Status.ROLLED_BACK, LEAKS, error=error)
         if self.changes:
@@ -93,16 +96,10 @@ def gate() -> Iterator[threading.Event]:
 async def inspector(
     path: Path, repairer: FakeRepairer, gate: threading.Event, nursery: trio.Nursery
 ) -> Inspector:
-    def check(
-        source: FileSource,
-        *,
-        progress: Callable[[str, int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Report:
+    def check(source: FileSource, *, progress: Progress) -> Report:
         progress("census", 1, 2)
         while not gate.wait(0.001):
-            if cancelled():
-                raise Cancelled
+            progress("census", 1, 2)
         return Report(layout=None)
 
     image = Image.open(str(path))
@@ -354,14 +351,9 @@ async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(
     os.utime(path, ns=(OLD, OLD))
     checks: list[int] = []
 
-    def check(
-        source: FileSource,
-        *,
-        progress: Callable[[str, int, int], None],
-        cancelled: Callable[[], bool],
-    ) -> Report:
+    def check(source: FileSource, *, progress: Progress) -> Report:
         checks.append(source.size)
-        return check_image(source, progress=progress, cancelled=cancelled)
+        return check_image(source, progress=progress)
 
     inspector = Inspector(Image.open(str(path)), nursery, check=check)
     editions = {}

@@ -16,7 +16,7 @@ from instarfs.inspect.shared_value import (
     Value,
     Workshop,
     room_for_values,
-    should_stop,
+    while_wanted,
 )
 from planner.errors import Cancelled
 
@@ -45,9 +45,11 @@ class Work:
         self.count += 1
         self.started.set()
         while not self.gate.wait(0.001):
-            if should_stop():
+            try:
+                while_wanted()("working", 0, 1)
+            except Cancelled:
                 self.stopped += 1
-                raise Cancelled
+                raise
         if self.error is not None:
             raise self.error
         return self.count

@@ -16,7 +16,7 @@ from tests.images.corpus.rule import builder, fill
 def made(flags: int = 0, name: str = "backup") -> BitmapStates:
     image = fill(builder())
     image.add_bitmap(name, {1, 2}, granularity_bits=16)
-    found = read_bitmap_states(image.build().source, lambda _: None)
+    found = read_bitmap_states(image.build().source)
     (state,) = found.bitmaps
     return replace(found, bitmaps=(replace(state, bitmap=replace(state.bitmap, flags=flags)),))
 

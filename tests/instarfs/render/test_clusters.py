@@ -20,7 +20,7 @@ from tests.images.sample import sample
 
 def atlas_of(name: str) -> Atlas:
     source = RULES[name]().image.source
-    return draw_atlas(source, check_image(source), lambda _: None)
+    return draw_atlas(source, check_image(source))
 
 
 def rows_of(content: Iterable[bytes]) -> list[list[str]]:
@@ -49,7 +49,7 @@ def test_the_sample_image_line_by_line() -> None:
     image, rng = sample().build(), random.Random(1)
     for name in TELLING:
         DAMAGES[name](image, rng)
-    atlas = draw_atlas(image.source, check_image(image.source), lambda _: None)
+    atlas = draw_atlas(image.source, check_image(image.source))
     rows = rows_of(clusters_tsv(atlas))
     assert sum(int(row[1]) for row in rows) == len(image.data)
     assert ["3014656", "65536", "data", "1", "2", "multiple-owners+refcount-low"] in rows

@@ -23,13 +23,13 @@ from tests.images.sample import sample
 
 
 def host(image: Image, offset: int, report: Report | None = None) -> str:
-    it = explain_host(image.source, HostOffset(offset), lambda _: None)
+    it = explain_host(image.source, HostOffset(offset))
     return host_txt(it, offset, report).decode()
 
 
 def guest(image: Image, offset: int, report: Report | None = None) -> str:
     try:
-        it = explain_guest(image.source, GuestOffset(offset), lambda _: None)
+        it = explain_guest(image.source, GuestOffset(offset))
     except ImageError as error:
         return guest_txt(error, offset, report).decode()
     return guest_txt(it, offset, report).decode()

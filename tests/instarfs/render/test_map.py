@@ -30,7 +30,7 @@ from tests.planner.sources import Sparse
 
 
 def atlas_of(source: Source) -> Atlas:
-    return draw_atlas(source, check_image(source), lambda _: None)
+    return draw_atlas(source, check_image(source))
 
 
 def damaged_sample() -> Image:

@@ -33,6 +33,7 @@ from instarfs.repair.execute import (
     require_remnant,
     take_back,
 )
+from planner.progress import unless
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import Plan, RepairTier, StageKind
@@ -349,14 +350,14 @@ def test_progress_is_told_of_every_sector() -> None:
 def test_cancelling_at_any_point_puts_everything_back() -> None:
     plan = every_stage()
     answers: Iterator[bool] = iter([False] * 100)
-    execute(MemoryDevice(bytearray(CONTENT)), plan, cancelled=answers.__next__)
+    execute(MemoryDevice(bytearray(CONTENT)), plan, progress=unless(answers.__next__))
     calls = 100 - len(list(answers))
     assert calls > len(plan.stages)
     for number in range(calls):
         answers = itertools.chain([False] * number, itertools.repeat(True))
         device = MemoryDevice(bytearray(CONTENT))
         with pytest.raises(RepairCancelled, match="is as it was before"):
-            execute(device, plan, cancelled=answers.__next__)
+            execute(device, plan, progress=unless(answers.__next__))
         assert bytes(device.content) == CONTENT
 
 
@@ -483,7 +484,7 @@ def test_runs_are_punched_and_flushed() -> None:
     runs = [(SECTOR, SECTOR), (4 * SECTOR, 3 * SECTOR)]
     punch(device, runs, 4 * SECTOR, progress=lambda *step: told.append(step))
     assert device.log[-1] == Flush()
-    assert told == [("trimming", SECTOR, 4 * SECTOR), ("trimming", 4 * SECTOR, 4 * SECTOR)]
+    assert told == [("trimming", done * SECTOR, 4 * SECTOR) for done in (0, 1, 4)]
     zeros = {at for at in range(40) if not any(device.content[at * SECTOR : (at + 1) * SECTOR])}
     assert zeros == {1, 4, 5, 6}
 
@@ -501,7 +502,7 @@ def test_punching_that_fails(code: int, kind: type[InstarfsError]) -> None:
 def test_punching_can_be_cancelled() -> None:
     device = MemoryDevice(bytearray(CONTENT))
     with pytest.raises(TrimCancelled):
-        punch(device, [(0, SECTOR)], SECTOR, cancelled=lambda: True)
+        punch(device, [(0, SECTOR)], SECTOR, progress=unless(lambda: True))
     assert not device.log
 
 

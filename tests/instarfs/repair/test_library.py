@@ -5,17 +5,18 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import instarfs
-from instarfs.errors import ImageInUse, ImageMissing, InstarfsError
+from instarfs.errors import ImageInUse, ImageMissing, InstarfsError, RepairCancelled, TrimCancelled
 from instarfs.image import locks
 from instarfs.image.directory import SUFFIX
 from instarfs.repair.outcome import Status
 from planner import RepairTier
-from planner.errors import AmbiguousCorruption, NotQcow2
+from planner.errors import AmbiguousCorruption, Cancelled, NotQcow2
 from tests.instarfs.cli.test_repair import LEAKY, LOST, content
 
 
@@ -82,6 +83,72 @@ def test_what_a_machine_has_open_is_neither_checked_nor_planned_nor_repaired(pat
             instarfs.plan(path, "all")
         assert isinstance(instarfs.repair(path, "all").error, ImageInUse)
     assert path.read_bytes() == content(*LEAKY)
+
+
+class Told:
+    """A progress that keeps what it is told, and raises *error* when it is told of *stage*."""
+
+    def __init__(self, stage: str = "", error: type[Exception] = Cancelled) -> None:
+        self.steps: list[tuple[str, int, int]] = []
+        self._stage, self._error = stage, error
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self.steps.append((stage, done, total))
+        if stage == self._stage and (done or stage != "trimming"):
+            raise self._error
+
+    @property
+    def stages(self) -> set[str]:
+        return {stage for stage, _, _ in self.steps}
+
+
+CHECKING = {"census", "refcounts", "owners"}
+
+
+def test_progress_is_told_of_everything(path: Path) -> None:
+    for work, stages in (
+        (instarfs.check, CHECKING),
+        (partial(instarfs.plan, tier="all"), {*CHECKING, "leaks"}),
+        (partial(instarfs.repair, tier="all"), {*CHECKING, "leaks", "writing"}),
+        (instarfs.trim, {*CHECKING, "trimming"}),
+        (instarfs.undo, {*CHECKING, "writing"}),
+    ):
+        told = Told()
+        work(path, progress=told)
+        assert told.stages == stages
+        assert all(0 <= done <= max(total, done) for _, done, total in told.steps)
+
+
+def test_who_is_told_can_end_it(path: Path) -> None:
+    with pytest.raises(Cancelled):
+        instarfs.check(path, progress=Told("refcounts"))
+    with pytest.raises(Cancelled):
+        instarfs.plan(path, "all", progress=Told("leaks"))
+    for stage in ("census", "leaks", "writing"):
+        outcome = instarfs.repair(path, "all", progress=Told(stage))
+        assert isinstance(outcome.error, RepairCancelled)
+        assert path.read_bytes() == content(*LEAKY)
+    assert instarfs.repair(path, "all").stands
+    repaired = path.read_bytes()
+    assert isinstance(instarfs.undo(path, progress=Told("writing")).error, RepairCancelled)
+    assert path.read_bytes() == repaired
+    assert isinstance(instarfs.trim(path, progress=Told("trimming")).error, TrimCancelled)
+    assert instarfs.check(path).verdict == "clean"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, BrokenPipeError, KeyError])
+@pytest.mark.parametrize("stage", ["census", "leaks", "writing"])
+def test_what_else_it_raises_comes_out_and_the_image_is_as_it_was(
+    path: Path, stage: str, error: type[Exception]
+) -> None:
+    """An error of a terminal, or of a pipe, is none of the disk's."""
+    with pytest.raises(error):
+        instarfs.repair(path, "all", progress=Told(stage, error))
+    assert path.read_bytes() == content(*LEAKY)
+    assert not path.with_name(path.name + SUFFIX).exists()
+    instarfs.repair(path, "all")
+    with pytest.raises(error):
+        instarfs.trim(path, progress=Told("trimming", error))
 
 
 def test_what_is_no_image_has_a_report_that_says_so(path: Path) -> None:

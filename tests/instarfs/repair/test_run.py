@@ -9,9 +9,9 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +60,8 @@ from instarfs.repair.run import Repairer
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
 from planner.check.report import Report
-from planner.errors import AmbiguousCorruption, NotQcow2
+from planner.errors import AmbiguousCorruption, Cancelled, NotQcow2
+from planner.progress import unless
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
@@ -1066,6 +1067,10 @@ def test_where_the_state_cannot_be_made_durable_the_image_is_put_back(
     assert box.repair(LEAKS).status is Status.REPAIRED
 
 
+def _is_used_up(calls: Iterator[int]) -> bool:
+    return next(calls, None) is None
+
+
 def test_a_repair_can_be_cancelled_at_any_point(box: Sandbox) -> None:
     content, statuses = damaged("lost-refblock"), []
     for number in range(0, 10_000, 3):
@@ -1073,7 +1078,7 @@ def test_a_repair_can_be_cancelled_at_any_point(box: Sandbox) -> None:
         calls = iter(range(number))
         outcome = box.repair(
             ALL,
-            cancelled=lambda calls=calls: next(calls, None) is None,
+            progress=unless(partial(_is_used_up, calls)),
             check=check_image,
             propose=propose,
         )
@@ -1370,12 +1375,11 @@ def test_a_trim_counts_what_was_punched(
     first: list[int] = []
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "trimming":
+        if stage == "trimming" and done:
             first.append(done)
+            raise Cancelled
 
-    assert isinstance(
-        box.trim(progress=progress, cancelled=lambda: bool(first)).error, TrimCancelled
-    )
+    assert isinstance(box.trim(progress=progress).error, TrimCancelled)
     assert trimmed(box) == first[0] > 0
     for _ in range(3):
         assert box.trim().error is None
@@ -1424,10 +1428,11 @@ def test_trim_can_be_cancelled(box: Sandbox) -> None:
     calls: list[int] = []
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage == "trimming":
+        if stage == "trimming" and done:
             calls.append(done)
+            raise Cancelled
 
-    outcome = box.trim(progress=progress, cancelled=lambda: bool(calls))
+    outcome = box.trim(progress=progress)
     assert outcome.status is Status.REFUSED
     assert "only free clusters were touched" in outcome.reason
     assert len(calls) == 1

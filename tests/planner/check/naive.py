@@ -6,7 +6,6 @@ planner's masks, rules or ways of counting: the walk must find exactly the same.
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.refcounts import StoredRefcounts
+from planner.progress import Meter
 from planner.source import Source, read_bytes
 
 OFFSET_BITS = 0x00FFFFFFFFFFFE00
@@ -37,7 +37,7 @@ def count_references(
     census: Census,
     stored: StoredRefcounts,
     which: I64,
-    tick: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     """In the place of `planner.check.refcount_walk.count_references`."""
     walk = _NaiveWalk(source, census)

@@ -13,6 +13,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
 from planner.findings.kinds import Finding
+from planner.progress import unless
 from planner.source import Bytes, Source
 from tests.images.builder import Image
 from tests.images.corpus import RULES
@@ -184,12 +185,12 @@ def test_check_can_be_stopped_whenever_it_asks() -> None:
         asked += 1
         return False
 
-    check_image(source, cancelled=count)
+    check_image(source, progress=unless(count))
     assert asked > 3
     for limit in range(asked):
         answers = chain(repeat(False, limit), repeat(True))
         with pytest.raises(Cancelled):
-            check_image(source, cancelled=partial(next, answers))
+            check_image(source, progress=unless(partial(next, answers)))
 
 
 def test_check_reads_and_nothing_else() -> None:

@@ -295,6 +295,6 @@ def test_says_how_much_of_it_was_read() -> None:
     triage_leaks(image.source, report, progress=lambda *far: told.append(far))
     stages, done, totals = zip(*told, strict=True)
     assert set(stages) == {"leaks"}
-    assert set(totals) == {report.counters.leaks * image.cluster_size}
+    assert set(totals) - {0} == {report.counters.leaks * image.cluster_size}  # 0: not known yet
     assert list(done) == sorted(done)
-    assert 0 < done[0] <= done[-1] <= totals[0]
+    assert 0 < done[-1] <= totals[-1]

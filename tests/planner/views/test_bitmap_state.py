@@ -7,6 +7,7 @@ import random
 import pytest
 
 from planner.errors import Cancelled, ImageError
+from planner.progress import unless
 from planner.qcow2.bitmaps import ENTRY_BYTES, IN_USE, encode_bitmap
 from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
@@ -18,7 +19,7 @@ from tests.images.corpus.rule import SIZE, builder, fill, plain
 
 
 def states(source: Source) -> BitmapStates:
-    return read_bitmap_states(source, lambda _: None)
+    return read_bitmap_states(source)
 
 
 def only(source: Source) -> BitmapState:
@@ -166,11 +167,8 @@ def test_any_image_is_answered(name: str) -> None:
 
 
 def test_it_stops_when_it_is_told_to() -> None:
-    def tick(_: int) -> None:
-        raise Cancelled
-
     with pytest.raises(Cancelled):
-        read_bitmap_states(with_bitmaps({1}).source, tick)
+        read_bitmap_states(with_bitmaps({1}).source, unless(lambda: True))
 
 
 def test_an_image_without_bitmaps_and_a_file_without_a_layout() -> None:

@@ -10,6 +10,7 @@ from planner.check.check import check_image
 from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Owner, Structure
 from planner.guest.mapping import Flaw, Mapping, RunKind
+from planner.progress import unless
 from planner.qcow2.entries import COPIED, NO_HOST, ClusterType
 from planner.source import Bytes
 from planner.views.explain import GuestExplanation, HostExplanation, explain_guest, explain_host
@@ -20,11 +21,11 @@ from tests.images.corpus.rule import SIZE, extended, fill, plain, with_snapshot
 
 
 def host(image: Image, offset: int) -> HostExplanation:
-    return explain_host(image.source, HostOffset(offset), lambda _: None)
+    return explain_host(image.source, HostOffset(offset))
 
 
 def guest(image: Image, offset: int) -> GuestExplanation:
-    return explain_guest(image.source, GuestOffset(offset), lambda _: None)
+    return explain_guest(image.source, GuestOffset(offset))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -186,14 +187,11 @@ def test_offsets_that_no_file_has(offset: int) -> None:
 
 
 def test_it_stops_when_it_is_told_to() -> None:
-    def tick(_: int) -> None:
-        raise Cancelled
-
     with pytest.raises(Cancelled):
-        explain_host(plain().source, HostOffset(0), tick)
+        explain_host(plain().source, HostOffset(0), unless(lambda: True))
 
 
 def test_nothing_is_explained_without_a_layout() -> None:
     source = Bytes(b"QFI\xfb" + bytes(200))
     with pytest.raises(ImageError):
-        explain_host(source, HostOffset(0), lambda _: None)
+        explain_host(source, HostOffset(0))

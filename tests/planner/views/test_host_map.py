@@ -18,6 +18,7 @@ from planner.errors import ImageError
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Severity, Structure
 from planner.metadata.locate import take_survey
+from planner.progress import Meter
 from planner.source import Bytes, Source
 from planner.views import host_map as atlas_module
 from planner.views.host_map import DAMAGE, Atlas, Use, bits_of, draw_atlas, kinds_in, owner_label
@@ -37,7 +38,7 @@ ACTIVE_USE = {
 
 
 def draw(source: Source, report: Report | None = None) -> Atlas:
-    return draw_atlas(source, report or check_image(source), lambda _: None)
+    return draw_atlas(source, report or check_image(source))
 
 
 def clusters(atlas: Atlas) -> Iterator[tuple[int, int, int, int, int]]:
@@ -63,7 +64,7 @@ def owners_by_cluster(source: Source, report: Report) -> dict[int, int]:
     everything = np.ones(index.slots, dtype=np.bool_)
     finder = OwnersFinder(report.geometry, index, everything, survey.l1, survey.tables)
     finder.add_regions(survey.every_region)
-    finder.add_entries(source, survey.present, lambda _: None)
+    finder.add_entries(source, survey.present, Meter())
     owners = finder.result()
     found: Counter[int] = Counter()
     columns = (owners.cluster, owners.structure, owners.snapshot)

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import IntFlag
-from typing import TYPE_CHECKING
 
 from construct import Const, Int32ul, Int64ul, Padding, Struct
 
-from planner.check.report import Report
+from planner.check.report import RepairCounters, Report
 from planner.errors import ImageError
 from planner.findings.kinds import KINDS, FindingKind, Severity
-
-if TYPE_CHECKING:
-    from planner.repair.tiers import RepairCounters
 
 CONFIG_MAGIC = 0x4348_4543
 RESULT_MAGIC = 0x4348_5253

@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.check.check import check_image
-from planner.check.report import CheckCounters, Report
+from planner.check.report import CheckCounters, RepairCounters, Report
+from planner.check.wire import CheckConfig, CheckResult, ConfigFlag, ResultFlag
 from planner.errors import ImageError
-from planner.repair.tiers import RepairCounters
 from planner.source import Bytes
-from planner.wire import CheckConfig, CheckResult, ConfigFlag, ResultFlag
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import plain, with_snapshot
 
