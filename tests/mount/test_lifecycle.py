@@ -6,7 +6,9 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,17 @@ def test_in_the_foreground(mount: MakeMount, image: Path) -> None:
     until(lambda: it.log == "instarfs: mounted\n", "it said so")
     assert instarfs("umount", it.path).returncode == 0
     assert it.wait_for_end() == 0
+
+
+def test_a_pyfuse3_whose_inside_is_not_known_serves_in_its_own_way(
+    image: Path, directory: Path
+) -> None:
+    program = Path(__file__).with_name("plain_turns.py")
+    with mounted([sys.executable, program, image, directory], image, directory) as it:
+        with ThreadPoolExecutor(8) as readers:
+            read = readers.map(it.read, ["check/result.json", "README.txt", "check/leaks"] * 8)
+            assert {len(text) > 10 for text in read} == {True}
+        assert "pyfuse3 99.0 waits for requests in its own way" in it.log
 
 
 def test_a_caller_that_was_killed_gets_no_mount(image: Path, directory: Path) -> None:

@@ -3,12 +3,12 @@
 import os
 import threading
 
+import pyfuse3
 import pytest
 import trio
 import trio.testing
 
-from instarfs.mount import requests
-from instarfs.mount.requests import Device, Turn
+from instarfs.mount.requests import Device, Turn, is_as_known, take_turns_fast
 
 
 @pytest.fixture
@@ -19,10 +19,9 @@ def pipe():
         os.close(fd)
 
 
-async def test_what_is_readable_is_taken_at_once_but_not_for_ever(pipe, monkeypatch) -> None:
-    monkeypatch.setattr(requests, "IN_A_ROW", 3)
+async def test_what_is_readable_is_taken_at_once_but_not_for_ever(pipe) -> None:
     os.write(pipe[1], b"request")
-    device, taken, seen = Device(), 0, []
+    device, taken, seen = Device(most_in_a_row=3), 0, []
 
     async def another() -> None:
         while taken < 9:
@@ -49,8 +48,7 @@ async def test_who_waits_long_lets_the_others_run(pipe) -> None:
             os.write(pipe[1], b"request")
 
 
-async def test_what_comes_a_moment_later_is_waited_for_awake(pipe, monkeypatch) -> None:
-    monkeypatch.setattr(requests, "LOOKS_NS", 10**10)
+async def test_what_comes_a_moment_later_is_waited_for_awake(pipe) -> None:
     slept = False
 
     async def another() -> None:
@@ -60,15 +58,14 @@ async def test_what_comes_a_moment_later_is_waited_for_awake(pipe, monkeypatch) 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(another)
         threading.Timer(0.005, os.write, (pipe[1], b"request")).start()
-        await Device().wait_readable(pipe[0])
+        await Device(looks_ns=10**10).wait_readable(pipe[0])
         assert not slept
 
 
 async def test_a_single_processor_is_left_to_whoever_asks(pipe, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0})
-    monkeypatch.setattr(requests, "LOOKS_NS", 10**12)
     with trio.move_on_after(0.01) as scope:
-        await Device().wait_readable(pipe[0])
+        await Device(looks_ns=10**12).wait_readable(pipe[0])
     assert scope.cancelled_caught
 
 
@@ -125,3 +122,32 @@ async def test_a_turn_is_not_lost_with_one_who_was_called_off() -> None:
                 await trio.testing.wait_all_tasks_blocked()
             doomed.cancel_scope.cancel()
     assert "next" in had
+
+
+def test_the_pyfuse3_that_is_installed_is_known() -> None:
+    assert is_as_known()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("__version__", "4.0.0"), ("trio", None), ("_wait_fuse_readable", None)],
+)
+def test_one_that_is_not_is_left_alone(name: str, value: object, monkeypatch) -> None:
+    inside = vars(pyfuse3)
+    if value is None:
+        monkeypatch.delitem(inside, name)
+    else:
+        monkeypatch.setitem(inside, name, value)
+    before = dict(inside)
+    take_turns_fast()
+    assert inside == before
+
+
+def test_what_is_known_is_replaced_and_all_else_of_trio_stays(monkeypatch) -> None:
+    monkeypatch.setitem(vars(pyfuse3), "trio", trio)  # put back afterwards
+    take_turns_fast()
+    replaced = vars(pyfuse3)["trio"]
+    assert replaced.Lock is Turn
+    assert replaced.lowlevel.wait_readable.__func__ is Device.wait_readable
+    assert replaced.open_nursery is trio.open_nursery
+    assert trio.Lock is not Turn
