@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.guestfs.ext import filesystem as ext
+from planner.guestfs.ntfs import filesystem as ntfs
 from planner.guestfs.protocol import FileSystem
 from planner.guestfs.reading import Holes
 from planner.guestfs.xfs import filesystem as xfs
@@ -15,6 +16,7 @@ Reader = Callable[[Holes], FileSystem | None]
 MARKS: tuple[tuple[int, bytes, Reader], ...] = (
     (1080, b"\x53\xef", ext.recognise),
     (0, b"XFSB", xfs.recognise),
+    (3, b"NTFS    ", ntfs.recognise),
 )
 """Where the first copy of a superblock has which bytes, the surest first."""
 

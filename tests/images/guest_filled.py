@@ -113,3 +113,55 @@ def fill(folder: Path, pieces: int = 700) -> None:
             for file in (one, two):
                 file.seek(number * 8192 + (4096 if file is two else 0))
                 file.write(b"woven" * 700)
+
+
+NTFS_VARIANTS = {
+    "ntfs": [],
+    "ntfs with small clusters": ["-c", "512"],
+    "ntfs with large clusters": ["-c", "32768"],
+}
+
+NTFS_COMPRESSED = 0x800
+
+
+def make_ntfs(image: Path, options: Sequence[str], size: int = 48 << 20) -> None:
+    """An NTFS with nothing in it, made by mkntfs."""
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("mkntfs", "-q", "-F", "-f", "-L", "a label", "-p", "0", "-H", "0", "-S", "0",
+        *options, image)  # fmt: skip
+
+
+@contextlib.contextmanager
+def mounted_ntfs(image: Path) -> Iterator[Path]:
+    """A folder where ntfs-3g shows the file system in *image*, system files too."""
+    folder = image.with_suffix(".mounted")
+    folder.mkdir(exist_ok=True)
+    options = "streams_interface=windows,compression,show_sys_files"
+    run("ntfs-3g", "-o", options, image, folder)
+    try:
+        yield folder
+    finally:
+        run("umount", folder)
+
+
+def fill_ntfs(folder: Path, tree: Path, seed: int) -> None:
+    """What is only there on NTFS: streams, compressed files, and lists of attributes."""
+    rng = random.Random(f"ntfs {seed}")
+    run("cp", "-r", "--no-preserve=all", tree, folder / "tree")
+    (folder / "pressed").mkdir()
+    attributes = (NTFS_COMPRESSED | 0x20).to_bytes(4, "big")
+    os.setxattr(folder / "pressed", "system.ntfs_attrib_be", attributes)
+    for number in range(6):
+        text = b"".join(rng.choice((b"of few words ", b"again ")) for _ in range(20_000))
+        (folder / "pressed" / f"text {number}").write_bytes(text + rng.randbytes(70_000))
+    for number in range(5):
+        path = folder / "tree" / f"with streams {number}"
+        path.write_bytes(rng.randbytes(5000))
+        for stream in ("a stream", "other"):
+            Path(f"{path}:{stream}").write_bytes(rng.randbytes(9000 * number + 10))
+        for number_of_link in range(number * 10):
+            (
+                folder / "tree" / f"a rather long name of a hard link {number} {number_of_link}"
+            ).hardlink_to(path)
+    fill(folder / "tree")
