@@ -189,6 +189,15 @@ class ImageTorn(InstarfsError):
 
 
 @dataclass(eq=False)
+class ImageUnsettled(InstarfsError):
+    """{path}: too much of it is in motion ({in_motion} changes at the last look): check again, or \
+    with a longer --settle"""
+
+    path: str
+    in_motion: int
+
+
+@dataclass(eq=False)
 class FormatNotRead(InstarfsError):
     """{path}: format {format}: instarfs reads no images but qcow2"""
 

@@ -12,20 +12,27 @@ import click
 
 from instarfs.cli.complaints import Failure, complain, remark
 from instarfs.cli.grammar import ImageName, image_name, image_options
-from instarfs.cli.options import undo_file_option
+from instarfs.cli.options import settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import DOMAIN_ERRORS, FormatHasNoChecks, FormatNotRead, ImageTorn
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    FormatHasNoChecks,
+    FormatNotRead,
+    ImageTorn,
+    ImageUnsettled,
+)
 from instarfs.image.directory import lasting_name
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
-from instarfs.repair.checking import run_check
+from instarfs.repair.checking import LiveCheck, run_check
 from instarfs.text import json_array, printable, shell_path
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.progress import Progress
 
 if TYPE_CHECKING:
-    from instarfs.image.file import FileSource
     from instarfs.repair.outcome import Pending, RepairOutcome
+    from planner.arrays import I64
+    from planner.source import Source
 
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
 # time than loading it.
@@ -55,6 +62,7 @@ corruption, and an image of another format hides none.
     "--no-undo", is_flag=True, help="With -r: for good, and so are the repairs before it then."
 )
 @undo_file_option
+@settle_option
 @click.option("--data", is_flag=True, help="Unpack every compressed cluster, too.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
@@ -69,6 +77,7 @@ def command(
     words: tuple[str, ...],
     *,
     undo_file: str | None,
+    settle: float | None,
     image_opts: bool,
     data: bool,
     force_share: bool,
@@ -101,9 +110,11 @@ def command(
         _refuse_repair(names)
         outcome = _repair(names[0], tier, quote or "", keep_undo=not no_undo, progress=progress)
         sys.exit(_conclude_repair(outcome, names[0], shown, is_quoted=bool(quote)))
+    if settle is not None and not all(name.force_share for name in names):
+        raise click.UsageError("--settle is for an image that may be written to: add -U")
     if quote is not None or no_undo:
         raise click.UsageError("--plan and --no-undo are for a repair: add -r")
-    wanted = _Wanted(data, progress)
+    wanted = _Wanted(data, progress, LiveCheck() if settle is None else LiveCheck(settle))
     if len(names) > 1:
         sys.exit(_check_all(names, shown, wanted))
     sys.exit(_conclude_check(_check(names[0], wanted), shown))
@@ -111,10 +122,14 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a check is to do: look into compressed ``data`` too, and show its ``progress``."""
+    """What a check is to do: look into compressed ``data`` too, and show its ``progress``.
+
+    ``live``: how to look at an image that may be written to meanwhile.
+    """
 
     data: bool
     progress: bool
+    live: LiveCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +146,9 @@ class _Checked:
         report = self.report
         if report.error is not None:
             return self.name.failed(report.error)
+        if report.live is not None:
+            is_unsettled, moved = report.verdict == "unsettled", report.live.in_motion
+            return ImageUnsettled(self.name.path, moved) if is_unsettled else None
         if not report.torn:
             return None
         what = "it is in use" if report.in_use else "it was written to during the check"
@@ -167,15 +185,16 @@ def _check(name: ImageName, wanted: _Wanted) -> _Checked:
     with _without_checks(), name.opened() as image:
         with progress_bar(shown=wanted.progress) as tell:
 
-            def check(source: FileSource) -> Report:
-                report = check_image(source, progress=tell)
+            def check(source: Source, only: I64 | None = None) -> Report:
+                report = check_image(source, progress=tell, only=only)
                 return _look_at_data(source, report, tell) if wanted.data else report
 
-            checked = run_check(image, check)
+            live = replace(wanted.live, again=check) if name.force_share else None
+            checked = run_check(image, check, live=live)
         return _Checked(name, checked.report, checked.pending)
 
 
-def _look_at_data(source: FileSource, report: Report, tell: Progress) -> Report:
+def _look_at_data(source: Source, report: Report, tell: Progress) -> Report:
     from instarfs.guest.compressed import look_at_packed  # noqa: PLC0415
 
     return look_at_packed(source, report, progress=tell)
@@ -246,7 +265,7 @@ def _show_checked(checked: _Checked, label: str = "") -> None:
     if checked.left_over is not None:
         remark(f"{label}NOTE {checked.left_over.sentence}")
     _show_check(checked.report, label)
-    if not checked.report.torn and checked.report.verdict not in _SELF_EVIDENT:
+    if checked.report.verdict != "torn" and checked.report.verdict not in _SELF_EVIDENT:
         path = shell_path(lasting_name(checked.name.path))
         remark(f"{label}NOTE what it means, and what to do: instarfs report {path}")
 

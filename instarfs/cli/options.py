@@ -14,3 +14,10 @@ undo_file_option = click.option(
     type=click.Path(readable=False),
     help="Where the undo file of this image is, or is to be; by default beside it.",
 )
+
+settle_option = click.option(
+    "--settle",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0),
+    help="With -U: how long to look for a moment while a program writes to it; 5 by default.",
+)

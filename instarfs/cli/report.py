@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from instarfs.image.file import Image
 from instarfs.image.surroundings import Surroundings
 from instarfs.render.aftermath import Aftermath
 from instarfs.render.report import report_txt
-from instarfs.repair.checking import Checked, run_check
+from instarfs.repair.checking import Checked, LiveCheck, run_check
 from instarfs.repair.looking import look_around
 from instarfs.repair.planning import plan_checked
 from planner.check.check import check_image
@@ -59,14 +60,18 @@ def command(
     name = ImageName(path, force_share=force_share, undo_file=undo_file)
     with name.opened() as image:
         with progress_bar(shown=progress) as tell:
-            checked = run_check(image, lambda source: check_image(source, progress=tell))
+            checked = run_check(
+                image,
+                partial(check_image, progress=tell),
+                live=LiveCheck() if force_share else None,
+            )
             if isinstance(checked.report.error, NotQcow2):
                 raise name.failed(checked.report.error)
             known = _aftermath(checked, follow, tell)
         known = replace(known, surroundings=_around(image, undo_file))
         report = checked.report_now()
         click.echo(report_txt(report, image.path, known), nl=False)
-    sys.exit(1 if report.torn else report.exit_code)
+    sys.exit(1 if report.torn and report.live is None else report.exit_code)
 
 
 def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:

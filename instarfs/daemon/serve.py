@@ -17,7 +17,7 @@ from instarfs.daemon.confinement import Confinement
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.image import locks, memory
-from instarfs.image.file import FileSource, Image
+from instarfs.image.file import Image
 from instarfs.image.preview import PreviewImage
 from instarfs.inspect.inspector import Check, inspecting
 from instarfs.inspect.repair_queue import MakeRepairer
@@ -27,9 +27,7 @@ from instarfs.mount.options import MountOptions
 from instarfs.repair.planning import run_plan
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
-from planner.check.report import Report
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
-from planner.progress import Progress
 from planner.qcow2.layout import Layout
 from planner.repair.plan import RepairTier
 
@@ -64,10 +62,6 @@ def serve(
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
 
-    def bounded_check(source: FileSource, *, progress: Progress) -> Report:
-        memory.limit(source)  # anew: the image may have grown since
-        return check(source, progress=progress)
-
     def confine() -> None:
         memory.limit(image.source())
         confinement.enforce()
@@ -75,7 +69,7 @@ def serve(
     @asynccontextmanager
     async def make_service() -> AsyncIterator[daemon.Service]:
         async with inspecting(
-            image, follow=follow, check=bounded_check, make_repairer=make_repairer
+            image, follow=follow, check=check, bound=memory.limit, make_repairer=make_repairer
         ) as inspector:
             pending = inspector.subject.pending()
             if pending is not None:

@@ -10,6 +10,7 @@ appear the tree's.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
@@ -39,7 +40,7 @@ from instarfs.inspect.shared_value import (
 )
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.subject import Subject
-from instarfs.repair.checking import run_check
+from instarfs.repair.checking import LiveCheck, run_check
 from instarfs.repair.looking import look_around
 from instarfs.repair.outcome import Pending, RepairOutcome
 from instarfs.repair.planning import of_one_moment, propose_for
@@ -54,6 +55,7 @@ from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal, is_repairable
+from planner.source import Source
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import Triage, triage_leaks
 from planner.views.bitmap_state import BitmapStates, read_bitmap_states
@@ -136,7 +138,11 @@ class Briefing:
 class Check(Protocol):
     """`planner.check.check.check_image`, or what stands in for it in a test."""
 
-    def __call__(self, source: FileSource, *, progress: Progress) -> Report: ...
+    def __call__(self, source: Source, *, progress: Progress) -> Report: ...
+
+
+def _unbounded(_source: FileSource) -> None:
+    """Leaves this process as much memory as it has."""
 
 
 class Inspector:
@@ -147,7 +153,8 @@ class Inspector:
     refuses, the `briefing` that joins them, and the atlas, which is the error where there is none.
     A description lasts until one of the first two. ``repairs``: what changes the image. ``reader``:
     its guest's bytes, and ``guest`` the state of one moment, or why there is none. *nursery*: where
-    all of it is computed; see `inspecting`.
+    all of it is computed; see `inspecting`. *bound* gives this process as much memory as a check
+    of a source may take.
     """
 
     def __init__(
@@ -157,10 +164,11 @@ class Inspector:
         *,
         follow: Follow | None = None,
         check: Check = check_image,
+        bound: Callable[[FileSource], None] = _unbounded,
         make_repairer: MakeRepairer = Repairer,
     ) -> None:
         subject = self.subject = Subject(image)
-        self._check = check
+        self._check, self._bound = check, bound
         self._stages = Stages()
         self._workshop = Workshop(nursery, subject.moment)
         self._described: Description | None = None
@@ -303,10 +311,12 @@ class Inspector:
         if gone is not None:
             log.warning("%s", missing(image))
         with self._stages.running("opening"), self.subject.sharing.reading(image) as is_kept:
+            self._bound(image.source())  # anew: it may have grown since
             checked = run_check(
                 image,
                 partial(self._check, progress=while_wanted(self._stages.tell)),
                 is_written=lambda: not is_kept,
+                live=LiveCheck(again=partial(check_image, progress=while_wanted()), pause=_pause),
             )
         return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
 
@@ -398,11 +408,19 @@ async def inspecting(
     *,
     follow: Follow | None = None,
     check: Check = check_image,
+    bound: Callable[[FileSource], None] = _unbounded,
     make_repairer: MakeRepairer = Repairer,
 ) -> AsyncIterator[Inspector]:
     """An inspector of *image*; whatever it computes ends with the block."""
     async with room_for_values() as nursery:
-        yield Inspector(image, nursery, follow=follow, check=check, make_repairer=make_repairer)
+        yield Inspector(
+            image, nursery, follow=follow, check=check, bound=bound, make_repairer=make_repairer
+        )
+
+
+def _pause(seconds: float) -> None:
+    while_wanted()("", 0, 0)
+    time.sleep(seconds)
 
 
 def _describe(image: Image) -> Description:

@@ -600,8 +600,8 @@ there is anything to repair. When the image changes, the files show its new stat
 they are opened; who has one open reads on in the old one.
 
 {_OF_FILES}
-If a program has the image open for writing, or it changes while it is checked, the verdict
-is `torn`: what was read may belong to no single moment. Stop that program and read again.
+If a program writes to the image while it is checked, the check is of a moment between its
+writes, and check/report.txt says of which; `unsettled`: it never held still for long enough.
 
 To repair, read check/report.txt and repair/plan/leaks.json, and then:
 

@@ -21,6 +21,7 @@ from instarfs.render.columns import (
     tsv,
     tsv_lines,
 )
+from instarfs.render.live import live_lines, live_value
 from instarfs.render.outcome import pending_value, repair_value
 from instarfs.text import json_bytes, printable
 from planner.arrays import U8, U64
@@ -92,6 +93,7 @@ def result_json(
         "corrupt": report.layout is not None and report.layout.header.corrupt,
         "image-in-use": report.in_use,
         "changed-during-check": report.changed,
+        **live_value(report),
         "complete": report.complete,
         "refcount-rebuild-needed": report.needs_rebuild,
         "cut-off": _cut_off_value(report),
@@ -448,6 +450,7 @@ def check_messages(report: Report) -> Iterator[str]:
 _UNCOUNTED = {
     "unreadable": "The header cannot be interpreted, so nothing else is known.",
     "torn": "The image was in use, or written to, during the check: nothing is known of it.",
+    "unsettled": "The image never held still, and nothing in it was confirmed to be wrong.",
     "corrupt": "The image is damaged: something in it is, or may become, wrong.",
     "marked-corrupt": "The metadata is consistent, but the image is marked corrupt.",
     "dirty": "The metadata is consistent, but the image was not closed properly.",
@@ -476,6 +479,7 @@ def check_human(report: Report) -> str:
         )
     if counters.check_errors:
         lines.append(f"\n{counters.check_errors} internal errors have occurred during the check.")
+    lines += live_lines(report)
     total, allocated = counters.total_clusters, counters.allocated_clusters
     if total and allocated:
         lines.append(

@@ -13,6 +13,7 @@ import numpy as np
 from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
+from instarfs.render.live import live_lines
 from instarfs.render.repair import left_lines, quote_warning
 from instarfs.render.triage import triage_lines
 from instarfs.text import shell_path, shell_word, text_lines
@@ -57,6 +58,10 @@ VERDICTS = {
     "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
     "incomplete": "The check could not look at everything: what follows is not the whole truth.",
     "torn": "What was read belongs to no single moment: nothing below can be relied on.",
+    "unsettled": (
+        "It never held still for long enough, and nothing was confirmed to be wrong: whether it is"
+        " healthy is not known. Check again, or for longer."
+    ),
     "unreadable": "The header cannot be interpreted, so nothing else is known.",
 }
 
@@ -140,7 +145,8 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
         lines += ["", f"Not finished: {pending.sentence}."]
     if report.error is not None:
         return [*lines, "", str(report.error)]
-    if report.torn:
+    lines += live_lines(report)
+    if report.torn and report.live is None:
         lines.append(
             "The image is in use: a program has it open for writing; check again when it has ended."
             if report.in_use

@@ -16,11 +16,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from instarfs.repair.checking import opened, run_check
+from instarfs.image import locks
+from instarfs.repair.checking import LiveCheck, opened, run_check
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.planning import run_plan
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
+from planner.check.live import SETTLE
 from planner.check.report import Report
 from planner.progress import Progress, tell_nobody
 from planner.repair.plan import RepairTier
@@ -29,16 +31,28 @@ from planner.repair.tiers import Proposal
 ImagePath = str | os.PathLike[str]
 
 
-def check(path: ImagePath, *, progress: Progress = tell_nobody) -> Report:
+def check(
+    path: ImagePath,
+    *,
+    force_share: bool = False,
+    settle: float = SETTLE,
+    progress: Progress = tell_nobody,
+) -> Report:
     """Check all metadata of the qcow2 image at *path*. Writes nothing, opens no other file.
 
     What is no qcow2 image, or has a header that makes no sense, gives a report with an ``error``;
     one that was written to meanwhile has the verdict ``torn``, and is good for nothing. Offsets and
-    lengths in it are in bytes. Raises an `InstarfsError`: `ImageMissing` and its like,
-    `ImageInUse` where a program has it open for writing, `ImageReadFailed`.
+    lengths in it are in bytes. With *force_share* a program may have it open for writing: what can
+    be said of it within about *settle* seconds has a ``live``, the time that it is of in seconds
+    since the epoch. Raises an `InstarfsError`: `ImageMissing` and its like, `ImageInUse` where a
+    program has it open for writing, `ImageReadFailed`.
     """
-    with opened(os.fspath(path), is_bounded=False) as image:
-        return run_check(image, partial(check_image, progress=progress)).report
+    access, check = locks.READ_ONLY, partial(check_image, progress=progress)
+    live = None
+    if force_share:
+        access, live = locks.FORCE_SHARE, LiveCheck(settle, check)
+    with opened(os.fspath(path), access=access, is_bounded=False) as image:
+        return run_check(image, check, live=live).report
 
 
 def plan(path: ImagePath, tier: RepairTier | str, *, progress: Progress = tell_nobody) -> Proposal:

@@ -8,6 +8,8 @@ goes on with what can still be known and says that it is incomplete.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
@@ -20,9 +22,9 @@ from planner.check.overwritten import find_overwritten, find_overwritten_l1
 from planner.check.owners import OwnersFinder, contested_clusters, first_guest_owners
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.refcount_walk import count_references
-from planner.check.report import CheckCounters, Report, count_findings
+from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError, as_value
-from planner.findings.grouped import FindingsBuilder, GroupedFindings
+from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import (
     KINDS,
     NONE,
@@ -56,29 +58,37 @@ def check_image(
     source: Source,
     *,
     progress: Progress = tell_nobody,
+    only: I64 | None = None,
 ) -> Report:
     """Check all metadata of a qcow2 image. Never writes.
 
     *progress*: bytes of tables read. A header that cannot be interpreted gives a report whose
-    ``error`` says why.
+    ``error`` says why. *only*: host offsets of the L2 tables to walk, and no others: what is wrong
+    with them, and which clusters have more references than their refcounts say, is found all the
+    same, and leaks that are none.
     """
     keep_freed_memory()
     try:
         layout = Layout.read(source)
     except ImageError as error:
         return Report(layout=None, error=as_value(error))
-    return _Check(source, layout, Meter(progress, "census", 1)).run()
+    return _Check(source, layout, Meter(progress, "census", 1), only).run()
 
 
 class _Check:
     """One check. Each method is one question; `run` is their order."""
 
-    def __init__(self, source: Source, layout: Layout, meter: Meter) -> None:
+    def __init__(
+        self, source: Source, layout: Layout, meter: Meter, only: I64 | None = None
+    ) -> None:
         self._source, self._layout, self._meter = source, layout, meter
         self._geometry = layout.geometry
         self._findings = FindingsBuilder()
         self._meter.advance(0)
-        self._survey = take_survey(source, layout, self._findings)
+        self._survey = survey = take_survey(source, layout, self._findings)
+        if only is not None:
+            walked = np.isin(survey.tables.offset[survey.present], only)
+            self._survey = replace(survey, present=survey.present[walked])
         self._regions = self._survey.every_region
         self._stored = StoredRefcounts(source, layout, self._survey.reftable)
 
@@ -351,22 +361,15 @@ class _Check:
     ) -> Report:
         survey, findings = self._survey, self._findings.build()
         found = Found(findings, found_entries, self._stored)
-        counts = count_findings(findings, found_entries, totals)
-        by_severity = dict.fromkeys(Severity, 0)
-        for kind, number in counts.items():
-            by_severity[KINDS[kind].severity] += number if KINDS[kind].counted else 0
         guest = census.guest
         counters = CheckCounters(
-            check_errors=by_severity[Severity.CHECK_ERROR],
-            corruptions=by_severity[Severity.CORRUPTION],
-            leaks=by_severity[Severity.LEAK],
             image_end_offset=(mismatches.highest() + 1) * self._geometry.cluster_size,
             total_clusters=self._geometry.guest_clusters,
             allocated_clusters=guest.allocated,
             fragmented_clusters=guest.fragmented,
             compressed_clusters=guest.compressed,
         )
-        return Report(
+        report = Report(
             layout=self._layout,
             counters=counters,
             findings=findings,
@@ -377,12 +380,31 @@ class _Check:
             regions=self._regions,
             snapshots=survey.snapshots.snapshots,
             stopped=survey.stopped,
-            needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
-            hidden=_hide_references(findings, found_entries, self._layout.file_size),
             luks_error=survey.luks_error,
             holds_compressed=census.compressed is not None,
             cut_off=find_cut(self._source, self._layout, found),
         )
+        return concluded(report)
+
+
+def concluded(report: Report) -> Report:
+    """*report* with all that follows from its findings, whatever it has said of that before."""
+    counts = report.counts()
+    by_severity = dict.fromkeys(Severity, 0)
+    for kind, number in counts.items():
+        by_severity[KINDS[kind].severity] += number if KINDS[kind].counted else 0
+    counters = replace(
+        report.counters,
+        check_errors=by_severity[Severity.CHECK_ERROR],
+        corruptions=by_severity[Severity.CORRUPTION],
+        leaks=by_severity[Severity.LEAK],
+    )
+    return replace(
+        report,
+        counters=counters,
+        needs_rebuild=any(counts.get(kind) for kind in _NEEDS_REBUILD),
+        hidden=_hide_references(report),
+    )
 
 
 _NEEDS_REBUILD = (
@@ -397,10 +419,12 @@ _NEEDS_REBUILD = (
 _BITMAP_TABLES = (Structure.BITMAP_DIRECTORY, Structure.BITMAP_TABLE)
 
 
-def _hide_references(
-    findings: GroupedFindings, found_entries: EntryFindings, file_size: int
-) -> tuple[FindingKind, ...]:
+def _hide_references(report: Report) -> tuple[FindingKind, ...]:
     """Kinds of findings because of which a table that could hold references was not walked."""
+    findings, found_entries = report.findings, report.entries
+    if report.layout is None or found_entries is None:
+        return ()
+    file_size = report.layout.file_size
     kinds = findings.counts()
     hiding: list[FindingKind] = [
         kind

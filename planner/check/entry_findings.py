@@ -144,6 +144,34 @@ class EntryFindings:
         counts = {**self._counts, kind: total}
         return replace(self, _held=held, _counts=counts)
 
+    def singles(self, kind: FindingKind, structure: Structure) -> tuple[I64, I64, U64]:
+        """Of these findings each entry: its host offset, ascending, the guest offset that it maps,
+        and what was found.
+        """
+        held = self._held[kind, structure]
+        position = expand_ranges(held.position, held.position + held.lengths() - 1)
+        table, inside = np.divmod(position, self.geometry.l2_entries)
+        offset = self.tables.offset[table] + inside * self.geometry.l2_entry_size
+        found = np.repeat(held.found, held.lengths()).astype(np.uint64)
+        guest = self.tables.l1_index[table] * self.geometry.l2_entries + inside
+        return offset, guest << self.geometry.cluster_bits, found
+
+    def keeping(self, kept: Mapping[tuple[FindingKind, Structure], Mask]) -> EntryFindings:
+        """The same without those entries where *kept*, in the order of `singles`, is not true."""
+        held, counts = dict(self._held), Counter[FindingKind]()
+        for key, mask in kept.items():
+            mine = held.pop(key)
+            position = expand_ranges(mine.position, mine.position + mine.lengths() - 1)[mask]
+            if len(position):
+                held[key] = _Held(position, None, np.repeat(mine.found, mine.lengths())[mask])
+        for key in sorted(held):
+            counts[key[0]] += _total(key[0], held[key], self.tables, self.geometry)
+        return replace(self, _held={key: held[key] for key in sorted(held)}, _counts=counts)
+
+    def groups(self) -> list[tuple[FindingKind, Structure]]:
+        """Of which kinds, and about what, there are findings."""
+        return list(self._held)
+
     def tables_with(self, kind: FindingKind) -> I64:
         """Host offsets of the tables that have findings of a kind, ascending."""
         tables = [self._tables_of(held) for (each, _), held in self._held.items() if each is kind]

@@ -34,6 +34,7 @@ EXIT_CODES = {
     "incomplete": 1,
     "corrupt": 2,
     "marked-corrupt": 2,
+    "unsettled": 1,
     "leaks": 3,
     "dirty": 3,
     "clean": 0,
@@ -66,6 +67,21 @@ class RepairCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """How a report came about of an image that a program writes meanwhile.
+
+    ``as_of``: the one moment that it is of, in the seconds of whoever checked; None where none was
+    to be had, so that it tells only what held for longer. ``confirmed``: findings that were looked
+    at again by their own words and held, as they count. ``in_motion``: words of metadata that
+    changed between the last two looks, and findings that were gone when they were looked at again.
+    """
+
+    as_of: float | None
+    confirmed: int = 0
+    in_motion: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The answer of a check.
 
@@ -76,8 +92,9 @@ class Report:
     why no password opens the disk. ``holds_compressed``, ``compressed_looked_at``: whether there
     are compressed clusters, and whether all were unpacked. ``cut_off``: that the file is too short,
     where something shows it. ``in_use``, ``changed``: a writer had the image, or it changed, while
-    it was read. ``entries``: what was found about L2 entries; ``mismatches``, ``totals``: stored
-    against counted refcounts. `rows` and `counts` join them in.
+    it was read. ``live``: what is to be believed all the same, where it was looked at again.
+    ``entries``: what was found about L2 entries; ``mismatches``, ``totals``: stored against counted
+    refcounts. `rows` and `counts` join them in.
     """
 
     layout: Layout | None
@@ -99,6 +116,7 @@ class Report:
     compressed_looked_at: bool = False
     in_use: bool = False
     changed: bool = False
+    live: Live | None = None
 
     @property
     def complete(self) -> bool:
@@ -140,6 +158,7 @@ class Report:
 
     @property
     def torn(self) -> bool:
+        """Whether somebody wrote meanwhile: nothing may be planned from it."""
         return self.in_use or self.changed
 
     @property
@@ -149,10 +168,11 @@ class Report:
         corrupt = any(KINDS[kind].severity is Severity.CORRUPTION for kind in kinds)
         for applies, verdict in (
             (self.error is not None, "unreadable"),
-            (self.torn, "torn"),
+            (self.torn and self.live is None, "torn"),
             (self.counters.check_errors, "incomplete"),
             (corrupt, "corrupt"),
             (FindingKind.CORRUPT_BIT in kinds, "marked-corrupt"),
+            (self.live is not None and self.live.as_of is None, "unsettled"),
             (self.counters.leaks, "leaks"),
             (FindingKind.DIRTY_BIT in kinds, "dirty"),
         ):

@@ -229,11 +229,11 @@ class StoredRefcounts:
         if known.all():
             return result
         beyond = np.flatnonzero(~known)
-        result[beyond] = self._look_up(clusters[beyond]) == 1
+        result[beyond] = self.look_up(clusters[beyond]) == 1
         return result
 
-    def _look_up(self, clusters: I64) -> U64:
-        """Refcounts of clusters that have no slot: mostly past the end of the file."""
+    def look_up(self, clusters: I64) -> U64:
+        """Refcounts read one by one: of clusters without slots, mostly past the end of the file."""
         refcounts = np.zeros(len(clusters), dtype=np.uint64)
         blocks = clusters // self.entries_per_block
         readable = self.reftable.blocks()

@@ -25,13 +25,14 @@ from instarfs.daemon import serve as session
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
-from instarfs.image.file import FileSource, Image
+from instarfs.image.file import Image
 from instarfs.linux import openat2
 from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.progress import Progress
+from planner.source import Source
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
@@ -214,7 +215,7 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
 }
 
 
-def check(source: FileSource, *, progress: Progress) -> Report:
+def check(source: Source, *, progress: Progress) -> Report:
     """`check_image`, after all attempts."""
     for name, attempt in ATTEMPTS.items():
         try:

@@ -15,7 +15,7 @@ from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
-from instarfs.image.file import FileSource, Image
+from instarfs.image.file import Image
 from instarfs.mount import tree
 from instarfs.mount.options import MountOptions
 from planner.arrays import HostOffset
@@ -29,7 +29,7 @@ IMAGE, DIRECTORY, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COUNT = (FOLDER / "count").open("a")  # which the daemon may not open later
 
 
-def check(source: FileSource, *, progress: Progress) -> Report:
+def check(source: Source, *, progress: Progress) -> Report:
     """`check_image`, held up."""
     print("check", file=COUNT, flush=True)
     progress("census", 43, 100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -144,8 +145,11 @@ def test_an_image_in_use_is_looked_at_only_on_demand_and_gets_no_advice(image: P
         assert (refused.code, refused.out) == (1, "")
         assert "another process has the image open" in refused.err
         ended = run_here(["report", "-U", image])
-    assert ended.code == 1
-    assert ended.out.startswith(f"{image}: torn\n")
+    assert ended.code == 3
+    assert ended.out.startswith(f"{image}: leaks\n")
+    assert re.search(
+        r"^As of \d\d:\d\d:\d\d, while a program writes to it\.$", ended.out, re.MULTILINE
+    )
     assert "What to do now" not in ended.out
 
 

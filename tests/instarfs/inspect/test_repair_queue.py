@@ -18,7 +18,7 @@ from instarfs.errors import (
     RepairRunning,
     UndoFileMissing,
 )
-from instarfs.image.file import FileSource, Image
+from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
@@ -28,6 +28,7 @@ from planner.errors import AmbiguousCorruption, Cancelled, ParseFailed
 from planner.progress import Progress
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
+from planner.source import Source
 from tests.instarfs.repair.test_run import healthy
 
 DEADLINE = 10
@@ -96,7 +97,7 @@ def gate() -> Iterator[threading.Event]:
 async def inspector(
     path: Path, repairer: FakeRepairer, gate: threading.Event, nursery: trio.Nursery
 ) -> Inspector:
-    def check(source: FileSource, *, progress: Progress) -> Report:
+    def check(source: Source, *, progress: Progress) -> Report:
         progress("census", 1, 2)
         while not gate.wait(0.001):
             progress("census", 1, 2)
@@ -351,7 +352,7 @@ async def test_both_plans_come_from_one_check_and_stay_while_nothing_changes(
     os.utime(path, ns=(OLD, OLD))
     checks: list[int] = []
 
-    def check(source: FileSource, *, progress: Progress) -> Report:
+    def check(source: Source, *, progress: Progress) -> Report:
         checks.append(source.size)
         return check_image(source, progress=progress)
 
