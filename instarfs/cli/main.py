@@ -25,6 +25,7 @@ _MODULES = {
     "umount": "instarfs.cli.umount",
     "check": "instarfs.cli.check",
     "report": "instarfs.cli.report",
+    "files": "instarfs.cli.files",
     "plan": "instarfs.cli.plan",
     "undo": "instarfs.cli.undo",
     "trim": "instarfs.cli.trim",

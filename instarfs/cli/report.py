@@ -13,8 +13,9 @@ from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
+from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest
+from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from instarfs.image.surroundings import Surroundings
 from instarfs.render.aftermath import Aftermath
@@ -92,11 +93,12 @@ def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
             proposals[tier] = plan_checked(checked, tier, triage=triage, progress=tell)
         except DOMAIN_ERRORS as error:
             proposals[tier] = as_value(error)
-    beside = Beside()
+    beside, files = Beside(), None
     if report.layout is not None:
-        members = Guest(image, follow).members
-        beside = look_beside(image.source(), report.layout, members)
-    return Aftermath(triage, proposals, interrupted, beside=beside)
+        guest = Guest(image, follow)
+        beside = look_beside(image.source(), report.layout, guest.members)
+        files = hit_files(guest, Place(Part.DISK), report, triage, progress=tell)
+    return Aftermath(triage, proposals, interrupted, beside=beside, files=files)
 
 
 def _around(image: Image, undo_file: str | None) -> Surroundings:

@@ -26,7 +26,6 @@ from instarfs.errors import (
     GuestElsewhere,
     GuestEncrypted,
     ImageReadFailed,
-    SnapshotUnknown,
 )
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
@@ -39,7 +38,6 @@ from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapfile import BAD, READ, UNTRIED
 from planner.guest.mapping import Flaw
 from planner.progress import Progress, tell_nobody
-from planner.qcow2.snapshots import read_reachable_snapshots
 
 PART_BYTES = 2 << 20
 """Of the disk's data: so much is read by one thread at a time."""
@@ -82,26 +80,12 @@ class Export:
         self._guest = Guest(image, follow, strict=True)
         self._place = Place(Part.DISK)
         if snapshot is not None:
-            self._place = Place(Part.SNAPSHOT, self._index_of(snapshot))
+            self._place = Place(Part.SNAPSHOT, self._guest.index_of(snapshot))
         try:
             self._disk = self._guest.find(self._place)
         except GuestEncrypted as error:
             raise ExportEncrypted(error.path, error.method) from error
         self._generations = self._all_generations()
-
-    def _index_of(self, word: str) -> int:
-        layout = self._guest.layout
-        source = self._image.source()
-        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
-        if word.isdecimal() and int(word) < len(table.snapshots):
-            return int(word)
-        name = os.fsencode(word)
-        named = [at for at, snapshot in enumerate(table.snapshots) if snapshot.name == name]
-        if not named and error is not None:
-            raise error
-        if len(named) != 1:
-            raise SnapshotUnknown(self._image.path, word)
-        return named[0]
 
     @property
     def size(self) -> int:

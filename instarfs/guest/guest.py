@@ -11,7 +11,12 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from instarfs.errors import GuestEncrypted, ImageReadFailed, SnapshotMissing
+from instarfs.errors import (
+    GuestEncrypted,
+    ImageReadFailed,
+    SnapshotMissing,
+    SnapshotUnknown,
+)
 from instarfs.guest.chain import Chain, open_chain
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
@@ -135,6 +140,21 @@ class Guest:
                 self._found.clear()
             self._found[place] = disk
         return disk
+
+    def index_of(self, word: str) -> int:
+        """Which snapshot is meant: by its index, or its name. Raises `SnapshotUnknown`."""
+        layout = self.layout
+        source = self._image.source()
+        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
+        if word.isdecimal() and int(word) < len(table.snapshots):
+            return int(word)
+        name = os.fsencode(word)
+        named = [at for at, snapshot in enumerate(table.snapshots) if snapshot.name == name]
+        if not named and error is not None:
+            raise error
+        if len(named) != 1:
+            raise SnapshotUnknown(self._image.path, word)
+        return named[0]
 
     def _make(self, place: Place) -> Disk:
         if place.part is Part.DISK:

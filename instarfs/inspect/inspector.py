@@ -23,8 +23,9 @@ import trio
 
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, InstarfsError, ReadCancelled
 from instarfs.guest.allocated import AllocatedBytes
+from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Place, size_of
+from instarfs.guest.guest import Guest, Part, Place, size_of
 from instarfs.guest.reader import GuestReader
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Generation, Image
@@ -49,6 +50,7 @@ from instarfs.repair.writing import missing
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import ImageError, PlannerError, RepairError, as_value
+from planner.guestfs.files import FilesUnknown, HitFiles
 from planner.progress import Progress
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
@@ -125,7 +127,7 @@ class Briefing:
 
     ``proposals``: of each tier, or why there is none; empty where there is nothing to repair, or
     nobody knows. ``surroundings``: what is around the image, to make files there; ``beside``: what
-    the check did without.
+    the check did without. ``files``: those of the guest that are hit.
     """
 
     checkup: Checkup
@@ -133,6 +135,7 @@ class Briefing:
     proposals: dict[RepairTier, Proposal | InstarfsError | PlannerError]
     surroundings: Surroundings
     beside: Beside
+    files: HitFiles | FilesUnknown | None = None
 
 
 class Check(Protocol):
@@ -190,6 +193,7 @@ class Inspector:
             tier: self._value(subject.checked_state, partial(self._propose, tier))
             for tier in RepairTier
         }
+        self.files = self.files_of(Place(Part.DISK), is_kept=True)
         self.atlas = self._value(subject.checked_state, self._draw_atlas)
         self.bitmaps = self._value(subject.checked_state, self._read_bitmaps)
         self.l1_page = self.look(read_l1_page, is_kept=True)
@@ -262,6 +266,42 @@ class Inspector:
         looked = self._value(key, compute)
         return looked
 
+    def files_of(self, place: Place, *, is_kept: bool = False) -> Value[HitFiles | FilesUnknown]:
+        """Which files of the disk at *place* are hit by what a check finds; kept as by `look`."""
+
+        async def compute(changed: Changed) -> HitFiles | FilesUnknown:
+            if not is_kept:
+                self._keep_look(value)
+            with self._stages.running("opening"):
+                found = await self._find_files(place)
+            if changed() and isinstance(found, HitFiles):
+                return found.with_note("the image was written to meanwhile: look again")
+            return found
+
+        value = self._value(
+            lambda: (self.subject.checked_state(), self.reader.state()),
+            compute,
+            self.reader.refresh,
+        )
+        return value
+
+    def look_at_guest(self, at: Callable[[FileSource, Guest | ImageError], T]) -> Value[T]:
+        """As `look`, beside a check, of what *at* sees in the guest too; it raises nothing."""
+
+        def key() -> Hashable:
+            checkup = self.checkup.peek()
+            return self.reader.state(), checkup and weakref.ref(checkup)
+
+        async def compute(_changed: Changed) -> T:
+            self._keep_look(looked)
+            guest = (await self.guest.get()).value
+            return await trio.to_thread.run_sync(
+                at, self.subject.source(), guest, abandon_on_cancel=True, limiter=self._looking
+            )
+
+        looked = self._value(key, compute, self.reader.refresh)
+        return looked
+
     def cancel(self) -> None:
         """End whatever is being computed, and a repair; those who wait for it get an error."""
         self.repairs.cancel()
@@ -330,6 +370,27 @@ class Inspector:
         with self._stages.running("opening"), self.subject.sharing.reading(image):
             return triage_leaks(image.source(), report, progress=while_wanted(self._stages.tell))
 
+    async def _find_files(self, place: Place) -> HitFiles | FilesUnknown:
+        image, report = self.subject.image, (await self.checkup.get()).value.report
+        if report.error is not None:
+            return FilesUnknown(str(report.error))
+        triage = await self._triage_or_error()
+        guest = (await self.guest.get()).value
+        if isinstance(guest, ImageError):
+            return FilesUnknown(str(guest))
+        return await trio.to_thread.run_sync(self._search, image, guest, place, report, triage)
+
+    def _search(
+        self,
+        image: Image,
+        guest: Guest,
+        place: Place,
+        report: Report,
+        triage: Triage | InstarfsError,
+    ) -> HitFiles | FilesUnknown:
+        with self.subject.sharing.reading(image):
+            return hit_files(guest, place, report, triage, while_wanted(self._stages.tell))
+
     async def _brief(self, changed: Changed) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
         with self._stages.running("opening"):
@@ -339,13 +400,14 @@ class Inspector:
             around, beside = await trio.to_thread.run_sync(
                 _look_around, self.subject.image, checkup.report, guest
             )
-            briefing = Briefing(checkup, triage, {}, around, beside)
+            files = None if checkup.report.error else (await self.files.get()).value
+            briefing = Briefing(checkup, triage, {}, around, beside, files)
             if is_repairable(checkup.report):
                 for tier in RepairTier:
                     briefing.proposals[tier] = await self._proposal_or_error(tier)
         if changed():
             torn = replace(checkup, report=_torn(checkup.report))
-            return Briefing(torn, triage, {}, around, beside)
+            return Briefing(torn, triage, {}, around, beside, files)
         return briefing
 
     async def _triage_or_error(self) -> Triage | InstarfsError:

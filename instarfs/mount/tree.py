@@ -10,10 +10,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import trio
 
+from instarfs.guest.files import owner_of
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import WouldBlock
 from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
@@ -38,6 +38,7 @@ from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
 from instarfs.render import clusters as render_clusters
 from instarfs.render import explain as render_explain
+from instarfs.render import files as render_files
 from instarfs.render import findings as render_findings
 from instarfs.render import guest_map as render_guest_map
 from instarfs.render import info as render_info
@@ -50,16 +51,13 @@ from instarfs.render.report import report_txt
 from instarfs.text import printable
 from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
-from planner.errors import ImageError, RepairError
-from planner.progress import Progress
+from planner.errors import ImageError, RepairError, as_value
+from planner.guestfs.files import FilesUnknown, HitFiles
 from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
 from planner.source import Source, read_present
-from planner.views.explain import explain_guest, explain_host
+from planner.views.explain import GuestExplanation, explain_guest, explain_host
 from planner.views.table_view import read_l2_page
-
-T = TypeVar("T")
-P = TypeVar("P", HostOffset, GuestOffset)
 
 _NUMBER = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 
@@ -179,7 +177,8 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
         ),
         _Entry(
             "snapshots",
-            "for each internal snapshot info.json, disk.raw, and vmstate.raw if there is any",
+            "for each internal snapshot info.json, disk.raw, vmstate.raw if there is any, and"
+            " files.tsv, as in check/",
             MadeDirectory(partial(_snapshot, inspector), partial(_snapshot_names, inspector)),
             shown="snapshots/N/",
         ),
@@ -234,6 +233,8 @@ def _snapshot_files(inspector: Inspector, index: int) -> dict[str, File]:
             inspector, Place(Part.SNAPSHOT, index), partial(size, Part.SNAPSHOT)
         ),
     }
+    hit = inspector.files_of(Place(Part.SNAPSHOT, index))
+    files["files.tsv"] = GeneratedFile(hit, render_files.files_tsv)
     if size(Part.VMSTATE):
         files["vmstate.raw"] = _data_file(
             inspector, Place(Part.VMSTATE, index), partial(size, Part.VMSTATE)
@@ -367,42 +368,62 @@ def _number(text: str) -> int | None:
 
 
 def _explain_files(inspector: Inspector) -> list[_Entry]:
-    def explained(
-        place: Callable[[int], P],
-        explain: Callable[[Source, P, Progress], T],
-        render: Callable[[T | ImageError, int, Report | None], bytes],
-    ) -> Callable[[str], Awaitable[Node | None]]:
-        async def make(name: str) -> Node | None:
-            number = _number(name)
-            if number is None:
-                return None
-            offset = place(number)
-            value = inspector.look(
-                lambda source: explain(source, offset, while_wanted()), beside_check=True
-            )
+    def report() -> Report | None:
+        checkup = inspector.checkup.peek()
+        return checkup.value.report if checkup else None
 
-            def show(it: T | ImageError) -> bytes:
-                checkup = inspector.checkup.peek()
-                return render(it, offset, checkup.value.report if checkup else None)
+    async def host(name: str) -> Node | None:
+        number = _number(name)
+        if number is None:
+            return None
+        offset = HostOffset(number)
+        value = inspector.look(
+            lambda source: explain_host(source, offset, while_wanted()), beside_check=True
+        )
+        return GeneratedFile(value, lambda it: render_explain.host_txt(it, offset, report()))
 
-            return GeneratedFile(value, show)
-
-        return make
+    async def guest(name: str) -> Node | None:
+        number = _number(name)
+        if number is None:
+            return None
+        offset = GuestOffset(number)
+        value = inspector.look_at_guest(partial(_explain_guest, offset))
+        return GeneratedFile(
+            value, lambda it: render_explain.guest_txt(it.way, offset, report(), it.owner)
+        )
 
     return [
         _Entry(
             "explain/host",
             "what a byte of the image file is used for; OFFSET is decimal, or begins with 0x",
-            MadeDirectory(explained(HostOffset, explain_host, render_explain.host_txt)),
+            MadeDirectory(host),
             shown="explain/host/OFFSET",
         ),
         _Entry(
             "explain/guest",
-            "where a byte of the guest's disk is: the way through the tables to it",
-            MadeDirectory(explained(GuestOffset, explain_guest, render_explain.guest_txt)),
+            "where a byte of the guest's disk is: the way through the tables to it, and its file",
+            MadeDirectory(guest),
             shown="explain/guest/OFFSET",
         ),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _GuestByte:
+    """The way to a byte of the guest's disk, and whose it is there, where there is a way."""
+
+    way: GuestExplanation | ImageError
+    owner: HitFiles | FilesUnknown | None = None
+
+
+def _explain_guest(offset: GuestOffset, source: Source, guest: Guest | ImageError) -> _GuestByte:
+    try:
+        way = explain_guest(source, offset, while_wanted())
+    except ImageError as error:
+        return _GuestByte(as_value(error))
+    if isinstance(guest, ImageError):
+        return _GuestByte(way)
+    return _GuestByte(way, owner_of(guest, offset, while_wanted()))
 
 
 # ---- check/ ----
@@ -429,6 +450,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
             it.surroundings,
             it.beside,
             checkup.gone,
+            it.files,
         )
         return report_txt(checkup.report, inspector.subject.path, known)
 
@@ -475,6 +497,11 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
                 lambda it: render_findings.findings_jsonl(it.report),
                 lambda it: render_findings.findings_jsonl_length(it.report),
             ),
+        ),
+        _Entry(
+            "check/files.tsv",
+            "which files of the guest are hit: a row a piece of one, or of free space",
+            GeneratedFile(inspector.files, render_files.files_tsv),
         ),
         _Entry(
             "check/report.txt",

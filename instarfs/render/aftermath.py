@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.repair.outcome import Pending
+from planner.guestfs.files import FilesUnknown, HitFiles
 from planner.repair.plan import Plan, RepairTier
 from planner.repair.tiers import Proposal
 from planner.triage.beside import Beside
@@ -33,7 +34,7 @@ class Aftermath:
     """What is known beyond a check. ``proposals``: of the tiers, or why there is none.
 
     ``triage``: or why the leaked clusters could not be looked into. ``mounted``: if it is.
-    ``gone``: that its file has no name any more.
+    ``gone``: that its file has no name any more. ``files``: of the guest, those that are hit.
     """
 
     triage: Triage | Exception = field(default_factory=Triage)
@@ -43,3 +44,4 @@ class Aftermath:
     surroundings: Surroundings = field(default_factory=Surroundings)
     beside: Beside = field(default_factory=Beside)
     gone: Gone | None = None
+    files: HitFiles | FilesUnknown | None = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from instarfs.render.check import owner_phrase, sentence
+from instarfs.render.files import owner_lines
 from instarfs.render.tables import TYPE_LABELS
 from instarfs.text import text_lines
 from planner.check.report import Report
@@ -17,6 +18,7 @@ from planner.errors import ImageError
 from planner.findings.kinds import KINDS, Finding, FindingKind, Owner, Structure
 from planner.findings.wording import plural
 from planner.guest.mapping import FLAW_SENTENCES, RunKind
+from planner.guestfs.files import FilesUnknown, HitFiles
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.geometry import SECTOR
@@ -43,8 +45,16 @@ def host_txt(it: HostExplanation | ImageError, offset: int, report: Report | Non
     return _text([*lines, *_findings(report, [cluster], [])])
 
 
-def guest_txt(it: GuestExplanation | ImageError, offset: int, report: Report | None) -> bytes:
-    """The way to a byte of the active disk. *report*: of a check, if there was one."""
+def guest_txt(
+    it: GuestExplanation | ImageError,
+    offset: int,
+    report: Report | None,
+    owner: HitFiles | FilesUnknown | None = None,
+) -> bytes:
+    """The way to a byte of the active disk, and whose it is there.
+
+    *report*: of a check, if there was one. *owner*: what was found of that byte.
+    """
     lines = [f"guest offset {offset} ({offset:#x})", ""]
     if isinstance(it, ImageError):
         return _text([*lines, f"There is no way to it: {it}."])
@@ -54,7 +64,7 @@ def guest_txt(it: GuestExplanation | ImageError, offset: int, report: Report | N
         head = f"Host cluster {cluster.number}, at {cluster.offset}: {what}"
         lines += ["", head, *(f"  {line}" for line in _cluster_lines(cluster))]
     words = [it.l1_at, it.l2_at] if it.l2_table else [it.l1_at]
-    return _text([*lines, *_findings(report, it.clusters, words)])
+    return _text([*lines, *_findings(report, it.clusters, words), *owner_lines(owner)])
 
 
 def _text(lines: list[str]) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
+from instarfs.render.files import files_lines
 from instarfs.render.live import live_lines
 from instarfs.render.repair import left_lines, quote_warning
 from instarfs.render.triage import triage_lines
@@ -97,6 +98,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
     if report.error is None:
         sections += [
             _guest(report, known),
+            _files(filename, known),
             _elsewhere(report, known),
             *_bitmaps(report, filename, known),
             _leaked(known.triage),
@@ -280,6 +282,12 @@ def _snapshot_lines(report: Report, triage: Triage | Exception, losses: Losses) 
     more = len(touched) - LOOKED_AT_SNAPSHOTS
     if more > 0:
         yield f"  ... {more} more snapshots with findings: check/findings.jsonl"
+
+
+def _files(filename: str, known: Aftermath) -> list[str]:
+    """Which files of the guest are hit."""
+    everything = "check/files.tsv" if known.mounted else f"instarfs files {shell_path(filename)}"
+    return files_lines(known.files, where=everything)
 
 
 # ---- beside the guest's bytes in this file ----

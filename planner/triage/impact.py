@@ -96,6 +96,18 @@ class Impact:
         """Bytes that nothing has happened to."""
         return self.size - sum(ranges.size for ranges in self.ranges.values())
 
+    def with_more(self, more: dict[Harm, list[Ranges]]) -> Impact:
+        """The same with *more* ranges, in any order, that may overlap."""
+        worse = _merged(np.zeros((2, 0), dtype=np.int64), self.size)
+        ranges = {}
+        for harm in Harm:
+            parts = [worse, self.ranges[harm], *more.get(harm, [])]
+            bounds = np.concatenate([np.stack((part.start, part.end)) for part in parts], axis=1)
+            upto = _merged(bounds, self.size)
+            ranges[harm] = _without(upto, worse)
+            worse = upto
+        return Impact(self.size, ranges, self.is_whole)
+
 
 def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None = None) -> Impact:
     """What the findings mean for the active disk, or for a snapshot's.

@@ -15,6 +15,7 @@ from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run
 FILES = [
     "README.txt",
     "check/corruptions",
+    "check/files.tsv",
     "check/findings.jsonl",
     "check/leaks",
     "check/progress",

@@ -22,6 +22,7 @@ from planner.guestfs.ext.inodes import (
 from planner.guestfs.ext.superblock import (
     JOURNAL_INODE,
     OFFSET,
+    RESIZE_INODE,
     ROOT_INODE,
     Incompat,
     Superblock,
@@ -106,7 +107,10 @@ class Ext:
         what[own & np.isin(inode, journals)] = What.JOURNAL
         what[own & np.isin(inode, [*superblock.quota_inodes, 3, 4])] = What.BITMAP
         inode[own] = NO_INODE
-        return Extents(inode, extents.file_offset, extents.start, extents.length, what)
+        # What is reserved for the table of groups is told of with that.
+        kept = (extents.inode != RESIZE_INODE) | (extents.what == What.INODE_TABLE)
+        told = Extents(inode, extents.file_offset, extents.start, extents.length, what)
+        return told.select(kept)
 
     def free(self) -> Iterator[Spans]:
         size = self.block_size

@@ -244,9 +244,22 @@ def _logical(name: str, group: Section, here: str, start: int) -> Iterator[Logic
         known = Logical(f"{name}/{own_name}", [])
         for each in _segments(volume):
             _add_segment(each, extent, here, start, known)
-        known.segments.sort(key=lambda segment: segment.start)
+        _put_in_order(known)
         if known.segments or known.notes:
             yield known
+
+
+def _put_in_order(volume: Logical) -> None:
+    """Segments ascending; one that begins in another makes no sense."""
+    ascending: list[Segment] = []
+    end = 0
+    for each in sorted(volume.segments, key=lambda segment: segment.start):
+        if each.start >= end:
+            ascending.append(each)
+            end = each.start + each.length
+    if len(ascending) < len(volume.segments):
+        volume.notes.append("segments of it overlap")
+    volume.segments[:] = ascending
 
 
 def _segments(volume: Section) -> list[Section]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.guest.files import hit_files
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image import locks
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
@@ -108,8 +111,10 @@ def test_it_says_what_a_mount_says(image: Path) -> None:
         report = check_image(opened.source())
         triage = triage_leaks(opened.source(), report)
         proposals = {tier: propose(opened.source(), report, tier) for tier in RepairTier}
+        files = hit_files(Guest(opened, Follow()), Place(Part.DISK), report, triage)
     assert ours.err == ""
-    assert ours.out.encode() == report_txt(report, str(image), Aftermath(triage, proposals))
+    known = Aftermath(triage, proposals, files=files)
+    assert ours.out.encode() == report_txt(report, str(image), known)
     assert "missing: up to" in ours.out
 
 

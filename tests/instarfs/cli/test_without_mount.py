@@ -26,6 +26,7 @@ START = "from instarfs.cli.start import main; main()"
 ARGUMENTS = {
     "check": ("image",),
     "report": ("image",),
+    "files": ("image",),
     "plan": ("leaks", "image"),
     "undo": ("image",),
     "trim": ("image",),

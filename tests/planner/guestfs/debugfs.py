@@ -81,3 +81,7 @@ def free_blocks(image: Path) -> set[int]:
         for first, last in re.findall(r"(\d+)(?:-(\d+))?", line):
             found.update(range(int(first), int(last or first) + ratio))
     return found
+
+
+IMAP = re.compile(r"located at block (\d+), offset (0x[0-9a-f]+)")
+"""Where `imap` says that a record is."""

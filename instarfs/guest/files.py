@@ -1,0 +1,205 @@
+"""Which files of a guest a check's findings hit: its disk as a source, and the search on it.
+
+What the damage is, and how file systems are read, is the planner's business; here they meet the
+guest's bytes, which are read through the mapping as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from instarfs.errors import (
+    GuestDamaged,
+    GuestElsewhere,
+    GuestEncrypted,
+    ImageReadFailed,
+    SnapshotMissing,
+)
+from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
+from instarfs.guest.guest import Guest, Part, Place, disk_extents
+from planner.arrays import I64, Mask, join_ranges
+from planner.check.report import Report
+from planner.errors import ImageError, ReadFailed
+from planner.findings.kinds import ACTIVE, FindingKind
+from planner.guest.extents import UNKNOWN, Extents
+from planner.guest.mapping import Flaw
+from planner.guestfs.files import Damage, FilesUnknown, HitFiles
+from planner.guestfs.overlaps import overlaps
+from planner.guestfs.search import find_files
+from planner.progress import Progress, tell_nobody
+from planner.qcow2.entries import NO_HOST
+from planner.source import join_extents
+from planner.triage.guest_damage import guest_damage, missing_places
+from planner.triage.impact import Harm, Impact, Ranges, guest_impact
+from planner.triage.triage import Triage
+
+
+class DiskUnread(ReadFailed):
+    """Bytes of a guest's disk that cannot be read."""
+
+
+class DiskSource:
+    """A guest's disk as a source of the planner; what cannot be read raises `DiskUnread`."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    @property
+    def size(self) -> int:
+        return self._disk.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        inside = max(0, min(len(buffer), self.size - offset))
+        try:
+            self._disk.layer.fill(self._disk.start + offset, buffer[:inside], wait=True)
+        except (GuestDamaged, GuestElsewhere, ImageReadFailed) as error:
+            raise DiskUnread(str(error)) from None
+        buffer[inside:] = bytes(len(buffer) - inside)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return join_extents(self._extents(offset, min(offset + length, self.size)))
+
+    def _extents(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        position = offset
+        try:
+            for rows in disk_extents(self._disk, offset, end):
+                # What is damaged too: that it cannot be read is to be seen.
+                some = (rows.data & ~rows.zero) | (rows.flaw != Flaw.NONE)
+                start = rows.start[some] - self._disk.start
+                yield from zip(start.tolist(), (start + rows.length[some]).tolist(), strict=True)
+                position = int(rows.start[-1] + rows.length[-1]) - self._disk.start
+        except (ImageReadFailed, ImageError):
+            yield position, end
+
+
+def hit_files(
+    guest: Guest,
+    place: Place,
+    report: Report,
+    triage: Triage | Exception,
+    progress: Progress = tell_nobody,
+) -> HitFiles | FilesUnknown:
+    """The files of the disk at *place* that what *report* found hits.
+
+    Raises what *progress* raises, and nothing else.
+    """
+    snapshot = ACTIVE if place.part is Part.DISK else place.index
+    try:
+        disk = guest.find(place)
+    except (GuestEncrypted, SnapshotMissing, ImageError) as error:
+        return FilesUnknown(str(error))
+    known = triage if isinstance(triage, Triage) else Triage()
+    try:
+        impact = _impact(disk, report, known, snapshot)
+        missing = _unmapped(disk, missing_places(known, disk.size, snapshot))
+        elsewhere = _elsewhere(disk)
+    except (ImageReadFailed, ImageError) as error:
+        return FilesUnknown(str(error))
+    damage = guest_damage(impact, missing)
+    return find_files(
+        DiskSource(disk),
+        _cut(damage, disk.size),
+        unread=(elsewhere.start, elsewhere.end),
+        progress=progress,
+    )
+
+
+def owner_of(
+    guest: Guest, offset: int, progress: Progress = tell_nobody
+) -> HitFiles | FilesUnknown:
+    """Whose the byte at *offset* of the active disk is, wherever it can be read and whatever is
+    wrong with it. Raises as `hit_files` does.
+    """
+    try:
+        disk = guest.find(Place(Part.DISK))
+        elsewhere = _elsewhere(disk)
+    except (GuestEncrypted, ImageReadFailed, ImageError) as error:
+        return FilesUnknown(str(error))
+    at = np.array([offset], dtype=np.int64)
+    byte = Damage(at, at + 1, np.zeros(1, dtype=np.uint8), np.zeros(1, dtype=np.bool_))
+    return find_files(
+        DiskSource(disk), byte, unread=(elsewhere.start, elsewhere.end), progress=progress
+    )
+
+
+def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int) -> Impact:
+    """What became of the bytes of *disk*, of a snapshot's those too that it shares with others.
+
+    And what could not be looked at, where the check was not complete.
+    """
+    impact = guest_impact(report, snapshot, triage.losses)
+    if snapshot == ACTIVE and report.complete:
+        return impact
+    contested = np.sort(report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset)
+    end = contested + report.geometry.cluster_size
+    lost, suspect = [], []
+    for rows in disk_extents(disk, 0, disk.size):
+        lost.append(_ranges(disk, rows, (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)))
+        here = np.flatnonzero((rows.offset != NO_HOST) & (rows.depth == 0) & rows.data)
+        host, guest = rows.offset[here], rows.start[here] - disk.start
+        over = overlaps(host, host + rows.length[here], contested, end)
+        shift = guest[over.row] - host[over.row]
+        suspect.append(Ranges(over.start + shift, over.end + shift))
+    return impact.with_more({Harm.LOST: lost, Harm.SUSPECT: suspect})
+
+
+def _ranges(disk: Disk, rows: Extents, which: Mask) -> Ranges:
+    start = rows.start[which] - disk.start
+    return Ranges(start, start + rows.length[which])
+
+
+def _unmapped(disk: Disk, places: Ranges) -> Ranges:
+    """What of *places* nothing is mapped to."""
+    found = [Ranges(*_nothing())]
+    for start, length in places.first(len(places)):
+        for rows in disk_extents(disk, start, start + length):
+            part = _ranges(disk, rows, ~rows.data & (rows.flaw == Flaw.NONE))
+            found.append(
+                Ranges(np.maximum(part.start, start), np.minimum(part.end, start + length))
+            )
+    return _joined(found)
+
+
+def _elsewhere(disk: Disk) -> Ranges:
+    """What of *disk* is in files that are not read. Looked for only where there are such files."""
+    if not _lacks_files(disk.layer):
+        return Ranges(*_nothing())
+    return _joined(
+        [_ranges(disk, rows, rows.flaw == UNKNOWN) for rows in disk_extents(disk, 0, disk.size)]
+    )
+
+
+def _lacks_files(layer: Qcow2Layer) -> bool:
+    below: RawLayer | Qcow2Layer | Missing | None = layer
+    while isinstance(below, Qcow2Layer):
+        if isinstance(below.data, Missing):
+            return True
+        below = below.backing
+    return isinstance(below, Missing)
+
+
+def _nothing() -> tuple[I64, I64]:
+    return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+
+
+def _joined(parts: list[Ranges]) -> Ranges:
+    nothing = np.zeros(0, dtype=np.int64)
+    return Ranges(
+        *join_ranges(
+            np.concatenate([nothing, *(part.start for part in parts)]),
+            np.concatenate([nothing, *(part.end for part in parts)]),
+        )
+    )
+
+
+def _cut(damage: Damage, size: int) -> Damage:
+    """*damage* within the disk."""
+    inside = damage.start < size
+    return Damage(
+        damage.start[inside],
+        np.minimum(damage.end[inside], size),
+        damage.harm[inside],
+        damage.unreadable[inside],
+    )
