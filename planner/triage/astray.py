@@ -41,9 +41,13 @@ def astray_data(report: Report, tables: I64, lost: int) -> I64:
 
 
 def _of_low(report: Report) -> Owners:
-    """The owners of clusters whose refcount is too low, and not lost."""
+    """The owners of clusters whose refcount is too low, and not lost; but for those with owners
+    that cannot all be right, which is said of them.
+    """
     total = report.totals.get(FindingKind.REFCOUNT_LOW, 0)
     if report.mismatches is None or not total:
         return report.owners.select(_NOTHING)
     low = report.mismatches.clusters(FindingKind.REFCOUNT_LOW, total)
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
+    low = np.setdiff1d(low, contested >> report.geometry.cluster_bits)
     return report.owners.select(np.flatnonzero(np.isin(report.owners.cluster, low)))
