@@ -40,15 +40,10 @@ from planner.metadata.locate import Survey, take_survey
 from planner.metadata.mapping_tables import referenced_clusters
 from planner.metadata.refcounts import PIECE_BYTES, StoredRefcounts
 from planner.metadata.regions import count_regions, overlapping_clusters
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.layout import Layout
 from planner.source import Source, present_pieces, read_tables
-
-DENSE_CLUSTERS = 1 << 24
-"""Up to so many clusters, or while the metadata is as large, one counter a cluster is cheap."""
-
-OWNED_LOW_CLUSTERS = 1 << 12
-"""For so many clusters with too low a refcount their owners are looked up."""
 
 SIZE_AT = 24
 """Where the header says how large the disk is."""
@@ -59,6 +54,7 @@ def check_image(
     *,
     progress: Progress = tell_nobody,
     only: I64 | None = None,
+    limits: Limits = LIMITS,
 ) -> Report:
     """Check all metadata of a qcow2 image. Never writes.
 
@@ -72,16 +68,23 @@ def check_image(
         layout = Layout.read(source)
     except ImageError as error:
         return Report(layout=None, error=as_value(error))
-    return _Check(source, layout, Meter(progress, "census", 1), only).run()
+    return _Check(source, layout, Meter(progress, "census", 1), limits, only=only).run()
 
 
 class _Check:
     """One check. Each method is one question; `run` is their order."""
 
     def __init__(
-        self, source: Source, layout: Layout, meter: Meter, only: I64 | None = None
+        self,
+        source: Source,
+        layout: Layout,
+        meter: Meter,
+        limits: Limits,
+        *,
+        only: I64 | None = None,
     ) -> None:
         self._source, self._layout, self._meter = source, layout, meter
+        self._limits = limits
         self._geometry = layout.geometry
         self._findings = FindingsBuilder()
         self._meter.advance(0)
@@ -108,7 +111,7 @@ class _Check:
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):
             if totals[kind]:
-                some = mismatches.clusters(kind, OWNED_LOW_CLUSTERS)
+                some = mismatches.clusters(kind, self._limits.owned_low_clusters)
                 contested[index.slots_of(some)] = True
         owners = self._find_owners(contested, index)
         found_entries = census.findings.build()
@@ -124,7 +127,7 @@ class _Check:
         slots = self._layout.host_clusters + 1  # A last cluster may begin right at the file's end.
         blocks = distinct(stored.reftable.offset[stored.reftable.blocks()])
         self._meter.begin("refcounts", len(blocks) * size)
-        if slots <= DENSE_CLUSTERS or slots <= 2 * self._metadata_present():
+        if slots <= self._limits.dense_clusters or slots <= 2 * self._metadata_present():
             stored.load_dense(slots, self._meter)
             return stored.index
         page, refcount = stored.read_pages(slots, self._meter)
@@ -154,7 +157,9 @@ class _Check:
             census.separate_mapped()
         size = self._geometry.cluster_size
         self._meter.begin("census", len(present) * size)
-        count_references(self._source, census, self._stored, present, self._meter)
+        count_references(
+            self._source, census, self._stored, present, self._meter, limits=self._limits
+        )
         return census
 
     def _contested(self, census: Census) -> Mask:
@@ -321,7 +326,9 @@ class _Check:
         if not wanted.any():
             return None
         survey = self._survey
-        finder = OwnersFinder(self._geometry, index, wanted, survey.l1, survey.tables)
+        finder = OwnersFinder(
+            self._geometry, index, wanted, survey.l1, survey.tables, most=self._limits.owners
+        )
         finder.add_regions(self._regions)
         self._meter.begin("owners", len(survey.present) * self._geometry.cluster_size)
         finder.add_entries(self._source, survey.present, self._meter)

@@ -57,7 +57,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.arrays import I64, U64, Counts, Mask, distinct
-from planner.check.check import OWNED_LOW_CLUSTERS, check_image, concluded
+from planner.check.check import check_image, concluded
 from planner.check.entry_findings import EntryFindings
 from planner.check.held import Look
 from planner.check.in_flight import COPIED, are_believed
@@ -72,6 +72,7 @@ from planner.findings.kinds import (
     Severity,
     Structure,
 )
+from planner.metadata.work_limits import LIMITS
 from planner.source import Source
 
 ROUNDS = 8
@@ -191,7 +192,7 @@ class _Suspects:
     def tables(self, report: Report) -> I64 | None:
         """Host offsets of the L2 tables that the findings are about; None: of all."""
         found = report.entries
-        is_unbounded = len(self.clusters) > OWNED_LOW_CLUSTERS or report.owners.truncated
+        is_unbounded = len(self.clusters) > LIMITS.owned_low_clusters or report.owners.truncated
         if found is None or is_unbounded or not _BY_ALL_TABLES.isdisjoint(report.counts()):
             return None
         parts = [found.tables_with(kind) for kind in {key[0] for key in self.entries}]

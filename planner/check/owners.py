@@ -12,24 +12,30 @@ from planner.findings.kinds import NONE, Owners, Structure
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.mapping_tables import L1Entries, L2Tables
 from planner.metadata.regions import Regions
+from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
 from planner.source import Source, read_tables
 
-MAX_OWNERS = 1 << 18
-"""Owners kept; a report with more says that it does not list them all."""
-
 _COLUMNS = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
 
 
 class OwnersFinder:
-    """Collects the owners of the clusters whose slot is true in *wanted*."""
+    """Collects the owners of the clusters whose slot is true in *wanted*; no more than *most*."""
 
     def __init__(
-        self, geometry: Geometry, index: ClusterIndex, wanted: Mask, l1: L1Entries, tables: L2Tables
+        self,
+        geometry: Geometry,
+        index: ClusterIndex,
+        wanted: Mask,
+        l1: L1Entries,
+        tables: L2Tables,
+        *,
+        most: int = LIMITS.owners,
     ) -> None:
+        self._most = most
         self._geometry, self._index, self._wanted = geometry, index, wanted
         self._l1, self._tables = l1, tables
         order = np.argsort(tables.l1_position, kind="stable")
@@ -126,14 +132,14 @@ class OwnersFinder:
         if not len(tables):
             return tables, tables
         # One more than there is room for, so that it is known to be too many.
-        room = MAX_OWNERS - self._found + 1
+        room = self._most - self._found + 1
         enough = int(np.searchsorted(np.cumsum(end - start), room)) + 1
         start, end = start[:enough], end[:enough]
         at = np.repeat(np.arange(len(start)), end - start)[:room]
         return at, self._referrers[expand_ranges(start, end - 1)[:room]]
 
     def _keep(self, *columns: np.ndarray) -> None:
-        room = MAX_OWNERS - self._found
+        room = self._most - self._found
         if len(columns[0]) > room:
             self.truncated = True
         self._rows.append(tuple(column[:room].astype(np.int64) for column in columns))

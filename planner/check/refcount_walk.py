@@ -23,6 +23,7 @@ from planner.check.plain_counter import PlainCounter, has_plain_bitmaps
 from planner.check.versions import VersionCounter
 from planner.metadata.mapping_tables import Batch, clusters_of_entries
 from planner.metadata.refcounts import StoredRefcounts
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.source import Source, read_tables
@@ -37,21 +38,29 @@ def count_references(
     stored: StoredRefcounts,
     which: I64,
     meter: Meter,
+    *,
+    limits: Limits = LIMITS,
 ) -> None:
     """Count into *census* what its tables at positions *which* refer to.
 
     *stored*: what COPIED flags are compared with. *meter* is told of the bytes read.
     """
-    _Walk(source, census, stored, meter).count(which)
+    _Walk(source, census, stored, meter, limits=limits).count(which)
 
 
 class _Walk:
     """One walk. All ways of counting count alike."""
 
     def __init__(
-        self, source: Source, census: Census, stored: StoredRefcounts, meter: Meter
+        self,
+        source: Source,
+        census: Census,
+        stored: StoredRefcounts,
+        meter: Meter,
+        *,
+        limits: Limits,
     ) -> None:
-        self._source, self._census, self._meter = source, census, meter
+        self._source, self._census, self._meter, self._limits = source, census, meter, limits
         self._geometry, self._tables = census.layout.geometry, census.tables
         self._plain, self._single = PlainCounter(census, stored), EntryCounter(census, stored)
 
@@ -62,7 +71,7 @@ class _Walk:
             return
         is_sibling = self._tables.sibling[which]
         alone, siblings = which[~is_sibling], which[is_sibling]
-        versions = VersionCounter(self._census, self._plain, self._single)
+        versions = VersionCounter(self._census, self._plain, self._single, self._limits)
         siblings = versions.count(self._source, siblings, self._meter)
         self._count_tables(np.sort(np.concatenate((alone, siblings))))
         self._map_siblings(siblings)

@@ -19,21 +19,16 @@ from planner.check.census import Census
 from planner.check.entry_counter import EntryCounter
 from planner.check.plain_counter import PlainCounter
 from planner.metadata.mapping_tables import Batch, L2Tables, clusters_of_entries
+from planner.metadata.work_limits import Limits
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.source import Source, read_parts
-
-MIN_ENTRIES = 1 << 11
-"""Of tables smaller than this, comparing costs more than counting."""
 
 PART_BYTES = 8 << 20
 """Of tables that are looked at together: enough for the calls between small arrays to be few."""
 
 MAX_BYTES = 16 << 20
 """Of all versions of one table, which are held at a time."""
-
-SHARED = 8
-"""Versions that differ in more than one of so many entries are counted one by one."""
 
 HELD = 1 << 18
 """Entries that differ are counted when so many have come together."""
@@ -67,14 +62,17 @@ class VersionCounter:
     *single*.
     """
 
-    def __init__(self, census: Census, plain: PlainCounter, single: EntryCounter) -> None:
+    def __init__(
+        self, census: Census, plain: PlainCounter, single: EntryCounter, limits: Limits
+    ) -> None:
+        self._least, self._share = limits.version_entries, limits.version_share
         self._census, self._plain, self._single = census, plain, single
         self._geometry, self._tables = census.layout.geometry, census.tables
         self._found: list[Differences] = []
 
     def count(self, source: Source, which: I64, meter: Meter) -> I64:
         """Count the tables at positions *which* of `L2Tables`; returns those that it did not."""
-        if not len(which) or self._geometry.extended_l2 or self._geometry.l2_entries < MIN_ENTRIES:
+        if not len(which) or self._geometry.extended_l2 or self._geometry.l2_entries < self._least:
             return which
         tables, size = self._tables, self._geometry.cluster_size
         parts, left = cut(tables, which, PART_BYTES // size, MAX_BYTES // size)
@@ -97,7 +95,7 @@ class VersionCounter:
         versions = words.reshape(*part.shape, -1)
         base = versions[0].byteswap()
         sound = self._plain.are_plain(base)
-        found = _differences(part, versions, sound)
+        found = _differences(part, versions, sound, self._share)
         if sound.any():
             first = int(part[0, 0])
             tables, weight = self._tables, int(self._tables.weight[part[:, 0]].sum())
@@ -177,7 +175,7 @@ def _starts(values: I64) -> I64:
     return np.concatenate((np.zeros(1, dtype=np.int64), np.flatnonzero(np.diff(values)) + 1))
 
 
-def _differences(part: I64, versions: U64, sound: Mask) -> Differences:
+def _differences(part: I64, versions: U64, sound: Mask, share: int) -> Differences:
     """Compare the versions of tables, uint64 of shape (versions, groups, entries), big-endian.
 
     *part*: their positions in `L2Tables`. Groups with little in common are taken out of *sound*,
@@ -185,9 +183,9 @@ def _differences(part: I64, versions: U64, sound: Mask) -> Differences:
     """
     width = versions.shape[2]
     at = _differing(versions)
-    if (_times(at // width, len(sound)) > width // SHARED).any():  # perhaps in COPIED alone
+    if (_times(at // width, len(sound)) > width // share).any():  # perhaps in COPIED alone
         at = _differing(versions & _SAME)
-        sound &= _times(at // width, len(sound)) <= width // SHARED
+        sound &= _times(at // width, len(sound)) <= width // share
     group, column = np.divmod(at, width)
     group, column = group[sound[group]], column[sound[group]]
     words = versions[:, group, column]

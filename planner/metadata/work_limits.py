@@ -3,16 +3,53 @@
 In a sound image no two tables share a byte. In a hostile one a small file can hold thousands of
 tables that all lie in the same place, or where nothing is, each counted on its own: work and memory
 are the product of two numbers that an attacker names. QEMU counts for hours; here the check stops.
+
+What else bounds the work on one image, or chooses the way that costs less, is in `Limits`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.source import READABLE_END
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of an image is looked at, kept, or done in which way.
+
+    Of a check: up to ``dense_clusters``, or while the metadata is as large, one counter a cluster
+    is cheap. For ``owned_low_clusters`` with too low a refcount their owners are looked up, and
+    ``owners`` are kept; a report with more says that it does not list them all. Of tables with less
+    than ``version_entries``, comparing costs more than counting; versions of a table that differ in
+    more than one of ``version_share`` entries are counted one by one.
+
+    Of triage: ``triaged_bytes`` of leaked clusters are looked into; of more, every nth cluster, and
+    of ``screened`` the first sector, to find those like tables. ``former_tables`` are described one
+    by one; more are counted.
+
+    Of bitmaps: ``bitmap_bytes`` of all of them together are read; each costs ``bitmap_cost`` at
+    least.
+    """
+
+    dense_clusters: int = 1 << 24
+    owned_low_clusters: int = 1 << 12
+    owners: int = 1 << 18
+    version_entries: int = 1 << 11
+    version_share: int = 8
+    triaged_bytes: int = 1 << 30
+    screened: int = 1 << 18
+    former_tables: int = 1 << 12
+    bitmap_bytes: int = 1 << 30
+    bitmap_cost: int = 256 << 10
+
+
+LIMITS = Limits()
+"""Those that hold unless a caller has others."""
 
 MAX_TABLE_BYTES = 1 << 30
 """Tables that may lie in holes have no more together: 2^27 entries."""

@@ -11,8 +11,9 @@ import numpy as np
 from planner.arrays import I64, U8, Mask, expand_ranges
 from planner.check.classify import Look, Looker
 from planner.check.report import Report
+from planner.metadata.work_limits import LIMITS
 from planner.source import SECTOR, Source, read_tables
-from planner.triage.triage import MAX_SCREENED, MAX_TABLES, looker_of
+from planner.triage.triage import looker_of
 
 
 def find_free_tables(source: Source, report: Report, offset: I64, length: I64) -> I64:
@@ -26,11 +27,11 @@ def find_free_tables(source: Source, report: Report, offset: I64, length: I64) -
         return nothing
     free = _filled_clusters(source, offset, offset + length, bits)
     looker = looker_of(source, report)
-    screened = free[:: max(1, -(-len(free) // MAX_SCREENED))]
+    screened = free[:: max(1, -(-len(free) // LIMITS.screened))]
     likely = np.zeros(len(screened), dtype=np.bool_)
     for part, sectors in read_tables(source, screened << bits, SECTOR):
         likely[part] = looker.may_be_tables(sectors)
-    places = screened[likely][:MAX_TABLES] << bits
+    places = screened[likely][: LIMITS.former_tables] << bits
     found = np.zeros(len(places), dtype=np.bool_)
     for part, rows in read_tables(source, places, report.geometry.cluster_size):
         look, _ = looker.look(rows)

@@ -23,6 +23,7 @@ from planner.errors import ImageError
 from planner.findings.kinds import NONE, UNLISTED, FindingKind, Structure
 from planner.findings.wording import plural
 from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Incompatible
@@ -42,15 +43,6 @@ from planner.triage.losses import (
 )
 from planner.triage.old_refcounts import OldRefcounts
 from planner.triage.uncounted import uncounted_clusters
-
-MAX_TRIAGED_BYTES = 1 << 30
-"""Bytes of leaked clusters that are looked into; of more, every nth cluster."""
-
-MAX_SCREENED = 1 << 18
-"""Where not all are read whole: of so many the first sector is, to find those like tables."""
-
-MAX_TABLES = 1 << 12
-"""Former tables that are described one by one; more are counted."""
 
 MAX_LOST_SNAPSHOTS = 1 << 10
 """Entries of present and former snapshot tables that are read, to find lost snapshots."""
@@ -145,7 +137,7 @@ class Triage:
     is lost, and hold data; ascending, int64; of each its `Look` and the signature of its
     data (position in `signatures.NAMES`), uint8, and ``group``, int32: the position in ``tables``
     of the first that points at it, or `NONE`. ``tables``: the former tables, ascending, at most
-    `MAX_TABLES`. ``suspect_count``: how many of all look lost; ``buried_count``: how many of those
+    the limit. ``suspect_count``: how many of all look lost; ``buried_count``: how many of those
     would be freed. ``snapshots``: those that the snapshot table still names, though the image no
     longer counts them. ``losses``: what the data among them may have been.
     """
@@ -225,6 +217,7 @@ def triage_leaks(
     *,
     ignored: I64 | None = None,
     progress: Progress = tell_nobody,
+    limits: Limits = LIMITS,
 ) -> Triage:
     """Look into the leaked clusters of the image that *report* is about.
 
@@ -242,16 +235,23 @@ def triage_leaks(
     if not len(leaked):
         return Triage(losses=find_shared(source, report))
     leaked.sort()
-    most = min(len(leaked) * report.geometry.cluster_size, MAX_TRIAGED_BYTES)
+    most = min(len(leaked) * report.geometry.cluster_size, limits.triaged_bytes)
     watched = _Watched(source, progress, most)
     looker = looker_of(watched, report)
-    look, signature = _look(watched, report, mismatches, leaked, looker)
+    look, signature = _look(watched, report, mismatches, leaked, looker, limits=limits)
     if len(uncounted):  # what is free and empty there is free, and empty
         kept = ~np.isin(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
         leaked, look, signature = leaked[kept], look[kept], signature[kept]
         uncounted = uncounted[np.isin(uncounted, leaked)]
     describer = _Describer(
-        watched, report, mismatches, looker, leaked=leaked, look=look, uncounted=uncounted
+        watched,
+        report,
+        mismatches,
+        looker,
+        leaked=leaked,
+        look=look,
+        uncounted=uncounted,
+        most_tables=limits.former_tables,
     )
     return describer.describe(signature)
 
@@ -288,7 +288,13 @@ class _Watched:
 
 
 def _look(
-    source: Source, report: Report, mismatches: Mismatches, leaked: I64, looker: Looker
+    source: Source,
+    report: Report,
+    mismatches: Mismatches,
+    leaked: I64,
+    looker: Looker,
+    *,
+    limits: Limits,
 ) -> tuple[U8, U8]:
     """The `Look` and the signature of every leaked cluster."""
     geometry, size = report.geometry, report.geometry.cluster_size
@@ -303,19 +309,19 @@ def _look(
     look[at[~present]] = Look.ZEROS
     at, offsets = at[present], offsets[present]
     look[at] = Look.UNREAD
-    chosen = _choose(source, offsets, size, looker)
+    chosen = _choose(source, offsets, size, looker, limits)
     for part, rows in read_tables(source, offsets[chosen], size):
         which = at[chosen[part]]
         look[which], signature[which] = looker.look(rows)
     return look, signature
 
 
-def _choose(source: Source, offsets: I64, size: int, looker: Looker) -> I64:
+def _choose(source: Source, offsets: I64, size: int, looker: Looker, limits: Limits) -> I64:
     """Positions of the clusters to read: all, or every nth and those that begin like tables."""
-    if len(offsets) * size <= MAX_TRIAGED_BYTES:
+    if len(offsets) * size <= limits.triaged_bytes:
         return np.arange(len(offsets))
-    room = MAX_TRIAGED_BYTES // size // 2
-    screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // MAX_SCREENED))]
+    room = limits.triaged_bytes // size // 2
+    screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // limits.screened))]
     likely = np.zeros(len(screened), dtype=np.bool_)
     for part, sectors in read_tables(source, offsets[screened], SECTOR):
         likely[part] = looker.may_be_tables(sectors)
@@ -363,7 +369,9 @@ class _Describer:
         leaked: I64,
         look: U8,
         uncounted: I64,
+        most_tables: int,
     ) -> None:
+        self._most_tables = most_tables
         self._source, self._report, self._leaked, self._look = source, report, leaked, look
         self._geometry, self._mismatches = report.geometry, mismatches
         self._uncounted = uncounted
@@ -559,7 +567,7 @@ class _Describer:
         self, tables: _Tables, signature: U8, snapshots: tuple[Snapshot, ...]
     ) -> list[Suspect]:
         """The first tables, each with where it stood and what it mapped."""
-        listed = slice(0, MAX_TABLES)
+        listed = slice(0, self._most_tables)
         offsets = self._leaked[tables.at[listed]] << self._geometry.cluster_bits
         places = _Places(
             self._source,

@@ -12,18 +12,13 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64
 from planner.errors import ImageError
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import IN_USE, Bitmap, list_bitmaps
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.layout import Layout
 from planner.source import READABLE_END, Source, nonzero_words, read_tables
-
-MAX_READ_BYTES = 1 << 30
-"""Bytes of tables and bits that are read, of all bitmaps together: they may all claim the same."""
-
-LEAST_READ_BYTES = 256 << 10
-"""What a table counts as, at least, of these: 4096 tables of nothing take a while, too."""
 
 _ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 
@@ -54,7 +49,9 @@ class BitmapStates:
     stale: bool = False
 
 
-def read_bitmap_states(source: Source, progress: Progress = tell_nobody) -> BitmapStates:
+def read_bitmap_states(
+    source: Source, progress: Progress = tell_nobody, limits: Limits = LIMITS
+) -> BitmapStates:
     """The bitmaps of an image. *progress*: bytes read, of each of them.
 
     Raises `ImageError` where the header does not say where they are.
@@ -64,7 +61,7 @@ def read_bitmap_states(source: Source, progress: Progress = tell_nobody) -> Bitm
     if pointer is None:
         return BitmapStates(stale=layout.extensions.stale_bitmaps)
     listed, error = list_bitmaps(source, pointer, layout.geometry)
-    reader = _Reader(source, layout.geometry, Meter(progress))
+    reader = _Reader(source, layout.geometry, Meter(progress), limits)
     states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
     return BitmapStates(tuple(states), error)
 
@@ -84,9 +81,9 @@ def unsaved_bitmaps(source: Source, layout: Layout) -> tuple[Bitmap, ...]:
 class _Reader:
     """Looks at one bitmap after the other, and reads only so much of all of them."""
 
-    def __init__(self, source: Source, geometry: Geometry, meter: Meter) -> None:
+    def __init__(self, source: Source, geometry: Geometry, meter: Meter, limits: Limits) -> None:
         self._source, self._geometry, self._meter = source, geometry, meter
-        self._room = MAX_READ_BYTES
+        self._room, self._cost = limits.bitmap_bytes, limits.bitmap_cost
 
     def look_at(self, bitmap: Bitmap, wrong: ImageError | None) -> BitmapState:
         """*wrong*: with its directory entry; then there is no table to believe."""
@@ -98,7 +95,7 @@ class _Reader:
             error = ImageError(field, offset, "past the end of any file")
             return BitmapState(bitmap, None, 0, (error,))
         table_bytes = min(size * 8, max(0, self._source.size - offset))
-        if not self._spend(max(LEAST_READ_BYTES, table_bytes)):
+        if not self._spend(max(self._cost, table_bytes)):
             return BitmapState(bitmap, None, 0, (_too_much(field, size * 8),))
         index, words = nonzero_words(self._source, offset, size)
         errors = self._judge(field, words, offset + size * 8)
@@ -187,5 +184,5 @@ class _Granules:
 
 
 def _too_much(field: str, value: int) -> ImageError:
-    problem = f"not counted: all bitmaps together take over {MAX_READ_BYTES >> 30} GiB to read"
+    problem = f"not counted: all bitmaps together take over {LIMITS.bitmap_bytes >> 30} GiB to read"
     return ImageError(field, value, problem)

@@ -17,6 +17,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.refcounts import StoredRefcounts
+from planner.metadata.work_limits import Limits
 from planner.progress import Meter
 from planner.source import Source, read_bytes
 
@@ -38,6 +39,8 @@ def count_references(
     stored: StoredRefcounts,
     which: I64,
     meter: Meter,
+    *,
+    limits: Limits,
 ) -> None:
     """In the place of `planner.check.refcount_walk.count_references`."""
     walk = _NaiveWalk(source, census)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.check import check as check_module
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
 from planner.findings.kinds import Finding
+from planner.metadata.work_limits import Limits
 from planner.progress import unless
 from planner.source import Bytes, Source
 from tests.images.builder import Image
@@ -28,9 +28,7 @@ EIB = 1 << 60
 
 def check_sparsely(source: Source) -> Report:
     """Check with counters for the clusters that matter only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(check_module, "DENSE_CLUSTERS", 0)
-        return check_image(source)
+    return check_image(source, limits=Limits(dense_clusters=0))
 
 
 # Any image

@@ -5,30 +5,32 @@ check can count, and the corpus itself is measured: no kind of finding goes with
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from planner.check import check as check_module
-from planner.check import versions
 from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.findings.kinds import KINDS, Finding, FindingKind, Severity
-from planner.source import Bytes
+from planner.metadata.work_limits import Limits
+from planner.source import Bytes, Source
 from tests.images.builder import ImageBuilder, feature_name_table
 from tests.images.corpus import RULES, Rule
 from tests.images.corpus.rule import Expected
 from tests.images.luks_headers import luks_bytes
 from tests.planner.check import naive
 
+WAYS: dict[str, Callable[[Source], Report]] = {
+    "fast": check_image,
+    "versions": partial(check_image, limits=Limits(version_entries=1, version_share=1)),
+    "naive": naive.check_naively,
+}
+"""All ways of counting must find the same."""
 
-@pytest.fixture(params=["fast", "versions", "naive"])
-def walker(request, monkeypatch) -> None:
-    """All ways of counting must find the same."""
-    if request.param == "naive":
-        monkeypatch.setattr(check_module, "count_references", naive.count_references)
-    if request.param == "versions":
-        monkeypatch.setattr(versions, "MIN_ENTRIES", 1)
-        monkeypatch.setattr(versions, "SHARED", 1)
+
+@pytest.fixture(params=WAYS)
+def check(request) -> Callable[[Source], Report]:
+    return WAYS[request.param]
 
 
 def fits(row: Finding, expected: Expected) -> bool:
@@ -62,11 +64,10 @@ def exit_code(rule: Rule) -> int:
     return 3 if rule.leaks or FindingKind.DIRTY_BIT in kinds else 0
 
 
-@pytest.mark.usefixtures("walker")
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)
-def test_rule(make: Callable[[], Rule]) -> None:
+def test_rule(make: Callable[[], Rule], check: Callable[[Source], Report]) -> None:
     rule = make()
-    report = check_image(rule.image.source)
+    report = check(rule.image.source)
     assert report.error is None
     unexpected, missed = unmatched(list(report.rows()), rule.findings)
     assert not missed
@@ -169,13 +170,12 @@ SOUND: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.usefixtures("walker")
 @pytest.mark.parametrize("options", SOUND.values(), ids=SOUND)
-def test_undamaged_image_gives_no_finding(options) -> None:
+def test_undamaged_image_gives_no_finding(options, check) -> None:
     builder = ImageBuilder(**{"cluster_bits": 12, "size": 48 << 20, **options})
     external, order = builder.geometry.external_data, builder.geometry.refcount_order
     write_everything(builder, snapshots=order > 1 and not external)
-    report = check_image(builder.build().source)
+    report = check(builder.build().source)
     assert list(report.rows()) == []
     assert (report.verdict, report.exit_code) == ("clean", 0)
     assert report.complete

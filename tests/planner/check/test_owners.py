@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from planner.check import owners as owners_module
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE, NONE, NOWHERE, FindingKind, Owner, Structure
+from planner.metadata.work_limits import Limits
 from planner.qcow2.entries import COPIED
 from planner.qcow2.layout import Layout
 from tests.images.builder import Image
@@ -168,11 +168,10 @@ def test_owners_of_a_run_of_clusters() -> None:
 
 
 @pytest.mark.parametrize("limit", range(1, 11))
-def test_no_more_owners_are_kept_than_a_report_can_hold(monkeypatch, limit) -> None:
+def test_no_more_owners_are_kept_than_a_report_can_hold(limit) -> None:
     source = RULES["l1_two_entries_on_one_table"]().image.source
     everyone = check_image(source).owners.of(1, 5)
-    monkeypatch.setattr(owners_module, "MAX_OWNERS", limit)
-    owners = check_image(source).owners
+    owners = check_image(source, limits=Limits(owners=limit)).owners
     assert len(owners.cluster) == limit
     assert owners.truncated is (limit < len(everyone))
     assert set(owners.of(1, 5)) <= set(everyone)

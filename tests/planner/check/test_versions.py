@@ -6,6 +6,7 @@ import pytest
 from planner.check import versions
 from planner.check.check import check_image
 from planner.metadata.mapping_tables import L2Tables
+from planner.metadata.work_limits import Limits
 from planner.qcow2 import entries
 from tests.images.builder import Image
 from tests.images.table_damage import IMAGES, l2_tables
@@ -46,7 +47,5 @@ def test_a_flag_that_versions_should_not_have_is_found_among_many_other_ones(num
     for at in (table + entry * 8 for table in TABLES[::2] for entry in range(64)):
         image.set_word(at, image.word(at) ^ entries.COPIED)
     image.set_word(TABLES[number] + 8, entries.COPIED | entries.COMPRESSED | 0x600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(versions, "MIN_ENTRIES", 1)
-        found = answers(check_image(image.source))
+    found = answers(check_image(image.source, limits=Limits(version_entries=1)))
     assert found == answers(check_naively(image.source))

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import planner.triage.triage
 from planner.check.check import check_image
 from planner.check.classify import Look
 from planner.findings.kinds import ACTIVE, NONE
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.qcow2 import entries
 from planner.triage.l1_holes import Place, PlaceKind
 from planner.triage.triage import Suspect, Triage, triage_leaks
@@ -25,8 +25,8 @@ def damaged(*names: str) -> Image:
     return image
 
 
-def triage(image: Image) -> Triage:
-    return triage_leaks(image.source, check_image(image.source))
+def triage(image: Image, limits: Limits = LIMITS) -> Triage:
+    return triage_leaks(image.source, check_image(image.source), limits=limits)
 
 
 def suspects(image: Image) -> tuple[Suspect, ...]:
@@ -262,28 +262,22 @@ def test_how_many_leaked_clusters_were_looked_at_is_said() -> None:
     assert found.looked_at == found.leaked == check_image(image.source).counters.leaks
 
 
-def test_of_very_many_a_share_is_read_and_the_tables_are_found_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_of_very_many_a_share_is_read_and_the_tables_are_found_all_the_same() -> None:
     image = full().build()
     lost = {image.l2_table(l1_index) for l1_index in range(4)}
     for l1_index in range(4):
         image.set_word(image.l1_at(l1_index), 0)
-    monkeypatch.setattr(planner.triage.triage, "MAX_TRIAGED_BYTES", 8 * image.cluster_size)
-    found = triage(image)
+    found = triage(image, Limits(triaged_bytes=8 * image.cluster_size))
     assert {suspect.offset for suspect in found.suspects} == lost
     assert found.looked_at <= 8 < found.leaked
     assert found.looks()[Look.UNREAD] == found.leaked - found.looked_at
 
 
-def test_tables_beyond_those_that_are_described_are_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tables_beyond_those_that_are_described_are_counted() -> None:
     image = full().build()
     for l1_index in range(4):
         image.set_word(image.l1_at(l1_index), 0)
-    monkeypatch.setattr(planner.triage.triage, "MAX_TABLES", 2)
-    found = triage(image)
+    found = triage(image, Limits(former_tables=2))
     assert len(found.tables) == 2
     assert found.suspect_count == 4
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from planner.errors import Cancelled, ImageError
+from planner.metadata.work_limits import Limits
 from planner.progress import unless
 from planner.qcow2.bitmaps import ENTRY_BYTES, IN_USE, encode_bitmap
 from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
-from planner.views import bitmap_state as dirty_module
 from planner.views.bitmap_state import BitmapState, BitmapStates, read_bitmap_states
 from tests.images.builder import Image
 from tests.images.corpus import RULES
@@ -144,15 +145,14 @@ def test_stale_bitmaps_are_none() -> None:
     assert states(image.source) == BitmapStates(stale=True)
 
 
-def test_what_all_of_them_take_to_read_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_all_of_them_take_to_read_is_bounded() -> None:
     image = with_bitmaps({1}, {2}, {3})
-    monkeypatch.setattr(dirty_module, "LEAST_READ_BYTES", 0)
-    monkeypatch.setattr(dirty_module, "MAX_READ_BYTES", 2 * SIZE)
-    found = states(image.source).bitmaps
+    limits = Limits(bitmap_bytes=2 * SIZE, bitmap_cost=0)
+    found = read_bitmap_states(image.source, limits=limits).bitmaps
     assert [state.dirty for state in found] == [512, 0, 0]
     assert "not counted" in str(found[1].errors[0])
-    monkeypatch.setattr(dirty_module, "LEAST_READ_BYTES", SIZE)
-    assert [state.dirty for state in states(image.source).bitmaps] == [512, None, None]
+    found = read_bitmap_states(image.source, limits=replace(limits, bitmap_cost=SIZE)).bitmaps
+    assert [state.dirty for state in found] == [512, None, None]
 
 
 @pytest.mark.parametrize("name", RULES)

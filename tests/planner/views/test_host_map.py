@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from planner.check import check as check_module
 from planner.check.check import check_image
 from planner.check.owners import OwnersFinder
 from planner.check.report import Report
@@ -18,6 +17,7 @@ from planner.errors import ImageError
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, KINDS, FindingKind, Severity, Structure
 from planner.metadata.locate import take_survey
+from planner.metadata.work_limits import Limits
 from planner.progress import Meter
 from planner.source import Bytes, Source
 from planner.views import host_map as atlas_module
@@ -134,11 +134,10 @@ def test_damage_is_somewhere_in_the_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_sparse_index_gives_the_same_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sparse_index_gives_the_same_runs(name: str) -> None:
     source = RULES[name]().image.source
     dense = list(clusters(draw(source)))
-    monkeypatch.setattr(check_module, "DENSE_CLUSTERS", 0)
-    report = check_image(source)
+    report = check_image(source, limits=Limits(dense_clusters=0))
     assert list(clusters(draw(source, report))) == dense
 
 
