@@ -39,7 +39,20 @@ def are_believed(
         return _are_not_shrunk(report.layout, source, found)
     if kind in COPIED:
         return _are_no_snapshots(report, source, at, found != 0)
+    if kind is FindingKind.MULTIPLE_OWNERS and report.layout.header.dirty:
+        return _are_of_metadata(report, at)
     return np.ones(len(found), dtype=np.bool_)
+
+
+def _are_of_metadata(report: Report, at: I64) -> Mask:
+    """Which clusters at host offsets *at* are not a guest's alone.
+
+    With lazy refcounts no L2 table waits for another: of a cluster that was discarded and taken
+    again, the new entry may be written before the old one is gone. Metadata is flushed first.
+    """
+    owners, bits = report.owners, report.geometry.cluster_bits
+    guest = np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
+    return np.isin(at >> bits, owners.cluster[~guest])
 
 
 def _are_not_shrunk(layout: Layout, source: Source, offset: U64) -> Mask:

@@ -94,14 +94,14 @@ class Mismatches:
 
     def clusters(self, kind: FindingKind, limit: int) -> I64:
         """The first clusters of a kind, at most *limit*."""
-        found: list[I64] = []
+        found, left = [np.zeros(0, dtype=np.int64)], limit
         for first, stored, counted in self._chunks():
             at = np.flatnonzero(kinds_of(stored, counted) == kind)
             found.append(self.index.clusters_of(first + at))
-            limit -= len(at)
-            if limit <= 0:
+            left -= len(at)
+            if left <= 0:
                 break
-        return np.concatenate(found)[: limit or None] if found else np.zeros(0, dtype=np.int64)
+        return np.concatenate(found)[:limit]
 
     def blocks(self, per_block: int, *kinds: FindingKind) -> I64:
         """Indices of the refcount blocks, of *per_block* clusters, with clusters of these kinds."""

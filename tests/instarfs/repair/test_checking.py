@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from instarfs.errors import ImageInUse
 from instarfs.image import locks
-from instarfs.image.file import Image
-from instarfs.repair.checking import opened, run_check
+from instarfs.image.file import FileSource, Image
+from instarfs.repair import library
+from instarfs.repair.checking import LiveCheck, opened, run_check
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.source import Source
@@ -87,3 +91,73 @@ def test_what_is_opened_keeps_writers_away_unless_it_is_told_not_to(path: Path) 
         for access in (None, locks.FORCE_SHARE):
             with opened(str(path), access=access):
                 begin_to_write()
+
+
+# ---- an image that is written to meanwhile ----
+
+
+def in_use(path: Path) -> ExitStack:
+    """A program that has it open for writing, until it is closed."""
+    stack = ExitStack()
+    other = stack.enter_context(path.open("r+b"))
+    stack.enter_context(locks.held(other.fileno(), str(path), locks.READ_WRITE))
+    return stack
+
+
+def test_in_use_it_is_of_a_moment_between_now_and_before(path: Path) -> None:
+    with Image.open(str(path)) as image, in_use(path):
+        before = time.time()
+        report = run_check(image, check_image, live=LiveCheck()).report
+    assert (report.verdict, report.in_use, report.changed) == ("clean", True, False)
+    assert report.live is not None
+    assert report.live.as_of is not None
+    assert before - 0.1 <= report.live.as_of <= time.time() + 0.1
+
+
+def test_left_alone_it_is_checked_once_and_as_ever(path: Path) -> None:
+    checks: list[Source] = []
+    with Image.open(str(path)) as image:
+        check = after(lambda: checks.append(image.source()))
+        report = run_check(image, check, live=LiveCheck()).report
+    assert (report.verdict, report.live, len(checks)) == ("clean", None, 1)
+
+
+def test_written_to_without_a_lock_it_is_looked_at_once_more(path: Path) -> None:
+    left = iter([write])
+    with Image.open(str(path)) as image:
+        check = after(lambda: next(left, lambda _: None)(path))
+        report = run_check(image, check, live=LiveCheck()).report
+    assert (report.verdict, report.in_use, report.changed) == ("clean", False, True)
+    assert report.live is not None
+
+
+def test_what_never_holds_still_is_unsettled_in_its_time(path: Path) -> None:
+    """A word of its L1 table turns with each look."""
+    content = path.read_bytes()
+    l1_at = int.from_bytes(content[40:48], "big")
+    free = l1_at + 8 * int.from_bytes(content[36:40], "big") - 8
+    with path.open("r+b", buffering=0) as file, Image.open(str(path)) as image:
+        turn = itertools.cycle((content[free : free + 8], bytes([0x80, *[0] * 7])))
+        source = image.source
+
+        def look() -> FileSource:
+            file.seek(free)
+            file.write(next(turn))
+            return source()
+
+        image.source = look  # type: ignore[assignment, method-assign]
+        begun = time.monotonic()
+        with in_use(path):
+            report = run_check(image, check_image, live=LiveCheck(0.2)).report
+    assert (report.verdict, report.exit_code) == ("unsettled", 1)
+    assert report.live is not None
+    assert report.live.in_motion > 0
+    assert 0.2 <= time.monotonic() - begun < 10
+
+
+def test_the_library_looks_at_what_is_in_use_only_when_told_to(path: Path) -> None:
+    with in_use(path):
+        with pytest.raises(ImageInUse):
+            library.check(path)
+        report = library.check(path, force_share=True, settle=1)
+    assert (report.verdict, report.live is not None) == ("clean", True)

@@ -255,10 +255,15 @@ def test_of_lazy_refcounts_only_what_does_not_follow_from_them_is_judged() -> No
     report = live(Changing(made.data))
     assert (report.verdict, report.exit_code) == ("dirty", 3)
     assert set(report.counts()) == {FindingKind.DIRTY_BIT}
-    made.set_word(made.l2_at(2), made.word(made.l2_at(0)))
+    made.set_word(made.l2_at(2), made.l2_table(0) | entries.COPIED)
     report = live(Changing(made.data))
     assert report.verdict == "corrupt"
     assert FindingKind.MULTIPLE_OWNERS in report.counts()
+    # What was discarded by one table and taken by another, as long as only the other is written.
+    made.set_word(made.l2_at(2), made.word(made.l2_at(0)))
+    report = live(Changing(made.data), settle=0.02)
+    assert report.verdict == "unsettled"
+    assert FindingKind.MULTIPLE_OWNERS not in report.counts()
 
 
 # ---- headers, tables and errors ----
@@ -315,7 +320,7 @@ def test_what_cannot_be_read_is_an_error() -> None:
 # ---- any interleaving ----
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_writer_that_keeps_the_order_is_never_called_corrupt(seed: int) -> None:
     """Several entries and few clusters, so that these come back: between any two reads, any number
     of writes.
