@@ -77,3 +77,14 @@ run cat mnt/repair/undo
 run_line 'echo undo > mnt/repair/undo'
 run cat mnt/check/report.txt
 run instarfs umount mnt
+
+# A disk with a file system in it: the report names the files that are hit.
+PATH=$PATH:/usr/sbin:/sbin
+if command -v mke2fs > /dev/null && command -v qemu-img > /dev/null; then
+    mkdir -p files/home/alice
+    seq 1000000 > files/home/alice/thesis.txt
+    mke2fs -q -t ext4 -d files guest.raw 64M > /dev/null 2>&1
+    qemu-img convert -O qcow2 guest.raw guest.qcow2
+    "$bin/python" "$image_maker" hit.qcow2 --of guest.qcow2 --damage data-past-end > /dev/null
+    run instarfs files hit.qcow2 || true
+fi

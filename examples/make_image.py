@@ -14,7 +14,7 @@ from pathlib import Path
 # A program finds what lies beside it, and the kit lies beside this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.images.builder import GIB
+from tests.images.builder import GIB, Image
 from tests.images.damage import DAMAGES, TELLING, CannotDamageError
 from tests.images.sample import sample
 
@@ -37,6 +37,9 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"can be given several times; default: {', '.join(TELLING)}",
     )
+    parser.add_argument(
+        "--of", type=Path, metavar="IMAGE", help="damage a copy of this image, not the sample"
+    )
     parser.add_argument("--list", action="store_true", help="list the damages and end")
     parser.add_argument("--seed", type=int, default=1, help="of contents and damages (default 1)")
     parser.add_argument(
@@ -54,6 +57,13 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _image(options: argparse.Namespace) -> Image:
+    """What is to be damaged."""
+    if options.of is not None:
+        return Image(bytearray(options.of.read_bytes()))
+    return sample(options.seed, options.size, options.cluster_size.bit_length() - 1).build()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = _parse_arguments(arguments)
@@ -64,15 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
     names = options.damage or TELLING
     rng = random.Random(options.seed)  # noqa: S311 - repeatable, not secret
     try:
-        cluster_bits = options.cluster_size.bit_length() - 1
-        image = sample(options.seed, options.size, cluster_bits).build()
+        image = _image(options)
         done = [f"  {name}: {DAMAGES[name](image, rng)}" for name in names if name != "none"]
         options.output.write_bytes(image.data)
     except (CannotDamageError, ValueError, OSError) as error:
         print(f"make_image: {error}", file=sys.stderr)
         return 1
     print(
-        f"{options.output}: {options.size} bytes of disk in {len(image.data)} bytes",
+        f"{options.output}: {image.header.size} bytes of disk in {len(image.data)} bytes",
         *done,
         sep="\n",
     )

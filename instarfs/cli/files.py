@@ -52,10 +52,10 @@ def command(
 ) -> None:
     """List which files on the guest's disk are hit by what is wrong with the qcow2 image IMAGE.
 
-    This is check/files.tsv of a mount: it checks all metadata, and reads ext2, ext3 and ext4 file
-    systems on the disk, in partitions and LVM volumes, as far as they can be read. Nothing is
-    written. A row is a piece of a file, or of what the file system keeps for itself; `free` is
-    nobody's. The exit code is that of `instarfs check`.
+    This is check/files.tsv of a mount: it checks all metadata, and reads the file systems on the
+    disk, in partitions and LVM volumes, as far as they can be read. Nothing is written. A row is a
+    piece of a file, or of what the file system keeps for itself; `free` is nobody's. The exit code
+    is that of `instarfs check`.
     """
     name, follow = ImageName(path, force_share=force_share), Follow(directories)
     with name.opened() as image:

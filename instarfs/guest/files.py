@@ -134,15 +134,29 @@ def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int) -> Impact
         return impact
     contested = np.sort(report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset)
     end = contested + report.geometry.cluster_size
-    lost, suspect = [], []
+    beyond = np.array([[_file_end(report)], [_NOWHERE]], dtype=np.int64)
+    lost: list[Ranges] = []
+    suspect: list[Ranges] = []
     for rows in disk_extents(disk, 0, disk.size):
         lost.append(_ranges(disk, rows, (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)))
         here = np.flatnonzero((rows.offset != NO_HOST) & (rows.depth == 0) & rows.data)
         host, guest = rows.offset[here], rows.start[here] - disk.start
-        over = overlaps(host, host + rows.length[here], contested, end)
-        shift = guest[over.row] - host[over.row]
-        suspect.append(Ranges(over.start + shift, over.end + shift))
+        for known, harmed in (((contested, end), suspect), (beyond, lost)):
+            over = overlaps(host, host + rows.length[here], *known)
+            shift = guest[over.row] - host[over.row]
+            harmed.append(Ranges(over.start + shift, over.end + shift))
     return impact.with_more({Harm.LOST: lost, Harm.SUSPECT: suspect})
+
+
+_NOWHERE = 1 << 62
+"""Behind every file."""
+
+
+def _file_end(report: Report) -> int:
+    """Where the file with the data ends, as far as that is the image."""
+    if report.layout is None or report.geometry.external_data:
+        return _NOWHERE
+    return report.layout.file_size
 
 
 def _ranges(disk: Disk, rows: Extents, which: Mask) -> Ranges:

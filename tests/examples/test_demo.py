@@ -37,6 +37,8 @@ def test_the_demo_repairs_and_takes_it_back(tmp_path: Path) -> None:
         "$ echo undo > mnt/repair/undo",
         "damaged.qcow2: corrupt",
         "$ instarfs umount mnt",
+        "$ instarfs files hit.qcow2",
+        "/home/alice/thesis.txt",
     ):
         assert any(line in each for each in told), line
     assert list(temporary.iterdir()) == []
