@@ -15,7 +15,6 @@ Single ones have types of their own; columns of them are all `I64`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NewType
 
 import numpy as np
@@ -55,10 +54,6 @@ def join_ranges(start: I64, end: I64) -> tuple[I64, I64]:
     return start[first], end[np.append(first[1:], len(start))[: len(first)] - 1]
 
 
-_KEPT_BYTES = 31 << 20
-"""Just below the most that glibc lets its threshold rise to (DEFAULT_MMAP_THRESHOLD_MAX)."""
-
-
 def distinct(values: I64) -> I64:
     """The values of a 1-D array without repeats, ascending.
 
@@ -73,17 +68,3 @@ def without_repeats(ascending: I64) -> I64:
     first = np.ones(len(ascending), dtype=np.bool_)
     np.not_equal(ascending[1:], ascending[:-1], out=first[1:])
     return ascending[first]
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Have this process reuse the memory of freed arrays, rather than give it back each time.
-
-    glibc returns a block over 128 KiB to the kernel as soon as it is freed, and gets the next one
-    from there page by page, until a larger one was freed before (mallopt(3), M_MMAP_THRESHOLD).
-    In a check that made batches of arrays, the page faults took longer than the counting. Does
-    nothing where the allocator is another.
-    """
-    # Once: the next one would be cut from what is kept. And no array: numpy has the kernel lay huge
-    # pages under those (madvise(2)), and gone or not, under whatever came to be there instead.
-    bytes(_KEPT_BYTES)

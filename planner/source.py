@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -74,11 +74,13 @@ class Executor(Protocol):
     def submit(self, function: Callable[..., object], /, *arguments: Any) -> Reading: ...
 
 
-class Concurrent(Source, Protocol):
-    """A source that any thread may read; ``executor`` has threads that wait for it."""
+@runtime_checkable
+class Concurrent(Protocol):
+    """What a `Source` is too that any thread may read: it has threads that wait for it."""
 
     @property
-    def executor(self) -> Executor: ...
+    def executor(self) -> Executor | None:
+        """Those threads; None where what it reads from is none of these sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,7 @@ def join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]
 
 def executor_of(source: Source) -> Executor | None:
     """Threads that may read *source* ahead; None where it has none."""
-    executor: Executor | None = getattr(source, "executor", None)
-    return executor
+    return source.executor if isinstance(source, Concurrent) else None
 
 
 def read_bytes(source: Source, offset: int, length: int) -> bytes:

@@ -1,7 +1,8 @@
 """How much memory this process may take: in proportion to what the image really holds.
 
 An allocation beyond that raises MemoryError, where otherwise the machine would be looking for a
-process to kill. Holes count nothing: whatever a header claims, tables are what is there.
+process to kill. Holes count nothing: whatever a header claims, tables are what is there. And what
+it does with memory that it needs no more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from instarfs.errors import NotEnoughMemory
 from instarfs.image.file import FileSource, Image
@@ -16,6 +18,9 @@ from instarfs.image.file import FileSource, Image
 FOR_ANY = 2 << 30
 FOR_A_BYTE = 8
 """A check takes a few bytes, a repair some dozens, for each 8-byte entry of an image's tables."""
+
+_KEPT_BYTES = 31 << 20
+"""Just below the most that glibc lets its threshold rise to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 _NO_STACK = "can't start new thread"
 """What Python makes of a thread that there is no memory for."""
@@ -46,3 +51,17 @@ def limited(image: Image) -> Iterator[None]:
         raise NotEnoughMemory(image.path) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have this process reuse the memory of freed arrays, rather than give it back each time.
+
+    glibc returns a block over 128 KiB to the kernel as soon as it is freed, and gets the next one
+    from there page by page, until a larger one was freed before (mallopt(3), M_MMAP_THRESHOLD).
+    In a check that made batches of arrays, the page faults took longer than the counting. Does
+    nothing where the allocator is another.
+    """
+    # Once: the next one would be cut from what is kept. And no array: numpy has the kernel lay huge
+    # pages under those (madvise(2)), and gone or not, under whatever came to be there instead.
+    bytes(_KEPT_BYTES)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from instarfs.image import locks
 from instarfs.image.file import Generation, Image
-from instarfs.image.memory import limited
+from instarfs.image.memory import keep_freed_memory, limited
 from instarfs.repair.interrupted import pending
 from planner.check.check import check_image
 from planner.check.live import SETTLE, Clock, check_live
@@ -107,6 +107,7 @@ def run_check(
     def by_others() -> bool:
         return locks.is_written(image.fileno())
 
+    keep_freed_memory()
     is_written = is_written or by_others
     was_written, before, interrupted = is_written(), image.generation(), pending(image)
     # Of an image that is written anyway a check as if it were not would be for nothing.

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges, keep_freed_memory
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges
 from planner.check.census import Census
 from planner.check.classify import Looker
 from planner.check.ending import Found, find_cut, judge_cut_regions
@@ -63,7 +63,6 @@ def check_image(
     with them, and which clusters have more references than their refcounts say, is found all the
     same, and leaks that are none.
     """
-    keep_freed_memory()
     try:
         layout = Layout.read(source)
     except ImageError as error:
