@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.guestfs.ext import filesystem as ext
+from planner.guestfs.fat import filesystem as fat
 from planner.guestfs.ntfs import filesystem as ntfs
 from planner.guestfs.protocol import FileSystem
 from planner.guestfs.reading import Holes
@@ -17,6 +18,9 @@ MARKS: tuple[tuple[int, bytes, Reader], ...] = (
     (1080, b"\x53\xef", ext.recognise),
     (0, b"XFSB", xfs.recognise),
     (3, b"NTFS    ", ntfs.recognise),
+    (3, b"EXFAT   ", fat.recognise_exfat),
+    (82, b"FAT32   ", fat.recognise),
+    (54, b"FAT", fat.recognise),
 )
 """Where the first copy of a superblock has which bytes, the surest first."""
 

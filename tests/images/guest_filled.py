@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tests.block_devices import attached
+
 XFS_SIZE = 320 << 20
 """mkfs.xfs makes none below 300 MB."""
 
@@ -165,3 +167,96 @@ def fill_ntfs(folder: Path, tree: Path, seed: int) -> None:
                 folder / "tree" / f"a rather long name of a hard link {number} {number_of_link}"
             ).hardlink_to(path)
     fill(folder / "tree")
+
+
+FAT_VARIANTS = {
+    "FAT12": (["-F", "12"], 6 << 20),
+    "FAT16": (["-F", "16", "-s", "4"], 24 << 20),
+    "FAT32": (["-F", "32", "-s", "1"], 40 << 20),
+    "FAT32 with large clusters": (["-F", "32", "-s", "16", "-f", "1"], 600 << 20),
+}
+
+
+def plain_tree(root: Path, seed: int, files: int = 60) -> None:
+    """Some directories with files that any file system can have; one with many names."""
+    rng = random.Random(f"plain {seed}")
+    folders = [root / f"dir {n}" / ("below/" * (n % 3)) for n in range(5)]
+    for folder in [*folders, root / "Many"]:
+        folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        size = rng.choice([0, 10, 600, 3000, 20_000, 70_000])
+        (rng.choice(folders) / f"file {number}.bin").write_bytes(rng.randbytes(size))
+    for number in range(300):
+        name = f"{'a long name to fill directories ' * (number % 5)}{number}"
+        (root / "Many" / name).write_bytes(b"x" * (number % 3))
+    for name in ("SHORT.TXT", "lower.txt", "MiXeD.Txt", "NOEXT", "\u00e4\u00f6 \u20ac \U0001f600"):
+        (root / name).write_bytes(rng.randbytes(5000))
+
+
+def make_fat(image: Path, tree: Path, variant: str) -> None:
+    """A FAT that mkfs.fat makes and mtools fill; some files in the gaps that others left."""
+    options, size = FAT_VARIANTS[variant]
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("mkfs.fat", "-n", "A LABEL", *options, image)
+    mtools("mcopy", image, "-s", "-Q", *sorted(tree.iterdir()), "::")
+    small, large = image.with_suffix(".small"), image.with_suffix(".large")
+    small.write_bytes(b"small" * 500)
+    large.write_bytes(random.Random(variant).randbytes(900_000))
+    for turn in range(2):
+        names = [f"::gap {turn} {number}" for number in range(120)]
+        for name in names[::30]:
+            mtools("mcopy", image, small, name)
+        mtools("mmd", image, f"::more {turn}")
+        for name in names:
+            mtools("mcopy", image, "-D", "o", small, name)
+        mtools("mdel", image, *names[turn::2])
+        if "FAT32" in variant:
+            # Where to look for free clusters next: nobody knows.
+            with image.open("r+b") as file:
+                file.seek(512 + 488)
+                file.write(b"\xff" * 8)
+        mtools("mcopy", image, large, f"::more {turn}/in pieces")
+
+
+def mtools(tool: str, image: Path, *arguments: str | Path) -> str:
+    """What one of the mtools prints."""
+    command = ["env", "MTOOLS_SKIP_CHECK=1", "LC_ALL=C.UTF-8", tool, "-i", image, *arguments]
+    return run(*command)
+
+
+EXFAT_VARIANTS = {"exFAT": [], "exFAT with small clusters": ["-c", "512"]}
+
+
+def make_exfat(image: Path, tree: Path, options: Sequence[str]) -> None:
+    """An exFAT that mkfs.exfat makes and the FUSE driver fills; some files in others' gaps."""
+    with image.open("wb") as file:
+        file.truncate(48 << 20)
+    run("mkfs.exfat", "-L", "a label", *options, image)
+    with mounted_exfat(image) as folder:
+        run("cp", "-r", tree, folder / "tree")
+        names = [folder / f"gap {number}" for number in range(150)]
+        for name in names:
+            name.write_bytes(b"small" * 2000)
+        for name in names[::2]:
+            name.unlink()
+        rng = random.Random("exfat")
+        files = [folder / f"woven {number}" for number in range(4)]
+        for _ in range(60):
+            for path in files:
+                with path.open("ab") as file:
+                    file.write(rng.randbytes(5000))
+
+
+@contextlib.contextmanager
+def mounted_exfat(image: Path) -> Iterator[Path]:
+    """A folder where the FUSE driver shows the exFAT in *image*."""
+    folder = image.with_suffix(".mounted")
+    folder.mkdir(exist_ok=True)
+    # It takes nothing but a block device.
+    with attached(image) as device:
+        run("mount.exfat-fuse", "-o", "noatime", device, folder)
+        try:
+            yield folder
+        finally:
+            run("umount", folder)
