@@ -39,6 +39,11 @@ DOMAIN_ERRORS = (InstarfsError, PlannerError)
 """What is shown in one line, or as an errno, wherever it ends up: each has both as attributes."""
 
 
+WORST_FIRST = (1, 2, 63, 3, 0)
+"""Exit codes, of which that of several images is the first: what is not known may be worse than
+corruption, and an image of another format hides none.
+"""
+
 NO_SPACE = frozenset({_errno.ENOSPC, _errno.EDQUOT})
 """The errno of a disk that is full."""
 
@@ -55,6 +60,52 @@ def reason_of(error: OSError) -> str:
 @dataclass(eq=False)
 class OutputFailed(InstarfsError):
     """what was to be printed cannot be written to standard output: {reason}"""
+
+    reason: str
+
+
+# ---- a scan ----
+
+
+@dataclass(eq=False)
+class StateInUse(InstarfsError):
+    """{path}: another scan is using this state; wait for it, or name another (--state)"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EBUSY
+
+
+@dataclass(eq=False)
+class StateMissing(InstarfsError):
+    """{path}: there is no state of a scan; scan with --state {path!q} first"""
+
+    path: str
+    errno: ClassVar[int] = _errno.ENOENT
+
+
+@dataclass(eq=False)
+class StateTooNew(InstarfsError):
+    """{path}: is the state of a newer instarfs (version {version}); use that, or name another file
+    (--state)
+    """
+
+    path: str
+    version: int
+
+
+@dataclass(eq=False)
+class StateFailed(InstarfsError):
+    """{path}: cannot be used as the state of a scan: {reason}; name another file (--state), or put
+    this one aside: the next scan begins a new one
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class ScanCrippled(InstarfsError):
+    """no process can be started that checks images: {reason}"""
 
     reason: str
 

@@ -16,6 +16,7 @@ from instarfs.cli.options import settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import (
     DOMAIN_ERRORS,
+    WORST_FIRST,
     FormatHasNoChecks,
     FormatNotRead,
     ImageTorn,
@@ -39,11 +40,6 @@ if TYPE_CHECKING:
 
 _SELF_EVIDENT = ("clean", "unreadable")
 """Verdicts of which a report has no more to say."""
-
-WORST_FIRST = (1, 2, 63, 3, 0)
-"""Exit codes, of which that of several images is the first: what is not known may be worse than
-corruption, and an image of another format hides none.
-"""
 
 
 @click.command(name="check")

@@ -24,6 +24,7 @@ _MODULES = {
     "mount": "instarfs.cli.mount",
     "umount": "instarfs.cli.umount",
     "check": "instarfs.cli.check",
+    "scan": "instarfs.cli.scan",
     "report": "instarfs.cli.report",
     "files": "instarfs.cli.files",
     "plan": "instarfs.cli.plan",

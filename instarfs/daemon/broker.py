@@ -39,7 +39,7 @@ from instarfs.image.directory import (
     Spot,
 )
 from instarfs.image.file import Image
-from instarfs.linux import name_process
+from instarfs.image.linux import name_process
 
 log = logging.getLogger(__name__)
 

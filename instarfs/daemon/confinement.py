@@ -34,7 +34,7 @@ from typing import Self
 from instarfs.daemon import calls, seccomp
 from instarfs.errors import reason_of
 from instarfs.image.file import BLOCK_STATISTICS, Image
-from instarfs.linux import (
+from instarfs.image.linux import (
     allow_beneath,
     create_ruleset,
     keep_capabilities,

@@ -25,7 +25,7 @@ import trio
 
 from instarfs.daemon.logs import log_to
 from instarfs.errors import MountFailed
-from instarfs.linux import limit_arenas
+from instarfs.image.linux import limit_arenas
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter, follow_no_links
 from instarfs.mount.operations import Operations
 from instarfs.mount.requests import take_turns_fast

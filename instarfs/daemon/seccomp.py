@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from instarfs.daemon.calls import ANY_BIT, EXPECTED, Call, Only
-from instarfs.linux import install_filter
+from instarfs.image.linux import install_filter
 
 # linux/seccomp.h. Of answers that several filters give, the kernel takes the least.
 ALLOW, ERRNO, KILL = 0x7FFF_0000, 0x0005_0000, 0x8000_0000

@@ -18,8 +18,7 @@ from typing import Self
 
 from instarfs.errors import FollowImpossible, reason_of
 from instarfs.image.file import Image, mount_id
-from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
-from instarfs.linux import (
+from instarfs.image.linux import (
     BENEATH,
     NO_MAGICLINKS,
     NO_SYMLINKS,
@@ -27,6 +26,7 @@ from instarfs.linux import (
     open_looked_at,
     openat2,
 )
+from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
 FILESYSTEM_TYPE = "fuse.instarfs"
 """What the kernel calls a mount of ours, whoever serves it."""

@@ -17,7 +17,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Protocol, Self
 
-from instarfs.linux import look, open_looked_at
+from instarfs.image.linux import look, open_looked_at
 
 SUFFIX = ".instarfs-undo"
 """What the undo file's name has after the image's."""

@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +40,9 @@ from instarfs.image.directory import (
     behind_links,
     lasting_name,
 )
+from instarfs.image.linux import look_at, open_looked_at
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.image.surroundings import Gone
-from instarfs.linux import look_at, open_looked_at
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -120,6 +120,7 @@ class FileSource:
         # Holds the image, not the bare descriptor: it must not be closed while something reads.
         self._image = image
         self._size = size
+        self._meter = image.meter
         self._flags = 0 if wait or image.is_in_memory else os.RWF_NOWAIT
 
     @property
@@ -152,6 +153,8 @@ class FileSource:
             if not count:  # cut off since the size was taken
                 break
             filled += count
+        if self._meter is not None:
+            self._meter(filled)
         if filled < len(view):
             view[filled:] = bytes(len(view) - filled)
 
@@ -190,7 +193,8 @@ class Image:
 
     ``hands``: what opens it anew, and whatever lies beside it. ``undo``: where its undo file is to
     be, if somebody said so. ``spot``: where the file itself is, no link, as far as its path led to
-    one when it was opened; what stands there later is looked at, and a link is not followed. The
+    one when it was opened; what stands there later is looked at, and a link is not followed.
+    ``meter``: called with the bytes of each read of a source that is made after it was set. The
     descriptors are closed by `close`, and otherwise with the last reference to the image, so that
     replacing an image never takes the descriptor from a thread that still reads it.
     """
@@ -220,6 +224,7 @@ class Image:
         self.origin = origin or Origin.of(os.fstat(fd))
         self.hands = hands or OwnHands(self.origin)
         self.undo = undo
+        self.meter: Callable[[int], None] | None = None
         self._is_named = is_named
         self._fd = fd
         self._directory = directory

@@ -38,8 +38,8 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.guest.follow import FILESYSTEM_TYPE
+from instarfs.image.linux import follow_no_links_in
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
-from instarfs.linux import follow_no_links_in
 
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
 """Extended attribute of a mount's root: the identity of the process behind it."""

@@ -32,7 +32,7 @@ from instarfs.errors import (
     TrimUnsupported,
     reason_of,
 )
-from instarfs.linux import punch_hole
+from instarfs.image.linux import punch_hole
 from planner.arrays import I64, U8, Mask, distinct
 from planner.errors import Cancelled
 from planner.progress import Meter, Progress, tell_nobody

@@ -26,7 +26,7 @@ from instarfs.daemon.logs import log_to_stderr
 from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
 from instarfs.image.file import Image
-from instarfs.linux import openat2
+from instarfs.image.linux import openat2
 from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.cli.check import WORST_FIRST
 from instarfs.cli.main import main
+from instarfs.errors import WORST_FIRST
 from tests.images.builder import Image
 from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy

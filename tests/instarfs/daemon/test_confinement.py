@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from instarfs.daemon.seccomp import MACHINES
-from instarfs.linux import landlock_version
+from instarfs.image.linux import landlock_version
 from tests.mount.mounts import environment
 
 PROGRAM = """

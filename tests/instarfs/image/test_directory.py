@@ -29,7 +29,7 @@ from instarfs.image.directory import (
     exists,
 )
 from instarfs.image.file import Image
-from instarfs.linux import look, look_at
+from instarfs.image.linux import look, look_at
 from instarfs.repair.run import Repairer
 from planner.repair.plan import RepairTier
 from tests.instarfs.daemon.test_broker import attended
@@ -316,7 +316,7 @@ def test_a_kernel_without_openat2(
     def refuse(*_: object) -> int:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("instarfs.linux.openat2", refuse)
+    monkeypatch.setattr("instarfs.image.linux.openat2", refuse)
     assert outcome(OwnHands(OWN), Opening.IMAGE, directory) == (os.O_RDONLY, b"image")
     (folder / IMAGE).unlink()
     (folder / IMAGE).symlink_to(NEIGHBOUR)

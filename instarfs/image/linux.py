@@ -14,6 +14,7 @@ import ctypes
 import errno
 import functools
 import os
+import signal
 import struct
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ _AT_FDCWD, _NOSYMFOLLOW = -100, 0x0020_0000
 # linux/falloc.h
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 # linux/prctl.h
-_SET_NAME, _SET_NO_NEW_PRIVS = 15, 38
+_SET_PDEATHSIG, _SET_NAME, _SET_NO_NEW_PRIVS = 1, 15, 38
 # linux/landlock.h
 _VERSION_OF_LANDLOCK, _PATH_BENEATH = 1, 1
 # linux/seccomp.h
@@ -174,6 +175,11 @@ def name_process(name: bytes) -> None:
 def rule_out_new_privileges() -> None:
     """No program that this process runs gets more rights than it has: prctl(2). Raises OSError."""
     _checked(_prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends: prctl(2)."""
+    _checked(_prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
 
 def keep_capabilities(kept: int) -> None:

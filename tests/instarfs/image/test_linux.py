@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from instarfs import linux
 from instarfs.errors import reason_of
+from instarfs.image import linux
 
 MIB = 1 << 20
 
@@ -19,7 +19,7 @@ MIB = 1 << 20
 def run(program: str) -> str:
     """What a process of its own prints."""
     done = subprocess.run(
-        [sys.executable, "-c", f"from instarfs import linux\n{program}"],
+        [sys.executable, "-c", f"from instarfs.image import linux\n{program}"],
         capture_output=True,
         text=True,
         check=True,

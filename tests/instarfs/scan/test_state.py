@@ -1,0 +1,169 @@
+"""The file in which a scan keeps what is known: whose it is, and what can be wrong with it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from instarfs.errors import StateFailed, StateInUse, StateMissing, StateTooNew
+from instarfs.scan.state import VERSION, State
+from instarfs.scan.values import Row, Skipped, Stamp
+from planner.check.report import CheckCounters
+
+STAMP = Stamp((1 << 64) - 1, 1 << 62, 3, 4)
+COUNTERS = CheckCounters(1, 2, 3, 4, 5, 6, 7, 8)
+ROW = Row(
+    path=b"/srv/\xff\n",
+    device=(1 << 63) + 5,
+    stamp=STAMP,
+    header=b"h" * 32,
+    verdict="corrupt",
+    exit_code=2,
+    counters=COUNTERS,
+    as_of=1000.5,
+    seconds=0.25,
+    bytes_read=4096,
+    in_use=True,
+    confirmed=7,
+    in_motion=9,
+    error="why \udcff",
+    lasts=True,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "state")
+
+
+def test_a_row_comes_back_as_it_was(path: str) -> None:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        state.record(ROW, "1")
+    with State.read(path) as state:
+        known = state.known(ROW.path)
+        assert known is not None
+        assert known.program == "1"
+        shown = "why \\udcff"
+        assert known.row == replace(ROW, error=shown)
+        assert list(state.rows("corrupt")) == [known.row]
+        assert state.counts() == {"corrupt": 1}
+        assert state.oldest() == 1000.5
+
+
+def test_it_is_for_its_owner_alone(path: str) -> None:
+    with State.open(path):
+        assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+
+
+def test_one_scan_at_a_time_and_reports_meanwhile(path: str) -> None:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        state.record(ROW, "1")
+        with pytest.raises(StateInUse):
+            State.open(path)
+        with State.read(path) as report:
+            assert report.counts() == {"corrupt": 1}
+    with State.open(path):
+        pass
+
+
+def test_one_that_another_program_writes_to_is_in_use(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instarfs.scan.state._BUSY_SECONDS", 0.01)
+    with State.open(path):
+        pass
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StateInUse):
+        State.open(path)
+    other.close()
+
+
+def spoilt(path: Path) -> None:
+    with State.open(str(path)) as state:
+        state.begin("1", 1.0)
+        for number in range(2000):
+            state.record(replace(ROW, path=b"/%d" % number), "1")
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * 400_000)
+
+
+def of_another_program(path: Path) -> None:
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE images(path)")
+    database.commit()
+    database.close()
+
+
+def use(path: str) -> None:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        state.record(ROW, "1")
+        list(state.rows("corrupt"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_bytes(b"QFI\xfb" + bytes(9000)),
+        lambda path: path.mkdir(),
+        os.mkfifo,
+        lambda path: path.symlink_to("/nowhere/at/all"),
+        of_another_program,
+        spoilt,
+    ],
+    ids=["an image", "a folder", "a pipe", "a link", "another program's", "spoilt"],
+)
+def test_what_is_no_state_is_told_in_a_line_and_left_alone(make, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(StateFailed) as raised:
+        use(str(path))
+    assert str(path) in str(raised.value)
+    if before is not None:
+        assert path.read_bytes() == before
+
+
+def test_one_of_a_newer_version_is_left_alone(path: str) -> None:
+    with State.open(path):
+        pass
+    database = sqlite3.connect(path)
+    database.execute(f"PRAGMA user_version = {VERSION + 1}")
+    database.close()
+    for use in (State.open, State.read):
+        with pytest.raises(StateTooNew):
+            use(path)
+
+
+def test_a_report_makes_no_state(path: str) -> None:
+    with pytest.raises(StateMissing):
+        State.read(path)
+    assert not Path(path).exists()
+
+
+def test_the_history_has_a_line_for_each_change(path: str) -> None:
+    with State.open(path) as state:
+        for verdict in ("clean", "clean", "corrupt", "clean"):
+            state.begin("1", 1.0)
+            state.record(replace(ROW, verdict=verdict), "1")
+        assert [verdict for _, verdict in state.history(ROW.path)] == ["clean", "corrupt", "clean"]
+        assert [(each.before, each.verdict) for each in state.changes()] == [("corrupt", "clean")]
+
+
+def test_what_could_not_be_looked_at_is_known_until_the_next_scan(path: str) -> None:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        skipped = Skipped(b"/srv/\xff", "Permission denied", is_failure=True)
+        state.skip(skipped)
+        assert list(state.unseen()) == [skipped]
+        state.begin("1", 2.0)
+        assert not list(state.unseen())
