@@ -23,6 +23,7 @@ from planner.repair.plan import StageKind
 from planner.repair.refcounts import must_rebuild
 from planner.repair.scope import Scope
 from planner.source import read_bytes
+from planner.triage.uncounted import uncounted_clusters
 
 NB_SNAPSHOTS_AT, SNAPSHOTS_OFFSET_AT = 60, 64
 """Where the header holds nb_snapshots, and after it snapshots_offset."""
@@ -66,14 +67,18 @@ def rewrite_snapshot_table(scope: Scope) -> None:
 def has_no_snapshots(scope: Scope) -> bool:
     """Whether snapshots are counted that are none: their table would be the header itself.
 
-    Of a table whose place was lost, at least the L1 tables would leak.
+    Of a table whose place was lost, at least the L1 tables would leak, or be somewhere among what
+    no refcount tells of.
     """
     header = scope.layout.header
     if not header.nb_snapshots or header.snapshots_offset or scope.report.counters.leaks:
         return False
     # What seems to be a table there lies over others: whether those are damaged is not known yet.
-    unknown = {FindingKind.REFCOUNT_UNREADABLE, FindingKind.REFCOUNT_MISSING}
-    return not unknown & scope.report.counts().keys()
+    counts = scope.report.counts()
+    if FindingKind.REFCOUNT_UNREADABLE in counts:
+        return False
+    is_counted = FindingKind.REFCOUNT_MISSING not in counts
+    return is_counted or not len(uncounted_clusters(scope.source, scope.report))
 
 
 def _place_is_meaningless(scope: Scope) -> bool:

@@ -346,6 +346,26 @@ def test_snapshots_whose_table_would_be_the_header_are_none(number, misaligned) 
     assert proposal.after.layout.header.nb_snapshots == 0
 
 
+def test_one_refcount_that_is_lost_hides_no_snapshots() -> None:
+    image = plain()
+    image.change_header(nb_snapshots=1 << 17, snapshots_offset=0)
+    image.set_refcount(0, 0)
+    assert counts(settled(image)) == {}
+
+
+def test_a_snapshot_table_on_the_header_is_refused_where_refcounts_are_lost_with_it() -> None:
+    """The L1 table of the snapshot does not leak then: it looks free."""
+    image = with_snapshot()
+    image.change_header(snapshots_offset=0)
+    start = image.refblock(0)
+    image.data[start : start + SIZE] = bytes(SIZE)
+    source = Bytes(bytes(image.data))
+    assert check_image(source).counters.leaks == 0
+    with pytest.raises(AmbiguousCorruption) as refused:
+        propose(source, check_image(source), RepairTier.ALL)
+    assert "snapshot table" in refused.value.reason
+
+
 def test_a_snapshot_table_on_the_header_is_refused_where_something_leaks() -> None:
     image = with_snapshot()
     image.change_header(snapshots_offset=0)
