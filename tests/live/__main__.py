@@ -29,6 +29,7 @@ from tests.live.campaign import (
     missed,
     sessions,
     starts,
+    starts_beside_a_mount,
     throughput,
 )
 from tests.live.interleave import Case, run_case
@@ -184,7 +185,13 @@ def _run_cost(shapes: list[str], seed: int) -> int:
         started, failed = starts(name, 20)
         wrong += len(failed)
         print(f"{name}: {started} machines started during 20 checks, {len(failed)} could not")
-        for line in failed:
+        beside = starts_beside_a_mount(name, 20)
+        wrong += len(beside.failed)
+        print(
+            f"{name}: 20 more while a mount checked: {beside.waited} tries during a check were"
+            f" refused, {len(beside.failed)} after it; its verdicts: {Counter(beside.verdicts)}"
+        )
+        for line in failed + beside.failed:
             print(f"  {line}")
     return 1 if wrong else 0
 

@@ -6,11 +6,13 @@ end the machine has closed its image, and `qemu-img check` says what it was all 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from tests.live.asked import Answer, ask_ours, ask_qemu
 from tests.live.machine import QmpError, Shape, end, running
 from tests.live.quiet import DAMAGED, inflict, is_damaged
 from tests.live.writer import BUSY, CALM, Habits, Writer
-from tests.mount.mounts import INSTARFS, environment, run
+from tests.mount.mounts import INSTARFS, Mount, environment, mounted, run
 
 SESSION_CHECKS = 25
 """After so many the machine is started anew, with an image of its own."""
@@ -215,6 +217,51 @@ def _rate(writer: Writer, seconds: float) -> float:
     before, began = writer.done.get("allocate", 0), time.monotonic()
     time.sleep(seconds)
     return (writer.done["allocate"] - before) / (time.monotonic() - began)
+
+
+@dataclass
+class BesideMount:
+    """Machines that started while a mount of their image was checking.
+
+    ``waited``: how often one could not start during a check; ``failed``: what one said that could
+    not after it; ``verdicts``: of the mount, while a machine ran.
+    """
+
+    waited: int = 0
+    failed: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+
+
+def starts_beside_a_mount(name: str, count: int) -> BesideMount:
+    """Start so many, each while the mount looks at an image that has just changed."""
+    shape, found = SHAPES[name], BesideMount()
+    with tempfile.TemporaryDirectory(prefix="instarfs-live-") as folder:
+        image, point = Path(folder) / "image.qcow2", Path(folder) / "mount"
+        shape.create(image)
+        with mounted([*INSTARFS, "mount", "-f", image, point], image, point) as mount:
+            for _ in range(count):
+                os.utime(image)
+                reader = threading.Thread(target=mount.read, args=["check/result.json"])
+                reader.start()
+                _start_beside(reader, image, mount, found)
+                reader.join()
+    return found
+
+
+def _start_beside(reader: threading.Thread, image: Path, mount: Mount, found: BesideMount) -> None:
+    is_over = False
+    while not is_over:
+        is_over = not reader.is_alive()
+        try:
+            with running(image, Shape()):
+                value = json.loads(mount.read("check/result.json"))
+                found.verdicts.append(value["verdict"])
+                return
+        except QmpError as error:
+            if is_over:
+                found.failed.append(str(error))
+            else:
+                found.waited += 1
 
 
 def starts(name: str, checks: int) -> tuple[int, list[str]]:
