@@ -104,6 +104,14 @@ class StateFailed(InstarfsError):
 
 
 @dataclass(eq=False)
+class MetricsFailed(InstarfsError):
+    """{path}: the metrics cannot be written there: {reason}"""
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
 class ScanCrippled(InstarfsError):
     """no process can be started that checks images: {reason}"""
 

@@ -56,6 +56,12 @@ class _ShardName(click.ParamType[Shard]):
     type=click.Path(readable=False),
     help="Where what is known is kept from scan to scan; without it nothing is.",
 )
+@click.option(
+    "--metrics",
+    metavar="FILE",
+    type=click.Path(readable=False),
+    help="What is known, for the node exporter of Prometheus to collect; ends in .prom.",
+)
 @click.option("--report", is_flag=True, help="Look at no image: say what the state knows.")
 @click.option(
     "--output",
@@ -111,6 +117,7 @@ def command(
     *,
     paths: tuple[str, ...],
     state_path: str | None,
+    metrics: str | None,
     output: str,
     jobs: int | None,
     timeout: float,
@@ -134,6 +141,7 @@ def command(
         if paths or state_path is None:
             raise click.UsageError("--report is of a state alone: it takes --state and no PATH")
         with State.read(state_path) as state:
+            _tell_prometheus(metrics, state)
             return _report(state, shown, _worst(state))
     if 0 < max_memory < _LEAST_MEMORY:
         raise click.UsageError(f"--max-memory: {_LEAST_MEMORY >> 20}M are the least it takes")
@@ -144,11 +152,19 @@ def command(
     limits = Limits(timeout, max_read_rate, max_memory)
     with State.open(state_path) if state_path is not None else State.none() as state:
         code = _scan(wanted, state, limits, jobs or _processors(), shown)
+        _tell_prometheus(metrics, state)
         if shown == "human":
             _report(state, shown, code)
         elif shown:
             _conclude(state, code)
         return code
+
+
+def _tell_prometheus(path: str | None, state: State) -> None:
+    if path is not None:
+        from instarfs.scan.metrics import write_metrics  # noqa: PLC0415 - for nothing but this
+
+        write_metrics(path, state)
 
 
 def _processors() -> int:
