@@ -76,8 +76,9 @@ def guest_damage(impact: Impact, missing: Ranges) -> Damage:
     starts, ends = np.concatenate(start), np.concatenate(end)
     order = np.argsort(starts, kind="stable")
     harm = harm[order]
-    # What is suspect is read as it is: of two owners of a cluster one reads well.
-    unreadable = np.isin(harm, (GuestHarm.LOST, GuestHarm.MISSING))
+    unreadable = harm != GuestHarm.AT_RISK
+    if impact.ranges[Harm.SUSPECT].size == impact.size:
+        unreadable &= harm != GuestHarm.SUSPECT  # or nothing could be said at all
     return Damage(starts[order], ends[order], harm, unreadable)
 
 

@@ -1,0 +1,1 @@
+"""Campaigns that damage images with file systems, and judge which files are said to be hit."""
