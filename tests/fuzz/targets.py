@@ -45,6 +45,11 @@ from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError, NotAMapfile, RepairError
 from planner.guest.mapfile import BAD, READ, Mapfile, parse_mapfile
+from planner.guestfs.ext import filesystem as ext
+from planner.guestfs.fat import filesystem as fat
+from planner.guestfs.ntfs import filesystem as ntfs
+from planner.guestfs.reading import Holes
+from planner.guestfs.xfs import filesystem as xfs
 from planner.qcow2.bitmaps import read_bitmaps
 from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.extensions import BitmapsPointer
@@ -63,6 +68,7 @@ from planner.views.bitmap_state import read_bitmap_states
 from planner.views.explain import explain_guest, explain_host
 from planner.views.host_map import draw_atlas
 from planner.views.table_view import read_l1_page, read_l2_page
+from tests.fuzz import filesystems
 from tests.images.builder import Image as SampleImage
 from tests.images.builder import ImageBuilder
 from tests.images.damage import DAMAGES, CannotDamageError
@@ -469,6 +475,20 @@ def _mapfile_seeds() -> Iterator[bytes]:
     yield b"0 ? 1\n0 0x8 +\n0x8 0x200 * # by hand\n"
 
 
+FILE_SYSTEMS = {
+    "ext": ext.recognise,
+    "xfs": xfs.recognise,
+    "ntfs": ntfs.recognise,
+    "fat": fat.recognise,
+    "exfat": fat.recognise_exfat,
+}
+
+
+def file_system(name: str, data: bytes) -> None:
+    """A file system on a guest's disk, asked for all there is. Refuses nothing."""
+    filesystems.walk(FILE_SYSTEMS[name](Holes(filesystems.disk_of(data))))
+
+
 TARGETS = {
     "header": Target(header, _header_seeds),
     "snapshots": Target(snapshots, _snapshot_seeds),
@@ -482,4 +502,7 @@ TARGETS = {
     "plan": Target(plan, _image_seeds),
     "undo-file": Target(undo_file, _undo_seeds),
     "mapfile": Target(mapfile, _mapfile_seeds),
+} | {
+    name: Target(partial(file_system, name), partial(filesystems.seeds, name))
+    for name in FILE_SYSTEMS
 }

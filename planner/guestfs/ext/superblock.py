@@ -242,8 +242,16 @@ def is_sound(raw: bytes) -> bool:
         and inode_size & (inode_size - 1) == 0
         and 0 < per_group <= 8 * block_size
         and (not has_clusters or int(fields["log_block_size"]) <= clusters <= 20)
+        and int(fields["blocks_per_group"]) <= _bitmap_blocks(fields, block_size)
         and (not is_64bit or (desc_size in (0, 32, 64, 128, 256, 512, 1024)))
     )
+
+
+def _bitmap_blocks(fields: np.void, block_size: int) -> int:
+    """How many blocks a bitmap of one block tells of."""
+    if not fields["feature_ro_compat"] & RoCompat.BIGALLOC:
+        return 8 * block_size
+    return 8 * block_size << int(fields["log_cluster_size"]) - int(fields["log_block_size"])
 
 
 def find_superblock(source: Holes) -> tuple[Superblock, int] | None:

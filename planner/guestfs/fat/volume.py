@@ -140,7 +140,7 @@ def _decode_exfat(raw: bytes, offset: int, source_size: int) -> Volume | None:
     if table < 24 or heap < table + table_sectors * copies or claimed >> 63:
         return None
     clusters = min(clusters, (table_sectors << shift) // 4 - FIRST)
-    there = min(clusters, (source_size - (heap << shift)) // cluster)
+    there = min(clusters, (min(claimed, source_size) - (heap << shift)) // cluster)
     if clusters <= 0 or there <= 0:
         return None
     tables = [(table + table_sectors * copy) << shift for copy in range(copies)]

@@ -89,9 +89,9 @@ class Table:
     def _find(self) -> tuple[Pieces, Pieces, bytes]:
         boot = self._boot
         for cluster in (boot.mft, boot.mirror):
-            offset = np.array([cluster * boot.cluster_size], dtype=np.int64)
-            if cluster >= boot.clusters or cluster <= 0:
+            if not 0 < cluster < boot.clusters:
                 continue
+            offset = np.array([cluster * boot.cluster_size], dtype=np.int64)
             raw = read_blocks(self._source, offset, boot.record_size)
             records, _ = decode_records(raw, np.zeros(1, dtype=np.int64))
             if not len(records):

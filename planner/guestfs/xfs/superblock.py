@@ -28,6 +28,7 @@ FINOBT, RMAPBT, REFLINK = 0x1, 0x2, 0x4
 
 MIN_AG_BLOCKS = 64
 NO_INODE_NUMBER = (1 << 64) - 1
+"""Where a field that names an inode names none."""
 
 FIELDS = np.dtype(
     {
@@ -84,7 +85,10 @@ class Superblock:
         self.ag_count = -(-self.blocks // self.ag_blocks)
         self.realtime_blocks = number["rblocks"]
         self.log_start, self.log_blocks = number["logstart"], number["logblocks"]
-        self.root = number["rootino"] if number["rootino"] != NO_INODE_NUMBER else 0
+        if self.log_start >> self.ag_block_bits >= self.ag_count:
+            self.log_start = 0
+        is_inside = number["rootino"] >> self.ag_inode_bits < self.ag_count
+        self.root = number["rootino"] if is_inside else 0
         self.own_inodes = {
             number[name] for name in ("rbmino", "rsumino", "uquotino", "gquotino", "pquotino")
             if name != "pquotino" or self.is_v5
