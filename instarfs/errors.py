@@ -256,6 +256,11 @@ class ImageUnsettled(InstarfsError):
     in_motion: int
 
 
+class LeaksInMotion(InstarfsError):
+    """they may be in the caches of the program that writes to the image: look again when it has \
+    ended"""
+
+
 @dataclass(eq=False)
 class FormatNotRead(InstarfsError):
     """{path}: format {format}: instarfs reads no images but qcow2"""

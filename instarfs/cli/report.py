@@ -12,7 +12,7 @@ import click
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed
+from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, InstarfsError, LeaksInMotion
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
@@ -78,9 +78,9 @@ def command(
 def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
     """What is known beyond the check, as a mount knows it."""
     image, report, interrupted = checked.image, checked.report, checked.pending
-    triage: Triage | ImageReadFailed
+    triage: Triage | InstarfsError
     try:
-        triage = triage_leaks(image.source(), report)
+        triage = LeaksInMotion() if report.live else triage_leaks(image.source(), report)
     except ImageReadFailed as error:  # of a leaked cluster, which the check did without
         triage = as_value(error)
     proposals: dict[RepairTier, Proposal | Exception] = {}
@@ -88,7 +88,7 @@ def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
         try:
             if interrupted is not None:
                 raise RepairError(interrupted.sentence)
-            if isinstance(triage, ImageReadFailed):
+            if isinstance(triage, InstarfsError):
                 raise triage
             proposals[tier] = plan_checked(checked, tier, triage=triage, progress=tell)
         except DOMAIN_ERRORS as error:

@@ -21,7 +21,13 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
-from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, InstarfsError, ReadCancelled
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    ImageReadFailed,
+    InstarfsError,
+    LeaksInMotion,
+    ReadCancelled,
+)
 from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
@@ -411,6 +417,8 @@ class Inspector:
         return briefing
 
     async def _triage_or_error(self) -> Triage | InstarfsError:
+        if (await self.checkup.get()).value.report.live is not None:
+            return LeaksInMotion()
         try:
             return (await self.leaks.get()).value.triage
         except ImageReadFailed as error:  # of a leaked cluster, which the check did without

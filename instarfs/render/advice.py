@@ -16,7 +16,7 @@ from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.triage import LISTED_RUNS
 from instarfs.text import shell_path
 from planner.check.reopened import is_mended_when_opened
-from planner.check.report import Report
+from planner.check.report import EXIT_CODES, Report
 from planner.qcow2.header import CRYPT_NONE
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import Proposal
@@ -38,6 +38,8 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
     place = _Place(path, known, is_calm=is_mended_by_qemu(report, known))
     if report.error is not None:
         return _without_header(place)
+    if report.live is not None and EXIT_CODES[report.verdict] in (1, 2) and not known.gone:
+        return _when_stopped(place, report)
     if known.gone or report.torn or not (known.proposals or place.is_interrupted):
         return []
     steps = [*_keep_a_copy(place), *_undo_interrupted(place), *_save_lost(place)]
@@ -60,6 +62,18 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
     if report.counters.corruptions or report.counters.check_errors:
         blocks += _copy_out(place, report)
     return [["What to do now:", *steps], *blocks]
+
+
+def _when_stopped(place: _Place, report: Report) -> list[list[str]]:
+    """Of an image that a program writes: nothing can be done beside it."""
+    again = "Look again when its writes have calmed down, or longer:"
+    commands = [f"instarfs check -U --settle 60 {place.image}"]
+    if report.verdict != "unsettled":
+        again = (
+            "Shut down what writes to it: each write may make it worse. Then see what can be done:"
+        )
+        commands = [f"instarfs report {place.image}"]
+    return [["What to do now:", *_step(again, *commands)]]
 
 
 def _without_header(place: _Place) -> list[list[str]]:

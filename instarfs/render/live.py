@@ -12,7 +12,10 @@ from planner.check.report import Report
 from planner.findings.kinds import FindingKind
 from planner.findings.wording import plural
 
-_LEAKS = "What leaks may be in that program's caches, and not be written yet."
+_LEAKS = (
+    "What leaks may be in that program's caches, and not be written yet: whether anything is lost"
+    " shows when it has ended."
+)
 
 _NO_REFCOUNTS = (
     "That program writes refcounts last (lazy_refcounts): they are out of date while it runs, and"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from instarfs.errors import LeaksInMotion
 from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
@@ -378,6 +379,8 @@ def _unsaved(report: Report, filename: str, unsaved: tuple[Bitmap, ...]) -> list
 
 
 def _leaked(triage: Triage | Exception) -> list[str]:
+    if isinstance(triage, LeaksInMotion):
+        return []  # said with the verdict
     if not isinstance(triage, Triage):
         return ["The leaked clusters could not be looked into:", f"  {triage}"]
     if not triage.leaked:

@@ -114,3 +114,10 @@ def test_an_image_that_is_only_to_be_read_is_not_repaired(folder: Path, check: R
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "read-only=on" in err
     assert Path("3").read_bytes() == before
+
+
+def test_how_long_to_look_is_for_what_may_be_written_to(folder: Path, check: Run) -> None:
+    code, out, err = check("--settle", "1", "0")
+    assert (code, out) == (1, "")
+    assert "add -U" in err
+    assert check("--settle", "1", "-U", "0")[0] == 0

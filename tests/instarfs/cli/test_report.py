@@ -229,3 +229,26 @@ def test_what_is_in_a_backing_file_and_whether_it_is_there(image: Path) -> None:
     ended = run_here(["report", *follow, image])
     assert f"{named} was not opened: there is no such file\n" in ended.out
     assert ended.code == 0
+
+
+def test_of_a_corrupt_image_in_use_the_way_out_begins_with_its_program(image: Path) -> None:
+    image.write_bytes(damaged("low-refcount"))
+    with image.open("rb") as stranger, locks.held(stranger.fileno(), "", locks.READ_WRITE):
+        ended = run_here(["report", "-U", image])
+    assert ended.code == 2
+    assert ended.out.startswith(f"{image}: corrupt\n")
+    assert "  # Shut down what writes to it" in ended.out
+    assert f"      instarfs report {image}\n" in ended.out
+    assert "instarfs check -r" not in ended.out
+
+
+def test_nothing_is_called_lost_that_may_be_on_its_way(image: Path) -> None:
+    """Leaked data with a place that it can have come from, as a program's caches leave it."""
+    image.write_bytes(damaged("lost-l2-table"))
+    assert "Something may be lost" in run_here(["report", image]).out
+    with image.open("rb") as stranger, locks.held(stranger.fileno(), "", locks.READ_WRITE):
+        ended = run_here(["report", "-U", image])
+    assert ended.out.startswith(f"{image}: leaks\n")
+    assert "Something may be lost" not in ended.out
+    assert "missing" not in ended.out
+    assert "whether anything is lost shows when it has ended" in ended.out
