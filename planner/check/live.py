@@ -41,7 +41,7 @@ LUKS_BYTES = 4 << 20
 """So much of a LUKS header is looked at, whatever length it claims."""
 
 ATTEMPTS = 4
-"""So often it is looked for what can be confirmed, when the time is over."""
+"""So often it is looked once more, when the time is over and nothing was confirmed."""
 
 _SHORT, _LONG = 0.001, 0.25
 """Seconds between two attempts: the first, and the most."""
@@ -154,7 +154,7 @@ class _Watch:
             return replace(told, live=replace(live, as_of=as_of))
         if self._is_over():
             self._late += 1
-            if live.confirmed or not live.in_motion or self._late == ATTEMPTS:
+            if live.confirmed or self._late == ATTEMPTS:
                 return replace(told, live=replace(live, in_motion=live.in_motion + self._moved))
         self._pause()
         return None
