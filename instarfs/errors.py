@@ -199,6 +199,14 @@ class ImageReadFailed(InstarfsError, ReadFailed):
 
 
 @dataclass(eq=False)
+class ImageSilent(InstarfsError):
+    """{path}: the file system that it is on does not answer; try again once it does"""
+
+    path: str
+    errno: ClassVar[int] = _errno.EIO
+
+
+@dataclass(eq=False)
 class ImageInUse(InstarfsError):
     """{path}: Failed to get {lock} lock: another process has the image open; {wayout}"""
 

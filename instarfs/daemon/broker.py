@@ -102,6 +102,7 @@ class Broker:
 
     def __init__(self, channels: Sequence[socket.socket]) -> None:
         self._free: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        self._late: list[socket.socket] = []
         for channel in channels:
             self._free.put(channel)
         self._is_gone = False
@@ -118,14 +119,20 @@ class Broker:
 
     def _ask(self, what: Opening | Change, directory: int, name: str) -> list[int]:
         request = REQUEST.pack(what, *_place_of(directory, name))
+        # A flush takes as long as it takes, and only a repair asks.
+        is_awaited = isinstance(what, Opening)
+        if is_awaited and not self._has_caught_up():
+            raise self._gone()
         channel = self._free.get()
         try:
             channel.send(request)
-            if isinstance(
-                what, Opening
-            ):  # a flush takes as long as it takes, and only a repair asks
-                _require_answer(channel)
+            if is_awaited and not _has_answer(channel, _PATIENCE_SECONDS):
+                # Put aside: the answer must not be taken for another's.
+                self._late.append(channel)
+                raise self._gone()
             answer, fds, *_ = socket.recv_fds(channel, ANSWER.size, 1)
+        except HandsGone:
+            raise
         except OSError:
             answer, fds = b"", []
         # Not where anything else was raised: the answer may still come, and be taken for another's.
@@ -137,6 +144,20 @@ class Broker:
             raise OSError(code, os.strerror(code))
         return fds
 
+    def _has_caught_up(self) -> bool:
+        """Whether all that was asked for has been answered; what came too late is let go of.
+
+        Who asks next does not wait anew for a disk that did not answer the one before.
+        """
+        for channel in tuple(self._late):
+            if _has_answer(channel, 0):
+                with suppress(OSError, ValueError):  # it has ended; another thread was faster
+                    self._late.remove(channel)
+                    for fd in socket.recv_fds(channel, ANSWER.size, 1)[1]:
+                        os.close(fd)
+                    self._free.put(channel)
+        return not self._late
+
     def _gone(self) -> HandsGone:
         if not self._is_gone:
             self._is_gone = True
@@ -144,16 +165,11 @@ class Broker:
         return HandsGone(errno.EIO, _GONE)
 
 
-def _require_answer(channel: socket.socket) -> None:
-    """Wait for it, but not for long: the event loop of a mount may be who waits.
-
-    Raises TimeoutError, and the channel is closed: the answer must not be taken for another's.
-    """
+def _has_answer(channel: socket.socket, seconds: float) -> bool:
+    """Wait for it, but not for long: the event loop of a mount may be who waits."""
     poll = select.poll()
     poll.register(channel, select.POLLIN)
-    if not poll.poll(_PATIENCE_SECONDS * 1000):
-        channel.close()
-        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    return bool(poll.poll(seconds * 1000))
 
 
 def _place_of(directory: int, name: str) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ import socket
 import sys
 import syslog
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -38,6 +38,9 @@ _STOP = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXCPU)
 _MAX_TASKS = 1 << 20
 
 _ARENAS = 2
+
+_LEAVING_SECONDS = 3.0
+"""After a signal: then it is unmounted, though a repair be put back still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,16 @@ async def _mount(
     ready: Callable[[], None],
 ) -> int:
     target = os.path.realpath(directory)
-    with _mounted(service.operations, directory, options):
+    is_over = trio.Event()
+    with _mounted(service.operations, directory, options) as unmount:
+
+        async def leave() -> None:
+            with trio.move_on_after(_LEAVING_SECONDS):
+                await is_over.wait()
+                return
+            log.warning("%s: unmounted; what has begun is waited for", directory)
+            await trio.to_thread.run_sync(unmount)
+
         read_ahead = ReadAhead(target)
         follow_no_links(target)
         os.chdir("/")  # whatever the caller's directory is on can be unmounted
@@ -108,12 +120,15 @@ async def _mount(
         try:
             async with trio.open_nursery() as nursery:
                 stop = nursery.cancel_scope.cancel
-                nursery.start_soon(_obey, signals, service, stop)
+                nursery.start_soon(_obey, signals, service, stop, leave)
                 nursery.start_soon(_announce, service, read_ahead, ready, stop)
                 nursery.start_soon(service.operations.watch_callers)
                 nursery.start_soon(service.operations.drop_names)
                 take_turns_fast()
-                await pyfuse3.main(max_tasks=_MAX_TASKS)
+                try:
+                    await pyfuse3.main(max_tasks=_MAX_TASKS)
+                finally:
+                    is_over.set()
                 stop()
         except Exception:
             log.exception("the mount ended unexpectedly")
@@ -121,7 +136,12 @@ async def _mount(
     return 0
 
 
-async def _obey(signals: AsyncIterator[int], service: Service, stop: Callable[[], None]) -> None:
+async def _obey(
+    signals: AsyncIterator[int],
+    service: Service,
+    stop: Callable[[], None],
+    leave: Callable[[], Awaitable[None]],
+) -> None:
     async for number in signals:
         if number == STOP_COMPUTING:
             service.cancel()
@@ -129,6 +149,8 @@ async def _obey(signals: AsyncIterator[int], service: Service, stop: Callable[[]
         else:
             log.info("%s: unmounting", signal.Signals(number).name)
             stop()
+            with trio.CancelScope(shield=True):
+                await leave()
 
 
 async def _announce(
@@ -146,7 +168,10 @@ async def _announce(
 
 
 @contextlib.contextmanager
-def _mounted(operations: Operations, directory: str, options: set[str]) -> Iterator[None]:
+def _mounted(
+    operations: Operations, directory: str, options: set[str]
+) -> Iterator[Callable[[], bool]]:
+    """Yields what unmounts it early, in any thread."""
     with Unmounter(directory) as unmounter, _file_in_memory() as kept:
         with _captured_stderr(kept) as said:
             try:
@@ -158,7 +183,7 @@ def _mounted(operations: Operations, directory: str, options: set[str]) -> Itera
         if warning:
             log.warning("%s", warning)
         try:
-            yield
+            yield unmounter.unmount
         finally:
             if not unmounter.unmount():
                 log.warning("%s: could not be unmounted: see instarfs umount", directory)

@@ -63,7 +63,7 @@ def serve(
     confinement = Confinement.of_daemon(image, followed)
 
     def confine() -> None:
-        memory.limit(image.source())
+        memory.limit(image.source(), for_good=True)
         confinement.enforce()
 
     @asynccontextmanager

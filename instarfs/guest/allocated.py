@@ -74,6 +74,8 @@ class AllocatedBytes:
         now = time.monotonic()
         if place.part is not Part.DISK or now < self._looked_at + REST:
             return None
+        if not image.answers_at_once:
+            return None
         self._looked_at = now
         try:
             size = _count(image.source(wait=False), place, in_passing=True)

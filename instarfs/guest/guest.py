@@ -78,6 +78,11 @@ class Guest:
         return tuple(image.generation() for image in self.chain.images)
 
     @property
+    def answers_at_once(self) -> bool:
+        """Of the image itself: see `Image.answers_at_once`."""
+        return self._image.answers_at_once
+
+    @property
     def follows(self) -> bool:
         """Whether it is read from other files too: whoever serves these may not answer."""
         return bool(self.chain.images)

@@ -9,8 +9,9 @@ the event loop: they may be served by a process that does not answer, or waits f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -38,9 +39,19 @@ class _Kept:
 class GuestReader:
     """The guest's bytes as they are now."""
 
-    def __init__(self, look: Callable[[], tuple[Image, Hashable]], follow: Follow) -> None:
-        """*look* gives the image and what changes when it does; it may raise a domain error."""
-        self._look, self._follow = look, follow
+    def __init__(
+        self,
+        look: Callable[[], tuple[Image, Hashable]],
+        follow: Follow,
+        *,
+        attend: Callable[[], Awaitable[None]] | None = None,
+        ask: Callable[[Callable[[], Any]], Any] = lambda question: question(),
+    ) -> None:
+        """*look* gives the image and what changes when it does; it may raise a domain error.
+
+        *attend* waits until the image answers; *ask* asks it something, and does not wait long.
+        """
+        self._look, self._follow, self._attend, self._ask = look, follow, attend, ask
         self._kept: _Kept | None = None
         self._signature: Signature | None = None
         self._looked_at = 0.0
@@ -66,7 +77,9 @@ class GuestReader:
         self._kept = None
 
     async def refresh(self) -> None:
-        """Look at the files beneath the guest, if there are any, in a thread."""
+        """Wait for the image, and look at the files beneath the guest, if any, in a thread."""
+        if self._attend is not None:
+            await self._attend()
         kept = self._kept
         if kept is None or self._is_fresh(kept):
             return
@@ -113,7 +126,12 @@ class GuestReader:
     def _fresh(self) -> Guest | None:
         """The guest as it is now, where nothing has to be waited for to know that."""
         kept = self._kept
-        return self._current() if kept is not None and self._is_fresh(kept) else None
+        if kept is None or not self._is_fresh(kept):
+            return None
+        fresh_until = self._looked_at + FRESH_SECONDS
+        if not kept.guest.answers_at_once and time.monotonic() >= fresh_until:
+            return None
+        return self._current()
 
     def _is_fresh(self, kept: _Kept) -> bool:
         """Whether nothing beneath has to be looked at."""
@@ -133,11 +151,11 @@ class GuestReader:
             now = time.monotonic()
             if now < self._looked_at + FRESH_SECONDS:
                 return guest
-            if guest.signature() == self._signature:
+            if self._ask(guest.signature) == self._signature:
                 self._looked_at = now
                 return guest
         # Taken before the state is looked at: should the image change in between, it will differ.
-        signature = guest.signature()
+        signature = self._ask(guest.signature)
         if self._look()[1] != kept.state:
             return None
         self._signature = signature

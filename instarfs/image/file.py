@@ -58,6 +58,12 @@ _SECTORS_WRITTEN = 6
 # RWF_NOWAIT, which would tell for each read, they do not offer.
 _IN_MEMORY = ("tmpfs", "ramfs")
 
+# Of what is open these know size and times without asking anybody, and names as fast as a disk is.
+_ON_THIS_MACHINE = (
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "bcachefs", "f2fs", "zfs", "jfs", "nilfs2"),
+    *("vfat", "exfat", "ntfs3", "iso9660", "udf", *_IN_MEMORY),
+)
+
 _SECOND_NS = 10**9
 
 # A second write within one tick of the file system's clock leaves no trace in the times. The
@@ -291,13 +297,34 @@ class Image:
     @functools.cached_property
     def is_in_memory(self) -> bool:
         """Whether its file system keeps files in memory, so that no read waits for a disk."""
-        device = os.fstat(self._fd).st_dev
-        number = f"{os.major(device)}:{os.minor(device)}"
+        return self._filesystem in _IN_MEMORY
+
+    @functools.cached_property
+    def answers_at_once(self) -> bool:
+        """Whether nobody but this machine's kernel is asked what the file is now.
+
+        Of anything else, a network or a process, an answer may never come.
+        """
+        return self._is_device or self._filesystem in _ON_THIS_MACHINE
+
+    @functools.cached_property
+    def _filesystem(self) -> str:
+        """The type of the one that it is on; empty where that is not told."""
+        number = mount_id(self._fd)
         with contextlib.suppress(OSError):
             for mount in mounts_in(MOUNT_TABLE.read_bytes()):
-                if mount.device == number:
-                    return mount.filesystem in _IN_MEMORY
-        return False
+                if mount.number == number:
+                    return mount.filesystem
+        return ""
+
+    def close_aside(self) -> None:
+        """From now on let a thread close it, where whoever serves it has to be waited for."""
+        closing = self._close.detach()
+        if closing is None or self.answers_at_once:
+            return
+        _, _, descriptors, _ = closing
+        self._close = weakref.finalize(self, _close_aside, *descriptors)
+        self._close.atexit = False  # then there are no threads any more
 
     def source(self, *, wait: bool = True) -> FileSource:
         """Its bytes, as many as there are now; see `FileSource` for *wait*."""
@@ -382,6 +409,7 @@ class Image:
             spot=_again(self.spot),
             origin=self.origin,
             is_named=self._is_named,
+            closes_aside=not self.answers_at_once,
             hands=self.hands,
             undo=_again(self.undo) if self.undo else None,
         )

@@ -26,16 +26,17 @@ _NO_STACK = "can't start new thread"
 """What Python makes of a thread that there is no memory for."""
 
 
-def limit(source: FileSource) -> None:
+def limit(source: FileSource, *, for_good: bool = False) -> None:
     """Let this process have as much memory as anything done with the image can take.
 
     What whoever started it allows remains the most (`ulimit -d`, in other words RLIMIT_DATA).
+    *for_good*: it cannot be lifted any more, unless by one who may lift any limit.
     """
     most = min(FOR_ANY + FOR_A_BYTE * source.stored_bytes(), (1 << 63) - 1)
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most if for_good else hard))
 
 
 @contextmanager

@@ -186,7 +186,9 @@ class Inspector:
         self._looks: deque[Value[Any]] = deque()
         self._checked: tuple[Generation, Edition[Checkup]] | None = None
         self.repairs = Repairs(subject.to_repair, subject.sharing, make_repairer)
-        self.reader = GuestReader(subject.look, follow or Follow())
+        self.reader = GuestReader(
+            subject.look, follow or Follow(), attend=subject.attend, ask=subject.ask
+        )
         self.allocated = AllocatedBytes(subject.look)
         self.guest = self._value(self.reader.state, self._open_guest, self.reader.refresh)
         self.description = self._value(lambda: subject.look()[1], self._describe)
@@ -319,7 +321,7 @@ class Inspector:
         compute: Callable[[Changed], Awaitable[T]],
         refresh: Callable[[], Awaitable[None]] | None = None,
     ) -> Value[T]:
-        return Value(self._workshop, key, compute, refresh)
+        return Value(self._workshop, key, compute, refresh or self.subject.attend)
 
     def _keep_look(self, looked: Value[Any]) -> None:
         """Let go of what was looked at before the last few."""

@@ -65,7 +65,9 @@ class LostRuns(Generic[C]):
     async def read(self, run: LostRun, offset: int, size: int) -> bytes:
         """Bytes of a run from *offset* on, fewer than *size* only at its end."""
         size = max(0, min(size, run.length - offset))
-        return await trio.to_thread.run_sync(read_bytes, self._source(), run.offset + offset, size)
+        return await trio.to_thread.run_sync(
+            read_bytes, self._source(), run.offset + offset, size, abandon_on_cancel=True
+        )
 
     async def _runs(self) -> tuple[I64, I64]:
         edition = self._peek()
@@ -74,7 +76,7 @@ class LostRuns(Generic[C]):
         if edition not in self._known:
             # Millions of clusters take a while.
             self._known[edition] = await trio.to_thread.run_sync(
-                _runs_of, edition.value.report, self._source()
+                _runs_of, edition.value.report, self._source(), abandon_on_cancel=True
             )
         return self._known[edition]
 

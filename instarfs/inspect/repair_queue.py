@@ -90,9 +90,13 @@ class Repairs:
         the outcome of before. Python's files write again when they are closed what has failed.
         """
         asked, failed = (tier, quote), self._failed
-        if failed is not None and failed[:2] == (asked, self._find_image().generation()):
-            self.outcome = failed[2]
-            return failed[2]
+        if failed is not None:
+            now = await trio.to_thread.run_sync(
+                self._find_image().generation, abandon_on_cancel=True
+            )
+            if failed[:2] == (asked, now):
+                self.outcome = failed[2]
+                return failed[2]
         return await self._run(lambda repairer: repairer.repair(tier, quote), asked)
 
     async def undo(self) -> RepairOutcome:

@@ -1,7 +1,9 @@
 """The image under inspection: which file its path names now, what that is, and who looked at it.
 
 Everything about a file that is written to, or replaced under its path, while it is inspected lives
-here. All of it is for the event loop. What is computed from it is the inspector's business.
+here. All of it is for the event loop, and waits for nobody: where the image does not answer it
+raises `ImageSilent`, or tells what was last known; `attend` waits. What is computed from it is the
+inspector's business.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -17,7 +20,8 @@ from instarfs.errors import ImageReplaced, InstarfsError
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Generation, Image, WouldBlock
 from instarfs.image.rwlock import Sharing
-from instarfs.image.surroundings import Surroundings
+from instarfs.image.surroundings import Gone, Surroundings
+from instarfs.inspect.asking import Asker
 from instarfs.inspect.repair_queue import last_repair
 from instarfs.repair.interrupted import pending
 from instarfs.repair.journal import State, Summary
@@ -26,6 +30,8 @@ from instarfs.repair.outcome import Pending
 from planner.qcow2.contents import bare_header
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import SIGNED_MAX
+
+T = TypeVar("T")
 
 
 class Subject:
@@ -37,6 +43,8 @@ class Subject:
     def __init__(self, image: Image) -> None:
         self.image = image
         self.sharing = Sharing()
+        self._asker = Asker(image.path, at_once=image.answers_at_once)
+        image.close_aside()
         self._generation = image.generation()
         # The image itself, not its inode number: that of a file which is gone goes to another.
         self._reviewed = weakref.ref(image)
@@ -55,6 +63,14 @@ class Subject:
         self._let_go.append(let_go)
 
     # ---- what it is now ----
+
+    async def attend(self) -> None:
+        """Wait, as long as it takes, until the image answers."""
+        await self._asker.wait(self.image.is_replaced)
+
+    def ask(self, question: Callable[[], T]) -> T:
+        """What *question*, which is about the image, gives. Raises `ImageSilent`."""
+        return self._asker.ask(question)
 
     def look(self) -> tuple[Image, Hashable]:
         """The file that the path names now, and what changes when its bytes do.
@@ -77,7 +93,7 @@ class Subject:
         Raises a domain error where there is no image.
         """
         _, state = self.look()
-        return state, self.is_written(), self.pending(), self.image.gone()
+        return state, self.is_written(), self.pending(), self.gone()
 
     def generation(self) -> Generation:
         """What the image is now, or was when it last could be looked at."""
@@ -89,30 +105,38 @@ class Subject:
         """The file and whether it is written.
 
         What takes a check and looks again may see two images. It is of one if this is the same
-        before the first and after the last look; ``image`` is the one that it tells of.
+        before the first and after the last look; ``image`` is the one that it tells of. Never
+        raises: while the image does not answer, each moment is another.
         """
-        return self.generation(), self.is_written()
+        try:
+            return self.generation(), self.is_written()
+        except InstarfsError:
+            return object()
 
     def is_written(self) -> bool:
         """Whether somebody, here or elsewhere, writes to it, or may."""
-        return locks.is_written(self.image.fileno()) or self.sharing.has_writer
+        return self.sharing.has_writer or self.ask(partial(locks.is_written, self.image.fileno()))
+
+    def gone(self) -> Gone | None:
+        """As `Image.gone`."""
+        return self.ask(self.image.gone)
 
     def source(self) -> FileSource:
         """The image's bytes, as many as there are now."""
-        return self.image.source()
+        return self.ask(self.image.source)
 
     def surroundings(self) -> Surroundings:
         """What is around the image, to make files there."""
-        return look_around(self.image)
+        return self.ask(partial(look_around, self.image))
 
     def _look(self) -> Generation:
-        if self.image.is_replaced():
+        if self.ask(self.image.is_replaced):
             # The old one is closed, and its disk space free, when the last thread that reads it
-            # lets go of it.
-            self.image = self.image.reopen()
+            # lets go of it. To open another takes its time, wherever that is.
+            self.image = self._asker.ask(self.image.reopen, at_once=False)
             for let_go in self._let_go:
                 let_go()
-        return self.image.generation()
+        return self.ask(self.image.generation)
 
     # ---- the length of the guest's disk ----
 
@@ -124,7 +148,8 @@ class Subject:
         generation = self.generation()
         if self._size[0] != generation:
             with contextlib.suppress(WouldBlock, InstarfsError):
-                self._size = generation, _disk_size(self.image, wait=False)
+                size = self.ask(partial(_disk_size, self.image, wait=False))
+                self._size = generation, size
         return self._size[1]
 
     async def learn_disk_size(self) -> None:
@@ -157,11 +182,11 @@ class Subject:
 
     def pending(self) -> Pending | None:
         """The repair of the image that was interrupted, if there is one."""
-        return pending(self.image)
+        return self.ask(partial(pending, self.image))
 
     def last_repair(self) -> Summary | Exception | None:
         """What its undo file says of itself, or why that cannot be known; None where none is."""
-        return last_repair(self.image)
+        return self.ask(partial(last_repair, self.image))
 
     def is_touched(self, last: Summary) -> bool:
         """Whether others may have written to the image after the *last* repair, by its times."""

@@ -198,7 +198,8 @@ def unmount(directory: str) -> None:
         if complaint:
             raise UnmountFailed(directory, complaint)
         if daemon is not None and not _has_ended(daemon, _END_SECONDS):
-            raise UnmountFailed(directory, "it is unmounted, but its process has not ended")
+            reason = "it is unmounted, but its process waits until what the image is on answers"
+            raise UnmountFailed(directory, reason)
 
 
 def _try_to_unmount(target: str) -> str:

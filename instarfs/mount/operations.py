@@ -78,6 +78,8 @@ _SHOWN_UNSETTLED = 1000
 
 _DOTS = (".", "..")
 
+_SOON_SECONDS = 0.2
+
 INTERRUPT_POLL_SECONDS = 0.1
 
 
@@ -342,8 +344,10 @@ class Operations(pyfuse3.Operations):
         child = await directory.child(os.fsdecode(name))
         if child is None:
             raise FUSEError(errno.ENOENT)
-        await _learn_size(child)
+        is_known = await _learn_size_soon(child)
         entry = self._attributes_of(child, ctx.pid, is_fixed=directory.is_fixed)
+        if not is_known:
+            entry.attr_timeout = _ATTR_TIMEOUT
         if directory.is_fixed:
             self._remember(child)
         else:
@@ -432,8 +436,10 @@ class Operations(pyfuse3.Operations):
                 if child is None:  # gone since it was listed
                     continue
                 node = child
-            await _learn_size(node)
+            is_known = await _learn_size_soon(node)
             entry = self._attributes_of(node, is_fixed=directory.is_fixed, facts=facts)
+            if not is_known:
+                entry.attr_timeout = _ATTR_TIMEOUT
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
                 return
             if position < len(_DOTS):
@@ -566,6 +572,16 @@ def _count(node: Node) -> int:
     """Nodes in the tree that are always there, *node* included."""
     children = node.children.values() if isinstance(node, FixedDirectory) else ()
     return 1 + sum(map(_count, children))
+
+
+async def _learn_size_soon(node: Node) -> bool:
+    """Whether it is known. Who looks into a directory holds up all others who do, in the kernel: a
+    disk that does not answer is waited for when the attributes are asked for, and by one alone.
+    """
+    with trio.move_on_after(_SOON_SECONDS):
+        await _learn_size(node)
+        return True
+    return False
 
 
 async def _learn_size(node: Node) -> None:

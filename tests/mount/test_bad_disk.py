@@ -1,17 +1,22 @@
 """An image on a disk that fails: the right errno, a line in the log, and a mount that goes on."""
 
+import contextlib
 import errno
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from instarfs.errors import UnmountFailed
+from instarfs.mount import mountpoint
 from planner.guest.mapfile import BAD, parse_mapfile
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.mount.mounts import DEADLINE, MakeMount, Mount, instarfs, mounted, settle, until
@@ -29,6 +34,16 @@ class Disk:
     path: Path
     beneath: Path
     faults: Path
+    server: subprocess.Popen[bytes]
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """It answers nothing at all meanwhile, as a server over the network that has gone."""
+        self.server.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.server.send_signal(signal.SIGCONT)
 
     def fail(self, *faults: Fault) -> None:
         """From now on fail like this; without faults, no more."""
@@ -59,14 +74,14 @@ def damaged() -> bytes:
 def disk(tmp_path: Path) -> Iterator[Disk]:
     folder, directory = tmp_path / "beneath", tmp_path / "disk"
     folder.mkdir()
-    it = Disk(directory / "image.qcow2", folder / "image.qcow2", tmp_path / "faults")
-    it.beneath.write_bytes(damaged())
-    settle(it.beneath)
-    it.fail()
+    image, faults = folder / "image.qcow2", tmp_path / "faults"
+    image.write_bytes(damaged())
+    settle(image)
+    faults.write_text("[]")
     program = Path(__file__).with_name("bad_disk.py")
-    command: list[str | Path] = [sys.executable, program, folder, directory, it.faults]
-    with mounted(command, it.path, directory):
-        yield it
+    command: list[str | Path] = [sys.executable, program, folder, directory, faults]
+    with mounted(command, directory / "image.qcow2", directory) as below:
+        yield Disk(below.image, image, faults, below.process)
 
 
 @pytest.fixture
@@ -219,3 +234,104 @@ def test_an_export_goes_around_what_cannot_be_read(disk: Disk, tmp_path: Path) -
     disk.fail()
     assert instarfs("export", disk.path, out).returncode == 0
     assert out.read_bytes() == (CONTENT * 64).ljust(64 * MIB, b"\0")
+
+
+# ---- a disk that answers nothing ----
+
+SECONDS = 15.0
+"""In which a mount must have ended, whatever its image does."""
+
+
+def nobody(_mount: Mount) -> None:
+    pass
+
+
+def who_checks(mount: Mount) -> subprocess.Popen[bytes]:
+    return in_background("cat", mount / "check/result.json")
+
+
+def who_reads(mount: Mount) -> subprocess.Popen[bytes]:
+    return in_background("cat", mount / "disk.raw")
+
+
+def who_repairs(mount: Mount) -> subprocess.Popen[bytes]:
+    return in_background("dd", f"of={mount / 'repair/tier'}", "conv=notrunc", stdin=b"leaks")
+
+
+def in_background(*command: str | Path, stdin: bytes = b"") -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    process.stdin.write(stdin)
+    process.stdin.close()
+    return process
+
+
+def answers(*command: str | Path) -> bool:
+    """Whether a program ends well, and in time."""
+    with in_background(*command) as process:
+        try:
+            return process.wait(SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return False
+
+
+@pytest.mark.parametrize("waiting", [nobody, who_checks, who_reads, who_repairs])
+def test_a_signal_ends_a_mount_whose_image_answers_nothing(
+    disk: Disk, mount_of_disk: Mount, waiting: Callable[[Mount], subprocess.Popen[bytes] | None]
+) -> None:
+    mount = mount_of_disk
+    assert result(mount)["leaks"] == 3
+    os.utime(disk.beneath)  # nothing that is known holds any more
+    with disk.silent():
+        waiter = waiting(mount)
+        assert answers("cat", mount / "README.txt")
+        assert answers("ls", mount / "image")
+        mount.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + SECONDS
+        while mount.is_mounted():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    # A thread that the kernel keeps waiting keeps the process, and no longer.
+    assert mount.wait_for_end() == 0
+    if waiter is not None:
+        assert waiter.wait(DEADLINE) != 0
+
+
+def test_umount_ends_a_mount_whose_image_answers_nothing(
+    disk: Disk, mount_of_disk: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = mount_of_disk
+    assert result(mount)["leaks"] == 3
+    os.utime(disk.beneath)
+    monkeypatch.setattr(mountpoint, "_END_SECONDS", 0.5)
+    with disk.silent():
+        waiter = who_checks(mount)
+        assert answers("cat", mount / "README.txt")
+        with pytest.raises(UnmountFailed, match=r"it is unmounted, .* until .* answers"):
+            mountpoint.unmount(str(mount.path))
+        assert not mount.is_mounted()
+    assert mount.wait_for_end() == 0
+    assert waiter.wait(DEADLINE) != 0
+
+
+def test_who_waits_for_an_image_that_answers_again_gets_an_answer(
+    disk: Disk, mount_of_disk: Mount
+) -> None:
+    mount = mount_of_disk
+    assert result(mount)["leaks"] == 3
+    os.utime(disk.beneath, (1e9, 1e9))
+    with disk.silent():
+        waiters = [who_checks(mount), who_reads(mount)]
+        # However many look at it, the mount waits for that once.
+        begun = time.monotonic()
+        for _ in range(20):
+            assert answers("stat", mount.path)
+        assert time.monotonic() - begun < SECONDS
+        assert [waiter.poll() for waiter in waiters] == [None, None]
+    assert [waiter.wait(DEADLINE) for waiter in waiters] == [0, 0]

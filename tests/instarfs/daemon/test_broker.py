@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import random
+import select
 import socket
 import threading
 import zlib
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.daemon import broker
 from instarfs.daemon.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
 from instarfs.errors import ImageOpenFailed
 from instarfs.image.directory import (
@@ -28,6 +30,7 @@ from instarfs.image.directory import (
     SUFFIX,
     Change,
     Hands,
+    HandsGone,
     Opening,
     Origin,
     OwnHands,
@@ -326,3 +329,58 @@ def test_without_a_broker_nobody_is_told_to_move_the_undo_file_away(tmp_path: Pa
     assert unknown
     assert unknown.sentence.startswith(f"{folder / IMAGE}{SUFFIX}: the undo file cannot be opened:")
     assert unknown.sentence.endswith("; unmount, and mount again")
+
+
+class SlowBroker:
+    """The other end of *count* channels, where what is asked for is answered when it is told."""
+
+    def __init__(self, count: int) -> None:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(count)]
+        self.channels = [its for _, its in pairs]
+        self._ours = [ours for ours, _ in pairs]
+        self.hands = Broker([ours for ours, _ in pairs])
+
+    def close(self) -> None:
+        for channel in (*self._ours, *self.channels):
+            channel.close()
+
+    def asked(self) -> list[socket.socket]:
+        """The channels on which something was asked for and not taken yet."""
+        return [each for each in self.channels if select.select([each], [], [], 0)[0]]
+
+    def answer(self, channel: socket.socket, fd: int) -> None:
+        channel.recv(REQUEST.size)
+        socket.send_fds(channel, [ANSWER.pack(0)], [fd])
+
+
+def test_a_broker_that_does_not_answer_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a while for each channel; and what comes too late is taken for nobody's answer."""
+    monkeypatch.setattr(broker, "_PATIENCE_SECONDS", 0.05)
+    slow = SlowBroker(3)
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        for _ in range(10):
+            with pytest.raises(HandsGone):
+                slow.hands.open(Opening.IMAGE, directory, IMAGE)
+        (late,) = slow.asked()
+        (tmp_path / "late").write_bytes(b"late")
+        (tmp_path / IMAGE).write_bytes(b"image")
+        with (tmp_path / "late").open("rb") as wrong:
+            slow.answer(late, wrong.fileno())
+        answering = threading.Thread(target=_answer_next, args=[slow, tmp_path / IMAGE])
+        answering.start()
+        monkeypatch.setattr(broker, "_PATIENCE_SECONDS", 10)
+        with os.fdopen(slow.hands.open(Opening.IMAGE, directory, IMAGE), "rb") as file:
+            assert file.read() == b"image"
+        answering.join(10)
+    finally:
+        os.close(directory)
+        slow.close()
+
+
+def _answer_next(slow: SlowBroker, path: Path) -> None:
+    (asked,) = select.select(slow.channels, [], [], 10)[0]
+    with path.open("rb") as file:
+        slow.answer(asked, file.fileno())

@@ -14,7 +14,7 @@ from instarfs.errors import GuestDamaged, ImageMissing
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Part, Place
 from instarfs.guest.reader import GuestReader
-from instarfs.image.file import Image
+from instarfs.image.file import Image, mount_id
 from planner.errors import ImageError
 from planner.guest.mapping import FLAW_SENTENCES, Flaw
 from tests.images.builder import ImageBuilder
@@ -180,15 +180,21 @@ def test_a_state_that_cannot_be_known_equals_no_other() -> None:
 def test_a_file_system_in_memory_is_known_by_its_type(
     image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = image.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
+    with image.open() as file:
+        number = mount_id(file.fileno())
     table = tmp_path / "mountinfo"
     monkeypatch.setattr("instarfs.image.file.MOUNT_TABLE", table)
     for kind, expected in (("tmpfs", True), ("ext4", False)):
-        table.write_text(f"1 0 0:999 / /x rw - ramfs x rw\n2 0 {number} / / rw - {kind} x rw\n")
+        other = "99999 0 0:1 / /x rw - ramfs x rw"
+        table.write_text(f"{other}\n{number} 0 0:2 / / rw - {kind} x rw\n")
         assert Image.open(str(image)).is_in_memory is expected
+        assert Image.open(str(image)).answers_at_once
+    for kind in ("nfs4", "cifs", "fuse.sshfs", "9p", "overlay"):
+        table.write_text(f"{number} 0 0:2 / / rw - {kind} x rw\n")
+        assert not Image.open(str(image)).answers_at_once
     table.unlink()
     assert Image.open(str(image)).is_in_memory is False
+    assert not Image.open(str(image)).answers_at_once
 
 
 # ---- files that are followed ----

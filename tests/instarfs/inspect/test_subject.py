@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.errors import ImageNotFollowed, ImageReplaced
+from instarfs.errors import ImageNotFollowed, ImageReplaced, ImageSilent
 from instarfs.image.file import Image
 from instarfs.image.locks import Access, Permission, held
+from instarfs.inspect import asking
 from instarfs.inspect.subject import Subject
 from tests.images.sample import sample
 
@@ -98,3 +99,34 @@ async def test_the_size_of_the_disk_is_not_waited_for_in_the_event_loop(
     assert subject.disk_size() == 64 << 20
     await subject.learn_disk_size()
     assert subject.disk_size() == 32 << 20
+
+
+def test_of_an_image_that_does_not_answer_the_event_loop_waits_for_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is asked; what was known before is told where that will do."""
+    monkeypatch.setattr(asking, "PATIENCE", 0.05)
+    monkeypatch.setattr(Image, "answers_at_once", False)
+    subject, event = Subject(Image.open(str(path))), threading.Event()
+    generation, state = subject.generation(), subject.state()
+    whole, main = os.fstat, threading.main_thread()
+
+    def fstat(fd: int) -> os.stat_result:
+        if threading.current_thread() is main:
+            assert fd != subject.image.fileno()
+        else:
+            event.wait(10)
+        return whole(fd)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    try:
+        questions = (subject.look, subject.checked_state, subject.to_repair, subject.source)
+        for ask in (*questions, subject.gone, subject.is_written, subject.pending):
+            with pytest.raises(ImageSilent):
+                ask()
+        assert subject.generation() == generation
+        assert subject.disk_size() == 0
+        assert subject.state() not in (state, subject.state())
+        assert subject.moment() != subject.moment()
+    finally:
+        event.set()
