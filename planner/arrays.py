@@ -54,6 +54,24 @@ def join_ranges(start: I64, end: I64) -> tuple[I64, I64]:
     return start[first], end[np.append(first[1:], len(start))[: len(first)] - 1]
 
 
+_SEARCHED = 1 << 18
+"""Values that are looked for at a time."""
+
+
+def is_among(values: I64, ascending: I64) -> Mask:
+    """Which of *values* are among others, which are in order.
+
+    As np.isin says, which joins and sorts both: of seven million that takes half a gigabyte.
+    """
+    result = np.zeros(len(values), dtype=np.bool_)
+    if len(ascending):
+        for start in range(0, len(values), _SEARCHED):
+            part = values[start : start + _SEARCHED]
+            at = np.minimum(np.searchsorted(ascending, part), len(ascending) - 1)
+            result[start : start + _SEARCHED] = ascending[at] == part
+    return result
+
+
 def distinct(values: I64) -> I64:
     """The values of a 1-D array without repeats, ascending.
 

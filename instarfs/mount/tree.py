@@ -134,18 +134,23 @@ def _image_file(inspector: Inspector) -> _Entry:
     subject = inspector.subject
 
     def at_hand(offset: int, size: int) -> bytes | None:
+        image = subject.image
+        if not image.answers_at_once:
+            return None
         try:
-            return read_present(subject.image.source(wait=False), offset, size)
+            return read_present(image.source(wait=False), offset, size)
         except WouldBlock:
             return None
 
     async def read(offset: int, size: int) -> bytes:
+        await subject.attend()
         return await trio.to_thread.run_sync(
-            lambda: read_present(subject.source(), offset, size), abandon_on_cancel=True
+            read_present, subject.source(), offset, size, abandon_on_cancel=True
         )
 
-    def allocated() -> int:
-        return subject.image.allocated_size()
+    def allocated() -> int | None:
+        image = subject.image
+        return image.allocated_size() if image.answers_at_once else None
 
     return _Entry(
         "image.qcow2",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts
+from planner.arrays import I64, U8, Counts, is_among
 from planner.errors import RefcountExhausted
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.refcounts import Reftable
@@ -60,7 +60,7 @@ def _refblocks_cover(scope: Scope, stay: I64) -> bool:
     writable = writable_refblocks(scope, blocks)[0]
     for block in np.setdiff1d(blocks, writable, assume_unique=True).tolist():
         wrong = scope.mismatches.between(block * per_block, (block + 1) * per_block)[0]
-        if not np.isin(wrong, stay).all():
+        if not is_among(wrong, stay).all():
             return False
     return True
 
@@ -123,7 +123,7 @@ class _Corrector:
                 first, first + self._per_block
             )
             chosen = np.isin(kind, np.array(self._kinds, dtype=np.uint8))
-            chosen &= ~np.isin(cluster, self._stay)
+            chosen &= ~is_among(cluster, self._stay)
             touched[row] = chosen.any()
             index, kind, counted = cluster[chosen] - first, kind[chosen], counted[chosen]
             rising = kind != FindingKind.LEAK
@@ -158,11 +158,6 @@ class _Corrector:
             runs = np.flatnonzero(kind[starts] == each)
             first = index[starts[runs]] * bits
             last = first + lengths[runs] * bits - 1
-            places = zip(
-                (offset + first // 8).tolist(),
-                (last // 8 - first // 8 + 1).tolist(),
-                lengths[runs].tolist(),
-                strict=True,
-            )
+            places = (offset + first // 8, last // 8 - first // 8 + 1, lengths[runs])
             stage = StageKind.CORRECT if each is FindingKind.LEAK else StageKind.PREPARE
-            self._scope.explain(stage, Structure.REFBLOCK, each, list(places))
+            self._scope.explain_runs(stage, Structure.REFBLOCK, each, places)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, distinct
+from planner.arrays import I64, distinct, is_among
 from planner.check.check import check_image
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
@@ -192,7 +192,7 @@ def propose(
         _settle_flags(scope, report)
     clear_unknown_autoclear(scope)
     plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
-    kept = int(np.isin(_leaked(after), triage.uncounted).sum())
+    kept = int(is_among(_leaked(after), triage.uncounted).sum())
     require_proof(source, plan, report, after, kept=kept)
     return Proposal(tier, plan, report, after, triage, _left(tier, after, triage), kept)
 
@@ -275,13 +275,14 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     # What the repair itself ceased to refer to is no such leak: that reference was known.
-    was, leaked = _leaked(before), _leaked(scope.report)
-    triage = means.triage(scope, np.setdiff1d(leaked, was, assume_unique=True))
+    was = _leaked(before)
+    leaked = was if scope.report is before else _leaked(scope.report)
+    triage = means.triage(scope, leaked[~is_among(leaked, was)])
     if _is_cut(scope, before):
         _require_shown_loss(triage)
     if triage.is_evidence or not scope.report.complete:
-        known = np.intersect1d(was, leaked, assume_unique=True)
-        stay = distinct(np.concatenate((stay, known)))
+        known = was[is_among(was, leaked)]
+        stay = distinct(np.concatenate((stay, known))) if len(stay) else known
     _draft_refcounts(scope, stay, _kept(scope.report, triage))
     if not scope.draft.is_empty:
         # Mostly nothing is left then: with the bits that follow, the next check is the proof.

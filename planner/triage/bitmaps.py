@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
@@ -93,7 +93,7 @@ def lost_bitmap_clusters(source: Source, report: Report, leaked: I64) -> I64:
     for table in _read(source, report).tables:
         found += _led_to(table, report, source.size, leaked)
     clusters = distinct(np.concatenate(found))
-    return clusters[np.isin(clusters, leaked)]
+    return clusters[is_among(clusters, leaked)]
 
 
 def _led_to(table: _Table, report: Report, end: int, leaked: I64) -> Iterator[I64]:

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.arrays import I64, U8, U32, U64, Mask, distinct
 from planner.check.claims import refcounts_are_shared
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
@@ -163,7 +163,7 @@ class Leaked:
     """
 
     cluster: I64
-    lost: I64
+    lost: U32
     uncounted: Mask
     unused: Mask
     holds_data: Mask

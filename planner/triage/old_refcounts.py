@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Counts, Mask
+from planner.arrays import I64, U64, Counts, Mask, is_among
 from planner.check.refcount_comparison import Mismatches
 from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
@@ -71,7 +71,7 @@ class OldRefcounts:
         is_current = self._are_in_use(index + first, places)
         moved = cluster << self._geometry.cluster_bits < self._layout.header.refcount_table_offset
         blocks = places[~is_current] >> self._geometry.cluster_bits
-        if not np.isin(blocks, self._leaked).all():
+        if not is_among(blocks, self._leaked).all():
             return None
         if len(words) == 1 and is_current.all() and not moved:
             return None
@@ -107,7 +107,7 @@ class OldRefcounts:
         clusters = index.clusters_of(slots)
         has = refcounts[clusters - first] != 0
         is_used = mismatches.counted[slots] != 0
-        is_known = is_used | (mismatches.stored[slots] != 0) | np.isin(clusters, self._leaked)
+        is_known = is_used | (mismatches.stored[slots] != 0) | is_among(clusters, self._leaked)
         count = int(np.count_nonzero(refcounts))
         unknown = count - int(np.count_nonzero(has & is_known))
         both = int(np.count_nonzero(has & is_used))

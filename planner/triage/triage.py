@@ -13,10 +13,10 @@ from itertools import chain, islice, pairwise
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask, distinct
+from planner.arrays import I32, I64, U8, U32, Mask, distinct, is_among
 from planner.check.check import check_image
 from planner.check.classify import Look, Looker
-from planner.check.refcount_comparison import Mismatches
+from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
 from planner.check.signatures import NAMES
 from planner.errors import ImageError
@@ -195,14 +195,22 @@ class Triage:
 
 def looks_of(look: U8) -> Counter[Look]:
     """How many there are of each."""
-    counts = np.bincount(look, minlength=len(Look)).tolist()
+    counts = _count_each(look, len(Look))
     return Counter({Look(at): number for at, number in enumerate(counts) if number})
 
 
 def names_of(signature: U8) -> Counter[str]:
     """How many there are of each, without those that are not known."""
-    counts = np.bincount(signature, minlength=len(NAMES)).tolist()
+    counts = _count_each(signature, len(NAMES))
     return Counter({NAMES[at]: number for at, number in enumerate(counts) if number and at})
+
+
+def _count_each(values: U8, most: int) -> list[int]:
+    counts = np.zeros(most, dtype=np.int64)
+    for start in range(0, len(values), CHUNK):  # of all at once it makes eight bytes each
+        counts += np.bincount(values[start : start + CHUNK], minlength=most)
+    listed: list[int] = counts.tolist()
+    return listed
 
 
 def adjacent(clusters: I64) -> tuple[I64, I64]:
@@ -228,10 +236,10 @@ def triage_leaks(
     if mismatches is None:
         return Triage()
     counted = mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    if ignored is not None:
-        counted = counted[~np.isin(counted, ignored)]
+    if ignored is not None and len(ignored):
+        counted = counted[~is_among(counted, ignored)]
     uncounted = uncounted_clusters(_Watched(source, progress, 0), report)
-    leaked = np.concatenate((counted, uncounted))
+    leaked = np.concatenate((counted, uncounted)) if len(uncounted) else counted
     if not len(leaked):
         return Triage(losses=find_shared(source, report))
     leaked.sort()
@@ -240,9 +248,9 @@ def triage_leaks(
     looker = looker_of(watched, report)
     look, signature = _look(watched, report, mismatches, leaked, looker, limits=limits)
     if len(uncounted):  # what is free and empty there is free, and empty
-        kept = ~np.isin(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
+        kept = ~is_among(leaked, uncounted[look[np.searchsorted(leaked, uncounted)] == Look.ZEROS])
         leaked, look, signature = leaked[kept], look[kept], signature[kept]
-        uncounted = uncounted[np.isin(uncounted, leaked)]
+        uncounted = uncounted[is_among(uncounted, leaked)]
     describer = _Describer(
         watched,
         report,
@@ -302,13 +310,16 @@ def _look(
     signature = np.zeros(len(leaked), dtype=np.uint8)
     # What is in use and only counted too high is not lost, whatever it looks like. But an L2 table
     # may have lost one of the L1 entries that shared it.
-    unused = mismatches.count_references(leaked) == 0
-    at = np.flatnonzero(unused | np.isin(leaked, _known_l2_tables(report)))
+    tables, present = _known_l2_tables(report), []
+    for start in range(0, len(leaked), CHUNK):
+        some = leaked[start : start + CHUNK]
+        unused = mismatches.count_references(some) == 0
+        which = start + np.flatnonzero(unused | np.isin(some, tables))
+        is_there = present_tables(source, leaked[which] << geometry.cluster_bits, size)
+        look[which] = np.where(is_there, Look.UNREAD, Look.ZEROS)
+        present.append(which[is_there])
+    at = np.concatenate(present)
     offsets = leaked[at] << geometry.cluster_bits
-    present = present_tables(source, offsets, size)
-    look[at[~present]] = Look.ZEROS
-    at, offsets = at[present], offsets[present]
-    look[at] = Look.UNREAD
     chosen = _choose(source, offsets, size, looker, limits)
     for part, rows in read_tables(source, offsets[chosen], size):
         which = at[chosen[part]]
@@ -377,12 +388,17 @@ class _Describer:
         self._uncounted = uncounted
         self._unused = mismatches.count_references(leaked) == 0
         self._looker = looker
-        self._group = np.full(len(leaked), NONE, dtype=np.int32)
-        self._astray = astray_tables(report, int(np.count_nonzero(look == Look.L2_TABLE)))
+        tables = int(np.count_nonzero(look == Look.L2_TABLE))
+        # Without tables nothing is in a group, and that takes no memory for each.
+        self._group = np.broadcast_to(np.int32(NONE), len(leaked))
+        if tables:
+            self._group = self._group.copy()
+        self._astray = astray_tables(report, tables)
         self._gaps = read_gaps(source, report, self._astray)
         # For every cluster that has a slot, which of the leaked ones it is.
         index = mismatches.index
-        self._rank = np.full(index.slots if index.keys is None else 0, NONE, dtype=np.int32)
+        ranked = index.slots if tables and index.keys is None else 0
+        self._rank = np.full(ranked, NONE, dtype=np.int32)
         if len(self._rank):
             self._rank[leaked] = np.arange(len(leaked), dtype=np.int32)
 
@@ -413,7 +429,7 @@ class _Describer:
         flag, which entries of the active disk have.
         """
         clusters, is_whole = bitmap_clusters(self._source, self._report)
-        mine = self._unused & np.isin(self._leaked, clusters)
+        mine = self._unused & is_among(self._leaked, clusters)
         self._look[mine] = Look.BITMAP
         if is_whole or len(self._report.snapshots):
             return
@@ -423,9 +439,11 @@ class _Describer:
             words = entries.decode_words(rows)
             wrong = (words & np.uint64(entries.BITMAP_RESERVED)) != 0
             sound = ~wrong.any(axis=1)
-            targets = words[sound] >> np.uint64(self._geometry.cluster_bits)
+            targets = np.unique(words[sound] >> np.uint64(self._geometry.cluster_bits))
             self._look[at[part][sound]] = Look.BITMAP
-            self._look[self._unused & np.isin(self._leaked, targets.astype(np.int64))] = Look.BITMAP
+            self._look[self._unused & is_among(self._leaked, targets.astype(np.int64))] = (
+                Look.BITMAP
+            )
 
     def _set_old_refcounts_aside(self) -> None:
         """What refcounts were in before is waste, too."""
@@ -434,8 +452,8 @@ class _Describer:
         at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
         old = OldRefcounts(self._source, self._report.layout, self._mismatches, self._leaked)
         tables, blocks = old.find(self._leaked[at])
-        self._look[self._unused & np.isin(self._leaked, tables)] = Look.REFTABLE
-        self._look[self._unused & np.isin(self._leaked, blocks)] = Look.OLD_REFBLOCK
+        self._look[self._unused & is_among(self._leaked, tables)] = Look.REFTABLE
+        self._look[self._unused & is_among(self._leaked, blocks)] = Look.OLD_REFBLOCK
 
     def _losses(
         self, tables: _Tables, described: tuple[Suspect, ...], snapshots: tuple[Snapshot, ...]
@@ -443,7 +461,9 @@ class _Describer:
         """What the clusters that hold data, or may, were: but for those with a place elsewhere."""
         is_table = (self._look == Look.SNAPSHOT_TABLE) & (len(snapshots) > 0)
         is_table[tables.at[tables.looks_lost]] = True
-        holds_data = ~is_table & ~np.isin(self._look, _NO_DATA)
+        no_data = np.zeros(256, dtype=np.bool_)
+        no_data[list(_NO_DATA)] = True
+        holds_data = ~is_table & ~no_data[self._look]
         lost = _references_lost(self._mismatches, self._leaked)
         if all(table.snapshot for table in described if table.is_l1):
             # What a lost L1 table leads to was a snapshot's, if all of them were.
@@ -454,12 +474,12 @@ class _Describer:
             ]
             lost[np.isin(self._group, elsewhere) & (lost == 1)] = 0
         of_bitmaps = lost_bitmap_clusters(self._source, self._report, self._leaked)
-        lost[np.isin(self._leaked, of_bitmaps) & (lost == 1)] = 0
+        lost[is_among(self._leaked, of_bitmaps) & (lost == 1)] = 0
         leads = np.append(tables.looks_lost, False)  # the last for those of no group
         leaked = Leaked(
             cluster=self._leaked,
             lost=lost,
-            uncounted=np.isin(self._leaked, self._uncounted),
+            uncounted=is_among(self._leaked, self._uncounted),
             unused=self._unused,
             holds_data=holds_data,
             has_table=leads[self._group],
@@ -652,15 +672,16 @@ _BITS = {
 """Under whose other reading the tables refer to other clusters, by the names that QEMU gives."""
 
 
-def _references_lost(mismatches: Mismatches, leaked: I64) -> I64:
-    """How many references each cluster has lost, as far as its refcount can tell; int64."""
-    slots, known = mismatches.index.find(leaked)
-    lost = np.ones(len(leaked), dtype=np.int64)
-    stored, counted = (
-        np.minimum(values[slots[known]].astype(np.uint64), MAX_REFERENCES).astype(np.int64)
-        for values in (mismatches.stored, mismatches.counted)
-    )
-    lost[known] = np.maximum(stored - counted, 1)
+def _references_lost(mismatches: Mismatches, leaked: I64) -> U32:
+    """How many references each cluster has lost, as far as its refcount can tell; uint32."""
+    lost = np.ones(len(leaked), dtype=np.uint32)
+    for start in range(0, len(leaked), CHUNK):
+        slots, known = mismatches.index.find(leaked[start : start + CHUNK])
+        stored, counted = (
+            np.minimum(values[slots[known]].astype(np.uint64), MAX_REFERENCES).astype(np.int64)
+            for values in (mismatches.stored, mismatches.counted)
+        )
+        lost[start + np.flatnonzero(known)] = np.maximum(stored - counted, 1)
     return lost
 
 

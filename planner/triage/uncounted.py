@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, distinct, join_ranges
+from planner.arrays import I64, distinct, join_ranges, without_repeats
 from planner.check.claims import blocks_that_are_none
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
@@ -73,16 +73,20 @@ def _zero_runs(mismatches: Mismatches, per_block: int) -> Iterator[tuple[int, in
 
     A block that is an older copy of itself ends so, in the middle of a sector.
     """
-    nothing = np.zeros(0, dtype=np.int64)
-    missing, filled = [nothing], [nothing]
+    empty = mismatches.clusters(FindingKind.REFCOUNT_MISSING, len(mismatches.counted))
+    blocks = without_repeats(empty // per_block)
+    filled = [np.zeros(0, dtype=np.int64)]
     for low, high in mismatches.spans:
         for first in range(low, high, CHUNK):
             part = slice(first, min(high, first + CHUNK))
-            cluster = mismatches.index.clusters_of(np.arange(part.start, part.stop))
-            has, needs = mismatches.stored[part] != 0, mismatches.counted[part] != 0
-            filled.append(cluster[has])
-            missing.append(cluster[needs & ~has])
-    full, empty = np.concatenate(filled), np.concatenate(missing)
+            bounds = mismatches.index.clusters_of(np.array([part.start, part.stop - 1]))
+            # Of other blocks than these nothing matters.
+            begin, end = np.searchsorted(blocks, bounds // per_block + (0, 1))
+            if begin < end:
+                has = first + np.flatnonzero(mismatches.stored[part])
+                cluster = mismatches.index.clusters_of(has)
+                filled.append(cluster[np.isin(cluster // per_block, blocks[begin:end])])
+    full = np.concatenate(filled)
     # Between two that have one: the bounds of a block are as good.
     full = np.concatenate((np.full(1, -1), full, np.full(1, READABLE_END)))
     block, after = empty - empty % per_block, np.searchsorted(full, empty)

@@ -62,6 +62,21 @@ def refcount_blocks_in_holes(cluster_bits: int) -> Holed:
     return Holed([(0, header), (table, blocks.tobytes())], LARGEST)
 
 
+def leaks_in_holes(fill: bytes, blocks: int) -> Holed:
+    """Refcounts of one bit, *fill* again and again, by which clusters leak that are holes."""
+    bits = 16
+    cluster = 1 << bits
+    header = struct.pack(
+        ">IIQIIQIIQQIIQQQQII8x",
+        *(MAGIC, 3, 0, 0, bits, 1 << 30, 0, 2, 3 * cluster, cluster, 1, 0, 0),
+        *(0, 0, 0, 0, HEADER_LENGTH),
+    )
+    table = (4 + np.arange(blocks, dtype=">u8")) * cluster
+    content = fill * (blocks * cluster // len(fill))
+    parts = [(0, header), (cluster, table.astype(">u8").tobytes()), (4 * cluster, content)]
+    return Holed(parts, blocks * cluster * 8 * cluster)
+
+
 def make_bomb(seed: int) -> Holed:
     """The bomb of that number, always the same."""
     return _Maker(random.Random(seed)).make()

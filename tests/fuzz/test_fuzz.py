@@ -6,15 +6,19 @@
 import random
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
 from instarfs.image.file import Image
 from planner.check.check import check_image
 from planner.check.report import Report
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import propose
 from planner.source import Bytes
+from planner.triage.triage import triage_leaks
 from tests.fuzz.bounds import run
-from tests.fuzz.holed import make_bomb, refcount_blocks_in_holes
+from tests.fuzz.holed import leaks_in_holes, make_bomb, refcount_blocks_in_holes
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
 from tests.images.bombs import BOMBS
@@ -108,3 +112,26 @@ def test_refcount_blocks_in_holes_are_not_counted_as_clusters(cluster_bits, tmp_
     with Image.open(str(path)) as image:
         source = image.source()
         run(Target(lambda _: assert_answered(check_image(source)), list), b"")
+
+
+LEAK_BYTES, LEAKS_BYTES = 24, 24 << 20
+"""What looking at a leaked cluster and a plan that frees it may take of memory, and any number."""
+
+
+def test_leaks_by_the_million_are_looked_at_and_planned_in_bounded_memory(tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    leaks_in_holes(b"\xff", 2).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+        assert report.counters.leaks > 1_000_000
+        tracemalloc.start()
+        try:
+            triage = triage_leaks(source, report)
+            assert triage.leaked == report.counters.leaks
+            for tier in RepairTier:
+                propose(source, report, tier, triage=triage)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < LEAK_BYTES * report.counters.leaks + LEAKS_BYTES

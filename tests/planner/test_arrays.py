@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from planner.arrays import join_ranges
+from planner.arrays import is_among, join_ranges
 
 
 def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
@@ -18,3 +18,12 @@ def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
         before = {n for a, b in zip(start.tolist(), end.tolist(), strict=True) for n in range(a, b)}
         after = {n for a, b in zip(low.tolist(), high.tolist(), strict=True) for n in range(a, b)}
         assert after == before
+
+
+def test_what_is_among_others_is_told_as_numpy_does(seed: int, cases: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(cases // 10):
+        most = int(rng.integers(1, 60))
+        values = rng.integers(0, 50, int(rng.integers(0, most)))
+        ascending = np.unique(rng.integers(0, 50, int(rng.integers(0, most))))
+        assert np.array_equal(is_among(values, ascending), np.isin(values, ascending))
