@@ -112,6 +112,21 @@ class MetricsFailed(InstarfsError):
 
 
 @dataclass(eq=False)
+class ClusterLibraryMissing(InstarfsError):
+    """--dask takes what is not installed: pip install 'instarfs[dask]', of the cluster's version"""
+
+
+@dataclass(eq=False)
+class ClusterFailed(InstarfsError):
+    """{address}: the Dask cluster cannot be used: {reason}; what was checked is in the state, and
+    the same command goes on
+    """
+
+    address: str
+    reason: str
+
+
+@dataclass(eq=False)
 class ScanCrippled(InstarfsError):
     """no process can be started that checks images: {reason}"""
 

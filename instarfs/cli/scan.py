@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from instarfs.render.scan import (
     skipped_text,
 )
 from instarfs.scan.pool import Pool
-from instarfs.scan.run import Scan, Wanted
+from instarfs.scan.run import Engine, Scan, Wanted
 from instarfs.scan.state import State
 from instarfs.scan.values import Limits, Row, Shard, Skipped, Tell
 from instarfs.scan.walk import Walk, real_roots
@@ -111,6 +112,11 @@ class _ShardName(click.ParamType[Shard]):
     metavar="N/T",
     help="The images of part N of T alone; N counts from 0.",
 )
+@click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Have the images checked by the Dask cluster of this scheduler, whose hosts see them too.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @click.argument("paths", metavar="PATH...", type=click.Path(readable=False), nargs=-1)
 def command(
@@ -126,6 +132,7 @@ def command(
     max_duration: float,
     outdated_after: float,
     shard: Shard,
+    dask: str | None,
     report: bool,
     quiet: bool,
 ) -> int:
@@ -151,7 +158,7 @@ def command(
     wanted = Wanted(roots, version(NAME), shard, outdated_after, max_duration)
     limits = Limits(timeout, max_read_rate, max_memory)
     with State.open(state_path) if state_path is not None else State.none() as state:
-        code = _scan(wanted, state, limits, jobs or _processors(), shown)
+        code = _scan(wanted, state, limits, dask or jobs or _processors(), shown)
         _tell_prometheus(metrics, state)
         if shown == "human":
             _report(state, shown, code)
@@ -171,14 +178,19 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _scan(wanted: Wanted, state: State, limits: Limits, jobs: int, shown: str) -> int:
-    """The exit code."""
+def _scan(wanted: Wanted, state: State, limits: Limits, where: int | str, shown: str) -> int:
+    """The exit code. *where*: by so many processes here, or by the cluster at that address."""
     with ExitStack() as stack:
         stop = stack.enter_context(stoppable())
+        jobs = where if isinstance(where, int) else 1
         nursery = stack.enter_context(Nursery(jobs, limits))
+        engine: Engine = Pool(nursery, jobs, stop)
+        if isinstance(where, str):
+            from instarfs.scan.cluster import Cluster  # noqa: PLC0415 - for nothing but this
+
+            engine = stack.enter_context(contextlib.closing(Cluster(where, limits, stop)))
         walk = Walk(Lister(nursery, stop), wanted.roots)
-        scan = Scan(wanted, state, walk, _teller(shown), stop)
-        return scan.run(Pool(nursery, jobs, stop))
+        return Scan(wanted, state, walk, _teller(shown), stop).run(engine)
 
 
 def _teller(shown: str) -> Tell:

@@ -69,6 +69,11 @@ class Pool:
                     limit = f"{self._nursery.limits.timeout:g} seconds"
                     yield self._replace(busy, f"the check took longer than {limit}: --timeout")
 
+    def close(self) -> None:
+        """End its processes; the nursery stays."""
+        while self._busy:
+            self._busy.pop().worker.end()
+
     def _hand_out(self, candidates: Iterator[Candidate]) -> Iterator[Candidate]:
         """Give everybody enough to do: what is left."""
         parts: dict[int, list[Candidate]] = {}
