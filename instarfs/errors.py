@@ -382,6 +382,24 @@ class OutOccupied(InstarfsError):
 
 
 @dataclass(eq=False)
+class RescueNotWritten(InstarfsError):
+    """{out}: cannot be written: {reason}; nothing is left there: name a file on another disk"""
+
+    out: str
+    reason: str
+
+
+@dataclass(eq=False)
+class NothingStandsOut(InstarfsError):
+    """{path}: {reason}; nothing was written: name what you know of it with --assume FIELD=VALUE, or
+    an image that was made in the same way with --header
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
 class OutMissing(InstarfsError):
     """{out}: is not there, though {map_file} lists what it holds; remove the list to begin anew"""
 

@@ -224,7 +224,9 @@ def _require_success(blocks: Iterable[Block], image: Path, folder: Path | None) 
     certain = [block for block in blocks if not may_fail(block)]
     followed = follow((line for block in certain for line in block.lines), folder)
     assert followed.code == 0, followed
-    exports = [follow(block.lines, folder) for block in blocks if may_fail(block)]
+    uncertain = [block for block in blocks if may_fail(block)]
+    followed_them = [(block, follow(block.lines, folder)) for block in uncertain]
+    exports = [done for block, done in followed_them if exports_disk(block)]
     exports += [followed] * sum(exports_disk(block) for block in certain)
     now = _files(folder, image)
     if folder == image.parent:

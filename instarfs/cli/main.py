@@ -33,6 +33,7 @@ _MODULES = {
     "info": "instarfs.cli.info",
     "map": "instarfs.cli.map",
     "export": "instarfs.cli.export",
+    "rescue": "instarfs.cli.rescue",
 }
 
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.

@@ -84,7 +84,11 @@ def _without_header(place: _Place) -> list[list[str]]:
         "What its header should say is not known here. A backup or an older copy of this image has"
         " one that may fit."
     )
-    return [["What to do now:", *_keep_a_copy(place), *_step(older)]]
+    tables = "What its tables say of the header (exit code 1 where they do not say enough):"
+    return [
+        ["What to do now:", *_keep_a_copy(place), *_step(older)],
+        _block(tables, f"instarfs rescue -- {place.image}"),
+    ]
 
 
 def bring_back(path: str, known: Aftermath) -> list[str]:

@@ -33,6 +33,7 @@ ARGUMENTS = {
     "info": ("image",),
     "map": ("image",),
     "export": ("image", "out"),
+    "rescue": ("image",),
     "umount": ("folder",),
 }
 """Of every command but the mount; one that is missing here fails."""

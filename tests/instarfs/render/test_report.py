@@ -345,6 +345,8 @@ def test_of_a_header_that_cannot_be_read_only_that_is_said_and_a_copy_kept() -> 
         f"      cp --sparse=always '{PATH}' '{PATH}.copy'\n"
         "  # What its header should say is not known here. A backup or an older copy of this image"
         " has one that may fit.\n"
+        "\nWhat its tables say of the header (exit code 1 where they do not say enough):\n"
+        f"      instarfs rescue -- '{PATH}'\n"
     )
 
 

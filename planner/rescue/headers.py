@@ -1,0 +1,504 @@
+"""A header that is gone, or of which a field makes no sense: found by what the rest looks like.
+
+Every hypothesis is a header; laid over the file, the check of it is its score. The tables are found
+by what they must agree on: a refcount table's first block counts cluster 0 and the table itself,
+an L1 table leads to tables, a snapshot table can be read to its end. What a header held of names
+(backing file, data file, extensions) is where it was, or gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from planner.arrays import I64, U64
+from planner.check.check import check_image
+from planner.check.report import Report
+from planner.errors import ImageError
+from planner.findings.kinds import FindingKind
+from planner.progress import Meter, Progress, tell_nobody
+from planner.qcow2.extensions import CRYPTO_HEADER, CRYPTO_POINTER
+from planner.qcow2.geometry import Geometry
+from planner.qcow2.header import (
+    CLUSTER_BITS,
+    COMPRESSION_ZSTD,
+    CRYPT_LUKS,
+    CRYPT_NAMES,
+    KNOWN_INCOMPATIBLE,
+    MAGIC,
+    MAX_REFCOUNT_ORDER,
+    SIGNED_MAX,
+    V3_LENGTH,
+    Header,
+    Incompatible,
+    decode_header,
+    encode_header,
+)
+from planner.qcow2.layout import MAX_L1_BYTES
+from planner.qcow2.luks import LUKS_BYTES, decode_luks
+from planner.qcow2.luks import MAGIC as LUKS_MAGIC
+from planner.qcow2.refcounts import unpack_refcounts
+from planner.qcow2.snapshots import read_snapshots
+from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
+from planner.rescue.scan import Sectors, find_tables
+from planner.source import SECTOR, Patched, Source, nonzero_words, read_bytes
+
+MAX_CANDIDATES = 8
+"""Tables of one sort that are tried for one cluster size, the likeliest first."""
+
+MAX_CHECKS = 400
+"""Hypotheses that are checked, at most."""
+
+MAX_LUKS = 64
+"""Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
+
+STANDS_OUT = 4
+"""So many times more than the best must the next contradict the file, or none is believed."""
+
+_WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A header, what the check of the file says under it, and which fields it changes.
+
+    ``content``: the first bytes of the file, with the header in them.
+    """
+
+    header: Header
+    content: bytes
+    report: Report
+    changed: tuple[str, ...]
+
+    @property
+    def score(self) -> tuple[int, int, int]:
+        """The lower, the better: what the check could not look at, found wrong, found leaked."""
+        return _score_of(self.report)
+
+    @property
+    def wrong(self) -> int:
+        """How much contradicts it, at least 1."""
+        return max(1, sum(self.score))
+
+
+def _score_of(report: Report) -> tuple[int, int, int]:
+    counters = report.counters
+    return counters.check_errors, counters.corruptions, counters.leaks
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the header of a file may have been: ``hypotheses``, the best first.
+
+    ``now``: the fields as they stand. ``size``: of the best, and what tells it, where it had to be
+    found. Nothing is ``settled`` unless one of them stands out.
+    """
+
+    now: Header
+    hypotheses: list[Hypothesis]
+    size: DiskSize | None = None
+
+    @property
+    def best(self) -> Hypothesis | None:
+        """The hypothesis that stands out; None where nothing does."""
+        if not self.hypotheses:
+            return None
+        best, rival = self.hypotheses[0], self.rival
+        errors, corruptions, leaks = best.score
+        wrong = corruptions + leaks
+        if errors or (rival is not None and wrong * STANDS_OUT > rival.wrong):
+            return None
+        # A header that can be read is not changed to please the count of what is wrong elsewhere.
+        stands = next((each for each in self.hypotheses if not each.changed), best)
+        return stands if wrong and not stands.score[0] else best
+
+    @property
+    def rival(self) -> Hypothesis | None:
+        """The best of those that lead to other tables than the best."""
+        first = self.hypotheses[0].header
+        others = (each for each in self.hypotheses if _tables_of(each.header) != _tables_of(first))
+        return next(others, None)
+
+
+def _tables_of(header: Header) -> tuple[int, ...]:
+    return (
+        header.cluster_bits,
+        header.l1_table_offset,
+        header.refcount_table_offset,
+        header.refcount_order,
+        header.snapshots_offset * bool(header.nb_snapshots),
+        int(header.extended_l2),
+    )
+
+
+def find_headers(
+    source: Source,
+    *,
+    assumed: Mapping[str, int] | None = None,
+    like: Header | None = None,
+    progress: Progress = tell_nobody,
+) -> Found:
+    """What the header of *source* may have been.
+
+    *assumed*: fields that somebody knows. *like*: the header of an image that was made in the same
+    way. Nothing is found where there is no refcount table that makes sense.
+    """
+    search = _Search(source, assumed or {})
+    if like is not None:
+        search.attempt(like)
+    search.try_fields()
+    if not search.is_settled:
+        total = sum(end - start for start, end in source.data_extents(0, source.size))
+        search.try_tables(find_tables(source, Meter(progress, "scan", total)))
+        search.try_rest()
+    return Found(search.now, search.best(), search.size)
+
+
+def is_sound(source: Source) -> bool:
+    """Whether the header that is there makes sense, and nothing is wrong under it."""
+    report = check_image(source)
+    return report.error is None and not any(_score_of(report))
+
+
+class _Search:
+    """Tries headers, each once, and keeps what the check says of each."""
+
+    def __init__(self, source: Source, assumed: Mapping[str, int]) -> None:
+        self._source, self._assumed = source, assumed
+        self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
+        self.size: DiskSize | None = None
+        # Headers that are made up: those that somebody had are believed first.
+        self._made_up: set[Header] = set()
+        self._tried: dict[Header, Hypothesis | None] = {}
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether one of those that were tried leaves nothing to be wished for."""
+        return any(each is not None and not any(each.score) for each in self._tried.values())
+
+    def best(self) -> list[Hypothesis]:
+        found = [each for each in self._tried.values() if each is not None]
+        return sorted(found, key=lambda it: (it.score, it.header in self._made_up, len(it.changed)))
+
+    def attempt(self, header: Header, extensions: bytes = b"") -> Hypothesis | None:
+        """What the check says under *header*; None where it makes no sense.
+
+        *extensions*: what is to stand behind its fields; otherwise what does.
+        """
+        header = with_fields(header, self._assumed)
+        if header in self._tried or len(self._tried) >= MAX_CHECKS:
+            return self._tried.get(header)
+        self._tried[header] = None
+        if header.cluster_bits not in CLUSTER_BITS:
+            return None
+        fields = encode_header(header) + extensions
+        # What stands behind the fields may be garbage, too: then as if nothing stood there.
+        rest = bytes((1 << header.cluster_bits) - len(fields))
+        for content in dict.fromkeys((fields, fields + rest)):
+            report = check_image(Patched(self._source, 0, content))
+            if report.error is None:
+                changed = self._changes(header)
+                self._tried[header] = Hypothesis(header, content, report, changed)
+                break
+        return self._tried[header]
+
+    def _changes(self, header: Header) -> tuple[str, ...]:
+        names = header.__slots__
+        return tuple(n for n in names if getattr(header, n) != getattr(self.now, n))
+
+    # ---- one field of a header that is there ----
+
+    def try_fields(self) -> None:
+        """The header as it stands, but for one field, with each value that it could have."""
+        found = self.now
+        self.attempt(found)
+        for name, values in _values_of(found):
+            for value in values:
+                self.attempt(with_fields(found, {name: value}))
+
+    # ---- a header of which nothing is left ----
+
+    def try_tables(self, sectors: Sectors) -> None:
+        """Headers that lead to tables which agree with each other, cluster size by cluster size."""
+        for bits in reversed(CLUSTER_BITS):
+            for tables in _candidates(self._source, sectors, bits):
+                self._try(tables)
+            if self.is_settled:
+                return
+
+    def try_rest(self) -> None:
+        """Of the best, the size that its disk says of itself, and how its clusters are packed."""
+        for best in self.best()[:1]:
+            header = best.header
+            if header in self._made_up:
+                self.size = disk_size(self._source, header)
+                index, _ = nonzero_words(self._source, header.l1_table_offset, header.l1_size)
+                better = sized(header, self.size.size, int(index[-1]) + 1 if len(index) else 0)
+                if is_zstd(self._source, header):
+                    better = _with_zstd(better)
+                luks = self._luks(best)
+                if luks:
+                    better = replace(better, crypt_method=CRYPT_LUKS)
+                del self._tried[header]
+                self._made_up.add(with_fields(better, self._assumed))
+                self.attempt(better, luks)
+
+    def _luks(self, best: Hypothesis) -> bytes:
+        """The extension that leads to a LUKS header, if one is among what nothing leads to."""
+        leaked = _leaked(best.report)
+        first = leaked[np.diff(leaked, prepend=-2) != 1][:MAX_LUKS]
+        for offset in (first << best.header.cluster_bits).tolist():
+            raw = read_bytes(self._source, offset, LUKS_BYTES)
+            if raw.startswith(LUKS_MAGIC):
+                length = decode_luks(raw).payload_offset * SECTOR
+                pointer: bytes = CRYPTO_POINTER.build({"offset": offset, "length": length})
+                return struct.pack(">II", CRYPTO_HEADER, len(pointer)) + pointer + bytes(8)
+        return b""
+
+    def _try(self, tables: _Tables) -> None:
+        """Under *tables*, longer ones where what follows them is counted and nobody's."""
+        for _ in range(MAX_CANDIDATES):
+            for extended in (False, True) if tables.bits >= 14 else (False,):
+                self._try_fully(tables, extended)
+            longer = self._longer(tables)
+            if longer is None:
+                return
+            tables = longer
+
+    def _try_fully(self, tables: _Tables, extended: bool) -> None:
+        header = tables.header(extended)
+        hypothesis = self.attempt(header)
+        if "size" not in self._assumed:
+            self._made_up.add(with_fields(header, self._assumed))
+        if hypothesis is None:
+            return
+        # What of the old header says the same may well be right in the rest.
+        if self.now.magic == MAGIC and self.now.cluster_bits == tables.bits:
+            for name in hypothesis.changed:
+                self.attempt(with_fields(self.now, {name: getattr(header, name)}))
+
+    def _longer(self, tables: _Tables) -> _Tables | None:
+        header = with_fields(tables.header(extended=False), self._assumed)
+        hypothesis = self._tried.get(header)
+        if hypothesis is None or not hypothesis.report.counters.leaks:
+            return None
+        leaked = _leaked(hypothesis.report)
+        first = tables.l1_offset >> tables.bits
+        before, after = _run_to(leaked, first), _run_from(leaked, first + tables.l1_clusters)
+        low, high = first - before, first + tables.l1_clusters + after
+        low, high = _bounds(self._source, tables.bits, first, low, high)
+        if high - low > tables.l1_clusters:
+            offset = low << tables.bits
+            index, _ = nonzero_words(self._source, offset, high - low << tables.bits >> 3)
+            used = int(index[-1]) + 1
+            return replace(tables, l1_offset=offset, l1_clusters=high - low, l1_used=used)
+        after = (tables.reftable_offset >> tables.bits) + tables.reftable_clusters
+        more = _run_from(leaked, after)
+        return replace(tables, reftable_clusters=tables.reftable_clusters + more) if more else None
+
+
+def with_fields(header: Header, fields: Mapping[str, int]) -> Header:
+    """*header* with other values of those."""
+    return Header(**(asdict(header) | dict(fields)))
+
+
+def sized(header: Header, size: int, used: int) -> Header:
+    """*header* for a disk of so many bytes, with an L1 table over the same clusters.
+
+    *used*: entries up to its last.
+    """
+    whole = replace(header, size=size)
+    a_cluster = 1 << header.cluster_bits >> 3
+    least = (header.l1_size - 1) // a_cluster * a_cluster + 1
+    # What the table maps behind the end of the disk, a machine's state, is mapped all the same.
+    return replace(whole, l1_size=max(least, used, whole.geometry.l1_entries_needed))
+
+
+def _with_zstd(header: Header) -> Header:
+    return replace(
+        header,
+        incompatible_features=header.incompatible_features | Incompatible.COMPRESSION,
+        header_length=V3_LENGTH + 8,
+        additional=bytes([COMPRESSION_ZSTD]) + bytes(7),
+    )
+
+
+def _values_of(header: Header) -> Iterator[tuple[str, list[int]]]:
+    """Of the fields whose values are few, those that each could have."""
+    yield "magic", [MAGIC]
+    yield "version", [3, 2]
+    yield "cluster_bits", list(CLUSTER_BITS)
+    yield "refcount_order", list(range(MAX_REFCOUNT_ORDER + 1))
+    yield "header_length", [V3_LENGTH, V3_LENGTH + 8]
+    yield "crypt_method", list(CRYPT_NAMES)
+    known = header.incompatible_features & KNOWN_INCOMPATIBLE
+    yield (
+        "incompatible_features",
+        [known, 0, known ^ Incompatible.EXTENDED_L2, known ^ Incompatible.DATA_FILE],
+    )
+    yield "compatible_features", [0]
+    yield "autoclear_features", [0]
+    yield "refcount_table_clusters", [1, 2, 4]
+    yield "backing_file_offset", [0]
+    if header.cluster_bits in CLUSTER_BITS:
+        geometry = header.geometry
+        yield "size", [min(header.l1_size * geometry.l2_coverage, SIGNED_MAX)]
+        yield "l1_size", [min(geometry.l1_entries_needed, MAX_L1_BYTES // 8)]
+
+
+# ---- tables that agree with each other ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """Where the tables are, for clusters of 2^``bits`` bytes."""
+
+    bits: int
+    order: int
+    reftable_offset: int
+    reftable_clusters: int
+    l1_offset: int
+    l1_clusters: int
+    l1_used: int
+    snapshots_offset: int = 0
+    snapshots: int = 0
+
+    def header(self, extended: bool) -> Header:
+        geometry = Geometry(3, self.bits, self.order, 0, extended_l2=extended)
+        return Header(
+            magic=MAGIC,
+            version=3,
+            backing_file_offset=0,
+            backing_file_size=0,
+            cluster_bits=self.bits,
+            size=self.l1_used * geometry.l2_coverage,
+            crypt_method=0,
+            l1_size=self.l1_clusters << self.bits >> 3,
+            l1_table_offset=self.l1_offset,
+            refcount_table_offset=self.reftable_offset,
+            refcount_table_clusters=self.reftable_clusters,
+            nb_snapshots=self.snapshots,
+            snapshots_offset=self.snapshots_offset,
+            incompatible_features=int(Incompatible.EXTENDED_L2) if extended else 0,
+            refcount_order=self.order,
+            header_length=V3_LENGTH,
+        )
+
+
+def _candidates(source: Source, sectors: Sectors, bits: int) -> Iterator[_Tables]:
+    size = 1 << bits
+    aligned = sectors.number[sectors.aligned(bits)]
+    clusters = np.unique(aligned * SECTOR >> bits)
+    reftables = list(itertools.islice(_reftables(source, clusters, bits), MAX_CANDIDATES))
+    if not reftables:
+        return
+    tables = _l1_tables(source, clusters, bits)
+    starts = sectors.snapshots * SECTOR
+    starts = starts[starts % size == 0]
+    for (offset, order), (l1, used) in itertools.product(reftables, tables):
+        plain = _Tables(bits, order, offset, 1, l1, max(1, -(-used * 8 // size)), used)
+        for start in starts[:MAX_CANDIDATES].tolist():
+            count = _snapshots_at(source, plain, start)
+            if count:
+                yield replace(plain, snapshots_offset=start, snapshots=count)
+        yield plain
+
+
+def _reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[int, int]]:
+    """(offset, refcount order) of tables whose first block counts cluster 0 and the table."""
+    size = 1 << bits
+    for cluster in clusters.tolist():
+        index, words = nonzero_words(source, cluster << bits, size // 8)
+        if not len(words) or index[0] or not _leads_to_clusters(words, bits):
+            continue
+        block = np.frombuffer(read_bytes(source, int(words[0]), size), dtype=np.uint8)
+        for order in range(MAX_REFCOUNT_ORDER + 1):
+            counts = unpack_refcounts(block, order)
+            own = int(words[0]) >> bits
+            inside = [at for at in (0, cluster, own) if at < len(counts)]
+            beyond = -(-source.size // size)
+            if all(counts[at] == 1 for at in inside) and not counts[beyond:].any():
+                yield cluster << bits, order
+
+
+def _leads_to_clusters(words: U64, bits: int) -> bool:
+    """Whether they are offsets of clusters and nothing else, none of them twice."""
+    is_plain = ((words & np.uint64((1 << bits) - 1)) == 0) & (words <= _WORD_OFFSET)
+    return bool(is_plain.all()) and len(np.unique(words)) == len(words)
+
+
+def _l1_tables(source: Source, clusters: I64, bits: int) -> list[tuple[int, int]]:
+    """(offset, entries up to the last in use) of what could be an L1 table, the likeliest first."""
+    size, found = 1 << bits, []
+    known = set(clusters.tolist())
+    for cluster in clusters.tolist():
+        index, words = nonzero_words(source, cluster << bits, size // 8)
+        if not len(words) or (words & np.uint64(1)).any():
+            continue
+        leads = (words & _WORD_OFFSET) >> np.uint64(bits)
+        to_tables = sum(target in known for target in leads.tolist())
+        found.append((-to_tables, len(words), cluster << bits, int(index[-1]) + 1))
+    return [(offset, used) for *_, offset, used in sorted(found)[:MAX_CANDIDATES]]
+
+
+def _bounds(source: Source, bits: int, inside: int, low: int, high: int) -> tuple[int, int]:
+    """Of clusters *low* to *high* those that one L1 table can be with cluster *inside* in it.
+
+    It ends where its own entries lead to, and at a word that is no entry.
+    """
+    room = MAX_L1_BYTES >> bits
+    low, high = max(low, inside - room), min(high, inside + room)
+    index, words = nonzero_words(source, low << bits, high - low << bits >> 3)
+    at = low + (index >> bits - 3)
+    target = ((words & _WORD_OFFSET) >> np.uint64(bits)).astype(np.int64)
+    is_entry = ((words & ~_WORD_OFFSET & ~np.uint64(1 << 63)) == 0) & (
+        (words & np.uint64((1 << bits) - 1)) == 0
+    )
+    behind = np.concatenate((target[is_entry & (target > at) & (target > inside)], [high]))
+    behind = np.concatenate((behind, at[~is_entry & (at > inside)]))
+    before = np.concatenate((target[is_entry & (target < at) & (target < inside)], [low - 1]))
+    before = np.concatenate((before, at[~is_entry & (at < inside)]))
+    low, high = int(before.max()) + 1, int(behind.min())
+    return low, min(high, low + room)
+
+
+def _snapshots_at(source: Source, tables: _Tables, offset: int) -> int:
+    """How many entries of a snapshot table follow each other at *offset*."""
+    header, count = tables.header(extended=False), 0
+    while count < 1 << 16:
+        tried = replace(header, snapshots_offset=offset, nb_snapshots=count + 1)
+        try:
+            last = read_snapshots(source, tried, tried.geometry).snapshots[count]
+        except ImageError:
+            break
+        is_one = last.l1_table_offset and last.l1_table_offset % tried.geometry.cluster_size == 0
+        if not is_one or last.l1_table_offset >= source.size or not last.l1_size:
+            break
+        count += 1
+    return count
+
+
+# ---- what the check of a hypothesis says ----
+
+
+def _leaked(report: Report) -> I64:
+    """Leaked clusters, ascending."""
+    if report.mismatches is None:
+        return np.zeros(0, dtype=np.int64)
+    return report.mismatches.clusters(FindingKind.LEAK, report.totals[FindingKind.LEAK])
+
+
+def _run_to(clusters: I64, first: int) -> int:
+    """How many of ascending *clusters* follow each other up to *first*."""
+    return _run_from(-clusters[::-1], 1 - first)
+
+
+def _run_from(clusters: I64, first: int) -> int:
+    """How many of ascending *clusters* follow each other from *first* on."""
+    at = int(np.searchsorted(clusters, first))
+    behind = clusters[at:] - first
+    return int((behind == np.arange(len(behind))).cumprod().sum())

@@ -1,0 +1,113 @@
+"""One pass over a file of which nothing is known: which sectors could be part of a table.
+
+A table of qcow2, whichever it is, is a row of big-endian words that lead to sectors of the same
+file. What is kept of a sector are a few bytes, so that memory is bounded by the tables there are,
+and by what looks like one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import I64, U8, U64, Mask
+from planner.progress import Meter
+from planner.source import BATCH_BYTES, SECTOR, Source
+
+_WORDS = SECTOR // 8
+_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
+_COPIED = np.uint64(1 << 63)
+_ZERO = np.uint64(1)
+# Neither a flag of an entry, nor part of its offset: 0 in every table that makes sense.
+_RESERVED = np.uint64(0x7F00_0000_0000_01FE)
+
+
+# Of a snapshot's entry: QEMU's own limits, and an identity that is a number.
+_MAX_L1_ENTRIES, _MAX_ID, _MAX_EXTRA = (32 << 20) // 8, 127, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sectors:
+    """Sectors of words that lead into the file, and of nothing else; ascending, one row each.
+
+    ``number``: which, int64. ``offsets``: all their offsets or-ed, uint64, of which the lowest set
+    bit tells how they are aligned. ``flags``: whether all words that are not zero have the COPIED
+    flag (bit 0), whether any has it (bit 1), whether any reads as zeros (bit 2).
+    ``snapshots``: sectors that begin as an entry of a snapshot table does.
+    """
+
+    number: I64
+    offsets: U64
+    flags: U8
+    snapshots: I64
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def aligned(self, bits: int) -> Mask:
+        """Whose words lead to clusters of 2^*bits* bytes."""
+        mask: Mask = (self.offsets & np.uint64((1 << bits) - 1)) == 0
+        return mask
+
+
+def find_tables(source: Source, meter: Meter | None = None) -> Sectors:
+    """All of *source* that is no hole, read once, in order. *meter*: of the bytes read."""
+    meter = meter or Meter()
+    number, offsets, flags, snapshots = [], [], [], []
+    end = np.uint64(source.size)
+    buffer = np.empty(BATCH_BYTES // 8, dtype=">u8")
+    for low, high in source.data_extents(0, source.size):
+        first = low // SECTOR * SECTOR
+        for start in range(first, high, BATCH_BYTES):
+            length = -(-(min(high, start + BATCH_BYTES) - start) // SECTOR) * SECTOR
+            raw = buffer[: length // 8]
+            source.read_into(start, raw.view(np.uint8).data)
+            # Most sectors are data, and their first words show it.
+            words = raw.reshape(-1, _WORDS)
+            likely = np.flatnonzero(_leads(words[:, :4].astype(np.uint64), end).all(axis=1))
+            rows = words[likely].astype(np.uint64)
+            found = _leads(rows, end).all(axis=1) & (rows != 0).any(axis=1)
+            rows = rows[found]
+            number.append(likely[found] + start // SECTOR)
+            offsets.append(np.bitwise_or.reduce(rows & _OFFSET, axis=1))
+            flags.append(_flags(rows))
+            snapshots.append(_snapshots(words[:, :5].astype(np.uint64), end) + start // SECTOR)
+            meter.advance(length)
+    if not number:
+        none = np.zeros(0, dtype=np.int64)
+        return Sectors(none, none.astype(np.uint64), none.astype(np.uint8), none)
+    return Sectors(
+        np.concatenate(number),
+        np.concatenate(offsets),
+        np.concatenate(flags),
+        np.concatenate(snapshots),
+    )
+
+
+def _snapshots(words: U64, end: np.uint64) -> I64:
+    """Which sectors begin with a snapshot's L1 table, sizes of its strings, a date, extra data."""
+    offset, sizes, date, _, rest = (words[:, at] for at in range(5))
+    begins: Mask = (offset < end) & (offset % np.uint64(SECTOR) == 0)
+    begins &= (sizes >> np.uint64(32)) <= np.uint64(_MAX_L1_ENTRIES)
+    begins &= ((sizes >> np.uint64(16)) & np.uint64(0xFFFF)) <= np.uint64(_MAX_ID)
+    begins &= ((sizes >> np.uint64(16)) & np.uint64(0xFFFF)) != 0
+    begins &= (date & np.uint64(0xFFFF_FFFF)) < np.uint64(1_000_000_000)
+    begins &= (date >> np.uint64(32)) != 0
+    begins &= (rest & np.uint64(0xFFFF_FFFF)) <= np.uint64(_MAX_EXTRA)
+    return np.flatnonzero(begins)
+
+
+def _leads(words: U64, end: np.uint64) -> Mask:
+    offset = words & _OFFSET
+    # An entry of flags alone leads nowhere, and is one all the same.
+    leads: Mask = ((words & _RESERVED) == 0) & (offset < end)
+    return leads
+
+
+def _flags(rows: U64) -> U8:
+    copied = (rows & _COPIED) != 0
+    flags: U8 = (copied | (rows == 0)).all(axis=1).astype(np.uint8)
+    flags |= copied.any(axis=1).astype(np.uint8) << 1
+    flags |= ((rows & _ZERO) != 0).any(axis=1).astype(np.uint8) << 2
+    return flags
