@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -194,17 +195,18 @@ def _signature(source: Holes) -> str:
 SCANNED_STEPS = (1 << 20, 63 * 512)
 """Partitions begin at multiples of a mebibyte now; the first did at sector 63 of old."""
 
-MAX_SCANNED = 1 << 17
+MAX_SCANNED = 1 << 15
+"""Places that are looked at: those of the first 32 GiB."""
+
+EXTENTS_A_TIME = 1 << 16
 
 
 def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
     """(start, length) of file systems that begin at likely places, ascending, none in another."""
     places = [SCANNED_STEPS[1], *range(SCANNED_STEPS[0], size, SCANNED_STEPS[0])][:MAX_SCANNED]
     end = 0
-    for begin in places:
+    for begin in _with_data(disk.source, np.array(places)).tolist():
         if begin < end or begin + MIN_SIZE > size:
-            continue
-        if not any(True for _ in disk.source.data_extents(begin, MIN_SIZE)):
             continue
         if not _may_begin(read_bytes(disk.source, begin, MIN_SIZE)):
             continue
@@ -212,6 +214,17 @@ def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
         if found is not None and found.size:
             end = begin + found.size
             yield begin, found.size
+
+
+def _with_data(source: Source, places: I64) -> I64:
+    """Those of ascending *places* at which there is more than a hole; asked once, for all."""
+    starts = np.zeros(len(places) + 1, dtype=np.int64)
+    extents = iter(source.data_extents(0, int(places[-1]) + MIN_SIZE))
+    while some := list(islice(extents, EXTENTS_A_TIME)):
+        low, high = np.array(some, dtype=np.int64).T
+        np.add.at(starts, np.searchsorted(places, low - MIN_SIZE, side="right"), 1)
+        np.add.at(starts, np.searchsorted(places, high, side="left"), -1)
+    return places[np.cumsum(starts[:-1]) > 0]
 
 
 def _may_begin(raw: bytes) -> bool:
