@@ -121,7 +121,7 @@ VALUES = {"instarfs.image.surroundings", "instarfs.repair.outcome", "instarfs.sc
 @pytest.mark.parametrize("module", [name for name in INSTARFS if unit_of(name) == "render"])
 def test_render_takes_values(module) -> None:
     known = {name for name in ours(module) if name.startswith("instarfs")} - VALUES
-    assert {unit_of(name) for name in known} <= {"render", "text"}
+    assert {unit_of(name) for name in known} <= {"render", "text", "errors"}
 
 
 @pytest.mark.parametrize("name", sorted(VALUES))

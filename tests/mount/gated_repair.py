@@ -37,7 +37,7 @@ class GatedDevice(FileDevice):
         print("flush", file=COUNT, flush=True)
         with suppress(Cancelled):  # which the repair hears of, too
             while not (FOLDER / "gate").exists():
-                self._progress("waiting", 0, 1)
+                self._progress("writing", 0, 1)
                 time.sleep(0.005)
 
 

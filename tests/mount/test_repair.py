@@ -533,7 +533,7 @@ def test_an_image_in_use_is_not_repaired(
         assert "another process has the image open" in values(it, "repair/result.json")["reason"]
     assert image.read_bytes() == before
     assert not undo_file_of(image).exists()
-    assert "in use" in it.read("check/report.txt")
+    assert "while a program writes to it" in it.read("check/report.txt")
     assert values(it, "repair/plan/all.json")["status"] == "refused"
     vm.terminate()
     vm.wait()
@@ -599,10 +599,10 @@ def test_everything_else_answers_meanwhile(held: Gate, writer: subprocess.Popen[
     assert it.read("repair/tier") == "[none] leaks all\n"
     assert it.read("repair/undo") == "a repair is running\n"
     assert values(it, "repair/result.json")["status"] == "none"
-    # A check now sees what is half-written, and says that it cannot be relied on.
-    torn = values(it, "check/result.json")
-    assert (torn["verdict"], torn["image-in-use"]) == ("torn", True)
-    assert "interrupted-repair" not in torn
+    # A check now sees what is half-written, marked corrupt for as long as it is, and says in use.
+    half = values(it, "check/result.json")
+    assert (half["verdict"], half["image-in-use"]) == ("corrupt", True)
+    assert "interrupted-repair" not in half
     assert values(it, "repair/plan/leaks.json")["status"] == "refused"
     run("ls", "-lR", it.path)
     run("df", it.path)
@@ -642,9 +642,9 @@ def test_the_report_of_a_half_written_image_gives_no_advice(
     held: Gate, writer: subprocess.Popen[str]
 ) -> None:
     report = held.mount.read("check/report.txt")
-    assert ": torn\n" in report
-    assert "The image is in use" in report
-    assert "What to do now" not in report
+    assert ": corrupt\n" in report
+    assert "while a program writes to it" in report
+    assert "repair/tier" not in report
     held.open()
     assert end_of(writer) == ""
     assert ": clean\n" in held.mount.read("check/report.txt")

@@ -238,7 +238,7 @@ def test_of_a_corrupt_image_in_use_the_way_out_begins_with_its_program(image: Pa
     assert ended.code == 2
     assert ended.out.startswith(f"{image}: corrupt\n")
     assert "  # Shut down what writes to it" in ended.out
-    assert f"      instarfs report {image}\n" in ended.out
+    assert f"      instarfs report {shell_path(str(image))}\n" in ended.out
     assert "instarfs check -r" not in ended.out
 
 
