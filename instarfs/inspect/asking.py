@@ -101,16 +101,20 @@ class _Worker:
 
     def _run(self) -> None:
         while (asked := self._questions.get()) is not None:
+            future, question = asked
+            del asked
             self._begun = time.monotonic()
-            _answer(*asked)
-            del asked  # an answer that nobody waits for is not to be held
-            self._begun = None
-
-
-def _answer(future: Future[Any], question: Callable[[], Any]) -> None:
-    try:
-        future.set_result(question())
-    except BaseException as error:  # noqa: BLE001 - it is raised where it was asked
-        future.set_exception(error)
-    finally:
-        del future, question  # an error holds this frame
+            # What was asked about, an image that was replaced, is let go of before the answer is
+            # there; so is an answer that nobody waits for.
+            try:
+                answer = question()
+            except BaseException as error:  # noqa: BLE001 - it is raised where it was asked
+                del question
+                self._begun = None
+                future.set_exception(error)
+            else:
+                del question
+                self._begun = None
+                future.set_result(answer)
+                del answer
+            del future

@@ -79,7 +79,7 @@ def test_the_disk_and_its_snapshots(mount: MakeMount, image: Path, tmp_path: Pat
     snapshot = it / "snapshots/0"
     expected = convert(image, tmp_path / "raw", "-l", "snapshot.name=before")
     assert (snapshot / "disk.raw").read_bytes() == expected
-    assert names(snapshot) == ["disk.raw", "info.json"]
+    assert names(snapshot) == ["disk.raw", "files.tsv", "info.json"]
     info = json.loads((snapshot / "info.json").read_text())
     assert (info["name"], info["disk-size"]) == ("before", 64 * MIB)
     assert names(it / "snapshots") == ["0"]
@@ -102,7 +102,7 @@ def test_the_state_of_a_machine(mount: MakeMount, image: Path) -> None:
     settle(image)
     expected = (b"\2" * (100 << 10) + bytes(50 << 10) + b"\3" * (50 << 10))[:199_000]
     it = mount(image) / "snapshots/0"
-    assert names(it) == ["disk.raw", "info.json", "vmstate.raw"]
+    assert names(it) == ["disk.raw", "files.tsv", "info.json", "vmstate.raw"]
     assert (it / "vmstate.raw").read_bytes() == expected
     assert pread(it / "disk.raw", 0, 1) == b"\1"
 

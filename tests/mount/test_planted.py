@@ -16,7 +16,7 @@ from tests.images.planted import IMAGES, MARK, POISON, UNREADABLE, require_harml
 from tests.mount.mounts import INSTARFS, Mount, mounted, settle
 
 NAME = os.fsdecode(POISON.replace(b"/", b""))
-BINARY = ("disk.raw", "vmstate.raw", "result.bin")
+BINARY = ("image.qcow2", "disk.raw", "vmstate.raw", "result.bin")
 TABLES = (".tsv", "leaks", "corruptions", "refcounts")
 EXPLAINED = ("explain/host/0", "explain/host/65536", "explain/guest/0", "explain/guest/0x180005")
 

@@ -34,6 +34,7 @@ ARGUMENTS = {
     "map": ("image",),
     "export": ("image", "out"),
     "rescue": ("image",),
+    "scan": ("--output", "jsonl", "-q", "image"),
     "umount": ("folder",),
 }
 """Of every command but the mount; one that is missing here fails."""

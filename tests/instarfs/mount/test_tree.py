@@ -38,7 +38,7 @@ async def test_a_listed_snapshot_takes_little_memory(tmp_path: Path) -> None:
         assert held < 1024 * len(nodes)
         last = nodes[-1]
         assert isinstance(last, Directory)
-        assert await last.names() == ["info.json", "disk.raw"]
+        assert await last.names() == ["info.json", "disk.raw", "files.tsv"]
 
 
 async def find(root: Directory, path: str) -> Node:
