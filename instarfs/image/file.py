@@ -319,8 +319,8 @@ class Image:
 
     def close_aside(self) -> None:
         """From now on let a thread close it, where whoever serves it has to be waited for."""
-        closing = self._close.detach()
-        if closing is None or self.answers_at_once:
+        closing = None if self.answers_at_once else self._close.detach()
+        if closing is None:
             return
         _, _, descriptors, _ = closing
         self._close = weakref.finalize(self, _close_aside, *descriptors)
