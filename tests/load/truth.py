@@ -41,17 +41,17 @@ _LOOK_AGAIN = b"the image was written to meanwhile: look again"
 _OF_NO_MOMENT = b"this belongs to no single moment"
 
 TORN = {
-    "check/result.json": b'    "verdict": "torn",',
-    "check/report.txt": b": torn\n",
-    "image/map.svg": _OF_NO_MOMENT,
-    "lost/triage.json": b'    "torn": true,',
-    "tables/clusters.tsv": _OF_NO_MOMENT,
-    "check/files.tsv": _LOOK_AGAIN,
-    "snapshots/0/files.tsv": _LOOK_AGAIN,
-    "repair/plan/all.json": b"the image changed while it was planned",
-    "repair/plan/leaks.json": b"the image changed while it was planned",
+    "check/result.json": (b'    "verdict": "torn",', b'    "as-of": '),
+    "check/report.txt": (b": torn\n", b"while a program writes to it"),
+    "image/map.svg": (_OF_NO_MOMENT,),
+    "lost/triage.json": (b'    "torn": true,',),
+    "tables/clusters.tsv": (_OF_NO_MOMENT,),
+    "check/files.tsv": (_LOOK_AGAIN,),
+    "snapshots/0/files.tsv": (_LOOK_AGAIN,),
+    "repair/plan/all.json": (b"the image changed while it was planned",),
+    "repair/plan/leaks.json": (b"the image changed while it was planned",),
 }
-"""What a file says of itself that was made while the image changed."""
+"""What a file says of itself that was made while the image changed, or as of a moment of that."""
 
 PROGRESS = re.compile(rb"idle\n|waiting for a check to end\n|[a-z][a-z ]+ \d{1,3}%\n")
 
@@ -208,7 +208,7 @@ class Truth:
                 return True
         if any(content == state[name] for state in possible):
             return True
-        return bool(actions) and name in TORN and TORN[name] in content
+        return bool(actions) and any(mark in content for mark in TORN.get(name, ()))
 
 
 def under_way(before: int, after: int) -> Iterator[Action]:

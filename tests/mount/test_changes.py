@@ -1,14 +1,14 @@
 """An image that changes beneath its mount, or that another program has open."""
 
 import json
+import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.mount.mounts import MakeMount, Mount, leak, make_image, run, settle
+from tests.mount.mounts import INSTARFS, MakeMount, Mount, leak, make_image, run, settle
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_deleted_is_still_readable_and_can_be_brought_back(
     report = mounted.read("check/report.txt")
     assert "was deleted. What is open here is all that is left of it" in report
     bring_back, copy_out = commands(report)
-    run("bash", "-e", "-c", f'instarfs() {{ {sys.executable} -m instarfs "$@"; }}; {copy_out}')
+    run("bash", "-e", "-c", f'instarfs() {{ {shlex.join(INSTARFS)} "$@"; }}; {copy_out}')
     assert (tmp_path / "the image's.qcow2.raw").read_bytes()[: 1 << 20] == b"\1" * (1 << 20)
     run("bash", "-e", "-c", bring_back)
     assert image.read_bytes() == content

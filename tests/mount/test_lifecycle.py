@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def test_the_daemon_holds_on_to_nothing_of_its_caller(image: Path, directory: Pa
 def test_closed_standard_descriptors_are_not_taken_for_the_image(
     image: Path, directory: Path
 ) -> None:
-    command = " ".join([*INSTARFS, "mount", '"$0"', '"$1"', "<&-", ">&-", "2>&-"])
+    command = " ".join([shlex.join(INSTARFS), "mount", '"$0"', '"$1"', "<&-", ">&-", "2>&-"])
     subprocess.run(
         ["bash", "-c", command, image, directory], check=True, env=environment(), timeout=DEADLINE
     )
@@ -121,7 +122,17 @@ def test_of_the_descriptors_of_its_caller_none_is_left(
 ) -> None:
     secret = image.with_name("secret")
     secret.touch()
-    words = [*INSTARFS, "mount", option, '"$0"', '"$1"', '7<"$2"', '300>>"$2"', '<"$2"', '>"$2"']
+    words = [
+        shlex.join(INSTARFS),
+        "mount",
+        option,
+        '"$0"',
+        '"$1"',
+        '7<"$2"',
+        '300>>"$2"',
+        '<"$2"',
+        '>"$2"',
+    ]
     command: list[str | Path] = ["bash", "-c", " ".join(words), image, directory, secret]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL) as caller:
         until(lambda: mounted_type(directory) is not None, "it was mounted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def follow(disk: SmallDisk) -> list[Block]:
     """Do in another folder what the report advises; all of it succeeds."""
     report = disk.instarfs("report", disk.path / NAME)
     blocks = blocks_of(report.stdout)
-    program = f'instarfs() {{ {" ".join(INSTARFS)} "$@"; }}\nset -e\n'
+    program = f'instarfs() {{ {shlex.join(INSTARFS)} "$@"; }}\nset -e\n'
     script = program + "\n".join(line for block in blocks for line in block.lines)
     elsewhere = disk.path.parent  # entering the namespace has led to its root
     done = disk.run("bash", "-c", f'cd "$1"\n{script}', "bash", elsewhere)

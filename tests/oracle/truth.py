@@ -28,7 +28,9 @@ from planner.errors import PlannerError
 from planner.findings.kinds import FindingKind
 from planner.guest.mapping import RunKind
 from planner.qcow2.entries import NO_HOST
-from planner.source import SECTOR, read_bytes
+from planner.qcow2.header import read_header
+from planner.qcow2.refcounts import unpack_refcounts
+from planner.source import SECTOR, nonzero_words, read_bytes
 from planner.triage.impact import Harm, Ranges, guest_impact
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.matrix import Row, describe
@@ -120,10 +122,21 @@ class Truth:
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(report, triage, before, after, image.stat().st_size),
+            *_faults_of_missing(report, triage, before, after, self._behind(image, before.disk)),
         ]
         missing = triage.losses.missing
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
+
+    def _behind(self, image: Path, disk: Disk) -> int:
+        """How many clusters of *image* lay behind its end, or are said to by what damage wrote.
+
+        A refcount that was written over counts clusters that nobody can know were never there.
+        """
+        end = image.stat().st_size
+        with image.open("rb") as now, self.base.open("rb") as then:
+            said = _counted_behind(FileSource(now.fileno()), end)
+            said -= _counted_behind(FileSource(then.fileno()), end)
+        return _behind(disk, end) + max(0, said)
 
     def _before(self) -> Patched | None:
         if self._disk is None:
@@ -180,16 +193,16 @@ def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
 
 
 def _faults_of_missing(
-    report: Report, triage: Triage, before: Patched, after: Patched, end: int
+    report: Report, triage: Triage, before: Patched, after: Patched, behind: int
 ) -> Iterator[str]:
-    """More missing than leaked clusters can have held, and what lay behind the *end* that the file
-    has now, or all that there was where refcounts are lost; or than the disk has room for.
+    """More missing than leaked clusters can have held, and the clusters *behind* the end that the
+    file has now, or all that there was where refcounts are lost; or than the disk has room for.
     """
     missing = triage.losses.missing
     if not missing:
         return
     leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
-    leaks += len(triage.uncounted) + _behind(before.disk, end)
+    leaks += len(triage.uncounted) + behind
     bound = leaks * report.geometry.cluster_size
     if FindingKind.REFCOUNT_MISSING in report.counts():
         held = RunKind.ZERO, RunKind.DATA, RunKind.COMPRESSED
@@ -212,6 +225,21 @@ def _behind(disk: Disk, end: int) -> int:
         start = held.guest + np.maximum(0, np.where(held.stored == 0, end - held.host, 0))
         last = held.guest + held.length - 1
         count += int(((last >> bits) - (start >> bits) + 1).sum())
+    return count
+
+
+def _counted_behind(source: FileSource, end: int) -> int:
+    """How many references the refcount blocks of an image count from offset *end* on."""
+    header, count = read_header(source), 0
+    geometry, first = header.geometry, -(-end >> header.cluster_bits)
+    words = header.refcount_table_clusters << header.cluster_bits >> 3
+    for index, word in zip(
+        *nonzero_words(source, header.refcount_table_offset, words), strict=True
+    ):
+        block = np.frombuffer(read_bytes(source, int(word), geometry.cluster_size), dtype=np.uint8)
+        counts = unpack_refcounts(block, header.refcount_order).astype(np.uint64)
+        behind = counts[max(0, first - int(index) * geometry.refblock_entries) :]
+        count += int(np.minimum(behind, geometry.guest_clusters).sum())
     return count
 
 
