@@ -144,18 +144,7 @@ class Salvaged:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """As of any source, but that it does not fail: what cannot be read is zeros."""
-        try:
-            self._source.read_into(offset, buffer)
-        except ReadFailed:
-            first = offset // SECTOR * SECTOR
-            sectors = -(-(offset + len(buffer) - first) // SECTOR)
-            if sectors <= 1:
-                buffer[:] = bytes(len(buffer))
-                self._unread.add((offset, offset + len(buffer)))
-                return
-            middle = first + sectors // 2 * SECTOR - offset
-            self.read_into(offset, buffer[:middle])
-            self.read_into(offset + middle, buffer[middle:])
+        self._unread.update(read_around(self._source, offset, buffer))
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self._source.data_extents(offset, length)
@@ -168,6 +157,25 @@ class Salvaged:
             if start < offset + count * 8 and end > offset:
                 lost[max(0, start - offset) // 8 : -(-(end - offset) // 8)] = True
         return lost
+
+
+def read_around(source: Source, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+    """Fill *buffer*, with zeros for what cannot be read: those (start, end), ascending.
+
+    What fails is cut in halves, down to sectors.
+    """
+    try:
+        source.read_into(offset, buffer)
+    except ReadFailed:
+        first = offset // SECTOR * SECTOR
+        sectors = -(-(offset + len(buffer) - first) // SECTOR)
+        if sectors <= 1:
+            buffer[:] = bytes(len(buffer))
+            return [(offset, offset + len(buffer))]
+        middle = first + sectors // 2 * SECTOR - offset
+        unread = read_around(source, offset, buffer[:middle])
+        return unread + read_around(source, offset + middle, buffer[middle:])
+    return []
 
 
 def join_extents(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import share_option
+from instarfs.cli.options import follow_option, share_option, snapshot_option
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
@@ -17,18 +17,8 @@ from planner.progress import unless
 
 
 @click.command(name="export")
-@click.option(
-    "--snapshot",
-    metavar="N",
-    help="The disk of this internal snapshot: its number in snapshots/ of a mount, or its name.",
-)
-@click.option(
-    "--follow",
-    "directories",
-    multiple=True,
-    metavar="DIR",
-    help="Open backing and data files that the image names, where they are below DIR.",
-)
+@snapshot_option
+@follow_option
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
 @share_option

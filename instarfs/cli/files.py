@@ -8,7 +8,7 @@ import click
 
 from instarfs.cli.complaints import remark
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import share_option
+from instarfs.cli.options import follow_option, share_option, snapshot_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, ImageTorn
 from instarfs.guest.files import hit_files
@@ -25,18 +25,8 @@ from planner.triage.triage import Triage, triage_leaks
 
 
 @click.command(name="files")
-@click.option(
-    "--snapshot",
-    metavar="N",
-    help="The disk of this internal snapshot: its number in snapshots/ of a mount, or its name.",
-)
-@click.option(
-    "--follow",
-    "directories",
-    multiple=True,
-    metavar="DIR",
-    help="Open backing and data files that the image names, where they are below DIR.",
-)
+@snapshot_option
+@follow_option
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Only the list, without a word about it.")
 @share_option

@@ -7,6 +7,7 @@ import os
 import click
 
 from instarfs.cli.grammar import image_name, image_options
+from instarfs.cli.options import follow_option
 from instarfs.cli.sizes import Size
 from instarfs.errors import ImageUnreadable
 from instarfs.guest.follow import Follow
@@ -17,13 +18,7 @@ from planner.errors import ImageError
 
 @click.command(name="map")
 @image_options()
-@click.option(
-    "--follow",
-    "directories",
-    multiple=True,
-    metavar="DIR",
-    help="Open backing and data files that the image names, where they are below DIR.",
-)
+@follow_option
 @click.option(
     "-s", "--start-offset", type=Size(), default=0, help="Begin at this byte of the disk."
 )

@@ -9,7 +9,7 @@ from functools import partial
 import click
 
 from instarfs.cli.naming import named
-from instarfs.cli.options import undo_file_option
+from instarfs.cli.options import follow_option, undo_file_option
 from instarfs.cli.room import shortage_of
 from instarfs.daemon import descriptors
 from instarfs.daemon.logs import log_to_stderr
@@ -42,13 +42,7 @@ from planner.errors import PlannerError
     help="Show the image as it would be after this repair; nothing is written.",
 )
 @undo_file_option
-@click.option(
-    "--follow",
-    "directories",
-    multiple=True,
-    metavar="DIR",
-    help="Open backing and data files that the image names, where they are below DIR.",
-)
+@follow_option
 @click.argument("image", type=click.Path(readable=False))
 @click.argument("directory", metavar="DIR", type=click.Path(readable=False))
 def command(

@@ -21,3 +21,17 @@ settle_option = click.option(
     type=click.FloatRange(min=0),
     help="With -U: how long to look for a moment while a program writes to it; 5 by default.",
 )
+
+follow_option = click.option(
+    "--follow",
+    "directories",
+    multiple=True,
+    metavar="DIR",
+    help="Open backing and data files that the image names, where they are below DIR.",
+)
+
+snapshot_option = click.option(
+    "--snapshot",
+    metavar="N",
+    help="The disk of this internal snapshot: its number in snapshots/ of a mount, or its name.",
+)

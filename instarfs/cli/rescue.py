@@ -14,7 +14,7 @@ from instarfs.image.file import Image
 from instarfs.render.rescue import rescue_json, rescue_txt
 from instarfs.repair.rescue import write_copy
 from planner.qcow2.header import Header, read_header
-from planner.rescue.headers import Found, find_headers, is_sound
+from planner.rescue.headers import Found, find_headers
 
 _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
 
@@ -63,16 +63,13 @@ def command(
     assumed, known = _assumed(words), _header_of(like)
     name = ImageName(path, force_share=force_share)
     with name.opened() as image, progress_bar(shown=progress) as tell:
-        source = image.source()
-        if not assumed and known is None and is_sound(source):
-            click.echo(f"{path}: its header makes sense, and nothing is wrong under it")
-            return
-        found = find_headers(source, assumed=assumed, like=known, progress=tell)
+        found = find_headers(image.source(), assumed=assumed, like=known, progress=tell)
         best = found.best
         if best is None:
             raise NothingStandsOut(path, _why(found))
         if not best.changed:
-            click.echo(f"{path}: its header makes sense; what is wrong: instarfs report")
+            wrong = "what is wrong: instarfs report" if any(best.score) else "nothing is wrong"
+            click.echo(f"{path}: its header makes sense; {wrong}")
             return
         if out is not None:
             write_copy(image, best.content, out, tell)

@@ -26,7 +26,7 @@ from instarfs.render.outcome import pending_value, repair_value
 from instarfs.text import json_bytes, printable
 from planner.arrays import U8, U64
 from planner.check.classify import content_name
-from planner.check.report import Report
+from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
 from planner.findings.kinds import (
     ACTIVE,
@@ -129,10 +129,15 @@ def _cut_off_value(report: Report) -> dict[str, int] | None:
 
 
 def counters_value(report: Report) -> dict[str, int]:
-    """The counters under QEMU's keys."""
-    counters = report.counters
+    """The counters under QEMU's keys; a header that cannot be read is an error, too."""
+    counters = keyed_counters(report.counters)
+    return counters | {"check-errors": counters["check-errors"] or int(report.error is not None)}
+
+
+def keyed_counters(counters: CheckCounters) -> dict[str, int]:
+    """Counters under QEMU's keys."""
     return {
-        "check-errors": counters.check_errors or int(report.error is not None),
+        "check-errors": counters.check_errors,
         "corruptions": counters.corruptions,
         "leaks": counters.leaks,
         "image-end-offset": counters.image_end_offset,

@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
+from instarfs.render.check import keyed_counters
 from instarfs.scan.values import Change, Row, Run, Skipped, exact_path, path_text
 from instarfs.text import json_text, printable, text_lines
 from planner.findings.wording import plural
@@ -25,19 +26,11 @@ def moment(seconds: float) -> str:
 
 def row_line(row: Row, unchanged: bool | None = None) -> str:
     """A row; *unchanged*: whether it is as it was at the scan before, where that is known."""
-    counters = row.counters
     value: dict[str, object] = {
         **_path_value(row.path),
         "verdict": row.verdict,
         "exit-code": row.exit_code,
-        "check-errors": counters.check_errors,
-        "corruptions": counters.corruptions,
-        "leaks": counters.leaks,
-        "image-end-offset": counters.image_end_offset,
-        "total-clusters": counters.total_clusters,
-        "allocated-clusters": counters.allocated_clusters,
-        "fragmented-clusters": counters.fragmented_clusters,
-        "compressed-clusters": counters.compressed_clusters,
+        **keyed_counters(row.counters),
         "as-of": moment(row.as_of),
         "in-use": row.in_use,
         "confirmed": row.confirmed,

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, join_ranges
-from planner.errors import ReadFailed
-from planner.source import SECTOR, Source, read_tables
+from planner.source import Source, read_around, read_tables
 
 NO_RANGES = np.zeros(0, dtype=np.int64)
 
@@ -49,18 +48,7 @@ class Holes:
             position, at = high, at + 1
 
     def _fill(self, offset: int, buffer: memoryview) -> None:
-        try:
-            self._source.read_into(offset, buffer)
-        except ReadFailed:
-            first = offset // SECTOR * SECTOR
-            sectors = -(-(offset + len(buffer) - first) // SECTOR)
-            if sectors <= 1:
-                buffer[:] = bytes(len(buffer))
-                self._failed[(offset, offset + len(buffer))] = None
-                return
-            middle = first + sectors // 2 * SECTOR - offset
-            self._fill(offset, buffer[:middle])
-            self._fill(offset + middle, buffer[middle:])
+        self._failed.update(dict.fromkeys(read_around(self._source, offset, buffer)))
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         return self._source.data_extents(offset, length)

@@ -77,17 +77,13 @@ class Hypothesis:
     @property
     def score(self) -> tuple[int, int, int]:
         """The lower, the better: what the check could not look at, found wrong, found leaked."""
-        return _score_of(self.report)
+        counters = self.report.counters
+        return counters.check_errors, counters.corruptions, counters.leaks
 
     @property
     def wrong(self) -> int:
         """How much contradicts it, at least 1."""
         return max(1, sum(self.score))
-
-
-def _score_of(report: Report) -> tuple[int, int, int]:
-    counters = report.counters
-    return counters.check_errors, counters.corruptions, counters.leaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +154,6 @@ def find_headers(
     return Found(search.now, search.best(), search.size)
 
 
-def is_sound(source: Source) -> bool:
-    """Whether the header that is there makes sense, and nothing is wrong under it."""
-    report = check_image(source)
-    return report.error is None and not any(_score_of(report))
-
-
 class _Search:
     """Tries headers, each once, and keeps what the check says of each."""
 
@@ -216,6 +206,8 @@ class _Search:
         """The header as it stands, but for one field, with each value that it could have."""
         found = self.now
         self.attempt(found)
+        if self.is_settled:
+            return
         for name, values in _values_of(found):
             for value in values:
                 self.attempt(with_fields(found, {name: value}))

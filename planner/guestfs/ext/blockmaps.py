@@ -12,16 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, without_repeats
-from planner.guestfs.ext.inodes import (
-    DIRECTORY,
-    EXTENTS_FL,
-    FAST_SYMLINK,
-    INLINE_DATA_FL,
-    REGULAR,
-    SYMLINK,
-    Inodes,
-)
+from planner.guestfs.ext.inodes import EXTENTS_FL, FAST_SYMLINK, INLINE_DATA_FL, Inodes
 from planner.guestfs.ext.superblock import Superblock
+from planner.guestfs.inodes import DIRECTORY, REGULAR, SYMLINK
 from planner.guestfs.protocol import Extents, What
 from planner.guestfs.reading import Holes, read_blocks
 

@@ -11,7 +11,6 @@ from planner.guestfs.ext.blockmaps import BlockMaps
 from planner.guestfs.ext.directories import inline_rest, names_in
 from planner.guestfs.ext.groups import Groups, fixed_extents, free_spans, read_groups
 from planner.guestfs.ext.inodes import (
-    DIRECTORY,
     INLINE_DATA_FL,
     Inodes,
     are_own,
@@ -28,6 +27,7 @@ from planner.guestfs.ext.superblock import (
     Superblock,
     find_superblock,
 )
+from planner.guestfs.inodes import DIRECTORY
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What
 from planner.guestfs.reading import Holes, read_blocks
 from planner.source import read_tables

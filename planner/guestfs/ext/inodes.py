@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.arrays import I64, U8, U32, Mask, distinct
 from planner.guestfs.checksums import crc
 from planner.guestfs.ext.groups import Groups, inode_blocks
 from planner.guestfs.ext.superblock import ROOT_INODE, Superblock
+from planner.guestfs.inodes import TYPES
+from planner.guestfs.inodes import Inodes as UnixInodes
 from planner.guestfs.reading import Holes
 from planner.source import present_tables, read_tables
 
 EXTENTS_FL = 0x80000
 INLINE_DATA_FL = 0x10000000
-
-TYPE_MASK = 0xF000
-REGULAR, DIRECTORY, SYMLINK = 0x8000, 0x4000, 0xA000
-TYPES = (0x1000, 0x2000, DIRECTORY, 0x6000, REGULAR, SYMLINK, 0xC000)
 
 FAST_SYMLINK = 60
 """A symbolic link that is shorter is in its inode."""
@@ -50,24 +47,8 @@ def fields_of(inode_size: int) -> np.dtype[np.void]:
 
 
 @dataclass(frozen=True, slots=True)
-class Inodes:
-    """Some inodes: their numbers, int64, and their records, a structured array and as bytes."""
-
-    number: I64
-    field: npt.NDArray[np.void]
-    raw: U8
-
-    def __len__(self) -> int:
-        return len(self.number)
-
-    def select(self, which: Mask) -> Inodes:
-        """Some of them."""
-        return Inodes(self.number[which], self.field[which], self.raw[which])
-
-    @property
-    def type(self) -> I64:
-        """`REGULAR`, `DIRECTORY`, `SYMLINK` or another of `TYPES`."""
-        return self.field["mode"].astype(np.int64) & TYPE_MASK
+class Inodes(UnixInodes):
+    """Some inodes of ext2/3/4."""
 
     @property
     def flags(self) -> U32:

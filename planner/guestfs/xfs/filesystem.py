@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, expand_ranges
+from planner.guestfs.inodes import DIRECTORY, Inodes
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What, own_extents
 from planner.guestfs.reading import Holes, read_blocks
 from planner.guestfs.xfs.directories import LEAF_OFFSET, names_in, short_names
@@ -14,9 +15,7 @@ from planner.guestfs.xfs.forks import LOCAL, BlockMaps, forks_of
 from planner.guestfs.xfs.groups import FREE_BY_BLOCK, INODES, Trees, fixed_extents, free_blocks
 from planner.guestfs.xfs.inodes import (
     CHUNK,
-    DIRECTORY,
     Chunks,
-    Inodes,
     find_chunks,
     read_inodes,
     records_in,

@@ -13,9 +13,10 @@ import numpy as np
 
 from planner.arrays import I64, U8, Mask, expand_ranges
 from planner.guestfs.columns import Once, big
+from planner.guestfs.inodes import DIRECTORY, Inodes
 from planner.guestfs.protocol import Extents, What
 from planner.guestfs.reading import Holes, read_blocks
-from planner.guestfs.xfs.inodes import DIRECTORY, LARGE_COUNTS, REALTIME, Inodes
+from planner.guestfs.xfs.inodes import LARGE_COUNTS, REALTIME
 from planner.guestfs.xfs.superblock import Superblock
 
 LOCAL, EXTENTS, BTREE = 1, 2, 3

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.arrays import I64, U8, U64, Mask, join_ranges
 from planner.guestfs.checksums import crc
 from planner.guestfs.columns import big
+from planner.guestfs.inodes import TYPES, Inodes
 from planner.guestfs.reading import Holes
 from planner.guestfs.xfs.groups import FREE_BY_BLOCK, INODES, Trees, free_blocks
 from planner.guestfs.xfs.superblock import Superblock
@@ -22,9 +22,6 @@ from planner.source import BATCH_BYTES, present_tables, read_tables
 
 CHUNK = 64
 """Inodes that are allocated together."""
-
-TYPE_MASK, DIRECTORY, REGULAR, SYMLINK = 0xF000, 0x4000, 0x8000, 0xA000
-TYPES = (0x1000, 0x2000, DIRECTORY, 0x6000, REGULAR, SYMLINK, 0xC000)
 
 REALTIME = 0x1
 """Of ``flags``: the data is on another device."""
@@ -79,27 +76,6 @@ class Chunks:
     def select(self, which: Mask | I64 | slice) -> Chunks:
         """Some of them."""
         return Chunks(self.first[which], self.there[which], self.in_use[which], self.is_told[which])
-
-
-@dataclass(frozen=True, slots=True)
-class Inodes:
-    """Some inodes: their numbers, int64, and their records, a structured array and as bytes."""
-
-    number: I64
-    field: npt.NDArray[np.void]
-    raw: U8
-
-    def __len__(self) -> int:
-        return len(self.number)
-
-    def select(self, which: Mask) -> Inodes:
-        """Some of them."""
-        return Inodes(self.number[which], self.field[which], self.raw[which])
-
-    @property
-    def type(self) -> I64:
-        """`REGULAR`, `DIRECTORY`, `SYMLINK` or another of `TYPES`."""
-        return self.field["mode"].astype(np.int64) & TYPE_MASK
 
 
 # ---- chunks ----
