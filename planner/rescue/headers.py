@@ -224,20 +224,26 @@ class _Search:
 
     def try_rest(self) -> None:
         """Of the best, the size that its disk says of itself, and how its clusters are packed."""
-        for best in self.best()[:1]:
-            header = best.header
-            if header in self._made_up:
-                self.size = disk_size(self._source, header)
-                index, _ = nonzero_words(self._source, header.l1_table_offset, header.l1_size)
-                better = sized(header, self.size.size, int(index[-1]) + 1 if len(index) else 0)
-                if is_zstd(self._source, header):
-                    better = _with_zstd(better)
-                luks = self._luks(best)
-                if luks:
-                    better = replace(better, crypt_method=CRYPT_LUKS)
-                del self._tried[header]
-                self._made_up.add(with_fields(better, self._assumed))
-                self.attempt(better, luks)
+        best = next(iter(self.best()), None)
+        if best is None or best.header not in self._made_up:
+            return
+        header = best.header
+        size = disk_size(self._source, header)
+        index, _ = nonzero_words(self._source, header.l1_table_offset, header.l1_size)
+        better = sized(header, size.size, int(index[-1]) + 1 if len(index) else 0)
+        if is_zstd(self._source, header):
+            better = _with_zstd(better)
+        luks = self._luks(best)
+        if luks:
+            better = replace(better, crypt_method=CRYPT_LUKS)
+        found = self.attempt(better, luks)
+        if found is None:
+            return
+        self.size = size
+        self._made_up.add(found.header)
+        if found.header != header:
+            # What was right but for these is no rival of it.
+            del self._tried[header]
 
     def _luks(self, best: Hypothesis) -> bytes:
         """The extension that leads to a LUKS header, if one is among what nothing leads to."""
