@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from types import ModuleType
 
 import click
 
@@ -70,12 +71,7 @@ def command(
     follow = Follow((*directories, *options.follow), serving=True)
     check_mountpoint(directory)
     check_fuse(directory)
-    try:
-        from instarfs.daemon import process as daemon  # noqa: PLC0415 - its absence is a message, not a crash
-    except ImportError as error:
-        if shortage_of(error) is not None:
-            raise
-        raise FuseNotInstalled(str(error)) from error
+    daemon = _process()
     descriptors.let_go_of(inherited)
     if foreground:
         log_to_stderr()
@@ -107,3 +103,18 @@ def command(
         except PlannerError as error:
             raise named(error, image) from error
     sys.exit(code)
+
+
+def _process() -> ModuleType:
+    """`instarfs.daemon.process`, imported only now: its absence is a message, not a crash.
+
+    Raises:
+        FuseNotInstalled: what only a mount needs is not there.
+    """
+    try:
+        from instarfs.daemon import process  # noqa: PLC0415
+    except ImportError as error:
+        if shortage_of(error) is not None:
+            raise
+        raise FuseNotInstalled(str(error)) from error
+    return process

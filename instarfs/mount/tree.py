@@ -435,16 +435,6 @@ def _explain_guest(offset: GuestOffset, source: Source, guest: Guest | ImageErro
 
 
 def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
-    def result(it: Checkup) -> bytes:
-        return render_check.result_json(
-            it.report,
-            inspector.subject.path,
-            it.repaired,
-            it.pending,
-            gone=it.gone,
-            preview=mounted.preview,
-        )
-
     def report(it: Briefing) -> bytes:
         checkup = it.checkup
         known = Aftermath(
@@ -462,47 +452,8 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
 
-    files: list[tuple[str, str, Callable[[Checkup], bytes | Iterable[bytes]]]] = [
-        (
-            "result.json",
-            "the result under the keys of `qemu-img check --output=json`, and a verdict",
-            result,
-        ),
-        (
-            "result.bin",
-            "the same as a CheckResult, 80 bytes",
-            lambda it: render_check.result_bin(it.report, it.repaired),
-        ),
-        (
-            "leaks",
-            "clusters that are counted as used and that nothing refers to",
-            lambda it: render_check.leaks_tsv(it.report),
-        ),
-        (
-            "corruptions",
-            "what is, or may become, wrong data",
-            lambda it: render_check.corruptions_tsv(it.report),
-        ),
-        (
-            "refcounts",
-            "reference counts that differ from the references",
-            lambda it: render_check.refcounts_tsv(it.report),
-        ),
-    ]
     return [
-        *(
-            _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, render))
-            for name, what, render in files
-        ),
-        _Entry(
-            "check/findings.jsonl",
-            "all findings, one JSON object a line",
-            GeneratedFile(
-                inspector.checkup,
-                lambda it: render_findings.findings_jsonl(it.report),
-                lambda it: render_findings.findings_jsonl_length(it.report),
-            ),
-        ),
+        *_result_files(inspector, mounted),
         _Entry(
             "check/files.tsv",
             "which files of the guest are hit: a row a piece of one, or of free space",
@@ -517,6 +468,62 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
             "check/progress",
             "how far a check is, or what follows from it: `idle`, or its stage and percentage",
             LiveFile(progress),
+        ),
+    ]
+
+
+def _result_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
+    """What the check alone has found, as `qemu-img check` says it and finding by finding."""
+
+    def entry(
+        name: str,
+        what: str,
+        render: Callable[[Checkup], bytes | Iterable[bytes]],
+        length: Callable[[Checkup], int] | None = None,
+    ) -> _Entry:
+        return _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, render, length))
+
+    def result(it: Checkup) -> bytes:
+        return render_check.result_json(
+            it.report,
+            inspector.subject.path,
+            it.repaired,
+            it.pending,
+            gone=it.gone,
+            preview=mounted.preview,
+        )
+
+    return [
+        entry(
+            "result.json",
+            "the result under the keys of `qemu-img check --output=json`, and a verdict",
+            result,
+        ),
+        entry(
+            "result.bin",
+            "the same as a CheckResult, 80 bytes",
+            lambda it: render_check.result_bin(it.report, it.repaired),
+        ),
+        entry(
+            "leaks",
+            "clusters that are counted as used and that nothing refers to",
+            lambda it: render_check.leaks_tsv(it.report),
+        ),
+        entry(
+            "corruptions",
+            "what is, or may become, wrong data",
+            lambda it: render_check.corruptions_tsv(it.report),
+        ),
+        entry(
+            "refcounts",
+            "reference counts that differ from the references",
+            lambda it: render_check.refcounts_tsv(it.report),
+        ),
+        entry(
+            "findings.jsonl",
+            "all findings, one JSON object a line",
+            lambda it: render_findings.findings_jsonl(it.report),
+            lambda it: render_findings.findings_jsonl_length(it.report),
         ),
     ]
 
