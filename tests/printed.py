@@ -47,6 +47,9 @@ COMMANDS = (
     ("map", "--output=json"),
     ("report",),
 )
+FAILED, ENDED = "Error: ", "\nended: "
+"""What follows the output of a command."""
+
 _TIMES = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[^\s\"]*")
 
 
@@ -81,9 +84,9 @@ def printed(data: bytes) -> dict[str, str]:
             done = CliRunner().invoke(commands, [*command, NAME])
             said, ended = done.output, done.exception
             if isinstance(ended, DOMAIN_ERRORS):  # as the process ends then
-                said, ended = f"{said}Error: {ended}\n", SystemExit(ended.exit_code)
+                said, ended = f"{said}{FAILED}{ended}\n", SystemExit(ended.exit_code)
             code = ended.code if isinstance(ended, SystemExit) else ended
-            found[" ".join(command)] = f"{said}\nended: {code!r}\n"
+            found[" ".join(command)] = f"{said}{ENDED}{code!r}\n"
         found |= trio.run(_shown)
         return {
             name: _TIMES.sub("TIME", text).replace(str(room), "ROOM")
@@ -111,10 +114,10 @@ async def _files(node: Node | None, path: str) -> AsyncIterator[tuple[str, str]]
         yield path, b"".join(parts).decode("latin-1")
 
 
-def digest(data: bytes) -> str:
-    """A short hash of all of `printed`."""
+def digest(shown: dict[str, str]) -> str:
+    """A short hash of all that `printed` gives."""
     whole = hashlib.sha256()
-    for name, text in printed(data).items():
+    for name, text in shown.items():
         whole.update(f"{name}\0{text}\0".encode())
     return whole.hexdigest()[:16]
 
@@ -137,7 +140,7 @@ def main() -> None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.write_text(text)
     if options.write:
-        lines = [f"{image}\t{digest(data)}\n" for image, data in images().items()]
+        lines = [f"{image}\t{digest(printed(data))}\n" for image, data in images().items()]
         EXPECTED.write_text("".join(lines))
 
 

@@ -34,6 +34,7 @@ _MODULES = {
     "map": "instarfs.cli.map",
     "export": "instarfs.cli.export",
     "rescue": "instarfs.cli.rescue",
+    "schema": "instarfs.cli.schema",
 }
 
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mount.mounts import INSTARFS, environment
+from tests.schemas import require_valid_output
 
 SECONDS = 120.0
 CODES = (0, 1, 2, 3)
@@ -69,7 +70,9 @@ def ask_qemu(image: Path, *more: str) -> Answer:
 
 def ask_ours(image: Path, *more: str) -> Answer:
     """What we say."""
-    code, out, err, seconds = _asked([*INSTARFS, "check", *more, "--output", "json", str(image)])
+    command = [*INSTARFS, "check", *more, "--output", "json", str(image)]
+    code, out, err, seconds = _asked(command)
+    require_valid_output(command, out)
     assert code in CODES, err
     assert "Traceback" not in err, err
     found = _values(out)

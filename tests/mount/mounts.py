@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
+from tests.schemas import require_valid_file, require_valid_output
 
 DEADLINE = 20.0
 PROJECT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def environment() -> dict[str, str]:
 
 def instarfs(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
-    return subprocess.run(
+    done = subprocess.run(
         [*INSTARFS, *map(str, arguments)],
         check=False,
         capture_output=True,
@@ -40,6 +41,8 @@ def instarfs(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
         cwd=cwd,
         timeout=DEADLINE,
     )
+    require_valid_output(arguments, done.stdout)
+    return done
 
 
 def run(*command: str | Path, timeout: float = DEADLINE) -> str:
@@ -111,7 +114,9 @@ class Mount:
         return mounted_type(self.path) is not None
 
     def read(self, name: str) -> str:
-        return (self.path / name).read_text()
+        text = (self.path / name).read_text()
+        require_valid_file(name, text)
+        return text
 
     def wait_for_end(self) -> int:
         """The exit code of the process, once it has ended; the mount is gone then."""

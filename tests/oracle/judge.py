@@ -22,6 +22,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from tests.images.matrix import Row, check_command, data_extents
 from tests.oracle.scene import FileSource
+from tests.schemas import require_valid_output
 
 COUNTERS = (
     "check-errors",
@@ -120,6 +121,7 @@ def ask_our_command(image: Path) -> Answer:
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=QEMU_SECONDS
     )
+    require_valid_output(command, done.stdout)
     return _answer(done)
 
 

@@ -14,6 +14,7 @@ from instarfs.cli.main import main
 from tests.images.builder import Image, ImageBuilder
 from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy
+from tests.schemas import require_valid_output
 
 VERBS = ("check", "info", "map")
 AN_OBJECT = "secret,id=s0,data=sesame"
@@ -90,7 +91,9 @@ def instarfs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         monkeypatch.setattr("sys.argv", ["instarfs", *arguments])
         with pytest.raises(SystemExit) as exited:
             main()
-        return int(exited.value.code or 0), *capfd.readouterr()
+        out, err = capfd.readouterr()
+        require_valid_output(arguments, out)
+        return int(exited.value.code or 0), out, err
 
     return run
 

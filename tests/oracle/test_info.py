@@ -24,6 +24,7 @@ from planner.qcow2.luks import LuksHeader, encode_luks
 from tests.images import matrix
 from tests.images.builder import ImageBuilder
 from tests.images.luks_headers import ACCEPTED, REFUSED, SLOT_SECTORS, with_slot
+from tests.schemas import require_valid_output
 
 
 class Said:
@@ -50,7 +51,9 @@ class Instarfs:
         self.monkeypatch.setattr("sys.argv", ["instarfs", "info", *arguments])
         with pytest.raises(SystemExit) as exited:
             main()
-        return Said(int(exited.value.code or 0), *self.capfdbinary.readouterr())
+        said = Said(int(exited.value.code or 0), *self.capfdbinary.readouterr())
+        require_valid_output(("info", *arguments), said.out.decode())
+        return said
 
     def must_agree(self, image: str) -> None:
         """Both outputs of both programs, compared."""

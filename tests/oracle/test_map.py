@@ -14,6 +14,7 @@ from planner.qcow2.entries import L2_OFFSET
 from planner.qcow2.extensions import FEATURE_NAMES
 from tests.images.builder import ImageBuilder
 from tests.images.matrix import run
+from tests.schemas import require_valid_output
 
 CLUSTER = 1 << 16
 MIB = 1 << 20
@@ -36,7 +37,9 @@ class Instarfs:
         self.monkeypatch.setattr("sys.argv", ["instarfs", "map", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
             main()
-        return Said(int(exited.value.code or 0), *self.capfd.readouterr())
+        said = Said(int(exited.value.code or 0), *self.capfd.readouterr())
+        require_valid_output(("map", *arguments), said.out)
+        return said
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 
 from instarfs.cli.main import commands
 from instarfs.mount import tree
+from instarfs.render.schemas import SUBJECTS, schema
 from planner.check.report import EXIT_CODES
 from planner.check.wire import RESULT
 from planner.findings.kinds import FindingKind
+from tests.packaging.keys import keys_of
 
 MAN = Path(__file__).parents[2] / "packaging/man"
 CONTEXT = click.Context(commands, info_name="instarfs")
@@ -92,6 +94,15 @@ def text_of_tree() -> str:
 
 
 _TREE: list[str] = []
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_every_key_of_json_is_listed_and_no_other(name: str) -> None:
+    listed = text_of_tree().partition("\nJSON KEYS\n")[2].partition("\nVERDICTS\n")[0]
+    tag, end = rf"^ {{7}}{name}\s+{re.escape(SUBJECTS[name])}:", r"^ {7}\S|\Z"
+    found = re.search(rf"{tag}(.*?)(?={end})", listed, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    assert set(re.split(r",\s+", found[1].strip())) == keys_of(schema(name)).keys()
 
 
 def test_the_fields_of_result_bin_are_where_the_page_says() -> None:

@@ -24,6 +24,7 @@ from tests.advice import blocks_of, follow, follow_all
 from tests.images.builder import Image
 from tests.images.damage import DAMAGES
 from tests.instarfs.repair.test_run import healthy
+from tests.schemas import require_valid_output
 
 LEAKY = ("leaked-clusters", "low-refcount", "wrong-copied")
 LOST = ("leaked-clusters", "lost-l2-table")
@@ -58,7 +59,9 @@ def instarfs(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture
         monkeypatch.setattr("sys.argv", ["instarfs", *map(str, arguments)])
         with pytest.raises(SystemExit) as exited:
             main()
-        return Ended(int(exited.value.code or 0), *capfdbinary.readouterr())
+        ended = Ended(int(exited.value.code or 0), *capfdbinary.readouterr())
+        require_valid_output(arguments, ended.out)
+        return ended
 
     return run
 

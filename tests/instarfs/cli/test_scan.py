@@ -17,6 +17,7 @@ from instarfs.scan.values import VERDICTS
 from planner.check.report import EXIT_CODES
 from tests.instarfs.repair.test_run import damaged, healthy
 from tests.mount.mounts import INSTARFS
+from tests.schemas import require_valid_output
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -39,9 +40,11 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def scan(tmp_path: Path) -> Run:
     def run(*words: str | Path) -> Done:
-        return subprocess.run(
+        done = subprocess.run(
             [*INSTARFS, "scan", *words], cwd=tmp_path, capture_output=True, text=True, check=False
         )
+        require_valid_output(words, done.stdout)
+        return done
 
     return run
 

@@ -35,6 +35,7 @@ ARGUMENTS = {
     "export": ("image", "out"),
     "rescue": ("image",),
     "scan": ("--output", "jsonl", "-q", "image"),
+    "schema": ("check",),
     "umount": ("folder",),
 }
 """Of every command but the mount; one that is missing here fails."""
