@@ -390,13 +390,25 @@ class RescueNotWritten(InstarfsError):
 
 
 @dataclass(eq=False)
-class NothingStandsOut(InstarfsError):
-    """{path}: {reason}; nothing was written: name what you know of it with --assume FIELD=VALUE, or
-    an image that was made in the same way with --header
+class RescueUnquoted(InstarfsError):
+    """{path}: nothing was written: read what would be done (without --in-place), and if that is to
+    be done, quote its plan's id: --in-place --plan {plan_id}
     """
 
     path: str
+    plan_id: str
+    errno: ClassVar[int] = _errno.EUCLEAN
+
+
+@dataclass(eq=False)
+class RescueNeedsUndo(InstarfsError):
+    """{undo_file}: the undo file cannot be made: {reason}; nothing was written; name another place
+    with --undo-file: in place nothing is rescued without
+    """
+
+    undo_file: str
     reason: str
+    errno: ClassVar[int] = _errno.EUCLEAN
 
 
 @dataclass(eq=False)

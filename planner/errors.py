@@ -125,6 +125,12 @@ class ParseFailed(RepairError):
     kind = "PARSE_FAILED"
 
 
+class HeaderUnknown(RepairError):
+    """No header of the image can be believed more than any other."""
+
+    kind = "HEADER_UNKNOWN"
+
+
 class Cancelled(PlannerError):
     """The caller asked for the check to end before it was done."""
 

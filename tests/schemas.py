@@ -45,7 +45,7 @@ def require_valid_output(words: Sequence[object], out: str) -> None:
     """What a command of these *words* has printed; where it has failed, that may be nothing."""
     said = [str(word) for word in words]
     if out and _asks_for(said, "json") and (name := _first(_PRINTED, said)):
-        require_valid(_PRINTED[name], out)
+        require_valid("repair" if "--in-place" in said else _PRINTED[name], out)
     if out and _asks_for(said, "jsonl"):
         require_valid("scan", out)
 

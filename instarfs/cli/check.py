@@ -20,6 +20,7 @@ from instarfs.errors import (
     FormatHasNoChecks,
     FormatNotRead,
     ImageTorn,
+    ImageUnreadable,
     ImageUnsettled,
 )
 from instarfs.image.directory import lasting_name
@@ -33,6 +34,7 @@ from planner.progress import Progress
 if TYPE_CHECKING:
     from instarfs.repair.outcome import Pending, RepairOutcome
     from planner.arrays import I64
+    from planner.errors import ImageError
     from planner.source import Source
 
 # What only a repair needs is loaded where one is asked for: a check of a small image takes less
@@ -141,7 +143,7 @@ class _Checked:
         """Why there are no results to go by."""
         report = self.report
         if report.error is not None:
-            return self.name.failed(report.error)
+            return self._without_header(report.error)
         if report.live is not None:
             is_unsettled, moved = report.verdict == "unsettled", report.live.in_motion
             return ImageUnsettled(self.name.path, moved) if is_unsettled else None
@@ -149,6 +151,13 @@ class _Checked:
             return None
         what = "it is in use" if report.in_use else "it was written to during the check"
         return ImageTorn(self.name.path, what)
+
+    def _without_header(self, error: ImageError) -> Failure:
+        """*error* of the image; where it comes of a rescue that was interrupted, that it does."""
+        failed = self.name.failed(error)
+        if self.left_over is None or not isinstance(failed, ImageUnreadable):
+            return failed
+        return type(failed)(failed.path, f"{failed.reason}; {self.left_over.sentence}")
 
     @property
     def exit_code(self) -> int:

@@ -66,7 +66,7 @@ def command(
                 partial(check_image, progress=tell),
                 live=LiveCheck() if force_share else None,
             )
-            if isinstance(checked.report.error, NotQcow2):
+            if isinstance(checked.report.error, NotQcow2) and checked.pending is None:
                 raise name.failed(checked.report.error)
             known = _aftermath(checked, follow, tell)
         known = replace(known, surroundings=_around(image, undo_file))

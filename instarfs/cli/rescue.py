@@ -1,26 +1,41 @@
-"""`instarfs rescue`: what an image lost, and a new file that has it again."""
+"""`instarfs rescue`: what an image lost, in a new file that has it again, or put back in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import click
 
+from instarfs.cli import repairing
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import share_option
+from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import NothingStandsOut
+from instarfs.image.directory import lasting_name
 from instarfs.image.file import Image
-from instarfs.render.rescue import rescue_json, rescue_txt
+from instarfs.render.repair import outcome_human, outcome_json
+from instarfs.render.rescue import Asked, rescue_json, rescue_txt
 from instarfs.repair.rescue import write_copy
+from instarfs.repair.run import FindRescue
+from planner.errors import PlannerError
 from planner.qcow2.header import Header, read_header
-from planner.rescue.headers import Found, find_headers
+from planner.rescue.rescue import rescue
 
 _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
 
 
 @click.command(name="rescue")
 @click.option("-o", "out", metavar="OUT", type=click.Path(), help="Write the rebuilt image to OUT.")
+@click.option(
+    "--in-place", is_flag=True, help="Write it in IMAGE itself, to be undone: instarfs undo."
+)
+@click.option(
+    "--plan",
+    "quote",
+    metavar="ID",
+    help="With --in-place: exactly the plan of this id, or nothing.",
+)
+@undo_file_option
 @click.option(
     "--header",
     "like",
@@ -46,37 +61,71 @@ _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(
     path: str,
-    out: str | None,
-    like: str | None,
-    words: tuple[str, ...],
     output: str,
+    words: tuple[str, ...],
     *,
+    out: str | None,
+    quote: str | None,
+    undo_file: str | None,
+    like: str | None,
+    in_place: bool,
     progress: bool,
     force_share: bool,
 ) -> None:
-    """Find the header of the qcow2 image IMAGE, which is gone or makes no sense.
+    """Bring back what the metadata of the qcow2 image IMAGE has lost.
 
-    Every hypothesis is laid over the image in memory and checked; one is believed if what it says
-    agrees with the rest of the file and nothing else does. IMAGE is never written to: -o writes a
-    new file, shared with IMAGE or sparse where the disk can do that.
+    A header that is gone, or makes no sense, is found: every hypothesis is laid over the image in
+    memory and checked; one is believed if what it says agrees with the rest of the file and nothing
+    else does. IMAGE is not written to: -o writes a new file, shared with IMAGE or sparse where the
+    disk can do that; --in-place writes exactly the plan whose id is quoted, which can be undone.
     """
-    assumed, known = _assumed(words), _header_of(like)
-    name = ImageName(path, force_share=force_share)
+    _require_one_way(out, quote, in_place=in_place, force_share=force_share)
+    find = partial(rescue, assumed=_assumed(words), like=_header_of(like))
+    if in_place:
+        _rescue_in_place(path, quote or "", find, undo_file, output, progress=progress)
+        return
+    name = ImageName(path, force_share=force_share, undo_file=undo_file)
     with name.opened() as image, progress_bar(shown=progress) as tell:
-        found = find_headers(image.source(), assumed=assumed, like=known, progress=tell)
-        best = found.best
-        if best is None:
-            raise NothingStandsOut(path, _why(found))
-        if not best.changed:
-            wrong = "what is wrong: instarfs report" if any(best.score) else "nothing is wrong"
-            click.echo(f"{path}: its header makes sense; {wrong}")
-            return
-        if out is not None:
-            write_copy(image, best.content, out, tell)
+        try:
+            before = image.generation()
+            found = find(image.source(), can_grow=not image.is_device, progress=tell)
+        except PlannerError as error:
+            raise name.failed(error) from error
+        if out is not None and not found.plan.changes_nothing:
+            write_copy(image, before, found.plan, out, tell)
+        is_written = image.generation() != before
+    asked = Asked(path, like, words, undo_file, is_written=is_written)
     if output == "json":
-        click.echo(rescue_json(found, best, path, out), nl=False)
+        click.echo(rescue_json(found, asked, out), nl=False)
     else:
-        click.echo(rescue_txt(found, best, path, out), nl=False)
+        click.echo(rescue_txt(found, asked, out), nl=False)
+
+
+def _require_one_way(
+    out: str | None, quote: str | None, *, in_place: bool, force_share: bool
+) -> None:
+    if in_place and out is not None:
+        raise click.UsageError("-o writes a new file, --in-place the image itself: one of them")
+    if quote is not None and not in_place:
+        raise click.UsageError("--plan is for --in-place: nothing else writes to the image")
+    if in_place and force_share:
+        raise click.UsageError("-U is for a look alone: a rescue shares the image with nobody")
+
+
+def _rescue_in_place(
+    path: str, quote: str, find: FindRescue, undo_file: str | None, output: str, *, progress: bool
+) -> None:
+    outcome = repairing.run(
+        path,
+        lambda repairer: repairer.rescue(quote, find),
+        undo_file=undo_file,
+        progress=progress,
+    )
+    if output == "json":
+        click.echo(outcome_json(outcome, path, None), nl=False)
+    repairing.raise_error(outcome, path)
+    if output == "human":
+        click.echo(outcome_human(outcome, lasting_name(path), undo_file), nl=False)
 
 
 def _assumed(words: Iterable[str]) -> dict[str, int]:
@@ -97,12 +146,3 @@ def _header_of(path: str | None) -> Header | None:
         return None
     with Image.open(path) as image:
         return read_header(image.source())
-
-
-def _why(found: Found) -> str:
-    if not found.hypotheses:
-        return "no header was found under which its tables make sense"
-    best, rival = found.hypotheses[0], found.rival
-    if rival is None or best.score[0]:
-        return "under no header that was tried its tables can all be read"
-    return f"several headers are as likely: the best two leave {best.wrong} and {rival.wrong} wrong"

@@ -24,6 +24,7 @@ from instarfs.inspect.repair_queue import MakeRepairer
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
+from instarfs.repair.interrupted import pending
 from instarfs.repair.planning import run_plan
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
@@ -100,10 +101,15 @@ def _previewed(image: Image, tier: RepairTier) -> PreviewImage:
 
 
 def _require_qcow2(image: Image) -> None:
-    """Refuse what is no qcow2 image at all. One that is damaged is what a mount is for."""
+    """Refuse what is no qcow2 image at all. One that is damaged is what a mount is for.
+
+    So is one of which the header was about to be brought back, or taken away again.
+    """
     try:
         Layout.read(image.source())
     except NotQcow2 as error:
+        if pending(image) is not None:
+            return
         raise ImageNotQcow2(image.path, str(error)) from error
     except HeaderCutOff as error:
         raise ImageUnreadable(image.path, str(error)) from error

@@ -30,7 +30,7 @@ from instarfs.repair.run import Repairer
 from instarfs.repair.undo_place import UndoPlace
 from planner.errors import Cancelled, PlannerError, RepairError
 from planner.progress import Progress
-from planner.repair.plan import RepairTier
+from planner.repair.plan import PlanTier, RepairTier
 
 _APPLIED = (Status.REPAIRED, Status.INCOMPLETE, Status.NOTHING_TO_DO)
 _NO_LONGER_KNOWN = (Status.UNDONE, Status.INTERRUPTED)
@@ -67,7 +67,7 @@ class Repairs:
         self._failed: tuple[_Asked, Generation, RepairOutcome] | None = None
         self._standing: tuple[Generation, RepairOutcome] | None = None
         self.outcome: RepairOutcome | None = None
-        self.applied: RepairTier | None = None
+        self.applied: PlanTier | None = None
 
     @property
     def is_running(self) -> bool:

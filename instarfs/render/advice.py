@@ -85,6 +85,8 @@ def _without_header(place: _Place) -> list[list[str]]:
         " one that may fit."
     )
     tables = "What its tables say of the header (exit code 1 where they do not say enough):"
+    if place.is_interrupted:
+        return [["What to do now:", *_keep_a_copy(place), *_undo_interrupted(place)]]
     return [
         ["What to do now:", *_keep_a_copy(place), *_step(older)],
         _block(tables, f"instarfs rescue -- {place.image}"),

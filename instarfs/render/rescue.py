@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from instarfs.text import json_bytes, shell_path, text_lines
+from instarfs.text import json_bytes, shell_path, shell_word, text_lines
+from planner.check.report import Report
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
 from planner.rescue.headers import Found, Hypothesis
+from planner.rescue.rescue import Rescue
 
 _NAMES = (
     "The names of a backing file and of a data file, bitmaps and what else stands behind the fields"
@@ -16,8 +19,59 @@ _NAMES = (
 )
 
 
-def rescue_txt(found: Found, best: Hypothesis, filename: str, out: str | None) -> str:
-    """The report: what the header was, why that is believed, and what to do."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a rescue was asked for: the image, and what whoever asked knew of it.
+
+    ``is_written``: the image was written to meanwhile.
+    """
+
+    filename: str
+    like: str | None = None
+    assumed: tuple[str, ...] = ()
+    undo_file: str | None = None
+    is_written: bool = False
+
+    def command(self, how: str) -> str:
+        """The command that does the same again, and with what it finds *how* says."""
+        words = ["instarfs rescue", how]
+        words += ["--header", shell_path(self.like)] if self.like is not None else []
+        words += [f"--assume {shell_word(word)}" for word in self.assumed]
+        return " ".join([*words, "--", shell_path(self.filename)])
+
+    @property
+    def in_place(self) -> str:
+        """What a command needs to write in the image itself, but for the plan."""
+        place = f" --undo-file {shell_path(self.undo_file)}" if self.undo_file is not None else ""
+        return f"--in-place{place}"
+
+
+def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
+    """The report: what was lost, why what was found is believed, and what to do."""
+    name = shell_path(asked.filename)
+    if rescue.plan.changes_nothing:
+        wrong = "nothing is wrong"
+        if rescue.before.verdict != "clean":
+            wrong = f"what is wrong: instarfs report -- {name}"
+        return text_lines([f"{asked.filename}: its header makes sense; {wrong}"])
+    lines: list[str] = []
+    best = rescue.headers.best
+    if rescue.changes_header and best is not None:
+        lines += _of_header(rescue.headers, best, asked.filename)
+    if asked.is_written:
+        lines += ["", "It was written to meanwhile: what was found is of no one moment."]
+    if out is None:
+        lines += ["", "Nothing has been written. To have the rebuilt image as a new file:"]
+        lines.append(f"      {asked.command('-o RESCUED.qcow2')}")
+        lines.append("Or in the image itself, from which it can be taken back byte for byte:")
+        lines.append(f"      {asked.command(f'{asked.in_place} --plan {rescue.plan.id}')}")
+    else:
+        lines += ["", f"{shell_path(out)} is the rebuilt image; {name} is as it was. Look at it:"]
+        lines.append(f"      instarfs report -- {shell_path(out)}")
+    return text_lines(lines)
+
+
+def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
     is_gone = found.now.magic != MAGIC
     lines = [f"{filename}: {'its header is gone' if is_gone else 'its header makes no sense'}", ""]
     lines += [
@@ -30,38 +84,29 @@ def rescue_txt(found: Found, best: Hypothesis, filename: str, out: str | None) -
     if found.size is not None:
         more = "" if found.size.is_exact else "; the disk may have been larger"
         lines.append(f"  the disk has {found.size.size} bytes: {found.size.evidence}{more}")
-    if is_gone:
-        lines += ["", _NAMES]
-    name = shell_path(filename)
-    if out is None:
-        lines += [
-            "",
-            "Nothing has been written. To have the rebuilt image as a new file:",
-            f"      instarfs rescue -o RESCUED.qcow2 -- {name}",
-        ]
-    else:
-        lines += ["", f"{shell_path(out)} is the rebuilt image; {name} is as it was. Look at it:"]
-        lines.append(f"      instarfs report -- {shell_path(out)}")
-    return text_lines(lines)
+    return [*lines, "", _NAMES] if is_gone else lines
 
 
-def rescue_json(found: Found, best: Hypothesis, filename: str, out: str | None) -> bytes:
+def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
     """The same as JSON."""
+    found, plan = rescue.headers, rescue.plan
+    header = rescue.after.layout.header if rescue.after.layout else found.now
+    is_written = out is not None and not plan.changes_nothing
     return json_bytes(
         {
-            "filename": filename,
+            "filename": asked.filename,
+            "status": "nothing-to-do" if plan.changes_nothing else "planned",
+            "plan-id": plan.id,
             "header": {
-                name: getattr(best.header, name)
-                for name in Header.__slots__
-                if name != "additional"
+                name: getattr(header, name) for name in Header.__slots__ if name != "additional"
             },
-            "changed": [name for name, _ in _changes(found.now, best.header)],
-            "verdict": best.report.verdict,
-            **_counters(best),
-            "next-best": _counters(found.rival) if found.rival else None,
+            "changed": [name for name, _ in _changes(found.now, header)],
+            "verdict": rescue.after.verdict,
+            **_counters(rescue.after),
+            "next-best": _counters(found.rival.report) if found.rival else None,
             "size-evidence": found.size.evidence if found.size else None,
             "size-is-exact": found.size.is_exact if found.size else True,
-            "written-to": out,
+            "written-to": out if is_written else None,
         }
     )
 
@@ -87,6 +132,10 @@ def _score(hypothesis: Hypothesis) -> str:
     )
 
 
-def _counters(hypothesis: Hypothesis) -> dict[str, int]:
-    errors, corruptions, leaks = hypothesis.score
-    return {"check-errors": errors, "corruptions": corruptions, "leaks": leaks}
+def _counters(report: Report) -> dict[str, int]:
+    found = report.counters
+    return {
+        "check-errors": found.check_errors,
+        "corruptions": found.corruptions,
+        "leaks": found.leaks,
+    }

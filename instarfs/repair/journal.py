@@ -41,7 +41,16 @@ from instarfs.errors import (
 from instarfs.image.directory import Opening
 from instarfs.repair.undo_place import Identity, UndoPlace
 from planner.check.report import CheckCounters
-from planner.repair.plan import ID_LENGTH, Plan, RepairTier, Stage, StageKind
+from planner.repair.plan import (
+    ID_LENGTH,
+    Plan,
+    PlanTier,
+    RepairTier,
+    RescueTier,
+    Stage,
+    StageKind,
+    tier_of,
+)
 from planner.source import SECTOR
 
 log = logging.getLogger(__name__)
@@ -140,7 +149,8 @@ class Record:
     """One repair: what never changes in an undo file.
 
     ``head``: `digest_of` the image's first sector before the repair. ``counters``: of the check
-    before it; QEMU's, for their meaning outlives a version of this program. ``identity``: of the
+    before it, or after it where there was no header before; QEMU's, for their meaning outlives a
+    version of this program. ``identity``: of the
     image then; images move.
     """
 
@@ -154,7 +164,7 @@ class Record:
 class Summary:
     """What an undo file says of the repair on top before its sectors are read."""
 
-    tier: RepairTier
+    tier: PlanTier
     plan_id: str
     status: StateWord
     stale_count: int = 0
@@ -316,7 +326,9 @@ def _decode_header(raw: bytes, status: StateWord, name: str) -> Container:
     if raw[end : end + DIGEST_LENGTH] != digest_of(raw[:end]):
         raise UndoFileDamaged(name, "the undo file is damaged: the checksum of its header is wrong")
     header = HEADER.parse(raw)
-    is_known = header["tier"].rstrip(b"\0") in {tier.encode() for tier in RepairTier}
+    is_known = header["tier"].rstrip(b"\0") in {
+        tier.encode() for tier in (*RepairTier, *RescueTier)
+    }
     if not is_known or not _PLAN_ID.fullmatch(header["plan_id"]):
         raise UndoFileDamaged(name, "the undo file contradicts itself")
     _below(header, status, name)
@@ -332,7 +344,7 @@ def _below(header: Container, status: StateWord, name: str) -> StateWord:
 
 
 def _summary(header: Container, status: StateWord) -> Summary:
-    tier = RepairTier(header["tier"].rstrip(b"\0").decode("ascii"))
+    tier = tier_of(header["tier"].rstrip(b"\0").decode("ascii"))
     stale = _stale_count(status.depth, header["below"]["depth"])
     return Summary(tier, header["plan_id"].decode("ascii"), status, stale)
 

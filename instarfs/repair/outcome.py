@@ -11,7 +11,7 @@ from enum import StrEnum
 from instarfs.errors import InstarfsError
 from planner.check.report import RepairCounters, Report
 from planner.errors import PlannerError
-from planner.repair.plan import RepairTier
+from planner.repair.plan import PlanTier
 from planner.repair.tiers import Left
 from planner.triage.triage import Suspect
 
@@ -45,7 +45,7 @@ class RepairOutcome:
     """
 
     status: Status = Status.REFUSED
-    tier: RepairTier | None = None
+    tier: PlanTier | None = None
     plan_id: str = ""
     found: int = 0
     planned: int = 0
@@ -94,5 +94,5 @@ class Pending:
 
     sentence: str
     undo_file: str
-    tier: RepairTier | None = None
+    tier: PlanTier | None = None
     plan_id: str = ""

@@ -1,7 +1,7 @@
 """Bringing back what an image lost into a new file: the image itself is only read.
 
 What can be brought back is found in `planner.rescue`. Here the copy is made: of the image as it is,
-with the header that was found.
+with the plan of the rescue written to it. In place that is `instarfs.repair.run`'s business.
 """
 
 from __future__ import annotations
@@ -11,16 +11,27 @@ import errno
 import fcntl
 import os
 
-from instarfs.errors import OutOccupied, RescueNotWritten, reason_of
-from instarfs.image.file import FileSource, Image
+from instarfs.errors import (
+    ImageChanged,
+    OutOccupied,
+    RepairNoSpace,
+    RepairWriteFailed,
+    RescueNotWritten,
+    reason_of,
+)
+from instarfs.image.file import FileSource, Generation, Image
+from instarfs.repair.execute import FileDevice, execute
 from planner.progress import Meter, Progress, tell_nobody
+from planner.repair.plan import Plan
 
 _FICLONE = 0x40049409
 _PIECE = 8 << 20
 
 
-def write_copy(image: Image, content: bytes, path: str, progress: Progress = tell_nobody) -> None:
-    """A new file at *path*: *image*, but for its first bytes, which are *content*.
+def write_copy(
+    image: Image, before: Generation, plan: Plan, path: str, progress: Progress = tell_nobody
+) -> None:
+    """A new file at *path*: *image*, with *plan*, made of it as it was *before*, carried out.
 
     Shared with the image or sparse, as the disk allows.
 
@@ -35,16 +46,26 @@ def write_copy(image: Image, content: bytes, path: str, progress: Progress = tel
         raise RescueNotWritten(path, reason_of(error)) from error
     try:
         _fill(image, image.source(), fd, progress)
-        _write(fd, 0, memoryview(content))
+        _require_unchanged(image, before, path)
+        execute(FileDevice(fd, path), plan, progress=progress)
         os.fsync(fd)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(path)  # noqa: PTH108 - a path of bytes that are no text too
         if isinstance(error, OSError):
             raise RescueNotWritten(path, reason_of(error)) from error
+        if isinstance(error, RepairNoSpace | RepairWriteFailed):
+            raise RescueNotWritten(path, error.reason) from error
+        if isinstance(error, ImageChanged):
+            raise RescueNotWritten(path, _CHANGED) from error
         raise
     finally:
         os.close(fd)
+
+
+def _require_unchanged(image: Image, before: Generation, path: str) -> None:
+    if image.generation() != before:
+        raise RescueNotWritten(path, _CHANGED)
 
 
 def _fill(image: Image, source: FileSource, fd: int, progress: Progress) -> None:
@@ -72,4 +93,5 @@ def _write(fd: int, offset: int, content: memoryview) -> None:
         done += os.pwrite(fd, content[done:], offset + done)
 
 
+_CHANGED = "the image was written to meanwhile"
 _NOT_SHARED = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM)

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -28,12 +28,16 @@ from instarfs.errors import (
     RepairIncomplete,
     RepairInterrupted,
     RepairUnproven,
+    RescueNeedsUndo,
+    RescueUnquoted,
     TrimRefused,
     TrimUnsupported,
     TrimWouldBury,
+    UndoFileAmbiguous,
     UndoFileDamaged,
     UndoFileFailed,
     UndoFileImpossible,
+    UndoFileNoSpace,
     UndoStale,
 )
 from instarfs.image.file import Image
@@ -48,10 +52,13 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, Cancelled, PlannerError, as_value
 from planner.progress import Progress, tell_nobody
-from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
+from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, Plan, RepairTier, RescueTier
 from planner.repair.tiers import Proposal, propose, same_outcome, total
 from planner.source import SECTOR, Source
 from planner.triage.free_tables import find_free_tables
+
+if TYPE_CHECKING:  # it reads file systems: whoever repairs alone does not load it
+    from planner.rescue.rescue import Rescue
 
 
 class Check(Protocol):
@@ -79,6 +86,12 @@ class Propose(Protocol):
     ) -> Proposal: ...
 
 
+class FindRescue(Protocol):
+    """`planner.rescue.rescue.rescue`, with what its caller knows."""
+
+    def __call__(self, source: Source, *, can_grow: bool, progress: Progress) -> Rescue: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Repairer:
     """Repairs one image. Each method is one pass, runs in the calling thread, and never raises an
@@ -102,6 +115,11 @@ class Repairer:
         return self._run(
             RepairOutcome(tier=tier), lambda work, session: work.repair(session, tier, quote)
         )
+
+    def rescue(self, quote: str, find: FindRescue) -> RepairOutcome:
+        """Bring back what *find* finds lost: exactly the plan of the id *quote*, or nothing."""
+        outcome = RepairOutcome(tier=RescueTier.RESCUE)
+        return self._run(outcome, lambda work, session: work.rescue(session, quote, find))
 
     def undo(self) -> RepairOutcome:
         """Take the last repair back, byte for byte; or finish taking back an interrupted one."""
@@ -129,6 +147,19 @@ class Repairer:
         except DOMAIN_ERRORS as error:
             work.fail(as_value(error))
         return work.outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _Proven:
+    """What is written: a plan, the check that it was made from, and that of its overlay."""
+
+    plan: Plan
+    before: Report
+    after: Report
+
+    @classmethod
+    def of(cls, proposal: Proposal) -> _Proven:
+        return cls(proposal.plan, proposal.before, proposal.after)
 
 
 PUT_BACK = "the repair was taken back, and the image is as it was before it: "
@@ -195,7 +226,7 @@ class _Pass:
             suspect_count=proposal.triage.suspect_count,
         )
         self._require_quote(proposal, quote)
-        after = report if plan.changes_nothing else self._write(session, proposal)
+        after = report if plan.changes_nothing else self._write(session, _Proven.of(proposal))
         self.outcome = replace(
             self.outcome,
             status=Status.NOTHING_TO_DO if plan.changes_nothing else Status.REPAIRED,
@@ -230,8 +261,8 @@ class _Pass:
 
     def _require_quote(self, proposal: Proposal, quote: str) -> None:
         plan = proposal.plan
-        if quote and not plan.is_quoted_by(quote):
-            raise PlanStale(self._path, quote, plan.id)
+        if quote:
+            self._require_quoted(plan, quote)
         if proposal.needs_quote and not quote and not plan.changes_nothing:
             raise AmbiguousCorruption(
                 "; ".join(proposal.warnings),
@@ -239,10 +270,53 @@ class _Pass:
                 f" (check -r {plan.tier} --plan {plan.id})",
             )
 
-    def _write(self, session: Session, proposal: Proposal) -> Report:
+    def _require_quoted(self, plan: Plan, quote: str) -> None:
+        if not plan.is_quoted_by(quote):
+            raise PlanStale(self._path, quote, plan.id)
+
+    # ---- rescue ----
+
+    def rescue(self, session: Session, quote: str, find: FindRescue) -> None:
+        if self._recover(session):
+            session.drop_journal()
+        image = session.image
+        known = image.generation()
+        found = find(session.source, can_grow=not image.is_device, progress=self._repairer.progress)
+        if image.generation() != known:
+            raise ImageChanged(self._path, "it was written to while it was looked at")
+        plan, before, left = found.plan, found.before, total(found.after)
+        self.outcome = replace(
+            self.outcome,
+            plan_id=plan.id,
+            before=before,
+            found=found.count + left,
+            planned=found.count,
+        )
+        after, status = before, Status.NOTHING_TO_DO
+        if not plan.changes_nothing:
+            if not quote:
+                raise RescueUnquoted(self._path, plan.id)
+            self._require_quoted(plan, quote)
+            after = self._write_rescue(session, _Proven(plan, before, found.after))
+            status = Status.REPAIRED
+        self.outcome = replace(
+            self.outcome, status=status, repaired=found.count, left_count=left, after=after
+        )
+
+    def _write_rescue(self, session: Session, proven: _Proven) -> Report:
+        try:
+            return self._write(session, proven)
+        except (UndoFileAmbiguous, UndoFileNoSpace):
+            raise
+        except UndoFileImpossible as error:
+            raise RescueNeedsUndo(error.undo_file, error.reason) from error
+
+    # ---- writing ----
+
+    def _write(self, session: Session, proposal: _Proven) -> Report:
         """Carry the plan out and prove it again; or leave everything as it was, and raise."""
         try:
-            session.start_journal(proposal.plan, proposal.before)
+            session.start_journal(proposal.plan, proposal.before, proposal.after)
         except UndoFileImpossible:
             if self._repairer.keep_undo:
                 raise
@@ -271,7 +345,7 @@ class _Pass:
         )
         return after
 
-    def _proven(self, session: Session, proposal: Proposal) -> Report:
+    def _proven(self, session: Session, proposal: _Proven) -> Report:
         """The check of the image as it was written, which must be the proof."""
         try:
             after = self.check(session.source)

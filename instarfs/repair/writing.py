@@ -147,7 +147,7 @@ class Session:
         if not self._is_touched:
             return True
         undone = Overlay(self.source, inverse)
-        return _is_as_recorded(undone, self._check(undone), record)
+        return self._is_as_recorded(self.source, undone, self._check(undone), record)
 
     @property
     def is_touched(self) -> bool:
@@ -182,9 +182,10 @@ class Session:
 
     # ---- a repair ----
 
-    def start_journal(self, plan: Plan, before: Report) -> None:
+    def start_journal(self, plan: Plan, before: Report, after: Report) -> None:
         """Put the record of a repair that is about to begin on top of the others.
 
+        *before*, *after*: the checks of the image as it is, and as the repair will leave it.
         Raises `UndoFileImpossible`, and `UndoFileTaken` where these are of another image.
         """
         if self._place is None:
@@ -195,7 +196,9 @@ class Session:
         if self.journal is None:
             self.journal = Journal.make(self._place)
         head = digest_of(read_bytes(self.source, 0, SECTOR))
-        record = Record(plan, head, before.counters, self._place.identity)
+        # Where nothing can be counted before, a header is brought back: then by what it leaves.
+        known = before if before.error is None else after
+        record = Record(plan, head, known.counters, self._place.identity)
         self.journal.begin(record, is_touched=self._is_touched, fits=fits)
         self._is_touched = False
 
@@ -261,7 +264,8 @@ class Session:
         return journal, self._require_fit(record, require_start, record.plan.inverse())
 
     def each_undone(self) -> Iterator[tuple[Record, Report]]:
-        """Every repair that can be taken back, the newest first, and the check of the image then.
+        """Every repair that can be taken back, the newest first, and the check of the image then;
+        of one that has no header then, of what it leads to with the header that it had found.
 
         Ends at the first that no longer fits.
         """
@@ -272,11 +276,11 @@ class Session:
             for record, _ in self.journal.walk():
                 if not holds_start(source, record.plan.inverse()):
                     return
-                source = Overlay(source, record.plan.inverse())
+                left, source = source, Overlay(source, record.plan.inverse())
                 report = self._check(source)
-                if not _is_as_recorded(source, report, record):
+                if not self._is_as_recorded(left, source, report, record):
                     return
-                yield record, report
+                yield record, report if report.error is None else self._check(left)
 
     def note_trim(self, length: int, *, is_done: bool) -> None:
         """*length* bytes more of what the image held are gone, or less. Raises `UndoFileFailed`."""
@@ -310,10 +314,25 @@ class Session:
             raise UndoStale(self.image.path, error.what, self.undo_file) from error
         undone = Overlay(self.source, record.plan.inverse())
         report = self._check(undone)
-        if not _is_as_recorded(undone, report, record):
+        # Of what was interrupted some of it may be there, and nothing but its own sectors tells.
+        left = None if self.is_interrupted else self.source
+        if not self._is_as_recorded(left, undone, report, record):
             what = "it was written to after the repair"
             raise UndoStale(self.image.path, what, self.undo_file)
         return report
+
+    def _is_as_recorded(
+        self, left: Source | None, undone: Source, report: Report, record: Record
+    ) -> bool:
+        """Whether *undone*, of which *report* is the check, is the image before the repair.
+
+        Where that cannot be checked, having no header, *left* must be what the repair left.
+        """
+        if digest_of(read_bytes(undone, 0, SECTOR)) != record.head:
+            return False
+        if report.error is None:
+            return report.counters == record.counters
+        return left is None or self._check(left).counters == record.counters
 
     def _mtime_ns(self) -> int:
         """Of the image as it is; 0 for a device, of which it says nothing."""
@@ -327,11 +346,6 @@ class Session:
         if self.journal is not None:
             self.journal.close()
             self.journal = None
-
-
-def _is_as_recorded(undone: Source, report: Report, record: Record) -> bool:
-    head = digest_of(read_bytes(undone, 0, SECTOR))
-    return (head, report.counters) == (record.head, record.counters)
 
 
 def _open_for_writing(image: Image) -> int:

@@ -15,6 +15,7 @@ from planner.repair.plan import (
     MAX_EDITS,
     Edit,
     Plan,
+    PlanTier,
     RepairTier,
     Stage,
     StageKind,
@@ -109,7 +110,7 @@ class Draft:
         """The source as it would be after everything drafted so far."""
         return Overlay(self._source, self.plan(RepairTier.ALL))
 
-    def plan(self, tier: RepairTier) -> Plan:
+    def plan(self, tier: PlanTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
         plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
         for kind in sorted(self._writes):

@@ -34,6 +34,20 @@ class RepairTier(StrEnum):
     ALL = "all"
 
 
+class RescueTier(StrEnum):
+    """Plans of `planner.rescue`, which follow from more than a check."""
+
+    RESCUE = "rescue"
+
+
+PlanTier = RepairTier | RescueTier
+
+
+def tier_of(word: str) -> PlanTier:
+    """What a plan is of, by its name. Raises `ValueError`."""
+    return RescueTier(word) if word in tuple(RescueTier) else RepairTier(word)
+
+
 class StageKind(IntEnum):
     """The stages of a repair, in their order. Between two of them the disk is flushed."""
 
@@ -133,7 +147,7 @@ class Plan:
     to the same bytes.
     """
 
-    tier: RepairTier
+    tier: PlanTier
     stages: tuple[Stage, ...]
     size_before: int
     size_after: int

@@ -24,7 +24,10 @@ _MAKERS: Mapping[str, tuple[str, Callable[[], Schema]]] = MappingProxyType(
         "info": ("image/info.json, and instarfs info --output=json", image.info),
         "map": ("image/map.json, and instarfs map --output=json", image.guest_map),
         "plan": ("repair/plan/TIER.json, and instarfs plan --output=json", repair.plan),
-        "repair": ("repair/result.json", repair.outcome),
+        "repair": (
+            "repair/result.json, and instarfs rescue --in-place --output=json",
+            repair.outcome,
+        ),
         "rescue": ("instarfs rescue --output=json", many.rescue),
         "scan": ("a line of instarfs scan --output=jsonl", many.scan),
         "snapshot": ("snapshots/N/info.json", image.snapshot),

@@ -20,7 +20,7 @@ from instarfs.render.schemas.words import (
 from instarfs.repair.outcome import Status
 from planner.check.report import EXIT_CODES
 from planner.findings.kinds import OWNERS_LIMIT, FindingKind, Severity, Structure
-from planner.repair.plan import RepairTier
+from planner.repair.plan import RepairTier, RescueTier
 
 KINDS = [kind.label for kind in FindingKind]
 STRUCTURES = [structure.label for structure in Structure]
@@ -31,7 +31,7 @@ EXIT_CODE: Schema = {
     "description": "of the command, as instarfs check ends",
 }
 PLAN_ID = matching("the plan's id, which can be quoted", "[0-9a-f]{12}")
-TIER = word("how far a repair may go", [tier.value for tier in RepairTier])
+TIER = word("how far a repair may go", [tier.value for tier in (*RepairTier, *RescueTier)])
 
 
 def verdict(meaning: str) -> Schema:

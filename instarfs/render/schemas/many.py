@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instarfs.render.schemas.check import EXIT_CODE, FILENAME, counters, verdict
+from instarfs.render.schemas.check import EXIT_CODE, FILENAME, PLAN_ID, counters, verdict
 from instarfs.render.schemas.image import header_numbers
 from instarfs.render.schemas.words import (
     Schema,
@@ -106,7 +106,7 @@ def _whole() -> Schema:
 
 
 def rescue() -> Schema:
-    """The header that was found."""
+    """What was found, and the plan that puts it back."""
     features = ("incompatible_features", "compatible_features", "autoclear_features")
     fields = {**header_numbers(), **{name: number("bits") for name in ("magic", *features)}}
     errors = {
@@ -116,9 +116,11 @@ def rescue() -> Schema:
     }
     rival = record("what the check finds under the next best", errors)
     return record(
-        "the header that was found",
+        "what an image lost, and the header under which it is read again",
         {
             "filename": FILENAME,
+            "status": word("whether it changes anything", ["planned", "nothing-to-do"]),
+            "plan-id": PLAN_ID,
             "header": record("its fields, by the names of the specification", fields),
             "changed": array("fields that are otherwise now", word("one", [*fields, "additional"])),
             "verdict": verdict("under it"),

@@ -97,3 +97,11 @@ def test_what_a_rescue_prints(tmp_path: Path, instarfs: Run) -> None:
     assert (done.code, done.err) == (0, "")
     require_valid_output(("rescue", "--output=json"), done.out)
     assert done.json["changed"]
+    in_place = ("rescue", "--output=json", "--in-place", "--plan", done.json["plan-id"])
+    done = instarfs(*in_place, image)
+    assert (done.code, done.err) == (0, "")
+    require_valid_output(in_place, done.out)
+    assert done.json["repaired"] == 1
+    require_valid_output(
+        ("rescue", "--output=json"), instarfs("rescue", "--output=json", image).out
+    )

@@ -1,0 +1,144 @@
+"""Power cuts at every moment of a rescue in place, and of its undoing, of both files at once.
+
+Whatever is left reads as before, or as rescued; and leads back to the first byte, and forward.
+"""
+
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from instarfs.errors import UndoEmpty, UndoFileMissing
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.repair.outcome import RepairOutcome, Status
+from instarfs.repair.run import Repairer
+from planner.progress import Progress
+from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
+from planner.repair.overlay import Overlay
+from planner.rescue.headers import with_fields
+from planner.rescue.rescue import Rescue
+from planner.rescue.rescue import rescue as find
+from planner.source import Bytes, Source, read_bytes
+from tests.cached import cached_check, check_bytes
+from tests.crash.files import Event, Files, Recorder, power_cuts
+from tests.crash.test_stack import put
+from tests.images.builder import ImageBuilder
+
+NAME = "disk.qcow2"
+
+
+@cache
+def sound() -> bytes:
+    builder = ImageBuilder(cluster_bits=11, size=1 << 20)
+    for cluster in range(0, 200, 3):
+        builder.write(cluster, bytes([cluster]) * 2048)
+    builder.take_snapshot("before")
+    builder.write(3, b"z" * 2048)
+    return bytes(builder.build().data)
+
+
+def header_of(content: bytes) -> Header:
+    return decode_header(content[:104])
+
+
+def _with_header(**fields: int) -> bytes:
+    changed = encode_header(with_fields(header_of(sound()), fields))
+    return changed + sound()[len(changed) :]
+
+
+def _garbage_behind() -> bytes:
+    """Fields that lead to tables, but to others; and garbage for extensions."""
+    wrong = _with_header(refcount_table_offset=0, l1_table_offset=0)
+    return wrong[:112] + random.Random(1).randbytes(2048 - 112) + wrong[2048:]
+
+
+SCENES = {
+    "garbage": lambda: random.Random(1).randbytes(2048) + sound()[2048:],
+    "a field": lambda: _with_header(cluster_bits=3),
+    "a field that can be read": lambda: _with_header(refcount_order=3),
+    "what stands behind the fields": _garbage_behind,
+}
+
+
+@cache
+def rescue_of(content: bytes) -> Rescue:
+    return find(Bytes(content))
+
+
+def cached_find(source: Source, *, can_grow: bool, progress: Progress) -> Rescue:
+    return rescue_of(read_bytes(source, 0, source.size))
+
+
+def rescue(path: Path, quote: str) -> RepairOutcome:
+    with Image.open(str(path)) as image:
+        return Repairer(image, check=cached_check).rescue(quote, cached_find)
+
+
+def undo(path: Path) -> RepairOutcome:
+    with Image.open(str(path)) as image:
+        return Repairer(image, check=cached_check).undo()
+
+
+def play(directory: Path, content: bytes) -> tuple[list[Event], bytes]:
+    """Rescue, and take it back: what was done, and what the image was in between."""
+    path = put(directory, {NAME: content})
+    with Recorder(directory) as recorder:
+        outcome = rescue(path, rescue_of(content).plan.id)
+        assert outcome.status is Status.REPAIRED, outcome.reason
+        end = path.read_bytes()
+        assert undo(path).status is Status.UNDONE
+    assert path.read_bytes() == content
+    assert {path.name for path in directory.iterdir()} == {NAME}
+    return recorder.log, end
+
+
+def cuts_of(directory: Path, scene: str) -> Iterator[tuple[str, Files, bytes, bytes]]:
+    content = SCENES[scene]()
+    log, end = play(directory, content)
+    assert {event.name for event in log} == {"", NAME, NAME + SUFFIX}
+    for number, files in power_cuts({NAME: content}, log, random.Random(scene)):
+        yield f"after event {number} of {len(log)}", files, content, end
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_what_is_rescued_is_what_was_promised(scene: str) -> None:
+    found = rescue_of(SCENES[scene]())
+    end = read_bytes(Overlay(Bytes(SCENES[scene]()), found.plan), 0, found.plan.size_after)
+    assert end[2048:] == sound()[2048:]
+    assert check_bytes(end).counters == found.after.counters
+    assert not any(found.headers.hypotheses[0].score)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_every_power_cut_leaves_a_way_back_and_a_way_on(tmp_path: Path, scene: str) -> None:
+    seen, interrupted = set(), 0
+    for where, files, content, end in cuts_of(tmp_path, scene):
+        left = files[NAME]
+        seen.add(left)
+        assert left in (content, end) or is_marked(left) or is_unreadable(left, content), where
+        path = put(tmp_path, files)
+        while (outcome := undo(path)).error is None:
+            interrupted += outcome.recovered
+        assert isinstance(outcome.error, UndoFileMissing | UndoEmpty), f"{where}: {outcome.reason}"
+        assert path.read_bytes() == content, where
+        assert {path.name for path in tmp_path.iterdir()} == {NAME}, where
+        path = put(tmp_path, files)
+        rescue(path, rescue_of(content).plan.id)
+        assert path.read_bytes() == end, where
+        assert undo(path).status is Status.UNDONE, where
+        assert path.read_bytes() == content, where
+    assert {SCENES[scene](), end} <= seen
+    assert interrupted > 3
+
+
+def is_marked(left: bytes) -> bool:
+    layout = check_bytes(left).layout
+    return layout is not None and bool(layout.header.incompatible_features & Incompatible.CORRUPT)
+
+
+def is_unreadable(left: bytes, content: bytes) -> bool:
+    """Whether it cannot be read, as it could not before."""
+    return check_bytes(left).error is not None and check_bytes(content).error is not None

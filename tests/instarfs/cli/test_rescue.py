@@ -1,0 +1,193 @@
+"""`instarfs rescue`: what it prints, how it ends, and that nothing is written that was not read."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from instarfs.image.directory import SUFFIX
+from instarfs.image.file import Image
+from instarfs.repair.journal import Record, digest_of
+from instarfs.repair.run import Repairer
+from instarfs.repair.undo_place import Identity
+from planner.progress import Progress
+from planner.rescue.rescue import Rescue
+from planner.source import SECTOR, Source
+from tests.advice import run_here
+from tests.crash.test_rescue import cached_find, rescue_of, sound
+from tests.undo_files import encoded
+
+LOST = bytes(2048) + sound()[2048:]
+PLAN = rescue_of(LOST).plan
+
+
+@pytest.fixture
+def lost(tmp_path: Path) -> Path:
+    """An image of which the header is gone."""
+    path = tmp_path / "some image.qcow2"
+    path.write_bytes(LOST)
+    return path
+
+
+def interrupted(image: Path) -> None:
+    """A rescue of *image* was interrupted before its last stage: it has no header yet."""
+    found = rescue_of(LOST)
+    record = Record(PLAN, digest_of(LOST[:SECTOR]), found.after.counters, Identity(0, 0))
+    undo = image.with_name(image.name + SUFFIX)
+    undo.write_bytes(encoded(record))
+    undo.chmod(0o600)
+
+
+def commands_of(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.startswith("      instarfs ")]
+
+
+def test_the_report_says_how_to_have_it_and_each_command_works(lost: Path) -> None:
+    told = run_here(["rescue", lost.name], lost.parent)
+    assert (told.code, told.err) == (0, "")
+    out, in_place = commands_of(told.out)
+    assert in_place.split()[1:5] == ["rescue", "--in-place", "--plan", PLAN.id]
+    for command in (out, in_place):
+        ended = run_here(_words(command)[1:], lost.parent)
+        assert (ended.code, ended.err) == (0, "")
+    rescued = lost.with_name("RESCUED.qcow2")
+    assert rescued.read_bytes() == lost.read_bytes()
+    subprocess.run(["qemu-img", "check", "-q", lost], check=True)
+    assert run_here(["undo", "-q", lost]).code == 0
+    assert lost.read_bytes() == LOST
+    assert {each.name for each in lost.parent.iterdir()} == {lost.name, rescued.name}
+
+
+def _words(command: str) -> list[str]:
+    return subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("quote", "says"),
+    [
+        ((), f"--in-place --plan {PLAN.id}"),
+        (("--plan", "0123456789ab"), f"that is {PLAN.id}"),
+        (("--plan", PLAN.id[:4]), f"that is {PLAN.id}"),
+    ],
+)
+def test_without_its_plans_id_nothing_is_written(
+    lost: Path, quote: tuple[str, ...], says: str
+) -> None:
+    before = lost.stat()
+    refused = run_here(["rescue", "--in-place", *quote, lost])
+    assert refused.code == 1
+    assert refused.err.count("\n") == 1
+    assert says in refused.err
+    assert lost.read_bytes() == LOST
+    assert lost.stat().st_mtime_ns == before.st_mtime_ns
+    assert [each.name for each in lost.parent.iterdir()] == [lost.name]
+
+
+def test_what_is_known_of_it_is_part_of_every_command(lost: Path) -> None:
+    other = lost.with_name("like it.qcow2")
+    other.write_bytes(sound())
+    for known in (
+        ["--assume", "size=0x90000", "--assume", "header_length=104"],
+        ["--header", other],
+    ):
+        told = run_here(["rescue", *known, lost.name], lost.parent)
+        assert told.code == 0
+        for command in commands_of(told.out):
+            words = _words(command)
+            assert [str(word) for word in known] == words[-len(known) - 2 : -2]
+    ended = run_here(_words(commands_of(told.out)[1])[1:], lost.parent)
+    assert (ended.code, ended.err) == (0, "")
+    assert lost.read_bytes() == sound()
+
+
+def test_where_the_undo_file_is_can_be_said(lost: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "else where"
+    told = run_here(["rescue", "--undo-file", elsewhere, lost])
+    assert run_here(_words(commands_of(told.out)[1])[1:]).code == 0
+    assert elsewhere.exists()
+    subprocess.run(["qemu-img", "check", "-q", lost], check=True)
+    assert run_here(["undo", "-q", "--undo-file", elsewhere, lost]).code == 0
+    assert lost.read_bytes() == LOST
+    assert not elsewhere.exists()
+
+
+def test_a_second_name_has_no_undo_file_and_says_what_to_do(lost: Path, tmp_path: Path) -> None:
+    (tmp_path / "second name").hardlink_to(lost)
+    refused = run_here(["rescue", "--in-place", "--plan", PLAN.id, lost])
+    assert refused.code == 1
+    assert "--undo-file" in refused.err
+    assert "--no-undo" not in refused.err
+    assert lost.read_bytes() == LOST
+
+
+def test_what_a_machine_wrote_since_is_not_undone(lost: Path) -> None:
+    assert run_here(["rescue", "--in-place", "--plan", PLAN.id, lost]).code == 0
+    forgets = ["qemu-io", "-f", "qcow2", "-d", "unmap", "-c", "discard 12k 2k"]
+    subprocess.run([*forgets, str(lost)], check=True, capture_output=True)
+    assert lost.stat().st_size == len(LOST)
+    refused = run_here(["undo", lost])
+    assert refused.code == 1
+    assert "written to" in refused.err
+
+
+def test_trim_after_a_rescue_keeps_what_undo_needs(lost: Path) -> None:
+    assert run_here(["rescue", "--in-place", "--plan", PLAN.id, lost]).code == 0
+    assert run_here(["trim", lost]).code in (0, 1)
+    assert run_here(["undo", "-q", lost]).code == 0
+    assert lost.read_bytes()[:2048] == LOST[:2048]
+
+
+def test_json_tells_the_plan_and_what_became_of_it(lost: Path) -> None:
+    planned = run_here(["rescue", "--output", "json", lost])
+    assert f'"plan-id": "{PLAN.id}"' in planned.out
+    done = run_here(["rescue", "--output", "json", "--in-place", "--plan", PLAN.id, lost])
+    assert '"status": "repaired"' in done.out
+    assert '"tier": "rescue"' in done.out
+    nothing = run_here(["rescue", "--output", "json", lost])
+    assert '"status": "nothing-to-do"' in nothing.out
+
+
+def test_one_that_was_interrupted_is_told_and_taken_back(lost: Path) -> None:
+    interrupted(lost)
+    for command in ("check", "report"):
+        told = run_here([command, lost])
+        assert told.code == 63
+        assert "instarfs undo" in told.out + told.err
+    assert run_here(["undo", lost]).code == 0
+    assert [each.name for each in lost.parent.iterdir()] == [lost.name]
+    assert lost.read_bytes() == LOST
+
+
+def test_one_that_was_interrupted_is_taken_back_before_the_next(lost: Path) -> None:
+    interrupted(lost)
+    done = run_here(["rescue", "--in-place", "--plan", PLAN.id, lost])
+    assert (done.code, done.err) == (0, "")
+    assert "interrupted" in done.out
+    subprocess.run(["qemu-img", "check", "-q", lost], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--in-place", "-o", "OUT"), ("--plan", "0123456789ab"), ("--in-place", "-U")],
+)
+def test_ways_that_exclude_each_other_are_one_line(lost: Path, arguments: tuple[str, ...]) -> None:
+    refused = run_here(["rescue", *arguments, lost])
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    assert lost.read_bytes() == LOST
+
+
+def test_what_is_written_to_meanwhile_is_not_rescued(lost: Path) -> None:
+    def find(source: Source, *, can_grow: bool, progress: Progress) -> Rescue:
+        found = cached_find(source, can_grow=can_grow, progress=progress)
+        with lost.open("r+b") as file:
+            file.write(b"somebody else")
+        return found
+
+    with Image.open(str(lost)) as image:
+        outcome = Repairer(image).rescue(PLAN.id, find)
+    assert "written to while it was looked at" in outcome.reason
+    assert lost.read_bytes() == b"somebody else" + LOST[13:]

@@ -1,0 +1,60 @@
+"""planner.rescue.rescue: what a rescue found as a plan, in stages no crash of which is worse."""
+
+from __future__ import annotations
+
+import pytest
+
+from planner.check.check import check_image
+from planner.errors import HeaderUnknown
+from planner.qcow2.header import Incompatible, decode_header
+from planner.repair.draft import Draft
+from planner.repair.overlay import Overlay
+from planner.repair.plan import RescueTier, StageKind
+from planner.rescue.headers import Hypothesis
+from planner.rescue.rescue import Rescue, draft_header, rescue
+from planner.source import SECTOR, Bytes, read_bytes
+from tests.instarfs.repair.test_run import healthy
+from tests.planner.rescue.test_headers import without_header
+
+
+def rescue_of(data: bytes) -> Rescue:
+    return rescue(Bytes(data))
+
+
+def test_a_sound_image_has_nothing_to_bring_back() -> None:
+    found = rescue_of(healthy())
+    assert found.plan.changes_nothing
+    assert found.count == 0
+    assert found.after is found.before
+
+
+def test_a_header_that_is_gone_comes_back_as_a_plan_of_its_cluster() -> None:
+    data = without_header(healthy())
+    found = rescue_of(data)
+    assert found.plan.tier is RescueTier.RESCUE
+    assert found.count == 1
+    assert all((stage.sectors * SECTOR < 4096).all() for stage in found.plan.stages)
+    rescued = Overlay(Bytes(data), found.plan)
+    assert check_image(rescued).counters == found.after.counters
+    again = rescue(rescued)
+    assert again.plan.changes_nothing
+
+
+def test_of_garbage_nothing_is_planned() -> None:
+    with pytest.raises(HeaderUnknown, match="no header was found"):
+        rescue_of(b"no image " * 1000)
+
+
+def test_what_can_be_read_is_marked_corrupt_while_it_has_parts_of_both() -> None:
+    data = healthy()
+    before = check_image(Bytes(data))
+    header = decode_header(data[:104])
+    other = Hypothesis(header, data[:600] + bytes(4096 - 600), before, ("size",))
+    draft = Draft(Bytes(data[:600] + b"\xff" * 2000 + data[2600:]))
+    draft_header(draft, other, before)
+    stages = draft.plan(RescueTier.RESCUE).stages
+    assert [stage.kind for stage in stages] == list(StageKind)[:3]
+    marked = decode_header(stages[0].after[0].tobytes()[:104])
+    assert marked.incompatible_features & Incompatible.CORRUPT
+    assert stages[-1].sectors.tolist() == [0]
+    assert read_bytes(draft.overlay(), 0, 4096) == other.content
