@@ -7,6 +7,8 @@ guest's bytes, which are read through the mapping as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,12 +20,12 @@ from instarfs.errors import (
     SnapshotMissing,
 )
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
-from instarfs.guest.guest import Guest, Part, Place, disk_extents
+from instarfs.guest.guest import Guest, Part, Place, disk_extents, disk_stratum
 from planner.arrays import I64, Mask, join_ranges
 from planner.check.report import Report
 from planner.errors import ImageError, ReadFailed
 from planner.findings.kinds import ACTIVE, FindingKind
-from planner.guest.extents import UNKNOWN, Extents
+from planner.guest.extents import UNKNOWN, Extents, Stratum, extents
 from planner.guest.mapping import Flaw
 from planner.guestfs.files import Damage, FilesUnknown, HitFiles
 from planner.guestfs.overlaps import overlaps
@@ -45,6 +47,7 @@ class DiskSource:
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
+        self._found = _Found(0, 0, *_nothing())
 
     @property
     def size(self) -> int:
@@ -62,16 +65,47 @@ class DiskSource:
         return join_extents(self._extents(offset, min(offset + length, self.size)))
 
     def _extents(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
+        """From what was found last, as long as that goes on: who leaps along asks very often."""
         position = offset
         try:
-            for rows in disk_extents(self._disk, offset, end):
-                # What is damaged too: that it cannot be read is to be seen.
-                some = (rows.data & ~rows.zero) | (rows.flaw != Flaw.NONE)
-                start = rows.start[some] - self._disk.start
-                yield from zip(start.tolist(), (start + rows.length[some]).tolist(), strict=True)
-                position = int(rows.start[-1] + rows.length[-1]) - self._disk.start
+            while position < end:
+                if not self._found.start <= position < self._found.end:
+                    self._find(position)
+                found = self._found
+                at = int(np.searchsorted(found.stops, position, side="right"))
+                while at < len(found.starts) and found.starts[at] < end:
+                    yield max(position, int(found.starts[at])), min(end, int(found.stops[at]))
+                    at += 1
+                position = found.end
         except (ImageReadFailed, ImageError):
             yield position, end
+
+    def _find(self, position: int) -> None:
+        """Find what there is from *position* on, as far as that is known at once."""
+        start = self._disk.start
+        rows = next(extents(self._stratum, start + position, start + self.size), None)
+        if rows is None:  # behind the end of what the disk lies in
+            self._found = _Found(position, self.size, *_nothing())
+            return
+        # What is damaged too: that it cannot be read is to be seen.
+        some = (rows.data & ~rows.zero) | (rows.flaw != Flaw.NONE)
+        low = rows.start[some] - start
+        end = int(rows.start[-1] + rows.length[-1]) - start
+        self._found = _Found(position, end, low, low + rows.length[some])
+
+    @cached_property
+    def _stratum(self) -> Stratum:
+        return disk_stratum(self._disk)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What there is of a disk from ``start`` to ``end``: ascending extents."""
+
+    start: int
+    end: int
+    starts: I64
+    stops: I64
 
 
 def hit_files(
@@ -167,8 +201,9 @@ def _ranges(disk: Disk, rows: Extents, which: Mask) -> Ranges:
 def _unmapped(disk: Disk, places: Ranges) -> Ranges:
     """What of *places* nothing is mapped to."""
     found = [Ranges(*_nothing())]
+    stratum, shift = disk_stratum(disk), disk.start
     for start, length in places.first(len(places)):
-        for rows in disk_extents(disk, start, start + length):
+        for rows in extents(stratum, shift + start, shift + start + length):
             part = _ranges(disk, rows, ~rows.data & (rows.flaw == Flaw.NONE))
             found.append(
                 Ranges(np.maximum(part.start, start), np.minimum(part.end, start + length))

@@ -195,7 +195,12 @@ class Guest:
 
 def disk_extents(disk: Disk, offset: int, end: int) -> Iterator[Extents]:
     """The map of a part of *disk*, whatever it is of; rows start where its layer has them."""
-    return extents(_qcow2_stratum(disk.layer), disk.start + offset, disk.start + end)
+    return extents(disk_stratum(disk), disk.start + offset, disk.start + end)
+
+
+def disk_stratum(disk: Disk) -> Stratum:
+    """What `disk_extents` has to know, for one who asks many times: to find it out reads tables."""
+    return _qcow2_stratum(disk.layer)
 
 
 def stratum_of(layer: RawLayer | Qcow2Layer | Missing | None) -> Stratum | int | None:

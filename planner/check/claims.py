@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, without_repeats
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.errors import ParseFailed
@@ -47,7 +47,9 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
     if layout is None or mismatches is None:
         return len(contested) > 0
     claims = _Claims(source, report, layout, mismatches)
-    for cluster in (contested.host_offset >> bits).tolist():
+    of_refcounts = np.isin(report.owners.structure, list(_OWN))
+    claimed = without_repeats(report.owners.cluster[of_refcounts])
+    for cluster in claimed[np.isin(claimed, contested.host_offset >> bits)].tolist():
         owners = report.owners.of(cluster, limit=_OWNERS_WEIGHED)
         own = [owner for owner in owners if owner.structure in _OWN]
         others = (owner for owner in owners if owner.structure not in _OWN)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, expand_ranges
+from planner.arrays import I64, U64, Mask, expand_ranges
 from planner.check.census import Census
-from planner.check.entry_rules import L2_RULES, L2Columns
+from planner.check.entry_rules import L2_RULES, L2Columns, contradicts_refcount
+from planner.check.plain_counter import plain_clusters, unusual_bits
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.mapping_tables import Batch
 from planner.metadata.refcounts import StoredRefcounts
+from planner.qcow2 import entries
 
 
 class EntryCounter:
@@ -23,6 +25,7 @@ class EntryCounter:
     def __init__(self, census: Census, stored: StoredRefcounts) -> None:
         self._census, self._stored = census, stored
         self._geometry, self._width = census.layout.geometry, census.layout.geometry.l2_entries
+        self._unusual = unusual_bits(self._geometry)
 
     def count_tables(self, batch: Batch, words: U64, bitmaps: U64 | None) -> None:
         """Count the entries of whole tables, uint64 (tables, entries)."""
@@ -38,11 +41,40 @@ class EntryCounter:
     def count_entries(
         self, batch: Batch, positions: I64, words: U64, bitmaps: U64 | None = None
     ) -> None:
-        """Count single entries, none of them 0, at flat *positions* in the tables of *batch*."""
+        """Count single entries, none of them 0, at flat *positions* in the tables of *batch*.
+
+        Even in a table that is badly damaged most are plain: only the others are decoded.
+        """
+        plain, clusters = self._plain(words, bitmaps)
+        odd = np.flatnonzero(~plain)
+        bitmap = None if bitmaps is None else bitmaps[odd]
+        entry = L2Columns.of(words[odd], bitmap, self._census.layout, self._stored)
+        self._judge(batch, positions[odd], entry)
+        slots = self._census.index.slots_of(clusters[plain])
+        if batch.copied:
+            self._judge_copied(batch, positions, words, (plain, slots), entry)
+        if batch.active:
+            offset, has_data = clusters << self._geometry.cluster_bits, plain.copy()
+            offset[odd], has_data[odd] = entry.offset, entry.has_cluster
+            self._count_guest(batch, positions[has_data], offset[has_data], entry)
+        self._count_references(batch, entry)
+        for counts, amount in self._census.targets(batch):
+            counts.add(slots, amount)
+
+    def _plain(self, words: U64, bitmaps: U64 | None) -> tuple[Mask, I64]:
+        """Which map a whole aligned cluster inside this file, and the clusters of those."""
+        clusters = plain_clusters(words, self._geometry.cluster_bits)
+        if bitmaps is not None or self._geometry.external_data:
+            return np.zeros(len(words), dtype=np.bool_), clusters
+        plain: Mask = (words & self._unusual) == 0
+        plain &= (clusters < self._census.layout.whole_clusters) & (clusters != 0)
+        return plain, clusters
+
+    def _judge(self, batch: Batch, positions: I64, entry: L2Columns) -> None:
+        """Report what breaks a rule, but for COPIED flags."""
         census = self._census
-        entry = L2Columns.of(words, bitmaps, census.layout, self._stored)
         for rule in L2_RULES:
-            if rule.kind is FindingKind.L2_COPIED and not batch.copied:
+            if rule.kind is FindingKind.L2_COPIED:
                 continue
             at = np.flatnonzero(rule.breaks(entry))
             if len(at):
@@ -51,19 +83,40 @@ class EntryCounter:
         if (entry.bytes_past_end > 0).any():
             self._report_cut_data(batch, positions, entry)
             self._report_cut_compressed(batch, positions, entry)
-        if batch.active:
-            self._count_guest(batch, positions, entry)
-        self._count_references(batch, entry)
 
-    def _count_guest(self, batch: Batch, positions: I64, entry: L2Columns) -> None:
-        """Add to the guest's counters; in each table fragmentation begins anew."""
-        guest, packed = self._census.guest, entry.is_counted & entry.is_compressed
+    def _judge_copied(
+        self,
+        batch: Batch,
+        positions: I64,
+        words: U64,
+        plain: tuple[Mask, I64],
+        odd: L2Columns,
+    ) -> None:
+        """Report wrong COPIED flags of all entries together: neighbours are one finding.
+
+        *plain*: which of them are, and the slots of those; *odd*: the others.
+        """
+        is_plain, slots = plain
+        copied = words >= np.uint64(entries.COPIED)
+        is_one, unreadable = self._stored.values[slots] == 1, self._stored.unreadable_slots(slots)
+        wrong = np.zeros(len(words), dtype=np.bool_)
+        wrong[is_plain] = contradicts_refcount(copied[is_plain], is_one, unreadable)
+        wrong[~is_plain] = odd.copied_is_wrong
+        if wrong.any():
+            where = batch.positions(positions[wrong], self._width)
+            self._census.findings.add(FindingKind.L2_COPIED, where, copied[wrong])
+
+    def _count_guest(self, batch: Batch, positions: I64, offset: I64, odd: L2Columns) -> None:
+        """Add to the guest's counters; in each table fragmentation begins anew.
+
+        *positions*, *offset*: of all entries that have a cluster; *odd*: those that are not plain.
+        """
+        guest, packed = self._census.guest, odd.is_counted & odd.is_compressed
         compressed = batch.active * int(np.count_nonzero(packed))
-        data = entry.data
-        offset, table = entry.offset[data], positions[data] // self._width
+        table = positions // self._width
         jumps = (np.diff(offset) != self._geometry.cluster_size) & (table[1:] == table[:-1])
         guest.compressed += compressed
-        guest.allocated += compressed + batch.active * len(data)
+        guest.allocated += compressed + batch.active * len(offset)
         guest.fragmented += compressed + batch.active * int(np.count_nonzero(jumps))
 
     def _count_references(self, batch: Batch, entry: L2Columns) -> None:

@@ -18,6 +18,7 @@ from planner.findings.kinds import FindingKind
 from planner.metadata.mapping_tables import Batch
 from planner.metadata.refcounts import StoredRefcounts
 from planner.qcow2 import entries
+from planner.qcow2.geometry import Geometry
 
 RUN_SHIFT = 9
 """Tables with fewer than one run of adjacent clusters in 2^9 entries are counted run by run."""
@@ -58,6 +59,19 @@ class Runs:
         )
 
 
+def unusual_bits(geometry: Geometry) -> np.uint64:
+    """The bits of which a plain entry has none."""
+    plain = entries.COPIED | (entries.L2_OFFSET & ~(geometry.cluster_size - 1))
+    return np.uint64(~plain & ((1 << 64) - 1))
+
+
+def plain_clusters(words: U64, cluster_bits: int) -> I64:
+    """The cluster numbers of plain entries; of others some number."""
+    clusters = words << np.uint64(1)
+    clusters >>= np.uint64(cluster_bits + 1)
+    return clusters.view(np.int64)
+
+
 class PlainCounter:
     """Counts into a census. *stored*: what COPIED flags are compared with."""
 
@@ -67,8 +81,7 @@ class PlainCounter:
         self._size, self._bits, self._width = (
             geometry.cluster_size, geometry.cluster_bits, geometry.l2_entries,
         )  # fmt: skip
-        plain = entries.COPIED | (entries.L2_OFFSET & ~(self._size - 1))
-        self._unusual = np.uint64(~plain & ((1 << 64) - 1))
+        self._unusual = unusual_bits(geometry)
 
     def are_plain(self, words: U64) -> Mask:
         """Which tables (rows) are; an entry of 0 is, too."""
@@ -143,9 +156,7 @@ class PlainCounter:
         return clusters if int(clusters.max()) < self._census.layout.whole_clusters else None
 
     def _clusters(self, words: U64) -> I64:
-        clusters = words << np.uint64(1)
-        clusters >>= np.uint64(self._bits + 1)
-        return clusters.view(np.int64)
+        return plain_clusters(words, self._bits)
 
     def count_clusters(self, batch: Batch, words: U64, clusters: I64) -> None:
         """Count the entries of tables with these cluster numbers one by one."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask
+from planner.arrays import I32, I64, U8, Mask, expand_ranges
 from planner.guest.mapping import Mapping, RunKind, Runs
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2.entries import NO_HOST
@@ -214,23 +214,47 @@ def _rows_of(stratum: Stratum, runs: Runs, depth: int) -> Extents:
 def _with_holes(rows: Extents, data: Source) -> Extents:
     """*rows*, broken where holes begin and end in *data*; data in holes is zero too."""
     held = np.flatnonzero(rows.data & (rows.offset != NO_HOST))
-    starts: list[int] = []
-    zeros: list[int] = []
-    for row in held.tolist():
-        start, length = int(rows.start[row]), int(rows.length[row])
-        shift, position = start - int(rows.offset[row]), start
-        for low, high in data.data_extents(start - shift, length):
-            if position < low + shift:
-                zeros.append(position)
-            starts += [low + shift, high + shift]
-            position = high + shift
-        if position < start + length:
-            zeros.append(position)
+    low, shift = rows.offset[held], rows.start[held] - rows.offset[held]
+    high = low + rows.length[held]
+    start, stop = _held_extents(data, low, high)
+    # Of each row the extents that reach into it.
+    first, last = np.searchsorted(stop, low, side="right"), np.searchsorted(start, high) - 1
+    row = np.repeat(np.arange(len(held)), np.maximum(0, last - first + 1))
+    inside = expand_ranges(first[first <= last], last[first <= last])
+    begins = np.maximum(start[inside], low[row]) + shift[row]
+    ends = np.minimum(stop[inside], high[row]) + shift[row]
+    is_open = np.ones(len(held), dtype=np.bool_)
+    is_open[first <= last] = start[first[first <= last]] > low[first <= last]
+    holes = np.concatenate(((low + shift)[is_open], ends[ends < (high + shift)[row]]))
     end = int(rows.start[-1] + rows.length[-1])
-    breaks = np.array(starts + zeros, dtype=np.int64)
+    breaks = np.concatenate((begins, ends, holes))
     every = np.unique(np.concatenate((rows.start, breaks[breaks < end])))
     broken = rows.split(every, end)
-    return replace(broken, zero=broken.zero | np.isin(every, zeros))
+    return replace(broken, zero=broken.zero | np.isin(every, holes))
+
+
+def _held_extents(data: Source, low: I64, high: I64) -> tuple[I64, I64]:
+    """What *data* holds of ranges, in any order, that may overlap: ascending extents, in the least
+    number of questions. They may reach further than the ranges.
+    """
+    order = np.argsort(low, kind="stable")
+    low, reach = low[order], np.maximum.accumulate(high[order])
+    starts: list[int] = []
+    stops: list[int] = []
+    index = 0
+    while index < len(low):
+        position = max(int(low[index]), stops[-1] if stops else 0)
+        extent = next(iter(data.data_extents(position, int(reach[-1]) - position)), None)
+        if extent is None:
+            break
+        if stops and extent[0] == stops[-1]:
+            stops[-1] = extent[1]
+        else:
+            starts.append(extent[0])
+            stops.append(extent[1])
+        # The first range that reaches behind it.
+        index = int(np.searchsorted(reach, extent[1], side="right"))
+    return np.array(starts, dtype=np.int64), np.array(stops, dtype=np.int64)
 
 
 def _raw_extents(stratum: Stratum, offset: int, end: int, depth: int) -> Iterator[Extents]:

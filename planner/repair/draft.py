@@ -40,6 +40,15 @@ class Draft:
         self.revision = 0
         """Grows with each change of what is drafted."""
 
+    def fork(self) -> Draft:
+        """The same, to be gone on with on its own. What is drafted is shared, not copied."""
+        twin = Draft(self._source, can_grow=self.can_grow)
+        twin._writes = {kind: list(writes) for kind, writes in self._writes.items()}
+        twin._stages = dict(self._stages)
+        twin._edits, twin._edit_count = list(self._edits), self._edit_count
+        twin._size, twin.revision = self._size, self.revision
+        return twin
+
     @property
     def size(self) -> int:
         """Length of the file when all is written, bytes."""

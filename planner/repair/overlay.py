@@ -20,6 +20,7 @@ class Overlay:
         self._size = plan.size_after
         # One over the other, as they are: nothing is copied, however many overlays there are.
         self._layers = [(stage.sectors, stage.after) for stage in plan.stages]
+        self._extents = [_runs(stage.sectors) for stage in plan.stages]
 
     @property
     def size(self) -> int:
@@ -49,9 +50,9 @@ class Overlay:
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         end = min(offset + length, self._size)
-        runs = (_runs(sectors, offset, end) for sectors, _ in self._layers)
+        layers = (_within(extents, offset, end) for extents in self._extents)
         beneath = self._source.data_extents(offset, max(0, end - offset))
-        return join_extents(heapq.merge(beneath, *runs))
+        return join_extents(heapq.merge(beneath, *layers))
 
 
 def _between(sectors: I64, offset: int, end: int) -> slice:
@@ -59,9 +60,19 @@ def _between(sectors: I64, offset: int, end: int) -> slice:
     return slice(*np.searchsorted(sectors, [offset // SECTOR, -(-end // SECTOR)]).tolist())
 
 
-def _runs(sectors: I64, offset: int, end: int) -> Iterator[tuple[int, int]]:
-    """The runs of neighbours among *sectors*, as ascending byte extents from *offset* to *end*."""
-    inside = sectors[_between(sectors, offset, end)]
-    for run in np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1):
-        if len(run):
-            yield max(offset, int(run[0]) * SECTOR), min(end, (int(run[-1]) + 1) * SECTOR)
+def _runs(sectors: I64) -> tuple[I64, I64]:
+    """The runs of neighbours among ascending *sectors*: where each begins and ends, bytes."""
+    start = np.flatnonzero(np.diff(sectors, prepend=-2) != 1)
+    last = np.append(start[1:], len(sectors))[: len(start)] - 1
+    return sectors[start] * SECTOR, (sectors[last] + 1) * SECTOR
+
+
+def _within(extents: tuple[I64, I64], offset: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ascending *extents* as far as they are between *offset* and *end*, one by one.
+
+    Who leaps from one to the next takes the first and asks anew.
+    """
+    starts, ends = extents
+    low, high = int(np.searchsorted(ends, offset, "right")), int(np.searchsorted(starts, end))
+    for at in range(low, high):
+        yield max(offset, int(starts[at])), min(end, int(ends[at]))

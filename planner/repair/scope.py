@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, Mask, is_among
 from planner.check.claims import refcounts_are_shared
 from planner.check.entry_findings import EntryFindings
 from planner.check.refcount_comparison import Mismatches
@@ -34,7 +35,7 @@ _LONG_TABLES = (
 """What can be longer than a cluster, and so begin in the file and end past it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scope:
     """One step of planning: *source* is the image after all steps before, *report* its check.
 
@@ -167,7 +168,7 @@ class Scope:
     def _end_of_used(self) -> int:
         return max(self.formerly_used, self.mismatches.first_unused())
 
-    @property
+    @cached_property
     def refcounts_are_shared(self) -> bool:
         """Whether something else lies where refcounts are, or may be."""
         return refcounts_are_shared(self.source, self.report)
@@ -178,10 +179,14 @@ class Scope:
         A table that reaches past the end of the file is not counted where it lies: what else is
         there does not count as shared, and may well be.
         """
-        bits = self.geometry.cluster_bits
-        found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
-        shared: Mask = np.isin(clusters, found.host_offset >> bits)
+        shared = is_among(clusters.reshape(-1), self._with_two_owners).reshape(clusters.shape)
         return shared | self._is_in_lost_table(clusters)
+
+    @cached_property
+    def _with_two_owners(self) -> I64:
+        """The clusters that have, ascending."""
+        found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
+        return found.host_offset >> self.geometry.cluster_bits
 
     def is_writable(self, clusters: I64) -> Mask:
         """In which clusters entries may be corrected: of one owner, or of tables of one kind.
@@ -189,8 +194,12 @@ class Scope:
         What is the right word for one of these is it for all; which of them has its place there
         stays open.
         """
-        alike = np.isin(clusters, self.report.owners.of_tables_alike())
+        alike = np.isin(clusters, self._of_tables_alike)
         return ~self._is_in_lost_table(clusters) & (alike | ~self.contested(clusters))
+
+    @cached_property
+    def _of_tables_alike(self) -> I64:
+        return self.report.owners.of_tables_alike()
 
     def _is_in_lost_table(self, clusters: I64) -> Mask:
         """Which clusters a table claims that reaches past the end of the file."""

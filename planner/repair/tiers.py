@@ -7,7 +7,7 @@ the proof does not bear out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.progress import Progress, tell_nobody
-from planner.qcow2.header import FEATURES_AT, Incompatible
+from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
 from planner.repair.draft import Draft
@@ -33,7 +33,7 @@ from planner.repair.refcounts import (
 )
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import has_no_snapshots, rewrite_snapshot_table
-from planner.source import Source
+from planner.source import Source, read_bytes
 from planner.triage.triage import Suspect, Triage, triage_leaks
 
 TABLES_NAMED = 3
@@ -207,36 +207,57 @@ def _require_sound_basis(report: Report) -> None:
         raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What all drafts of a plan have in common. ``stay``: clusters that keep their refcounts."""
+
+    scope: Scope
+    triage: Triage
+    stay: I64
+
+    def forked(self) -> Scope:
+        """The scope, with a draft to go on with."""
+        return replace(self.scope, draft=self.scope.draft.fork())
+
+
 def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means) -> _Drafted:
-    """A tier's draft, repeated without the refcounts that COPIED flags could not follow."""
-    draft = _draft_leaks if tier is RepairTier.LEAKS else _draft_all
-    stay: I64 = np.zeros(0, dtype=np.int64)
+    """A tier's draft, repeated without the refcounts that COPIED flags could not follow.
+
+    What only clears reserved bits makes no flag wrong, and comes when the others are settled.
+    """
+    begin, settle, finish = _STEPS[tier]
+    first = Scope(Draft(source, can_grow=means.can_grow), source, report)
+    begun, stay = begin(first, means), np.zeros(0, dtype=np.int64)
+    del first
     for _ in range(MAX_DRAFTS - 1):
-        scope, triage = draft(_first_step(source, report, means), means, stay)
+        scope = settle(begun, report, means, stay)
         more = distinct(np.concatenate((stay, unfollowed_targets(report, scope))))
         if len(more) == len(stay):
-            return scope, triage
+            return finish(scope, means), begun.triage
         stay = more
-        del scope, triage  # The draft may be large, and the next is as large.
-    return draft(_first_step(source, report, means), means, stay)
+        del scope  # The draft may be large, and the next is as large.
+    return finish(settle(begun, report, means, stay), means), begun.triage
 
 
-def _first_step(source: Source, report: Report, means: _Means) -> Scope:
-    return Scope(Draft(source, can_grow=means.can_grow), source, report)
+def _begin_leaks(scope: Scope, means: _Means) -> _Begun:
+    nothing = np.zeros(0, dtype=np.int64)
+    triage = means.triage(scope, nothing)
+    if scope.report.counters.leaks:
+        _require_known_leaks(scope.report)
+    return _Begun(scope, triage, nothing)
 
 
-def _draft_leaks(scope: Scope, means: _Means, stay: I64) -> _Drafted:
-    report, triage = scope.report, means.triage(scope, stay[:0])
-    if report.counters.leaks:
-        _require_known_leaks(report)
+def _settle_leaks(begun: _Begun, before: Report, means: _Means, stay: I64) -> Scope:
+    scope = begun.forked()
+    if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
         scope = _checked_anew(scope, means)
         # Lowered to one reference, an entry gets its COPIED flag back.
-        update_copied_flags_for_l1(scope, known=report)
+        update_copied_flags_for_l1(scope, known=before)
         scope = _checked_anew(scope, means)
     if _only_flags_are_wrong(scope.report):
         update_copied_flags_for_l1(scope)
-    return _checked_anew(scope, means), triage
+    return _checked_anew(scope, means)
 
 
 def _only_flags_are_wrong(report: Report) -> bool:
@@ -262,7 +283,7 @@ def _require_known_leaks(report: Report) -> None:
         )
 
 
-def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
+def _begin_all(scope: Scope, means: _Means) -> _Begun:
     before = scope.report
     _require_plain_header(scope)
     if has_no_snapshots(scope):  # what seems to be their table lies over all that follows
@@ -280,17 +301,34 @@ def _draft_all(scope: Scope, means: _Means, stay: I64) -> _Drafted:
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
     if _is_cut(scope, before):
         _require_shown_loss(triage)
+    stay = was[:0]
     if triage.is_evidence or not scope.report.complete:
-        known = was[is_among(was, leaked)]
-        stay = distinct(np.concatenate((stay, known))) if len(stay) else known
-    _draft_refcounts(scope, stay, _kept(scope.report, triage))
+        stay = was[is_among(was, leaked)]
+    return _Begun(scope, triage, stay)
+
+
+def _settle_all(begun: _Begun, before: Report, means: _Means, stay: I64) -> Scope:
+    scope = begun.forked()
+    if len(begun.stay):
+        stay = distinct(np.concatenate((stay, begun.stay)))
+    _draft_refcounts(scope, stay, _kept(scope.report, begun.triage))
     if not scope.draft.is_empty:
-        # Mostly nothing is left then: with the bits that follow, the next check is the proof.
-        _draft_flags(scope, before, clean=True)
-    for planner in (update_copied_flags_for_l1, clear_reserved_bits):
-        scope = _checked_anew(scope, means)
-        planner(scope)
-    return _checked_anew(scope, means), triage
+        # Often the next check is the proof then: nothing is left, or what nothing mends.
+        _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
+    scope = _checked_anew(scope, means)
+    update_copied_flags_for_l1(scope)
+    return _checked_anew(scope, means)
+
+
+def _finish_all(scope: Scope, means: _Means) -> Scope:
+    clear_reserved_bits(scope)
+    return _checked_anew(scope, means)
+
+
+def _stays_damaged(report: Report) -> bool:
+    """Whether something is wrong that no tier mends."""
+    wrong = (KINDS[kind] for kind in report.counts())
+    return any(info.severity > Severity.LEAK and not info.tier for info in wrong)
 
 
 def _is_cut(scope: Scope, before: Report) -> bool:
@@ -338,6 +376,13 @@ def _checked_anew(scope: Scope, means: _Means) -> Scope:
     return scope.after(image, means.check(image))
 
 
+_STEPS = {
+    RepairTier.LEAKS: (_begin_leaks, _settle_leaks, _checked_anew),
+    RepairTier.ALL: (_begin_all, _settle_all, _finish_all),
+}
+"""Of each tier: what all drafts begin with, refcounts and flags, what comes last."""
+
+
 def _draft_refcounts(scope: Scope, stay: I64, kept: I64) -> None:
     """In place where every block that must change is sound, else anew; not of what must *stay*.
 
@@ -383,7 +428,9 @@ def _settle_flags(scope: Scope, before: Report) -> None:
         return
     draft = scope.draft
     clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
-    if not clean or not draft.has(StageKind.GUARD):  # else they were drafted, and checked
+    final = _final_bits(before.layout.header, clean=clean)
+    drafted = int.from_bytes(read_bytes(scope.drafted, FEATURES_AT, 8), "big")
+    if drafted != final or not draft.has(StageKind.GUARD):  # else they were drafted, and checked
         for stage in (StageKind.GUARD, StageKind.RELEASE):
             draft.withdraw(stage)
         _draft_flags(scope, before, clean=clean)
@@ -409,13 +456,19 @@ def _draft_flags(scope: Scope, before: Report, *, clean: bool) -> None:
     if before.layout is None or not _has_flags(scope):
         return
     draft, bits = scope.draft, before.layout.header.incompatible_features
-    final = bits & ~int(Incompatible.DIRTY | Incompatible.CORRUPT) if clean else bits
+    final = _final_bits(before.layout.header, clean=clean)
     if not draft.is_empty:
         guarded = bits | int(Incompatible.CORRUPT)
         draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
     elif final == bits:
         return
     draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
+
+
+def _final_bits(header: Header, *, clean: bool) -> int:
+    """The incompatible features as a repair leaves them."""
+    bits = header.incompatible_features
+    return bits & ~int(Incompatible.DIRTY | Incompatible.CORRUPT) if clean else bits
 
 
 def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:

@@ -10,13 +10,24 @@ from planner.arrays import Slot, distinct, without_repeats
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterCounts, PagedIndex
 
 SLOTS = 12
-slots = st.lists(st.integers(0, SLOTS - 1), max_size=30)
 runs = st.lists(
     st.tuples(st.integers(0, SLOTS - 1), st.integers(1, SLOTS)).map(
         lambda run: (run[0], min(run[1], SLOTS - run[0]))
     ),
     max_size=5,
 )
+orders = st.lists(st.integers(0, SLOTS - 1), max_size=30)
+
+
+def neighbours(several: list[tuple[int, int]]) -> list[int]:
+    """Runs of slots, each of them by itself."""
+    return [slot for first, count in several for slot in range(first, first + count)]
+
+
+in_runs = st.tuples(runs, orders, runs).map(
+    lambda parts: [*neighbours(parts[0]), *parts[1], *neighbours(parts[2])]
+)
+slots = st.one_of(orders, in_runs)
 amounts = st.sampled_from([1, 2, 100, 250, 255, 256, 60_000, 70_000, 1 << 31])
 
 
