@@ -31,7 +31,9 @@ def plan_id(tier: str, image: Path) -> str:
     return plan["plan-id"]
 
 
-def _restorer(damaged: Path, work: Path) -> Callable[[], None]:
+def restorer(damaged: Path, work: Path) -> Callable[[], None]:
+    """Makes *work* a copy of *damaged*, with nothing beside it."""
+
     def restore() -> None:
         for old in work.parent.glob(f"{work.name}*"):
             old.unlink()
@@ -50,7 +52,7 @@ def leaks(samples: Samples) -> Iterator[Mapping[str, Side]]:
 
     damaged = samples.get("leaked", make)
     work = samples.folder / "work.qcow2"
-    restore = _restorer(damaged, work)
+    restore = restorer(damaged, work)
     restore()
     quote = ["--plan", plan_id("leaks", work)]
 
@@ -78,7 +80,7 @@ def rebuild(samples: Samples) -> Iterator[Mapping[str, Side]]:
 
     damaged = samples.get("uncounted", make)
     work = samples.folder / "work.qcow2"
-    restore = _restorer(damaged, work)
+    restore = restorer(damaged, work)
     yield {
         REPAIR: Side(lambda: run_repair(*INSTARFS, "check", "-r", "all", work), restore),
         QEMU: Side(lambda: run_repair("qemu-img", "check", "-r", "all", work), restore),

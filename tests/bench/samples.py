@@ -9,7 +9,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from instarfs.image.file import Image
+from planner.qcow2.entries import l1_offsets
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
 from tests.bench.disks import CLUSTER
@@ -54,6 +57,21 @@ def zero_reftable(path: Path) -> None:
     """Make every refcount read as 0: the refcount blocks are lost."""
     header = _header(path)
     _overwrite(path, header.refcount_table_offset, bytes(header.refcount_table_clusters * CLUSTER))
+
+
+def flip_bits(path: Path, share: float) -> None:
+    """Change one bit, any, of this share of the L2 entries, as memory that forgets does."""
+    header, rng = _header(path), np.random.default_rng(5)
+    with path.open("r+b") as file:
+        file.seek(header.l1_table_offset)
+        tables = l1_offsets(np.frombuffer(file.read(8 * header.l1_size), ">u8").astype(np.uint64))
+        for table in tables.tolist():
+            file.seek(table)
+            words = np.frombuffer(file.read(CLUSTER), dtype=">u8").astype(np.uint64)
+            hit = rng.random(len(words)) < share
+            words[hit] ^= np.uint64(1) << rng.integers(0, 64, len(words), np.uint64)[hit]
+            file.seek(table)
+            file.write(words.astype(">u8").tobytes())
 
 
 def _header(path: Path) -> Header:
