@@ -60,13 +60,13 @@ def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch) -
 
 
 def test_what_nothing_mends_is_known_to_stay_and_costs_no_further_check(monkeypatch) -> None:
+    """One check of the refcounts, one of the COPIED flag that follows: the second is the proof."""
     image = plain()
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     image.set_word(72, 1)
     image.set_word(image.l2_at(2), image.host_offset(2) + 512 | COPIED)
-    image.set_refcount(image.host_offset(3) // SIZE, 2)
     number, proposal = checks_of(image, monkeypatch)
-    assert number == 1
+    assert number == 2
     assert Kind.DIRTY_BIT in counts(proposal)
     assert counts(proposal)[Kind.DATA_MISALIGNED] == 1
 
