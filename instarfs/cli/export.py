@@ -12,12 +12,19 @@ from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
 from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.guest.outfile import OutFile
+from instarfs.mount.options import PREVIEWS
+from instarfs.repair.preview import preview_of
 from instarfs.text import printable
 from planner.progress import unless
 
 
 @click.command(name="export")
 @snapshot_option
+@click.option(
+    "--preview",
+    type=click.Choice(PREVIEWS),
+    help="The disk as it would be after this repair, or a rescue; nothing else is written.",
+)
 @follow_option
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
@@ -28,6 +35,7 @@ def command(
     path: str,
     out: str,
     snapshot: str | None,
+    preview: str | None,
     directories: tuple[str, ...],
     *,
     progress: bool,
@@ -44,7 +52,10 @@ def command(
     name, follow = ImageName(path, force_share=force_share), Follow(directories)
     with name.opened() as image, stoppable() as stopped, progress_bar(shown=progress) as tell:
         try:
-            export = Export(image, follow, snapshot)
+            shown = image
+            if preview is not None:
+                shown = preview_of(image, preview, unless(stopped, tell)).image
+            export = Export(shown, follow, snapshot)
         except DOMAIN_ERRORS as error:
             raise name.failed(error) from error
         target = OutFile.open(out, export.origin())

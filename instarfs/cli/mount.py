@@ -40,7 +40,7 @@ from planner.errors import PlannerError
 @click.option(
     "--preview",
     type=click.Choice(PREVIEWS),
-    help="Show the image as it would be after this repair; nothing is written.",
+    help="Show the image as it would be after this repair, or a rescue; nothing is written.",
 )
 @undo_file_option
 @follow_option

@@ -24,13 +24,14 @@ from instarfs.inspect.repair_queue import MakeRepairer
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
+from instarfs.render.rescue import Rescued
 from instarfs.repair.interrupted import pending
-from instarfs.repair.planning import run_plan
+from instarfs.repair.preview import preview_of
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
 from planner.qcow2.layout import Layout
-from planner.repair.plan import RepairTier
+from planner.repair.plan import RescueTier
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,15 @@ def serve(
 
     What the image needs of its directory from then on must come from an `instarfs.daemon.broker`:
     this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *preview*:
-    the tier of the repair that is laid over it. *ready* is called once the mount answers. Raises
+    what is laid over it: a tier, or a rescue. *ready* is called once the mount answers. Raises
     before that, with nothing mounted, when the image is not qcow2, or cannot be read, or the tier
     refuses, or mounting fails.
     """
-    _require_qcow2(image)
-    plan = None
+    plan, rescued = None, None
+    if preview != RescueTier.RESCUE:
+        _require_qcow2(image)
     if preview is not None:
-        image = _previewed(image, RepairTier(preview))
+        image, rescued = _previewed(image, preview)
         plan = image.plan
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
@@ -81,6 +83,7 @@ def serve(
                 keeps_undo=keeps_undo,
                 mountpoint=str(Path(directory).absolute()),
                 preview=plan,
+                rescued=rescued,
             )
             operations = Operations(
                 root,
@@ -93,11 +96,17 @@ def serve(
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 
 
-def _previewed(image: Image, tier: RepairTier) -> PreviewImage:
-    """*image* as a repair would leave it. Raises as `run_plan` does, and `ImageInUse`."""
+def _previewed(image: Image, word: str) -> tuple[PreviewImage, Rescued | None]:
+    """*image* as it would be, and what there is to say of a rescue.
+
+    Raises as `preview_of` does, and `ImageInUse`.
+    """
     with memory.limited(image), locks.held(image.fileno(), image.path):
-        before = image.generation()
-        return PreviewImage(image, run_plan(image, tier).plan, before)
+        preview = preview_of(image, word)
+    if preview.rescue is None:
+        return preview.image, None
+    # Not what it was found by, which is as large as the image's tables, many times.
+    return preview.image, Rescued.of(preview.rescue, image.path)
 
 
 def _require_qcow2(image: Image) -> None:

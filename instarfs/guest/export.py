@@ -98,7 +98,7 @@ class Export:
         roles = ["image", *(f"{each.named.role} {each.depth}" for each in members)]
         files = dict(zip(roles, map(_shown, self._generations), strict=True))
         disk = "disk" if self._place.part is Part.DISK else f"snapshot {self._place.index}"
-        return Origin(self._image.path, disk, self.size, files)
+        return Origin(self._image.path, disk + self._image.edition, self.size, files)
 
     def has_changed(self) -> bool:
         """Whether any of the files is not what it was when this was made."""

@@ -275,6 +275,11 @@ class Image:
             undo=undo,
         )
 
+    @property
+    def edition(self) -> str:
+        """What is laid over its bytes, in words; of the file as it is nothing."""
+        return ""
+
     def fileno(self) -> int:
         """The descriptor, open for reading only."""
         return self._fd

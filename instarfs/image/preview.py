@@ -50,6 +50,11 @@ class PreviewImage(Image):
         )
         self.plan, self._before = plan, before
 
+    @property
+    def edition(self) -> str:
+        """Of the plan that is laid over it."""
+        return f" after {self.plan.tier} {self.plan.id}"
+
     def source(self, *, wait: bool = True) -> FileSource:
         """Raises `PreviewOutdated`."""
         self.generation()

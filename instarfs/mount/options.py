@@ -30,8 +30,8 @@ _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
 _NO_UNDO, _FOLLOW, _UNDO_FILE, _PREVIEW = "no_undo", "follow=", "undo_file=", "preview="
 
-PREVIEWS = ("leaks", "all")
-"""The repairs that can be laid over an image instead of being written to it."""
+PREVIEWS = ("leaks", "all", "rescue")
+"""What can be laid over an image instead of being written to it."""
 
 # As in libfuse: a comma that is part of a path has a backslash before it.
 _COMMA = re.compile(r"(?<!\\),")

@@ -48,6 +48,7 @@ from instarfs.render import tables as render_tables
 from instarfs.render import triage as render_triage
 from instarfs.render.aftermath import Aftermath, Mounted
 from instarfs.render.report import report_txt
+from instarfs.render.rescue import Rescued
 from instarfs.text import printable
 from planner.arrays import GuestOffset, HostOffset
 from planner.check.report import Report
@@ -83,12 +84,13 @@ def build_tree(
     keeps_undo: bool = True,
     mountpoint: str = "",
     preview: Plan | None = None,
+    rescued: Rescued | None = None,
 ) -> Directory:
     """The root directory of the mount of one image; *read_only*: one that does not repair.
 
     For the commands that are told to a reader: *mountpoint*, where it will be, and *keeps_undo*,
     whether its repairs can be taken back. *preview*: the plan that is laid over the image; then
-    there is nothing to repair it with.
+    there is nothing to repair it with. *rescued*: what there is to say of it, if it is a rescue.
     """
     advised = Mounted(mountpoint, not read_only, keeps_undo, preview)
     controls = Controls(inspector, read_only=read_only)
@@ -100,6 +102,7 @@ def build_tree(
         *_explain_files(inspector),
         *_check_files(inspector, advised),
         *_lost_files(inspector),
+        *(_rescue_files(inspector, rescued) if rescued is not None else ()),
         *(_repair_files(inspector, controls) if preview is None else ()),
     ]
     readme = LiveFile(lambda: _readme(inspector.subject.path, entries, preview))
@@ -561,6 +564,32 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
     ]
 
 
+# ---- rescue/ ----
+
+
+def _rescue_files(inspector: Inspector, rescued: Rescued) -> list[_Entry]:
+    def file(content: bytes) -> File:
+        # It is of the image that was looked at, and of no other.
+        seen = inspector.look(lambda _source: None, is_kept=True)
+        return GeneratedFile(seen, lambda _: content)
+
+    return [
+        _Entry(
+            "rescue/report.txt",
+            "what was lost, what is put back, and why that is believed",
+            file(rescued.report),
+        ),
+        _Entry(
+            "rescue/placements.tsv",
+            "every L2 table that no entry leads to: where it belongs, and what says so",
+            file(rescued.placements),
+        ),
+        _Entry(
+            "rescue/plan.json", "the same as `instarfs rescue --output json`", file(rescued.plan)
+        ),
+    ]
+
+
 # ---- repair/ ----
 
 
@@ -655,7 +684,7 @@ To unmount: instarfs umount DIRECTORY
 """
 
 _README_OF_PREVIEW = f"""\
-This is the inside of a qcow2 image as it would be after a repair, shown as files by instarfs:
+This is the inside of a qcow2 image as it would be, shown as files by instarfs:
 
     {{image}}
 
@@ -665,7 +694,7 @@ elsewhere instead of repairing in place. Once the image itself is written to, no
 this preview any more (ESTALE): mount it anew.
 
 {_OF_FILES}
-To have it so: instarfs check -r {{tier}} --plan {{plan}} IMAGE
+To have it so: {{how}} IMAGE
 
 To unmount: instarfs umount DIRECTORY
 """
@@ -678,4 +707,5 @@ def _readme(image: str, entries: list[_Entry], preview: Plan | None) -> bytes:
     values = {"image": printable(image), "files": files}
     if preview is None:
         return _README.format(**values).encode()
-    return _README_OF_PREVIEW.format(**values, tier=preview.tier, plan=preview.id).encode()
+    values |= {"tier": preview.tier, "plan": preview.id, "how": render_repair.quoting(preview)}
+    return _README_OF_PREVIEW.format(**values).encode()

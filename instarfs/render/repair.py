@@ -16,8 +16,15 @@ from instarfs.text import json_bytes, json_parts, printable, shell_path, text_li
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS
 from planner.findings.wording import plural
-from planner.repair.plan import Edit, Plan, RepairTier
+from planner.repair.plan import Edit, Plan, RepairTier, RescueTier
 from planner.repair.tiers import Left, Proposal
+
+
+def quoting(plan: Plan) -> str:
+    """The command that does exactly *plan*, but for the name of its image."""
+    how = "rescue --in-place" if plan.tier is RescueTier.RESCUE else f"check -r {plan.tier}"
+    return f"instarfs {how} --plan {plan.id}"
+
 
 SHOWN_BYTES = 16
 """Bytes of an edit that are shown before and after; longer ones are cut and say so."""

@@ -16,7 +16,7 @@ from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
 from instarfs.render.files import files_lines
 from instarfs.render.live import live_lines
-from instarfs.render.repair import left_lines, quote_warning
+from instarfs.render.repair import left_lines, quote_warning, quoting
 from instarfs.render.triage import triage_lines
 from instarfs.text import shell_path, shell_word, text_lines
 from planner.arrays import I64
@@ -116,7 +116,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
 
 def _preview_txt(report: Report, filename: str, known: Aftermath, plan: Plan) -> bytes:
     """Of an image as it would be: what would be left, and how to have it so."""
-    quoted = f"instarfs check -r {plan.tier} --plan {plan.id} -- {shell_path(filename)}"
+    quoted = f"{quoting(plan)} -- {shell_path(filename)}"
     sections = [
         [
             f"A preview: the image as it would be after `{plan.tier}`, plan {plan.id}.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
@@ -10,7 +10,7 @@ from planner.check.report import Report
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
 from planner.rescue.headers import Found, Hypothesis
-from planner.rescue.rescue import Rescue
+from planner.rescue.rescue import Placement, Rescue
 
 _NAMES = (
     "The names of a backing file and of a data file, bitmaps and what else stands behind the fields"
@@ -85,6 +85,45 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
         more = "" if found.size.is_exact else "; the disk may have been larger"
         lines.append(f"  the disk has {found.size.size} bytes: {found.size.evidence}{more}")
     return [*lines, "", _NAMES] if is_gone else lines
+
+
+COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed")
+
+
+def placements_tsv(placements: Sequence[Placement]) -> str:
+    """Every table that no entry leads to, one a line: where it belongs, and what says so."""
+    rows = (
+        (
+            each.offset,
+            each.l1_index if each.l1_index >= 0 else "-",
+            ",".join(each.evidence) or "-",
+            each.votes_for,
+            each.votes_against,
+            "yes" if each.placed else "no",
+        )
+        for each in placements
+    )
+    lines = ["#" + "\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
+    return "".join(f"{line}\n" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Rescued:
+    """What a preview of a rescue says of it: ``report``, ``placements`` and ``plan``, as bytes."""
+
+    report: bytes
+    placements: bytes
+    plan: bytes
+
+    @classmethod
+    def of(cls, rescue: Rescue, path: str) -> Rescued:
+        """*path*: of the image, absolute."""
+        asked = Asked(path)
+        return cls(
+            rescue_txt(rescue, asked, None).encode(),
+            placements_tsv(rescue.placements).encode(),
+            rescue_json(rescue, asked, None),
+        )
 
 
 def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:

@@ -28,7 +28,7 @@ _MAKERS: Mapping[str, tuple[str, Callable[[], Schema]]] = MappingProxyType(
             "repair/result.json, and instarfs rescue --in-place --output=json",
             repair.outcome,
         ),
-        "rescue": ("instarfs rescue --output=json", many.rescue),
+        "rescue": ("rescue/plan.json, and instarfs rescue --output=json", many.rescue),
         "scan": ("a line of instarfs scan --output=jsonl", many.scan),
         "snapshot": ("snapshots/N/info.json", image.snapshot),
         "triage": ("lost/triage.json", repair.triage),
@@ -58,4 +58,5 @@ def name_for(path: str) -> str | None:
         "check/result.json": "check",
         "check/findings.jsonl": "finding",
         "repair/result.json": "repair",
+        "rescue/plan.json": "rescue",
     }.get(path, file.partition(".")[0])
