@@ -152,7 +152,8 @@ def owner_of(
     except (GuestEncrypted, ImageReadFailed, ImageError) as error:
         return FilesUnknown(str(error))
     at = np.array([offset], dtype=np.int64)
-    byte = Damage(at, at + 1, np.zeros(1, dtype=np.uint8), np.zeros(1, dtype=np.bool_))
+    no = np.zeros(1, dtype=np.bool_)
+    byte = Damage(at, at + 1, np.zeros(1, dtype=np.uint8), unreadable=no, doubtful=no)
     return find_files(
         DiskSource(disk), byte, unread=(elsewhere.start, elsewhere.end), progress=progress
     )
@@ -251,4 +252,5 @@ def _cut(damage: Damage, size: int) -> Damage:
         np.minimum(damage.end[inside], size),
         damage.harm[inside],
         damage.unreadable[inside],
+        damage.doubtful[inside],
     )

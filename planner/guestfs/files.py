@@ -26,13 +26,14 @@ class Damage:
     """Ranges of a disk that something is wrong with: ``start``, ``end`` (exclusive), int64.
 
     Ascending and disjoint. ``harm``: what, uint8, whoever asks knows. ``unreadable``: those whose
-    bytes are not to be believed.
+    bytes are not to be believed; ``doubtful``: of these those that may be right all the same.
     """
 
     start: I64
     end: I64
     harm: U8
     unreadable: Mask
+    doubtful: Mask
 
     def __len__(self) -> int:
         return len(self.start)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, distinct, join_ranges
+from planner.arrays import I32, I64, U8, Mask, distinct, join_ranges
 from planner.guestfs.files import (
     MAX_HITS,
     NO_OFFSET,
@@ -33,6 +33,11 @@ from planner.source import Source
 
 T = TypeVar("T")
 
+BELIEVED = (
+    "no file system can be seen without what is suspect: that was read, and what hangs on it may"
+    " be wrong"
+)
+
 
 def find_files(
     source: Source,
@@ -48,16 +53,33 @@ def find_files(
     """
     if not len(damage):
         return HitFiles(Layout([], [], []), _Kept(damage).hits()[0], [], more=False)
-    bad = damage.unreadable
-    start, end = join_ranges(
-        np.concatenate((damage.start[bad], unread[0])), np.concatenate((damage.end[bad], unread[1]))
-    )
-    layout = find_volumes(source, start, end)
+    layout = _layout(source, damage, unread)
     search = _Search(damage, layout, progress)
     for number in range(len(layout.volumes)):
         search.volume(number)
     search.outside()
     return search.result()
+
+
+def _layout(source: Source, damage: Damage, unread: tuple[I64, I64]) -> Layout:
+    """The volumes; what is doubtful is read only where without it there is no file system."""
+
+    def read_without(bad: Mask) -> Layout:
+        start = np.concatenate((damage.start[bad], unread[0]))
+        end = np.concatenate((damage.end[bad], unread[1]))
+        return find_volumes(source, *join_ranges(start, end))
+
+    layout = read_without(damage.unreadable)
+    if damage.doubtful.any() and not _has_any(layout):
+        believing = read_without(damage.unreadable & ~damage.doubtful)
+        if _has_any(believing):
+            believing.notes.insert(0, BELIEVED)
+            return believing
+    return layout
+
+
+def _has_any(layout: Layout) -> bool:
+    return any(each.filesystem is not None for each in layout.volumes)
 
 
 @dataclass(frozen=True, slots=True)

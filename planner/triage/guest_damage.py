@@ -76,10 +76,13 @@ def guest_damage(impact: Impact, missing: Ranges) -> Damage:
     starts, ends = np.concatenate(start), np.concatenate(end)
     order = np.argsort(starts, kind="stable")
     harm = harm[order]
-    unreadable = harm != GuestHarm.AT_RISK
-    if impact.ranges[Harm.SUSPECT].size == impact.size:
-        unreadable &= harm != GuestHarm.SUSPECT  # or nothing could be said at all
-    return Damage(starts[order], ends[order], harm, unreadable)
+    return Damage(
+        starts[order],
+        ends[order],
+        harm,
+        unreadable=harm != GuestHarm.AT_RISK,
+        doubtful=harm == GuestHarm.SUSPECT,
+    )
 
 
 def _all_of(impact: Impact) -> tuple[I64, I64]:

@@ -73,8 +73,11 @@ def mounted(image: Path, *options: str) -> Iterator[Path]:
         run("umount", folder)
 
 
-def age(folder: Path, seed: int, rounds: int = 3) -> None:
-    """Write and delete in *folder* in turns: files lie in pieces, and in each other's gaps."""
+def age(folder: Path, seed: int, rounds: int = 3, attribute_size: int = 900) -> None:
+    """Write and delete in *folder* in turns: files lie in pieces, and in each other's gaps.
+
+    One has attributes, each *attribute_size* bytes longer than the last.
+    """
     rng = random.Random(f"age {seed}")
     for turn in range(rounds):
         for part in range(8):
@@ -87,7 +90,7 @@ def age(folder: Path, seed: int, rounds: int = 3) -> None:
             path.unlink()
     fill(folder)
     for number in range(6):
-        value = rng.randbytes(900 * number + 30)
+        value = rng.randbytes(attribute_size * number + 30)
         os.setxattr(folder / "woven 1", f"user.attribute{number}", value)
 
 

@@ -13,13 +13,17 @@ from planner.arrays import I64, U8, Mask
 from planner.guestfs.columns import little
 
 MAGIC = b"FILE"
-IN_USE = 1
+IN_USE, HAS_INDEX = 1, 2
 UPDATED_SECTOR = 512
 """The last two bytes of each are elsewhere, and a number that changes with each write is there."""
 
 ATTRIBUTE_LIST, FILE_NAME, DATA = 0x20, 0x30, 0x80
-INDEX_ALLOCATION, BITMAP = 0xA0, 0xB0
+INDEX_ROOT, INDEX_ALLOCATION, BITMAP = 0x90, 0xA0, 0xB0
 END = 0xFFFFFFFF
+
+MFT, ROOT = 0, 5
+FIRST_FILE = 11
+"""Records before it are of the file system itself, but for the root."""
 
 NUMBER_BITS = 48
 NUMBER = (1 << NUMBER_BITS) - 1
@@ -79,11 +83,13 @@ class Runs:
     length: I64
 
 
-def decode_records(raw: U8, number: I64) -> tuple[Records, I64]:
-    """Those of *raw*, shape (n, bytes), that make sense and are whole, and their rows."""
+def mended(raw: U8, magic: bytes) -> tuple[I64, U8]:
+    """Of structures *raw*, shape (n, bytes), the rows of those that begin with *magic* and were
+    written as a whole, and their bytes as they are meant: each sector with its own last two.
+    """
     count, size = raw.shape
     flat, base = raw.reshape(-1), np.arange(count, dtype=np.int64) * size
-    sound = (raw[:, :4] == np.frombuffer(MAGIC, dtype=np.uint8)).all(axis=1)
+    sound = (raw[:, :4] == np.frombuffer(magic, dtype=np.uint8)).all(axis=1)
     sectors = size // UPDATED_SECTOR
     updates, many = little(flat, base + 4, 2), little(flat, base + 6, 2)
     sound &= (many == sectors + 1) & (updates % 2 == 0) & (updates + 2 * many <= UPDATED_SECTOR)
@@ -97,7 +103,13 @@ def decode_records(raw: U8, number: I64) -> tuple[Records, I64]:
         whole &= little(flat, last, 2) == expected
         for byte in (0, 1):
             flat[last + byte] = flat[base + updates + 2 * (sector + 1) + byte]
-    rows, raw = rows[whole], np.ascontiguousarray(raw[whole])
+    return rows[whole], np.ascontiguousarray(raw[whole])
+
+
+def decode_records(raw: U8, number: I64) -> tuple[Records, I64]:
+    """Those of *raw*, shape (n, bytes), that make sense and are whole, and their rows."""
+    size = raw.shape[1]
+    rows, raw = mended(raw, MAGIC)
     flat, base = raw.reshape(-1), np.arange(len(rows), dtype=np.int64) * size
     reference = little(flat, base + 32, 8)
     records = Records(

@@ -10,18 +10,21 @@ from planner.source import SECTOR, read_bytes
 MAGIC = b"NTFS    "
 MAX_CLUSTER = 2 << 20
 RECORD_SIZES = (512, 1024, 2048, 4096)
+MAX_INDEX = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Boot:
     """``size``: in bytes, with the copy of the boot sector behind the last cluster, cut at the end
-    of the source as ``clusters`` is, the number of them. ``offset``: where this was read.
+    of the source as ``clusters`` is, the number of them. ``index_size``: of a block of directories,
+    0 where that makes no sense. ``offset``: where this was read.
     """
 
     offset: int
     cluster_size: int
     clusters: int
     record_size: int
+    index_size: int
     mft: int
     mirror: int
     serial: int
@@ -50,8 +53,9 @@ def _decode(raw: bytes, offset: int, source_size: int) -> Boot | None:
     sector, sectors = number(0x0B, 2), number(0x28, 8)
     per_cluster = raw[0x0D] if raw[0x0D] <= 128 else 1 << (256 - raw[0x0D])
     cluster = sector * per_cluster
-    record = raw[0x40]
-    record_size = record * cluster if record < 128 else 1 << (256 - record)
+    record_size, index_size = (
+        raw[at] * cluster if raw[at] < 128 else 1 << (256 - raw[at]) for at in (0x40, 0x44)
+    )
     is_sound = (
         sector in (512, 1024, 2048, 4096)
         and per_cluster > 0
@@ -70,6 +74,7 @@ def _decode(raw: bytes, offset: int, source_size: int) -> Boot | None:
         cluster,
         min(clusters, source_size // cluster),
         record_size,
+        index_size if SECTOR <= index_size <= MAX_INDEX and index_size % SECTOR == 0 else 0,
         number(0x30, 8),
         number(0x38, 8),
         number(0x48, 8),

@@ -10,32 +10,31 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U8, Mask, distinct
-from planner.guestfs.checksums import CRC16, crc
-from planner.guestfs.columns import little
+from planner.arrays import I64, U8, Mask, distinct, is_among
 from planner.guestfs.ntfs.attributes import (
     ATTRIBUTE_LIST,
     BITMAP,
     DATA,
-    FILE_NAME,
+    FIRST_FILE,
     IN_USE,
     INDEX_ALLOCATION,
+    MFT,
     NUMBER,
-    NUMBER_BITS,
-    Attributes,
-    Records,
+    ROOT,
     attributes_of,
     runs_of,
     values_of,
 )
 from planner.guestfs.ntfs.boot import Boot, find_boot
-from planner.guestfs.ntfs.table import NONE, Pieces, Table
+from planner.guestfs.ntfs.lists import GoesOn, find_listed
+from planner.guestfs.ntfs.naming import Naming, named_in_directories
+from planner.guestfs.ntfs.streams import inodes_of
+from planner.guestfs.ntfs.table import Pieces, Table
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What, own_extents
 from planner.guestfs.reading import Holes, read_blocks
 
-MFT, MIRROR, LOG, VOLUME, ROOT, BITMAP_FILE, BAD_CLUSTERS = 0, 1, 2, 3, 5, 6, 8
-FIRST_FILE = 11
-"""Records before it are of the file system itself, but for the root."""
+MIRROR, LOG, VOLUME, BITMAP_FILE, BAD_CLUSTERS = 1, 2, 3, 6, 8
+"""Numbers of records, as `MFT` and `ROOT` are."""
 
 OWN = {
     MFT: What.INODE_TABLE,
@@ -47,10 +46,6 @@ OWN = {
 """What the data of its own files is, where it is not `What.SUPERBLOCK`."""
 
 VOLUME_NAME = 0x60
-NAME_AT, DOS = 66, 2
-"""Where in a `FILE_NAME` the name begins; the namespace of the names that are only for DOS."""
-
-IS_DIRECTORY = 0x10000000
 BITMAP_BYTES_AT_A_TIME = 1 << 17
 
 
@@ -70,7 +65,7 @@ class Ntfs:
         self._source, self._boot = source, boot
         self._table = Table(source, boot)
         self._broken_records = self._broken_runs = 0
-        self._parent_uses = (NONE, NONE)
+        self._known_to_go_on: GoesOn | None = None
         self.uuid = f"{boot.serial:016X}"
         self.block_size, self.size = boot.cluster_size, boot.size
         self.label = self._volume_name()
@@ -116,14 +111,14 @@ class Ntfs:
         if boot.size > end:
             start, length = (np.array([each], dtype=np.int64) for each in (end, boot.size - end))
             yield own_extents(What.SUPERBLOCK, start, length)
-        broken, broken_runs = [0], 0
+        broken, broken_runs = list[I64](), 0
         for records in self._table.walk(broken):
             attributes = attributes_of(records)
-            attributes = attributes.select(self._belongs(records)[attributes.row])
+            attributes = attributes.select(self._table.belongs(records)[attributes.row])
             outside = attributes.select(attributes.is_outside)
             runs, count = runs_of(records.flat, outside, boot.clusters)
             broken_runs += count
-            inode = self._inodes(records, outside)[runs.attribute]
+            inode = inodes_of(records, outside)[runs.attribute]
             kind = outside.type[runs.attribute]
             file_offset = np.where(
                 (kind == DATA) | (kind == INDEX_ALLOCATION), runs.virtual * boot.cluster_size, 0
@@ -139,31 +134,7 @@ class Ntfs:
                     ),
                     kind,
                 )
-        self._broken_records, self._broken_runs = sum(broken), broken_runs
-
-    def _inodes(self, records: Records, attributes: Attributes) -> I64:
-        """Of each attribute the number of its file, or of its stream."""
-        base = np.where(records.base > 0, records.base, records.number)[attributes.row]
-        # The MFT's own records that go on have it as their base, whose number is 0.
-        goes_on = (records.base == 0) & (records.base_use > 0)
-        base[goes_on[attributes.row]] = MFT
-        is_stream = (attributes.type == DATA) & (attributes.name_length > 0)
-        at = np.flatnonzero(is_stream & ((base >= FIRST_FILE) | (base == ROOT)))
-        return _with_streams(base, records.flat, attributes, at)
-
-    def _belongs(self, records: Records) -> Mask:
-        """Which records are a file's, or go on one that still says what they do."""
-        belongs: Mask = (records.flags & IN_USE) != 0
-        at = np.flatnonzero((records.base > 0) & belongs)
-        if len(at):
-            wanted = distinct(records.base[at])
-            found, rows = self._table.read(wanted)
-            place = np.searchsorted(wanted, records.base[at])
-            use, in_use = np.full(len(wanted), -1, np.int64), np.ones(len(wanted), np.bool_)
-            use[rows], in_use[rows] = found.use, (found.flags & IN_USE) != 0
-            # Of a base that is lost nothing is known against it.
-            belongs[at] = in_use[place] & ((use[place] == records.base_use[at]) | (use[place] < 0))
-        return belongs
+        self._broken_records, self._broken_runs = sum(map(len, broken)), broken_runs
 
     def free(self) -> Iterator[Spans]:
         boot = self._boot
@@ -190,106 +161,12 @@ class Ntfs:
     # ---- names ----
 
     def names(self) -> Iterator[Names]:
-        for records in self._table.walk():
-            belongs = self._belongs(records)
-            attributes = attributes_of(records)
-            attributes = attributes.select(belongs[attributes.row])
-            names = self._names_of(records, attributes)
-            yield names
-            yield from self._streams(records, attributes, names)
+        return iter(Naming(self._source, self._boot, self._table, self._goes_on))
 
-    def _names_of(self, records: Records, attributes: Attributes) -> Names:
-        flat = records.flat
-        some = attributes.select((attributes.type == FILE_NAME) & ~attributes.is_outside)
-        start, length = values_of(flat, some)
-        fits = length >= NAME_AT
-        some, start, length = some.select(fits), start[fits], length[fits]
-        many = flat[start + 64].astype(np.int64)
-        fits = (many > 0) & (NAME_AT + 2 * many <= length)
-        # A name for DOS stands beside another of the same file.
-        is_dos = flat[start + 65] == DOS
-        has_other = np.zeros(len(records), dtype=np.bool_)
-        has_other[some.row[~is_dos & fits]] = True
-        fits &= ~is_dos | ~has_other[some.row]
-        some, start, many = some.select(fits), start[fits], many[fits]
-        child = np.where(records.base > 0, records.base, records.number)[some.row]
-        reference = little(flat, start, 8)
-        parent, use = reference & NUMBER, (reference >> NUMBER_BITS) & 0xFFFF
-        is_directory = (little(flat, start + 56, 4) & IS_DIRECTORY) != 0
-        kept = self._are_parents(parent, use) & (child >= FIRST_FILE)
-        return Names(
-            parent[kept],
-            child[kept],
-            is_directory[kept],
-            flat,
-            start[kept] + NAME_AT,
-            2 * many[kept],
-            "utf-16-le",
-        )
-
-    def _are_parents(self, parent: I64, use: I64) -> Mask:
-        """Which of the references lead to a directory that is still there, if any is known."""
-        known, uses = self._parent_uses
-        wanted = distinct(parent)
-        at = np.searchsorted(known, wanted)
-        if len(known):
-            wanted = wanted[known[np.minimum(at, len(known) - 1)] != wanted]
-        if len(wanted):
-            found, rows = self._table.read(wanted)
-            # -1: nothing is known of it; -2: it is in use no more.
-            fresh = np.full(len(wanted), -1, dtype=np.int64)
-            fresh[rows] = np.where((found.flags & IN_USE) != 0, found.use, -2)
-            order = np.argsort(np.concatenate((known, wanted)), kind="stable")
-            known = np.concatenate((known, wanted))[order]
-            uses = np.concatenate((uses, fresh))[order]
-            self._parent_uses = known, uses
-        if not len(parent):
-            return np.zeros(0, dtype=np.bool_)
-        found_use = uses[np.searchsorted(known, parent)]
-        result: Mask = (found_use == -1) | (found_use == use)
-        return result
-
-    def _streams(self, records: Records, attributes: Attributes, names: Names) -> Iterator[Names]:
-        """The names of streams whose data is outside of the records; there are few of them."""
-        wanted = (attributes.type == DATA) & attributes.is_outside & (attributes.name_length > 0)
-        # The first part of each.
-        wanted[wanted] = little(records.flat, attributes.at[wanted] + 16, 8) == 0
-        streams = attributes.select(wanted)
-        inode = self._inodes(records, streams)
-        streams, inode = streams.select(inode >> NUMBER_BITS > 0), inode[inode >> NUMBER_BITS > 0]
-        if not len(streams):
-            return
-        base = inode & NUMBER
-        lacking = distinct(base[~np.isin(base, names.child)])
-        found, _ = self._table.read(lacking)
-        others = self._names_of(found, attributes_of(found))
-        for each in (names, others):
-            order = np.argsort(each.child, kind="stable")
-            low = np.searchsorted(each.child[order], base, side="left")
-            high = np.searchsorted(each.child[order], base, side="right")
-            raw, rows, stream = bytearray(), [], []
-            ends = []
-            for row in np.flatnonzero(high > low).tolist():
-                start = int(streams.name[row])
-                suffix = records.flat[start : start + 2 * int(streams.name_length[row])].tobytes()
-                for at in order[int(low[row]) : int(high[row])].tolist():
-                    begin = int(each.start[at])
-                    raw += each.raw[begin : begin + int(each.length[at])].tobytes()
-                    raw += b":\0" + suffix
-                    rows.append(at)
-                    stream.append(row)
-                    ends.append(len(raw))
-            end = np.array(ends, dtype=np.int64)
-            begin_of = np.append(np.zeros(1, dtype=np.int64), end)[: len(end)]
-            yield Names(
-                each.parent[rows],
-                inode[stream],
-                np.zeros(len(rows), dtype=np.bool_),
-                np.frombuffer(bytes(raw), dtype=np.uint8),
-                begin_of,
-                end - begin_of,
-                "utf-16-le",
-            )
+    def _goes_on(self) -> GoesOn:
+        if self._known_to_go_on is None:
+            self._known_to_go_on = find_listed(self._source, self._boot, self._table)
+        return self._known_to_go_on
 
     # ---- records ----
 
@@ -302,6 +179,15 @@ class Ntfs:
         in_use |= ~known
         in_use[rows], known[rows] = (found.flags & IN_USE) != 0, True
         inode = number.copy()
+        if len(rows) < len(number):
+            inode = self._goes_on().bases_of(number)
+            known |= inode != number
+            # What goes on a record that is lost too is in use, and no file.
+            named, is_all = named_in_directories(self._source, self._boot, table)
+            if is_all:
+                lost = (inode == number) & ~is_among(number, named)
+                lost[rows] = False
+                known &= ~lost
         inode[rows] = np.where(found.base > 0, found.base, found.number)
         place = table.pieces.places(number * size)
         kept = in_use & (place >= 0)
@@ -321,19 +207,6 @@ class Ntfs:
         gone = found.number[((found.flags & IN_USE) != 0) & (found.links == 0)]
         result[:] = np.isin(inode & NUMBER, gone) & (inode >= 0)
         return result
-
-
-def _with_streams(base: I64, flat: U8, attributes: Attributes, at: I64) -> I64:
-    """*base*, of the streams in rows *at* with a number that their names give above it."""
-    if not len(at):
-        return base
-    many = attributes.name_length[at]
-    column = np.arange(2 * int(many.max()))
-    within = column < 2 * many[:, None]
-    place = np.where(within, attributes.name[at][:, None] + column, 0)
-    value = crc(np.where(within, flat[place], 0).astype(np.uint8), 0xFFFF, CRC16).astype(np.int64)
-    base[at] |= (1 + value % ((1 << 15) - 1)) << NUMBER_BITS
-    return base
 
 
 def _what(kind: I64) -> U8:

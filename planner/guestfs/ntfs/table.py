@@ -17,6 +17,7 @@ from planner.guestfs.ntfs.attributes import (
     ATTRIBUTE_LIST,
     BITMAP,
     DATA,
+    IN_USE,
     NUMBER,
     Attributes,
     Records,
@@ -165,8 +166,7 @@ class Table:
     def read(self, number: I64) -> tuple[Records, I64]:
         """Those of the records *number* that make sense, and their rows in *number*."""
         size = self._boot.record_size
-        at = (number * size)[:, None] + np.arange(0, size, self._unit)
-        place = self.pieces.places(at.reshape(-1)).reshape(at.shape)
+        place = self._units(number)
         rows = np.flatnonzero((place >= 0).all(axis=1))
         units = place[rows].reshape(-1)
         order = np.argsort(units, kind="stable")
@@ -175,8 +175,14 @@ class Table:
         records, sound = decode_records(raw.reshape(-1, size), number[rows])
         return records, rows[sound]
 
-    def walk(self, broken: list[int] | None = None) -> Iterator[Records]:
-        """All records that make sense; to *broken* the number of those that do not is added."""
+    def _units(self, number: I64) -> I64:
+        """Where the parts of records are that lie in one cluster each, shape (n, parts)."""
+        size = self._boot.record_size
+        at = (number * size)[:, None] + np.arange(0, size, self._unit)
+        return self.pieces.places(at.reshape(-1)).reshape(at.shape)
+
+    def walk(self, broken: list[I64] | None = None) -> Iterator[Records]:
+        """All records that make sense; to *broken* the numbers of those that do not are added."""
         size = self._boot.record_size
         step = max(1, BATCH_BYTES // size)
         for start, length in zip(
@@ -192,17 +198,48 @@ class Table:
                 number = np.sort(number[order][there])
                 records, rows = self.read(number)
                 if broken is not None:
-                    broken.append(self._count_broken(np.delete(number, rows)))
+                    broken.append(self._broken(np.delete(number, rows)))
                 yield records
 
-    def _count_broken(self, number: I64) -> int:
-        """How many of these records are neither holes nor never written."""
+    def _broken(self, number: I64) -> I64:
+        """Which of these records are neither holes nor never written."""
         size = self._boot.record_size
         place = self.pieces.places(number * size)
-        place = np.sort(place[place >= 0])
-        place = place[~self._source.are_holes(place, size)]
-        raw = read_blocks(self._source, place, 4)
-        return int(raw.any(axis=1).sum())
+        number, place = number[place >= 0], place[place >= 0]
+        is_hole = self._source.are_holes(place, size)
+        number, place = number[~is_hole], place[~is_hole]
+        order = np.argsort(place, kind="stable")
+        raw = read_blocks(self._source, place[order], 4)
+        return np.sort(number[order][raw.any(axis=1)])
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether any record cannot be read."""
+        return self.is_guessed or bool(
+            self._source.are_holes(self.pieces.disk, self.pieces.length).any()
+        )
+
+    def are_lost(self, number: I64) -> Mask:
+        """Which records cannot be read, or are in no piece that is known."""
+        place = self._units(number)
+        lost = self._source.are_holes(np.maximum(place, 0).reshape(-1), self._unit)
+        unread = (place < 0) | lost.reshape(place.shape)
+        result: Mask = np.logical_or.reduce(unread, axis=1)
+        return result
+
+    def belongs(self, records: Records) -> Mask:
+        """Which records are a file's, or go on one that still says what they do."""
+        belongs: Mask = (records.flags & IN_USE) != 0
+        at = np.flatnonzero((records.base > 0) & belongs)
+        if len(at):
+            wanted = distinct(records.base[at])
+            found, rows = self.read(wanted)
+            place = np.searchsorted(wanted, records.base[at])
+            use, in_use = np.full(len(wanted), -1, np.int64), np.ones(len(wanted), np.bool_)
+            use[rows], in_use[rows] = found.use, (found.flags & IN_USE) != 0
+            # Of a base that is lost nothing is known against it.
+            belongs[at] = in_use[place] & ((use[place] == records.base_use[at]) | (use[place] < 0))
+        return belongs
 
     def records_at(self, start: I64, length: I64) -> I64:
         """The numbers of the records that ranges of the disk touch, ascending."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U8, Mask, expand_ranges
+from planner.arrays import I64, U8, Mask, distinct, expand_ranges
 from planner.guestfs.inodes import DIRECTORY, Inodes
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What, own_extents
 from planner.guestfs.reading import Holes, read_blocks
@@ -20,6 +20,7 @@ from planner.guestfs.xfs.inodes import (
     read_inodes,
     records_in,
     walk_inodes,
+    with_named,
 )
 from planner.guestfs.xfs.superblock import Superblock, find_superblock
 from planner.source import present_tables
@@ -61,6 +62,14 @@ class Xfs:
         return int(chunks.first[0]) if len(chunks) else 0
 
     @property
+    def _own(self) -> I64:
+        """The inodes of the file system itself: mkfs.xfs makes two with the root, behind it."""
+        own = set(self._superblock.own_inodes)
+        if self._superblock.lacks_own:
+            own |= {self.root + 1, self.root + 2}
+        return np.array(sorted(own), dtype=np.uint64).astype(np.int64)
+
+    @property
     def notes(self) -> list[str]:
         superblock, notes = self._superblock, []
         if self._offset:
@@ -91,7 +100,24 @@ class Xfs:
     def _chunks(self) -> Chunks:
         if self._known_chunks is None:
             self._known_chunks = find_chunks(self._source, self._superblock, self._trees)
+            groups = self._trees.broken(INODES)
+            if len(groups):
+                self._known_chunks = with_named(self._known_chunks, self._named_in(groups))
         return self._known_chunks
+
+    def _named_in(self, groups: I64) -> I64:
+        """Inodes in these groups that directories name and whose records cannot be read.
+
+        The number of an inode says where it is: so that where no tree tells of it a name does.
+        """
+        superblock, parts = self._superblock, [np.zeros(0, dtype=np.int64)]
+        for names in self.names():
+            child = distinct(names.child)
+            child = child[np.isin(child >> superblock.ag_inode_bits, groups)]
+            place = superblock.inode_offset(child)
+            child, place = child[place >= 0], place[place >= 0]
+            parts.append(child[self._source.are_holes(place, superblock.inode_size)])
+        return distinct(np.concatenate(parts))
 
     # ---- what lies where ----
 
@@ -100,11 +126,10 @@ class Xfs:
         yield from fixed_extents(self._source, superblock, self._trees)
         yield from self._inode_table(chunks)
         maps, broken = BlockMaps(self._source, superblock), [0]
-        own = np.array(sorted(superblock.own_inodes), dtype=np.uint64).astype(np.int64)
         for inodes in walk_inodes(self._source, superblock, chunks, broken):
             for extents in maps.extents(inodes):
                 if len(extents):
-                    yield _with_own(extents, own)
+                    yield _with_own(extents, self._own)
         self._broken_inodes, self._broken_maps = sum(broken), maps.unreadable
 
     def _inode_table(self, chunks: Chunks) -> Iterator[Extents]:
@@ -208,9 +233,7 @@ class Xfs:
     def records(self, start: I64, length: I64) -> Extents:
         superblock = self._superblock
         number, is_told = records_in(superblock, self._chunks, start, length)
-        own = np.isin(
-            number, np.array(sorted(superblock.own_inodes), dtype=np.uint64).astype(np.int64)
-        )
+        own = np.isin(number, self._own)
         number, is_told = number[~own], is_told[~own]
         size = superblock.inode_size
         rows, inodes = read_inodes(self._source, superblock, number)

@@ -138,6 +138,25 @@ def _together(parts: list[Chunks]) -> Chunks:
     ).select(order[new])
 
 
+def with_named(chunks: Chunks, number: I64) -> Chunks:
+    """*chunks*, and what directories name, ascending: inodes whose records were not found."""
+    if not len(number):
+        return chunks
+    bit = ONE << (number & (CHUNK - 1)).astype(np.uint64)
+    first = np.concatenate((chunks.first, number & ~np.int64(CHUNK - 1)))
+    order = np.argsort(first, kind="stable")
+    ascending = first[order]
+    begin = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
+    # That the records are in use is not told by a tree, even where others of the chunk are.
+    told = np.concatenate((chunks.is_told, np.zeros(len(number), dtype=np.bool_)))
+    return Chunks(
+        ascending[begin],
+        np.bitwise_or.reduceat(np.concatenate((chunks.there, bit))[order], begin),
+        np.bitwise_or.reduceat(np.concatenate((chunks.in_use, bit))[order], begin),
+        np.logical_and.reduceat(told[order], begin),
+    )
+
+
 def _free_ranges(superblock: Superblock, trees: Trees, groups: I64) -> tuple[I64, I64]:
     """Free blocks of *groups* as ranges start..end-1: old inodes there are nobody's."""
     parts = []

@@ -20,7 +20,7 @@ ALIGNED_INODES = 0x80
 FTYPE2, CRC2 = 0x200, 0x100
 """Of ``features2``, which version 4 has."""
 
-FTYPE, SPARSE_INODES, META_UUID, NREXT64 = 0x1, 0x2, 0x4, 0x20
+FTYPE, SPARSE_INODES, META_UUID, NREXT64, METADIR = 0x1, 0x2, 0x4, 0x20, 0x100
 """Of ``features_incompat``."""
 
 FINOBT, RMAPBT, REFLINK = 0x1, 0x2, 0x4
@@ -63,7 +63,7 @@ class Superblock:
     """What one copy says, in Python's numbers; see `FIELDS`.
 
     ``blocks``, ``ag_count``: what of the file system the source holds. ``root``: 0 where this copy
-    does not know it.
+    does not know it; ``lacks_own``: it does not know the inodes of the realtime section.
     """
 
     def __init__(self, raw: bytes, source_size: int) -> None:
@@ -93,6 +93,9 @@ class Superblock:
             number[name] for name in ("rbmino", "rsumino", "uquotino", "gquotino", "pquotino")
             if name != "pquotino" or self.is_v5
         } - {0, NO_INODE_NUMBER, self.root}  # fmt: skip
+        # The copies that mkfs.xfs writes name the root at best. They do not where it has no such.
+        told = {number["rbmino"], number["rsumino"]}
+        self.lacks_own = not incompat & METADIR and bool(told & {0, NO_INODE_NUMBER})
         self.dir_block_size = self.block_size << number["dirblklog"]
         self.has_types = bool(incompat & FTYPE if self.is_v5 else number["features2"] & FTYPE2)
         self.has_sparse_inodes = bool(incompat & SPARSE_INODES)

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.guestfs.ntfs.attributes import NUMBER, NUMBER_BITS
-from planner.guestfs.ntfs.filesystem import FIRST_FILE, Ntfs, recognise
+from planner.guestfs.ntfs.attributes import IN_USE, NUMBER, NUMBER_BITS
+from planner.guestfs.ntfs.filesystem import Ntfs, recognise
 from planner.guestfs.protocol import NO_INODE, What
 from planner.guestfs.reading import Holes
 from planner.source import Bytes
 from tests.block_devices import require_loop_devices
 from tests.images.guest_files import make_tree
 from tests.images.guest_filled import NTFS_VARIANTS, fill_ntfs, make_ntfs, mounted_ntfs, run
-from tests.planner.guestfs import ntfs_tools
-from tests.planner.guestfs.walks import blocks_of, free_blocks_of, owned_blocks, paths_of
+from tests.planner.guestfs.judges import ntfs_paths, plain, require_ntfs
+from tests.planner.guestfs.walks import blocks_of, paths_of
 
 SEED = 5
 
@@ -36,9 +36,7 @@ def images(tmp_path_factory):
         make_ntfs(path, NTFS_VARIANTS[variant])
         with mounted_ntfs(path) as folder:
             fill_ntfs(folder, root / "tree", SEED)
-        with mounted_ntfs(path) as folder:
-            paths = {pair for pair in ntfs_tools.paths_in(folder) if pair[1] >= FIRST_FILE}
-        return path, paths
+        return path, ntfs_paths(path)
 
     return image
 
@@ -51,11 +49,6 @@ def opened(data: bytes, *holes: tuple[int, int]) -> Ntfs:
     return filesystem
 
 
-def plain(paths: set[tuple[bytes, int]]) -> set[tuple[bytes, int]]:
-    """Those that are no streams."""
-    return {(path, inode) for path, inode in paths if inode >> NUMBER_BITS == 0}
-
-
 @pytest.mark.parametrize("variant", NTFS_VARIANTS)
 def test_all_is_as_ntfs_3g_says(images, variant) -> None:
     image, judged = images(variant)
@@ -63,20 +56,7 @@ def test_all_is_as_ntfs_3g_says(images, variant) -> None:
     assert (filesystem.kind, filesystem.label) == ("ntfs", "a label")
     assert filesystem.uuid == run("blkid", "-o", "value", "-s", "UUID", image).strip()
     assert filesystem.size == 48 << 20
-    paths = paths_of(filesystem)
-    assert plain(paths) == judged
-    ours = blocks_of(filesystem)
-    for inode in sorted(inode for inode in ours if 0 <= inode <= NUMBER):
-        attributes = ntfs_tools.attributes_of(image, inode)
-        lists = attributes.pop("list", set())
-        streams = {number for number in ours if number >> NUMBER_BITS and number & NUMBER == inode}
-        mine = set().union(*(ours[number] for number in {inode, *streams}))
-        assert {pair for pair in mine if pair[0] != "map"} == set().union(*attributes.values())
-        assert {block for place, block in mine if place == "map"} == {block for _, block in lists}
-    owned, free = owned_blocks(ours), free_blocks_of(filesystem, set())
-    assert not free & owned
-    clusters = filesystem._boot.clusters
-    assert {block for block in free | owned if block < clusters} == set(range(clusters))
+    require_ntfs(image, filesystem, judged)
     assert not filesystem.notes
 
 
@@ -117,14 +97,32 @@ def test_boot_sector_and_first_record_may_be_gone(images) -> None:
     assert paths_of(lost)
 
 
-def test_a_lost_record_loses_its_own_and_is_told(images) -> None:
+def record_at(filesystem: Ntfs, inode: int) -> int:
+    """Where the record of *inode* is."""
+    return int(filesystem._table.pieces.places(np.array([inode * 1024]))[0])
+
+
+def index_blocks(filesystem: Ntfs, inode: int) -> list[tuple[int, int]]:
+    """(offset, length) of what a directory has outside of its record."""
+    return [
+        (int(start), int(length))
+        for extents in filesystem.extents()
+        for start, length in zip(
+            extents.start[extents.inode == inode],
+            extents.length[extents.inode == inode],
+            strict=True,
+        )
+    ]
+
+
+def test_a_lost_record_is_told_and_named_by_its_directory(images) -> None:
     image, judged = images("ntfs")
     data = image.read_bytes()
     whole = opened(data)
     inode = min(inode for path, inode in judged if b"/file " in path)
-    place = int(whole._table.pieces.places(np.array([inode * 1024]))[0])
+    place = record_at(whole, inode)
     damaged = opened(data, (place, 1024))
-    assert plain(paths_of(damaged)) == {pair for pair in judged if pair[1] != inode}
+    assert plain(paths_of(damaged)) == judged
     records = damaged.records(np.array([place + 1]), np.array([5]))
     assert records.inode.tolist() == [inode]
     assert records.what.tolist() == [What.INODE_TABLE]
@@ -133,6 +131,93 @@ def test_a_lost_record_loses_its_own_and_is_told(images) -> None:
         unknown = opened(data, (place, 1024), (bitmap, 4096))
         records = unknown.records(np.array([place + 1]), np.array([5]))
         assert records.what.tolist() == [What.UNKNOWN]
+
+
+@pytest.mark.parametrize("variant", ["ntfs", "ntfs with small clusters"])
+def test_all_records_of_a_crowd_may_be_lost(images, variant) -> None:
+    image, judged = images(variant)
+    data = image.read_bytes()
+    whole = opened(data)
+    crowd = sorted(inode for path, inode in judged if path.startswith(b"/tree/crowd/"))
+    damaged = opened(data, *((record_at(whole, inode), 1024) for inode in crowd))
+    # Names of files that were deleted are in blocks of the index that are not in use.
+    assert plain(paths_of(damaged)) == judged
+    records = damaged.records(np.array([0]), np.array([damaged.size]))
+    assert set(crowd) <= set(records.inode.tolist())
+    assert len(records) == len(whole.records(np.array([0]), np.array([whole.size])))
+
+
+def test_where_record_and_directory_are_lost_there_is_a_number(images) -> None:
+    image, judged = images("ntfs")
+    data = image.read_bytes()
+    whole = opened(data)
+    inode, crowd = (
+        next(inode for path, inode in judged if path.startswith(prefix))
+        for prefix in (b"/tree/crowd/", b"/tree/crowd")
+    )
+    crowd = next(inode for path, inode in judged if path == b"/tree/crowd")
+    place = record_at(whole, inode)
+    damaged = opened(data, (place, 1024), *index_blocks(whole, crowd))
+    assert {pair[1] for pair in judged - plain(paths_of(damaged))} == {inode}
+    records = damaged.records(np.array([place]), np.array([1]))
+    assert records.inode.tolist() == [inode]
+
+
+@pytest.mark.parametrize("variant", ["ntfs with small clusters", "ntfs with large clusters"])
+def test_names_and_runs_in_a_lost_record_that_goes_on_another(images, variant) -> None:
+    image, judged = images(variant)
+    data = image.read_bytes()
+    whole = opened(data)
+    with_links = next(inode for path, inode in judged if path == b"/tree/with streams 4")
+    goes_on = {
+        int(number): int(base)
+        for part in whole._table.walk()
+        for number, base in zip(part.number, part.base, strict=True)
+        if base and whole._table.read(np.array([base]))[0].flags[0] == IN_USE
+    }
+    assert with_links in goes_on.values()
+    holes = [(record_at(whole, number), 1024) for number in goes_on]
+    damaged = opened(data, *holes)
+    assert plain(paths_of(damaged)) == judged
+    for number, base in goes_on.items():
+        records = damaged.records(np.array([record_at(whole, number)]), np.array([1024]))
+        assert records.inode.tolist() == [base]
+        assert records.what.tolist() == [What.INODE_TABLE]
+    # With what they go on lost as well, what is in use and in no directory is no file.
+    holes += [(record_at(whole, base), 1024) for base in set(goes_on.values())]
+    damaged = opened(data, *holes)
+    assert plain(paths_of(damaged)) == judged
+    for number in goes_on:
+        records = damaged.records(np.array([record_at(whole, number)]), np.array([1024]))
+        assert records.what.tolist() == [What.UNKNOWN]
+
+
+def test_names_for_dos_stand_in_for_those_that_are_lost_only(images) -> None:
+    """ntfs-3g makes none: some names are said to be for DOS here."""
+    image, judged = images("ntfs")
+    data = bytearray(image.read_bytes())
+    whole = opened(bytes(data))
+    links = {path for path, _ in judged if b"/tree/a rather long name of a hard link 2 " in path}
+    [inode] = {inode for path, inode in judged if path in links}
+    folder = next(inode for path, inode in judged if path == b"/tree")
+    for_dos = set()
+    for start, length in index_blocks(whole, folder):
+        for path in sorted(links)[1:]:
+            name = path.split(b"/")[-1].decode().encode("utf-16-le")
+            at = data.find(name, start, start + length)
+            if at >= 0 and data[at - 2] == len(name) // 2:
+                data[at - 1] = 2
+                for_dos.add(path)
+    assert len(for_dos) > 5
+    place = record_at(whole, inode)
+    extended = [
+        (record_at(whole, int(number)), 1024)
+        for part in whole._table.walk()
+        for number in part.number[part.base == inode]
+    ]
+    named = {path for path, each in plain(paths_of(opened(bytes(data), (place, 1024), *extended)))
+             if each == inode}  # fmt: skip
+    assert named == links - for_dos
 
 
 def test_records_that_are_not_in_use_are_not_told_of(images) -> None:
@@ -154,7 +239,7 @@ def test_a_file_without_links_is_told_of(images) -> None:
     image, judged = images("ntfs")
     data = bytearray(image.read_bytes())
     inode = min(inode for path, inode in judged if b"/file " in path)
-    place = int(opened(bytes(data))._table.pieces.places(np.array([inode * 1024]))[0])
+    place = record_at(opened(bytes(data)), inode)
     data[place + 18 : place + 20] = b"\0\0"
     some = np.array([NO_INODE, 5, inode, inode | 7 << NUMBER_BITS, 1 << 40])
     assert opened(bytes(data)).unlinked(some).tolist() == [False, False, True, True, False]
@@ -164,7 +249,7 @@ def test_names_whose_directory_was_used_anew_are_left_out(images) -> None:
     image, judged = images("ntfs")
     data = bytearray(image.read_bytes())
     inode = next(inode for path, inode in judged if path == b"/tree/many")
-    place = int(opened(bytes(data))._table.pieces.places(np.array([inode * 1024]))[0])
+    place = record_at(opened(bytes(data)), inode)
     data[place + 16] ^= 1
     paths = plain(paths_of(opened(bytes(data))))
     assert {path for path, _ in judged - paths} == {

@@ -42,7 +42,8 @@ def disk(filesystem, tmp_path_factory) -> bytes:
 def damage(*ranges: tuple[int, int, int], unreadable: bool = True) -> Damage:
     """Of (start, end, harm)."""
     start, end, harm = np.array(sorted(ranges), dtype=np.int64).reshape(-1, 3).T
-    return Damage(start, end, harm.astype(np.uint8), np.full(len(start), unreadable))
+    none = np.zeros(len(start), dtype=np.bool_)
+    return Damage(start, end, harm.astype(np.uint8), none | unreadable, none)
 
 
 def some_damage(rng: random.Random, size: int, count: int) -> list[tuple[int, int, int]]:

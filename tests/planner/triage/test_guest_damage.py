@@ -29,11 +29,7 @@ def test_each_byte_has_the_worst_of_its_harms_and_what_is_not_read_is_not_believ
         (40, 50, GuestHarm.SUSPECT),
     ]
     assert damage.unreadable.tolist() == [True, True, False, True, True]
-
-
-def test_where_all_is_suspect_it_is_read_all_the_same() -> None:
-    damage = guest_damage(impact(100, SUSPECT=ranges((0, 100))), ranges())
-    assert damage.unreadable.tolist() == [False]
+    assert damage.doubtful.tolist() == [False, False, False, False, True]
 
 
 def test_places_are_within_the_disk_and_of_the_disk_that_is_asked_about() -> None:
