@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import Report
+from planner.findings.kinds import NONE
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
 from planner.rescue.headers import Found, Hypothesis
-from planner.rescue.rescue import Placement, Rescue
+from planner.rescue.placing.place import Placement
+from planner.rescue.rescue import Rescue
 
 _NAMES = (
     "The names of a backing file and of a data file, bitmaps and what else stands behind the fields"
@@ -50,14 +52,15 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     """The report: what was lost, why what was found is believed, and what to do."""
     name = shell_path(asked.filename)
     if rescue.plan.changes_nothing:
-        wrong = "nothing is wrong"
-        if rescue.before.verdict != "clean":
-            wrong = f"what is wrong: instarfs report -- {name}"
-        return text_lines([f"{asked.filename}: its header makes sense; {wrong}"])
+        return text_lines(_why_nothing(rescue, asked.filename))
     lines: list[str] = []
     best = rescue.headers.best
     if rescue.changes_header and best is not None:
-        lines += _of_header(rescue.headers, best, asked.filename)
+        lines += [*_of_header(rescue.headers, best, asked.filename), ""]
+    if rescue.placements:
+        lines += _of_tables(rescue, asked.filename)
+    else:
+        lines = lines[:-1]
     if asked.is_written:
         lines += ["", "It was written to meanwhile: what was found is of no one moment."]
     if out is None:
@@ -69,6 +72,51 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
         lines += ["", f"{shell_path(out)} is the rebuilt image; {name} is as it was. Look at it:"]
         lines.append(f"      instarfs report -- {shell_path(out)}")
     return text_lines(lines)
+
+
+def _why_nothing(rescue: Rescue, filename: str) -> list[str]:
+    if rescue.placements:
+        return [*_of_tables(rescue, filename), "", "Nothing comes back, and nothing is written."]
+    wrong = "nothing is wrong"
+    if rescue.before.verdict != "clean":
+        wrong = f"what is wrong: instarfs report -- {shell_path(filename)}"
+    return [f"{filename}: its header makes sense; {wrong}"]
+
+
+def _of_tables(rescue: Rescue, filename: str) -> list[str]:
+    count, placed = len(rescue.placements), rescue.placed
+    tables = plural(count, "L2 table")
+    lines = [f"{filename}: nothing leads to {tables}; the place of {placed} is proven", ""]
+    for cells in (COLUMNS, *map(_cells, rescue.placements)):
+        offset, index, evidence, *votes, is_placed = cells
+        shown = f"{offset:>16} {index:>8}  {evidence:24} {votes[0]:>9} {votes[1]:>13}  {is_placed}"
+        lines.append(f"  {shown}")
+    if rescue.holes:
+        open_ones = plural(count - placed, "table")
+        said = (
+            f"What is not proven is not guessed. {open_ones} may belong to any of"
+            f" {len(rescue.holes)} L1 entries; what these map is not known to be zeros, and cannot"
+            " be read in the rebuilt image."
+        )
+        lines += ["", said]
+    return lines
+
+
+COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed")
+
+
+def placements_tsv(placements: Sequence[Placement]) -> str:
+    """Every table that no entry leads to, one a line: where it belongs, and what says so."""
+    rows = map(_cells, placements)
+    # No cell holds anything but digits and words of ours.
+    return "".join(f"{line}\n" for line in ("#" + "\t".join(COLUMNS), *map("\t".join, rows)))
+
+
+def _cells(each: Placement) -> tuple[str, ...]:
+    index = "-" if each.l1_index == NONE else str(each.l1_index)
+    votes = str(each.votes_for), str(each.votes_against)
+    evidence = ",".join(each.evidence) or "-"
+    return str(each.offset), index, evidence, *votes, "yes" if each.placed else "no"
 
 
 def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
@@ -85,26 +133,6 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
         more = "" if found.size.is_exact else "; the disk may have been larger"
         lines.append(f"  the disk has {found.size.size} bytes: {found.size.evidence}{more}")
     return [*lines, "", _NAMES] if is_gone else lines
-
-
-COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed")
-
-
-def placements_tsv(placements: Sequence[Placement]) -> str:
-    """Every table that no entry leads to, one a line: where it belongs, and what says so."""
-    rows = (
-        (
-            each.offset,
-            each.l1_index if each.l1_index >= 0 else "-",
-            ",".join(each.evidence) or "-",
-            each.votes_for,
-            each.votes_against,
-            "yes" if each.placed else "no",
-        )
-        for each in placements
-    )
-    lines = ["#" + "\t".join(COLUMNS), *("\t".join(map(str, row)) for row in rows)]
-    return "".join(f"{line}\n" for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +173,22 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             "next-best": _counters(found.rival.report) if found.rival else None,
             "size-evidence": found.size.evidence if found.size else None,
             "size-is-exact": found.size.is_exact if found.size else True,
+            "placements": [_placement(each) for each in rescue.placements],
+            "unreadable": list(rescue.holes),
             "written-to": out if is_written else None,
         }
     )
+
+
+def _placement(each: Placement) -> dict[str, object]:
+    return {
+        "offset": each.offset,
+        "l1-index": None if each.l1_index == NONE else each.l1_index,
+        "evidence": list(each.evidence),
+        "votes-for": each.votes_for,
+        "votes-against": each.votes_against,
+        "placed": each.placed,
+    }
 
 
 def _changes(now: Header, header: Header) -> Iterator[tuple[str, object]]:

@@ -130,6 +130,13 @@ class Looker:
         words = entries.decode_words(sectors)[:, :: 2 if self._geometry.extended_l2 else 1]
         return self._mostly_plausible(words) & words.any(axis=1)
 
+    def are_tables(self, rows: U8) -> Mask:
+        """Which clusters look like L2 tables, and nothing more is asked of the others."""
+        filled = np.flatnonzero(rows.view(np.uint64).any(axis=1))
+        result = np.zeros(len(rows), dtype=np.bool_)
+        result[filled] = self._are_tables(rows, filled)
+        return result
+
     def table_words(self, rows: U8) -> U64:
         """The entries of tables, uint64 (n, cluster size / 8); zero where subcluster bitmaps are.
 

@@ -14,7 +14,8 @@ CRC16 = 0xA001
 
 
 @cache
-def _table(polynomial: int) -> U32:
+def crc_table(polynomial: int) -> U32:
+    """What each byte does to a sum; uint32 (256,)."""
     values = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         values = np.where(values & 1, (values >> 1) ^ np.uint32(polynomial), values >> 1)
@@ -26,7 +27,7 @@ def crc(rows: U8, seed: U32 | int, polynomial: int = CRC32C) -> U32:
 
     As the kernel's `crc32c_le` and `crc16` compute them: nothing is inverted before or after.
     """
-    table = _table(polynomial)
+    table = crc_table(polynomial)
     value = np.full(len(rows), seed, dtype=np.uint32)
     for column in np.ascontiguousarray(rows.T):
         value = table[(value ^ column) & 0xFF] ^ (value >> np.uint32(8))

@@ -69,8 +69,10 @@ class GoneTables:
         return gone, whole
 
     def wild_l1(self, words: U64) -> Mask:
-        """Which of the words of L1 tables could never have been entries."""
-        return self._wild(words, entries.L1_RESERVED, packed=False)
+        """Which of the words of L1 tables could never have been entries, nor were put there."""
+        wild = self._wild(words, entries.L1_RESERVED, packed=False)
+        wild &= words != np.uint64(entries.UNREADABLE)
+        return wild
 
     def is_gone_l1(self, words: U64) -> bool:
         """Whether little else is left of the L1 table that has these words, and else zeros."""

@@ -22,6 +22,10 @@ ZERO = 1
 L1_OFFSET = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED = 0x7F00_0000_0000_01FF
 
+UNREADABLE = L1_OFFSET
+"""An L1 entry that leads where no cluster is: what it maps cannot be read, by QEMU either, but for
+clusters of 512 bytes. A rescue has it where a lost table may belong."""
+
 L2_OFFSET = 0x00FF_FFFF_FFFF_FE00
 L2_RESERVED = 0x3F00_0000_0000_01FE
 

@@ -1,48 +1,49 @@
 """What a rescue brings back, as one value: what was found, the plan, and the proof of it.
 
 What is lost is found elsewhere in `planner.rescue`; here it becomes stages in an order of which no
-crash leaves an image that reads otherwise than before or after.
+crash leaves an image that reads otherwise than before or after: the header first, if that is gone;
+then the tables that no entry leads to; then refcounts that are lost, too, by the census of what was
+put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from planner.check.check import check_image
 from planner.check.report import Report
-from planner.errors import HeaderUnknown
+from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
+from planner.findings.kinds import FindingKind, Structure
 from planner.progress import Progress, tell_nobody
+from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.draft import Draft
-from planner.repair.plan import Plan, RescueTier, StageKind
+from planner.repair.overlay import Overlay
+from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
+from planner.repair.tiers import propose
 from planner.rescue.headers import Found, Hypothesis, find_headers
-from planner.source import SECTOR, Source
+from planner.rescue.placing.place import Placed, Placement, find_placements
+from planner.source import SECTOR, Source, read_bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A lost L2 table, and where it belongs.
-
-    ``offset``: of the table in the file, bytes. ``l1_index``: the entry that is to lead there; of
-    one that is not ``placed`` the likeliest, -1 where nothing speaks for any. ``evidence``: what
-    says so; ``votes_for``, ``votes_against``: how often, and how often otherwise.
-    """
-
-    offset: int
-    l1_index: int
-    evidence: tuple[str, ...]
-    votes_for: int
-    votes_against: int
-    placed: bool
+_LOST_REFCOUNTS = (
+    FindingKind.REFCOUNT_MISSING,
+    FindingKind.REFCOUNT_LOW,
+    FindingKind.REFCOUNT_UNREADABLE,
+    FindingKind.L1_COPIED,
+    FindingKind.L2_COPIED,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rescue:
     """What was found of an image, and what puts it back.
 
-    ``headers``: what was found of the header. ``placements``: every table that no entry leads to.
-    ``before``, ``after``: the checks without and with the ``plan``.
+    ``headers``: what was found of the header. ``placements``: every table that no entry leads to,
+    by its place in the file. ``holes``: L1 indices that such a table may belong to, and that cannot
+    be read until somebody knows. ``before``, ``after``: the checks without and with the ``plan``.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Rescue:
     before: Report
     after: Report
     placements: tuple[Placement, ...] = ()
+    holes: tuple[int, ...] = ()
 
     @property
     def placed(self) -> int:
@@ -79,18 +81,74 @@ def rescue(
     """What *source* lost, and the plan that puts it back; changes nothing.
 
     *assumed*, *like*: as `find_headers` takes them. *can_grow*: whether the image may become
-    longer. Raises `HeaderUnknown` where no header is believed.
+    longer. Raises `HeaderUnknown` where no header is believed, another `RepairError` where what was
+    found does not bear a plan.
     """
     before = check_image(source, progress=progress)
-    headers = find_headers(source, assumed=assumed, like=like, progress=progress)
-    best = headers.best
-    if best is None:
-        raise HeaderUnknown(_why(headers), _WAYOUT)
+    tables = None if assumed or like else _tables_under(source, before, progress)
     draft = Draft(source, can_grow=can_grow)
-    if best.changed:
-        draft_header(draft, best, before)
+    if tables is not None and before.layout is not None:
+        # With a header under which tables are found there is nothing wrong but that.
+        header = before.layout.header
+        headers, report = Found(header, [Hypothesis(header, b"", before, ())]), before
+    else:
+        headers = find_headers(source, assumed=assumed, like=like, progress=progress)
+        best = headers.best
+        if best is None:
+            raise HeaderUnknown(_why(headers), _WAYOUT)
+        report = best.report
+        if best.changed:
+            draft_header(draft, best, before)
+            tables = _tables_under(draft.overlay(), report, progress)
+    if tables is not None:
+        tables = _without_contested(tables)
+        _draft_l1(draft, tables)
     plan = draft.plan(RescueTier.RESCUE)
-    return Rescue(plan, headers, before, before if plan.changes_nothing else best.report)
+    if tables is None:
+        return Rescue(plan, headers, before, before if plan.changes_nothing else report)
+    plan, holes, after = _settled(source, plan, tables, can_grow=can_grow, progress=progress)
+    result = Rescue(plan, headers, before, after, tables.placements, holes)
+    _require_proof(result, report)
+    return result
+
+
+def _settled(
+    source: Source, plan: Plan, tables: Placed, *, can_grow: bool, progress: Progress
+) -> tuple[Plan, tuple[int, ...], Report]:
+    """*plan* with refcounts that agree with it, the L1 indices that stay open, and its check."""
+    if not any(each.placed for each in tables.placements):
+        # Where nothing comes back nothing is touched.
+        plan = replace(plan, stages=(), edits=(), edit_count=0, size_after=plan.size_before)
+        return plan, (), check_image(source, progress=progress)
+    after = check_image(Overlay(source, plan), progress=progress)
+    plan, after = _with_refcounts(source, plan, after, can_grow=can_grow, progress=progress)
+    holes = _holes(tables)
+    if holes:
+        plan = _then(plan, _unreadable(Overlay(source, plan), tables.l1.offset, holes))
+        after = check_image(Overlay(source, plan), progress=progress)
+    return plan, holes, after
+
+
+def _then(plan: Plan, more: Plan) -> Plan:
+    """*plan*, and then *more*, which was made of what it leaves."""
+    return replace(
+        plan,
+        stages=(*plan.stages, *more.stages),
+        size_after=more.size_after,
+        edits=(*plan.edits, *more.edits),
+        edit_count=plan.edit_count + more.edit_count,
+    )
+
+
+def _tables_under(source: Source, report: Report, progress: Progress) -> Placed | None:
+    """The tables without a place, under a header that makes sense; None where there are none."""
+    if report.error is not None or report.mismatches is None:
+        return None
+    found = find_placements(source, report, progress)
+    return found if found is not None and found.placements else None
+
+
+# ---- the header ----
 
 
 def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
@@ -120,3 +178,119 @@ def _why(found: Found) -> str:
     if rival is None or best.score[0]:
         return "under no header that was tried its tables can all be read"
     return f"several headers are as likely: the best two leave {best.wrong} and {rival.wrong} wrong"
+
+
+# ---- the L1 table ----
+
+
+def _without_contested(found: Placed) -> Placed:
+    """*found* without placements of tables that lead to what another leads to as its own."""
+    board = found.board
+    placed = np.array([each.placed for each in found.placements], dtype=np.bool_)
+    rows = np.searchsorted(board.tables.offset, [each.offset for each in found.placements])[placed]
+    own = board.tables.own[rows]
+    clusters = np.where(own, board.tables.clusters[rows], 0)
+    used, count = np.unique(clusters[clusters > 0], return_counts=True)
+    twice = used[count > 1]
+    referenced = used[found.mismatches.count_references(used.astype(np.int64)) > 0]
+    bad = np.isin(clusters, np.concatenate((twice, referenced))) & (clusters > 0)
+    is_bad = np.zeros(len(placed), dtype=np.bool_)
+    is_bad[placed] = bad.any(axis=1)
+    placements = tuple(
+        replace(each, placed=False) if wrong else each
+        for each, wrong in zip(found.placements, is_bad.tolist(), strict=True)
+    )
+    return replace(found, placements=placements)
+
+
+def _draft_l1(draft: Draft, found: Placed) -> None:
+    """Draft the L1 table with what was placed, and without what leads nowhere."""
+    l1 = found.l1
+    words = np.where(l1.leads, l1.words, np.uint64(0))
+    for each in found.placements:
+        if each.placed:
+            copied = 0 if each.offset in found.shared else entries.COPIED
+            words[each.l1_index] = np.uint64(each.offset | copied)
+    draft.write(StageKind.CORRECT, l1.offset, words.astype(">u8").tobytes())
+    changed = np.flatnonzero(words != l1.words)
+    _explain(draft, l1.offset, changed.tolist())
+
+
+def _explain(draft: Draft, l1_offset: int, indices: Sequence[int]) -> None:
+    edits = (
+        Edit(StageKind.CORRECT, Structure.L1_TABLE, FindingKind.LEAK, l1_offset + at * 8, 8, 1)
+        for at in indices
+    )
+    draft.explain(edits, len(indices))
+
+
+def _holes(found: Placed) -> tuple[int, ...]:
+    """The indices that a table may belong to which was not placed."""
+    if all(each.placed for each in found.placements):
+        return ()
+    placed = {each.l1_index for each in found.placements if each.placed}
+    vacant = np.flatnonzero(~found.l1.leads[: found.board.tables.windows]).tolist()
+    return tuple(index for index in vacant if index not in placed)
+
+
+def _unreadable(image: Source, l1_offset: int, holes: tuple[int, ...]) -> Plan:
+    """What makes those entries of an L1 table lead where nothing can be read."""
+    draft = Draft(image)
+    words = np.frombuffer(read_bytes(image, l1_offset, (holes[-1] + 1) * 8), dtype=">u8").copy()
+    words[list(holes)] = entries.UNREADABLE
+    draft.write(StageKind.CORRECT, l1_offset, words.tobytes())
+    _explain(draft, l1_offset, holes)
+    return draft.plan(RescueTier.RESCUE)
+
+
+# ---- refcounts that are lost, too ----
+
+
+def _with_refcounts(
+    source: Source, plan: Plan, after: Report, *, can_grow: bool, progress: Progress
+) -> tuple[Plan, Report]:
+    """*plan*, and behind it what mends the refcounts by the census of what it puts back."""
+    counts = after.counts()
+    if not any(kind in counts for kind in _LOST_REFCOUNTS) and not after.needs_rebuild:
+        return plan, after
+    try:
+        more = propose(
+            Overlay(source, plan), after, RepairTier.ALL, can_grow=can_grow, progress=progress
+        )
+    except RepairError:
+        return plan, after
+    return _then(plan, more.plan), more.after
+
+
+# ---- the proof ----
+
+
+def _require_proof(result: Rescue, report: Report) -> None:
+    """Raise unless the check of the outcome bears it out. *report*: under the header found."""
+    after = result.after
+    if after.error is not None:
+        raise _unproven(f"the image could not be opened afterwards: {after.error}")
+    was, now = report.counts(), after.counts()
+    allowed = dict.fromkeys(_OF_HOLES, len(result.holes))
+    for kind in _NEVER_MORE:
+        if now.get(kind, 0) > was.get(kind, 0) + allowed.get(kind, 0):
+            raise _unproven(f"{kind.label} would go from {was.get(kind, 0)} to {now[kind]}")
+    if after.counters.check_errors > report.counters.check_errors:
+        raise _unproven("more of it could not be looked at")
+
+
+_OF_HOLES = (FindingKind.L2_TABLE_MISALIGNED, FindingKind.PAST_END)
+_NEVER_MORE = (
+    FindingKind.MULTIPLE_OWNERS,
+    FindingKind.L1_ENTRY_RESERVED,
+    FindingKind.L2_TABLE_MISALIGNED,
+    FindingKind.PAST_END,
+    FindingKind.LEAK,
+)
+
+
+def _unproven(what: str) -> AmbiguousCorruption:
+    return AmbiguousCorruption(
+        f"the rescue was planned and then not proven: {what}",
+        "nothing was written; report the image",
+    )

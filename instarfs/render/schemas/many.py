@@ -18,8 +18,10 @@ from instarfs.render.schemas.words import (
     tally,
     text,
     word,
+    words,
 )
 from instarfs.scan.values import VERDICTS
+from planner.rescue.placing.votes import Evidence
 
 _VERDICT = word("what is known of the image", VERDICTS)
 
@@ -105,6 +107,20 @@ def _whole() -> Schema:
     return record("the last line", {"scan": run})
 
 
+def _placement() -> Schema:
+    return record(
+        "a table, and where it belongs",
+        {
+            "offset": number("of the table in the file, in bytes"),
+            "l1-index": maybe(number("the entry that is to lead there, the likeliest")),
+            "evidence": words("what says so", Evidence),
+            "votes-for": number("pieces of evidence"),
+            "votes-against": number("those for other entries"),
+            "placed": flag("whether that is proven"),
+        },
+    )
+
+
 def rescue() -> Schema:
     """What was found, and the plan that puts it back."""
     features = ("incompatible_features", "compatible_features", "autoclear_features")
@@ -128,6 +144,8 @@ def rescue() -> Schema:
             "next-best": maybe(rival),
             "size-evidence": maybe(text("what tells the size of the disk")),
             "size-is-exact": flag("whether the disk cannot have been larger"),
+            "placements": array("L2 tables that no entry leads to", _placement()),
+            "unreadable": array("L1 indices that such a table may belong to", number("one")),
             "written-to": maybe(text("the rebuilt image")),
         },
     )

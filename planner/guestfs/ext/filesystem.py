@@ -55,6 +55,7 @@ class Ext:
         self._source, self._superblock, self._offset = source, superblock, offset
         self._groups: Groups = read_groups(source, superblock)
         self._broken_inodes = self._broken_maps = self._lost_directories = 0
+        self.superblock, self.groups, self.source = superblock, self._groups, source
         self.kind = superblock.kind
         self.label, self.uuid = superblock.label, superblock.uuid
         self.block_size = superblock.block_size
@@ -204,6 +205,13 @@ class Ext:
             begin + low // superblock.inode_size, begin + (high - 1) // superblock.inode_size
         )
         return distinct(numbers)
+
+    def record_offset(self, number: I64) -> I64:
+        """Where the records of inodes are, bytes; -1 of those whose group is not known."""
+        result = np.full(len(number), -1, dtype=np.int64)
+        known = np.isin((number - 1) // self._superblock.inodes_per_group, self._groups.number)
+        result[known] = self._record_offset(number[known])
+        return result
 
     def _record_offset(self, number: I64) -> I64:
         superblock, groups = self._superblock, self._groups

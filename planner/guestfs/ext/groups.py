@@ -178,6 +178,41 @@ def _checksum(raw: U8, number: I64, superblock: Superblock) -> I64:
     return value.astype(np.int64)
 
 
+def read_bitmap_checksums(
+    source: Holes, superblock: Superblock, groups: Groups
+) -> tuple[I64, I64, I64, int]:
+    """What the primary descriptors say of bitmaps that are in use, where these can be read.
+
+    Offset of each bitmap and how many bytes of it are summed up, its checksum, and how many bits
+    of that there are.
+    """
+    size, per_block = superblock.block_size, superblock.descriptors_per_block
+    has_high = superblock.desc_size >= 64
+    index = distinct(groups.number // per_block)
+    blocks = _descriptor_blocks(superblock, index, 0)
+    index, blocks = index[blocks > 0], blocks[blocks > 0]
+    ratio = superblock.cluster_size // superblock.block_size
+    lengths = (superblock.blocks_per_group // ratio // 8, superblock.inodes_per_group // 8)
+    found = [(NO_NUMBERS, NO_NUMBERS, NO_NUMBERS)]
+    for part, rows in read_tables(source, blocks * size, size):
+        raw, number = _rows(rows, index[part], superblock)
+        checked = _checksum(raw, number, superblock) == _number(raw, CHECKSUM, 2)
+        flags = _number(raw, FLAGS, 2)
+        for name, summed, low, high, unwritten in (
+            ("block_bitmap", lengths[0], 0x18, 0x38, BLOCK_UNINIT),
+            ("inode_bitmap", lengths[1], 0x1A, 0x3A, INODE_UNINIT),
+        ):
+            place, value = _number(raw, FIELDS[name][0], 4), _number(raw, low, 2)
+            if has_high:
+                place |= _number(raw, FIELDS[name][1], 4) << 32
+                value |= _number(raw, high, 2) << 16
+            written = checked & (flags & unwritten == 0) & (place > 0) & (place < superblock.blocks)
+            lasts = np.full(int(written.sum()), summed, dtype=np.int64)
+            found.append((place[written] * size, lasts, value[written]))
+    offset, length, value = (np.concatenate(column) for column in zip(*found, strict=True))
+    return offset, length, value, 32 if has_high else 16
+
+
 def fixed_extents(superblock: Superblock, groups: Groups) -> Iterator[Extents]:
     """What is of the file system itself: superblocks, descriptors, bitmaps, inode tables."""
     size = superblock.block_size

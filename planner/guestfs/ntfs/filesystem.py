@@ -64,6 +64,7 @@ class Ntfs:
     def __init__(self, source: Holes, boot: Boot) -> None:
         self._source, self._boot = source, boot
         self._table = Table(source, boot)
+        self.boot, self.table, self.source = boot, self._table, source
         self._broken_records = self._broken_runs = 0
         self._known_to_go_on: GoesOn | None = None
         self.uuid = f"{boot.serial:016X}"

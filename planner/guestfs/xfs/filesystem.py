@@ -45,6 +45,7 @@ class Xfs:
     def __init__(self, source: Holes, superblock: Superblock, offset: int) -> None:
         """*offset*: where the *superblock* was found."""
         self._source, self._superblock, self._offset = source, superblock, offset
+        self.superblock, self.source = superblock, source
         self._trees = Trees(source, superblock)
         self._known_chunks: Chunks | None = None
         self._broken_inodes = self._broken_maps = self._broken_space = 0

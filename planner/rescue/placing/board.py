@@ -1,0 +1,138 @@
+"""The disk as far as it is put together: tables in their windows, and holes in between.
+
+A *window* is what one L2 table maps, and its number is the L1 index that leads there. Usable as a
+source: what lies in a window without a table, or is compressed, cannot be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from planner.arrays import I64, Mask
+from planner.errors import ReadFailed
+from planner.rescue.placing.tables import NO_WINDOW, PACKED, Tables
+from planner.source import Source
+
+
+class Board:
+    """Tables that have a window, and those that wait for one. Grows with `place`.
+
+    ``window``: of each table, `NO_WINDOW` for those that wait. ``size``: of the disk, bytes.
+    """
+
+    def __init__(
+        self, source: Source, tables: Tables, size: int, *, has_backing: bool = False
+    ) -> None:
+        self._source, self.tables, self._size = source, tables, size
+        self._has_backing = has_backing
+        self.geometry = tables.geometry
+        self.coverage = tables.geometry.l2_coverage
+        self.window = tables.window.copy()
+        self._table_of = np.full(max(1, tables.windows), -1, dtype=np.int64)
+        placed = np.flatnonzero(self.window != NO_WINDOW)
+        inside = placed[self.window[placed] < tables.windows]
+        self._table_of[self.window[inside]] = inside
+
+    # ---- the state of it ----
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    @property
+    def waiting(self) -> I64:
+        """The tables without a window."""
+        return np.flatnonzero(self.window == NO_WINDOW)
+
+    @property
+    def vacant(self) -> I64:
+        """The windows without a table, ascending."""
+        return np.flatnonzero(self._table_of < 0)
+
+    def are_vacant(self, window: I64) -> Mask:
+        """Which of them there are, without a table."""
+        inside = (window >= 0) & (window < len(self._table_of))
+        vacant: Mask = inside.copy()
+        vacant[inside] = self._table_of[window[inside]] < 0
+        return vacant
+
+    def place(self, table: int, window: int) -> None:
+        """Put *table* there, where nothing is."""
+        self.window[table], self._table_of[window] = window, table
+
+    def holes(self) -> tuple[I64, I64]:
+        """The ranges of the disk that nothing is known of, start and end, ascending."""
+        vacant = self.vacant
+        first = np.flatnonzero(np.diff(vacant, prepend=-2) != 1)
+        count = np.diff(first, append=len(vacant))
+        start = vacant[first] * self.coverage
+        end = np.minimum(start + count * self.coverage, self._size)
+        kept = start < end
+        return start[kept], end[kept]
+
+    # ---- its bytes ----
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Raises `ReadFailed` for what is not known."""
+        buffer[:] = bytes(len(buffer))
+        position, end = offset, min(offset + len(buffer), self._size)
+        while position < end:
+            window = position // self.coverage
+            stop = min(end, (window + 1) * self.coverage)
+            table = int(self._table_of[window]) if window < len(self._table_of) else -1
+            if table < 0:
+                raise ReadFailed
+            part = buffer[position - offset : stop - offset]
+            self.read_table(table, position - window * self.coverage, part)
+            position = stop
+
+    def read_table(self, table: int, inside: int, buffer: memoryview) -> None:
+        """What *table* maps, *inside* bytes from the first on. Raises `ReadFailed`."""
+        bits = self.geometry.cluster_bits
+        first, last = inside >> bits, (inside + len(buffer) - 1) >> bits
+        hosts = self.tables.clusters[table, first : last + 1].astype(np.int64)
+        if (hosts == PACKED).any() or (self._has_backing and (hosts == 0).any()):
+            raise ReadFailed
+        buffer[:] = bytes(len(buffer))
+        breaks = np.flatnonzero(np.diff(hosts) != 1) + 1
+        for low, high in zip([0, *breaks], [*breaks, len(hosts)], strict=True):
+            if hosts[low] <= 0:
+                continue
+            start = max(inside, (first + int(low)) << bits)
+            stop = min(inside + len(buffer), (first + int(high)) << bits)
+            skip = start - ((first + int(low)) << bits)
+            part = buffer[start - inside : stop - inside]
+            self._source.read_into((int(hosts[low]) << bits) + skip, part)
+
+    def bytes_of(self, table: int, inside: int, length: int) -> bytes:
+        """The same as bytes; zeros where it cannot be read, or lies outside of the window."""
+        if inside < 0 or inside + length > self.coverage:
+            return bytes(length)
+        buffer = bytearray(length)
+        try:
+            self.read_table(table, inside, memoryview(buffer))
+        except ReadFailed:
+            return bytes(length)
+        return bytes(buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        """What is allocated, in the windows that have a table."""
+        end = min(offset + length, self._size)
+        first, last = offset // self.coverage, max(0, end - 1) // self.coverage
+        for window in range(first, min(last + 1, len(self._table_of))):
+            table = int(self._table_of[window])
+            if table >= 0:
+                yield from self._extents(table, window * self.coverage, offset, end)
+
+    def _extents(self, table: int, start: int, low: int, high: int) -> Iterator[tuple[int, int]]:
+        bits, row = self.geometry.cluster_bits, self.tables.clusters[table]
+        first = max(0, low - start) >> bits
+        end = min(len(row), -(-(high - start) >> bits))
+        there = np.zeros(max(0, end - first) + 2, dtype=np.int8)
+        there[1:-1] = (row[first:end] > 0) | (row[first:end] == PACKED)
+        steps = np.diff(there)
+        begins, ends = np.flatnonzero(steps == 1) + first, np.flatnonzero(steps == -1) + first
+        for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):
+            yield max(low, start + (begin << bits)), min(high, start + (stop << bits))

@@ -1,0 +1,191 @@
+"""What blocks say of themselves, wherever they lie: claims, in columns.
+
+Collected in one pass over the clusters of the file, before it is known which table maps which of
+them: of a block little more is kept than its own name. What a claim is worth is weighed by the
+module of its file system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from planner.arrays import I32, I64, U8, Mask, is_among
+from planner.guestfs.columns import little
+from planner.source import SECTOR
+
+MAX_CLAIMS = 1 << 23
+"""That are kept of one image: some 300 MB. More metadata needs no more of it to be placed."""
+
+A_CLUSTER = 64
+"""Claims of one sort that are kept of a cluster."""
+
+
+class Sort(IntEnum):
+    """What claims; in brackets what ``key`` and ``aux`` are."""
+
+    XFS_BLOCK = 0
+    """A block of XFS version 5 (its address in sectors, the first half of the UUID)."""
+    XFS_INODE = 1
+    """A record of XFS version 5 (its number, as above)."""
+    XFS_GROUP = 2
+    """The header of an allocation group (the group's number times 4 plus the sector, as above)."""
+    XFS_SUPER = 3
+    """A superblock (0, as above)."""
+    EXT_SUPER = 4
+    """A superblock of ext2/3/4 (its group, the first half of the UUID)."""
+    EXT_BLOCK = 5
+    """A block that ends in a checksum (what that was begun with, the size of the block)."""
+    EXT_INODE = 6
+    """A record with a checksum (its number, xor what the file system begins with; what the
+    checksums of its blocks begin with)."""
+    EXT_DIRECTORY = 7
+    """The first block of a directory (the number of its inode, 0)."""
+    EXT_JOURNAL = 8
+    """A block of a journal's own (its sort, its number in sequence)."""
+    NTFS_RECORD = 9
+    """A file's record (its number, its size)."""
+    NTFS_INDEX = 10
+    """A block of a directory (the directory's number, which block of it)."""
+    NTFS_BOOT = 11
+    """A boot sector (sectors of the volume, sectors before it)."""
+    NTFS_LOG = 17
+    """A page with which the log begins (0, 0)."""
+    FAT_BOOT = 12
+    """A boot sector of FAT or exFAT (0, sectors before it)."""
+    FAT_DIRECTORY = 13
+    """The first cluster of a directory (its number, that of the directory above)."""
+    GPT = 14
+    """The header of a partition table (the sector that it is in, the one that its copy is in)."""
+    BOOT = 15
+    """A sector with the mark of a boot sector at the beginning of a cluster (0, 0)."""
+    LVM = 16
+    """A label of a physical volume (the sector that it is in, 0)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claims:
+    """One row a claim. ``place``: of the block in the file, bytes; ``key``, ``aux``: see `Sort`.
+
+    Once it is known which table leads there: ``table``, and how far into its window (``inside``,
+    bytes).
+    """
+
+    sort: U8
+    place: I64
+    key: I64
+    aux: I64
+    table: I64
+    inside: I64
+
+    def __len__(self) -> int:
+        return len(self.sort)
+
+    def select(self, which: Mask | I64) -> Claims:
+        """Some of the rows."""
+        return Claims(
+            self.sort[which],
+            self.place[which],
+            self.key[which],
+            self.aux[which],
+            self.table[which],
+            self.inside[which],
+        )
+
+    def of(self, *sorts: Sort) -> Claims:
+        """The rows of those sorts."""
+        return self.select(np.isin(self.sort, sorts))
+
+
+Spotted = tuple[Sort, I64, I64, I64]
+"""A sort; and of each block the place in the bytes, key and aux."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some clusters one behind the other: ``flat``, their bytes, and the ``heads`` of their
+    sectors, the first four bytes of each as a big-endian number."""
+
+    flat: U8
+    cluster_size: int
+
+    @property
+    def heads(self) -> I64:
+        heads: I64 = self.flat.view(">u4")[:: SECTOR // 4].astype(np.int64)
+        return heads
+
+    def marked(self, magic: bytes, offset: int, step: int = SECTOR) -> I64:
+        """Where in the bytes the pieces of *step* bytes begin that have *magic* at *offset*."""
+        if step > self.cluster_size:
+            return np.zeros(0, dtype=np.int64)
+        pieces = self.flat.reshape(-1, step)
+        hit = pieces[:, offset] == magic[0]
+        at = np.flatnonzero(hit)
+        for number, byte in enumerate(magic[1:], 1):
+            at = at[pieces[at, offset + number] == byte]
+        return at * step
+
+
+Spotter = Callable[[Piece], Iterable[Spotted]]
+
+
+class Collector:
+    """Collects the claims that *spotters* find; of many what a cluster has first."""
+
+    def __init__(self, spotters: Iterable[Spotter], cluster_bits: int) -> None:
+        self._spotters, self._bits = tuple(spotters), cluster_bits
+        self._parts: list[tuple[U8, I64, I64, I64]] = []
+        self._count = 0
+
+    def look(self, clusters: I64, rows: U8) -> None:
+        """Collect from some clusters."""
+        if self._count >= MAX_CLAIMS:
+            return
+        piece = Piece(np.ascontiguousarray(rows).reshape(-1), rows.shape[1])
+        for spot in self._spotters:
+            for sort, at, key, aux in spot(piece):
+                kept = _first_of_each(at, self._bits)
+                self._keep(sort, clusters, at[kept], key[kept], aux[kept])
+
+    def _keep(self, sort: Sort, clusters: I64, at: I64, key: I64, aux: I64) -> None:
+        inside = at & ((1 << self._bits) - 1)
+        place = (clusters[at >> self._bits] << self._bits) + inside
+        self._parts.append((np.full(len(at), sort, dtype=np.uint8), place, key, aux))
+        self._count += len(at)
+
+    def claims(self, tables: I32) -> Claims:
+        """All of them that a table of *tables* (tables, entries) leads to, by table and place."""
+        none = np.zeros(0, dtype=np.int64)
+        sort: U8 = np.concatenate([none.astype(np.uint8), *(part[0] for part in self._parts)])
+        place, key, aux = (
+            np.concatenate([none, *(part[number] for part in self._parts)]) for number in (1, 2, 3)
+        )
+        flat = tables.reshape(-1)
+        filled = np.flatnonzero(flat > 0)
+        filled = filled[np.argsort(flat[filled], kind="stable")]
+        leads = flat[filled].astype(np.int64)
+        row = np.flatnonzero(is_among(place >> self._bits, leads))
+        entry_of = filled[np.searchsorted(leads, place[row] >> self._bits)]
+        table, entry = np.divmod(entry_of, np.int64(tables.shape[1]))
+        inside = (entry << self._bits) + (place[row] & ((1 << self._bits) - 1))
+        order = np.lexsort((inside, table))
+        row = row[order]
+        return Claims(sort[row], place[row], key[row], aux[row], table[order], inside[order])
+
+
+def _first_of_each(at: I64, bits: int) -> I64:
+    """Rows of no more than `A_CLUSTER` of each cluster."""
+    if len(at) <= A_CLUSTER:
+        return np.arange(len(at))
+    order = np.argsort(at, kind="stable")
+    cluster = at[order] >> bits
+    rank = np.arange(len(at)) - np.searchsorted(cluster, cluster)
+    return order[rank < A_CLUSTER]
+
+
+def uuid_half(flat: U8, at: I64) -> I64:
+    """The first half of the UUIDs at *at*: enough to tell file systems from each other."""
+    return little(flat, at, 8)

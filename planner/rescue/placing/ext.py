@@ -1,0 +1,274 @@
+"""ext2/3/4: what its blocks say of themselves, and where that puts the tables that lead to them.
+
+With checksums (metadata_csum) each structure's CRC-32C begins with the UUID, the number of the
+inode and its generation. Such a sum can be run backwards: from a record and its sum comes the
+number of the inode; from a block of a directory or of extents, whose it is. Without checksums a
+directory's first block names its inode, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+
+from planner.arrays import I64, U8, U32
+from planner.guestfs.checksums import CRC32C, crc, crc_table
+from planner.guestfs.columns import big, little
+from planner.guestfs.ext.filesystem import Ext
+from planner.guestfs.ext.groups import read_bitmap_checksums
+from planner.guestfs.ext.inodes import walk_inodes
+from planner.guestfs.ext.superblock import SIZE, is_sound
+from planner.guestfs.inodes import TYPE_MASK, TYPES
+from planner.guestfs.protocol import NO_INODE, What
+from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted, uuid_half
+from planner.rescue.placing.sites import Site, pairs
+from planner.rescue.placing.votes import Evidence, Votes, without_rivals
+
+BLOCK_SIZES = (1024, 2048, 4096)
+TAIL = b"\0\0\0\0\x0c\0\0\xde"
+"""Of a block of a directory, before its checksum."""
+
+EXTENTS = b"\x0a\xf3"
+RECORD = 256
+"""Bytes of an inode, but for very old and very unusual file systems."""
+
+JOURNAL = b"\xc0\x3b\x39\x98"
+COPIES_AT_MOST = 4 << 20
+"""Bytes behind the last descriptor of a journal that may be copies."""
+
+
+# ---- what blocks say ----
+
+
+def spot(piece: Piece) -> Iterator[Spotted]:
+    """The claims of blocks of ext2/3/4."""
+    yield from _superblocks(piece)
+    yield from _directories(piece)
+    yield from _blocks(piece)
+    yield from _records(piece)
+    at = piece.marked(JOURNAL, 0)
+    if len(at):
+        yield Sort.EXT_JOURNAL, at, big(piece.flat, at + 4, 4), big(piece.flat, at + 8, 4)
+
+
+def _superblocks(piece: Piece) -> Iterator[Spotted]:
+    at = piece.marked(b"\x53\xef", 56)
+    at = at[(at + SIZE <= len(piece.flat))]
+    kept = [place for place in at.tolist() if is_sound(piece.flat[place : place + SIZE].tobytes())]
+    if kept:
+        at = np.array(kept, dtype=np.int64)
+        yield Sort.EXT_SUPER, at, little(piece.flat, at + 90, 2), uuid_half(piece.flat, at + 104)
+
+
+def _directories(piece: Piece) -> Iterator[Spotted]:
+    at = piece.marked(b"\x0c\0\x01", 4)
+    flat = piece.flat
+    at = at[(flat[at + 8] == ord(".")) & (flat[at + 9] == 0)]
+    at = at[(flat[at + 18] == 2) & (flat[at + 20] == ord(".")) & (flat[at + 21] == ord("."))]
+    if len(at):
+        yield Sort.EXT_DIRECTORY, at, little(flat, at, 4), np.zeros(len(at), dtype=np.int64)
+
+
+def _blocks(piece: Piece) -> Iterator[Spotted]:
+    """Blocks with a checksum in their tail: of directories, and of extents."""
+    for size in BLOCK_SIZES:
+        if size > piece.cluster_size:
+            return
+        at = piece.marked(TAIL, size - 12, size)
+        yield from _begun(piece.flat, at, size, size - 12, size - 4)
+        most = (size - 12) // 12
+        at = piece.marked(EXTENTS, 0, size)
+        at = at[little(piece.flat, at + 4, 2) == most]
+        yield from _begun(piece.flat, at, size, 12 + 12 * most, 12 + 12 * most)
+
+
+def _begun(flat: U8, at: I64, size: int, length: int, sum_at: int) -> Iterator[Spotted]:
+    """What the checksums of blocks were begun with, whose first *length* bytes they are of."""
+    if len(at):
+        stored = little(flat, at + sum_at, 4).astype(np.uint32)
+        rows = np.lib.stride_tricks.sliding_window_view(flat, length)[at]
+        key = _backwards(stored, rows).astype(np.int64)
+        yield Sort.EXT_BLOCK, at, key, np.full(len(at), size, dtype=np.int64)
+
+
+def _records(piece: Piece) -> Iterator[Spotted]:
+    """Inodes with extents."""
+    if piece.cluster_size < RECORD:
+        return
+    records = piece.flat.reshape(-1, RECORD)
+    at = np.flatnonzero((records[:, 40] == EXTENTS[0]) & (records[:, 41] == EXTENTS[1]))
+    mode = records[at, 0].astype(np.int64) | records[at, 1].astype(np.int64) << 8
+    extra = records[at, 128].astype(np.int64) | records[at, 129].astype(np.int64) << 8
+    at = at[np.isin(mode & TYPE_MASK, TYPES) & (extra >= 4) & (extra <= RECORD - 128)]
+    if not len(at):
+        return
+    rows = records[at].copy()
+    stored = rows[:, [124, 125, 130, 131]].copy().view("<u4")[:, 0]
+    rows[:, [124, 125, 130, 131]] = 0
+    begun = _backwards(stored.astype(np.uint32), rows)
+    number = _backwards(begun, rows[:, 100:104])
+    # What four bytes of a number would have begun with, were they zeros: xor of both.
+    number = _backwards(number, np.zeros((len(at), 4), dtype=np.uint8))
+    yield Sort.EXT_INODE, at * RECORD, number.astype(np.int64), begun.astype(np.int64)
+
+
+@cache
+def _inverse() -> U8:
+    """Which entry of the table of CRC-32C has which highest byte."""
+    inverse = np.zeros(256, dtype=np.uint8)
+    inverse[crc_table(CRC32C) >> 24] = np.arange(256, dtype=np.uint8)
+    return inverse
+
+
+def _backwards(value: U32, rows: U8) -> U32:
+    """What a CRC-32C was begun with that came out as *value* after each of *rows*."""
+    table, inverse = crc_table(CRC32C), _inverse()
+    for column in np.ascontiguousarray(rows.T)[::-1]:
+        index = inverse[value >> np.uint32(24)]
+        value = ((value ^ table[index]) << np.uint32(8)) | (index ^ column)
+    return value
+
+
+# ---- what that says of tables ----
+
+
+def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
+    """Votes by an ext2/3/4 that can be read in part."""
+    filesystem = site.filesystem
+    if not isinstance(filesystem, Ext):
+        return
+    claims = _without_copies(claims)
+    if not filesystem.superblock.has_checksums:
+        yield _first_blocks(site, filesystem, claims.of(Sort.EXT_DIRECTORY))
+        return
+    yield _inodes(site, filesystem, claims.of(Sort.EXT_INODE))
+    yield _owned_blocks(site, filesystem, claims)
+    yield _bitmaps(site, filesystem)
+
+
+def _without_copies(claims: Claims) -> Claims:
+    """Claims that do not lie behind a descriptor of a journal: what follows one are copies."""
+    own = claims.of(Sort.EXT_JOURNAL)
+    if not len(own):
+        return claims
+    # Tables apart by more than a window has.
+    stride = int(claims.inside.max()) + 2 * COPIES_AT_MOST
+    marks = own.table.astype(np.int64) * stride + own.inside
+    place = claims.table.astype(np.int64) * stride + claims.inside
+    at = np.searchsorted(marks, place, side="right") - 1
+    behind = (at >= 0) & (place - marks[np.maximum(at, 0)] <= COPIES_AT_MOST)
+    behind &= own.key[np.maximum(at, 0)] == 1
+    return claims.select(~behind)
+
+
+def _inodes(site: Site, filesystem: Ext, claims: Claims) -> Votes:
+    """Records whose checksums say which inode they are."""
+    superblock = filesystem.superblock
+    number = claims.key ^ superblock.checksum_seed
+    known = (number > 0) & (number <= superblock.groups * superblock.inodes_per_group)
+    offset = np.full(len(claims), -1, dtype=np.int64)
+    offset[known] = filesystem.record_offset(number[known])
+    return site.votes(Evidence.CHECKSUM, claims, np.arange(len(claims)), offset)
+
+
+def _owned_blocks(site: Site, filesystem: Ext, claims: Claims) -> Votes:
+    """Blocks of directories and extents whose checksums say whose they are."""
+    begun, number = _beginnings(filesystem, claims)
+    blocks = claims.of(Sort.EXT_BLOCK)
+    blocks = blocks.select(blocks.aux == filesystem.block_size)
+    inode, start = _owned(site)
+    order = np.argsort(begun, kind="stable")
+    begun, number = begun[order], number[order]
+    at = np.minimum(np.searchsorted(begun, blocks.key), max(0, len(begun) - 1))
+    known = begun[at] == blocks.key if len(begun) else np.zeros(len(blocks), dtype=np.bool_)
+    blocks, owner = blocks.select(known), number[at[known]] if len(begun) else number
+    row, candidate = pairs(owner, inode)
+    return site.votes(Evidence.DIRECTORY, blocks, row, start[candidate])
+
+
+def _beginnings(filesystem: Ext, claims: Claims) -> tuple[I64, I64]:
+    """What checksums of an inode's blocks begin with, and which inode that is."""
+    superblock = filesystem.superblock
+    mine = claims.of(Sort.EXT_INODE)
+    number = mine.key ^ superblock.checksum_seed
+    known = (number > 0) & (number <= superblock.groups * superblock.inodes_per_group)
+    begun, numbers = [mine.aux[known]], [number[known]]
+    for inodes in walk_inodes(filesystem.source, superblock, filesystem.groups):
+        own = np.ascontiguousarray(inodes.number.astype("<u4")).view(np.uint8).reshape(-1, 4)
+        generation = np.ascontiguousarray(inodes.raw[:, 100:104])
+        value = crc(generation, crc(own, superblock.checksum_seed))
+        begun.append(value.astype(np.int64))
+        numbers.append(inodes.number)
+    return np.concatenate(begun), np.concatenate(numbers)
+
+
+def _owned(site: Site) -> tuple[I64, I64]:
+    """The inode and the place in the volume of each block of directories and of extents."""
+    size, found = site.filesystem.block_size, []
+    for extents in site.filesystem.extents():
+        mine = (extents.inode != NO_INODE) & np.isin(
+            extents.what, (What.DIRECTORY, What.INODE_TABLE)
+        )
+        some = extents.select(mine)
+        count = some.length // size
+        row = np.repeat(np.arange(len(some)), count)
+        step = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        found.append((some.inode[row], some.start[row] + step * size))
+    if not found:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    inode, start = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(inode, kind="stable")
+    return inode[order], start[order]
+
+
+def _first_blocks(site: Site, filesystem: Ext, claims: Claims) -> Votes:
+    """The first blocks of directories, by the number of their inode."""
+    found = []
+    for extents in filesystem.extents():
+        mine = (extents.what == What.DIRECTORY) & (extents.file_offset == 0)
+        found.append(extents.select(mine & (extents.inode != NO_INODE)))
+    inode = np.concatenate([each.inode for each in found])
+    start = np.concatenate([each.start for each in found])
+    order = np.argsort(inode, kind="stable")
+    row, candidate = pairs(claims.key, inode[order])
+    return site.votes(Evidence.DIRECTORY, claims, row, start[order][candidate])
+
+
+def _bitmaps(site: Site, filesystem: Ext) -> Votes:
+    """Bitmaps of groups, by the checksums that their descriptors have of them."""
+    board, coverage = site.board, site.coverage
+    offset, length, wanted, width = read_bitmap_checksums(
+        filesystem.source, filesystem.superblock, filesystem.groups
+    )
+    disk = site.to_disk(offset)
+    missing = (disk >= 0) & board.are_vacant(disk // coverage)
+    inside = disk % coverage
+    table, window, place = [], [], []
+    waiting, bits = board.waiting, board.geometry.cluster_bits
+    for where in np.unique(inside[missing]).tolist()[:MAX_BITMAPS]:
+        mine = np.flatnonzero(missing & (inside == where))
+        there = waiting[board.tables.clusters[waiting, where >> bits] > 0]
+        for size in np.unique(length[mine]).tolist():
+            some = mine[length[mine] == size]
+            rows = np.frombuffer(
+                b"".join(board.bytes_of(each, where, size) for each in there.tolist()), np.uint8
+            ).reshape(-1, size)
+            filled = np.logical_or.reduce(rows, axis=1)
+            value = crc(rows, filesystem.superblock.checksum_seed).astype(np.int64)
+            value &= (1 << width) - 1
+            hit = np.equal.outer(value, wanted[some])
+            row, column = np.nonzero(hit & filled.reshape(-1, 1))
+            table.append(there[row])
+            window.append((disk[some] // coverage)[column])
+            place.append(np.full(len(row), where, dtype=np.int64))
+    if not table:
+        none = np.zeros(0, dtype=np.int64)
+        return Votes(Evidence.CHECKSUM, none, none, none)
+    columns = (np.concatenate(each) for each in (table, window, place))
+    return without_rivals(Votes(Evidence.CHECKSUM, *columns))
+
+
+MAX_BITMAPS = 256
+"""Places within a window at which bitmaps are compared."""

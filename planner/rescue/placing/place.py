@@ -1,0 +1,156 @@
+"""Where the lost L2 tables of an image belong: the front door of this room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.arrays import distinct, is_among
+from planner.check.check import check_image
+from planner.check.refcount_comparison import Mismatches
+from planner.check.report import Report
+from planner.findings.kinds import NONE
+from planner.progress import Meter, Progress, tell_nobody
+from planner.qcow2 import entries
+from planner.qcow2.layout import Layout
+from planner.rescue.placing.board import Board
+from planner.rescue.placing.claims import Collector
+from planner.rescue.placing.solve import SPOTTERS, Solver
+from planner.rescue.placing.tables import (
+    NO_WINDOW,
+    Finder,
+    L1Table,
+    Tables,
+    batches,
+    read_clusters,
+    read_l1,
+    snapshot_hints,
+    unused_clusters,
+)
+from planner.rescue.placing.votes import Evidence
+from planner.source import Patched, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A lost table, and where it belongs.
+
+    ``offset``: of the table in the file, bytes. ``l1_index``: the entry that is to lead there, of
+    one that is not ``placed`` the likeliest, `NONE` where nothing speaks for any. ``evidence``:
+    what says so; ``votes_for``, ``votes_against``: how often, and how often otherwise.
+    """
+
+    offset: int
+    l1_index: int
+    evidence: tuple[Evidence, ...]
+    votes_for: int
+    votes_against: int
+    placed: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """What was found of an image: its L1 table as it stands, its tables, their placements.
+
+    ``mismatches``: of the check of it without entries that lead nowhere. ``shared``: offsets of the
+    tables without a place that snapshots lead to as well.
+    """
+
+    l1: L1Table
+    board: Board
+    placements: tuple[Placement, ...]
+    mismatches: Mismatches
+    shared: frozenset[int]
+
+
+def without_unsound(source: Source, l1: L1Table) -> Source:
+    """*source* as if its L1 table had no entries but those that lead to tables."""
+    words = np.where(l1.leads, l1.words, np.uint64(0)).astype(">u8")
+    return Patched(source, l1.offset, words.tobytes())
+
+
+def find_placements(
+    source: Source, report: Report, progress: Progress = tell_nobody
+) -> Placed | None:
+    """Where the tables belong that no entry leads to; None where there is nothing to look for.
+
+    *report*: of a check of *source*.
+    """
+    layout = report.layout
+    if layout is None:
+        return None
+    l1 = read_l1(source, layout.header, report)
+    clean, sound = source, report
+    if ((l1.words != 0) & ~l1.leads).any():
+        clean = without_unsound(source, l1)
+        sound = check_image(clean)
+    if sound.mismatches is None:
+        return None
+    tables, collector = _look(clean, sound, layout, l1, progress)
+    lost = tables.offset[tables.lost]
+    is_shared = sound.mismatches.count_references(lost >> layout.geometry.cluster_bits) > 0
+    board = Board(
+        source,
+        tables,
+        layout.geometry.virtual_size,
+        has_backing=bool(layout.header.backing_file_offset),
+    )
+    solver = Solver(board, collector.claims(tables.clusters))
+    solver.solve()
+    shared = frozenset(lost[is_shared].tolist())
+    return Placed(l1, board, tuple(_placements(solver)), sound.mismatches, shared)
+
+
+def _look(
+    source: Source, report: Report, layout: Layout, l1: L1Table, progress: Progress
+) -> tuple[Tables, Collector]:
+    """The tables there are, and what the clusters say that those lead to which wait for a place."""
+    geometry = layout.geometry
+    unused = unused_clusters(source, report)
+    finder = Finder(source, report, layout)
+    collector = Collector(SPOTTERS, geometry.cluster_bits)
+    meter = Meter(progress, "scan", len(unused) << geometry.cluster_bits)
+    for clusters, rows in batches(source, unused, geometry.cluster_size, meter):
+        finder.look(clusters, rows)
+        collector.look(clusters, rows)
+    lost = finder.tables()
+    index = np.flatnonzero(l1.leads)
+    windows = min(len(l1.words), geometry.l1_entries_needed)
+    vacant = np.flatnonzero(~l1.leads[:windows])
+    found, _ = read_clusters(source, lost, geometry)
+    shared, hints = snapshot_hints(source, report, lost, found, vacant)
+    lost = np.concatenate((lost, shared))
+    offset = np.concatenate((lost, entries.l1_offsets(l1.words[index])))
+    window = np.concatenate((np.full(len(lost), NO_WINDOW, dtype=np.int64), index))
+    order = np.argsort(offset, kind="stable")
+    offset, window = offset[order], window[order]
+    tables = Tables(
+        geometry,
+        offset,
+        *read_clusters(source, offset, geometry),
+        window,
+        windows,
+        tuple((int(np.searchsorted(offset, table)), place) for table, place in hints),
+    )
+    # What a table has in common with a snapshot is in use, and says where it is all the same.
+    theirs = tables.clusters[tables.lost].astype(np.int64)
+    rest = distinct(theirs[theirs > 0])
+    rest = rest[~is_among(rest, unused)]
+    for clusters, rows in batches(source, rest, geometry.cluster_size, Meter()):
+        collector.look(clusters, rows)
+    return tables, collector
+
+
+def _placements(solver: Solver) -> Iterator[Placement]:
+    board = solver.board
+    for table in board.tables.lost.tolist():
+        each = solver.tallies.get(table)
+        window = int(board.window[table])
+        placed = window != NO_WINDOW
+        best = window if placed else each.best if each else NONE
+        evidence = tuple(sorted(each.by_window.get(best, {}))) if each else ()
+        count = each.count(best) if each else 0
+        against = sum(map(each.count, each.by_window)) - count if each else 0
+        yield Placement(int(board.tables.offset[table]), best, evidence, count, against, placed)

@@ -1,0 +1,87 @@
+"""Putting tables into windows: evidence is gathered, what it decides is placed, and again.
+
+What becomes readable by one placement (directories, trees of extents, bitmaps, the runs of an MFT)
+is what the next is placed by, until nothing moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.guestfs.reading import Holes
+from planner.guestfs.volumes.find import find_volumes
+from planner.guestfs.volumes.partitions import read_table
+from planner.rescue.placing import anchors, ext, ntfs, xfs
+from planner.rescue.placing.board import Board
+from planner.rescue.placing.claims import Claims
+from planner.rescue.placing.sites import Site, Weigher
+from planner.rescue.placing.votes import Evidence, Tally, Votes, tally
+
+MAX_ROUNDS = 64
+
+SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot)
+WEIGHERS: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh)
+
+
+@dataclass(slots=True)
+class Solver:
+    """One search. ``tallies``: of the tables, what was voted when they were last asked about."""
+
+    board: Board
+    claims: Claims
+    tallies: dict[int, Tally] = field(default_factory=dict)
+
+    def solve(self) -> None:
+        """Place what can be placed."""
+        for table, window in self.board.tables.hints:
+            self._note(table, window, Evidence.SNAPSHOT, 1)
+        self._place(self.tallies)
+        for _ in range(MAX_ROUNDS):
+            if not len(self.board.waiting) or not self._round():
+                return
+
+    def _note(self, table: int, window: int, evidence: Evidence, count: int) -> None:
+        mine = self.tallies.setdefault(table, Tally(table, {})).by_window.setdefault(window, {})
+        mine[evidence] = mine.get(evidence, 0) + count
+
+    def _round(self) -> bool:
+        found = tally(self._votes())
+        self.tallies |= {
+            table: each for table, each in found.items() if self.board.window[table] < 0
+        }
+        return self._place(found)
+
+    def _votes(self) -> Iterator[Votes]:
+        board = self.board
+        start, end = board.holes()
+        disk = Holes(board, start, end)
+        table = read_table(disk)
+        yield from anchors.weigh_tables(board, self.claims)
+        yield from anchors.weigh_anchors(board, anchors.find_anchors(board, self.claims), table)
+        for volume in find_volumes(board, start, end).volumes:
+            if volume.filesystem is None:
+                continue
+            site = Site(volume.filesystem, volume.space.segments, volume.source, board)
+            for weigh in WEIGHERS:
+                yield from weigh(site, self.claims)
+
+    def _place(self, tallies: dict[int, Tally]) -> bool:
+        """Place each table that one window alone was voted for, where none other was."""
+        board = self.board
+        wanted: dict[int, set[int]] = {}
+        for table, each in tallies.items():
+            if board.window[table] < 0:
+                for window in each.by_window:
+                    wanted.setdefault(window, set()).add(table)
+        moved = False
+        for table, each in tallies.items():
+            window = each.best
+            if board.window[table] >= 0 or each.against or wanted[window] != {table}:
+                continue
+            if board.are_vacant(np.array([window])).all():
+                board.place(table, window)
+                moved = True
+        return moved

@@ -1,0 +1,135 @@
+"""planner.rescue.placing: tables that nothing leads to, put where the guest's blocks say they lie.
+
+The truth is the image before its L1 table was overwritten. `python -m tests.rescue` is the same of
+aged disks, many of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from planner.qcow2 import entries
+from planner.qcow2.header import Header, read_header
+from planner.repair.overlay import Overlay
+from planner.rescue.rescue import Rescue, rescue
+from planner.source import Bytes, nonzero_words
+from tests.images.guest_files import make_disk, make_ext, make_tree
+from tests.images.guest_filled import make_xfs
+
+MIB = 1 << 20
+
+
+@functools.cache
+def image(kind: str, table: str) -> bytes:
+    """A qcow2 file with a file system on its disk, clusters of 4 KiB: 2 MiB a table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_tree(folder / "tree", 1, files=60)
+        part = folder / "part"
+        if kind == "xfs":
+            make_xfs(part, folder / "tree", [])
+        else:
+            make_ext(part, folder / "tree", ["-t", kind, "-b", "1024"], 40 * MIB)
+        disk = part
+        if table != "none":
+            disk, size = folder / "disk", part.stat().st_size
+            script = f"label: {'dos' if table == 'mbr' else 'gpt'}\nstart=2048, size={size >> 9}\n"
+            make_disk(disk, script, {}, size + 2 * MIB)
+            command = ["dd", f"if={part}", f"of={disk}", "bs=1M", "seek=1", "conv=notrunc,sparse"]
+            subprocess.run(command, check=True, capture_output=True)
+        out = folder / "out"
+        convert = ["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=4096"]
+        subprocess.run([*convert, disk, out], check=True)
+        return out.read_bytes()
+
+
+def header_of(data: bytes) -> Header:
+    return read_header(Bytes(data))
+
+
+def truth(data: bytes) -> dict[int, int]:
+    """Of each L2 table, by its offset, the L1 index that leads there."""
+    header = header_of(data)
+    index, words = nonzero_words(Bytes(data), header.l1_table_offset, header.l1_size)
+    return dict(zip(entries.l1_offsets(words).tolist(), index.tolist(), strict=True))
+
+
+def without_l1(data: bytes, garbage: bytes = b"\0") -> bytes:
+    header = header_of(data)
+    start, length = header.l1_table_offset, header.l1_size * 8
+    filled = (garbage * length)[:length]
+    return data[:start] + filled + data[start + length :]
+
+
+def wrong(found: Rescue, data: bytes) -> list[int]:
+    """Tables that were put where they do not belong."""
+    right = truth(data)
+    return [
+        each.offset
+        for each in found.placements
+        if each.placed and right.get(each.offset) != each.l1_index
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [("ext4", "none"), ("ext4", "mbr"), ("ext4", "gpt"), ("ext2", "mbr"), ("xfs", "gpt")],
+)
+def test_tables_are_put_where_the_file_system_says_that_they_lie(kind: str, table: str) -> None:
+    data = image(kind, table)
+    found = rescue(Bytes(without_l1(data)))
+    assert not wrong(found, data)
+    assert found.placed * 3 > len(truth(data))
+
+
+@pytest.mark.parametrize("garbage", [b"\xff", random.Random(1).randbytes(4096)])
+def test_it_does_not_matter_what_lies_in_the_l1_table_instead(garbage: bytes) -> None:
+    data = image("ext4", "gpt")
+    found, same = (rescue(Bytes(without_l1(data, each))) for each in (garbage, b"\0"))
+    assert found.placements == same.placements
+
+
+def test_where_all_is_placed_the_outcome_is_what_it_was(tmp_path: Path) -> None:
+    data = image("ext4", "gpt")
+    lost = [word for word in sorted(truth(data).values()) if word < 2]
+    header, damaged = header_of(data), bytearray(data)
+    for index in lost:
+        start = header.l1_table_offset + index * 8
+        damaged[start : start + 8] = bytes(8)
+    source = Bytes(bytes(damaged))
+    found = rescue(source)
+    assert found.placed == len(found.placements) == len(lost)
+    assert found.after.verdict == "clean"
+    after = bytearray(len(data))
+    Overlay(source, found.plan).read_into(0, memoryview(after))
+    assert bytes(after) == data
+
+
+def test_the_plan_taken_back_is_the_image_as_it_was() -> None:
+    source = Bytes(without_l1(image("xfs", "gpt")))
+    found = rescue(source)
+    undone = Overlay(Overlay(source, found.plan), found.plan.inverse())
+    back = bytearray(source.size)
+    undone.read_into(0, memoryview(back))
+    assert bytes(back) == source.data
+
+
+def test_what_is_not_proven_cannot_be_read() -> None:
+    data = image("ext4", "gpt")
+    source = Bytes(without_l1(data))
+    found = rescue(source)
+    assert found.placed < len(found.placements)
+    placed = {each.l1_index for each in found.placements if each.placed}
+    assert set(truth(data).values()) <= placed | set(found.holes)
+
+
+def test_an_image_that_lost_nothing_is_left_alone() -> None:
+    found = rescue(Bytes(image("ext4", "none")))
+    assert not found.placements
+    assert found.plan.changes_nothing

@@ -1,0 +1,1 @@
+"""Aged disks whose tables are lost: how many of them a rescue puts back, and whether right."""
