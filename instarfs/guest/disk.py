@@ -96,6 +96,8 @@ class Qcow2Layer:
         self.beneath, self.mapping, self.size = beneath, mapping, size
         self.file, self.data, self.backing = beneath.file, beneath.data, beneath.backing
         self._unpacked = _Unpacked(UNPACKED_BYTES // mapping.geometry.cluster_size)
+        self.unpacked_bytes = 0
+        """How much came out of compressed clusters so far."""
 
     def fill(self, offset: int, view: memoryview, *, wait: bool) -> None:
         """Fill *view* from *offset* on, with zeros past the end of the disk.
@@ -166,6 +168,7 @@ class Qcow2Layer:
                     if not wait:
                         raise WouldBlock
                     cluster = self._unpack(raw[at], guest)
+                    self.unpacked_bytes += size
                 if stop - start < size:
                     self._unpacked.keep(host, cluster)
                 view[start - position : stop - position] = cluster[start - guest : stop - guest]

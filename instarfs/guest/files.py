@@ -30,6 +30,7 @@ from planner.guest.mapping import Flaw
 from planner.guestfs.files import Damage, FilesUnknown, HitFiles
 from planner.guestfs.overlaps import overlaps
 from planner.guestfs.search import find_files
+from planner.guestfs.work import Work, WorkSpent
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.entries import NO_HOST
 from planner.source import join_extents
@@ -43,10 +44,13 @@ class DiskUnread(ReadFailed):
 
 
 class DiskSource:
-    """A guest's disk as a source of the planner; what cannot be read raises `DiskUnread`."""
+    """A guest's disk as a source of the planner; what cannot be read raises `DiskUnread`.
 
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+    What it does is taken from *work*, and raises `WorkSpent` where that is done.
+    """
+
+    def __init__(self, disk: Disk, work: Work) -> None:
+        self._disk, self._work = disk, work
         self._found = _Found(0, 0, *_nothing())
 
     @property
@@ -55,13 +59,18 @@ class DiskSource:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         inside = max(0, min(len(buffer), self.size - offset))
+        layer = self._disk.layer
+        before = layer.unpacked_bytes
+        self._work.read(inside)
         try:
-            self._disk.layer.fill(self._disk.start + offset, buffer[:inside], wait=True)
+            layer.fill(self._disk.start + offset, buffer[:inside], wait=True)
         except (GuestDamaged, GuestElsewhere, ImageReadFailed) as error:
             raise DiskUnread(str(error)) from None
+        self._work.read(layer.unpacked_bytes - before)
         buffer[inside:] = bytes(len(buffer) - inside)
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        self._work.ask()
         return join_extents(self._extents(offset, min(offset + length, self.size)))
 
     def _extents(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
@@ -87,6 +96,7 @@ class DiskSource:
         if rows is None:  # behind the end of what the disk lies in
             self._found = _Found(position, self.size, *_nothing())
             return
+        self._work.extents(len(rows))
         # What is damaged too: that it cannot be read is to be seen.
         some = (rows.data & ~rows.zero) | (rows.flaw != Flaw.NONE)
         low = rows.start[some] - start
@@ -124,18 +134,19 @@ def hit_files(
         disk = guest.find(place)
     except (GuestEncrypted, SnapshotMissing, ImageError) as error:
         return FilesUnknown(str(error))
-    known = triage if isinstance(triage, Triage) else Triage()
+    known, work = triage if isinstance(triage, Triage) else Triage(), Work(_stored(disk.layer))
     try:
-        impact = _impact(disk, report, known, snapshot)
-        missing = _unmapped(disk, missing_places(known, disk.size, snapshot))
-        elsewhere = _elsewhere(disk)
-    except (ImageReadFailed, ImageError) as error:
+        impact = _impact(disk, report, known, snapshot, work)
+        missing = _unmapped(disk, missing_places(known, disk.size, snapshot), work)
+        elsewhere = _elsewhere(disk, work)
+    except (ImageReadFailed, ImageError, WorkSpent) as error:
         return FilesUnknown(str(error))
     damage = guest_damage(impact, missing)
     return find_files(
-        DiskSource(disk),
+        DiskSource(disk, work),
         _cut(damage, disk.size),
         unread=(elsewhere.start, elsewhere.end),
+        work=work,
         progress=progress,
     )
 
@@ -148,18 +159,23 @@ def owner_of(
     """
     try:
         disk = guest.find(Place(Part.DISK))
-        elsewhere = _elsewhere(disk)
-    except (GuestEncrypted, ImageReadFailed, ImageError) as error:
+        work = Work(_stored(disk.layer))
+        elsewhere = _elsewhere(disk, work)
+    except (GuestEncrypted, ImageReadFailed, ImageError, WorkSpent) as error:
         return FilesUnknown(str(error))
     at = np.array([offset], dtype=np.int64)
     no = np.zeros(1, dtype=np.bool_)
     byte = Damage(at, at + 1, np.zeros(1, dtype=np.uint8), unreadable=no, doubtful=no)
     return find_files(
-        DiskSource(disk), byte, unread=(elsewhere.start, elsewhere.end), progress=progress
+        DiskSource(disk, work),
+        byte,
+        unread=(elsewhere.start, elsewhere.end),
+        work=work,
+        progress=progress,
     )
 
 
-def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int) -> Impact:
+def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int, work: Work) -> Impact:
     """What became of the bytes of *disk*, of a snapshot's those too that it shares with others.
 
     And what could not be looked at, where the check was not complete.
@@ -172,7 +188,7 @@ def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int) -> Impact
     beyond = np.array([[_file_end(report)], [_NOWHERE]], dtype=np.int64)
     lost: list[Ranges] = []
     suspect: list[Ranges] = []
-    for rows in disk_extents(disk, 0, disk.size):
+    for rows in _watched(disk_extents(disk, 0, disk.size), work):
         lost.append(_ranges(disk, rows, (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)))
         here = np.flatnonzero((rows.offset != NO_HOST) & (rows.depth == 0) & rows.data)
         host, guest = rows.offset[here], rows.start[here] - disk.start
@@ -199,12 +215,18 @@ def _ranges(disk: Disk, rows: Extents, which: Mask) -> Ranges:
     return Ranges(start, start + rows.length[which])
 
 
-def _unmapped(disk: Disk, places: Ranges) -> Ranges:
+def _watched(batches: Iterable[Extents], work: Work) -> Iterator[Extents]:
+    for rows in batches:
+        work.extents(len(rows))
+        yield rows
+
+
+def _unmapped(disk: Disk, places: Ranges, work: Work) -> Ranges:
     """What of *places* nothing is mapped to."""
     found = [Ranges(*_nothing())]
     stratum, shift = disk_stratum(disk), disk.start
     for start, length in places.first(len(places)):
-        for rows in extents(stratum, shift + start, shift + start + length):
+        for rows in _watched(extents(stratum, shift + start, shift + start + length), work):
             part = _ranges(disk, rows, ~rows.data & (rows.flaw == Flaw.NONE))
             found.append(
                 Ranges(np.maximum(part.start, start), np.minimum(part.end, start + length))
@@ -212,13 +234,27 @@ def _unmapped(disk: Disk, places: Ranges) -> Ranges:
     return _joined(found)
 
 
-def _elsewhere(disk: Disk) -> Ranges:
+def _elsewhere(disk: Disk, work: Work) -> Ranges:
     """What of *disk* is in files that are not read. Looked for only where there are such files."""
     if not _lacks_files(disk.layer):
         return Ranges(*_nothing())
     return _joined(
-        [_ranges(disk, rows, rows.flaw == UNKNOWN) for rows in disk_extents(disk, 0, disk.size)]
+        [
+            _ranges(disk, rows, rows.flaw == UNKNOWN)
+            for rows in _watched(disk_extents(disk, 0, disk.size), work)
+        ]
     )
+
+
+def _stored(layer: RawLayer | Qcow2Layer | Missing | None) -> int:
+    """Bytes that there are of a disk and of those beneath it, in all their files."""
+    stored, below = 0, layer
+    while isinstance(below, Qcow2Layer):
+        stored += below.file.source().stored_bytes()
+        if not isinstance(below.data, Missing) and below.data is not below.file:
+            stored += below.data.source().stored_bytes()
+        below = below.backing
+    return stored + (below.file.source().stored_bytes() if isinstance(below, RawLayer) else 0)
 
 
 def _lacks_files(layer: Qcow2Layer) -> bool:

@@ -16,6 +16,8 @@ from planner.guestfs.volumes.find import Layout, Volume
 MAX_HITS = 1 << 20
 """Rows that are kept; of more it is only said that there are more."""
 
+ROWS_AT_ONCE = 1 << 12
+
 NO_VOLUME = -1
 NOT_COUNTED = -1
 NO_OFFSET = -1
@@ -105,7 +107,11 @@ class HitFiles:
 
     def rows(self) -> Iterator[Row]:
         """By guest offset; a file with several names is a row for each."""
-        columns = (getattr(self.hits, each.name).tolist() for each in fields(Hits))
+        for at in range(0, len(self.hits), ROWS_AT_ONCE):
+            yield from self._rows(slice(at, at + ROWS_AT_ONCE))
+
+    def _rows(self, part: slice) -> Iterator[Row]:
+        columns = (getattr(self.hits, each.name)[part].tolist() for each in fields(Hits))
         for harm, start, length, volume, inode, offset, what, behind in zip(*columns, strict=True):
             for path in self.names(volume, inode) if inode != NO_INODE else (None,):
                 yield Row(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, join_ranges
+from planner.guestfs.work import Work
 from planner.source import Source, read_around, read_tables
 
 NO_RANGES = np.zeros(0, dtype=np.int64)
@@ -20,11 +21,17 @@ class Holes:
     """A source that never fails: what is known to be damaged, or cannot be read, is zeros.
 
     ``start``, ``end``: the ranges that are known (int64, in any order, may overlap). Grows by the
-    ranges whose reads failed; for several threads.
+    ranges whose reads failed; for several threads. ``work``: what reading holes is taken from.
     """
 
-    def __init__(self, source: Source, start: I64 = NO_RANGES, end: I64 = NO_RANGES) -> None:
-        self._source = source
+    def __init__(
+        self,
+        source: Source,
+        start: I64 = NO_RANGES,
+        end: I64 = NO_RANGES,
+        work: Work | None = None,
+    ) -> None:
+        self._source, self._work = source, work or Work()
         self._known = join_ranges(start, end)
         self._failed: dict[tuple[int, int], None] = {}
 
@@ -44,6 +51,7 @@ class Holes:
                 self._fill(position, buffer[position - offset : min(low, stop) - offset])
             if low < stop:
                 hole = buffer[max(low, position) - offset : min(high, stop) - offset]
+                self._work.read(len(hole))
                 hole[:] = bytes(len(hole))
             position, at = high, at + 1
 

@@ -28,6 +28,7 @@ from planner.guestfs.paths import Paths
 from planner.guestfs.protocol import NO_INODE, Extents, FileSystem, What
 from planner.guestfs.reading import NO_RANGES
 from planner.guestfs.volumes.find import Layout, find_volumes
+from planner.guestfs.work import Work, WorkSpent
 from planner.progress import Progress, tell_nobody
 from planner.source import Source
 
@@ -44,30 +45,33 @@ def find_files(
     damage: Damage,
     *,
     unread: tuple[I64, I64] = (NO_RANGES, NO_RANGES),
+    work: Work | None = None,
     progress: Progress = tell_nobody,
 ) -> HitFiles:
     """What of the disk *source* is hit by *damage*. Raises what *progress* raises.
 
-    *unread*: starts and ends of what else is not read, though nothing is wrong with it. *progress*
-    is told how many volumes were looked at.
+    *unread*: starts and ends of what else is not read, though nothing is wrong with it. *work*:
+    what *source* takes from, too; where nothing is left, a note says that the rest is not known.
+    *progress* is told how many volumes were looked at.
     """
+    work = work or Work()
     if not len(damage):
         return HitFiles(Layout([], [], []), _Kept(damage).hits()[0], [], more=False)
-    layout = _layout(source, damage, unread)
-    search = _Search(damage, layout, progress)
+    layout = _layout(source, damage, unread, work)
+    search = _Search(damage, layout, work, progress)
     for number in range(len(layout.volumes)):
         search.volume(number)
     search.outside()
     return search.result()
 
 
-def _layout(source: Source, damage: Damage, unread: tuple[I64, I64]) -> Layout:
+def _layout(source: Source, damage: Damage, unread: tuple[I64, I64], work: Work) -> Layout:
     """The volumes; what is doubtful is read only where without it there is no file system."""
 
     def read_without(bad: Mask) -> Layout:
         start = np.concatenate((damage.start[bad], unread[0]))
         end = np.concatenate((damage.end[bad], unread[1]))
-        return find_volumes(source, *join_ranges(start, end))
+        return find_volumes(source, *join_ranges(start, end), work)
 
     layout = read_without(damage.unreadable)
     if damage.doubtful.any() and not _has_any(layout):
@@ -96,8 +100,9 @@ class _Pieces:
 class _Search:
     """The walks under way, and what they have found."""
 
-    def __init__(self, damage: Damage, layout: Layout, progress: Progress) -> None:
+    def __init__(self, damage: Damage, layout: Layout, work: Work, progress: Progress) -> None:
         self._damage, self._layout, self._progress = damage, layout, progress
+        self._work = work
         self._done = 0
         self._kept = _Kept(damage)
         self._outside = Rest(damage.start, damage.end)
@@ -107,6 +112,7 @@ class _Search:
 
     def _watched(self, batches: Iterable[T]) -> Iterator[T]:
         for batch in batches:
+            self._work.extents(0)
             self._progress("files", self._done, len(self._layout.volumes))
             yield batch
 
@@ -146,6 +152,10 @@ class _Search:
         """What is hit in one volume."""
         self._done = number
         volume = self._layout.volumes[number]
+        try:
+            self._work.volume(len(self._damage))
+        except WorkSpent:
+            return  # whose the rest is is not known; it is said by then
         found = volume.pieces(self._damage.start, self._damage.end)
         if not len(found.start):
             return
@@ -154,7 +164,10 @@ class _Search:
         notes = list(volume.notes)
         rest = Rest(pieces.start, pieces.end)
         if volume.filesystem is not None:
-            self._filesystem(volume.filesystem, pieces, rest)
+            try:
+                self._filesystem(volume.filesystem, pieces, rest)
+            except WorkSpent as spent:
+                notes.append(str(spent))
             notes += volume.filesystem.notes
         self._kept.spans(pieces, *rest.left(), What.UNKNOWN)
         self._notes += (f"{volume.name}: {note}" for note in notes)
@@ -162,7 +175,10 @@ class _Search:
     def _filesystem(self, filesystem: FileSystem, pieces: _Pieces, rest: Rest) -> None:
         tables = _Tables()
         inodes: list[I64] = []
+        self._paths[pieces.volume] = Paths((), NO_RANGES, filesystem.root)
+        self._deleted[pieces.volume] = frozenset()
         for extents in self._watched(filesystem.extents()):
+            self._work.extents(len(extents))
             over = overlaps(extents.start, extents.start + extents.length, pieces.start, pieces.end)
             if not len(over):
                 continue

@@ -19,12 +19,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from instarfs.cli import main as cli
+from tests.fuzz.guest_bombs import make_guest_bomb
 from tests.fuzz.holed import Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
@@ -35,7 +36,12 @@ COMMANDS = (
     "check",
     "check --output=json",
     "check --data",
+    "check -U",
     "report",
+    "files",
+    "rescue",
+    "rescue --output=json -o",
+    "scan --jobs=1",
     "plan leaks",
     "plan all",
     "plan --output=json all",
@@ -51,9 +57,9 @@ COMMANDS = (
 BESIDE_UNDO = ("undo", "check -r leaks", "trim")
 """What looks at an undo file that is there: one that is long, a hole, and says nothing."""
 
-BRIEFLY = ("info --output=json", "check --data", "report", "map --output=json")
+BRIEFLY = ("info --output=json", "check --data", "report", "files", "map --output=json")
 
-STREAMED = ("info --output=json", "map", "map --output=json", "plan --output=json all")
+STREAMED = ("files", "info --output=json", "map", "map --output=json", "plan --output=json all")
 """What may print more than `READ_BYTES`: nobody reads on then, and it is to end."""
 
 WORDS = (
@@ -63,6 +69,8 @@ WORDS = (
     ("repair/trim", "trim"),
 )
 """What is written to the control files of a mount."""
+
+MOUNTS = ("mount", "mount --preview=leaks", "mount --preview=all")
 
 READ_BYTES = 8 << 20
 HUNG = 60.0
@@ -96,7 +104,7 @@ class Cost:
 class Costs:
     """Runs commands in *folder*, where images may be large and have holes."""
 
-    def __init__(self, folder: Path, *, briefly: bool = False) -> None:
+    def __init__(self, folder: Path, *, briefly: bool = False, only: Sequence[str] = ()) -> None:
         before = time.process_time()
         for module in (*cli._MODULES.values(), "instarfs.mount.tree", "instarfs.render.report"):
             importlib.import_module(module)
@@ -105,7 +113,15 @@ class Costs:
         self._image, self._log = folder / "image.qcow2", folder / "log"
         self._mountpoint, self._out = folder / "mnt", folder / "out"
         self._mountpoint.mkdir()
-        self._briefly, self._commands = briefly, BRIEFLY if briefly else COMMANDS
+        self._briefly = briefly
+        self._commands: tuple[str, ...] = BRIEFLY if briefly else COMMANDS
+        self._mounts: tuple[str, ...] = MOUNTS[:1] if briefly else MOUNTS
+        if only:
+            self._commands, self._mounts = (
+                tuple(command for command in among if command in only)
+                for among in (self._commands, self._mounts)
+            )
+        self._beside_undo = () if briefly or only else BESIDE_UNDO
         self.runs, self.most_seconds, self.most_memory = 0, 0.0, 0
 
     def of(self, write: Callable[[Path], None]) -> Iterator[tuple[str, str]]:
@@ -122,15 +138,16 @@ class Costs:
             found = cost.beyond(streamed=command in STREAMED)
             if found:
                 yield command, found
-        for command in () if self._briefly else BESIDE_UNDO:
+        for command in self._beside_undo:
             self._anew(write)
             self._plant_undo()
             cost = self._command(command)
             self._note(cost)
             if found := cost.beyond(streamed=False):
                 yield f"{command}, beside an undo file", found
-        self._anew(write)
-        yield from self._mounted()
+        for mount in self._mounts:
+            self._anew(write)
+            yield from self._mounted(mount)
 
     def _note(self, cost: Cost) -> None:
         self.runs += 1
@@ -171,9 +188,9 @@ class Costs:
 
     def _command(self, command: str) -> Cost:
         is_export = command.startswith("export")
-        arguments = [*command.split(), str(self._image)]
-        if is_export:
-            arguments.append(str(self._out))
+        out = [str(self._out)]
+        before, after = (out, []) if command.endswith(" -o") else ([], out if is_export else [])
+        arguments = [*command.split(), *before, str(self._image), *after]
         reading, writing = os.pipe()
         pid = self._fork(arguments, writing, reading)
         os.close(writing)
@@ -201,27 +218,28 @@ class Costs:
 
     # ---- a mount ----
 
-    def _mounted(self) -> Iterator[tuple[str, str]]:
+    def _mounted(self, name: str) -> Iterator[tuple[str, str]]:
         """What costs too much of a mount: each file of it is read, as far as `READ_BYTES`."""
         null = os.open(os.devnull, os.O_WRONLY)
-        arguments = ["mount", "-f", str(self._image), str(self._mountpoint)]
+        arguments = [*name.split(), "-f", str(self._image), str(self._mountpoint)]
         pid = self._fork(arguments, null)
         os.close(null)
         try:
             if self._is_up(pid):
-                yield from self._files(pid)
+                for file, found in self._files(pid):
+                    yield f"{name}: {file}", found
                 memory = _peak(pid)
                 self._note(Cost(0, memory, 0))
                 if memory > MEMORY:
-                    yield "mount", f"{memory >> 20} MiB"
+                    yield name, f"{memory >> 20} MiB"
         finally:
             os.kill(pid, signal.SIGTERM)
             _, _, ended = _wait(pid)
             if not ended:
-                yield "mount", "did not end"
+                yield name, "did not end"
         wrong = self._traceback()
         if wrong:
-            yield "mount", wrong
+            yield name, wrong
 
     def _is_up(self, pid: int) -> bool:
         until = time.monotonic() + HUNG
@@ -346,12 +364,13 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where images are written")
     parser.add_argument("--named", action="store_true", help="those with names, and no others")
     parser.add_argument("--briefly", action="store_true", help="a few commands, and a mount")
+    parser.add_argument("--only", action="append", default=[], metavar="COMMAND", help="no other")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="only these")
     arguments = parser.parse_args()
     found = 0
     folder = Path(tempfile.mkdtemp(prefix="instarfs-bombs-", dir=arguments.folder))
     try:
-        costs = Costs(folder, briefly=arguments.briefly)
+        costs = Costs(folder, briefly=arguments.briefly, only=arguments.only)
         until, made = time.monotonic() + arguments.seconds, 0
         for name, write in _chosen(arguments):
             if time.monotonic() > until or made >= arguments.bombs:
@@ -387,6 +406,7 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path
     seed = arguments.seed
     while True:
         yield f"seed {seed}", make_bomb(seed).write
+        yield f"guest seed {seed}", make_guest_bomb(seed).write
         seed += 1
 
 

@@ -7,17 +7,23 @@ import random
 import subprocess
 import sys
 import tracemalloc
+from collections import deque
 
 import pytest
 
+from instarfs.guest.files import hit_files
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
+from instarfs.render.files import files_tsv
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes
-from planner.triage.triage import triage_leaks
+from planner.triage.triage import Triage, triage_leaks
 from tests.fuzz.bounds import run
+from tests.fuzz.guest_bombs import make_guest_bomb
 from tests.fuzz.holed import leaks_in_holes, make_bomb, refcount_blocks_in_holes
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
@@ -103,6 +109,22 @@ def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path) -> None:
     with Image.open(str(path)) as image:
         source = image.source()
         run(Target(lambda _: assert_answered(check_image(source)), list), b"")
+
+
+@pytest.mark.parametrize("number", [2, 5, 6, 20, 31, 38])
+def test_whose_the_damage_is_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_guest_bomb(number).write(path)
+    with Image.open(str(path)) as image:
+        report = check_image(image.source())
+        assert_answered(report)
+
+        def search(_: bytes) -> None:
+            guest = Guest(image, Follow(()))
+            found = hit_files(guest, Place(Part.DISK), report, Triage())
+            deque(files_tsv(found), maxlen=0)
+
+        run(Target(search, list), b"")
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])

@@ -19,6 +19,7 @@ from planner.guestfs.reading import NO_RANGES, Holes, Window
 from planner.guestfs.volumes.lvm import Physical, read_physical
 from planner.guestfs.volumes.partitions import Partition, Table, read_table
 from planner.guestfs.volumes.space import Pieces, Segment, Space, linear
+from planner.guestfs.work import Work, WorkSpent
 from planner.source import Source, read_bytes
 
 WHOLE_DISK = "whole disk"
@@ -86,7 +87,8 @@ class Layout:
 class _Disk:
     """The disk that is looked at, with its holes as ranges, and without them as it is.
 
-    ``raw``: a failed read is to be a hole of the volume that it is in.
+    ``raw``: a failed read is to be a hole of the volume that it is in. ``work``: what is left to be
+    done.
     """
 
     raw: Source
@@ -94,12 +96,14 @@ class _Disk:
     start: I64
     end: I64
     layout: Layout
+    work: Work
 
     def add(self, name: str, segments: tuple[Segment, ...], notes: list[str], label: str) -> Volume:
         """The volume that *segments* are."""
+        self.work.volume(len(self.start))
         space = Space(self.raw, segments)
         holes = space.pieces(self.start, self.end)
-        source = Holes(space, holes.start, holes.start + holes.length)
+        source = Holes(space, holes.start, holes.start + holes.length, self.work)
         holds = _signature(source)
         # Below what is encrypted now lies what was there before.
         known = recognise(source) if holds not in ENCRYPTED and space.size >= MIN_SIZE else None
@@ -111,23 +115,30 @@ class _Disk:
         return volume
 
 
-def find_volumes(source: Source, start: I64 = NO_RANGES, end: I64 = NO_RANGES) -> Layout:
+def find_volumes(
+    source: Source, start: I64 = NO_RANGES, end: I64 = NO_RANGES, work: Work | None = None
+) -> Layout:
     """What the disk *source* has, of which the ranges *start* to *end* are not to be believed.
 
-    The ranges ascend and are disjoint.
+    The ranges ascend and are disjoint. What was found when there was no more *work* to be done is
+    all, and a note says so.
     """
-    holes = Holes(source, start, end)
-    disk = _Disk(source, holes, start, end, Layout([], [], []))
-    table = read_table(holes)
-    if table is None:
-        _add_whole(disk, source.size)
-    else:
+    work = work or Work()
+    holes = Holes(source, start, end, work)
+    disk = _Disk(source, holes, start, end, Layout([], [], []), work)
+    try:
+        table = read_table(holes)
+        if table is None:
+            _add_whole(disk, source.size)
+            return disk.layout
         _add_partitions(disk, table)
         if not any(each.holds for each in disk.layout.volumes):
-            whole = _Disk(source, holes, start, end, Layout([], [], []))
+            whole = _Disk(source, holes, start, end, Layout([], [], []), work)
             _add_whole(whole, source.size)
             if any(each.filesystem for each in whole.layout.volumes):
                 return whole.layout
+    except WorkSpent as spent:
+        disk.layout.notes.append(str(spent))
     return disk.layout
 
 
@@ -173,7 +184,8 @@ def _physical(disk: _Disk, start: int, length: int) -> Physical | None:
     first = int(np.searchsorted(disk.end, start, side="right"))
     last = int(np.searchsorted(disk.start, start + length, side="left"))
     low, high = disk.start[first:last] - start, disk.end[first:last] - start
-    return read_physical(Holes(window, np.maximum(low, 0), np.minimum(high, length)), start)
+    holes = Holes(window, np.maximum(low, 0), np.minimum(high, length), disk.work)
+    return read_physical(holes, start)
 
 
 def _add_logical(disk: _Disk, physical: Physical, start: int, name: str) -> None:
@@ -203,14 +215,15 @@ EXTENTS_A_TIME = 1 << 16
 
 def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
     """(start, length) of file systems that begin at likely places, ascending, none in another."""
-    places = [SCANNED_STEPS[1], *range(SCANNED_STEPS[0], size, SCANNED_STEPS[0])][:MAX_SCANNED]
+    step, last = SCANNED_STEPS[0], min(size, MAX_SCANNED * SCANNED_STEPS[0])
+    places = [SCANNED_STEPS[1], *range(step, last, step)]
     end = 0
     for begin in _with_data(disk.source, np.array(places)).tolist():
         if begin < end or begin + MIN_SIZE > size:
             continue
         if not _may_begin(read_bytes(disk.source, begin, MIN_SIZE)):
             continue
-        found = recognise(Holes(Window(disk.source, begin, size - begin)))
+        found = recognise(Holes(Window(disk.source, begin, size - begin), work=disk.work))
         if found is not None and found.size:
             end = begin + found.size
             yield begin, found.size

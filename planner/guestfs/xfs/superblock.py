@@ -213,6 +213,7 @@ def _places(source: Holes) -> Iterator[int]:
     count = min(MAX_PROBED, source.size // PROBED_STEP)
     offsets = np.arange(1, max(1, count), dtype=np.int64) * PROBED_STEP
     offsets = offsets[present_tables(source, offsets, SECTOR, anyway=0)]
+    offsets = offsets[~source.are_holes(offsets, SECTOR)]
     magic = np.frombuffer(MAGIC, dtype=np.uint8)
     for part, rows in read_tables(source, offsets, SECTOR, batch_bytes=64 << 10):
         yield from offsets[part][(rows[:, :4] == magic).all(axis=1)].tolist()
