@@ -115,10 +115,10 @@ class Truth:
         before, after = self._before(), open_disk(image)
         if before is None or after is None:
             return Verdict()
-        changed = _changed(before, after)
         # An entry that says zeros says so, whoever set its flag; what is compressed was not
         # unpacked, and that is said.
         told = _ranges(after.disk, RunKind.ZERO, RunKind.COMPRESSED)
+        changed = _changed(before, after, told)
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
@@ -152,14 +152,20 @@ def open_disk(image: Path) -> Patched | None:
     return None
 
 
-def _changed(before: Patched, after: Patched) -> I64:
-    """The sectors that read otherwise, or not at all any more; those of both disks."""
+def _changed(before: Patched, after: Patched, told: Ranges) -> I64:
+    """The sectors that read otherwise, or not at all any more; those of both disks.
+
+    *told* is not read where it is all that would be: a table of garbage refers to thousands of
+    clusters that do not unpack.
+    """
     end = min(before.size, after.size)
     found, reached = [np.zeros(0, dtype=np.int64)], 0
     extents = heapq.merge(before.data_extents(0, end), after.data_extents(0, end))
     for start, stop in extents:
         for offset in range(max(reached, start // SECTOR * SECTOR), min(stop, end), CHUNK):
             length = -(-min(CHUNK, min(stop, end) - offset) // SECTOR) * SECTOR
+            if _holds(told, offset, offset + length):
+                continue
             rows = [
                 np.frombuffer(read_bytes(disk, offset, length), dtype=np.uint8).reshape(-1, SECTOR)
                 for disk in (before, after)
@@ -182,6 +188,12 @@ def _faults_of_safe(report: Report, triage: Triage, changed: I64) -> Iterator[st
             f"{len(unnamed) * SECTOR} bytes read otherwise and are called safe, the first at"
             f" {int(unnamed[0]) * SECTOR}; missing: {triage.losses.missing}"
         )
+
+
+def _holds(ranges: Ranges, start: int, end: int) -> bool:
+    """Whether one of *ranges* holds all bytes from *start* to *end*."""
+    at = int(np.searchsorted(ranges.start, start, side="right")) - 1
+    return at >= 0 and end <= int(ranges.end[at])
 
 
 def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
