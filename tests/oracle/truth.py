@@ -122,21 +122,29 @@ class Truth:
         changed = changed[~_touches(told, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(report, triage, before, after, self._behind(image, before.disk)),
+            *_faults_of_missing(
+                report, triage, before, after, self._behind(image, before.disk, report)
+            ),
         ]
         missing = triage.losses.missing
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
 
-    def _behind(self, image: Path, disk: Disk) -> int:
+    def _behind(self, image: Path, disk: Disk, report: Report) -> int:
         """How many clusters of *image* lay behind its end, or are said to by what damage wrote.
 
-        A refcount that was written over counts clusters that nobody can know were never there.
+        A refcount that was written over counts clusters that nobody can know were never there. And
+        where tables lay there too, nobody can know which of the references were the disk's, and
+        which a snapshot's, or those of bitmaps.
         """
         end = image.stat().st_size
         with image.open("rb") as now, self.base.open("rb") as then:
             said = _counted_behind(FileSource(now.fileno()), end)
-            said -= _counted_behind(FileSource(then.fileno()), end)
-        return _behind(disk, end) + max(0, said)
+            were = _counted_behind(FileSource(then.fileno()), end)
+        has_lost_tables = any(
+            not row.structure.is_guest for row in report.rows(FindingKind.PAST_END)
+        )
+        had = were if has_lost_tables else _behind(disk, end)
+        return had + max(0, said - were)
 
     def _before(self) -> Patched | None:
         if self._disk is None:
