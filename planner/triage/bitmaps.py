@@ -62,7 +62,7 @@ def _read(source: Source, report: Report) -> _Bitmaps:
     tables = tuple(
         _Table(offset, size, *nonzero_words(source, offset, size))
         for (_, offset, size), is_kept in zip(places, kept, strict=True)
-        if is_kept
+        if is_kept and offset < source.size
     )
     is_whole = broken is None and all(error is None for _, error in listed)
     return _Bitmaps(tuple(spans), tables, is_whole)

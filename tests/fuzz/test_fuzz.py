@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections import deque
 
+import numpy as np
 import pytest
 
 from instarfs.guest.files import hit_files
@@ -50,6 +51,17 @@ def test_mutations_keep_the_contract(name, cases, seed) -> None:
     seeds = list(target.seeds())
     for _ in range(cases // CASES_A_MUTATION):
         target.run(mutate_words(rng.choice(seeds), rng))
+
+
+@pytest.mark.parametrize("name", ["check", "triage", "guest"])
+def test_every_word_may_be_as_large_as_words_get(name) -> None:
+    seed = next(iter(TARGETS[name].seeds()))
+    words = np.frombuffer(seed, dtype=">u8")
+    for at in np.flatnonzero(words):
+        for word in (words[at] | np.uint64(1 << 63), (1 << 64) - 512):
+            changed = words.copy()
+            changed[at] = word
+            TARGETS[name].run(changed.tobytes())
 
 
 @pytest.mark.parametrize("name", BOMBS)
