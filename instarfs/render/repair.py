@@ -151,6 +151,8 @@ def plan_human(proposal: Proposal, filename: str) -> str:
 
 def quote_warning(proposal: Proposal) -> str:
     """Why the id of a plan must be quoted, in a few words."""
+    if not proposal.triage.is_buried:
+        return "something may be lost, and afterwards nothing would show it any more."
     if proposal.tier is RepairTier.LEAKS:
         return "it would free clusters that may be what is left of something lost."
     return "something may be lost, and this does not bring it back; the leaked clusters stay."

@@ -80,6 +80,12 @@ _LOSS = (
 )
 """What stands beside the verdict's own words, or, of leaks, in their place."""
 
+_EXCHANGED = (
+    "Something may be lost: an entry may lead to what is another's, in the place of what it led to."
+    " Let nobody write before you have read what follows."
+)
+"""In the place of that, where all that leaks is in use."""
+
 _HARMS = {
     Harm.LOST: "cannot be read, or read as zeros: what was there is not where the image says",
     Harm.SUSPECT: "may read wrong bytes",
@@ -137,12 +143,12 @@ def _preview_txt(report: Report, filename: str, known: Aftermath, plan: Plan) ->
 
 def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
     pending, triage = known.pending, known.triage
-    is_evidence = isinstance(triage, Triage) and triage.is_evidence
     sentences = [VERDICTS[report.verdict]]
     if is_mended_by_qemu(report, known):
         sentences = [OUT_OF_DATE]
-    elif is_evidence:
-        sentences = [*(sentences if report.verdict != "leaks" else []), _LOSS]
+    elif isinstance(triage, Triage) and triage.is_evidence:
+        loss = _LOSS if triage.is_buried else _EXCHANGED
+        sentences = [*(sentences if report.verdict != "leaks" else []), loss]
     lines = [f"{filename}: {report.verdict}", "", *sentences]
     if pending is not None:
         lines += ["", f"Not finished: {pending.sentence}."]

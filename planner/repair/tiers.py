@@ -13,6 +13,7 @@ import numpy as np
 
 from planner.arrays import I64, distinct, is_among
 from planner.check.check import check_image
+from planner.check.classify import Look
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
@@ -302,7 +303,7 @@ def _begin_all(scope: Scope, means: _Means) -> _Begun:
     if _is_cut(scope, before):
         _require_shown_loss(triage)
     stay = was[:0]
-    if triage.is_evidence or not scope.report.complete:
+    if triage.is_buried or not scope.report.complete:
         stay = was[is_among(was, leaked)]
     return _Begun(scope, triage, stay)
 
@@ -352,13 +353,27 @@ def _require_shown_loss(triage: Triage) -> None:
 
 
 def _kept(report: Report, triage: Triage) -> I64:
-    """Clusters whose refcounts are lost that stay counted: what they hold may be lost too."""
+    """Clusters whose refcounts are lost that stay counted: what they hold may be lost too.
+
+    Where nothing hides references, that is not so of what refcounts were in: counted, it would be
+    a leak that nothing speaks for any more.
+    """
     hidden = set(report.hidden)
     # Refcounts that lie past the end hide no reference.
     past_end = {kind for kind, _ in report.findings.groups if kind is FindingKind.PAST_END}
     if past_end and set(report.findings.structures(FindingKind.PAST_END)) == {Structure.REFTABLE}:
         hidden -= past_end
-    return triage.uncounted if triage.is_evidence or hidden else triage.uncounted[:0]
+    if hidden:
+        return triage.uncounted
+    if not triage.is_buried:
+        return triage.uncounted[:0]
+    look = triage.look[is_among(triage.clusters, triage.uncounted)]
+    of_refcounts = np.isin(look, (Look.REFBLOCK, Look.OLD_REFBLOCK, Look.REFTABLE))
+    clusters = report.layout.host_clusters if report.layout else 0
+    most = 1 + clusters // report.geometry.refblock_entries
+    if np.count_nonzero(of_refcounts) > most:  # as many there never were
+        return triage.uncounted
+    return triage.uncounted[~of_refcounts]
 
 
 def _leaked(report: Report) -> I64:
@@ -496,7 +511,7 @@ def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) 
             "a table that could refer to these clusters cannot be read",
         ),
         (
-            is_leak and triage.is_evidence,
+            is_leak and triage.is_buried,
             "something among them may be lost; `leaks` with its plan id reclaims them",
         ),
         (kind in (FindingKind.CORRUPT_BIT, FindingKind.DIRTY_BIT), "the image is not clean"),

@@ -12,20 +12,22 @@ import numpy as np
 from planner.arrays import I64, distinct
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Owners, Structure
+from planner.source import Source
+from planner.triage.uncounted import blocks_of_nothing
 
 _NOTHING = np.zeros(0, dtype=np.int64)
 
 
-def astray_tables(report: Report, lost: int) -> I64:
+def astray_tables(source: Source, report: Report, lost: int) -> I64:
     """Clusters of L2 tables that have more users than their refcount says, where *lost* others may
     have lost one; ascending.
     """
-    owners = _of_low(report)
+    owners = _of_low(source, report)
     tables = distinct(owners.cluster[owners.structure == Structure.L2_TABLE])
     return tables if len(tables) <= lost else _NOTHING
 
 
-def astray_data(report: Report, tables: I64, lost: int) -> I64:
+def astray_data(source: Source, report: Report, tables: I64, lost: int) -> I64:
     """The same of guest clusters, but for those that are counted low since their table is one of
     *tables*.
 
@@ -33,16 +35,18 @@ def astray_data(report: Report, tables: I64, lost: int) -> I64:
     """
     if FindingKind.DIRTY_BIT in report.counts():
         return _NOTHING
-    owners = _of_low(report)
+    owners = _of_low(source, report)
     is_guest = np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
     below = owners.l1_index[np.isin(owners.cluster, tables)]
     data = distinct(owners.cluster[is_guest & ~np.isin(owners.l1_index, below)])
     return data if len(data) <= lost else _NOTHING
 
 
-def _of_low(report: Report) -> Owners:
+def _of_low(source: Source, report: Report) -> Owners:
     """The owners of clusters whose refcount is too low, and not lost; but for those with owners
     that cannot all be right, which is said of them.
+
+    What something else than refcounts lies in the place of is lost, whatever it says.
     """
     total = report.totals.get(FindingKind.REFCOUNT_LOW, 0)
     if report.mismatches is None or not total:
@@ -50,4 +54,5 @@ def _of_low(report: Report) -> Owners:
     low = report.mismatches.clusters(FindingKind.REFCOUNT_LOW, total)
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     low = np.setdiff1d(low, contested >> report.geometry.cluster_bits)
+    low = low[~np.isin(low // report.geometry.refblock_entries, blocks_of_nothing(source, report))]
     return report.owners.select(np.flatnonzero(np.isin(report.owners.cluster, low)))

@@ -36,6 +36,7 @@ class CauseKind(StrEnum):
     EMPTY_PART = "part-of-a-table"
     OLDER = "older-than-a-table"
     SHARED = "shared-with-a-snapshot"
+    EXCHANGED = "exchanged-table"
     OVERWRITTEN_TABLE = "table-overwritten"
     EMPTY_ENTRY = "empty-l1-entry"
     DAMAGED_ENTRY = "damaged-entry"
@@ -49,7 +50,14 @@ _TABLES = {
         "a table of which a part is empty: it lies beside them, or what its other entries lead to"
     ),
     CauseKind.OVERWRITTEN_TABLE: "a table that was overwritten",
+    CauseKind.EXCHANGED: (
+        "a table that is counted for others alone, where a table that another disk has is counted"
+        " once more than it is used: that one may have been there"
+    ),
 }
+
+_IN_USE = (CauseKind.SHARED, CauseKind.EXCHANGED)
+"""What is lost is in use elsewhere: no cluster shows it that is free otherwise."""
 
 
 _ELSE = {
@@ -145,9 +153,7 @@ class Losses:
         """What a person who is about to free them has to know, a line each."""
         clusters = f"{plural(self.data, 'leaked cluster')} {'holds' if self.data == 1 else 'hold'}"
         return [
-            cause.phrase
-            if cause.kind is CauseKind.SHARED
-            else f"{clusters} data, and {cause.phrase}"
+            cause.phrase if cause.kind in _IN_USE else f"{clusters} data, and {cause.phrase}"
             for cause in self.causes
         ]
 
@@ -159,7 +165,8 @@ class Leaked:
     ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
     looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
     tables look lost. ``gaps``: the L1 entries that lead to no table of their own. ``astray``: the
-    clusters of tables that are another's by their refcount.
+    clusters of tables that are another's by their refcount. ``exchanged``: the L1 indices of those
+    where a table in use has lost a reference.
     """
 
     cluster: I64
@@ -173,6 +180,7 @@ class Leaked:
     lost_tables: int
     gaps: Gaps
     astray: I64
+    exchanged: I64
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,12 +247,17 @@ def find_losses(
     # Zeros hide what the backing file has there: without them that comes to light.
     hidden = leaked.is_empty & has_backing
     candidates = leaked.holds_data | hidden
+    is_lost = leaked.lost_tables or len(leaked.exchanged)
+    tables = leaked.astray if is_lost else leaked.astray[:0]
+    exchanged = tuple(_of_exchanged(report, leaked))
     if not candidates.any():
-        return find_shared(source, report)
-    tables = leaked.astray if leaked.lost_tables else leaked.astray[:0]
+        found = find_shared(source, report)
+        return replace(found, causes=(*exchanged, *found.causes), astray=tables)
     disk = _Disk(source, report, leaked.cluster[~leaked.unused], homeless, tables)
-    astray = astray_data(report, leaked.astray, len(homeless))
-    causes = tuple(
+    # What is in use has lost an entry's reference as well as what is not.
+    number = len(homeless) + int(np.count_nonzero(leaked.holds_data & ~leaked.unused))
+    astray = astray_data(source, report, leaked.astray, number)
+    causes = exchanged + tuple(
         _causes(source, report, disk, leaked, homeless, astray=astray, other_reading=other_reading)
     )
     has_lost_table = leaked.lost_tables or disk.lost_windows
@@ -330,6 +343,15 @@ def _of_empty_entries(report: Report, disk: _Disk, leaked: Leaked) -> Iterator[C
     yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, report.geometry.l2_coverage)
     if not len(index):
         yield from _of_gaps_in_snapshots(leaked.gaps)
+
+
+def _of_exchanged(report: Report, leaked: Leaked) -> Iterator[Cause]:
+    """One cause for the L1 entries that may have led to another table, which is in use."""
+    regions, bits = report.regions, report.geometry.cluster_bits
+    tables = regions.select(regions.structure == Structure.L2_TABLE)
+    mine = np.isin(tables.first(bits), leaked.astray) & np.isin(tables.l1_index, leaked.exchanged)
+    snapshot, index = tables.snapshot[mine].astype(np.int64), tables.l1_index[mine]
+    yield from _of_windows(CauseKind.EXCHANGED, snapshot, index, report.geometry.l2_coverage)
 
 
 def _of_shared(shared: _Shared, coverage: int) -> Iterator[Cause]:

@@ -155,8 +155,16 @@ class Triage:
 
     @property
     def is_evidence(self) -> bool:
-        """Whether freeing these clusters could bury something."""
+        """Whether something may be lost that freeing these clusters would bury, or would no longer
+        show.
+        """
         return self.buried_count > 0 or bool(self.losses.causes)
+
+    @property
+    def is_buried(self) -> bool:
+        """The same of what is in use nowhere else."""
+        causes = {cause.kind for cause in self.losses.causes} - {CauseKind.EXCHANGED}
+        return self.buried_count > 0 or bool(causes)
 
     @property
     def is_table_lost(self) -> bool:
@@ -388,12 +396,15 @@ class _Describer:
         self._uncounted = uncounted
         self._unused = mismatches.count_references(leaked) == 0
         self._looker = looker
-        tables = int(np.count_nonzero(look == Look.L2_TABLE))
+        in_use = self._leaked[~self._unused]
+        self._high = in_use[is_among(in_use, distinct(_known_l2_tables(report)))]
+        unused_tables = np.count_nonzero((look == Look.L2_TABLE) & self._unused)
+        tables = len(self._high) + int(unused_tables)
         # Without tables nothing is in a group, and that takes no memory for each.
         self._group = np.broadcast_to(np.int32(NONE), len(leaked))
         if tables:
             self._group = self._group.copy()
-        self._astray = astray_tables(report, tables)
+        self._astray = astray_tables(source, report, tables)
         self._gaps = read_gaps(source, report, self._astray)
         # For every cluster that has a slot, which of the leaked ones it is.
         index = mismatches.index
@@ -488,8 +499,24 @@ class _Describer:
             lost_tables=int(np.count_nonzero(tables.looks_lost)),
             gaps=self._gaps,
             astray=self._astray,
+            exchanged=self._exchanged(),
         )
         return find_losses(self._source, self._report, leaked, self._other_reading)
+
+    def _exchanged(self) -> I64:
+        """The L1 indices at which one disk has a table that is another's by its refcount, and a
+        table that another disk has there has lost a reference.
+
+        Both may be whole, and lead to much the same.
+        """
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        clusters = tables.first(self._geometry.cluster_bits)
+        astray, high = (
+            tables.l1_index[np.isin(clusters, some)] for some in (self._astray, self._high)
+        )
+        found: I64 = np.intersect1d(astray, high)
+        return found
 
     def _other_reading(self, data: I64) -> str:
         """The header bit without which clusters with *data* are in use, if there is one."""

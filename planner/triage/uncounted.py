@@ -44,6 +44,14 @@ def uncounted_clusters(source: Source, report: Report) -> I64:
     return unused
 
 
+def blocks_of_nothing(source: Source, report: Report) -> I64:
+    """Indices of refcount blocks whose numbers may be no refcounts at all: their cluster is
+    something else's too, or something else lies there.
+    """
+    shared = report.findings.of(FindingKind.REFBLOCK_SHARED).index
+    return np.concatenate((shared, blocks_that_are_none(source, report)))
+
+
 def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     """Ranges of clusters (first, end) whose refcounts are lost."""
     mismatches, layout = report.mismatches, report.layout
@@ -54,9 +62,7 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     sound = table.blocks()
     sound = sound[table.offset[sound] >> report.geometry.cluster_bits < layout.host_clusters]
     used = -(-mismatches.first_unused() // per_block)
-    # Where a block's cluster is something else's too, its numbers may be no refcounts at all.
-    shared = report.findings.of(FindingKind.REFBLOCK_SHARED).index
-    others = np.concatenate((shared, blocks_that_are_none(source, report)))
+    others = blocks_of_nothing(source, report)
     # A file of holes may have a thousand million clusters, and no block for any: a few ranges.
     there = table.index[sound][table.index[sound] < used]
     low, high = np.append(0, there + 1), np.append(there, used)

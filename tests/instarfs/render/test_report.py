@@ -115,6 +115,19 @@ def test_what_a_lost_table_may_have_led_to_behind_the_end_is_told() -> None:
     )
 
 
+def test_an_entry_that_may_lead_to_what_is_anothers_is_told() -> None:
+    builder = ImageBuilder(size=1 << 20, cluster_bits=12)
+    builder.write(0, b"first")
+    builder.take_snapshot("one")
+    builder.write(0, b"second")
+    builder.take_snapshot("two")
+    image = builder.build()
+    image.set_word(image.l1_at(0), image.l2_table(0, 0))
+    text = text_of(image)
+    assert "lost: an entry may lead to what is another's, in the place of what it led to." in text
+    assert text.count("something may be lost, and afterwards nothing would show it any more") == 2
+
+
 def test_a_lost_snapshot_is_named() -> None:
     text = text_of(damaged("lost-snapshot"))
     assert "missing: a snapshot that the image no longer counts" in text

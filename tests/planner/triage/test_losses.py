@@ -376,11 +376,40 @@ def suspect_ranges(image: Image, snapshot: int = ACTIVE) -> list[tuple[int, int]
     return list(guest_impact(report, snapshot, losses).ranges[Harm.SUSPECT].first(9))
 
 
+def two_snapshots() -> Image:
+    """Each with the first cluster of its own, and so with a table of its own: the disk, too."""
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(0, random.Random(2).randbytes(CLUSTER))
+    builder.take_snapshot("two")
+    return builder.build()
+
+
+def table_of_another_snapshot() -> Image:
+    """The disk still has the second one's table, until its L1 entry leads to the first one's."""
+    image = two_snapshots()
+    image.set_word(image.l1_at(0), image.l2_table(0, 0))
+    return image
+
+
+def cluster_of_another_snapshot() -> Image:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(0, random.Random(2).randbytes(CLUSTER))
+    builder.take_snapshot("two")
+    builder.write(1, b"so that the disk has a table of its own")
+    image = builder.build()
+    image.set_word(image.l2_at(0), image.word(image.l2_at(0, 0)) & entries.L2_OFFSET)
+    return image
+
+
 @pytest.mark.parametrize(
     ("make", "start", "length"),
     [
         (older_copy_of_a_table_in_its_place, 0, 2 * MIB),
         (older_cluster_in_the_place_of_a_newer, 3 * CLUSTER, CLUSTER),
+        (table_of_another_snapshot, 0, 2 * MIB),
+        (cluster_of_another_snapshot, 0, CLUSTER),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
@@ -393,6 +422,47 @@ def test_what_an_entry_leads_to_that_counts_others_alone_is_suspect_and_not_miss
     assert list(guest_impact(report).ranges[Harm.SUSPECT].first(9)) == []
     gone = triage(image).losses.missing
     assert gone <= CLUSTER, "what leaks may have been in another place of the disk's, at most"
+
+
+@pytest.mark.parametrize("tier", RepairTier)
+def test_the_table_of_another_snapshot_does_not_become_the_disks_unasked(tier: RepairTier) -> None:
+    image = table_of_another_snapshot()
+    found = proposal(image, tier)
+    assert found.needs_quote
+    assert {cause.kind for cause in found.triage.losses.causes} == {CauseKind.EXCHANGED}
+    (warning,) = found.warnings
+    assert warning.startswith(f"L1 entry 0 ({2 * MIB} bytes at guest offset 0) leads to a table")
+    repaired = Bytes(read_bytes(Overlay(image.source, found.plan), 0, found.plan.size_after))
+    assert propose(repaired, check_image(repaired), tier).plan.changes_nothing
+
+
+def low(image: Image) -> None:
+    image.set_refcount(image.l2_table(0, 1) // CLUSTER, 1)
+
+
+def high(image: Image) -> None:
+    image.set_refcount(image.l2_table(0, 0) // CLUSTER, 2)
+
+
+@pytest.mark.parametrize("wrong", [low, high])
+def test_a_table_with_a_wrong_refcount_alone_was_not_exchanged(
+    wrong: Callable[[Image], None],
+) -> None:
+    image = two_snapshots()
+    wrong(image)
+    found = triage(image)
+    assert found.leaked == (wrong is high)
+    assert not found.is_evidence
+    assert suspect_ranges(image) == []
+
+
+def test_numbers_in_the_place_of_refcounts_cast_no_doubt_on_what_has_them() -> None:
+    image = table_of_another_snapshot()
+    wrong = image.refblock(0), image.host_offset(2 * image.geometry.l2_entries)
+    image.data[wrong[1] : wrong[1] + CLUSTER] = image.data[wrong[0] : wrong[0] + CLUSTER]
+    image.set_word(image.reftable_at(0), wrong[1])
+    assert FindingKind.REFBLOCK_SHARED in check_image(image.source).counts()
+    assert CauseKind.EXCHANGED not in causes(image)
 
 
 def test_the_place_that_leads_to_an_older_table_is_named() -> None:
@@ -601,6 +671,20 @@ def test_a_rebuild_counts_what_may_be_lost_and_a_second_one_changes_nothing() ->
     assert np.array_equal(leaked, uncounted)
     assert propose(repaired, after, RepairTier.ALL).plan.changes_nothing
     assert propose(repaired, after, RepairTier.LEAKS).needs_quote
+
+
+@pytest.mark.parametrize("order", [3, 4, 5])
+def test_a_rebuild_does_not_count_what_refcounts_were_in(order: int) -> None:
+    builder = disk(refcount_order=order)
+    builder.take_snapshot("one")
+    image = builder.build()
+    wipe(image, image.header.l1_table_offset, 32)
+    image.set_word(image.reftable_at(0), 1 << 40)
+    found = proposal(image, RepairTier.ALL)
+    assert found.needs_quote
+    assert found.after.verdict == "clean"
+    repaired = Bytes(read_bytes(Overlay(image.source, found.plan), 0, found.plan.size_after))
+    assert propose(repaired, found.after, RepairTier.ALL).plan.changes_nothing
 
 
 def test_where_nothing_is_lost_but_refcounts_a_rebuild_leaves_nothing() -> None:
