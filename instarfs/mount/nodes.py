@@ -89,6 +89,9 @@ class Directory(ABC):
     is_fixed = False
     """Whether a name, once it stands for a node, always does."""
 
+    name_seconds = 0.0
+    """Where it is not: so long the kernel may go by what a name stood for, and not ask."""
+
     @abstractmethod
     async def names(self) -> Sequence[str]:
         """All names that a listing shows, in its order. May look them up, in a thread."""
@@ -96,6 +99,10 @@ class Directory(ABC):
     @abstractmethod
     async def child(self, name: str) -> Node | None:
         """What *name* stands for; the same node for as long as anybody holds it."""
+
+    async def listed_child(self, name: str) -> Node | None:
+        """The same of a name that was listed a moment ago, of which there may be very many."""
+        return await self.child(name)
 
 
 Node = Directory | File
@@ -140,7 +147,8 @@ class MadeDirectory(Directory):
     """Children that *make* makes when they are asked for: None for a name that stands for nothing.
 
     *listed*: the names that a listing shows, which may be fewer than there are. *fixed*: children
-    that are always there, before the others.
+    that are always there, before the others. *make_listed*: as *make*, without asking whether the
+    name still stands for anything. *name_seconds*: as of any directory.
     """
 
     def __init__(
@@ -148,8 +156,12 @@ class MadeDirectory(Directory):
         make: Callable[[str], Awaitable[Node | None]],
         listed: Callable[[], Awaitable[Sequence[str]]] | None = None,
         fixed: Mapping[str, Node] | None = None,
+        *,
+        make_listed: Callable[[str], Node | None] | None = None,
+        name_seconds: float = 0.0,
     ) -> None:
-        self._make, self._listed = make, listed
+        self._make, self._listed, self._make_listed = make, listed, make_listed
+        self.name_seconds = name_seconds
         self._fixed = dict(fixed or {})
         self._made: weakref.WeakValueDictionary[str, Node] = weakref.WeakValueDictionary()
 
@@ -162,6 +174,12 @@ class MadeDirectory(Directory):
         if node is None:
             return None
         return node if name in self._fixed else self._made.setdefault(name, node)
+
+    async def listed_child(self, name: str) -> Node | None:
+        if self._make_listed is None or name in self._fixed:
+            return await self.child(name)
+        node = self._made.get(name) or self._make_listed(name)
+        return None if node is None else self._made.setdefault(name, node)
 
 
 class GeneratedFile(File, Generic[T]):

@@ -314,13 +314,22 @@ class Operations(pyfuse3.Operations):
         return next(own, latest_first[0]).handle.size()
 
     def _attributes_of(
-        self, node: Node, pid: int = 0, *, is_fixed: bool = True, facts: Facts | None = None
+        self,
+        node: Node,
+        pid: int = 0,
+        *,
+        within: Directory | None = None,
+        facts: Facts | None = None,
     ) -> EntryAttributes:
+        """*within*: the directory that *node* was looked up in."""
         facts = facts or self._facts()
         entry = EntryAttributes()
         entry.st_ino = self._number(node)
-        entry.entry_timeout = _ENTRY_TIMEOUT if is_fixed else 0
         entry.attr_timeout = _DATA_ATTR_TIMEOUT if isinstance(node, DataFile) else _ATTR_TIMEOUT
+        if within is not None:
+            entry.entry_timeout = _ENTRY_TIMEOUT if within.is_fixed else within.name_seconds
+            if isinstance(node, Directory):
+                entry.attr_timeout = within.name_seconds
         entry.st_mode = self._ownership.mode(node)
         entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = facts.mtime_ns
@@ -345,7 +354,7 @@ class Operations(pyfuse3.Operations):
         if child is None:
             raise FUSEError(errno.ENOENT)
         is_known = await _learn_size_soon(child)
-        entry = self._attributes_of(child, ctx.pid, is_fixed=directory.is_fixed)
+        entry = self._attributes_of(child, ctx.pid, within=directory)
         if not is_known:
             entry.attr_timeout = _ATTR_TIMEOUT
         if directory.is_fixed:
@@ -432,12 +441,12 @@ class Operations(pyfuse3.Operations):
                 name, node = _DOTS[position], (directory, self._root)[position]
             else:
                 name = names[position - len(_DOTS)]
-                child = await directory.child(name)
+                child = await directory.listed_child(name)
                 if child is None:  # gone since it was listed
                     continue
                 node = child
             is_known = await _learn_size_soon(node)
-            entry = self._attributes_of(node, is_fixed=directory.is_fixed, facts=facts)
+            entry = self._attributes_of(node, within=directory, facts=facts)
             if not is_known:
                 entry.attr_timeout = _ATTR_TIMEOUT
             if not pyfuse3.readdir_reply(token, os.fsencode(name), entry, position + 1):
@@ -578,6 +587,8 @@ async def _learn_size_soon(node: Node) -> bool:
     """Whether it is known. Who looks into a directory holds up all others who do, in the kernel: a
     disk that does not answer is waited for when the attributes are asked for, and by one alone.
     """
+    if isinstance(node, Directory):
+        return True
     with trio.move_on_after(_SOON_SECONDS):
         await _learn_size(node)
         return True

@@ -171,6 +171,11 @@ def _image_file(inspector: Inspector) -> _Entry:
 # ---- the guest's bytes ----
 
 
+_SNAPSHOT_NAME_SECONDS = 1.0
+"""A snapshot's number stands for what it is in the image now, and opening its files says what that
+is: for a listing of very many the kernel need not ask of each, again and again."""
+
+
 def _guest_files(inspector: Inspector) -> list[_Entry]:
     return [
         _Entry(
@@ -187,7 +192,12 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
             "snapshots",
             "for each internal snapshot info.json, disk.raw, vmstate.raw if there is any, and"
             " files.tsv, as in check/",
-            MadeDirectory(partial(_snapshot, inspector), partial(_snapshot_names, inspector)),
+            MadeDirectory(
+                partial(_snapshot, inspector),
+                partial(_snapshot_names, inspector),
+                make_listed=partial(_known_snapshot, inspector),
+                name_seconds=_SNAPSHOT_NAME_SECONDS,
+            ),
             shown="snapshots/N/",
         ),
     ]
@@ -219,6 +229,11 @@ async def _snapshot_names(inspector: Inspector) -> list[str]:
 
 async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
     await inspector.description.get()
+    return _known_snapshot(inspector, name)
+
+
+def _known_snapshot(inspector: Inspector, name: str) -> Directory | None:
+    """The same as the image was when it was last described."""
     index = _number(name)
     # As it is listed, and no other way. There may be 65,536 of them, each of which is asked for.
     if index is None or str(index) != name or index >= len(inspector.snapshots()):

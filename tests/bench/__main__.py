@@ -15,11 +15,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench import checks, damaged, exports, growth, race, reads, repairs
+from tests.bench import checks, damaged, exports, growth, listings, race, reads, repairs
 from tests.bench.samples import Samples
 from tests.mount.mounts import PROJECT
 
-RACES = (*checks.RACES, *repairs.RACES, *damaged.RACES, *reads.RACES, *exports.RACES)
+RACES = (
+    *checks.RACES,
+    *repairs.RACES,
+    *damaged.RACES,
+    *listings.RACES,
+    *reads.RACES,
+    *exports.RACES,
+)
 
 
 FAILURES = (race.Unavailable, subprocess.CalledProcessError, OSError)

@@ -332,6 +332,28 @@ async def test_a_made_directory_lists_what_it_is_told_to() -> None:
     assert await directory.names() == ["all", "1", "2"]
 
 
+async def test_names_that_were_just_listed_are_not_asked_about_one_by_one() -> None:
+    asked: list[str] = []
+
+    async def make(name: str) -> Node | None:
+        asked.append(name)
+        return make_listed(name)
+
+    def make_listed(name: str) -> Node | None:
+        return FixedDirectory({}) if name in {"1", "2"} else None
+
+    directory = MadeDirectory(make, fixed={"all": FixedDirectory({})}, make_listed=make_listed)
+    one = await directory.listed_child("1")
+    assert one is not None
+    assert await directory.child("1") is one
+    assert await directory.listed_child("3") is None  # gone since
+    assert not asked
+    assert await directory.listed_child("all") is await directory.child("all")
+    two = await directory.child("2")
+    assert await directory.listed_child("2") is two
+    assert asked == ["2"]
+
+
 def test_a_fixed_directory_knows_how_many_directories_are_in_it() -> None:
     below = FixedDirectory({})
     assert FixedDirectory({"a": below, "b": LiveFile(lambda: b"")}).subdirectories == 1

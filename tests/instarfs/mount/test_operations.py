@@ -544,6 +544,26 @@ async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many
     assert dropped == [name.encode() for name in names[1:301] if name not in {"7", "9"}][:298]
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+async def test_the_kernel_asks_again_what_a_made_name_stands_for_when_it_is_told_to(
+    seconds: float,
+) -> None:
+    folder, file = FixedDirectory({}), LiveFile(lambda: b"x")
+
+    async def make(name: str) -> Node:
+        return folder if name == "folder" else file
+
+    operations = Operations(
+        MadeDirectory(make, name_seconds=seconds),
+        lambda: Facts(size=1, mtime_ns=1),
+        Ownership(uid=1000, gid=100),
+    )
+    of_folder = await operations.lookup(ROOT, b"folder", caller())
+    of_file = await operations.lookup(ROOT, b"file", caller())
+    assert of_folder.entry_timeout == of_folder.attr_timeout == of_file.entry_timeout == seconds
+    assert of_file.attr_timeout == 0
+
+
 async def test_no_name_is_dropped_once_there_is_no_mount_to_drop_it_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
