@@ -25,7 +25,14 @@ PAGES = [
 PACKAGES = ["planner", "instarfs"]
 ENDINGS = r"(?:py|md|toml|yaml|yml|sh|svg|txt)"
 
-MOUNTED = {"README.txt", "report.txt", "check/report.txt", "map.svg", "image/map.svg"}
+MOUNTED = {
+    "README.txt",
+    "report.txt",
+    "check/report.txt",
+    "rescue/report.txt",
+    "map.svg",
+    "image/map.svg",
+}
 """Files of a mount, which are named as those of the repository are."""
 
 QEMU = {"docs/interop/qcow2.txt"}
