@@ -112,6 +112,8 @@ def _count(source: FileSource, place: Place, *, in_passing: bool) -> int:
     if in_passing and count * 8 > AT_ONCE_L1_BYTES:
         return high - low
     l1 = nonzero_words(source, offset, count)
+    if place.part is Part.LOST_TABLE:
+        l1 = np.zeros(1, dtype=np.int64), np.array([place.index], dtype=np.uint64)
     size, coverage = high - low, geometry.l2_coverage
     index = l1[0][l1[1] & np.uint64(entries.L1_OFFSET) != 0]
     inside = index[(index >= low // coverage) & (index * coverage < high)]
@@ -126,6 +128,10 @@ def _extent(source: FileSource, layout: Layout, place: Place) -> tuple[int, int,
     header, geometry = layout.header, layout.geometry
     if place.part is Part.DISK:
         return header.l1_table_offset, header.l1_size, 0, header.size // SECTOR * SECTOR
+    if place.part is Part.LOST_TABLE:
+        return 0, 0, 0, geometry.l2_coverage
+    if place.part is Part.LOST_SNAPSHOT:
+        return place.index, place.entries, 0, place.size
     snapshots = read_snapshots(source, header, geometry).snapshots
     if place.index >= len(snapshots):
         raise ImageError("snapshot", place.index, "it is gone")

@@ -23,6 +23,7 @@ from instarfs.image.file import FileSource, Image, WouldBlock
 from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import Layout
+from planner.source import Patched
 
 MAX_STORED_BYTES = 4 << 20
 """Of compressed clusters that lie next to each other: so much is fetched in one read."""
@@ -82,11 +83,20 @@ class Beneath:
 
     def mapping(self, l1_offset: int, l1_size: int) -> Mapping:
         """Of the disk whose L1 table is there."""
-        data_end = None
-        if self.strict:
-            data_end = ANYWHERE if isinstance(self.data, Missing) else self.data.source().size
-        source = self.file.source()
-        return Mapping(source, self.layout.geometry, l1_offset, l1_size, data_end=data_end)
+        source, geometry = self.file.source(), self.layout.geometry
+        return Mapping(source, geometry, l1_offset, l1_size, data_end=self._data_end)
+
+    def mapping_of_table(self, l2_offset: int) -> Mapping:
+        """Of what the L2 table at *l2_offset* maps, as if it were the first of a disk."""
+        # The entry that is missing, where no table can be.
+        source = Patched(self.file.source(), 0, l2_offset.to_bytes(8, "big"))
+        return Mapping(source, self.layout.geometry, 0, 1, data_end=self._data_end)
+
+    @property
+    def _data_end(self) -> int | None:
+        if not self.strict:
+            return None
+        return ANYWHERE if isinstance(self.data, Missing) else self.data.source().size
 
 
 class Qcow2Layer:

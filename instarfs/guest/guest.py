@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from instarfs.errors import (
@@ -45,14 +45,22 @@ class Part(StrEnum):
     DISK = "disk"
     SNAPSHOT = "snapshot"
     VMSTATE = "vmstate"
+    LOST_TABLE = "lost table"
+    LOST_SNAPSHOT = "lost snapshot"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One of the things to be read: the active disk, or what the snapshot at ``index`` kept."""
+    """One of the things to be read: the active disk, or what the snapshot at ``index`` kept.
+
+    Of what nothing leads to any more ``index`` is the host offset of its table: an L2 table, or an
+    L1 table of so many ``entries``, of a disk of ``size`` bytes.
+    """
 
     part: Part
     index: int = 0
+    entries: int = 0
+    size: int = 0
 
 
 class Guest:
@@ -164,6 +172,8 @@ class Guest:
     def _make(self, place: Place) -> Disk:
         if place.part is Part.DISK:
             return Disk(self.chain.disk, self.chain.disk.size)
+        if place.part in (Part.LOST_TABLE, Part.LOST_SNAPSHOT):
+            return self._make_lost(place)
         layout = self.layout
         source = self._image.source()
         table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
@@ -179,6 +189,19 @@ class Guest:
             end = size_of(Place(Part.SNAPSHOT, place.index), snapshot, geometry)
             start = -(-end // geometry.l2_coverage) * geometry.l2_coverage
         return Disk(self._layer(snapshot, start + size), size, start)
+
+    def _make_lost(self, place: Place) -> Disk:
+        """What a table maps that nothing leads to: what of it cannot be read is an error."""
+        beneath = replace(self.chain.disk.beneath, strict=True)
+        if place.part is Part.LOST_SNAPSHOT:
+            mapping = beneath.mapping(place.index, place.entries)
+        else:
+            if self.layout.backing_file:
+                name = os.fsdecode(self.layout.backing_file)
+                why = "where the table belongs is not known"
+                beneath = replace(beneath, backing=Missing(name, why))
+            mapping = beneath.mapping_of_table(place.index)
+        return Disk(Qcow2Layer(beneath, mapping, place.size), place.size)
 
     def _layer(self, snapshot: Snapshot, size: int) -> Qcow2Layer:
         offset, entries = snapshot.l1_table_offset, snapshot.l1_size

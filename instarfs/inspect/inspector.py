@@ -185,6 +185,7 @@ class Inspector:
         self._looking = trio.CapacityLimiter(MAX_LOOKING)
         self._looks: deque[Value[Any]] = deque()
         self._checked: tuple[Generation, Edition[Checkup]] | None = None
+        self._looked_into: tuple[Generation, Leaks] | None = None
         self.repairs = Repairs(subject.to_repair, subject.sharing, make_repairer)
         self.reader = GuestReader(
             subject.look, follow or Follow(), attend=subject.attend, ask=subject.ask
@@ -214,6 +215,11 @@ class Inspector:
         Unlike what `checkup` gives also of an image whose times do not tell. Never checks.
         """
         known = self._checked
+        return known[1] if known and known[0] == self.subject.generation() else None
+
+    def last_leaks(self) -> Leaks | None:
+        """What leaked clusters were found to look like last, as by `last_check`. Never looks."""
+        known = self._looked_into
         return known[1] if known and known[0] == self.subject.generation() else None
 
     def snapshots(self) -> Sequence[Snapshot]:
@@ -371,7 +377,9 @@ class Inspector:
     async def _look_into_leaks(self, changed: Changed) -> Leaks:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
+        before = self.subject.generation()
         triage = await trio.to_thread.run_sync(self._triage, image, report)
+        self._looked_into = None if changed() else (before, Leaks(report, triage))
         return Leaks(_torn(report) if changed() else report, triage)
 
     def _triage(self, image: Image, report: Report) -> Triage:

@@ -18,6 +18,7 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import WouldBlock
 from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
 from instarfs.inspect.leaked_runs import LostRuns
+from instarfs.inspect.leaked_tables import LostTables
 from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
@@ -556,12 +557,29 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
         return [str(offset) for offset in await runs.offsets(render_triage.LISTED_RUNS)]
 
     async def make(name: str) -> Node | None:
-        # One name for each run: not 0x10000, nor 065536.
-        is_offset = name.isascii() and name.isdecimal() and str(int(name)) == name
-        run = await runs.find(int(name)) if is_offset else None
+        offset = _offset(name)
+        run = await runs.find(offset) if offset >= 0 else None
         if run is None:
             return None
         return DataFile(lambda: run.length, partial(runs.read, run), inspector.subject.state)
+
+    tables = LostTables(inspector.last_leaks)
+
+    async def l2_table(name: str) -> Node | None:
+        place = tables.l2_table(_offset(name.removesuffix(".raw")) if name.endswith(".raw") else -1)
+        return None if place is None else _lost_disk(inspector, place)
+
+    async def l2_tables() -> Sequence[str]:
+        return [f"{offset}.raw" for offset in tables.l2_tables(render_triage.LISTED_RUNS)]
+
+    async def snapshot(name: str) -> Node | None:
+        place = tables.snapshot(_offset(name))
+        if place is None:
+            return None
+        return FixedDirectory({"disk.raw": _lost_disk(inspector, place)})
+
+    async def snapshots() -> Sequence[str]:
+        return [str(offset) for offset in tables.snapshots(render_triage.LISTED_RUNS)]
 
     triage = GeneratedFile(
         inspector.leaks,
@@ -573,10 +591,49 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
             "lost",
             "the bytes of a run of leaked clusters, by its host offset, once a check has run;"
             f" a listing shows the first {render_triage.LISTED_RUNS}",
-            MadeDirectory(make, listed, {"triage.json": triage}),
+            MadeDirectory(
+                make,
+                listed,
+                {
+                    "triage.json": triage,
+                    "l2": MadeDirectory(l2_table, l2_tables),
+                    "snapshots": MadeDirectory(snapshot, snapshots),
+                },
+            ),
             shown="lost/OFFSET",
         ),
+        _Entry(
+            "lost/l2",
+            "the part of a disk that a lost L2 table maps, by its host offset, once triage.json or"
+            " check/report.txt was read",
+            None,
+            shown="lost/l2/OFFSET.raw",
+        ),
+        _Entry(
+            "lost/snapshots",
+            "the disk of a lost L1 table, as of a deleted snapshot: likewise",
+            None,
+            shown="lost/snapshots/OFFSET/disk.raw",
+        ),
     ]
+
+
+def _lost_disk(inspector: Inspector, place: Place) -> DataFile:
+    """What a table maps that nothing leads to; always read in a thread, with its tables."""
+    reader, allocated = inspector.reader, inspector.allocated
+    return DataFile(
+        lambda: place.size,
+        partial(reader.read, place),
+        reader.state,
+        allocated=partial(allocated.known, place),
+        learn=partial(allocated.learn, place),
+    )
+
+
+def _offset(name: str) -> int:
+    """The number that *name* is in decimal, the one way that it is listed; -1 where it is none."""
+    is_one = name.isascii() and name.isdecimal() and str(int(name)) == name
+    return int(name) if is_one else -1
 
 
 # ---- rescue/ ----

@@ -235,6 +235,17 @@ def _undo(place: _Place) -> str:
     return f"instarfs undo{place.undo_option} {place.repaired}"
 
 
+def _copy_lost(place: _Place, mounted: Mounted) -> list[str]:
+    """The runs and what they look like: not the disks below, which are as long as disks are."""
+    beside = place.is_beside
+    copy = "cp --sparse=always" + ("" if beside else " --backup=numbered") + " -t"
+    target = place.new(LOST)
+    return [
+        f"mkdir {'' if beside else '-p '}{target}",
+        f"find {_in(mounted, 'lost')} -maxdepth 1 -type f -exec {copy} {target} {{}} +",
+    ]
+
+
 def _save_lost(place: _Place) -> Iterator[str]:
     """Wherever something lost may be among what a repair could free."""
     triage, mounted = place.known.triage, place.known.mounted
@@ -244,9 +255,8 @@ def _save_lost(place: _Place) -> Iterator[str]:
     runs = len(adjacent(triage.clusters)[0])
     if runs > LISTED_RUNS:
         what += f" (the first {LISTED_RUNS} of {runs} runs: the copy of the image has them all)"
-    copy = "cp -r --sparse=always" + ("" if place.is_beside else " -T --backup=numbered")
     if mounted is not None:
-        yield from _step(f"{what}:", f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}")
+        yield from _step(f"{what}:", *_copy_lost(place, mounted))
         return
     if not place.known.surroundings.can_mount:
         yield from _step("The copy holds the leaked clusters, too; in a mount they are files.")
@@ -258,7 +268,7 @@ def _save_lost(place: _Place) -> Iterator[str]:
         f"mkdir {word}",
         f"instarfs mount --read-only {place.image} {word}",
         f"cat {_in(mounted, 'check/result.json')}",
-        f"{copy} {_in(mounted, 'lost')} {place.new(LOST)}",
+        *_copy_lost(place, mounted),
         f"instarfs umount {word}",
         f"rmdir {word}",
     )

@@ -25,7 +25,7 @@ def lossy(tmp_path: Path) -> Path:
 
 
 def lost(mount: Mount) -> list[str]:
-    return sorted(path.name for path in (mount / "lost").iterdir())
+    return sorted(path.name for path in (mount / "lost").iterdir() if path.is_file())
 
 
 def test_there_are_runs_only_once_a_check_has_run(mount: MakeMount, lossy: Path) -> None:
@@ -109,3 +109,43 @@ def test_nothing_can_be_written_there(mount: MakeMount, lossy: Path) -> None:
     with pytest.raises(OSError, match="Read-only") as refused:
         (it / "lost" / lost(it)[0]).write_bytes(b"x")
     assert refused.value.errno == errno.EROFS
+
+
+def disks_below(mount: Mount) -> list[str]:
+    """What is in lost/l2 and lost/snapshots, files alone."""
+    found = run("find", mount / "lost/l2", mount / "lost/snapshots", "-type", "f").split()
+    return sorted(str(Path(path).relative_to(mount.path)) for path in found)
+
+
+def test_a_lost_table_is_read_through_as_the_part_of_the_disk_that_it_mapped(
+    mount: MakeMount, lossy: Path
+) -> None:
+    it = mount(lossy)
+    assert disks_below(it) == []
+    it.read("check/result.json")
+    assert disks_below(it) == []  # listing looks into nothing
+    table = json.loads(it.read("lost/triage.json"))["tables"][0]["offset"]
+    assert disks_below(it) == [f"lost/l2/{table}.raw"]
+    file = it / f"lost/l2/{table}.raw"
+    data = file.read_bytes()
+    text = b"a" * (1 << 20)
+    assert data == (text + bytes(3 << 20) + text).ljust(64 << 20, b"\0")
+    status = file.stat()
+    assert (status.st_size, status.st_blocks) == (64 << 20, (2 << 20) // 512)
+    for other in (f"{table + CLUSTER}.raw", f"0{table}.raw", f"{table}", "0.raw", "x.raw"):
+        assert not (it / "lost/l2" / other).exists()
+
+
+def test_a_lost_snapshot_is_a_disk(mount: MakeMount, tmp_path: Path) -> None:
+    image, raw = make_image(tmp_path / "image.qcow2"), tmp_path / "raw"
+    run("qemu-io", "-c", "write -P 0x62 0 1M", image)
+    run("qemu-img", "snapshot", "-c", "one", image)
+    run("qemu-io", "-c", "write -P 0x63 0 1M", image)
+    run("qemu-img", "convert", "-l", "one", "-O", "raw", image, raw)
+    with image.open("r+b") as file:
+        file.seek(60)
+        file.write(bytes(4))  # nb_snapshots
+    it = mount(image)
+    it.read("check/report.txt")
+    (disk,) = (name for name in disks_below(it) if name.startswith("lost/snapshots/"))
+    assert (it / disk).read_bytes() == raw.read_bytes()

@@ -167,7 +167,9 @@ def test_commands_can_be_pasted() -> None:
     (copy,) = (line for line in text.splitlines() if line.strip().startswith("cp --sparse"))
     assert shlex.split(copy)[2:] == [PATH, f"{PATH}.copy"]
     assert f"echo undo > {MOUNT}/repair/undo" in text
-    assert f"cp -r --sparse=always {MOUNT}/lost '{PATH}.lost'" in text
+    assert (
+        f"find {MOUNT}/lost -maxdepth 1 -type f -exec cp --sparse=always -t '{PATH}.lost' " in text
+    )
 
 
 def test_what_takes_a_repair_back_is_not_among_what_repairs() -> None:
@@ -186,7 +188,7 @@ def test_what_looks_lost_is_not_freed_by_whoever_pastes_what_is_to_be_done_now()
     table = image.l2_at(0) // size * size
     image.data[table : table + size] = bytes(size)
     first, second, third, *_ = blocks_of(text_of(image, None))
-    assert "cp -r " in "".join(first.commands)
+    assert "-maxdepth 1 -type f -exec cp " in "".join(first.commands)
     assert not repairs(first)
     assert second.title == "Only if what looks lost may go:"
     assert "check -r leaks --plan " in second.commands[-1]
