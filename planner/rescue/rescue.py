@@ -26,7 +26,7 @@ from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.headers import Found, Hypothesis, find_headers
 from planner.rescue.placing.place import Placed, Placement, find_placements
-from planner.source import SECTOR, Source, read_bytes
+from planner.source import SECTOR, Source, read_bytes, read_tables
 
 _LOST_REFCOUNTS = (
     FindingKind.REFCOUNT_MISSING,
@@ -107,7 +107,9 @@ def rescue(
     if tables is None:
         return Rescue(plan, headers, before, before if plan.changes_nothing else report)
     plan, holes, after = _settled(source, plan, tables, can_grow=can_grow, progress=progress)
-    result = Rescue(plan, headers, before, after, tables.placements, holes)
+    result = Rescue(
+        _in_order(source, plan, before), headers, before, after, tables.placements, holes
+    )
     _require_proof(result, report)
     return result
 
@@ -138,6 +140,34 @@ def _then(plan: Plan, more: Plan) -> Plan:
         edits=(*plan.edits, *more.edits),
         edit_count=plan.edit_count + more.edit_count,
     )
+
+
+def _in_order(source: Source, plan: Plan, before: Report) -> Plan:
+    """*plan*, which was made step by step, with each kind of stage once, and in their order.
+
+    What is raised comes before what will refer to it. Where there is no header before, nobody reads
+    anything else until there is one: that comes last, and when it is taken back, first.
+    """
+    draft, last = Draft(source), Overlay(source, plan)
+    draft.size = plan.size_after
+    for stage in plan.stages:
+        if before.error is None:
+            draft.write_tables(stage.kind, stage.sectors * SECTOR, stage.after)
+            continue
+        is_header = stage.sectors == 0
+        for kind, mine in ((StageKind.PREPARE, ~is_header), (StageKind.SWITCH, is_header)):
+            draft.write_tables(kind, stage.sectors[mine] * SECTOR, stage.after[mine])
+    # Where a step that comes later now had come first, its sectors are what they are in the end.
+    made = draft.plan(plan.tier)
+    for stage in made.stages:
+        rows = np.empty_like(stage.after)
+        for part, content in read_tables(last, stage.sectors * SECTOR, SECTOR):
+            rows[part] = content
+        later = [each.sectors for each in made.stages if each.kind > stage.kind]
+        final = ~np.isin(stage.sectors, np.concatenate([*later, stage.sectors[:0]]))
+        draft.write_tables(stage.kind, stage.sectors[final] * SECTOR, rows[final])
+    ordered = draft.plan(plan.tier)
+    return replace(ordered, edits=plan.edits, edit_count=plan.edit_count)
 
 
 def _tables_under(source: Source, report: Report, progress: Progress) -> Placed | None:
