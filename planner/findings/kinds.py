@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -551,8 +552,11 @@ class Findings:
 
 
 def join_findings(*parts: Findings) -> Findings:
-    """All rows of *parts*, in that order."""
-    return Findings(*(np.concatenate([getattr(p, name) for p in parts]) for name in COLUMNS))
+    """All rows of *parts*, in that order; what one of them has alone is not copied."""
+    held = [part for part in parts if len(part)]
+    if len(held) < 2:
+        return (held or parts)[0]
+    return Findings(*(np.concatenate([getattr(p, name) for p in held]) for name in COLUMNS))
 
 
 def make_findings(kind: FindingKind | U8, **columns: Unpack[Columns]) -> Findings:
@@ -575,10 +579,11 @@ def fill_columns(columns: Mapping[str, object]) -> Findings:
     whole = {}
     for name, (dtype, default) in COLUMNS.items():
         value = given.get(name, np.array(default)).astype(dtype, copy=False)
-        whole[name] = np.broadcast_to(value, shape)
+        whole[name] = value if value.shape == shape else np.broadcast_to(value, shape)
     return Findings(**whole)
 
 
+@cache
 def no_findings() -> Findings:
     """Columns without rows."""
     return make_findings(np.zeros(0, dtype=np.uint8))
