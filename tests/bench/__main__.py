@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench import checks, damaged, exports, growth, listings, race, reads, repairs
+from tests.bench import checks, damaged, exports, fleets, growth, listings, race, reads, repairs
 from tests.bench.samples import Samples
 from tests.mount.mounts import PROJECT
 
@@ -26,6 +26,7 @@ RACES = (
     *listings.RACES,
     *reads.RACES,
     *exports.RACES,
+    *fleets.RACES,
 )
 
 
