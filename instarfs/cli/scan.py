@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 
@@ -27,7 +27,6 @@ from instarfs.scan.pool import Pool
 from instarfs.scan.run import Engine, Scan, Wanted
 from instarfs.scan.state import State
 from instarfs.scan.values import Limits, Row, Shard, Skipped, Tell
-from instarfs.scan.walk import Walk, real_roots
 from instarfs.scan.workers import Lister, Nursery
 
 _DAY = 86400.0
@@ -154,11 +153,13 @@ def command(
         raise click.UsageError(f"--max-memory: {_LEAST_MEMORY >> 20}M are the least it takes")
     if not paths:
         raise click.UsageError("Missing argument 'PATH...'.")
-    roots = real_roots(os.fsencode(path) for path in paths)
-    wanted = Wanted(roots, version(NAME), shard, outdated_after, max_duration)
+    named = [os.fsencode(path) for path in paths]
+    wanted = Wanted(named, version(NAME), shard, outdated_after, max_duration)
     limits = Limits(timeout, max_read_rate, max_memory)
     with State.open(state_path) if state_path is not None else State.none() as state:
-        code = _scan(wanted, state, limits, dask or jobs or _processors(), shown)
+        where = dask or jobs or _processors()
+        with _looking(limits, where) as (engine, lister, stop):
+            code = Scan(wanted, state, lister, _teller(shown), stop).run(engine)
         _tell_prometheus(metrics, state)
         if shown == "human":
             _report(state, shown, code)
@@ -178,8 +179,14 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _scan(wanted: Wanted, state: State, limits: Limits, where: int | str, shown: str) -> int:
-    """The exit code. *where*: by so many processes here, or by the cluster at that address."""
+@contextlib.contextmanager
+def _looking(
+    limits: Limits, where: int | str
+) -> Iterator[tuple[Engine, Lister, Callable[[], bool]]]:
+    """Who checks, who lists, and whether to stop.
+
+    *where*: by so many processes here, or by the cluster at that address.
+    """
     with ExitStack() as stack:
         stop = stack.enter_context(stoppable())
         jobs = where if isinstance(where, int) else 1
@@ -189,8 +196,7 @@ def _scan(wanted: Wanted, state: State, limits: Limits, where: int | str, shown:
             from instarfs.scan.cluster import Cluster  # noqa: PLC0415 - for nothing but this
 
             engine = stack.enter_context(contextlib.closing(Cluster(where, limits, stop)))
-        walk = Walk(Lister(nursery, stop), wanted.roots)
-        return Scan(wanted, state, walk, _teller(shown), stop).run(engine)
+        yield engine, Lister(nursery, stop), stop
 
 
 def _teller(shown: str) -> Tell:

@@ -95,6 +95,19 @@ def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
     return _checked(_openat2(_OPENAT2, directory, name_, how, ctypes.sizeof(how)))
 
 
+def open_without_links(path: bytes, flags: int) -> int:
+    """A descriptor of *path*; raises OSError, with ELOOP where there is a link anywhere in it.
+
+    Kernels without openat2 see a link in its last part alone.
+    """
+    try:
+        return openat2(_AT_FDCWD, os.fsdecode(path), flags, NO_SYMLINKS)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
 def look(directory: int, name: str, *, across: bool = False) -> int:
     """An O_PATH descriptor of what stands under *name* in *directory*, be it a link.
 

@@ -1,16 +1,22 @@
 """What is in a folder, as a process that may be killed sees it: it may not answer, or never end.
 
-Nothing is opened but the folder itself, and no link is followed.
+Nothing is opened but the folder itself, and no link is followed. Of a folder in it nothing is asked
+before its turn: something may be mounted there that does not answer, and the others do.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from types import MappingProxyType
 
 from instarfs.errors import reason_of
+from instarfs.image.linux import open_without_links
 from instarfs.scan.values import Candidate, Skipped, Stamp
 
 Identity = tuple[int, int]
@@ -21,13 +27,15 @@ PART = 500
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
+_VANISHED = "it is not there any more"
+_ANOTHER = "another has taken its place"
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder in another. It is listed if it is still what it was then."""
+    """A folder in another, by a path without links."""
 
     path: bytes
-    identity: Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +49,26 @@ class Named:
 Entry = Folder | Named | Skipped
 
 
+class Question(Enum):
+    """What is asked of a path, but for what is in a folder; see `ANSWERS`."""
+
+    REAL = auto()
+    LOOK = auto()
+    DEVICE_IF_LOST = auto()
+
+
 def look(path: bytes, directory: int | None = None) -> Entry:
     """What stands at *path*; *directory* is the folder that it is in, if that is open."""
     name = path if directory is None else os.path.basename(path)  # noqa: PTH119 - of bytes
     try:
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
-        return Skipped(path, "it is not there any more", is_failure=False)
+        return Skipped(path, _VANISHED, is_failure=False)
     except OSError as error:
         return Skipped(path, reason_of(error), is_failure=True)
-    mode, identity = status.st_mode, (status.st_dev, status.st_ino)
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
-        return Folder(path, identity)
+        return Folder(path)
     # A device that is named is taken for what it holds; one that lies about is not opened.
     if stat.S_ISREG(mode) or (directory is None and stat.S_ISBLK(mode)):
         stamp = Stamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -62,28 +78,62 @@ def look(path: bytes, directory: int | None = None) -> Entry:
     return Skipped(path, f"it is {what}", is_failure=False)
 
 
-def list_folder(folder: Folder) -> Iterator[list[Entry]]:
-    """What is in *folder*, by name, in parts: the same to everybody who asks."""
+def list_folder(path: bytes) -> Iterator[Identity | list[Entry]]:
+    """Which folder stands at *path*, and what is in it, by name: in parts, the same to everybody.
+
+    In place of all that, or of what follows, what was skipped.
+    """
     try:
-        fd = os.open(folder.path, _FLAGS)
+        fd = open_without_links(path, _FLAGS)
     except FileNotFoundError:
-        yield [Skipped(folder.path, "it is not there any more", is_failure=False)]
+        yield [Skipped(path, _VANISHED, is_failure=False)]
         return
     except OSError as error:
-        yield [Skipped(folder.path, reason_of(error), is_failure=True)]
+        reason = _ANOTHER if error.errno == errno.ELOOP else reason_of(error)
+        yield [Skipped(path, reason, is_failure=True)]
         return
     try:
         status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != folder.identity:
-            yield [Skipped(folder.path, "another has taken its place", is_failure=True)]
-            return
-        try:
-            names = sorted(map(os.fsencode, os.listdir(fd)))  # noqa: PTH208 - of a descriptor
-        except OSError as error:
-            yield [Skipped(folder.path, reason_of(error), is_failure=True)]
-            return
-        for at in range(0, len(names), PART):
-            part = names[at : at + PART]
-            yield [look(os.path.join(folder.path, name), fd) for name in part]  # noqa: PTH118
+        yield status.st_dev, status.st_ino
+        with os.scandir(fd) as found:
+            entries = sorted((os.fsencode(entry.name), _is_folder(entry)) for entry in found)
+        for at in range(0, len(entries), PART):
+            yield [_entry(path, fd, *each) for each in entries[at : at + PART]]
+    except OSError as error:
+        yield [Skipped(path, reason_of(error), is_failure=True)]
     finally:
         os.close(fd)
+
+
+def _entry(folder: bytes, fd: int, name: bytes, is_folder: bool) -> Entry:
+    path = os.path.join(folder, name)  # noqa: PTH118 - of bytes
+    return Folder(path) if is_folder else look(path, fd)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """As the folder says it is in; where that does not say, `look` does."""
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def device_if_lost(path: bytes) -> int | None:
+    """Of the file system that *path* would be made on; None where there is something."""
+    if os.path.lexists(path):
+        return None
+    for folder in Path(os.fsdecode(path)).parents:
+        try:
+            return folder.stat().st_dev
+        except OSError:
+            continue
+    return 0
+
+
+ANSWERS: Mapping[Question, Callable[[bytes], object]] = MappingProxyType(
+    {
+        Question.REAL: os.path.realpath,
+        Question.LOOK: look,
+        Question.DEVICE_IF_LOST: device_if_lost,
+    }
+)

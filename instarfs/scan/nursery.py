@@ -17,13 +17,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from instarfs.image.linux import end_with_parent, name_process
 from instarfs.scan.examine import examine
-from instarfs.scan.listing import Folder, list_folder
+from instarfs.scan.listing import ANSWERS, Folder, Question, list_folder
 from instarfs.scan.pace import Pace
 from instarfs.scan.values import Candidate, Limits
 
@@ -111,18 +111,22 @@ def _end(child: int) -> int:
 
 
 def _serve(connection: Connection, pace: Pace) -> None:
-    """Answer until nobody asks any more: each of many candidates, or a folder in parts."""
+    """Answer until nobody asks any more: of many candidates, of a folder in parts, of a path."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             for answer in _answers(connection.recv(), pace):
                 connection.send(answer)
 
 
-def _answers(asked: Folder | list[Candidate], pace: Pace) -> Iterator[object]:
+def _answers(
+    asked: Folder | tuple[Question, bytes] | list[Candidate], pace: Pace
+) -> Iterator[object]:
     if isinstance(asked, Folder):
-        parts: Iterable[object] = list_folder(asked)
-        yield from parts
+        yield from list_folder(asked.path)
         yield None
-        return
-    for candidate in asked:
-        yield examine(candidate, pace)
+    elif isinstance(asked, tuple):
+        question, path = asked
+        yield ANSWERS[question](path)
+    else:
+        for candidate in asked:
+            yield examine(candidate, pace)

@@ -7,11 +7,10 @@ goes on there. What is known of an image is recorded before anybody is told of i
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import accumulate
 from typing import Protocol
 
 from instarfs.errors import WORST_FIRST
@@ -28,8 +27,8 @@ from instarfs.scan.values import (
     Skipped,
     Tell,
 )
-from instarfs.scan.walk import Walk
-from instarfs.scan.workers import Stopped
+from instarfs.scan.walk import Walk, real_roots
+from instarfs.scan.workers import Lister, Stopped, Unanswered
 
 _SUFFIX = b".qcow2"
 
@@ -46,9 +45,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be scanned. Times in seconds. ``program``: the version of whoever checks."""
+    """What is to be scanned: what is at ``paths``, and below.
 
-    roots: Sequence[bytes]
+    Times in seconds. ``program``: the version of whoever checks.
+    """
+
+    paths: Sequence[bytes]
     program: str
     shard: Shard = field(default_factory=Shard)
     outdated_after: float = float("inf")
@@ -56,16 +58,18 @@ class Wanted:
 
 
 class Scan:
-    """One scan of what is *wanted* into *state*, of what *walk* finds."""
+    """One scan of what is *wanted* into *state*, of what *lister* finds."""
 
     def __init__(
-        self, wanted: Wanted, state: State, walk: Walk, tell: Tell, stop: Callable[[], bool]
+        self, wanted: Wanted, state: State, lister: Lister, tell: Tell, stop: Callable[[], bool]
     ) -> None:
-        self._wanted, self._state, self._walk = wanted, state, walk
+        self._wanted, self._state, self._lister = wanted, state, lister
         self._tell, self._stop = tell, stop
+        self._roots: list[bytes] = []
         self._began, self._clock = time.time(), time.monotonic()
         self._checked = self._unchanged = self._skipped = self._bytes_read = 0
-        self._has_failed = False
+        # What could not be looked at: of what is below nothing is known.
+        self._unseen: set[bytes] = set()
         # Whether every file was met; and whether every image that was has an up-to-date verdict.
         self._is_walked = self._is_complete = False
 
@@ -77,6 +81,7 @@ class Scan:
         """
         self._state.begin(self._wanted.program, self._began)
         try:
+            self._roots = real_roots(self._lister, self._wanted.paths)
             for outcome in engine.run(self._candidates()):
                 self._take(outcome)
             if self._is_walked:
@@ -85,7 +90,7 @@ class Scan:
             self._is_walked = self._is_complete = False
         self._state.end(self._so_far())
         codes = self._state.exit_codes()
-        if self._has_failed or not self._is_walked:
+        if self._unseen or not self._is_walked:
             codes.add(1)
         return min(codes or {0}, key=WORST_FIRST.index)
 
@@ -109,8 +114,9 @@ class Scan:
 
     def _candidates(self) -> Iterator[Candidate]:
         """New ones, then those that were put off. Raises `Stopped`."""
-        for root in self._wanted.roots:
-            for found in self._walk.below(root):
+        walk = Walk(self._lister, self._roots)
+        for root in self._roots:
+            for found in walk.below(root):
                 if not self._has_time():
                     return
                 if not self._wanted.shard.has(found.path):
@@ -191,7 +197,7 @@ class Scan:
     def _skip(self, skipped: Skipped) -> None:
         self._skipped += 1
         if skipped.is_failure:
-            self._has_failed = True
+            self._unseen.add(skipped.path)
             self._state.skip(skipped)
         elif self._state.known(skipped.path) is not None:
             self._state.forget(skipped.path, GONE, time.time())
@@ -201,25 +207,24 @@ class Scan:
 
     def _look_for_lost(self) -> None:
         """Images that have a row, and that were not met."""
-        for root in self._wanted.roots:
+        for root in self._roots:
             for path in self._state.not_met(root):
-                if not self._wanted.shard.has(path) or os.path.lexists(path):
-                    continue
                 known = self._state.known(path)
-                if known is None:
+                if known is None or not self._wanted.shard.has(path) or self._is_unseen(path):
                     continue
-                if known.row.device == _device_below(path):
+                try:
+                    device = self._lister.device_if_lost(path)
+                except Unanswered as error:
+                    self._skip(Skipped(path, str(error), is_failure=True))
+                    continue
+                if device == known.row.device:
                     self._state.forget(path, GONE, time.time())
-                else:
+                elif device is not None:
                     reason = "it is not there, nor is what it lay on: is that mounted?"
                     self._skip(Skipped(path, reason, is_failure=True))
 
-
-def _device_below(path: bytes) -> int:
-    """Of the file system that a file of that name would be made on."""
-    for folder in Path(os.fsdecode(path)).parents:
-        try:
-            return folder.stat().st_dev
-        except OSError:
-            continue
-    return 0
+    def _is_unseen(self, path: bytes) -> bool:
+        """Whether it lies below what could not be looked at."""
+        parts = path.split(b"/")
+        folders = accumulate(parts, lambda above, name: above + b"/" + name)
+        return bool(self._unseen) and any((each or b"/") in self._unseen for each in folders)

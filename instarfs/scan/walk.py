@@ -6,29 +6,37 @@ several names, and of what is mounted in several places, the first counts.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
-from instarfs.scan.listing import Entry, Folder, Identity, Named, look
+from instarfs.scan.listing import Entry, Folder, Identity, Named
 from instarfs.scan.values import Candidate, Skipped
 
 
 class Lists(Protocol):
-    """Who lists folders: `instarfs.scan.workers.Lister`."""
+    """Who asks the file systems: `instarfs.scan.workers.Lister`. One that hangs holds nobody up."""
 
-    def entries(self, folder: Folder) -> Iterator[Entry]:
-        """What is in *folder*, by name."""
+    def real(self, path: bytes) -> bytes:
+        """*path* without links."""
+
+    def is_there(self, path: bytes) -> bool:
+        """Whether anything stands at *path*."""
+
+    def look(self, path: bytes) -> Entry:
+        """What stands at *path*."""
+
+    def entries(self, folder: Folder) -> Iterator[Identity | Entry]:
+        """Which folder it is, and what is in it by name; or what was skipped."""
 
 
-def real_roots(paths: Iterable[bytes]) -> list[bytes]:
+def real_roots(lister: Lists, paths: Iterable[bytes]) -> list[bytes]:
     """The paths that somebody has named, as they really are: of those links are followed.
 
     What lies below another of them is met there.
     """
-    real = list(dict.fromkeys(os.path.realpath(path) for path in paths))
-    return [path for path in real if not (os.path.lexists(path) and _is_below(path, real))]
+    real = list(dict.fromkeys(map(lister.real, paths)))
+    return [path for path in real if not (_is_below(path, real) and lister.is_there(path))]
 
 
 def _is_below(path: bytes, roots: Iterable[bytes]) -> bool:
@@ -38,15 +46,15 @@ def _is_below(path: bytes, roots: Iterable[bytes]) -> bool:
 class Walk:
     """One walk of *roots*. It keeps the identity of folders, and of files that may be met again."""
 
-    def __init__(self, lister: Lists, roots: Iterable[bytes]) -> None:
+    def __init__(self, lister: Lists, roots: Sequence[bytes]) -> None:
         self._lister = lister
         self._seen: set[Identity] = set()
         # A file that is mounted somewhere has one name more than its number of links says.
-        self._keeps_all = _holds_mounts(list(roots))
+        self._keeps_all = _holds_mounts(roots)
 
     def below(self, root: bytes) -> Iterator[Candidate | Skipped]:
         """What is at *root*, or below it, that this walk has not met; and what it is not."""
-        pending: list[Entry] = [look(root)]
+        pending: list[Entry] = [self._lister.look(root)]
         is_named = True
         while pending:
             entry = pending.pop()
@@ -66,10 +74,13 @@ class Walk:
             is_named = False
 
     def _entries(self, folder: Folder) -> Iterator[Entry]:
-        if folder.identity in self._seen:
-            return
-        self._seen.add(folder.identity)
-        yield from self._lister.entries(folder)
+        for each in self._lister.entries(folder):
+            if not isinstance(each, tuple):
+                yield each
+            elif each in self._seen:
+                return
+            else:
+                self._seen.add(each)
 
     def _once(self, entry: Named | Skipped, *, is_named: bool) -> Candidate | Skipped:
         if isinstance(entry, Skipped):
@@ -83,7 +94,7 @@ class Walk:
         return entry.file
 
 
-def _holds_mounts(roots: list[bytes]) -> bool:
+def _holds_mounts(roots: Sequence[bytes]) -> bool:
     """Whether something is mounted below one of *roots*."""
     try:
         mounts = list(mounts_in(MOUNT_TABLE.read_bytes()))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import socket
@@ -18,11 +17,11 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 from instarfs.errors import ScanCrippled
 from instarfs.scan import pace
-from instarfs.scan.listing import Entry, Folder
+from instarfs.scan.listing import Entry, Folder, Identity, Question
 from instarfs.scan.nursery import END, FORK, MESSAGE_BYTES
 from instarfs.scan.values import Limits, Skipped
 
@@ -133,39 +132,88 @@ class Worker:
         return f"was killed by signal {-code}" if code < 0 else "ended by itself"
 
 
+class Unanswered(Exception):
+    """Whoever was asked of a path did not answer, and was ended; the message says which of both."""
+
+
 class Lister:
-    """Lists folders, in a process that is replaced where a folder does not answer."""
+    """Asks of folders and paths, in a process that is replaced where a file system says nothing."""
 
     def __init__(self, nursery: Nursery, stop: Callable[[], bool]) -> None:
         self._nursery, self._stop = nursery, stop
+        self._seconds = min(LISTING_SECONDS, nursery.limits.timeout)
         self._worker: Worker | None = None
 
-    def entries(self, folder: Folder) -> Iterator[Entry]:
-        """What is in *folder*, by name. Raises `Stopped`, `ScanCrippled`."""
+    def real(self, path: bytes) -> bytes:
+        """*path* without links; absolute. Where nobody answers: as it is named, but absolute."""
+        try:
+            return cast(bytes, self._ask(Question.REAL, path))
+        except Unanswered:
+            return os.path.abspath(path)  # noqa: PTH100 - of bytes
+
+    def is_there(self, path: bytes) -> bool:
+        """Whether anything stands at *path*; so it may be where nobody answers."""
+        try:
+            return self.device_if_lost(path) is None
+        except Unanswered:
+            return True
+
+    def look(self, path: bytes) -> Entry:
+        """What stands at *path*."""
+        try:
+            return cast(Entry, self._ask(Question.LOOK, path))
+        except Unanswered as error:
+            return Skipped(path, str(error), is_failure=True)
+
+    def device_if_lost(self, path: bytes) -> int | None:
+        """As `instarfs.scan.listing.device_if_lost`. Raises `Unanswered`."""
+        return cast("int | None", self._ask(Question.DEVICE_IF_LOST, path))
+
+    def entries(self, folder: Folder) -> Iterator[Identity | Entry]:
+        """Which folder it is, and what is in it by name; or what was skipped."""
+        is_through = False
+        try:
+            connection = self._send(folder)
+            while (part := self._receive(connection)) is not None:
+                if isinstance(part, tuple):
+                    yield part
+                else:
+                    yield from part
+            is_through = True
+        except Unanswered as error:
+            yield Skipped(folder.path, str(error), is_failure=True)
+        finally:
+            if not is_through:
+                self._end()
+
+    # All of these raise `Stopped`, `ScanCrippled`; and `Unanswered`, and then the process is ended.
+
+    def _ask(self, question: Question, path: bytes) -> object:
+        return self._receive(self._send((question, path)))
+
+    def _send(self, asked: object) -> Connection:
         if self._worker is None:
             self._worker = self._nursery.fork(0)
-        connection = self._worker.connection
+        with contextlib.suppress(OSError):  # one that has ended is noticed where it is read from
+            self._worker.connection.send(asked)
+        return self._worker.connection
+
+    def _receive(self, connection: Connection) -> Any:
+        until = time.monotonic() + self._seconds
         try:
-            connection.send(folder)
-            while True:
-                self._wait(connection)
-                if (part := connection.recv()) is None:
-                    return
-                yield from part
-        except (TimeoutError, EOFError, OSError) as error:
-            worker, self._worker = self._worker, None
+            while not connection.poll(POLL_SECONDS):
+                if self._stop():
+                    raise Stopped
+                if time.monotonic() > until:
+                    self._end()
+                    raise Unanswered(f"it did not answer for {self._seconds:g} seconds")
+            return connection.recv()
+        except (EOFError, OSError) as error:
+            self._end()
+            raise Unanswered("whoever looked at it was killed") from error
+
+    def _end(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
             with contextlib.suppress(ScanCrippled):
                 worker.end()
-            if isinstance(error, OSError) and error.errno == errno.EMFILE:
-                raise
-            slow = f"it did not answer for {LISTING_SECONDS:g} seconds"
-            reason = slow if isinstance(error, TimeoutError) else "whoever listed it was killed"
-            yield Skipped(folder.path, reason, is_failure=True)
-
-    def _wait(self, connection: Connection) -> None:
-        until = time.monotonic() + LISTING_SECONDS
-        while not connection.poll(POLL_SECONDS):
-            if self._stop():
-                raise Stopped
-            if time.monotonic() > until:
-                raise TimeoutError

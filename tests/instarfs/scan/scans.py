@@ -12,7 +12,6 @@ from instarfs.scan.pool import Pool
 from instarfs.scan.run import Engine, Scan, Wanted
 from instarfs.scan.state import State
 from instarfs.scan.values import Candidate, Limits, Outcome, Row, Skipped
-from instarfs.scan.walk import Walk, real_roots
 from instarfs.scan.workers import Lister, Nursery
 
 PROGRAM = "1.0"
@@ -73,11 +72,10 @@ def scan(
 ) -> Told:
     """Scan *roots*; options are those of `Wanted`."""
     told = Told()
-    real = real_roots(map(os.fsencode, roots))
-    asked = Wanted(**{"roots": real, "program": PROGRAM, **wanted})  # type: ignore[arg-type]
-    walk = Walk(Lister(nursery, stop), real)
+    paths = list(map(os.fsencode, roots))
+    asked = Wanted(**{"paths": paths, "program": PROGRAM, **wanted})  # type: ignore[arg-type]
     with state_or_none(state) as used:
-        told.code = Scan(asked, used, walk, told.tell, stop).run(
+        told.code = Scan(asked, used, Lister(nursery, stop), told.tell, stop).run(
             engine or Pool(nursery, jobs, stop)
         )
     return told

@@ -60,15 +60,26 @@ class Hosts:
             time.sleep(0.05)
 
 
-@pytest.fixture
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    started = Hosts(tmp_path_factory.mktemp("hosts"))
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Hosts]:
+    """A scheduler and a worker."""
+    started = Hosts(folder)
     started.start("scheduler", "--port=0", "--no-dashboard", "--host=127.0.0.1")
+    started.worker()
     started.address()
-    yield started
-    for process in started.processes:
-        process.kill()
-        process.wait()
+    try:
+        yield started
+    finally:
+        for process in started.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """For all tests that leave them as they are."""
+    with running(tmp_path_factory.mktemp("hosts")) as started:
+        yield started
 
 
 @pytest.fixture
@@ -102,7 +113,7 @@ class Disturbed(Recorded):
 def test_the_rows_are_those_of_one_process_though_a_worker_is_killed(
     hosts: Hosts, folder: Path, nursery: Nursery
 ) -> None:
-    first, _ = hosts.worker(), hosts.worker()
+    first = hosts.worker()
 
     def lose_one() -> None:
         os.kill(first.pid, signal.SIGKILL)
@@ -131,7 +142,6 @@ def test_no_more_is_handed_out_than_is_begun_soon(hosts: Hosts, folder: Path) ->
             taken += 1
             yield found(path)
 
-    hosts.worker()
     with contextlib.closing(Cluster(hosts.address(), limits(), never)) as cluster:
         cluster._client.wait_for_workers(1, timeout=60)
         outcomes = cluster.run(counted())
@@ -141,13 +151,12 @@ def test_no_more_is_handed_out_than_is_begun_soon(hosts: Hosts, folder: Path) ->
 
 
 def test_where_the_scheduler_is_lost_nothing_that_was_recorded_is(
-    hosts: Hosts, folder: Path, nursery: Nursery, tmp_path: Path
+    folder: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
-    hosts.worker()
-    with State.open(str(tmp_path / "state")) as state:
-        with contextlib.closing(Cluster(hosts.address(), limits(), never)) as cluster:
+    with running(tmp_path) as lost, State.open(str(tmp_path / "state")) as state:
+        with contextlib.closing(Cluster(lost.address(), limits(), never)) as cluster:
             cluster._client.wait_for_workers(1, timeout=60)
-            engine = Disturbed(cluster, IMAGES - 10, hosts.processes[0].kill)
+            engine = Disturbed(cluster, IMAGES - 10, lost.processes[0].kill)
             with pytest.raises(ClusterFailed):
                 scan(nursery, [folder], state, engine=engine)
         recorded = sum(state.counts().values())
