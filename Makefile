@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint coverage bench fuzz load wheel deb test-deb clean
+.PHONY: help demo test lint coverage bench fuzz load wheel deb test-deb test-pip clean
 
 # The interpreter that .venv is made from; empty: the first of python3, python3.14 ... python3.11 that fits.
 PYTHON ?=
@@ -28,6 +28,7 @@ help:
 	@echo 'make wheel   a wheel and a source archive in dist/, the same bytes every time'
 	@echo 'make deb     a package for this Debian in dist/, with all that it needs inside'
 	@echo 'make test-deb  the same, installed, used and removed in new systems  SUITES="bookworm trixie"'
+	@echo 'make test-pip  the wheel, installed by pip and used in new systems without a compiler'
 	@echo 'make clean   remove .venv and everything else that make made'
 	@echo
 	@echo 'Each installs what is missing first (apt, pip into .venv). PYTHON=python3.13 picks the'
@@ -80,6 +81,10 @@ deb:
 test-deb:
 	@$(setup) package
 	@for suite in $(SUITES); do packaging/deb/test $$suite build/deb || exit 1; done
+
+test-pip:
+	@$(setup) package
+	@for suite in $(SUITES); do packaging/pip/test $$suite build/deb || exit 1; done
 
 clean:
 	rm -rf .coverage .fuzz .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
