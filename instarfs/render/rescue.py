@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
-from planner.check.report import Report
+from planner.check.report import CheckCounters
 from planner.findings.kinds import NONE
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
@@ -169,8 +169,8 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             },
             "changed": [name for name, _ in _changes(found.now, header)],
             "verdict": rescue.after.verdict,
-            **_counters(rescue.after),
-            "next-best": _counters(found.rival.report) if found.rival else None,
+            **_counters(rescue.after.counters),
+            "next-best": _counters(found.rival.counters) if found.rival else None,
             "size-evidence": found.size.evidence if found.size else None,
             "size-is-exact": found.size.is_exact if found.size else True,
             "placements": [_placement(each) for each in rescue.placements],
@@ -204,7 +204,7 @@ def _shown(name: str, value: object) -> str:
 
 
 def _score(hypothesis: Hypothesis) -> str:
-    counters = hypothesis.report.counters
+    counters = hypothesis.counters
     return (
         f"{plural(counters.corruptions, 'corruption')},"
         f" {plural(counters.leaks, 'leaked cluster')},"
@@ -212,8 +212,7 @@ def _score(hypothesis: Hypothesis) -> str:
     )
 
 
-def _counters(report: Report) -> dict[str, int]:
-    found = report.counters
+def _counters(found: CheckCounters) -> dict[str, int]:
     return {
         "check-errors": found.check_errors,
         "corruptions": found.corruptions,

@@ -322,7 +322,7 @@ class _Check:
 
     def _find_owners(self, wanted: Mask, index: ClusterIndex) -> Owners | None:
         """Owners of the clusters in *wanted*; reports those that cannot all be right."""
-        if not wanted.any():
+        if not wanted.any() or not self._limits.owners:
             return None
         survey = self._survey
         finder = OwnersFinder(

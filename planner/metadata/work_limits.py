@@ -24,7 +24,8 @@ class Limits:
 
     Of a check: up to ``dense_clusters``, or while the metadata is as large, one counter a cluster
     is cheap. For ``owned_low_clusters`` with too low a refcount their owners are looked up, and
-    ``owners`` are kept; a report with more says that it does not list them all. Of tables with less
+    ``owners`` are kept; a report with more says that it does not list them all, and with 0 none
+    is looked for, nor which clusters have two that cannot both be right. Of tables with less
     than ``version_entries``, comparing costs more than counting; versions of a table that differ in
     more than one of ``version_share`` entries are counted one by one.
 

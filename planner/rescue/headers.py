@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import itertools
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 
 from planner.arrays import I64, U64
 from planner.check.check import check_image
-from planner.check.report import Report
+from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
+from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.extensions import CRYPTO_HEADER, CRYPTO_POINTER
 from planner.qcow2.geometry import Geometry
@@ -42,7 +45,7 @@ from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.luks import LUKS_BYTES, decode_luks
 from planner.qcow2.luks import MAGIC as LUKS_MAGIC
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.qcow2.snapshots import read_snapshots
+from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
 from planner.rescue.scan import Sectors, find_tables
 from planner.source import SECTOR, Patched, Source, nonzero_words, read_bytes
@@ -53,31 +56,43 @@ MAX_CANDIDATES = 8
 MAX_CHECKS = 400
 """Hypotheses that are checked, at most."""
 
+SMALL_CHECKS, BYTES_A_CHECK, REGIONS_A_CHECK, SNAPSHOTS_A_CHECK = 100, 64 << 10, 1000, 100
+"""Of a small file so many; one more for so much that there is of it; one that finds so many
+structures is counted as one more, for it takes as long.
+"""
+
 MAX_LUKS = 64
 """Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
 
 STANDS_OUT = 4
 """So many times more than the best must the next contradict the file, or none is believed."""
 
+_COUNTED = replace(LIMITS, owners=0)
+"""A score counts. Who owns what is in none of the counters, and takes most of the time."""
+
 _WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
 
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """A header, what the check of the file says under it, and which fields it changes.
+    """A header, what the check of the file counts under it, and which fields it changes.
 
     ``content``: the first bytes of the file, with the header in them.
     """
 
     header: Header
     content: bytes
-    report: Report
+    counters: CheckCounters
     changed: tuple[str, ...]
+
+    def laid_over(self, source: Source) -> Patched:
+        """The file as it is with that header."""
+        return Patched(source, 0, self.content)
 
     @property
     def score(self) -> tuple[int, int, int]:
         """The lower, the better: what the check could not look at, found wrong, found leaked."""
-        counters = self.report.counters
+        counters = self.counters
         return counters.check_errors, counters.corruptions, counters.leaks
 
     @property
@@ -148,8 +163,7 @@ def find_headers(
         search.attempt(like)
     search.try_fields()
     if not search.is_settled:
-        total = sum(end - start for start, end in source.data_extents(0, source.size))
-        search.try_tables(find_tables(source, Meter(progress, "scan", total)))
+        search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
         search.try_rest()
     return Found(search.now, search.best(), search.size)
 
@@ -159,6 +173,8 @@ class _Search:
 
     def __init__(self, source: Source, assumed: Mapping[str, int]) -> None:
         self._source, self._assumed = source, assumed
+        self.present = sum(end - start for start, end in source.data_extents(0, source.size))
+        self._left = SMALL_CHECKS + self.present // BYTES_A_CHECK
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None
         # Headers that are made up: those that somebody had are believed first.
@@ -180,7 +196,7 @@ class _Search:
         *extensions*: what is to stand behind its fields; otherwise what does.
         """
         header = with_fields(header, self._assumed)
-        if header in self._tried or len(self._tried) >= MAX_CHECKS:
+        if header in self._tried or self._is_tired:
             return self._tried.get(header)
         self._tried[header] = None
         if header.cluster_bits not in CLUSTER_BITS:
@@ -189,12 +205,22 @@ class _Search:
         # What stands behind the fields may be garbage, too: then as if nothing stood there.
         rest = bytes((1 << header.cluster_bits) - len(fields))
         for content in dict.fromkeys((fields, fields + rest)):
-            report = check_image(Patched(self._source, 0, content))
+            report = self._check(Patched(self._source, 0, content))
             if report.error is None:
                 changed = self._changes(header)
-                self._tried[header] = Hypothesis(header, content, report, changed)
+                self._tried[header] = Hypothesis(header, content, report.counters, changed)
                 break
         return self._tried[header]
+
+    @property
+    def _is_tired(self) -> bool:
+        return self._left <= 0 or len(self._tried) >= MAX_CHECKS
+
+    def _check(self, source: Source) -> Report:
+        report = check_image(source, limits=_COUNTED)
+        self._left -= 1 + len(report.regions.structure) // REGIONS_A_CHECK
+        self._left -= len(report.snapshots) // SNAPSHOTS_A_CHECK
+        return report
 
     def _changes(self, header: Header) -> tuple[str, ...]:
         names = header.__slots__
@@ -219,6 +245,8 @@ class _Search:
         for bits in reversed(CLUSTER_BITS):
             for tables in _candidates(self._source, sectors, bits):
                 self._try(tables)
+                if self._is_tired:
+                    return
             if self.is_settled:
                 return
 
@@ -247,7 +275,7 @@ class _Search:
 
     def _luks(self, best: Hypothesis) -> bytes:
         """The extension that leads to a LUKS header, if one is among what nothing leads to."""
-        leaked = _leaked(best.report)
+        leaked = self._leaked(best)
         first = leaked[np.diff(leaked, prepend=-2) != 1][:MAX_LUKS]
         for offset in (first << best.header.cluster_bits).tolist():
             raw = read_bytes(self._source, offset, LUKS_BYTES)
@@ -282,9 +310,9 @@ class _Search:
     def _longer(self, tables: _Tables) -> _Tables | None:
         header = with_fields(tables.header(extended=False), self._assumed)
         hypothesis = self._tried.get(header)
-        if hypothesis is None or not hypothesis.report.counters.leaks:
+        if hypothesis is None or not hypothesis.counters.leaks:
             return None
-        leaked = _leaked(hypothesis.report)
+        leaked = self._leaked(hypothesis)
         first = tables.l1_offset >> tables.bits
         before, after = _run_to(leaked, first), _run_from(leaked, first + tables.l1_clusters)
         low, high = first - before, first + tables.l1_clusters + after
@@ -297,6 +325,13 @@ class _Search:
         after = (tables.reftable_offset >> tables.bits) + tables.reftable_clusters
         more = _run_from(leaked, after)
         return replace(tables, reftable_clusters=tables.reftable_clusters + more) if more else None
+
+    def _leaked(self, hypothesis: Hypothesis) -> I64:
+        """Leaked clusters under it, ascending: of hundreds not all their reports are kept."""
+        report = self._check(hypothesis.laid_over(self._source))
+        if report.mismatches is None:
+            return np.zeros(0, dtype=np.int64)
+        return report.mismatches.clusters(FindingKind.LEAK, report.totals[FindingKind.LEAK])
 
 
 def with_fields(header: Header, fields: Mapping[str, int]) -> Header:
@@ -396,11 +431,12 @@ def _candidates(source: Source, sectors: Sectors, bits: int) -> Iterator[_Tables
         return
     tables = _l1_tables(source, clusters, bits)
     starts = sectors.snapshots * SECTOR
-    starts = starts[starts % size == 0]
+    starts = starts[starts % size == 0][:MAX_CANDIDATES].tolist()
+    snapshots_at = cache(partial(_snapshots_at, source, bits))
     for (offset, order), (l1, used) in itertools.product(reftables, tables):
         plain = _Tables(bits, order, offset, 1, l1, max(1, -(-used * 8 // size)), used)
-        for start in starts[:MAX_CANDIDATES].tolist():
-            count = _snapshots_at(source, plain, start)
+        for start in starts:
+            count = snapshots_at(start)
             if count:
                 yield replace(plain, snapshots_offset=start, snapshots=count)
         yield plain
@@ -464,39 +500,43 @@ def _bounds(source: Source, bits: int, inside: int, low: int, high: int) -> tupl
     return low, min(high, low + room)
 
 
-def _snapshots_at(source: Source, tables: _Tables, offset: int) -> int:
+def _snapshots_at(source: Source, bits: int, offset: int) -> int:
     """How many entries of a snapshot table follow each other at *offset*."""
-    header, count = tables.header(extended=False), 0
-    while count < 1 << 16:
-        tried = replace(header, snapshots_offset=offset, nb_snapshots=count + 1)
+    header = _Tables(bits, 0, 0, 1, 0, 1, 1, snapshots_offset=offset).header(extended=False)
+    size = header.geometry.cluster_size
+
+    def sound(asked: int) -> int:
+        """Of so many the first that are; -1 where one cannot be read."""
+        tried = replace(header, nb_snapshots=asked)
         try:
-            last = read_snapshots(source, tried, tried.geometry).snapshots[count]
+            entries = read_snapshots(source, tried, tried.geometry).snapshots
         except ImageError:
-            break
-        is_one = last.l1_table_offset and last.l1_table_offset % tried.geometry.cluster_size == 0
-        if not is_one or last.l1_table_offset >= source.size or not last.l1_size:
-            break
-        count += 1
-    return count
+            return -1
+        for count, each in enumerate(entries):
+            is_one = each.l1_table_offset and each.l1_table_offset % size == 0
+            if not is_one or each.l1_table_offset >= source.size or not each.l1_size:
+                return count
+        return asked
+
+    low, asked = 0, 1
+    while (found := sound(asked)) == asked < MAX_SNAPSHOTS:
+        low, asked = asked, 2 * asked
+    if found >= 0:
+        return found
+    return low + bisect_left(range(low, asked), True, key=lambda count: sound(count + 1) <= count)
 
 
-# ---- what the check of a hypothesis says ----
-
-
-def _leaked(report: Report) -> I64:
-    """Leaked clusters, ascending."""
-    if report.mismatches is None:
-        return np.zeros(0, dtype=np.int64)
-    return report.mismatches.clusters(FindingKind.LEAK, report.totals[FindingKind.LEAK])
+# ---- neighbours ----
 
 
 def _run_to(clusters: I64, first: int) -> int:
-    """How many of ascending *clusters* follow each other up to *first*."""
-    return _run_from(-clusters[::-1], 1 - first)
+    """How many of ascending *clusters* follow each other up to *first*, without it."""
+    end = int(np.searchsorted(clusters, first))
+    return bisect_left(range(end), True, key=lambda at: clusters[end - 1 - at] + at < first - 1)
 
 
 def _run_from(clusters: I64, first: int) -> int:
     """How many of ascending *clusters* follow each other from *first* on."""
-    at = int(np.searchsorted(clusters, first))
-    behind = clusters[at:] - first
-    return int((behind == np.arange(len(behind))).cumprod().sum())
+    start = int(np.searchsorted(clusters, first))
+    left = range(len(clusters) - start)
+    return bisect_left(left, True, key=lambda at: clusters[start + at] - at > first)

@@ -90,13 +90,13 @@ def rescue(
     if tables is not None and before.layout is not None:
         # With a header under which tables are found there is nothing wrong but that.
         header = before.layout.header
-        headers, report = Found(header, [Hypothesis(header, b"", before, ())]), before
+        headers, report = Found(header, [Hypothesis(header, b"", before.counters, ())]), before
     else:
         headers = find_headers(source, assumed=assumed, like=like, progress=progress)
         best = headers.best
         if best is None:
             raise HeaderUnknown(_why(headers), _WAYOUT)
-        report = best.report
+        report = check_image(best.laid_over(source), progress=progress)
         if best.changed:
             draft_header(draft, best, before)
             tables = _tables_under(draft.overlay(), report, progress)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from instarfs.cli import main as cli
 from tests.fuzz.guest_bombs import make_guest_bomb
-from tests.fuzz.holed import Holed, make_bomb
+from tests.fuzz.holed import WITHOUT_A_HEADER, Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
 
@@ -57,7 +57,7 @@ COMMANDS = (
 BESIDE_UNDO = ("undo", "check -r leaks", "trim")
 """What looks at an undo file that is there: one that is long, a hole, and says nothing."""
 
-BRIEFLY = ("info --output=json", "check --data", "report", "files", "map --output=json")
+BRIEFLY = ("info --output=json", "check --data", "report", "files", "rescue", "map --output=json")
 
 STREAMED = ("files", "info --output=json", "map", "map --output=json", "plan --output=json all")
 """What may print more than `READ_BYTES`: nobody reads on then, and it is to end."""
@@ -402,6 +402,8 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path
     if arguments.named:
         for name, make in BOMBS.items():
             yield name, partial(_write_bomb, make)
+        for name, made in WITHOUT_A_HEADER.items():
+            yield name, made().write
         return
     seed = arguments.seed
     while True:

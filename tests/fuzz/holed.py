@@ -77,6 +77,47 @@ def leaks_in_holes(fill: bytes, blocks: int) -> Holed:
     return Holed(parts, blocks * cluster * 8 * cluster)
 
 
+def _headers() -> Holed:
+    """One after the other, each of an image with tables elsewhere."""
+    fields = (MAGIC, 3, 0, 0, 16, 1 << 40, 0, 1 << 15, 3 << 16, 1 << 16, 1, 0, 0, 0, 0, 0, 4, 104)
+    header = struct.pack(">IIQIIQIIQQIIQQQQII", *fields)
+    return Holed([(at * BLOCK, header) for at in range(200)], LARGEST)
+
+
+def _pages_of_tables(cluster_bits: int) -> Holed:
+    """A page of an L2 table in each cluster, and holes."""
+    cluster = 1 << cluster_bits
+    words = np.uint64(COPIED) | (np.arange(512, dtype=np.uint64) + 512) * np.uint64(cluster)
+    page = words.astype(">u8").tobytes()
+    return Holed([(at * cluster, page) for at in range(1, 220)], LARGEST)
+
+
+def _tables(bits: int, reftables: int) -> list[tuple[int, bytes]]:
+    """Refcount tables, each of which counts cluster 0 and itself, and an L1 table of one entry."""
+    block = (1 << bits, b"\0\1" * (1 << bits - 1))
+    many = [(2 + at << bits, struct.pack(">Q", 1 << bits)) for at in range(reftables)]
+    l1 = (2 + reftables << bits, struct.pack(">Q", COPIED | 3 + reftables << bits))
+    l2 = (3 + reftables << bits, struct.pack(">Q", COPIED | 4 + reftables << bits))
+    return [block, *many, l1, l2]
+
+
+def _snapshots_without_a_header() -> Holed:
+    entry = struct.pack(">QIHHIIQII", 3 << 16, 1, 1, 1, 1, 0, 0, 0, 16) + bytes(16) + b"1a"
+    return Holed([*_tables(16, 1), (1 << 20, entry.ljust(64, b"\0") * 9000)], 1 << 24)
+
+
+WITHOUT_A_HEADER: dict[str, Callable[[], Holed]] = {
+    "nothing": lambda: Holed(size=LARGEST),
+    "headers": _headers,
+    "pages of tables": lambda: _pages_of_tables(16),
+    "pages of large tables": lambda: _pages_of_tables(21),
+    "refcount tables": lambda: Holed(_tables(16, 150), LARGEST),
+    "refcount tables in small clusters": lambda: Holed(_tables(9, 250)),
+    "snapshots": _snapshots_without_a_header,
+}
+"""Files of which the header is to be found."""
+
+
 def make_bomb(seed: int) -> Holed:
     """The bomb of that number, always the same."""
     return _Maker(random.Random(seed)).make()

@@ -21,11 +21,12 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
+from planner.rescue.headers import find_headers
 from planner.source import Bytes
 from planner.triage.triage import Triage, triage_leaks
 from tests.fuzz.bounds import run
 from tests.fuzz.guest_bombs import make_guest_bomb
-from tests.fuzz.holed import leaks_in_holes, make_bomb, refcount_blocks_in_holes
+from tests.fuzz.holed import WITHOUT_A_HEADER, leaks_in_holes, make_bomb, refcount_blocks_in_holes
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
 from tests.images.bombs import BOMBS
@@ -137,6 +138,19 @@ def test_whose_the_damage_is_costs_no_more_on_a_disk_that_is_made_for_it(number,
             deque(files_tsv(found), maxlen=0)
 
         run(Target(search, list), b"")
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_HEADER)
+def test_finding_a_header_costs_no_more_on_a_file_that_is_made_for_it(name, tmp_path) -> None:
+    path = tmp_path / "bomb"
+    WITHOUT_A_HEADER[name]().write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+
+        def find(_: bytes) -> None:
+            find_headers(source)
+
+        run(Target(find, list), b"")
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])

@@ -22,7 +22,7 @@ from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
-from planner.source import Source, nonzero_words, read_tables
+from planner.source import Source, nonzero_words, present_tables, read_tables
 from planner.triage.triage import looker_of
 from planner.triage.uncounted import uncounted_clusters
 
@@ -113,14 +113,17 @@ def unused_clusters(source: Source, report: Report) -> I64:
     mismatches = report.mismatches
     if mismatches is None:
         return np.zeros(0, dtype=np.int64)
-    leaked = mismatches.clusters(FindingKind.LEAK, report.totals.get(FindingKind.LEAK, 0))
+    leaked: I64 = mismatches.clusters(FindingKind.LEAK, report.totals.get(FindingKind.LEAK, 0))
     leaked = leaked[mismatches.count_references(leaked) == 0]
     uncounted = uncounted_clusters(source, report)
+    if not len(uncounted):  # of millions, putting them in order again takes as much again
+        return leaked
     return np.unique(np.concatenate((leaked, uncounted)))
 
 
 def batches(source: Source, clusters: I64, size: int, meter: Meter) -> Iterator[tuple[I64, U8]]:
-    """Clusters of the file, and their bytes, some at a time."""
+    """Clusters of the file that are no holes, and their bytes, some at a time."""
+    clusters = clusters[present_tables(source, clusters * size, size, anyway=0)]
     offsets = clusters * size
     for part, rows in read_tables(source, offsets, size):
         meter.advance(rows.size)

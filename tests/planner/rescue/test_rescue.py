@@ -49,7 +49,7 @@ def test_what_can_be_read_is_marked_corrupt_while_it_has_parts_of_both() -> None
     data = healthy()
     before = check_image(Bytes(data))
     header = decode_header(data[:104])
-    other = Hypothesis(header, data[:600] + bytes(4096 - 600), before, ("size",))
+    other = Hypothesis(header, data[:600] + bytes(4096 - 600), before.counters, ("size",))
     draft = Draft(Bytes(data[:600] + b"\xff" * 2000 + data[2600:]))
     draft_header(draft, other, before)
     stages = draft.plan(RescueTier.RESCUE).stages
