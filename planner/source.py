@@ -128,6 +128,23 @@ class Patched:
         return join_extents(heapq.merge(beneath, [run for run in own if run[0] < run[1]]))
 
 
+class Grown:
+    """A source that is longer, or as long: behind its end there are zeros."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self._source, self._size = source, size
+
+    @property
+    def size(self) -> int:
+        return max(self._size, self._source.size)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._source.read_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return self._source.data_extents(offset, length)
+
+
 class Salvaged:
     """A source of which not everything can be read: zeros in place of that, and an account of it.
 

@@ -5,7 +5,7 @@ An L1 table tells it only to the coverage of a table, 512 MiB with clusters of 6
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,12 @@ class GuestBytes:
             if len(found) >= count:
                 break
         return found[:count]
+
+    def allocated(self) -> Iterator[tuple[int, int]]:
+        """The ranges that have data in the file, ascending."""
+        for runs in self._mapping.walk(0, self._size):
+            for at in np.flatnonzero(runs.kind == RunKind.DATA).tolist():
+                yield int(runs.guest[at]), int(runs.guest[at] + runs.length[at])
 
     def mapped_end(self) -> int:
         """Where the last byte ends that is more than unallocated."""

@@ -426,23 +426,23 @@ def _candidates(source: Source, sectors: Sectors, bits: int) -> Iterator[_Tables
     size = 1 << bits
     aligned = sectors.number[sectors.aligned(bits)]
     clusters = np.unique(aligned * SECTOR >> bits)
-    reftables = list(itertools.islice(_reftables(source, clusters, bits), MAX_CANDIDATES))
+    reftables = list(itertools.islice(find_reftables(source, clusters, bits), MAX_CANDIDATES))
     if not reftables:
         return
     tables = _l1_tables(source, clusters, bits)
     starts = sectors.snapshots * SECTOR
     starts = starts[starts % size == 0][:MAX_CANDIDATES].tolist()
-    snapshots_at = cache(partial(_snapshots_at, source, bits))
+    count_at = cache(partial(snapshots_at, source, bits))
     for (offset, order), (l1, used) in itertools.product(reftables, tables):
         plain = _Tables(bits, order, offset, 1, l1, max(1, -(-used * 8 // size)), used)
         for start in starts:
-            count = snapshots_at(start)
+            count = count_at(start)
             if count:
                 yield replace(plain, snapshots_offset=start, snapshots=count)
         yield plain
 
 
-def _reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[int, int]]:
+def find_reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[int, int]]:
     """(offset, refcount order) of tables whose first block counts cluster 0 and the table."""
     size = 1 << bits
     for cluster in clusters.tolist():
@@ -500,7 +500,7 @@ def _bounds(source: Source, bits: int, inside: int, low: int, high: int) -> tupl
     return low, min(high, low + room)
 
 
-def _snapshots_at(source: Source, bits: int, offset: int) -> int:
+def snapshots_at(source: Source, bits: int, offset: int) -> int:
     """How many entries of a snapshot table follow each other at *offset*."""
     header = _Tables(bits, 0, 0, 1, 0, 1, 1, snapshots_offset=offset).header(extended=False)
     size = header.geometry.cluster_size

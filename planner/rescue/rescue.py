@@ -24,6 +24,7 @@ from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
+from planner.rescue.bare import find_bare
 from planner.rescue.headers import Found, Hypothesis, find_headers
 from planner.rescue.placing.place import Placed, Placement, find_placements
 from planner.source import SECTOR, Source, read_bytes, read_tables
@@ -92,36 +93,53 @@ def rescue(
         header = before.layout.header
         headers, report = Found(header, [Hypothesis(header, b"", before.counters, ())]), before
     else:
-        headers = find_headers(source, assumed=assumed, like=like, progress=progress)
+        headers, size = _find_headers(source, before, assumed, like, progress)
         best = headers.best
-        if best is None:
+        if best is None or (size > source.size and not can_grow):
             raise HeaderUnknown(_why(headers), _WAYOUT)
-        report = check_image(best.laid_over(source), progress=progress)
+        report, draft.size = before, max(size, source.size)
         if best.changed:
             draft_header(draft, best, before)
+            report = check_image(draft.overlay(), progress=progress)
             tables = _tables_under(draft.overlay(), report, progress)
     if tables is not None:
         tables = _without_contested(tables)
-        _draft_l1(draft, tables)
+    placements = tables.placements if tables is not None else ()
+    if tables is None or not any(each.placed for each in placements):
+        if draft.size > source.size:
+            raise HeaderUnknown(_NOTHING_PLACED, _WAYOUT)
+        return Rescue(draft.plan(RescueTier.RESCUE), headers, before, report, placements)
+    _draft_l1(draft, tables)
     plan = draft.plan(RescueTier.RESCUE)
-    if tables is None:
-        return Rescue(plan, headers, before, before if plan.changes_nothing else report)
     plan, holes, after = _settled(source, plan, tables, can_grow=can_grow, progress=progress)
-    result = Rescue(
-        _in_order(source, plan, before), headers, before, after, tables.placements, holes
-    )
+    result = Rescue(_in_order(source, plan, before), headers, before, after, placements, holes)
     _require_proof(result, report)
     return result
+
+
+def _find_headers(
+    source: Source,
+    before: Report,
+    assumed: Mapping[str, int] | None,
+    like: Header | None,
+    progress: Progress,
+) -> tuple[Found, int]:
+    """What the header may have been, and how long the file is under it.
+
+    Where nothing is left of the L1 table either, one is made, and a header that leads to it.
+    """
+    if before.error is not None and not assumed and like is None:
+        bare = find_bare(source, progress)
+        if bare is not None and not bare.has_l1:
+            return bare.found, bare.end
+    found = find_headers(source, assumed=assumed, like=like, progress=progress)
+    return found, source.size
 
 
 def _settled(
     source: Source, plan: Plan, tables: Placed, *, can_grow: bool, progress: Progress
 ) -> tuple[Plan, tuple[int, ...], Report]:
     """*plan* with refcounts that agree with it, the L1 indices that stay open, and its check."""
-    if not any(each.placed for each in tables.placements):
-        # Where nothing comes back nothing is touched.
-        plan = replace(plan, stages=(), edits=(), edit_count=0, size_after=plan.size_before)
-        return plan, (), check_image(source, progress=progress)
     after = check_image(Overlay(source, plan), progress=progress)
     plan, after = _with_refcounts(source, plan, after, can_grow=can_grow, progress=progress)
     holes = _holes(tables)
@@ -194,6 +212,8 @@ def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
         draft.write(StageKind.PREPARE, SECTOR, rest)
     draft.write(StageKind.SWITCH, 0, fields)
 
+
+_NOTHING_PLACED = "the L1 table is gone, too, and nothing proves where any L2 table belongs"
 
 _WAYOUT = (
     "nothing was written: name what you know of it with --assume FIELD=VALUE, or an image that was"
@@ -315,7 +335,6 @@ _NEVER_MORE = (
     FindingKind.L1_ENTRY_RESERVED,
     FindingKind.L2_TABLE_MISALIGNED,
     FindingKind.PAST_END,
-    FindingKind.LEAK,
 )
 
 

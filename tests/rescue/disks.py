@@ -137,7 +137,7 @@ def _one_round(folder: Path, how: Made, rng: random.Random, number: int) -> None
             rng.randbytes(rng.randint(size // 2, size))
         )
     for file in range(6):
-        size = how.size // 100
+        size = min(how.size // 100, 64 * MIB)
         size = rng.randint(size // 4, size)
         (folder / f"large {number} {file}.img").write_bytes(rng.randbytes(size))
     old = sorted(path for path in folder.rglob("*") if path.is_file())

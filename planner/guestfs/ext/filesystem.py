@@ -27,7 +27,7 @@ from planner.guestfs.ext.superblock import (
     Superblock,
     find_superblock,
 )
-from planner.guestfs.inodes import DIRECTORY
+from planner.guestfs.inodes import DIRECTORY, REGULAR
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What
 from planner.guestfs.reading import Holes, read_blocks
 from planner.source import read_tables
@@ -118,6 +118,13 @@ class Ext:
         for start, length in free_spans(self._source, self._superblock, self._groups):
             if len(start):
                 yield Spans(start * size, length * size)
+
+    def sizes(self) -> Iterator[tuple[I64, I64]]:
+        """Numbers of files, and how many bytes each has; of those outside of their records."""
+        for inodes in walk_inodes(self._source, self._superblock, self._groups):
+            files = inodes.select((inodes.type == REGULAR) & (inodes.flags & INLINE_DATA_FL == 0))
+            low, high = (files.field[name].astype(np.int64) for name in ("size_lo", "size_high"))
+            yield files.number, low | (high & 0x7FFF_FFFF) << 32
 
     # ---- names ----
 

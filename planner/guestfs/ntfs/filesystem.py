@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, distinct, is_among
+from planner.guestfs.columns import little
 from planner.guestfs.ntfs.attributes import (
     ATTRIBUTE_LIST,
     BITMAP,
@@ -158,6 +159,17 @@ class Ntfs:
             start, stop = np.flatnonzero(step_of == 1), np.flatnonzero(step_of == -1)
             if len(start):
                 yield Spans((start + at * 8) * size, (stop - start) * size)
+
+    def sizes(self) -> Iterator[tuple[I64, I64]]:
+        """Numbers of files, and how many bytes each has; of those outside of their records."""
+        for records in self._table.walk():
+            attributes = attributes_of(records)
+            wanted = (attributes.type == DATA) & attributes.is_outside
+            some = attributes.select(wanted & self._table.belongs(records)[attributes.row])
+            # The first part of each says how long all of it is; none that is compressed or sparse.
+            plain = little(records.flat, some.at + 12, 2) == 0
+            some = some.select(plain & (little(records.flat, some.at + 16, 8) == 0))
+            yield inodes_of(records, some), little(records.flat, some.at + 48, 8)
 
     # ---- names ----
 

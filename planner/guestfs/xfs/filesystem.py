@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, distinct, expand_ranges
-from planner.guestfs.inodes import DIRECTORY, Inodes
+from planner.guestfs.inodes import DIRECTORY, REGULAR, Inodes
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What, own_extents
 from planner.guestfs.reading import Holes, read_blocks
 from planner.guestfs.xfs.directories import LEAF_OFFSET, names_in, short_names
@@ -156,6 +156,13 @@ class Xfs:
             if len(order):
                 yield Spans(start[order] * size, count[order] * size)
         self._broken_space = len(self._trees.broken(FREE_BY_BLOCK))
+
+    def sizes(self) -> Iterator[tuple[I64, I64]]:
+        """Numbers of files, and how many bytes each has; of those outside of their records."""
+        for inodes in walk_inodes(self._source, self._superblock, self._chunks):
+            files = inodes.select(inodes.type == REGULAR)
+            size = np.ascontiguousarray(files.raw[:, 56:64]).view(">i8")[:, 0]
+            yield files.number, size.astype(np.int64)
 
     # ---- names ----
 

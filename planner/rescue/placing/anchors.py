@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.arrays import I64
 from planner.guestfs.columns import little
@@ -88,24 +89,27 @@ def weigh_tables(board: Board, claims: Claims) -> Iterator[Votes]:
         )
     boot = claims.of(Sort.BOOT)
     boot = boot.select(boot.inside == 0)
-    tables = [each for each in boot.table.tolist() if _is_mbr(board, each)]
+    tables = [each for each in boot.table.tolist() if mbr_entries(board, each) is not None]
     table = np.array(tables, dtype=np.int64)
     zeros = np.zeros(len(table), dtype=np.int64)
     yield without_rivals(Votes(Evidence.SELF_ADDRESS, table, zeros, zeros))
 
 
-def _is_mbr(board: Board, table: int) -> bool:
-    """Whether *table* begins with a master boot record whose partitions the disk can have."""
+def mbr_entries(board: Board, table: int) -> npt.NDArray[np.void] | None:
+    """The partitions of the master boot record that *table* begins with, if it has one.
+
+    None where the disk has no room for them.
+    """
     raw = board.bytes_of(table, 0, SECTOR)
     entries = np.frombuffer(raw, dtype=MBR_ENTRY, count=4, offset=TABLE_AT)
     if not np.isin(entries["boot"], (0, 0x80)).all():
-        return False
+        return None
     used = entries[(entries["type"] != 0) & (entries["sectors"] > 0)]
     start = used["start"].astype(np.int64)
     end = start + used["sectors"].astype(np.int64)
     is_protective = (used["type"] == 0xEE) | np.isin(used["type"], EXTENDED)
     inside = (end <= board.size // SECTOR) | is_protective
-    return bool(len(used)) and bool((start > 0).all()) and bool(inside.all())
+    return used if len(used) and (start > 0).all() and inside.all() else None
 
 
 # ---- superblocks ----
@@ -239,17 +243,23 @@ def _votes(board: Board, fits: list[tuple[Anchor, int]]) -> Votes:
 
 def _only_start(board: Board, anchors: list[Anchor]) -> int | None:
     """Where the file system begins that *anchors* are of, if there is one place only."""
-    support: dict[int, int] = {}
-    for each in anchors:
-        for rest in {(each.inside - offset) % board.coverage for offset in each.offsets}:
-            support[rest] = support.get(rest, 0) + 1
-    most = max(support.values())
-    rests = [rest for rest, count in support.items() if count == most]
+    rests = likely_rests(board, anchors)
     starts = [start for rest in rests for start in _feasible(board, anchors, rest)]
     said = {each.start for each in anchors if each.start} & set(starts)
     if len(said) == 1:
         return said.pop()
     return starts[0] if len(starts) == 1 else None
+
+
+def likely_rests(board: Board, anchors: list[Anchor]) -> list[int]:
+    """How far from where a window begins the file system may begin that *anchors* are of: what most
+    of them say."""
+    support: dict[int, int] = {}
+    for each in anchors:
+        for rest in {(each.inside - offset) % board.coverage for offset in each.offsets}:
+            support[rest] = support.get(rest, 0) + 1
+    most = max(support.values())
+    return [rest for rest, count in support.items() if count == most]
 
 
 def _feasible(board: Board, anchors: list[Anchor], rest: int) -> Iterator[int]:

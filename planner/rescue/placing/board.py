@@ -31,7 +31,7 @@ class Board:
         self.coverage = tables.geometry.l2_coverage
         self.window = tables.window.copy()
         self._table_of = np.full(max(1, tables.windows), -1, dtype=np.int64)
-        placed = np.flatnonzero(self.window != NO_WINDOW)
+        placed = np.flatnonzero(self.window >= 0)
         inside = placed[self.window[placed] < tables.windows]
         self._table_of[self.window[inside]] = inside
 
@@ -43,7 +43,7 @@ class Board:
 
     @property
     def waiting(self) -> I64:
-        """The tables without a window."""
+        """The tables without a window; but not those of snapshots."""
         return np.flatnonzero(self.window == NO_WINDOW)
 
     @property

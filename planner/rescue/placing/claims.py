@@ -62,6 +62,10 @@ class Sort(IntEnum):
     """The header of a partition table (the sector that it is in, the one that its copy is in)."""
     BOOT = 15
     """A sector with the mark of a boot sector at the beginning of a cluster (0, 0)."""
+    XFS_LOG = 19
+    """A record of the log (in which sector of the log it is, the first half of the UUID)."""
+    END = 18
+    """A sector whose rest is zeros (how much of it is filled, 0)."""
     LVM = 16
     """A label of a physical volume (the sector that it is in, 0)."""
 

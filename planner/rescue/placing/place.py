@@ -16,9 +16,10 @@ from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.rescue.placing.board import Board
-from planner.rescue.placing.claims import Collector
+from planner.rescue.placing.claims import Claims, Collector
 from planner.rescue.placing.solve import SPOTTERS, Solver
 from planner.rescue.placing.tables import (
+    A_SNAPSHOTS,
     NO_WINDOW,
     Finder,
     L1Table,
@@ -88,7 +89,7 @@ def find_placements(
         sound = check_image(clean)
     if sound.mismatches is None:
         return None
-    tables, collector = _look(clean, sound, layout, l1, progress)
+    tables, collector, _ = _look(clean, sound, layout, l1, progress)
     lost = tables.offset[tables.lost]
     is_shared = sound.mismatches.count_references(lost >> layout.geometry.cluster_bits) > 0
     board = Board(
@@ -97,16 +98,41 @@ def find_placements(
         layout.geometry.virtual_size,
         has_backing=bool(layout.header.backing_file_offset),
     )
-    solver = Solver(board, collector.claims(tables.clusters))
+    # Of an older copy of a table, which leads to the same in part, nothing counts.
+    waits = (tables.window == NO_WINDOW).reshape(-1, 1)
+    solver = Solver(board, collector.claims(np.where(waits, tables.clusters, 0)))
     solver.solve()
     shared = frozenset(lost[is_shared].tolist())
     return Placed(l1, board, tuple(_placements(solver)), sound.mismatches, shared)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Around:
+    """What there is of tables, before anything is known of their places. ``has_l1``: whether one of
+    them looks like the L1 table of a disk."""
+
+    tables: Tables
+    claims: Claims
+    has_l1: bool
+
+
+def look_around(source: Source, progress: Progress = tell_nobody) -> Around | None:
+    """The tables of an image whose L1 table is empty, and what their clusters say."""
+    report = check_image(source)
+    if report.layout is None or report.mismatches is None:
+        return None
+    l1 = read_l1(source, report.layout.header, report)
+    tables, collector, has_l1 = _look(source, report, report.layout, l1, progress)
+    return Around(tables, collector.claims(tables.clusters), has_l1)
+
+
 def _look(
     source: Source, report: Report, layout: Layout, l1: L1Table, progress: Progress
-) -> tuple[Tables, Collector]:
-    """The tables there are, and what the clusters say that those lead to which wait for a place."""
+) -> tuple[Tables, Collector, bool]:
+    """The tables there are, and what the clusters say that those lead to which wait for a place.
+
+    And whether something that nothing leads to looks like an L1 table.
+    """
     geometry = layout.geometry
     unused = unused_clusters(source, report)
     finder = Finder(source, report, layout)
@@ -115,15 +141,19 @@ def _look(
     for clusters, rows in batches(source, unused, geometry.cluster_size, meter):
         finder.look(clusters, rows)
         collector.look(clusters, rows)
-    lost = finder.tables()
+    lost, has_l1 = finder.tables()
     index = np.flatnonzero(l1.leads)
     windows = min(len(l1.words), geometry.l1_entries_needed)
     vacant = np.flatnonzero(~l1.leads[:windows])
     found, _ = read_clusters(source, lost, geometry)
-    shared, hints = snapshot_hints(source, report, lost, found, vacant)
-    lost = np.concatenate((lost, shared))
-    offset = np.concatenate((lost, entries.l1_offsets(l1.words[index])))
-    window = np.concatenate((np.full(len(lost), NO_WINDOW, dtype=np.int64), index))
+    hints, late = snapshot_hints(source, report, lost, found, vacant)
+    known = np.array([table for table, _ in hints], dtype=np.int64)
+    lost = distinct(np.concatenate((lost, known)))
+    theirs = np.array([table for table, _ in late], dtype=np.int64)
+    offset = np.concatenate((lost, theirs, entries.l1_offsets(l1.words[index])))
+    window = np.concatenate(
+        (np.full(len(lost), NO_WINDOW), np.full(len(theirs), A_SNAPSHOTS), index)
+    )
     order = np.argsort(offset, kind="stable")
     offset, window = offset[order], window[order]
     tables = Tables(
@@ -132,7 +162,10 @@ def _look(
         *read_clusters(source, offset, geometry),
         window,
         windows,
-        tuple((int(np.searchsorted(offset, table)), place) for table, place in hints),
+        *(
+            tuple((int(np.searchsorted(offset, table)), place) for table, place in shown)
+            for shown in (hints, late)
+        ),
     )
     # What a table has in common with a snapshot is in use, and says where it is all the same.
     theirs = tables.clusters[tables.lost].astype(np.int64)
@@ -140,7 +173,7 @@ def _look(
     rest = rest[~is_among(rest, unused)]
     for clusters, rows in batches(source, rest, geometry.cluster_size, Meter()):
         collector.look(clusters, rows)
-    return tables, collector
+    return tables, collector, has_l1
 
 
 def _placements(solver: Solver) -> Iterator[Placement]:
@@ -148,6 +181,8 @@ def _placements(solver: Solver) -> Iterator[Placement]:
     for table in board.tables.lost.tolist():
         each = solver.tallies.get(table)
         window = int(board.window[table])
+        if window == A_SNAPSHOTS:
+            continue
         placed = window != NO_WINDOW
         best = window if placed else each.best if each else NONE
         evidence = tuple(sorted(each.by_window.get(best, {}))) if each else ()

@@ -41,7 +41,10 @@ class Site:
 
     def votes(self, evidence: Evidence, claims: Claims, row: I64, offset: I64) -> Votes:
         """Votes of the *row*s of claims that are to lie at *offset* of the volume, -1 nowhere."""
-        disk = self.to_disk(offset)
+        return self.votes_at(evidence, claims, row, self.to_disk(offset))
+
+    def votes_at(self, evidence: Evidence, claims: Claims, row: I64, disk: I64) -> Votes:
+        """The same, by the place on the *disk*."""
         return fitting(evidence, claims.table[row], claims.inside[row], disk, self.coverage)
 
 

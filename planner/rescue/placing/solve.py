@@ -14,16 +14,17 @@ import numpy as np
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import find_volumes
 from planner.guestfs.volumes.partitions import read_table
-from planner.rescue.placing import anchors, ext, ntfs, xfs
+from planner.rescue.placing import anchors, content, ext, ntfs, xfs
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims
 from planner.rescue.placing.sites import Site, Weigher
+from planner.rescue.placing.tables import NO_WINDOW
 from planner.rescue.placing.votes import Evidence, Tally, Votes, tally
 
 MAX_ROUNDS = 64
 
-SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot)
-WEIGHERS: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh)
+SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot, content.spot)
+WEIGHERS: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, content.weigh)
 
 
 @dataclass(slots=True)
@@ -41,7 +42,23 @@ class Solver:
         self._place(self.tallies)
         for _ in range(MAX_ROUNDS):
             if not len(self.board.waiting) or not self._round():
-                return
+                break
+        self._place_late()
+
+    def _place_late(self) -> None:
+        """What the disk has in common with a snapshot, if no table is left that may belong there.
+
+        Since the snapshot was made the disk has a table wherever that has one.
+        """
+        if len(self.board.waiting):
+            return
+        for table, window in self.board.tables.late:
+            if self.board.are_vacant(np.array([window])).all():
+                self._note(table, window, Evidence.SNAPSHOT, 1)
+                self.board.place(table, window)
+
+    def _waits(self, table: int) -> bool:
+        return bool(self.board.window[table] == NO_WINDOW)
 
     def _note(self, table: int, window: int, evidence: Evidence, count: int) -> None:
         mine = self.tallies.setdefault(table, Tally(table, {})).by_window.setdefault(window, {})
@@ -49,9 +66,7 @@ class Solver:
 
     def _round(self) -> bool:
         found = tally(self._votes())
-        self.tallies |= {
-            table: each for table, each in found.items() if self.board.window[table] < 0
-        }
+        self.tallies |= {table: each for table, each in found.items() if self._waits(table)}
         return self._place(found)
 
     def _votes(self) -> Iterator[Votes]:
@@ -73,13 +88,13 @@ class Solver:
         board = self.board
         wanted: dict[int, set[int]] = {}
         for table, each in tallies.items():
-            if board.window[table] < 0:
+            if self._waits(table):
                 for window in each.by_window:
                     wanted.setdefault(window, set()).add(table)
         moved = False
         for table, each in tallies.items():
             window = each.best
-            if board.window[table] >= 0 or each.against or wanted[window] != {table}:
+            if not self._waits(table) or each.against or wanted[window] != {table}:
                 continue
             if board.are_vacant(np.array([window])).all():
                 board.place(table, window)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U64, Mask, is_among
+from planner.arrays import I32, I64, U8, U64, Mask, distinct, is_among
 from planner.check.classify import Look
+from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables
@@ -24,12 +25,12 @@ from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
 from planner.source import Source, nonzero_words, present_tables, read_tables
 from planner.triage.triage import looker_of
-from planner.triage.uncounted import uncounted_clusters
 
 NOWHERE, ZEROS, PACKED = 0, -1, -2
 """Instead of a cluster: nothing is allocated, zeros, compressed data."""
 
-NO_WINDOW = -1
+NO_WINDOW, A_SNAPSHOTS = -1, -2
+"""Instead of a window: it is not known; it is a snapshot's, and perhaps the disk's too."""
 
 MAX_TABLES = 1 << 16
 """That are looked at, of an image: 32 TiB of the usual ones."""
@@ -41,8 +42,9 @@ class Tables:
 
     ``clusters``: of each entry the cluster of the file, or `NOWHERE`, `ZEROS`, `PACKED`; int32
     (tables, entries). ``own``: which have the COPIED flag, of the same shape. ``window``: the L1
-    index that leads there, `NO_WINDOW` for those that lost theirs. ``windows``: how many the disk
-    has. ``hints``: (table, window) of lost ones whose place a snapshot shows.
+    index that leads there; `NO_WINDOW` or `A_SNAPSHOTS` for those that lost theirs. ``windows``:
+    how many the disk has. ``hints``: (table, window) of lost ones whose place a snapshot shows;
+    ``late``: of those that are a snapshot's, and the disk's too if nothing else belongs there.
     """
 
     geometry: Geometry
@@ -52,6 +54,7 @@ class Tables:
     window: I64
     windows: int
     hints: tuple[tuple[int, int], ...] = ()
+    late: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -59,7 +62,7 @@ class Tables:
     @property
     def lost(self) -> I64:
         """Which have no place."""
-        return np.flatnonzero(self.window == NO_WINDOW)
+        return np.flatnonzero(self.window < 0)
 
 
 # ---- the L1 table as it stands ----
@@ -113,12 +116,22 @@ def unused_clusters(source: Source, report: Report) -> I64:
     mismatches = report.mismatches
     if mismatches is None:
         return np.zeros(0, dtype=np.int64)
-    leaked: I64 = mismatches.clusters(FindingKind.LEAK, report.totals.get(FindingKind.LEAK, 0))
-    leaked = leaked[mismatches.count_references(leaked) == 0]
-    uncounted = uncounted_clusters(source, report)
-    if not len(uncounted):  # of millions, putting them in order again takes as much again
-        return leaked
-    return np.unique(np.concatenate((leaked, uncounted)))
+    leaked = mismatches.clusters(FindingKind.LEAK, report.totals.get(FindingKind.LEAK, 0))
+    if not report.needs_rebuild and not _LOST & report.totals.keys():
+        return _unreferenced(leaked, mismatches)
+    # Refcounts are lost, and nothing tells what was free: all that is there.
+    bits, found = report.geometry.cluster_bits, [leaked]
+    for low, high in source.data_extents(0, source.size):
+        found.append(np.arange(low >> bits, min(-(-high >> bits), source.size >> bits)))
+    return _unreferenced(distinct(np.concatenate(found)), mismatches)
+
+
+def _unreferenced(clusters: I64, mismatches: Mismatches) -> I64:
+    unused: I64 = clusters[mismatches.count_references(clusters) == 0]
+    return unused
+
+
+_LOST = {FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_UNREADABLE}
 
 
 def batches(source: Source, clusters: I64, size: int, meter: Meter) -> Iterator[tuple[I64, U8]]:
@@ -132,18 +145,18 @@ def batches(source: Source, clusters: I64, size: int, meter: Meter) -> Iterator[
 
 def snapshot_hints(
     source: Source, report: Report, offset: I64, clusters: I32, vacant: I64
-) -> tuple[I64, list[tuple[int, int]]]:
-    """What the L1 tables of snapshots show of vacant windows of the disk.
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """What the L1 tables of snapshots show of vacant windows of the disk: (table, window), of the
+    table its offset.
 
     Tables that the disk had in common with a snapshot, which are counted once too often, at the
-    index that they have there: their offsets are given beside the hints. Of tables at *offset* that
-    wait, those that lead to the same clusters as a snapshot's at one index. Hints are (offset of
-    the table, window).
+    index that they have there. Of tables at *offset* that wait, those that lead to the same
+    clusters as a snapshot's at one index. And apart from these tables of which that is not known,
+    since their refcounts are lost.
     """
-    nothing: I64 = np.zeros(0, dtype=np.int64)
     mismatches, layout = report.mismatches, report.layout
     if mismatches is None or layout is None or not len(report.snapshots) or not len(vacant):
-        return nothing, []
+        return [], []
     geometry, regions = report.geometry, report.regions
     theirs = regions.select(
         (regions.structure == Structure.L2_TABLE) & (regions.snapshot != ACTIVE)
@@ -154,10 +167,13 @@ def snapshot_hints(
     cluster = table >> geometry.cluster_bits
     slots, known = mismatches.index.find(cluster)
     over = known & (mismatches.stored[slots] > mismatches.counted[slots])
-    shared = np.flatnonzero(over)
-    hints = list(zip(table[shared].tolist(), index[shared].tolist(), strict=True))
+    hints = list(zip(table[over].tolist(), index[over].tolist(), strict=True))
     hints += _with_common_clusters(source, geometry, (offset, clusters), (table, index))
-    return np.unique(table[shared]), hints
+    unknown = ~known | (mismatches.stored[slots] == 0)
+    # Of several snapshots the last is the nearest to the disk.
+    order = np.argsort(theirs.snapshot[kept][unknown], kind="stable")
+    late = dict(zip(index[unknown][order].tolist(), table[unknown][order].tolist(), strict=True))
+    return hints, [(each, window) for window, each in late.items()]
 
 
 def _with_common_clusters(
@@ -201,12 +217,14 @@ class Finder:
         if len(at) and len(self._found) < MAX_TABLES:
             self._found += clusters[at[_are_own(rows[at], self._geometry)]].tolist()
 
-    def tables(self) -> I64:
-        """Their offsets in the file, ascending; without those that lead to tables themselves."""
+    def tables(self) -> tuple[I64, bool]:
+        """Their offsets in the file, ascending; without those that lead to tables themselves, and
+        whether there are any of these.
+        """
         found = np.array(sorted(self._found), dtype=np.int64)
         bits = self._geometry.cluster_bits
         if not len(found):
-            return found
+            return found, False
         is_l1 = np.zeros(len(found), dtype=np.bool_)
         for part, rows in read_tables(self._source, found << bits, 1 << bits):
             words = entries.decode_words(rows)
@@ -214,7 +232,7 @@ class Finder:
             hits = is_among(targets.reshape(-1), found).reshape(targets.shape) & (targets > 0)
             filled = np.count_nonzero(words, axis=1)
             is_l1[part] = hits.sum(axis=1) * 2 > filled
-        return found[~is_l1] << bits
+        return found[~is_l1] << bits, bool(is_l1.any())
 
 
 def _are_own(rows: U8, geometry: Geometry) -> Mask:

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, Mask
 
 
 class Evidence(StrEnum):
@@ -29,10 +29,7 @@ class Evidence(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Votes:
-    """``table`` would stand in ``window``, and the block ``inside`` it says so; int64 columns.
-
-    ``misfits``: (tables,) blocks that say what is true of no window.
-    """
+    """``table`` would stand in ``window``, and the block ``inside`` it says so; int64 columns."""
 
     evidence: Evidence
     table: I64
@@ -41,6 +38,10 @@ class Votes:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def select(self, which: Mask | I64) -> Votes:
+        """Some of them."""
+        return Votes(self.evidence, self.table[which], self.window[which], self.inside[which])
 
 
 def fitting(evidence: Evidence, table: I64, inside: I64, offset: I64, coverage: int) -> Votes:
@@ -62,8 +63,8 @@ def without_rivals(votes: Votes) -> Votes:
     pair = _numbered(block, place)
     _, first = np.unique(pair, return_index=True)
     block, place = block[first], place[first]
-    kept = first[(np.bincount(block)[block] == 1) & (np.bincount(place)[place] == 1)]
-    return Votes(votes.evidence, votes.table[kept], votes.window[kept], votes.inside[kept])
+    alone = (np.bincount(block)[block] == 1) & (np.bincount(place)[place] == 1)
+    return votes.select(first[alone])
 
 
 def _numbered(one: I64, other: I64) -> I64:

@@ -28,6 +28,9 @@ BLOCKS = (
 )
 
 RECORD = b"IN"
+LOG = b"\xfe\xed\xba\xbe"
+"""Of a record of the log, which says in which sector of the log it is."""
+
 GROUP_HEADERS = ((b"XAGF", 1, 8, 64), (b"XAGI", 2, 8, 296), (b"XAFL", 3, 4, 8))
 """Magic; in which sector of the group; where its number and the UUID are."""
 
@@ -49,6 +52,9 @@ def spot(piece: Piece) -> Iterator[Spotted]:
         if len(at):
             key = big(flat, at + number, 4) * 4 + sector
             yield Sort.XFS_GROUP, at, key, uuid_half(flat, at + uuid)
+    at = piece.marked(LOG, 0)
+    if len(at):
+        yield Sort.XFS_LOG, at, big(flat, at + 20, 4), uuid_half(flat, at + 304)
     at = piece.marked(b"XFSB", 0)
     kept = [place for place in at.tolist() if is_sound(flat[place : place + SIZE].tobytes())]
     if kept:
@@ -69,6 +75,12 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     offset[is_block] = claims.key[is_block] * SECTOR
     is_record = claims.sort == Sort.XFS_INODE
     offset[is_record] = superblock.inode_offset(claims.key[is_record])
+    is_log = (claims.sort == Sort.XFS_LOG) & (claims.key < superblock.log_blocks << 7)
+    log = (
+        int(superblock.linear(np.array([superblock.log_start]))[0]) if superblock.log_start else -1
+    )
+    if log >= 0:
+        offset[is_log] = log * superblock.block_size + claims.key[is_log] * SECTOR
     group = (claims.sort == Sort.XFS_GROUP) & (claims.key >> 2 < superblock.ag_count)
     number, sector = claims.key[group] >> 2, claims.key[group] & 3
     start = number * superblock.ag_blocks * superblock.block_size

@@ -26,8 +26,8 @@ MIB = 1 << 20
 
 
 @functools.cache
-def image(kind: str, table: str) -> bytes:
-    """A qcow2 file with a file system on its disk, clusters of 4 KiB: 2 MiB a table."""
+def image(kind: str, table: str, cluster_size: int = 4096) -> bytes:
+    """A qcow2 file with a file system on its disk; with clusters of 4 KiB a table maps 2 MiB."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tree(folder / "tree", 1, files=60)
@@ -44,7 +44,7 @@ def image(kind: str, table: str) -> bytes:
             command = ["dd", f"if={part}", f"of={disk}", "bs=1M", "seek=1", "conv=notrunc,sparse"]
             subprocess.run(command, check=True, capture_output=True)
         out = folder / "out"
-        convert = ["qemu-img", "convert", "-O", "qcow2", "-o", "cluster_size=4096"]
+        convert = ["qemu-img", "convert", "-O", "qcow2", "-o", f"cluster_size={cluster_size}"]
         subprocess.run([*convert, disk, out], check=True)
         return out.read_bytes()
 
@@ -65,6 +65,36 @@ def without_l1(data: bytes, garbage: bytes = b"\0") -> bytes:
     start, length = header.l1_table_offset, header.l1_size * 8
     filled = (garbage * length)[:length]
     return data[:start] + filled + data[start + length :]
+
+
+def without(data: bytes, *losses: str) -> bytes:
+    """*data* with zeros instead of its header, L1 table or refcounts."""
+    header, damaged = header_of(data), bytearray(data)
+    size = header.geometry.cluster_size
+    places = {
+        "header": [(0, size)],
+        "l1": [(header.l1_table_offset, header.l1_size * 8)],
+        "refcounts": [(header.refcount_table_offset, header.refcount_table_clusters * size)],
+    }
+    for loss in losses:
+        for start, length in places[loss]:
+            damaged[start : start + length] = bytes(length)
+    return bytes(damaged)
+
+
+def compared(tmp_path: Path, damaged: bytes, found: Rescue, data: bytes) -> str:
+    """What QEMU says of the outcome, and whether it reads the same of it as of *data*."""
+    source, after = Bytes(damaged), bytearray(found.plan.size_after)
+    Overlay(source, found.plan).read_into(0, memoryview(after))
+    before, out = tmp_path / "before", tmp_path / "out"
+    before.write_bytes(data)
+    out.write_bytes(after)
+    commands: tuple[list[str | Path], ...] = (
+        ["qemu-img", "check", "-q", "-f", "qcow2", out],
+        ["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", before, out],
+    )
+    done = (subprocess.run(each, check=False, capture_output=True, text=True) for each in commands)
+    return "".join(each.stdout + each.stderr for each in done)
 
 
 def wrong(found: Rescue, data: bytes) -> list[int]:
@@ -109,6 +139,21 @@ def test_where_all_is_placed_the_outcome_is_what_it_was(tmp_path: Path) -> None:
     after = bytearray(len(data))
     Overlay(source, found.plan).read_into(0, memoryview(after))
     assert bytes(after) == data
+
+
+@pytest.mark.parametrize(
+    "losses", [("l1",), ("header", "l1"), ("l1", "refcounts"), ("header", "l1", "refcounts")]
+)
+def test_whatever_is_gone_with_the_l1_table_comes_back(
+    losses: tuple[str, ...], tmp_path: Path
+) -> None:
+    data = image("xfs", "gpt", 16384)
+    damaged = without(data, *losses)
+    found = rescue(Bytes(damaged))
+    assert not wrong(found, data)
+    assert found.placed == len(found.placements) == len(truth(data))
+    assert found.after.verdict == "clean"
+    assert compared(tmp_path, damaged, found, data) == ""
 
 
 def test_the_plan_taken_back_is_the_image_as_it_was() -> None:

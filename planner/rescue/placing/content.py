@@ -1,0 +1,104 @@
+"""What files hold, as far as that shows where they lie: how they end.
+
+Behind the last byte of a file its block is zeros, and how long the file is says its inode. That one
+block ends so is chance; that many do at the very places is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from planner.arrays import I64, distinct
+from planner.guestfs.ext.filesystem import Ext
+from planner.guestfs.ntfs.filesystem import Ntfs
+from planner.guestfs.protocol import NO_INODE, Extents, What
+from planner.guestfs.xfs.filesystem import Xfs
+from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted
+from planner.rescue.placing.sites import Site, pairs
+from planner.rescue.placing.votes import Evidence, Votes
+from planner.source import SECTOR
+
+LONGEST = SECTOR - 4
+"""Bytes of a sector before its end: data that ends in a zero or two is nothing special."""
+
+ENOUGH = 3
+"""Files that end where they should, to be no chance; fewer where little else ends in a table."""
+
+SHARE = 5
+
+
+def spot(piece: Piece) -> Iterator[Spotted]:
+    """Sectors that end in zeros, and of the first in a kilobyte those behind which zeros follow."""
+    if piece.cluster_size < 2 * SECTOR:
+        return
+    sectors = piece.flat.reshape(-1, SECTOR)
+    at = np.flatnonzero(sectors[:, -1] == 0)
+    at = at[sectors[at].view(np.uint64).any(axis=1)]
+    is_first = at % 2 == 0
+    goes_on = sectors[at[is_first] + 1].view(np.uint64).any(axis=1)
+    at = np.delete(at, np.flatnonzero(is_first)[goes_on])
+    length = SECTOR - np.argmax(sectors[at, ::-1] != 0, axis=1).astype(np.int64)
+    kept = length <= LONGEST
+    at, length = at[kept], length[kept]
+    if len(at):
+        yield Sort.END, at * SECTOR, length, np.zeros(len(at), dtype=np.int64)
+
+
+def ends_of(site: Site) -> I64:
+    """Where files end, behind their last byte, bytes of the volume; but for those that end with a
+    sector."""
+    filesystem = site.filesystem
+    if not isinstance(filesystem, Ext | Xfs | Ntfs):
+        return np.zeros(0, dtype=np.int64)
+    sized = list(filesystem.sizes())
+    none = np.zeros(0, dtype=np.int64)
+    inode = np.concatenate([none, *(each[0] for each in sized)])
+    size = np.concatenate([none, *(each[1] for each in sized)])
+    kept = (size % SECTOR > 0) & (size % SECTOR <= LONGEST)
+    inode, size = inode[kept], size[kept]
+    order = np.argsort(inode, kind="stable")
+    inode, size = inode[order], size[order]
+    return np.concatenate([none, *(_ends(e, inode, size) for e in filesystem.extents())])
+
+
+def _ends(extents: Extents, inode: I64, size: I64) -> I64:
+    """The ends of those files whose last byte is in *extents*."""
+    some = extents.select((extents.what == What.DATA) & (extents.inode != NO_INODE))
+    row, at = pairs(some.inode, inode)
+    last = size[at] - some.file_offset[row]
+    inside = (last > 0) & (last <= some.length[row])
+    ends: I64 = some.start[row][inside] + last[inside]
+    return ends
+
+
+def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
+    """Votes of sectors that end where files do."""
+    claims = claims.of(Sort.END)
+    disk = distinct(site.to_disk(ends_of(site) - 1) + 1)
+    disk = disk[(disk > 0) & site.board.are_vacant((disk - 1) // site.coverage)]
+    sector = (disk - 1) // SECTOR * SECTOR
+    # A place within a window, and how much of the sector there is filled.
+    wanted = sector % site.coverage + (disk - sector)
+    order = np.argsort(wanted, kind="stable")
+    row, at = pairs(claims.inside + claims.key, wanted[order])
+    votes = site.votes_at(Evidence.CONTENT, claims, row, sector[order][at])
+    yield _beyond_chance(votes, sector // site.coverage, claims)
+
+
+def _beyond_chance(votes: Votes, expected: I64, claims: Claims) -> Votes:
+    """Those of tables in which half of the files end that are *expected* to, windows of these.
+
+    Few are enough only where not much else in the table ends like a file.
+    """
+    if not len(votes):
+        return votes
+    _, pair, hits = np.unique(
+        np.stack((votes.table, votes.window)), axis=1, return_inverse=True, return_counts=True
+    )
+    hits = hits[pair.reshape(-1)]
+    all_of_window = np.bincount(expected)[votes.window]
+    all_of_table = np.bincount(claims.table)[votes.table]
+    kept = (hits * 2 >= all_of_window) & ((hits >= ENOUGH) | (hits * SHARE >= all_of_table))
+    return votes.select(kept)
