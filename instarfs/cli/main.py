@@ -6,7 +6,6 @@ does, when that command is called. No command prints an error itself: it raises 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import NoReturn
 import click
 
 from instarfs.cli.complaints import NAME, complain
-from instarfs.cli.loading import Loading
+from instarfs.cli.loading import Kept, Loading
 from instarfs.cli.room import OutOfTime, shortage_of
 from instarfs.cli.streams import standard_streams
 from instarfs.errors import DOMAIN_ERRORS
@@ -51,15 +50,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _MODULES:
             return None
-        # What is imported is no garbage: looking for some meanwhile takes a tenth of the time, and
-        # to look through it again and again later a tenth of a check's.
-        gc.disable()
-        try:
-            with Loading():
-                command: click.Command = importlib.import_module(_MODULES[cmd_name]).command
-        finally:
-            gc.freeze()
-            gc.enable()
+        with Kept(), Loading():
+            command: click.Command = importlib.import_module(_MODULES[cmd_name]).command
         return command
 
 

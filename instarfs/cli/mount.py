@@ -9,6 +9,7 @@ from types import ModuleType
 
 import click
 
+from instarfs.cli.loading import Kept
 from instarfs.cli.naming import named
 from instarfs.cli.options import follow_option, undo_file_option
 from instarfs.cli.room import shortage_of
@@ -81,12 +82,14 @@ def command(
         daemon.log_to_syslog()
     # Its threads, which nothing here uses, would not be confined with the rest.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    from instarfs.daemon.broker import separated  # noqa: PLC0415
+    with Kept():
+        from instarfs.daemon.broker import separated  # noqa: PLC0415
 
     with separated(opened, read_only=options.read_only):
         # Not before the forks: numpy starts threads, and a fork takes only the calling one along.
-        from instarfs.daemon.serve import serve  # noqa: PLC0415
-        from instarfs.repair.run import Repairer  # noqa: PLC0415
+        with Kept():
+            from instarfs.daemon.serve import serve  # noqa: PLC0415
+            from instarfs.repair.run import Repairer  # noqa: PLC0415
 
         repairer = partial(Repairer, keep_undo=keep_undo)
         try:
@@ -112,7 +115,8 @@ def _process() -> ModuleType:
         FuseNotInstalled: what only a mount needs is not there.
     """
     try:
-        from instarfs.daemon import process  # noqa: PLC0415
+        with Kept():
+            from instarfs.daemon import process  # noqa: PLC0415
     except ImportError as error:
         if shortage_of(error) is not None:
             raise
