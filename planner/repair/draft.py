@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from planner.arrays import I64, U8, Mask, distinct
-from planner.repair.overlay import Overlay
+from planner.repair.overlay import Layer, Layered
 from planner.repair.plan import (
     COMPARED_SECTORS,
     MAX_EDITS,
@@ -33,7 +33,9 @@ class Draft:
         self._source = source
         self.can_grow = can_grow
         self._writes: dict[StageKind, list[_Write]] = {}
-        self._stages: dict[StageKind, Stage] = {}  # As far as they still hold.
+        # As far as they still hold.
+        self._layers: dict[StageKind, Layer] = {}
+        self._stages: dict[StageKind, Stage] = {}
         self._edits: list[Edit] = []
         self._edit_count = 0
         self._size = source.size
@@ -44,7 +46,7 @@ class Draft:
         """The same, to be gone on with on its own. What is drafted is shared, not copied."""
         twin = Draft(self._source, can_grow=self.can_grow)
         twin._writes = {kind: list(writes) for kind, writes in self._writes.items()}
-        twin._stages = dict(self._stages)
+        twin._layers, twin._stages = dict(self._layers), dict(self._stages)
         twin._edits, twin._edit_count = list(self._edits), self._edit_count
         twin._size, twin.revision = self._size, self.revision
         return twin
@@ -58,6 +60,7 @@ class Draft:
     def size(self, size: int) -> None:
         if size != self._size:
             self._size = size
+            self._layers.clear()
             self._stages.clear()
 
     def write_tables(self, kind: StageKind, offsets: I64, rows: U8) -> None:
@@ -79,9 +82,10 @@ class Draft:
     def _forget_stages(self, first: StageKind, sectors: I64) -> None:
         """Stage *first* is no longer what it was, nor a later one that builds on its *sectors*."""
         self.revision += 1
-        for kind in list(self._stages):
+        for kind in list(self._layers):
             if kind == first or (kind > first and self._touches(kind, sectors)):
-                del self._stages[kind]
+                del self._layers[kind]
+                self._stages.pop(kind, None)
 
     def _touches(self, kind: StageKind, sectors: I64) -> bool:
         return any(np.isin(write.sectors, sectors).any() for write in self._writes[kind])
@@ -115,34 +119,63 @@ class Draft:
         """Whether something is drafted for a stage."""
         return kind in self._writes
 
-    def overlay(self) -> Overlay:
+    def overlay(self) -> Layered:
         """The source as it would be after everything drafted so far."""
-        return Overlay(self._source, self.plan(RepairTier.ALL))
+        return Layered(self._source, self._size, self._all_layers())
 
     def plan(self, tier: PlanTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
-        plan = Plan(tier, (), self._source.size, self.size, tuple(self._edits), self._edit_count)
-        for kind in sorted(self._writes):
+        layers = self._all_layers()
+        for number, kind in enumerate(sorted(self._writes)):
             if kind not in self._stages:
-                self._stages[kind] = self._stage(kind, Overlay(self._source, plan))
-            stage = self._stages[kind]
-            if len(stage.sectors):
-                plan = replace(plan, stages=(*plan.stages, stage))
-        return plan
+                base = Layered(self._source, self._size, layers[:number])
+                self._stages[kind] = _stage(kind, base, layers[number])
+        stages = (self._stages[kind] for kind in sorted(self._writes))
+        some = tuple(stage for stage in stages if len(stage.sectors))
+        return Plan(tier, some, self._source.size, self._size, tuple(self._edits), self._edit_count)
 
-    def _stage(self, kind: StageKind, base: Source) -> Stage:
-        writes = self._writes[kind]
-        if all(isinstance(write.data, np.ndarray) for write in writes):
-            _join(writes)
-        sectors = distinct(np.concatenate([write.sectors for write in writes]))
-        before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
-        for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
-            before[part] = rows
-        after = _content_after(before, sectors, writes)
-        differs = ~equal_rows(before, after)
-        if differs.all():
-            return Stage(kind, sectors, before, after)
-        return Stage(kind, sectors[differs], before[differs], after[differs])
+    def _all_layers(self) -> list[Layer]:
+        """What each stage leaves in the sectors that it writes to, in the order of stages.
+
+        For an overlay that will do: what is there now, of as many bytes, only a plan tells.
+        """
+        layers: list[Layer] = []
+        for kind in sorted(self._writes):
+            if kind not in self._layers:
+                base = Layered(self._source, self._size, layers)
+                self._layers[kind] = _layer(base, self._writes[kind])
+            layers.append(self._layers[kind])
+        return layers
+
+
+def _layer(base: Source, writes: list[_Write]) -> Layer:
+    """What *writes* leave on *base*."""
+    if all(isinstance(write.data, np.ndarray) for write in writes):
+        _join(writes)
+    (first, *others) = writes
+    if isinstance(first.data, np.ndarray) and not others:
+        return first.sectors, first.data
+    sectors = distinct(np.concatenate([write.sectors for write in writes]))
+    return sectors, _content_after(_content(base, sectors), sectors, writes)
+
+
+def _stage(kind: StageKind, base: Source, layer: Layer) -> Stage:
+    """The stage that lays *layer* on *base*."""
+    sectors, after = layer
+    before = _content(base, sectors)
+    differs = ~equal_rows(before, after)
+    if differs.all():
+        return Stage(kind, sectors, before, after)
+    before = before[differs]  # One after the other, so that little is there twice.
+    return Stage(kind, sectors[differs], before, after[differs])
+
+
+def _content(base: Source, sectors: I64) -> U8:
+    """What *sectors* hold, (n, 512)."""
+    content = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+    for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
+        content[part] = rows
+    return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +195,8 @@ def _join(writes: list[_Write]) -> None:
 
     A stage then takes it as it is, so that what is drafted is held once.
     """
+    if len(writes) == 1 and (np.diff(writes[0].sectors) > 0).all():
+        return
     sectors = distinct(np.concatenate([write.sectors for write in writes]))
     rows = np.empty((len(sectors), SECTOR), dtype=np.uint8)
     while writes:
@@ -171,19 +206,16 @@ def _join(writes: list[_Write]) -> None:
 
 
 def _content_after(before: U8, sectors: I64, writes: list[_Write]) -> U8:
-    """What *sectors* hold after *writes*; shape of *before*, which they hold before."""
-    if len(writes) == 1 and isinstance(writes[0].data, np.ndarray):
-        return writes[0].data
-    after = before.copy()
-    flat = after.reshape(-1)
+    """What *sectors* hold after *writes*; *before*, which they hold before, is changed to it."""
+    flat = before.reshape(-1)
     for write in writes:
         if isinstance(write.data, bytes):
             # The sectors of one write are neighbours in *sectors* too: none lies between them.
             start = int(np.searchsorted(sectors, write.sectors[0])) * SECTOR + write.skip
             flat[start : start + len(write.data)] = np.frombuffer(write.data, dtype=np.uint8)
         else:
-            after[np.searchsorted(sectors, write.sectors)] = write.data
-    return after
+            before[np.searchsorted(sectors, write.sectors)] = write.data
+    return before
 
 
 def equal_rows(one: U8, other: U8) -> Mask:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, U8
 from planner.repair.plan import Plan
 from planner.source import SECTOR, Executor, Source, executor_of, join_extents
 
+Layer = tuple[I64, U8]
+"""Ascending sector numbers, and what is in them, (n, 512)."""
 
-class Overlay:
-    """A source with a plan laid on it: what the file will be when all stages are written."""
 
-    def __init__(self, source: Source, plan: Plan) -> None:
-        self._source = source
-        self._size = plan.size_after
+class Layered:
+    """*size* bytes of a source under *layers*, each of which lies over those before it."""
+
+    def __init__(self, source: Source, size: int, layers: Sequence[Layer]) -> None:
         # One over the other, as they are: nothing is copied, however many overlays there are.
-        self._layers = [(stage.sectors, stage.after) for stage in plan.stages]
-        self._extents = [_runs(stage.sectors) for stage in plan.stages]
+        self._source, self._size, self._layers = source, size, tuple(layers)
+        self._extents = [_runs(sectors) for sectors, _ in layers]
 
     @property
     def size(self) -> int:
@@ -53,6 +54,14 @@ class Overlay:
         layers = (_within(extents, offset, end) for extents in self._extents)
         beneath = self._source.data_extents(offset, max(0, end - offset))
         return join_extents(heapq.merge(beneath, *layers))
+
+
+class Overlay(Layered):
+    """A source with a plan laid on it: what the file will be when all stages are written."""
+
+    def __init__(self, source: Source, plan: Plan) -> None:
+        layers = [(stage.sectors, stage.after) for stage in plan.stages]
+        super().__init__(source, plan.size_after, layers)
 
 
 def _between(sectors: I64, offset: int, end: int) -> slice:
