@@ -297,15 +297,23 @@ def _begin_all(scope: Scope, means: _Means) -> _Begun:
         scope = _checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     # What the repair itself ceased to refer to is no such leak: that reference was known.
-    was = _leaked(before)
-    leaked = was if scope.report is before else _leaked(scope.report)
-    triage = means.triage(scope, leaked[~is_among(leaked, was)])
+    triage = means.triage(scope, _leaked_since(scope, before))
     if _is_cut(scope, before):
         _require_shown_loss(triage)
-    stay = was[:0]
+    stay = np.zeros(0, dtype=np.int64)
     if triage.is_buried or not scope.report.complete:
-        stay = was[is_among(was, leaked)]
+        stay = _leaked(before)
+        if scope.report is not before:
+            stay = stay[is_among(stay, _leaked(scope.report))]
     return _Begun(scope, triage, stay)
+
+
+def _leaked_since(scope: Scope, before: Report) -> I64:
+    """What leaks by now, and did not."""
+    if scope.report is before:  # of millions, to list them takes a quarter of all memory
+        return np.zeros(0, dtype=np.int64)
+    leaked = _leaked(scope.report)
+    return leaked[~is_among(leaked, _leaked(before))]
 
 
 def _settle_all(begun: _Begun, before: Report, means: _Means, stay: I64) -> Scope:

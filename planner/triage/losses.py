@@ -582,9 +582,10 @@ class _Disk:
     def _filled_entries(self, offsets: I64) -> I64:
         """How many entries the tables at *offsets* have."""
         places, at = np.unique(offsets, return_inverse=True)
-        count = np.zeros(len(places), dtype=np.int64)
-        for part, rows in read_tables(self._source, places, self._geometry.cluster_size):
-            count[part] = np.count_nonzero(self._filled(rows), axis=1)
+        count, size = np.zeros(len(places), dtype=np.int64), self._geometry.cluster_size
+        there = np.flatnonzero(present_tables(self._source, places, size, anyway=0))
+        for part, rows in read_tables(self._source, places[there], size):
+            count[there[part]] = np.count_nonzero(self._filled(rows), axis=1)
         return count[at]
 
     def _are_empty(self, guest: I64) -> Mask:
@@ -598,6 +599,9 @@ class _Disk:
         is_there = (mine != NONE) & (mine % geometry.cluster_size == 0)
         order = np.flatnonzero(is_there & ~np.isin(mine, self._gone))
         order = order[np.argsort(mine[order], kind="stable")]
+        places = distinct(mine[order])
+        present = present_tables(self._source, places, geometry.cluster_size, anyway=0)
+        order = order[present[np.searchsorted(places, mine[order])]]
         offsets, first = np.unique(mine[order], return_index=True)
         ends = np.append(first[1:], len(order))
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):

@@ -27,7 +27,8 @@ from tests.mount.mounts import DEADLINE, INSTARFS, PROJECT, mounted_type, run, u
 
 MIB = 1 << 20
 CONTENT = damaged("wrong-copied")
-MADE = {"x.qcow2", f"x.qcow2{SUFFIX}", "out.raw", "out.raw.map", "mnt"}
+STATE = ("state", "state-wal", "state-shm", "state.prom")
+MADE = {"x.qcow2", f"x.qcow2{SUFFIX}", "out.raw", "out.raw.map", "out.qcow2", "mnt", *STATE}
 LONG = 3 * DEADLINE
 
 COMMANDS = {
@@ -38,10 +39,18 @@ COMMANDS = {
     "export": ("export", "x.qcow2", "out.raw"),
     "info": ("info", "x.qcow2"),
     "map": ("map", "--output", "json", "x.qcow2"),
+    "files": ("files", "x.qcow2"),
+    "rescue": ("rescue", "-o", "out.qcow2", "x.qcow2"),
+    "scan": ("scan", "--jobs", "2", "--state", "state", "--metrics", "state.prom", "x.qcow2"),
+    "schema": ("schema", "scan"),
+    "preview": ("mount", "--preview", "all", "x.qcow2", "mnt"),
     "mount": ("mount", "x.qcow2", "mnt"),
 }
-CODES = {"check": 2, "report": 2}
+CODES = {"check": 2, "report": 2, "files": 2, "scan": 2}
 """What they end with where they work; the others with 0."""
+
+CONTENTS = {"rescue": bytes(4096) + CONTENT[4096:]}
+"""What they are given; the others `CONTENT`."""
 
 READ = "cat mnt/check/result.json mnt/check/report.txt mnt/image/map.svg mnt/explain/guest/0"
 
@@ -104,7 +113,8 @@ def require_in_order(name: str, room: Room, folder: Path, *, must_work: bool = F
     for left in folder.iterdir():
         if left.name != "mnt":
             left.unlink()
-    image.write_bytes(CONTENT)
+    content = CONTENTS.get(name, CONTENT)
+    image.write_bytes(content)
     image.chmod(0o666)
     done = start(room, folder, *INSTARFS, *COMMANDS[name])
     said = done.stderr.decode()
@@ -116,7 +126,7 @@ def require_in_order(name: str, room: Room, folder: Path, *, must_work: bool = F
         assert done.returncode == 1, what
         assert said.startswith("instarfs: "), what
         assert said.count("\n") == 1, what
-    if works and name == "mount":
+    if works and COMMANDS[name][0] == "mount":
         words = [*room.user, "sh", "-c", READ]
         read = subprocess.run(words, check=False, cwd=folder, capture_output=True, timeout=LONG)
         assert not must_work or not read.returncode, read.stderr
@@ -124,13 +134,13 @@ def require_in_order(name: str, room: Room, folder: Path, *, must_work: bool = F
     assert mounted_type(folder / "mnt") is None
     assert {path.name for path in folder.iterdir()} <= MADE, what
     if name != "repair" or not works:
-        assert image.read_bytes() == CONTENT, what
+        assert image.read_bytes() == content, what
     until(lambda: not processes_of(folder), "all processes had ended")
 
 
 # ---- limits ----
 
-MEANINGLESS = ("CORE", "NICE", "SIGPENDING", "MEMLOCK", "RSS", "MSGQUEUE", "RTPRIO")
+MEANINGLESS = ("CORE", "NICE", "SIGPENDING", "MEMLOCK", "RSS", "MSGQUEUE", "RTPRIO", "RTTIME")
 """Of these nothing is needed."""
 
 LIMITS: dict[str, tuple[int, ...]] = {
