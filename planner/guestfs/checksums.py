@@ -32,3 +32,35 @@ def crc(rows: U8, seed: U32 | int, polynomial: int = CRC32C) -> U32:
     for column in np.ascontiguousarray(rows.T):
         value = table[(value ^ column) & 0xFF] ^ (value >> np.uint32(8))
     return value
+
+
+PIECE = 256
+"""Bytes of a long row that are computed beside each other."""
+
+
+def crc_of_long(rows: U8, seed: int, polynomial: int = CRC32C) -> U32:
+    """As `crc`, of rows of thousands of bytes.
+
+    The pieces of a row are computed at once and put together afterwards: as many steps as a row has
+    pieces and a piece has bytes, not as a row has bytes.
+    """
+    count, size = rows.shape
+    head = size % PIECE
+    value = crc(rows[:, :head], seed, polynomial)
+    pieces = np.ascontiguousarray(rows[:, head:]).reshape(-1, PIECE)
+    parts = crc(pieces, 0, polynomial).reshape(count, -1)
+    shift = _shift_of_piece(polynomial)
+    for part in range(size // PIECE):
+        moved = np.zeros(count, dtype=np.uint32)
+        for byte in range(4):
+            moved ^= shift[byte][(value >> np.uint32(8 * byte)) & 0xFF]
+        value = moved ^ parts[:, part]
+    return value
+
+
+@cache
+def _shift_of_piece(polynomial: int) -> list[U32]:
+    """What `PIECE` zero bytes make of a value: of each of its four bytes, which do not meddle."""
+    zeros = np.zeros((256, PIECE), dtype=np.uint8)
+    byte = np.arange(256, dtype=np.uint32)
+    return [crc(zeros, byte << np.uint32(8 * place), polynomial) for place in range(4)]

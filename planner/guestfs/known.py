@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from planner.guestfs.ext import filesystem as ext
+from planner.guestfs.ext import superblock as ext_superblock
 from planner.guestfs.fat import filesystem as fat
 from planner.guestfs.ntfs import filesystem as ntfs
 from planner.guestfs.protocol import FileSystem
 from planner.guestfs.reading import Holes
 from planner.guestfs.xfs import filesystem as xfs
+from planner.guestfs.xfs import superblock as xfs_superblock
 from planner.source import read_bytes
 
 Reader = Callable[[Holes], FileSystem | None]
@@ -39,3 +41,10 @@ def recognise(source: Holes) -> FileSystem | None:
         if found is not None:
             return found
     return None
+
+
+def behind_beginning(source: Holes) -> int:
+    """How far behind the first byte of a file system *source* begins, if with a copy of a
+    superblock; else 0.
+    """
+    return xfs_superblock.behind_beginning(source) or ext_superblock.behind_beginning(source)

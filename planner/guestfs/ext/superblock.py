@@ -267,6 +267,19 @@ def find_superblock(source: Holes) -> tuple[Superblock, int] | None:
     return None
 
 
+def behind_beginning(source: Holes) -> int:
+    """How far behind the first byte of its file system *source* begins: 0, unless there is a copy
+    of the superblock where a group of it begins.
+    """
+    for offset in (OFFSET, 0):
+        raw = read_bytes(source, offset, SIZE)
+        if is_sound(raw):
+            superblock = Superblock(raw, source.size)
+            blocks = superblock.group_number * superblock.blocks_per_group
+            return blocks * superblock.block_size
+    return 0
+
+
 def _places(size: int) -> Iterator[tuple[int, int]]:
     """Where a copy can be in a source of so many bytes, and in which group that is.
 

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 
 from planner.arrays import I64
-from planner.guestfs.known import recognise
+from planner.guestfs.known import behind_beginning, recognise
 from planner.guestfs.protocol import FileSystem
 from planner.guestfs.reading import NO_RANGES, Holes, Window
 from planner.guestfs.volumes.lvm import Physical, read_physical
@@ -223,10 +223,15 @@ def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
             continue
         if not _may_begin(read_bytes(disk.source, begin, MIN_SIZE)):
             continue
-        found = recognise(Holes(Window(disk.source, begin, size - begin), work=disk.work))
+        # Copies of a superblock begin likely places too.
+        window = Holes(Window(disk.source, begin, size - begin), work=disk.work)
+        start = begin - behind_beginning(window)
+        found = None
+        if start >= end:
+            found = recognise(Holes(Window(disk.source, start, size - start), work=disk.work))
         if found is not None and found.size:
-            end = begin + found.size
-            yield begin, found.size
+            end = start + found.size
+            yield start, found.size
 
 
 def _with_data(source: Source, places: I64) -> I64:
@@ -241,9 +246,9 @@ def _with_data(source: Source, places: I64) -> I64:
 
 
 def _may_begin(raw: bytes) -> bool:
-    """Whether the first bytes are those of a file system, not only of a copy somewhere in it."""
+    """Whether the first bytes are those of a file system, or of a group of one."""
     return (
-        raw[1080:1082] == b"\x53\xef"
+        b"\x53\xef" in (raw[1080:1082], raw[56:58])
         or raw[:4] == b"XFSB"
         or raw[3:11] in (b"NTFS    ", b"EXFAT   ")
         or raw[510:512] == b"\x55\xaa"

@@ -172,7 +172,7 @@ def find_superblock(source: Holes) -> tuple[Superblock, int] | None:
     """The first copy that makes sense, and where it is; None: there is none."""
     raw = read_bytes(source, 0, SIZE)
     if is_sound(raw):
-        return Superblock(raw, source.size), 0
+        return None if behind_beginning(source) else (Superblock(raw, source.size), 0)
     for offset in _places(source):
         raw = read_bytes(source, offset, SIZE)
         if not is_sound(raw):
@@ -184,6 +184,19 @@ def find_superblock(source: Holes) -> tuple[Superblock, int] | None:
         if not rest and int.from_bytes(number, "big") in (0, group):
             return superblock, offset
     return None
+
+
+def behind_beginning(source: Holes) -> int:
+    """How far behind the first byte of its file system the superblock that *source* begins with
+    is: 0, unless it is one of another group than the first.
+    """
+    raw = read_bytes(source, 0, SIZE)
+    if not is_sound(raw):
+        return 0
+    superblock = Superblock(raw, source.size)
+    header = read_bytes(source, superblock.sector_size, 12)
+    group = int.from_bytes(header[8:], "big") if header[:4] == b"XAGF" else 0
+    return group * superblock.ag_blocks * superblock.block_size
 
 
 PROBED_STEP = 256 << 10

@@ -125,6 +125,12 @@ def test_without_any_table_file_systems_are_looked_for(tmp_path, filesystem) -> 
         (f"at offset {10 * MIB} (a label)", "ext4")
     ]
     assert "no partition table" in layout.notes[0]
+    # With a copy of the superblock it is where it was, not where the copy is.
+    data[10 * MIB + 1024 : 10 * MIB + 2048] = bytes(1024)
+    [volume] = find_volumes(Bytes(bytes(data))).volumes
+    assert volume.name == f"at offset {10 * MIB} (a label)"
+    assert volume.filesystem is not None
+    assert "the copy at 8389632 was used" in volume.filesystem.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from planner.guestfs.known import behind_beginning
 from planner.guestfs.protocol import NO_INODE, What
-from planner.guestfs.reading import Holes
+from planner.guestfs.reading import Holes, Window
 from planner.guestfs.xfs.filesystem import Xfs, recognise
 from planner.source import Bytes, Patched
 from tests.block_devices import require_loop_devices
@@ -109,6 +110,17 @@ def test_a_superblock_in_another_group_does(images, opened, variant) -> None:
     everything = np.array([0]), np.array([whole.size])
     ours, theirs = damaged.records(*everything), whole.records(*everything)
     assert ours.inode.tolist() == theirs.inode.tolist()
+
+
+def test_a_copy_is_no_beginning(images, opened) -> None:
+    image = images["new"]("xfs")
+    size = group_bytes(opened(image))
+    with image.open("rb") as file:
+        source = FileSource(file.fileno())
+        for group in (0, 1, 3):
+            at = Holes(Window(source, group * size, source.size - group * size))
+            assert behind_beginning(at) == group * size
+            assert (recognise(at) is None) == (group > 0)
 
 
 def test_a_copy_that_does_not_know_the_root_does(images, opened) -> None:
