@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from planner.guestfs.btrfs import filesystem as btrfs
 from planner.guestfs.ext import filesystem as ext
 from planner.guestfs.ext import superblock as ext_superblock
 from planner.guestfs.fat import filesystem as fat
@@ -19,6 +20,7 @@ Reader = Callable[[Holes], FileSystem | None]
 MARKS: tuple[tuple[int, bytes, Reader], ...] = (
     (1080, b"\x53\xef", ext.recognise),
     (0, b"XFSB", xfs.recognise),
+    (65600, b"_BHRfS_M", btrfs.recognise),
     (3, b"NTFS    ", ntfs.recognise),
     (3, b"EXFAT   ", fat.recognise_exfat),
     (82, b"FAT32   ", fat.recognise),

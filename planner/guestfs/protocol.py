@@ -133,7 +133,7 @@ class FileSystem(Protocol):
 
     @property
     def kind(self) -> str:
-        """As blkid says it: ext2, ext3, ext4, xfs, ntfs, vfat, exfat, btrfs."""
+        """As blkid says it: ext2, ext3, ext4, xfs, btrfs, ntfs, vfat, exfat."""
 
     @property
     def label(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from planner.guestfs.protocol import FileSystem
 from planner.source import SECTOR
 from tests.images.guest_files import make_ext
-from tests.images.guest_filled import make_ntfs, make_xfs, mtools, run
+from tests.images.guest_filled import make_btrfs, make_ntfs, make_xfs, mtools, run
 from tests.planner.sources import Sparse
 
 TAIL = 12
@@ -137,4 +137,11 @@ def _exfat(root: Path, _: Path) -> Iterator[Path]:
     yield image
 
 
-MAKERS = {"ext": _ext, "xfs": _xfs, "ntfs": _ntfs, "fat": _fat, "exfat": _exfat}
+def _btrfs(root: Path, tree: Path) -> Iterator[Path]:
+    # Of blocks with one kind of checksum that is not looked at, so that more than that is fuzzed.
+    for name, options in (("once", ["--csum", "xxhash", "-m", "single"]), ("twice", [])):
+        make_btrfs(root / name, tree, ["-n", "4096", *options])
+        yield root / name
+
+
+MAKERS = {"ext": _ext, "xfs": _xfs, "ntfs": _ntfs, "fat": _fat, "exfat": _exfat, "btrfs": _btrfs}

@@ -45,6 +45,7 @@ from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError, NotAMapfile, RepairError
 from planner.guest.mapfile import BAD, READ, Mapfile, parse_mapfile
+from planner.guestfs.btrfs import filesystem as btrfs
 from planner.guestfs.ext import filesystem as ext
 from planner.guestfs.fat import filesystem as fat
 from planner.guestfs.ntfs import filesystem as ntfs
@@ -481,6 +482,7 @@ FILE_SYSTEMS = {
     "ntfs": ntfs.recognise,
     "fat": fat.recognise,
     "exfat": fat.recognise_exfat,
+    "btrfs": btrfs.recognise,
 }
 
 

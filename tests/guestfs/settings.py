@@ -13,7 +13,9 @@ from tests.guestfs.truth import Truth, truth_of
 from tests.images.guest_files import make_ext, make_tree
 from tests.images.guest_filled import (
     age,
+    age_btrfs,
     fill_ntfs,
+    make_btrfs,
     make_exfat,
     make_fat,
     make_ntfs,
@@ -69,6 +71,13 @@ def _exfat(path: Path, root: Path, _: int) -> None:
     make_exfat(path, root / "plain", [])
 
 
+def _btrfs(path: Path, root: Path, seed: int) -> None:
+    # Of what is there twice nothing is hit while there is one.
+    make_btrfs(path, root / "tree", ["-m", "single"])
+    with mounted(path, "compress=zlib") as folder:
+        age_btrfs(folder, seed)
+
+
 MAKERS: dict[str, Callable[[Path, Path, int], None]] = {
     "ext4": _ext("ext4"),
     "ext2": _ext("ext2"),
@@ -78,14 +87,15 @@ MAKERS: dict[str, Callable[[Path, Path, int], None]] = {
     "fat12": _fat("FAT12"),
     "exfat": _exfat,
     "ntfs": _ntfs,
+    "btrfs": _btrfs,
 }
 AGED = ("ext4", "ext2", "xfs")
 """Those that a kernel writes to and deletes from in turns; the others' makers do so themselves."""
 
-WITH_COPIES = ("ext4", "ext2", "xfs", "fat32", "exfat", "ntfs")
+WITH_COPIES = ("ext4", "ext2", "xfs", "fat32", "exfat", "ntfs", "btrfs")
 """Those that have a second superblock or boot sector."""
 
-SUPERBLOCKS = {"ext4": (1024, 1024), "ext2": (1024, 1024)}
+SUPERBLOCKS = {"ext4": (1024, 1024), "ext2": (1024, 1024), "btrfs": (64 << 10, 4096)}
 """Where the first superblock is, and how long; of the others the first sector."""
 
 

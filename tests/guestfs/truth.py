@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64
+from planner.guestfs.btrfs.filesystem import Btrfs
+from planner.guestfs.btrfs.inodes import are_subvolumes
+from planner.guestfs.btrfs.roots import EXTENT_TREE
+from planner.guestfs.btrfs.trees import Places
 from planner.guestfs.fat.filesystem import Fat
 from planner.guestfs.fat.volume import FIRST
 from planner.guestfs.ntfs.filesystem import Ntfs
@@ -71,6 +75,7 @@ class Truth:
     """``owned``: all that files have; ``records``: of inodes. ``paths``: of each inode;
     ``parents``, ``above``: the directories that name it, and all on the way to those. ``goes_on``:
     records of NTFS that go on another one: with what they go on lost they look like files.
+    ``btrfs``: what leads to its leaves with files, and what knows them all the same.
     """
 
     owned: Rows
@@ -80,6 +85,7 @@ class Truth:
     above: Tree
     goes_on: dict[int, int]
     fat: FatRows | None
+    btrfs: tuple[Rows, Rows] | None
 
     def unknowable(self, start: I64, end: I64) -> tuple[set[int], set[int]]:
         """What the ranges, lost, take with them: files that nobody can know of, and those that
@@ -87,6 +93,8 @@ class Truth:
         """
         if self.fat is not None:
             return self._unknowable_of_fat(self.fat, start, end)
+        if self.btrfs is not None and all(rows.hit(start, end) for rows in self.btrfs):
+            return set(self.above), set(self.above)
         unsure = self.owned.hit(start, end)
         nameless = {each for each, above in self.above.items() if above & unsure}
         # One whose record is lost is still in the bitmap, and in its directory.
@@ -134,7 +142,23 @@ def truth_of(source: Source) -> Truth:
         above,
         _goes_on(filesystem) if isinstance(filesystem, Ntfs) else {},
         _fat_rows(filesystem, extents, paths, first) if isinstance(filesystem, Fat) else None,
+        _btrfs_rows(filesystem, first) if isinstance(filesystem, Btrfs) else None,
     )
+
+
+def _btrfs_rows(filesystem: Btrfs, first: int) -> tuple[Rows, Rows]:
+    forest = filesystem._forest
+    leading, others = [forest.root], [forest.root]
+    for step in forest.trees.walk(forest.others):
+        leading.append(step.place.select(are_subvolumes(step.place.tree) & (step.place.level > 0)))
+        others.append(step.place.select(step.place.tree == EXTENT_TREE))
+
+    def rows(places: list[Places]) -> Rows:
+        at = forest.trees.copies(Places.joined(places).logical).reshape(-1)
+        at = at[at >= 0] + first
+        return Rows(at, at + forest.trees.superblock.node_size, np.zeros(len(at), dtype=np.int64))
+
+    return rows(leading), rows(others)
 
 
 def _tree(filesystem: FileSystem) -> tuple[dict[int, set[bytes]], Tree, Tree]:

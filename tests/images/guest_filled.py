@@ -172,6 +172,41 @@ def fill_ntfs(folder: Path, tree: Path, seed: int) -> None:
     fill(folder / "tree")
 
 
+BTRFS_VARIANTS = {
+    "btrfs": [],
+    "btrfs with all once and small nodes": ["-m", "single", "-n", "4096"],
+    "btrfs with all twice": ["-d", "dup"],
+    "btrfs with mixed chunks": ["-M"],
+    "btrfs with other checksums": ["--csum", "xxhash", "-R", "^free-space-tree"],
+}
+
+
+def make_btrfs(image: Path, tree: Path, options: Sequence[str]) -> None:
+    """A btrfs with the files of *tree*, made by mkfs.btrfs."""
+    with image.open("wb") as file:
+        file.truncate(160 << 20)
+    run("mkfs.btrfs", "-q", "-f", "-L", "a label", "--rootdir", tree, *options, image)
+
+
+def age_btrfs(folder: Path, seed: int) -> None:
+    """What is only there on btrfs: subvolumes, snapshots, and files that share extents."""
+    run("btrfs", "subvolume", "create", folder / "a subvolume")
+    # An attribute has to fit into a small node.
+    age(folder / "a subvolume", seed, attribute_size=500)
+    run("btrfs", "subvolume", "create", folder / "a subvolume" / "one in it")
+    for name in ("one", "two"):
+        text = f"text that can be packed, of {name} ".encode() * 9000
+        (folder / "a subvolume" / "one in it" / name).write_bytes(text)
+    run("btrfs", "subvolume", "snapshot", folder / "a subvolume", folder / "a snapshot")
+    woven = folder / "a subvolume" / "woven 1"
+    run("cp", "--reflink=always", woven, folder / "shared")
+    with woven.open("r+b") as file:
+        file.seek(9000)
+        file.write(random.Random(seed).randbytes(50_000))
+    run("btrfs", "subvolume", "snapshot", "-r", folder, folder / "another snapshot")
+    run("btrfs", "subvolume", "delete", "--commit-after", folder / "another snapshot")
+
+
 FAT_VARIANTS = {
     "FAT12": (["-F", "12"], 6 << 20),
     "FAT16": (["-F", "16", "-s", "4"], 24 << 20),

@@ -210,6 +210,10 @@ SCANNED_STEPS = (1 << 20, 63 * 512)
 MAX_SCANNED = 1 << 15
 """Places that are looked at: those of the first 32 GiB."""
 
+BTRFS_AT = 65600
+LOOKED_AT = BTRFS_AT + 8
+"""Bytes from such a place on in which there is a mark: of btrfs so far behind it."""
+
 EXTENTS_A_TIME = 1 << 16
 
 
@@ -221,7 +225,7 @@ def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
     for begin in _with_data(disk.source, np.array(places)).tolist():
         if begin < end or begin + MIN_SIZE > size:
             continue
-        if not _may_begin(read_bytes(disk.source, begin, MIN_SIZE)):
+        if not _may_begin(disk.source, begin):
             continue
         # Copies of a superblock begin likely places too.
         window = Holes(Window(disk.source, begin, size - begin), work=disk.work)
@@ -235,21 +239,23 @@ def _scattered(disk: _Disk, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _with_data(source: Source, places: I64) -> I64:
-    """Those of ascending *places* at which there is more than a hole; asked once, for all."""
+    """Those of ascending *places* behind which there is more than a hole; asked once, for all."""
     starts = np.zeros(len(places) + 1, dtype=np.int64)
-    extents = iter(source.data_extents(0, int(places[-1]) + MIN_SIZE))
+    extents = iter(source.data_extents(0, int(places[-1]) + LOOKED_AT))
     while some := list(islice(extents, EXTENTS_A_TIME)):
         low, high = np.array(some, dtype=np.int64).T
-        np.add.at(starts, np.searchsorted(places, low - MIN_SIZE, side="right"), 1)
+        np.add.at(starts, np.searchsorted(places, low - LOOKED_AT, side="right"), 1)
         np.add.at(starts, np.searchsorted(places, high, side="left"), -1)
     return places[np.cumsum(starts[:-1]) > 0]
 
 
-def _may_begin(raw: bytes) -> bool:
-    """Whether the first bytes are those of a file system, or of a group of one."""
+def _may_begin(source: Holes, begin: int) -> bool:
+    """Whether there are the first bytes of a file system, or of a group of one."""
+    raw = read_bytes(source, begin, MIN_SIZE)
     return (
         b"\x53\xef" in (raw[1080:1082], raw[56:58])
         or raw[:4] == b"XFSB"
         or raw[3:11] in (b"NTFS    ", b"EXFAT   ")
         or raw[510:512] == b"\x55\xaa"
+        or read_bytes(source, begin + BTRFS_AT, 8) == b"_BHRfS_M"
     )

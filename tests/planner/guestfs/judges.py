@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.guestfs.btrfs.filesystem import Btrfs
 from planner.guestfs.ext.filesystem import Ext
 from planner.guestfs.fat.filesystem import Fat
 from planner.guestfs.known import recognise
@@ -23,7 +24,7 @@ from planner.guestfs.xfs.filesystem import Xfs
 from planner.source import Source
 from tests.images.guest_filled import mounted_exfat, mounted_ntfs
 from tests.oracle.scene import FileSource
-from tests.planner.guestfs import debugfs, fat_tools, ntfs_tools, xfs_db
+from tests.planner.guestfs import btrfs_tools, debugfs, fat_tools, ntfs_tools, xfs_db
 from tests.planner.guestfs.walks import blocks_of, free_blocks_of, owned_blocks, paths_of
 
 
@@ -155,8 +156,15 @@ def exfat_files(image: Path) -> dict[bytes, bytes | None]:
         }
 
 
+def require_btrfs(image: Path, filesystem: Btrfs, source: Source) -> None:
+    """As the kernel reads it, and as btrfs-progs find it to be in use."""
+    btrfs_tools.require_files(filesystem, btrfs_tools.files_of(image), source)
+    btrfs_tools.require_space(filesystem, image)
+
+
 JUDGES: dict[str, Callable[[Path, Any, Source], None]] = {
     **dict.fromkeys(("ext2", "ext3", "ext4"), lambda image, found, _: require_ext(image, found)),
+    "btrfs": require_btrfs,
     "xfs": lambda image, found, _: require_xfs(image, found),
     "ntfs": lambda image, found, _: require_ntfs(image, found, ntfs_paths(image)),
     "vfat": lambda image, found, _: require_fat(image, found),
