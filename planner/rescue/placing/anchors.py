@@ -29,8 +29,8 @@ from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted
 from planner.rescue.placing.votes import Evidence, Votes, without_rivals
 from planner.source import SECTOR
 
-MANY = 4096
-"""Superblocks that are looked at, at most."""
+MANY, OF_ONE, WINDOWS = 4096, 64, 4096
+"""Superblocks that are looked at; those of one file system; places of it that are tried."""
 
 
 def spot(piece: Piece) -> Iterator[Spotted]:
@@ -220,11 +220,11 @@ def weigh_anchors(board: Board, anchors: list[Anchor], table: Table | None) -> I
     if table is not None:
         places = [(each.start, each.length) for each in table.partitions]
         yield _votes(board, [(each, start) for each in anchors for start, length in places
-                             if 0 < each.size <= length])  # fmt: skip
+                             if length // 8 * 7 <= each.size <= length])  # fmt: skip
         return
     names = {each.name for each in anchors}
     for name in sorted(names, key=repr):
-        mine = [each for each in anchors if each.name == name]
+        mine = [each for each in anchors if each.name == name][:OF_ONE]
         start = _only_start(board, mine)
         if start is not None:
             yield _votes(board, [(each, start) for each in mine])
@@ -266,6 +266,8 @@ def _feasible(board: Board, anchors: list[Anchor], rest: int) -> Iterator[int]:
     """The places of the disk on which all of it fits, *rest* bytes into a window."""
     size = max(each.size for each in anchors)
     last = (board.size - size - rest) // board.coverage
+    if last >= WINDOWS:
+        return
     for number in range(max(0, last + 1)):
         start = rest + number * board.coverage
         windows = [

@@ -17,8 +17,8 @@ from planner.arrays import I32, I64, U8, Mask, is_among
 from planner.guestfs.columns import little
 from planner.source import SECTOR
 
-MAX_CLAIMS = 1 << 23
-"""That are kept of one image: some 300 MB. More metadata needs no more of it to be placed."""
+MAX_CLAIMS = 1 << 22
+"""That are kept of one image: some 150 MB. More metadata needs no more of it to be placed."""
 
 A_CLUSTER = 64
 """Claims of one sort that are kept of a cluster."""

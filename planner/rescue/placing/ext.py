@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from planner.arrays import I64, U8, U32
+from planner.arrays import I64, U8, U32, distinct
 from planner.guestfs.checksums import CRC32C, crc, crc_table
 from planner.guestfs.columns import big, little
 from planner.guestfs.ext.filesystem import Ext
@@ -21,7 +21,7 @@ from planner.guestfs.ext.groups import read_bitmap_checksums
 from planner.guestfs.ext.inodes import walk_inodes
 from planner.guestfs.ext.superblock import SIZE, is_sound
 from planner.guestfs.inodes import TYPE_MASK, TYPES
-from planner.guestfs.protocol import NO_INODE, What
+from planner.guestfs.protocol import NO_INODE, Extents, What
 from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted, uuid_half
 from planner.rescue.placing.sites import Site, pairs
 from planner.rescue.placing.votes import Evidence, Votes, without_rivals
@@ -35,6 +35,10 @@ RECORD = 256
 """Bytes of an inode, but for very old and very unusual file systems."""
 
 JOURNAL = b"\xc0\x3b\x39\x98"
+JOURNAL_SUPERBLOCKS = (3, 4)
+MIN_PARTS, MAX_PARTS = 4, 256
+"""Blocks of a journal's own, to take a table for a part of one; and how many are looked at."""
+
 COPIES_AT_MOST = 4 << 20
 """Bytes behind the last descriptor of a journal that may be copies."""
 
@@ -139,6 +143,8 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     filesystem = site.filesystem
     if not isinstance(filesystem, Ext):
         return
+    yield _journal_heads(site, claims)
+    yield _journal_parts(site, claims)
     claims = _without_copies(claims)
     if not filesystem.superblock.has_checksums:
         yield _first_blocks(site, filesystem, claims.of(Sort.EXT_DIRECTORY))
@@ -146,6 +152,45 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     yield _inodes(site, filesystem, claims.of(Sort.EXT_INODE))
     yield _owned_blocks(site, filesystem, claims)
     yield _bitmaps(site, filesystem)
+
+
+def _journal(site: Site) -> Extents:
+    """Where the journal lies."""
+    found = [e.select(e.what == What.JOURNAL) for e in site.filesystem.extents()]
+    return Extents(
+        *(np.concatenate([getattr(e, name) for e in found]) for name in Extents.__slots__)
+    )
+
+
+def _journal_heads(site: Site, claims: Claims) -> Votes:
+    """The superblock of a journal, which is the first block of it."""
+    claims = claims.of(Sort.EXT_JOURNAL)
+    claims = claims.select(np.isin(claims.key, JOURNAL_SUPERBLOCKS))
+    extents = _journal(site)
+    starts = extents.start[extents.file_offset == 0]
+    row = np.repeat(np.arange(len(claims)), len(starts))
+    return site.votes(Evidence.CONTENT, claims, row, np.tile(starts, len(claims)))
+
+
+def _journal_parts(site: Site, claims: Claims) -> Votes:
+    """Tables with blocks of a journal's own, which fit one window of those that it lies in."""
+    claims = claims.of(Sort.EXT_JOURNAL)
+    extents = _journal(site)
+    start, end = site.to_disk(extents.start), site.to_disk(extents.start) + extents.length
+    windows = distinct(np.concatenate((start, end - 1)) // site.coverage)
+    if len(windows):
+        windows = np.arange(windows[0], min(windows[-1] + 1, windows[0] + MAX_PARTS))
+    windows = windows[site.board.are_vacant(windows)][:MAX_PARTS]
+    start, end = start[:MAX_PARTS], end[:MAX_PARTS]
+    found = []
+    for table in distinct(claims.table[np.isin(claims.table, site.board.waiting)]).tolist():
+        inside = claims.inside[claims.table == table][:MAX_PARTS]
+        place = windows[:, None] * site.coverage + inside
+        within = ((place[..., None] >= start) & (place[..., None] < end)).any(axis=2).all(axis=1)
+        if len(inside) >= MIN_PARTS and np.count_nonzero(within) == 1:
+            found.append((table, int(windows[within][0]), 0))
+    columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    return without_rivals(Votes(Evidence.CONTENT, *columns))
 
 
 def _without_copies(claims: Claims) -> Claims:

@@ -25,6 +25,7 @@ NUMBERED = 0x30
 
 FILE_NAME_BYTES = 66
 LAST_ENTRY = 2
+LOG_PAGE = 4096
 MIRRORED = 4
 """Records that the mirror of the MFT has at least."""
 
@@ -62,6 +63,7 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     if isinstance(filesystem, Ntfs):
         yield _records(site, filesystem, claims.of(Sort.NTFS_RECORD))
         yield _indexes(site, claims.of(Sort.NTFS_INDEX))
+        yield _log(site, claims.of(Sort.NTFS_LOG))
 
 
 def _records(site: Site, filesystem: Ntfs, claims: Claims) -> Votes:
@@ -92,6 +94,16 @@ def _indexes(site: Site, claims: Claims) -> Votes:
     inside = (within >= 0) & (within < length[at])
     row, at, within = row[inside], at[inside], within[inside]
     return site.votes(Evidence.DIRECTORY, claims, row, start[at] + within)
+
+
+def _log(site: Site, claims: Claims) -> Votes:
+    """The two pages that the log begins with."""
+    found = [each.select(each.what == What.JOURNAL) for each in site.filesystem.extents()]
+    first = [each.start[each.file_offset == 0] for each in found]
+    start = np.concatenate([np.zeros(0, dtype=np.int64), *first])
+    places = np.concatenate((start, start + LOG_PAGE))
+    row = np.repeat(np.arange(len(claims)), len(places))
+    return site.votes(Evidence.CONTENT, claims, row, np.tile(places, len(claims)))
 
 
 def _columns(rows: list[tuple[I64, ...]]) -> list[I64]:

@@ -14,7 +14,7 @@ import numpy as np
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import find_volumes
 from planner.guestfs.volumes.partitions import read_table
-from planner.rescue.placing import anchors, content, ext, ntfs, xfs
+from planner.rescue.placing import anchors, content, ext, ntfs, pattern, xfs
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims
 from planner.rescue.placing.sites import Site, Weigher
@@ -24,7 +24,9 @@ from planner.rescue.placing.votes import Evidence, Tally, Votes, tally
 MAX_ROUNDS = 64
 
 SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot, content.spot)
-WEIGHERS: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, content.weigh)
+STRONG: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, content.weigh)
+WEAK: tuple[Weigher, ...] = (pattern.weigh,)
+"""Asked only where the others have nothing more to say."""
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Solver:
             self._note(table, window, Evidence.SNAPSHOT, 1)
         self._place(self.tallies)
         for _ in range(MAX_ROUNDS):
-            if not len(self.board.waiting) or not self._round():
+            if not len(self.board.waiting) or not (self._round(STRONG) or self._round(WEAK)):
                 break
         self._place_late()
 
@@ -64,23 +66,30 @@ class Solver:
         mine = self.tallies.setdefault(table, Tally(table, {})).by_window.setdefault(window, {})
         mine[evidence] = mine.get(evidence, 0) + count
 
-    def _round(self) -> bool:
-        found = tally(self._votes())
+    def _round(self, weighers: tuple[Weigher, ...]) -> bool:
+        found = tally(self._votes(weighers))
+        if weighers is WEAK:
+            # What was voted otherwise is against it.
+            for table, each in found.items():
+                if table in self.tallies:
+                    each.by_window.update(self.tallies[table].by_window)
         self.tallies |= {table: each for table, each in found.items() if self._waits(table)}
         return self._place(found)
 
-    def _votes(self) -> Iterator[Votes]:
+    def _votes(self, weighers: tuple[Weigher, ...]) -> Iterator[Votes]:
         board = self.board
         start, end = board.holes()
         disk = Holes(board, start, end)
         table = read_table(disk)
-        yield from anchors.weigh_tables(board, self.claims)
-        yield from anchors.weigh_anchors(board, anchors.find_anchors(board, self.claims), table)
+        if weighers is STRONG:
+            yield from anchors.weigh_tables(board, self.claims)
+            found = anchors.find_anchors(board, self.claims)
+            yield from anchors.weigh_anchors(board, found, table)
         for volume in find_volumes(board, start, end).volumes:
             if volume.filesystem is None:
                 continue
             site = Site(volume.filesystem, volume.space.segments, volume.source, board)
-            for weigh in WEIGHERS:
+            for weigh in weighers:
                 yield from weigh(site, self.claims)
 
     def _place(self, tallies: dict[int, Tally]) -> bool:

@@ -115,7 +115,7 @@ def test_tables_are_put_where_the_file_system_says_that_they_lie(kind: str, tabl
     data = image(kind, table)
     found = rescue(Bytes(without_l1(data)))
     assert not wrong(found, data)
-    assert found.placed * 3 > len(truth(data))
+    assert found.placed * 2 > len(found.placements)
 
 
 @pytest.mark.parametrize("garbage", [b"\xff", random.Random(1).randbytes(4096)])
@@ -166,9 +166,8 @@ def test_the_plan_taken_back_is_the_image_as_it_was() -> None:
 
 
 def test_what_is_not_proven_cannot_be_read() -> None:
-    data = image("ext4", "gpt")
-    source = Bytes(without_l1(data))
-    found = rescue(source)
+    data = image("xfs", "gpt")
+    found = rescue(Bytes(without_l1(data)))
     assert found.placed < len(found.placements)
     placed = {each.l1_index for each in found.placements if each.placed}
     assert set(truth(data).values()) <= placed | set(found.holes)
@@ -178,3 +177,32 @@ def test_an_image_that_lost_nothing_is_left_alone() -> None:
     found = rescue(Bytes(image("ext4", "none")))
     assert not found.placements
     assert found.plan.changes_nothing
+
+
+def test_two_tables_that_say_the_same_are_both_left_alone() -> None:
+    data = image("ext4", "gpt")
+    found = rescue(Bytes(without(data, "l1")))
+    left, *placed = (each.offset for each in found.placements if each.placed)
+    size = header_of(data).geometry.cluster_size
+    for offset in placed[:2]:
+        damaged = bytearray(without(data, "l1"))
+        damaged[left : left + size] = damaged[offset : offset + size]
+        again = rescue(Bytes(bytes(damaged)))
+        assert not any(each.placed for each in again.placements if each.offset in (offset, left))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guest_whose_blocks_are_damaged_puts_nothing_in_a_wrong_place(seed: int) -> None:
+    data, rng = image("ext4", "gpt"), random.Random(seed)
+    damaged = bytearray(without(data, "l1"))
+    header, tables = header_of(data), set(truth(data))
+    size = header.geometry.cluster_size
+    for _ in range(len(damaged) // size // 20):
+        start = rng.randrange(16, len(damaged) // size) * size
+        other = rng.randrange(16, len(damaged) // size) * size
+        if start not in tables:
+            # Garbage, or what belongs elsewhere.
+            damaged[start : start + size] = rng.choice(
+                (rng.randbytes(size), damaged[other : other + size])
+            )
+    assert not wrong(rescue(Bytes(bytes(damaged))), data)
