@@ -81,6 +81,11 @@ def distinct(values: I64) -> I64:
     return without_repeats(np.sort(values))
 
 
+def union(one: I64, other: I64) -> I64:
+    """What is in *one* or in *other*, ascending, each once; *other* is in order."""
+    return distinct(np.concatenate((one, other))) if len(one) else other
+
+
 def without_repeats(ascending: I64) -> I64:
     """The values of a sorted 1-D array, each once."""
     first = np.ones(len(ascending), dtype=np.bool_)

@@ -12,7 +12,7 @@ import click
 
 from instarfs.cli.complaints import Failure, complain, remark
 from instarfs.cli.grammar import ImageName, image_name, image_options
-from instarfs.cli.options import settle_option, undo_file_option
+from instarfs.cli.options import TIERS, settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import (
     DOMAIN_ERRORS,
@@ -50,8 +50,9 @@ _SELF_EVIDENT = ("clean", "unreadable")
     "-r",
     "--repair",
     "tier",
-    type=click.Choice(["leaks", "all"]),
-    help="Repair leaked clusters only, or all that the image determines; see: instarfs plan.",
+    type=click.Choice(TIERS),
+    help="Repair leaked clusters only, or all that the image determines; the others are for a"
+    " person to choose, with --plan. See: instarfs plan.",
 )
 @click.option(
     "--plan", "quote", metavar="ID", help="With -r: carry out the plan of this id, or nothing."

@@ -34,7 +34,12 @@ def command(
     progress: bool,
     force_share: bool,
 ) -> None:
-    """Show what a repair of the tier `leaks` or `all` would do to IMAGE. Nothing is written.
+    """Show what a repair of some tier would do to IMAGE. Nothing is written.
+
+    `leaks` frees what nothing refers to, `all` mends what the rest of the image determines. What it
+    does not determine a person may choose, and quotes the id that is shown here: `split` gives each
+    owner of a cluster that has two one of its own, `bitmaps` drops persistent bitmaps that stop
+    QEMU or a backup, `snapshots` drops entries of the snapshot table that are none.
 
     The plan is proven: laid over the image in memory, it was checked like an image. Its id can be
     quoted to `instarfs check -r`, which then does exactly this or nothing. Nothing is planned

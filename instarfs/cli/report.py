@@ -27,7 +27,7 @@ from planner.check.check import check_image
 from planner.errors import NotQcow2, RepairError, as_value
 from planner.progress import Progress
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Proposal, is_repairable
+from planner.repair.tiers import Proposal, tiers_for
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import Triage, triage_leaks
 
@@ -55,7 +55,7 @@ def command(
     """Say what is wrong with the qcow2 image IMAGE, what it means, and what to do about it.
 
     This is check/report.txt of a mount: it checks all metadata, looks into the leaked clusters,
-    and plans both repairs. Nothing is written. The exit code is that of `instarfs check`.
+    and plans the repairs. Nothing is written. The exit code is that of `instarfs check`.
     """
     follow = Follow(directories)
     name = ImageName(path, force_share=force_share, undo_file=undo_file)
@@ -84,7 +84,7 @@ def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
     except ImageReadFailed as error:  # of a leaked cluster, which the check did without
         triage = as_value(error)
     proposals: dict[RepairTier, Proposal | Exception] = {}
-    for tier in RepairTier if is_repairable(report) else ():
+    for tier in tiers_for(report):
         try:
             if interrupted is not None:
                 raise RepairError(interrupted.sentence)

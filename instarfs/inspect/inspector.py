@@ -62,7 +62,7 @@ from planner.qcow2.contents import Contents, bare_header
 from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Proposal, is_repairable
+from planner.repair.tiers import Proposal, tiers_for
 from planner.source import Source
 from planner.triage.beside import Beside, look_beside
 from planner.triage.triage import Triage, triage_leaks
@@ -418,9 +418,8 @@ class Inspector:
             )
             files = None if checkup.report.error else (await self.files.get()).value
             briefing = Briefing(checkup, triage, {}, around, beside, files)
-            if is_repairable(checkup.report):
-                for tier in RepairTier:
-                    briefing.proposals[tier] = await self._proposal_or_error(tier)
+            for tier in tiers_for(checkup.report):
+                briefing.proposals[tier] = await self._proposal_or_error(tier)
         if changed():
             torn = replace(checkup, report=_torn(checkup.report))
             return Briefing(torn, triage, {}, around, beside, files)

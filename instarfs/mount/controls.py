@@ -23,9 +23,10 @@ from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
 log = logging.getLogger(__name__)
 
 _TIER = re.compile(
-    rb"[ \t]*(leaks|all)(?:[ \t]+([0-9a-fA-F]{%d,%d}))?[ \t]*\n?" % (SHORTEST_QUOTE, ID_LENGTH)
+    rb"[ \t]*(%s)(?:[ \t]+([0-9a-fA-F]{%d,%d}))?[ \t]*\n?"
+    % ("|".join(RepairTier).encode(), SHORTEST_QUOTE, ID_LENGTH)
 )
-_TIER_GRAMMAR = "`leaks` or `all`, or either with the id of a plan"
+_TIER_GRAMMAR = "`leaks` or `all`, or a tier with the id of a plan"
 
 _UNDO_LINES = {
     State.APPLYING: "a repair was interrupted: write `undo` to take it back",
@@ -59,7 +60,8 @@ def parse_word(command: bytes, word: str) -> None:
 def _elsewhere(command: bytes) -> str:
     """Where a word belongs that means something in another control file."""
     word = command.strip().partition(b" ")[0].decode(errors="replace")
-    file = {"undo": "undo", "trim": "trim", "leaks": "tier", "all": "tier"}.get(word)
+    files: dict[str, str] = {"undo": "undo", "trim": "trim"} | dict.fromkeys(RepairTier, "tier")
+    file = files.get(word)
     return f"; `{word}` is for repair/{file}" if file else ""
 
 

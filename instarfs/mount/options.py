@@ -30,7 +30,7 @@ _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
 _NO_UNDO, _FOLLOW, _UNDO_FILE, _PREVIEW = "no_undo", "follow=", "undo_file=", "preview="
 
-PREVIEWS = ("leaks", "all", "rescue")
+PREVIEWS = ("leaks", "all", "split", "bitmaps", "snapshots", "rescue")
 """What can be laid over an image instead of being written to it."""
 
 # As in libfuse: a comma that is part of a path has a backslash before it.

@@ -681,7 +681,8 @@ def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
     return [
         _Entry(
             "repair/tier",
-            "write `leaks` or `all` to repair; shows the tier last applied, in brackets",
+            "write `leaks` or `all` to repair, or with the id of a plan `split`, `bitmaps` or"
+            " `snapshots`, which a person chooses; shows the tier last applied, in brackets",
             controls.tier_file(),
         ),
         *(
@@ -735,7 +736,7 @@ This is the inside of a qcow2 image, shown as files by instarfs:
 
 Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothing is computed
 before it is opened: whoever opens a file in check/ first has the whole image checked, which may
-take a while; every other file answers meanwhile. check/report.txt also plans both repairs, where
+take a while; every other file answers meanwhile. check/report.txt also plans the repairs, where
 there is anything to repair. When the image changes, the files show its new state the next time
 they are opened; who has one open reads on in the old one.
 

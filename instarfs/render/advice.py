@@ -46,10 +46,10 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
     blocks: list[list[str]] = []
     proposal = _advised(place)
     if proposal is not None:
-        repair = list(_repair(place, proposal))
-        if proposal.tier is RepairTier.LEAKS and proposal.needs_quote:
+        repair, only_if = list(_repair(place, proposal)), _only_if(proposal)
+        if only_if:
             # Not for somebody who pastes all that is to be done now.
-            blocks.append(["Only if what looks lost may go:", *repair])
+            blocks.append([only_if, *repair])
         else:
             steps += repair
         if place.keeps_undo:
@@ -282,12 +282,32 @@ def _plans(place: _Place) -> dict[RepairTier, Proposal]:
     }
 
 
+_CHOICES = {
+    RepairTier.SPLIT: "Only if each owner of a shared cluster is to have one of its own, so that"
+    " nothing shows any more which of them reads wrong bytes:",
+    RepairTier.BITMAPS: "Only if the bitmaps that the plan names may go:",
+    RepairTier.SNAPSHOTS: "Only if the snapshot table is to be what the plan says:",
+}
+
+
+def _only_if(proposal: Proposal) -> str:
+    """What somebody has to want who has a plan carried out; empty where nothing speaks against."""
+    if proposal.tier is RepairTier.LEAKS and proposal.needs_quote:
+        return "Only if what looks lost may go:"
+    return _CHOICES.get(proposal.tier, "")
+
+
+def _chosen(place: _Place) -> list[Proposal]:
+    """Repairs that only a person can know to be right."""
+    return [plan for tier, plan in _plans(place).items() if tier.is_chosen]
+
+
 def _advised(place: _Place) -> Proposal | None:
     """One repair: after it the plan of any other would be another."""
     plans = _plans(place)
     leaks, everything = (plans.get(tier) for tier in (RepairTier.LEAKS, RepairTier.ALL))
     if leaks is None or everything is None:
-        return everything or leaks
+        return everything or leaks or next(iter(_chosen(place)), None)
     # Where it mends as much, `all` would write more.
     is_gentle = not leaks.needs_quote and everything.left_count >= leaks.left_count
     return leaks if is_gentle else everything
@@ -308,12 +328,16 @@ def _repair(place: _Place, proposal: Proposal) -> Iterator[str]:
     if leaks is not None:
         then += f". Then `{RepairTier.LEAKS}`, with its new id, frees the leaked clusters"
         then += ", if what looks lost may go" if leaks.needs_quote else ""
+    if chosen := [] if proposal.tier.is_chosen else _chosen(place):
+        then += f". Then `{chosen[0].tier}`, with its new id, if its plan is what you want"
     yield from _step(f"{then}.")
 
 
 def _purpose(proposal: Proposal) -> str:
     what = "Mend what the rest of the image determines"
-    if proposal.tier is RepairTier.LEAKS:
+    if proposal.tier.is_chosen:
+        what = "That is for a person to choose"
+    elif proposal.tier is RepairTier.LEAKS:
         what = "Free the leaked clusters"
         what += "" if proposal.needs_quote else ", and no more"
     elif proposal.needs_quote:

@@ -186,7 +186,7 @@ def finding_value(report: Report, finding: Finding) -> dict[str, object]:
         value["found"] = content_name(finding.found)
     if info.expected:
         value["expected"] = _number(info.expected, finding.expected)
-    value["repaired-by"] = info.tier
+    value["repaired-by"] = info.tier or info.choice
     if info.left:
         value["left-because"] = info.left
     owners = owners_of(report, finding)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from instarfs.render.check import counters_value
 from instarfs.render.outcome import left_values, pending_value, repair_value
+from instarfs.render.shares import shares_lines, shares_value
 from instarfs.render.triage import triage_lines, triage_value
 from instarfs.repair.outcome import Pending, RepairOutcome, Status
 from instarfs.text import json_bytes, json_parts, printable, shell_path, text_lines
@@ -52,6 +53,7 @@ def plan_json(proposal: Proposal, filename: str) -> Iterator[bytes]:
             "plan-id-must-be-quoted": proposal.needs_quote,
             "plan-id-must-be-quoted-because": proposal.warnings,
             "suspects": [printable(suspect.sentence) for suspect in proposal.suspects],
+            **shares_value(proposal.before, proposal.shares),
             **triage_value(proposal.triage),
             "leaks-in-words": triage_lines(proposal.triage),
             "left-findings": left_values(proposal.left),
@@ -125,8 +127,7 @@ def plan_human(proposal: Proposal, filename: str) -> str:
     lines.insert(0, f"{filename}: plan {plan.id} for the tier `{proposal.tier}`")
     if proposal.needs_quote:
         lines += ["", f"WARNING: {quote_warning(proposal)}"]
-    words = triage_lines(proposal.triage, "see: instarfs mount, lost/triage.json")
-    lines += ["", "Leaked clusters:", *(f"  - {line}" for line in words)] if words else []
+    lines += _choice_section(proposal) if proposal.tier.is_chosen else _leaks_section(proposal)
     if proposal.needs_quote:
         lines.append("If it is to be done all the same, quote the plan's id when you repair.")
     lines += ["", "Stages:"]
@@ -149,8 +150,22 @@ def plan_human(proposal: Proposal, filename: str) -> str:
     return text_lines(lines)
 
 
+def _leaks_section(proposal: Proposal) -> list[str]:
+    words = triage_lines(proposal.triage, "see: instarfs mount, lost/triage.json")
+    return ["", "Leaked clusters:", *(f"  - {line}" for line in words)] if words else []
+
+
+def _choice_section(proposal: Proposal) -> list[str]:
+    """What it comes to, and who had clusters in common."""
+    lines = ["", "What it comes to:", *(f"  - {line}" for line in map(printable, proposal.notes))]
+    shared = shares_lines(proposal.before, proposal.shares, LISTED_EDITS)
+    return [*lines, *(f"  - {line}" for line in shared)]
+
+
 def quote_warning(proposal: Proposal) -> str:
     """Why the id of a plan must be quoted, in a few words."""
+    if proposal.tier.is_chosen:
+        return "the image does not say that this is right: a person has to choose it."
     if not proposal.triage.is_buried:
         return "something may be lost, and afterwards nothing would show it any more."
     if proposal.tier is RepairTier.LEAKS:
@@ -187,6 +202,7 @@ def outcome_json(outcome: RepairOutcome | None, filename: str, pending: Pending 
             "refusal": refusal.kind if refusal else None,
             "finding": (refusal.finding or None) if refusal else None,
             **repair_value(outcome),
+            **(shares_value(outcome.before, outcome.shares) if outcome.before else {}),
             "leaks-fixed": outcome.leaks_fixed,
             "corruptions-fixed": outcome.corruptions_fixed,
             "interrupted-repair-taken-back": outcome.recovered,
@@ -214,6 +230,10 @@ def outcome_human(outcome: RepairOutcome, filename: str, undo_file: str | None =
     lines = [outcome_line(outcome)]
     if outcome.recovered and outcome.status is not Status.UNDONE:
         lines.insert(0, TAKEN_BACK_FIRST)
+    if outcome.before is not None:
+        shared = shares_lines(outcome.before, outcome.shares, LISTED_EDITS)
+        what = "At least one owner of each of these reads wrong bytes:"
+        lines += ["", what, *(f"  {line}" for line in shared)] if shared else []
     lines += _left_section(outcome.left)
     place = f"--undo-file {shell_path(undo_file)} " if undo_file is not None else ""
     command = f"instarfs undo {place}{shell_path(filename)}"

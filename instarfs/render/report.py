@@ -401,8 +401,10 @@ def _tiers(proposals: Proposals) -> list[str]:
     if not proposals:
         return []
     lines = ["What a repair would do (nothing is written until you ask for it):"]
+    refusals = {str(each) for tier, each in proposals.items() if not tier.is_chosen}
     for tier, proposal in proposals.items():
-        lines += _tier_lines(tier, proposal)
+        if not tier.is_chosen or str(proposal) not in refusals:
+            lines += _tier_lines(tier, proposal)
     return lines
 
 
@@ -413,6 +415,8 @@ def _tier_lines(tier: RepairTier, proposal: Proposal | Exception) -> list[str]:
     if not isinstance(proposal, Proposal):
         return [f"  {tier}: cannot be planned: {proposal}"]
     numbers = f"found {proposal.found}, planned {proposal.planned}, left {proposal.left_count}"
+    if not proposal.has_something_to_say:
+        return []
     if proposal.plan.changes_nothing:
         return [f"  {tier}: nothing to change: {numbers}"]
     after = f"afterwards the check says: {proposal.after.verdict}"
@@ -435,7 +439,8 @@ def _section(report: Report, kind: FindingKind, number: int) -> list[str]:
     info = KINDS[kind]
     lines = [f"{kind.label} ({number}): {info.meaning}."]
     if info.left:
-        lines.append(f"  Cannot be repaired: {info.left}.")
+        choice = f"; `{info.choice}` is for a person who decides it" if info.choice else ""
+        lines.append(f"  Cannot be repaired: {info.left}{choice}.")
     limit = LISTED_TABLES if kind is FindingKind.TABLE_OVERWRITTEN else LISTED
     for shown, finding in enumerate(report.rows(kind)):
         if shown == limit:

@@ -58,10 +58,10 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 8 << 30
 """No record is larger: such a one is neither written nor read."""
 
-MAGIC, VERSION = b"instarfs-undo\0", b"\x02\0"
+MAGIC, VERSION = b"instarfs-undo\0", b"\x03\0"
 RECORD_MAGIC = b"repair\0\0"
 DIGEST_LENGTH = 32
-TIER_LENGTH = 8
+TIER_LENGTH = 16
 
 MAX_FILE = (1 << 63) - 1
 

@@ -5,13 +5,14 @@ Made in `instarfs.repair.run` and shown by `instarfs.render`; nothing is decided
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from instarfs.errors import InstarfsError
 from planner.check.report import RepairCounters, Report
 from planner.errors import PlannerError
 from planner.repair.plan import PlanTier
+from planner.repair.split import Shares
 from planner.repair.tiers import Left
 from planner.triage.triage import Suspect
 
@@ -37,11 +38,12 @@ class RepairOutcome:
 
     ``found``, ``planned``, ``repaired``, ``left_count``: the numbers of a repair. ``counters``:
     what it mended, by sort. ``suspects``: leaked clusters that look like something lost, the first
-    of ``suspect_count``. ``after``: the check of the image as it now is, where known.
-    ``recovered``: an interrupted repair was taken back first. ``trimmed``: bytes of disk space
-    given back. ``undoable``: how many repairs can be taken back now, one by one; ``stale``: how
-    many before this one cannot, since the image was written to after them. ``error``: None exactly
-    where all that was asked for was done; ``reason`` then says what else is worth knowing.
+    of ``suspect_count``. ``shares``: who had clusters in common and has no more. ``after``: the
+    check of the image as it now is, where known. ``recovered``: an interrupted repair was taken
+    back first. ``trimmed``: bytes of disk space given back. ``undoable``: how many repairs can be
+    taken back now, one by one; ``stale``: how many before this one cannot, since the image was
+    written to after them. ``error``: None exactly where all that was asked for was done; ``reason``
+    then says what else is worth knowing.
     """
 
     status: Status = Status.REFUSED
@@ -58,6 +60,7 @@ class RepairOutcome:
     reason: str = ""
     before: Report | None = None
     after: Report | None = None
+    shares: Shares = field(default_factory=Shares)
     undo_file: str = ""
     undoable: int = 0
     stale: int = 0

@@ -234,6 +234,7 @@ class _Pass:
             left_count=proposal.left_count,
             left=proposal.left,
             counters=proposal.counters,
+            shares=proposal.shares,
             after=after,
         )
         if not proposal.complete:

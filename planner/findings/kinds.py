@@ -150,7 +150,8 @@ class KindInfo:
 
     ``found`` and ``expected`` say what those columns hold; ``expected`` is empty where nothing in
     the image determines it. ``tier`` is the repair tier that mends it; where none does, ``left``
-    says why. ``counted``: whether it is in QEMU's counters.
+    says why, and ``choice`` is the tier by which a person may decide it. ``counted``: whether it is
+    in QEMU's counters.
     """
 
     severity: Severity
@@ -159,6 +160,7 @@ class KindInfo:
     expected: str = ""
     tier: str | None = None
     left: str = ""
+    choice: str | None = None
     counted: bool = True
 
 
@@ -182,6 +184,7 @@ KINDS: dict[FindingKind, KindInfo] = {
         "owners",
         "1",
         left="the image does not say which owner is right",
+        choice="split",
         counted=False,
     ),
     FindingKind.PAST_END: KindInfo(
@@ -298,12 +301,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         "the bitmap directory cannot be interpreted, so the clusters of the bitmaps are not known",
         "value",
         left="what the directory listed is not known",
+        choice="bitmaps",
     ),
     FindingKind.BITMAP_ENTRY_INVALID: KindInfo(
         _S.CORRUPTION,
         "a bitmap table entry is invalid",
         "entry",
         left="the image does not say where this part of the bitmap is",
+        choice="bitmaps",
     ),
     FindingKind.LUKS_HEADER_INVALID: KindInfo(
         _S.CORRUPTION,
@@ -403,6 +408,7 @@ KINDS: dict[FindingKind, KindInfo] = {
         "a program without support for bitmaps has written to the image: they are void now",
         "bitmaps",
         left="the bitmaps no longer describe the disk",
+        choice="bitmaps",
         counted=False,
     ),
     FindingKind.ZERO_IN_VERSION_2: KindInfo(

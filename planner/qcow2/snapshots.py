@@ -325,7 +325,7 @@ class _Reachable:
             return self._reader.entry(position, left)
         declared = self._with_extra_data(position, fixed, extra)
         guesses = (self._with_extra_data(position, fixed, size) for size in _LIKELY_EXTRA_DATA)
-        likely = (each for each in (declared, *guesses) if each and _is_named_as_by_qemu(each[0]))
+        likely = (each for each in (declared, *guesses) if each and _is_named(each[0]))
         return next(likely, None) or declared or (_without_names(fixed), position + ENTRY_BYTES)
 
     def _next_named(self, position: int) -> int:
@@ -337,7 +337,7 @@ class _Reachable:
             *_, extra = _SIZES.unpack_from(fixed)
             if extra in _LIKELY_EXTRA_DATA and self._has_l1(_decode(fixed, 0, at)):
                 entry = self._with_extra_data(at, fixed, extra)
-                if entry and _is_named_as_by_qemu(entry[0]):
+                if entry and _is_named(entry[0]):
                     return at
         return position
 
@@ -359,11 +359,14 @@ class _Reachable:
         return is_place and 0 < length <= min(MAX_L1_BYTES, self._source.size - offset)
 
 
-def _is_named_as_by_qemu(raw: bytes) -> bool:
+def is_named_as_by_qemu(snapshot: Snapshot) -> bool:
     """Whether an entry's ID is a number, and its name text."""
-    snapshot = _decode(raw, 0, 0)
     name = snapshot.name.decode(errors="replace")
     return snapshot.id_str.isdigit() and name.isprintable() and "\ufffd" not in name
+
+
+def _is_named(raw: bytes) -> bool:
+    return is_named_as_by_qemu(_decode(raw, 0, 0))
 
 
 def _without_names(fixed: bytes) -> bytes:

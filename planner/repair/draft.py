@@ -52,6 +52,11 @@ class Draft:
         return twin
 
     @property
+    def source(self) -> Source:
+        """What is drafted upon, as it is."""
+        return self._source
+
+    @property
     def size(self) -> int:
         """Length of the file when all is written, bytes."""
         return self._size

@@ -28,10 +28,26 @@ SHORTEST_QUOTE = 6
 
 
 class RepairTier(StrEnum):
-    """How far a repair may go; the words of ``qemu-img check -r``."""
+    """How far a repair may go.
+
+    The first two are the words of ``qemu-img check -r``. The others do what the image does not
+    determine: a person chooses them, and always quotes a plan.
+    """
 
     LEAKS = "leaks"
     ALL = "all"
+    SPLIT = "split"
+    BITMAPS = "bitmaps"
+    SNAPSHOTS = "snapshots"
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether only a person can know that it is right."""
+        return self not in DETERMINED
+
+
+DETERMINED = (RepairTier.LEAKS, RepairTier.ALL)
+"""The tiers that do what the image itself determines; QEMU has them too."""
 
 
 class RescueTier(StrEnum):
@@ -54,8 +70,9 @@ class StageKind(IntEnum):
     GUARD = 0
     PREPARE = 1
     SWITCH = 2
-    CORRECT = 3
-    RELEASE = 4
+    REPOINT = 3
+    CORRECT = 4
+    RELEASE = 5
 
     @property
     def meaning(self) -> str:
@@ -67,6 +84,7 @@ _STAGES = {
     StageKind.GUARD: "the header is marked, so that no one trusts a half-repaired image",
     StageKind.PREPARE: "new structures are written where nothing points; refcounts are raised",
     StageKind.SWITCH: "the header is pointed at the new structures",
+    StageKind.REPOINT: "entries are pointed at the copies of what they led to",
     StageKind.CORRECT: "entries and flags are corrected in place; refcounts are lowered",
     StageKind.RELEASE: "the corrupt and dirty bits are cleared",
 }

@@ -21,7 +21,8 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
 from planner.repair.overlay import Overlay
-from planner.repair.plan import COMPARED_SECTORS, Plan, Stage
+from planner.repair.plan import COMPARED_SECTORS, Plan, PlanTier, RepairTier, Stage
+from planner.repair.readings import differing_entry
 from planner.source import SECTOR, Source
 
 _MAY_CHANGE = {
@@ -32,29 +33,53 @@ _MAY_CHANGE = {
     "incompatible_features",
 }
 
+_MAY_CHANGE_TOO: dict[PlanTier, set[str]] = {
+    RepairTier.SPLIT: {"l1_table_offset"},
+    RepairTier.BITMAPS: {"autoclear_features"},
+}
+"""Header fields that a tier is chosen for."""
+
 
 def require_proof(
     source: Source, plan: Plan, before: Report, after: Report, *, kept: int = 0
 ) -> None:
     """Raise `AmbiguousCorruption` unless *after*, the check of the overlay, bears the plan out.
 
-    *kept*: so many clusters are counted again that nothing refers to, which then are leaks.
+    *kept*: so many clusters nothing refers to any more, or are counted again though nothing does:
+    they then are leaks. Where entries are pointed elsewhere, it is the bytes behind them that must
+    be the same.
     """
     _require_nothing_worse(before, after, kept)
     _require_same_header(source, plan)
     _require_same_snapshots(source, plan)
-    geometry = before.geometry
+    geometry, moves = before.geometry, plan.tier is RepairTier.SPLIT
     # Of an entry that reads as zeros the repair drops the reference: that owner has nothing there.
     # In tables alike, what is right for one owner is it for the other.
     contested, still = (_contested(report) for report in (before, after))
-    contested = contested[np.isin(contested, still)]
+    if not moves:
+        contested = contested[np.isin(contested, still)]
     tables = _L2Words(_tables_of(before, after), geometry)
+    touched = [np.zeros(0, dtype=np.int64)]
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
         if np.isin(cluster, contested).any():
             raise _Unproven("it would write to a cluster with two owners")
         _require_metadata(cluster, before, after, plan)
-        tables.require_same_mapping(stage, cluster)
+        touched.append(distinct(cluster))
+        if not moves:
+            tables.require_same_mapping(stage, cluster)
+    if moves:
+        _require_same_readings(source, plan, (before, after), distinct(np.concatenate(touched)))
+
+
+def _require_same_readings(
+    source: Source, plan: Plan, reports: tuple[Report, Report], touched: I64
+) -> None:
+    if plan.changes_nothing:
+        return
+    what = differing_entry((source, Overlay(source, plan)), reports, touched)
+    if what is not None:
+        raise _Unproven(f"{what} would read other bytes")
 
 
 def _contested(report: Report) -> I64:
@@ -117,14 +142,20 @@ def _require_same_header(source: Source, plan: Plan) -> None:
     was, would_be = read_header(source), read_header(Overlay(source, plan))
     if not plan.changes_nothing:
         was = replace(was, autoclear_features=was.autoclear_features & KNOWN_AUTOCLEAR)
+    may_change = _MAY_CHANGE | _MAY_CHANGE_TOO.get(plan.tier, set())
     for name in Header.__slots__:
-        if name not in _MAY_CHANGE and getattr(was, name) != getattr(would_be, name):
+        if name not in may_change and getattr(was, name) != getattr(would_be, name):
             raise _Unproven(f"the header field {name} would change")
 
 
 def _require_same_snapshots(source: Source, plan: Plan) -> None:
     was, would_be = (_snapshots(image) for image in (source, Overlay(source, plan)))
-    if was != would_be and _told(was) != _told(would_be):
+    if was == would_be:
+        return
+    told = [_told(snapshots, moved=plan.tier is RepairTier.SPLIT) for snapshots in (was, would_be)]
+    # What the header had left out may come back: behind what it had not.
+    more = len(told[0]) if plan.tier is RepairTier.SNAPSHOTS else None
+    if told[0] != told[1][:more]:
         raise _Unproven("the list of snapshots would change")
 
 
@@ -137,10 +168,21 @@ def _snapshots(source: Source) -> Snapshots:
     return table.snapshots
 
 
-def _told(snapshots: Snapshots) -> list[tuple[object, ...]]:
-    """What the snapshot table says of each snapshot, but for its extra data; zeros are none."""
+def _told(snapshots: Snapshots, *, moved: bool) -> list[tuple[object, ...]]:
+    """What the snapshot table says of each snapshot, but for its extra data; zeros are none.
+
+    *moved*: nor where its L1 table is.
+    """
     return [
-        (s.l1_table_offset, s.l1_size, s.id_str, s.name, s.date_sec, s.date_nsec, s.vm_state_size)
+        (
+            0 if moved else s.l1_table_offset,
+            s.l1_size,
+            s.id_str,
+            s.name,
+            s.date_sec,
+            s.date_nsec,
+            s.vm_state_size,
+        )
         for s in snapshots
         if not s.is_zeros
     ]
@@ -154,6 +196,8 @@ def _require_metadata(cluster: I64, before: Report, after: Report, plan: Plan) -
     """
     bits = before.geometry.cluster_bits
     new = cluster << bits >= plan.size_before
+    if plan.tier is RepairTier.SPLIT and before.mismatches is not None:
+        new |= cluster >= before.mismatches.first_unused()  # copies on a device, which cannot grow
     other = cluster[~new & ~_in_regions(cluster, before.regions, bits)]
     known = _in_regions(other, after.regions, bits)
     guest = before.mismatches

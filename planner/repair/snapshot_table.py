@@ -55,7 +55,9 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     if len(snapshots) < header.nb_snapshots:
         _require_refcounts(scope)
     kind = FindingKind.CHECK_STOPPED if error else FindingKind.SNAPSHOT_EXTRA_DATA
-    offset = _place_table(scope, snapshots, kind)
+    virtual_size = header.size // 512 * 512
+    complete = [complete_extra_data(each, virtual_size) for each in snapshots]
+    offset = place_table(scope, complete, kind)
     if offset is None:
         return
     pointer = struct.pack(">IQ", len(snapshots), offset)
@@ -98,14 +100,13 @@ def _require_refcounts(scope: Scope) -> None:
         )
 
 
-def _place_table(scope: Scope, snapshots: list[Snapshot], kind: FindingKind) -> int | None:
+def place_table(scope: Scope, snapshots: list[Snapshot], kind: FindingKind) -> int | None:
     """Draft a table of *snapshots*: its offset, or None where there is no room for it.
 
     No table is new where one that begins like that is there.
     """
     header, size = scope.layout.header, scope.geometry.cluster_size
-    virtual_size = header.size // 512 * 512
-    wanted = b"".join(encode_snapshot(complete_extra_data(s, virtual_size)) for s in snapshots)
+    wanted = b"".join(map(encode_snapshot, snapshots))
     if read_bytes(scope.source, header.snapshots_offset, len(wanted)) == wanted:
         return header.snapshots_offset
     if not scope.may_grow or scope.refcounts_are_shared:

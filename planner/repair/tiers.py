@@ -6,34 +6,39 @@ the proof does not bear out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.arrays import I64, distinct, is_among
+from planner.arrays import I64, distinct, is_among, union
 from planner.check.check import check_image
-from planner.check.classify import Look
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
+from planner.repair.choices import CHOICES, choices_for, is_promise_kept
 from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
 from planner.repair.draft import Draft
 from planner.repair.entries import clear_reserved_bits, correct_entries
-from planner.repair.plan import Plan, RepairTier, StageKind
+from planner.repair.plan import DETERMINED, Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
-from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (
     DAMAGED_STRUCTURE,
-    correct_refcounts_in_refblocks,
-    must_rebuild,
     reclaim_leaks_in_refblocks,
 )
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import has_no_snapshots, rewrite_snapshot_table
+from planner.repair.split import Shares
+from planner.repair.steps import (
+    Drafted,
+    Means,
+    checked_anew,
+    draft_refcounts,
+    leaked_clusters,
+    uncounted_to_keep,
+)
 from planner.source import Source, read_bytes
 from planner.triage.triage import Suspect, Triage, triage_leaks
 
@@ -59,7 +64,9 @@ class Proposal:
 
     ``before``: the check that it was made from. ``after``: the check of the image with the plan
     laid on it. ``triage``: what the leaked clusters look like. ``kept``: clusters whose refcounts
-    are lost, that are counted again since they may be evidence.
+    are lost, that are counted again since they may be evidence, or that a choice ceases to refer to
+    and does not free. ``shares``: who had clusters in common and has no more. ``notes``: what a
+    choice comes to, a sentence each.
     """
 
     tier: RepairTier
@@ -69,6 +76,8 @@ class Proposal:
     triage: Triage
     left: tuple[Left, ...]
     kept: int = 0
+    shares: Shares = field(default_factory=Shares)
+    notes: tuple[str, ...] = ()
 
     @property
     def suspects(self) -> tuple[Suspect, ...]:
@@ -91,18 +100,30 @@ class Proposal:
         return self.found - self.left_count
 
     @property
+    def has_something_to_say(self) -> bool:
+        """Whether it changes anything, or should and cannot; a tier that nobody needs has not."""
+        return not self.tier.is_chosen or not (self.plan.changes_nothing and self.complete)
+
+    @property
     def complete(self) -> bool:
-        """Whether the tier's promise is kept in full: no leaks, or nothing at all left."""
+        """Whether the tier's promise is kept in full: no leaks, nothing at all left, or nothing of
+        what it was chosen for.
+        """
         if self.tier is RepairTier.LEAKS:
             return not self.after.counters.leaks
+        if self.tier.is_chosen:
+            return is_promise_kept(self.tier, self.after)
         return not self.left_count
 
     @property
     def needs_quote(self) -> bool:
         """Whether its id must be quoted: something may be lost, and who repairs must know.
 
-        `all` frees nothing of that; a cluster that an entry has lost it leaves, and names.
+        `all` frees nothing of that; a cluster that an entry has lost it leaves, and names. What the
+        image does not determine somebody has to have read.
         """
+        if self.tier.is_chosen:
+            return not self.plan.changes_nothing
         if self.tier is RepairTier.ALL:
             return self.triage.is_table_lost
         return self.triage.is_evidence and not self.plan.changes_nothing
@@ -110,6 +131,8 @@ class Proposal:
     @property
     def warnings(self) -> list[str]:
         """Why the id must be quoted, a line each; empty where it need not be."""
+        if self.tier.is_chosen:
+            return list(self.notes) if self.needs_quote else []
         return self.triage.warnings(TABLES_NAMED) if self.needs_quote else []
 
     @property
@@ -123,18 +146,6 @@ class Proposal:
         return RepairCounters(leaks, wrong, self.planned - leaks - wrong, not self.complete)
 
 
-_Drafted = tuple[Scope, Triage]
-
-
-@dataclass(frozen=True, slots=True)
-class _Means:
-    """How an image is looked at while a repair of it is drafted, and whether it may grow."""
-
-    check: Callable[[Source], Report]
-    triage: Callable[[Scope, I64], Triage]
-    can_grow: bool
-
-
 def total(report: Report) -> int:
     """How many things a repair could be about: all findings but notices that none mends."""
     return sum(
@@ -142,6 +153,13 @@ def total(report: Report) -> int:
         for kind, number in report.counts().items()
         if KINDS[kind].tier or KINDS[kind].severity > Severity.NOTICE
     )
+
+
+def tiers_for(report: Report) -> tuple[RepairTier, ...]:
+    """The tiers that may have something to do: the two that know what is right first."""
+    if not is_repairable(report):
+        return ()
+    return (*DETERMINED, *choices_for(report))
 
 
 def is_repairable(report: Report) -> bool:
@@ -187,15 +205,18 @@ def propose(
         return found
 
     _require_sound_basis(report)
-    means = _Means(check, look, can_grow)
-    scope, triage = _draft_tier(source, report, tier, means)
-    if tier is RepairTier.ALL:
+    means = Means(check, look, can_grow)
+    drafted = _draft_tier(source, report, tier, means)
+    scope, triage = drafted.scope, drafted.triage
+    if tier is RepairTier.ALL or (tier.is_chosen and not scope.draft.is_empty):
         _settle_flags(scope, report)
     clear_unknown_autoclear(scope)
-    plan, after = scope.draft.plan(tier), _checked_anew(scope, means).report
-    kept = int(is_among(_leaked(after), triage.uncounted).sum())
+    plan, after = scope.draft.plan(tier), checked_anew(scope, means).report
+    spared = union(drafted.kept, triage.uncounted)
+    kept = int(is_among(leaked_clusters(after), spared).sum())
     require_proof(source, plan, report, after, kept=kept)
-    return Proposal(tier, plan, report, after, triage, _left(tier, after, triage), kept)
+    left = _left(tier, after, triage)
+    return Proposal(tier, plan, report, after, triage, left, kept, drafted.shares, drafted.notes)
 
 
 def _require_sound_basis(report: Report) -> None:
@@ -221,26 +242,41 @@ class _Begun:
         return replace(self.scope, draft=self.scope.draft.fork())
 
 
-def _draft_tier(source: Source, report: Report, tier: RepairTier, means: _Means) -> _Drafted:
+def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) -> Drafted:
     """A tier's draft, repeated without the refcounts that COPIED flags could not follow.
 
     What only clears reserved bits makes no flag wrong, and comes when the others are settled.
     """
-    begin, settle, finish = _STEPS[tier]
     first = Scope(Draft(source, can_grow=means.can_grow), source, report)
+    if tier.is_chosen:
+        return _draft_choice(first, tier, means)
+    begin, settle, finish = _STEPS[tier]
     begun, stay = begin(first, means), np.zeros(0, dtype=np.int64)
     del first
     for _ in range(MAX_DRAFTS - 1):
         scope = settle(begun, report, means, stay)
         more = distinct(np.concatenate((stay, unfollowed_targets(report, scope))))
         if len(more) == len(stay):
-            return finish(scope, means), begun.triage
+            return Drafted(finish(scope, means), begun.triage)
         stay = more
         del scope  # The draft may be large, and the next is as large.
-    return finish(settle(begun, report, means, stay), means), begun.triage
+    return Drafted(finish(settle(begun, report, means, stay), means), begun.triage)
 
 
-def _begin_leaks(scope: Scope, means: _Means) -> _Begun:
+def _draft_choice(first: Scope, tier: RepairTier, means: Means) -> Drafted:
+    """The draft of a tier that a person chooses, repeated like the others."""
+    draft, stay = CHOICES[tier], np.zeros(0, dtype=np.int64)
+    for _ in range(MAX_DRAFTS - 1):
+        drafted = draft(replace(first, draft=first.draft.fork()), means, stay)
+        more = union(stay, unfollowed_targets(first.report, drafted.scope))
+        if len(more) == len(stay):
+            return drafted
+        stay = more
+        del drafted
+    return draft(first, means, stay)
+
+
+def _begin_leaks(scope: Scope, means: Means) -> _Begun:
     nothing = np.zeros(0, dtype=np.int64)
     triage = means.triage(scope, nothing)
     if scope.report.counters.leaks:
@@ -248,17 +284,17 @@ def _begin_leaks(scope: Scope, means: _Means) -> _Begun:
     return _Begun(scope, triage, nothing)
 
 
-def _settle_leaks(begun: _Begun, before: Report, means: _Means, stay: I64) -> Scope:
+def _settle_leaks(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
     scope = begun.forked()
     if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
-        scope = _checked_anew(scope, means)
+        scope = checked_anew(scope, means)
         # Lowered to one reference, an entry gets its COPIED flag back.
         update_copied_flags_for_l1(scope, known=before)
-        scope = _checked_anew(scope, means)
+        scope = checked_anew(scope, means)
     if _only_flags_are_wrong(scope.report):
         update_copied_flags_for_l1(scope)
-    return _checked_anew(scope, means)
+    return checked_anew(scope, means)
 
 
 def _only_flags_are_wrong(report: Report) -> bool:
@@ -284,17 +320,17 @@ def _require_known_leaks(report: Report) -> None:
         )
 
 
-def _begin_all(scope: Scope, means: _Means) -> _Begun:
+def _begin_all(scope: Scope, means: Means) -> _Begun:
     before = scope.report
     _require_plain_header(scope)
     if has_no_snapshots(scope):  # what seems to be their table lies over all that follows
         rewrite_snapshot_table(scope)
-        scope = _checked_anew(scope, means)
+        scope = checked_anew(scope, means)
     correct_entries(scope)
-    scope = _checked_anew(scope, means)
+    scope = checked_anew(scope, means)
     if scope.may_write_header:
         rewrite_snapshot_table(scope)
-        scope = _checked_anew(scope, means)
+        scope = checked_anew(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     # What the repair itself ceased to refer to is no such leak: that reference was known.
     triage = means.triage(scope, _leaked_since(scope, before))
@@ -302,9 +338,9 @@ def _begin_all(scope: Scope, means: _Means) -> _Begun:
         _require_shown_loss(triage)
     stay = np.zeros(0, dtype=np.int64)
     if triage.is_buried or not scope.report.complete:
-        stay = _leaked(before)
+        stay = leaked_clusters(before)
         if scope.report is not before:
-            stay = stay[is_among(stay, _leaked(scope.report))]
+            stay = stay[is_among(stay, leaked_clusters(scope.report))]
     return _Begun(scope, triage, stay)
 
 
@@ -312,26 +348,25 @@ def _leaked_since(scope: Scope, before: Report) -> I64:
     """What leaks by now, and did not."""
     if scope.report is before:  # of millions, to list them takes a quarter of all memory
         return np.zeros(0, dtype=np.int64)
-    leaked = _leaked(scope.report)
-    return leaked[~is_among(leaked, _leaked(before))]
+    leaked = leaked_clusters(scope.report)
+    return leaked[~is_among(leaked, leaked_clusters(before))]
 
 
-def _settle_all(begun: _Begun, before: Report, means: _Means, stay: I64) -> Scope:
+def _settle_all(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
     scope = begun.forked()
-    if len(begun.stay):
-        stay = distinct(np.concatenate((stay, begun.stay)))
-    _draft_refcounts(scope, stay, _kept(scope.report, begun.triage))
+    stay = union(stay, begun.stay)
+    draft_refcounts(scope, stay, uncounted_to_keep(scope.report, begun.triage))
     if not scope.draft.is_empty:
         # Often the next check is the proof then: nothing is left, or what nothing mends.
         _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
-    scope = _checked_anew(scope, means)
+    scope = checked_anew(scope, means)
     update_copied_flags_for_l1(scope)
-    return _checked_anew(scope, means)
+    return checked_anew(scope, means)
 
 
-def _finish_all(scope: Scope, means: _Means) -> Scope:
+def _finish_all(scope: Scope, means: Means) -> Scope:
     clear_reserved_bits(scope)
-    return _checked_anew(scope, means)
+    return checked_anew(scope, means)
 
 
 def _stays_damaged(report: Report) -> bool:
@@ -360,63 +395,11 @@ def _require_shown_loss(triage: Triage) -> None:
         )
 
 
-def _kept(report: Report, triage: Triage) -> I64:
-    """Clusters whose refcounts are lost that stay counted: what they hold may be lost too.
-
-    Where nothing hides references, that is not so of what refcounts were in: counted, it would be
-    a leak that nothing speaks for any more.
-    """
-    hidden = set(report.hidden)
-    # Refcounts that lie past the end hide no reference.
-    past_end = {kind for kind, _ in report.findings.groups if kind is FindingKind.PAST_END}
-    if past_end and set(report.findings.structures(FindingKind.PAST_END)) == {Structure.REFTABLE}:
-        hidden -= past_end
-    if hidden:
-        return triage.uncounted
-    if not triage.is_buried:
-        return triage.uncounted[:0]
-    look = triage.look[is_among(triage.clusters, triage.uncounted)]
-    of_refcounts = np.isin(look, (Look.REFBLOCK, Look.OLD_REFBLOCK, Look.REFTABLE))
-    clusters = report.layout.host_clusters if report.layout else 0
-    most = 1 + clusters // report.geometry.refblock_entries
-    if np.count_nonzero(of_refcounts) > most:  # as many there never were
-        return triage.uncounted
-    return triage.uncounted[~of_refcounts]
-
-
-def _leaked(report: Report) -> I64:
-    """All leaked clusters."""
-    if report.mismatches is None:
-        return np.zeros(0, dtype=np.int64)
-    return report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-
-
-def _checked_anew(scope: Scope, means: _Means) -> Scope:
-    """The scope after what was drafted; the same where nothing was added."""
-    if scope.draft.revision == scope.revision:
-        return scope
-    image = scope.draft.overlay()
-    return scope.after(image, means.check(image))
-
-
 _STEPS = {
-    RepairTier.LEAKS: (_begin_leaks, _settle_leaks, _checked_anew),
+    RepairTier.LEAKS: (_begin_leaks, _settle_leaks, checked_anew),
     RepairTier.ALL: (_begin_all, _settle_all, _finish_all),
 }
 """Of each tier: what all drafts begin with, refcounts and flags, what comes last."""
-
-
-def _draft_refcounts(scope: Scope, stay: I64, kept: I64) -> None:
-    """In place where every block that must change is sound, else anew; not of what must *stay*.
-
-    The clusters in *kept* are counted once, though nothing refers to them.
-    """
-    # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
-    if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
-        _require_writable_header(scope)
-        rebuild_refcount_structure(scope, stay, kept)
-    else:
-        correct_refcounts_in_refblocks(scope, stay, kept)
 
 
 def _require_plain_header(scope: Scope) -> None:
@@ -431,15 +414,6 @@ def _require_plain_header(scope: Scope) -> None:
     if report.owners.truncated:
         raise AmbiguousCorruption(
             "more clusters have two owners than can be listed",
-            "export the disk",
-            FindingKind.MULTIPLE_OWNERS.label,
-        )
-
-
-def _require_writable_header(scope: Scope) -> None:
-    if not scope.may_write_header:
-        raise AmbiguousCorruption(
-            "something else refers to the header's cluster, so that it is not written to",
             "export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
@@ -505,11 +479,22 @@ def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:
     return tuple(left)
 
 
+_NOT_SPLIT = (
+    "its owners have to stay where they are (the header, encrypted data, bitmaps, what leads to it"
+    " was overwritten), or it is more than one repair copies: then `split` goes on the next time"
+)
+
+
 def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) -> str:
     info = KINDS[kind]
     is_leak = kind is FindingKind.LEAK
     for applies, reason in (
+        (tier is RepairTier.SPLIT and kind is FindingKind.MULTIPLE_OWNERS, _NOT_SPLIT),
         (bool(info.left), info.left),
+        (
+            tier.is_chosen and bool(info.tier),
+            f"the tier `{tier}` leaves it; `{info.tier}` looks at this",
+        ),
         (
             tier is RepairTier.LEAKS and not is_leak,
             "the tier `leaks` only lowers refcounts; `all` looks at this",

@@ -1,4 +1,4 @@
-"""Single words of L1 tables, many at a time: read, and drafted anew.
+"""Single words of tables, many at a time: read, and drafted anew.
 
 What they become is decided by the caller.
 """
@@ -22,16 +22,24 @@ def read_words(source: Source, offset: I64) -> U64:
     return rows.view(">u8").reshape(-1)[_places(sectors, offset)].astype(np.uint64)
 
 
-def draft_words(scope: Scope, kind: FindingKind, offset: I64, words: U64) -> None:
-    """Draft the *words* of L1 tables at *offset*, ascending, that findings of *kind* are about."""
+def draft_words(
+    scope: Scope,
+    kind: FindingKind,
+    offset: I64,
+    words: U64,
+    *,
+    stage: StageKind = StageKind.CORRECT,
+    structure: Structure = Structure.L1_TABLE,
+) -> None:
+    """Draft the *words* of tables at *offset*, ascending, that findings of *kind* are about."""
     if not len(offset):
         return
     # Whole sectors: a draft of these alone is held once.
     sectors, rows = _sectors_with(scope.drafted, offset)
     rows.view(">u8").reshape(-1)[_places(sectors, offset)] = words
-    scope.draft.write_tables(StageKind.CORRECT, sectors * SECTOR, rows)
+    scope.draft.write_tables(stage, sectors * SECTOR, rows)
     ones = np.ones_like(offset)
-    scope.explain_runs(StageKind.CORRECT, Structure.L1_TABLE, kind, (offset, WORD * ones, ones))
+    scope.explain_runs(stage, structure, kind, (offset, WORD * ones, ones))
 
 
 def _sectors_with(source: Source, offset: I64) -> tuple[I64, U8]:

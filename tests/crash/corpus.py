@@ -15,9 +15,10 @@ import numpy as np
 from planner.errors import RepairError
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
-from planner.repair.plan import RepairTier
+from planner.repair.choices import choices_for
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import Proposal
-from tests.cached import propose_bytes
+from tests.cached import check_bytes, propose_bytes
 from tests.images.builder import Image, ImageBuilder
 from tests.images.corpus import RULES
 from tests.images.damage import DAMAGES, CannotDamageError
@@ -168,7 +169,10 @@ def cases(group: str) -> tuple[Case, ...]:
 
 def _rules() -> Iterator[Case]:
     for name, make in RULES.items():
-        yield Case(name, bytes(make().image.data), RepairTier.ALL)
+        content = bytes(make().image.data)
+        yield Case(name, content, RepairTier.ALL)
+        for tier in choices_for(check_bytes(content)):
+            yield Case(f"{name}, {tier}", content, tier)
 
 
 def _shaped(shape: str) -> Iterator[Case]:
@@ -178,7 +182,7 @@ def _shaped(shape: str) -> Iterator[Case]:
         if name == "leaks and autoclear" and image.header.version < 3:
             continue
         wound(image)
-        for tier in RepairTier if name.startswith("leaks") else (RepairTier.ALL,):
+        for tier in DETERMINED if name.startswith("leaks") else (RepairTier.ALL,):
             yield Case(f"{shape}, {name}, {tier}", bytes(image.data), tier)
 
 

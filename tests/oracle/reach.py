@@ -17,7 +17,7 @@ from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS
 from planner.repair.overlay import Overlay
-from planner.repair.plan import RepairTier
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import propose
 from planner.source import Source
 from tests.images.guest_disks import Disk, faults_between, read_disk
@@ -44,7 +44,7 @@ def reaches(row: Row, base: Path, image: Path) -> Iterator[Reach]:
     if ask_qemu(row, image).exit_code == 0:
         return
     disks: dict[str | None, Disk] = {}
-    for tier in RepairTier:
+    for tier in DETERMINED:
         by_qemu = image.with_name("reached-by-qemu.qcow2")
         copy(image, by_qemu)
         if not _is_mended(row, by_qemu, tier):

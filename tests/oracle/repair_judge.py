@@ -24,7 +24,7 @@ from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Structure
 from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
 from planner.repair.overlay import Overlay
-from planner.repair.plan import RepairTier
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.source import Source, read_bytes
 from tests.images.guest_disks import CHUNK, Disks, first_difference
@@ -91,7 +91,7 @@ def judge_repairs(row: Row, image: Path, command: bool = False) -> list[Judgemen
         report = check_image(source)
         disks = Disks(row, image, report.snapshots)
         patient = Patient(row, image, source, report, disks)
-        judged = [_judge_tier(patient, tier, command) for tier in RepairTier]
+        judged = [_judge_tier(patient, tier, command) for tier in DETERMINED]
     if fingerprint(image) != untouched:
         judged.append(Judgement(RepairTier.ALL, "planned", faults=("planning changed the file",)))
     return judged

@@ -13,7 +13,7 @@ from planner.check.check import check_image
 from planner.qcow2.bitmaps import Bitmap, read_bitmaps
 from planner.qcow2.header import Header, read_header
 from planner.qcow2.layout import Layout
-from planner.repair.plan import RepairTier
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes
 from planner.triage.triage import Triage, triage_leaks
@@ -70,7 +70,7 @@ def examine(path: Path) -> tuple[Triage, str, bool]:
     source = Bytes(path.read_bytes())
     report = check_image(source)
     triage = triage_leaks(source, report)
-    proposals = {tier: propose(source, report, tier, triage=triage) for tier in RepairTier}
+    proposals = {tier: propose(source, report, tier, triage=triage) for tier in DETERMINED}
     text = report_txt(report, str(path), Aftermath(triage, proposals)).decode()
     return triage, text, proposals[RepairTier.LEAKS].needs_quote
 

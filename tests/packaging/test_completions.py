@@ -25,7 +25,7 @@ def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["instarfs", "umo"], {"umount"}),
         (["instarfs", "check", "--und"], {"--undo-file"}),
-        (["instarfs", "plan", ""], {"leaks", "all"}),
+        (["instarfs", "plan", ""], {"leaks", "all", "split", "bitmaps", "snapshots"}),
         (["instarfs", "check", "--output", ""], {"human", "json"}),
     ],
 )

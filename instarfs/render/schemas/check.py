@@ -187,6 +187,26 @@ def _live() -> dict[str, Schema]:
     }
 
 
+def _places() -> dict[str, Schema]:
+    """Where a word is."""
+    return {
+        "snapshot": maybe(number("which snapshot's tables it is in; null: the active ones")),
+        "l1-index": number("the L1 entry"),
+        "l2-index": number("the L2 entry"),
+        "index": number("the entry of another table"),
+        "guest-offset": number("on the guest's disk, bytes"),
+    }
+
+
+def owner(more: dict[str, Schema] | None = None) -> Schema:
+    """Who uses a cluster; *more*: what else is said of it."""
+    always = {
+        "structure": word("what it is", STRUCTURES),
+        "class": word("whether the guest's bytes are in it", ["guest", "metadata"]),
+    }
+    return record("a user of the cluster", always | (more or {}), _places())
+
+
 def finding() -> Schema:
     """A line a finding."""
     value = either(
@@ -194,23 +214,9 @@ def finding() -> Schema:
         {"type": "integer", "minimum": 0},
         {"type": "string"},
     )
-    snapshot = maybe(number("which snapshot's tables it is in; null: the active ones"))
-    places = {
-        "snapshot": snapshot,
-        "l1-index": number("the L1 entry"),
-        "l2-index": number("the L2 entry"),
-        "index": number("the entry of another table"),
-        "guest-offset": number("on the guest's disk, bytes"),
-    }
-    owner = record(
-        "a user of the cluster",
-        {
-            "structure": word("what it is", STRUCTURES),
-            "class": word("whether the guest's bytes are in it", ["guest", "metadata"]),
-        },
-        places,
-    )
-    owners = {**array("who uses the cluster, the first of them", owner), "maxItems": OWNERS_LIMIT}
+    places = _places()
+    of_cluster = array("who uses the cluster, the first of them", owner())
+    owners = {**of_cluster, "maxItems": OWNERS_LIMIT}
     return record(
         "a finding; what does not apply is left out",
         {
@@ -221,7 +227,7 @@ def finding() -> Schema:
             "length": number("bytes"),
             "count": number("how many there are of it", least=1),
             "found": value,
-            "repaired-by": maybe(TIER),
+            "repaired-by": maybe({**TIER, "description": "the tier that mends it, or decides it"}),
             "message": text("the same as a sentence"),
         },
         {

@@ -12,6 +12,7 @@ from instarfs.render.schemas.check import (
     interrupted_repair,
     left_findings,
     numbers_of_repair,
+    owner,
     verdict,
 )
 from instarfs.render.schemas.image import snapshot_of_list
@@ -70,6 +71,7 @@ def _proposal() -> Schema:
             "suspects": array(
                 "leaked clusters that look like something lost", text("one of them, in a sentence")
             ),
+            **_shared_clusters(),
             **_numbers_of_triage(),
             "leaks-in-words": array("what the leaked clusters look like", text("a sentence")),
             "left-findings": left_findings(),
@@ -82,6 +84,21 @@ def _proposal() -> Schema:
             "edits": array("each of them", _edit()),
         },
     )
+
+
+def _shared_clusters() -> dict[str, Schema]:
+    place = maybe(number("where its bytes are then, in the image file; null: nowhere"))
+    cluster = record(
+        "a cluster, and who had it; at least one of them reads wrong bytes",
+        {
+            "offset": number("in the image file, bytes"),
+            "owners": array("the first of them", owner({"offset-after": place})),
+        },
+    )
+    return {
+        "shared-clusters": array("those that have one owner then, the first of them", cluster),
+        "shared-cluster-count": number("how many there are"),
+    }
 
 
 def _edit() -> Schema:
@@ -140,7 +157,7 @@ def outcome() -> Schema:
     pending = {"interrupted-repair": interrupted_repair()}
     return either(
         "what the last word did",
-        record("what became of it", told | one, pending),
+        record("what became of it", told | one, pending | _shared_clusters()),
         record("no word was written since it was mounted", nothing, pending),
     )
 

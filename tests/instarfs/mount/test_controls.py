@@ -211,9 +211,9 @@ async def test_while_a_repair_runs(inspector: FakeInspector) -> None:
 @pytest.mark.parametrize(
     ("applied", "shown"),
     [
-        (None, b"[none] leaks all\n"),
-        (LEAKS, b"none [leaks] all\n"),
-        (ALL, b"none leaks [all]\n"),
+        (None, b"[none] leaks all split bitmaps snapshots\n"),
+        (LEAKS, b"none [leaks] all split bitmaps snapshots\n"),
+        (ALL, b"none leaks [all] split bitmaps snapshots\n"),
     ],
 )
 async def test_the_tier_last_applied(

@@ -211,7 +211,7 @@ def parsed(command: bytes, path: str) -> tuple[str, str] | None:
     words = re.split(rb"[ \t]+", command.removesuffix(b"\n").strip(b" \t"))
     if word != "tier":
         return (word, "") if words == [word.encode()] else None
-    if words[0] not in (b"leaks", b"all") or len(words) > 2:
+    if words[0].decode(errors="replace") not in tuple(RepairTier) or len(words) > 2:
         return None
     quote = words[1] if len(words) == 2 else b""
     if quote and not re.fullmatch(rb"[0-9a-fA-F]{6,12}", quote):

@@ -235,7 +235,7 @@ def test_wherever_a_bit_flips_it_is_noticed_or_means_nothing() -> None:
 
 def test_another_version_is_told_from_damage() -> None:
     magic = journal_module.MAGIC
-    raw = encoded(make_record()).replace(magic + b"\x02\0", magic + b"\x01\0")
+    raw = encoded(make_record()).replace(magic + journal_module.VERSION, magic + b"\x02\0")
     assert "another version of instarfs" in damaged(raw)
     assert "no undo file" in damaged(b"#!/bin/sh\n" * 100)
 
@@ -263,16 +263,16 @@ BELOW = {
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tier": b"none\0\0\0\0"},
-        {"tier": b"\xff" * 8},
+        {"tier": b"none".ljust(16, b"\0")},
+        {"tier": b"\xff" * 16},
         {"plan_id": b"\xff" * 12},
         {"plan_id": b"\x1b]0;PWN\x07\nXXX"},
         {"plan_id": b"0123456789AB"},
         {"plan_id": b"0123456789ab"},
         {"size_before": 0},
         {"size_after": (1 << 64) - 1},
-        {"sectors": [1, 1, 0, 1, 0]},
-        {"sectors": [(1 << 64) - 1, 1, 0, 1, 0]},
+        {"sectors": [1, 1, 0, 0, 1, 0]},
+        {"sectors": [(1 << 64) - 1, 1, 0, 0, 1, 0]},
         {"body_digest": bytes(32)},
         {"below": BELOW},
         {"below": BELOW | {"state": State.APPLYING, "end": BODY_AT + SECTOR}},
@@ -826,10 +826,10 @@ def test_of_one_that_is_huge_no_more_is_read_than_it_says_it_has(
 
 
 def test_nor_of_one_that_claims_it(image: Path, place: UndoPlace) -> None:
-    huge = 1 << 30
-    header = dict(HEADER.parse(encoded(make_record())[BODY_AT:])) | {"sectors": [huge] * 5}
+    huge, stages = 1 << 30, len(StageKind)
+    header = dict(HEADER.parse(encoded(make_record())[BODY_AT:])) | {"sectors": [huge] * stages}
     built: bytes = HEADER.build(header)
-    word = StateWord(State.APPLIED, 1, BODY_AT, BODY_AT + SECTOR + 5 * huge * (8 + 2 * SECTOR))
+    word = StateWord(State.APPLIED, 1, BODY_AT, BODY_AT + SECTOR + stages * huge * (8 + 2 * SECTOR))
     file = image.with_name(image.name + SUFFIX)
     file.write_bytes(encode_front(word) + built + digest_of(built))
     file.chmod(0o600)

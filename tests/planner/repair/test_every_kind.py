@@ -14,7 +14,7 @@ from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Severity
 from planner.repair.overlay import Overlay
-from planner.repair.plan import RepairTier
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.source import SECTOR, Bytes, read_bytes
 from tests.images.corpus import RULES
@@ -45,10 +45,53 @@ REFUSED = {
     ("snapshot_l1_misaligned", RepairTier.LEAKS),
     ("snapshot_l1_too_large", RepairTier.LEAKS),
     ("snapshot_l1_past_end", RepairTier.LEAKS),
+    ("full_table_that_runs_past_the_end", RepairTier.SPLIT),
 }
 """All others get a plan."""
 
-CASES = [(name, tier) for name in RULES for tier in RepairTier]
+CHOSEN = {
+    RepairTier.SPLIT: (
+        "l1_two_entries_on_one_table",
+        "l2_data_misaligned",
+        "two_entries_on_one_cluster",
+        "two_entries_on_one_cluster_counted_right",
+        "entry_on_its_own_l2_table",
+        "compressed_range_over_two_clusters",
+        "full_table_that_two_l1_entries_lead_to",
+        "full_table_that_runs_past_the_end",
+        "refblock_shared_with_data",
+        "refblock_listed_twice",
+        "overflow_of_one_bit",
+        "snapshot_and_active_disk_contest_a_cluster",
+        "snapshot_l1_on_the_active_l1_table",
+    ),
+    RepairTier.BITMAPS: (
+        "bitmap_entry_invalid",
+        "bitmap_data_past_end",
+        "bitmap_table_past_end",
+        "bitmap_directory_entry_past_its_end",
+        "bitmap_directory_entry_with_extra_data",
+        "bitmap_directory_granularity",
+        "bitmap_directory_reserved_flags",
+        "bitmap_directory_type",
+        "bitmap_directory_table_size",
+        "bitmap_directory_table_nowhere",
+        "bitmap_directory_count",
+        "bitmaps_stale",
+    ),
+    RepairTier.SNAPSHOTS: (
+        "snapshot_table_too_long",
+        "snapshot_table_misaligned",
+        "snapshot_extra_data_too_long",
+        "snapshot_entry_is_garbage",
+        "snapshot_lost",
+        "snapshots_of_nothing_past_end",
+    ),
+}
+"""What a person may choose: the images in which it changes anything."""
+
+CASES = [(name, tier) for name in RULES for tier in DETERMINED]
+CASES += [(name, tier) for tier, names in CHOSEN.items() for name in names]
 PLANNED = [case for case in CASES if case not in REFUSED]
 
 
@@ -94,6 +137,7 @@ def test_what_is_found_is_mended_or_named(name, tier) -> None:
             assert named[kind] == number
     for name_of_counter in ("check_errors", "corruptions", "leaks"):
         was = getattr(report.counters, name_of_counter)
+        was += answer.kept if name_of_counter == "leaks" else 0
         assert getattr(after.counters, name_of_counter) <= was
 
 
@@ -135,6 +179,26 @@ def test_patches_change_every_byte_that_they_touch_and_nothing_twice(name, tier)
         assert not np.isin(touched, contested >> bits).any()
 
 
+@pytest.mark.parametrize(("name", "tier"), [case for case in PLANNED if case[1] in CHOSEN])
+def test_what_is_chosen_is_done_whole_and_never_without_its_id(name, tier) -> None:
+    _, _, answer = planned(name, tier)
+    assert answer.complete
+    assert not answer.plan.changes_nothing
+    assert answer.needs_quote
+    assert answer.warnings == list(answer.notes) != []
+    # Nothing else but what follows from it is better, or worse.
+    assert answer.kept == 0 or tier is RepairTier.SNAPSHOTS
+
+
+def test_what_is_chosen_changes_nothing_where_there_is_nothing_of_the_sort() -> None:
+    for name in list(RULES)[::5]:
+        for tier, names in CHOSEN.items():
+            _, _, answer = proposed(name, tier)
+            if isinstance(answer, Proposal) and name not in names:
+                assert answer.plan.changes_nothing, (name, tier)
+                assert not answer.needs_quote
+
+
 @pytest.mark.parametrize("name", [name for name, tier in PLANNED if tier is RepairTier.LEAKS])
 def test_leaks_never_touches_the_header_or_raises_a_refcount(name) -> None:
     source, report, answer = planned(name, RepairTier.LEAKS)
@@ -154,8 +218,8 @@ def test_every_kind_that_a_tier_mends_is_mended_somewhere() -> None:
             after = answer.after.counts()
             counts = report.counts().items()
             mended |= {(kind, tier) for kind, number in counts if after.get(kind, 0) < number}
-    promised = {(kind, RepairTier(info.tier)) for kind, info in KINDS.items() if info.tier}
-    assert promised <= mended
+    promises = [(kind, info.tier or info.choice) for kind, info in KINDS.items()]
+    assert {(kind, RepairTier(tier)) for kind, tier in promises if tier} <= mended
 
 
 def test_kinds_without_a_tier_stay_and_are_named() -> None:

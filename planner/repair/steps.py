@@ -1,0 +1,110 @@
+"""Steps that the drafts of several tiers have in common, and what they are given.
+
+Each planner sees the image as the steps before leave it, checked anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.arrays import I64, is_among
+from planner.check.classify import Look
+from planner.check.report import Report
+from planner.errors import AmbiguousCorruption
+from planner.findings.kinds import FindingKind, Structure
+from planner.repair.rebuild import rebuild_refcount_structure
+from planner.repair.refcounts import correct_refcounts_in_refblocks, must_rebuild
+from planner.repair.scope import Scope
+from planner.repair.split import Shares
+from planner.source import Source
+from planner.triage.triage import Triage
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How an image is looked at while a repair of it is drafted, and whether it may grow."""
+
+    check: Callable[[Source], Report]
+    triage: Callable[[Scope, I64], Triage]
+    can_grow: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What a tier has drafted. ``triage``: what the leaked clusters look like.
+
+    Of what a person has to choose: ``shares``, who had clusters in common and has no more;
+    ``notes``, what it comes to, a sentence each; ``kept``, clusters that nothing refers to any
+    more and that are not freed.
+    """
+
+    scope: Scope
+    triage: Triage
+    shares: Shares = field(default_factory=Shares)
+    notes: tuple[str, ...] = ()
+    kept: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+def checked_anew(scope: Scope, means: Means) -> Scope:
+    """The scope after what was drafted; the same where nothing was added."""
+    if scope.draft.revision == scope.revision:
+        return scope
+    image = scope.draft.overlay()
+    return scope.after(image, means.check(image))
+
+
+def uncounted_to_keep(report: Report, triage: Triage) -> I64:
+    """Clusters whose refcounts are lost that stay counted: what they hold may be lost too.
+
+    Where nothing hides references, that is not so of what refcounts were in: counted, it would be
+    a leak that nothing speaks for any more.
+    """
+    hidden = set(report.hidden)
+    # Refcounts that lie past the end hide no reference.
+    past_end = {kind for kind, _ in report.findings.groups if kind is FindingKind.PAST_END}
+    if past_end and set(report.findings.structures(FindingKind.PAST_END)) == {Structure.REFTABLE}:
+        hidden -= past_end
+    if hidden:
+        return triage.uncounted
+    if not triage.is_buried:
+        return triage.uncounted[:0]
+    look = triage.look[is_among(triage.clusters, triage.uncounted)]
+    of_refcounts = np.isin(look, (Look.REFBLOCK, Look.OLD_REFBLOCK, Look.REFTABLE))
+    clusters = report.layout.host_clusters if report.layout else 0
+    most = 1 + clusters // report.geometry.refblock_entries
+    if np.count_nonzero(of_refcounts) > most:  # as many there never were
+        return triage.uncounted
+    return triage.uncounted[~of_refcounts]
+
+
+def leaked_clusters(report: Report) -> I64:
+    """All leaked clusters."""
+    if report.mismatches is None:
+        return np.zeros(0, dtype=np.int64)
+    return report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+
+
+def draft_refcounts(scope: Scope, stay: I64, kept: I64) -> None:
+    """In place where every block that must change is sound, else anew; not of what must *stay*.
+
+    The clusters in *kept* are counted once, though nothing refers to them.
+    """
+    # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
+    if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
+        require_writable_header(scope)
+        rebuild_refcount_structure(scope, stay, kept)
+    else:
+        correct_refcounts_in_refblocks(scope, stay, kept)
+
+
+def require_writable_header(scope: Scope) -> None:
+    """Raise `AmbiguousCorruption` where something else lies in the header's cluster."""
+    if not scope.may_write_header:
+        raise AmbiguousCorruption(
+            "something else refers to the header's cluster, so that it is not written to",
+            "export the disk",
+            FindingKind.MULTIPLE_OWNERS.label,
+        )
