@@ -12,7 +12,13 @@ import click
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
-from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, InstarfsError, LeaksInMotion
+from instarfs.errors import (
+    DOMAIN_ERRORS,
+    ImageNotQcow2,
+    ImageReadFailed,
+    InstarfsError,
+    LeaksInMotion,
+)
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
@@ -23,6 +29,7 @@ from instarfs.render.report import report_txt
 from instarfs.repair.checking import Checked, LiveCheck, run_check
 from instarfs.repair.looking import look_around
 from instarfs.repair.planning import plan_checked
+from instarfs.text import shell_path
 from planner.check.check import check_image
 from planner.errors import NotQcow2, RepairError, as_value
 from planner.progress import Progress
@@ -67,7 +74,8 @@ def command(
                 live=LiveCheck() if force_share else None,
             )
             if isinstance(checked.report.error, NotQcow2) and checked.pending is None:
-                raise name.failed(checked.report.error)
+                was = f"if it was one: instarfs rescue -- {shell_path(path)}"
+                raise ImageNotQcow2(path, f"{checked.report.error}; {was}")
             known = _aftermath(checked, follow, tell)
         known = replace(known, surroundings=_around(image, undo_file))
         report = checked.report_now()

@@ -59,6 +59,7 @@ def what_to_do(report: Report, path: str, known: Aftermath) -> list[list[str]]:
             "If this file is a copy that ended early, make it again: the rest may still be there."
         )
         steps = [*_step(whole), *steps]
+    blocks += _bring_back_tables(place, report)
     if report.counters.corruptions or report.counters.check_errors:
         blocks += _copy_out(place, report)
     return [["What to do now:", *steps], *blocks]
@@ -353,6 +354,19 @@ def _commands(place: _Place, proposal: Proposal) -> tuple[str, str]:
         return look, f'echo "{tier} {number}" > {_in(place.controls, "repair/tier")}'
     repair = f"instarfs check -r {tier} --plan {number}{place.undo_option} {place.repaired}"
     return f"instarfs plan {tier} {place.repaired}", repair
+
+
+def _bring_back_tables(place: _Place, report: Report) -> Iterator[list[str]]:
+    """Where L2 tables are lost: what may be had back before anything of them is freed."""
+    triage = place.known.triage
+    if not isinstance(triage, Triage) or not triage.lost_tables:
+        return
+    most = triage.mapped * report.geometry.cluster_size
+    yield _block(
+        f"What a rescue brings back, of up to {most} bytes that lost L2 tables map (exit code 1"
+        " where nothing proves where they belong):",
+        f"instarfs rescue -- {place.image}",
+    )
 
 
 def _copy_out(place: _Place, report: Report) -> Iterator[list[str]]:

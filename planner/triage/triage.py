@@ -189,6 +189,16 @@ class Triage:
         return len(self.clusters)
 
     @property
+    def lost_tables(self) -> int:
+        """L2 tables that nothing leads to, as far as tables are listed."""
+        return sum(not (table.is_l1 or table.in_use) for table in self.suspects)
+
+    @property
+    def mapped(self) -> int:
+        """Leaked clusters that a former table points at."""
+        return int(np.count_nonzero(self.group != NONE))
+
+    @property
     def looked_at(self) -> int:
         return int(np.count_nonzero(self.look != Look.UNREAD))
 

@@ -191,3 +191,10 @@ def test_what_is_written_to_meanwhile_is_not_rescued(lost: Path) -> None:
         outcome = Repairer(image).rescue(PLAN.id, find)
     assert "written to while it was looked at" in outcome.reason
     assert lost.read_bytes() == b"somebody else" + LOST[13:]
+
+
+def test_the_report_of_no_image_says_how_to_ask_whether_it_was_one(lost: Path) -> None:
+    told = run_here(["report", lost.name], lost.parent)
+    assert (told.code, told.out, told.err.count("\n")) == (63, "", 1)
+    command = told.err.strip().rpartition("; if it was one: ")[2]
+    assert run_here(_words(command)[1:], lost.parent).code == 0

@@ -178,6 +178,7 @@ def test_what_takes_a_repair_back_is_not_among_what_repairs() -> None:
     assert not undoes(first)
     assert [block.title.partition(",")[0] for block in others] == [
         "To take that repair back",
+        "What a rescue brings back",
         "Or copy out what can be read",
     ]
 
@@ -206,7 +207,7 @@ def test_without_a_mount_the_commands_are_those_of_the_command_line() -> None:
     text = text_of(damaged(*TELLING), mounted=None)
     commands = [line for line in text.splitlines() if line.strip().startswith("instarfs ")]
     assert [shlex.split(line)[1] for line in commands] == [
-        "mount", "umount", "plan", "check", "undo", "export",
+        "mount", "umount", "plan", "check", "undo", "rescue", "export",
     ]  # fmt: skip
     assert shlex.split(commands[0])[-2:] == [PATH, f"{PATH}.mnt"]
     assert all(shlex.split(line)[-1] == PATH for line in commands[2:-1])

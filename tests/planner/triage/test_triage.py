@@ -292,3 +292,14 @@ def test_says_how_much_of_it_was_read() -> None:
     assert set(totals) - {0} == {report.counters.leaks * image.cluster_size}  # 0: not known yet
     assert list(done) == sorted(done)
     assert 0 < done[-1] <= totals[-1]
+
+
+def test_lost_tables_and_what_they_map_are_counted() -> None:
+    builder = ImageBuilder(cluster_bits=12, size=4 << 20)
+    for cluster in (0, 1, 5, 600):
+        builder.write(cluster, b"data")
+    image = builder.build()
+    assert triage_leaks(image.source, check_image(image.source)).lost_tables == 0
+    image.set_word(image.l1_at(0), 0)
+    found = triage_leaks(image.source, check_image(image.source))
+    assert (found.lost_tables, found.mapped) == (1, 3)
