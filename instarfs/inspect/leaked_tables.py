@@ -6,7 +6,7 @@ they appear is up to the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,8 @@ from planner.check.classify import Look
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
 from planner.errors import ImageError
-from planner.qcow2.snapshots import Snapshot
+from planner.qcow2.geometry import SECTOR
+from planner.rescue.snapshots import LostL1, lost_l1_tables
 from planner.triage.triage import Triage
 
 
@@ -67,8 +68,7 @@ class LostTables:
 
     def snapshots(self, limit: int) -> list[int]:
         """Host offsets of the first L1 tables that nothing leads to, at most *limit*."""
-        found = self._peek()
-        return [] if found is None else sorted(_l1_tables(found))[:limit]
+        return [each.offset for each in self._l1_tables()][:limit]
 
     def snapshot(self, offset: int) -> Place | None:
         """The disk of the L1 table at that host offset, if one was found there.
@@ -76,18 +76,21 @@ class LostTables:
         As large as its entry still says, else as the image's.
         """
         found = self._peek()
-        table = _l1_tables(found).get(offset) if found is not None else None
+        table = next((each for each in self._l1_tables() if each.offset == offset), None)
         if found is None or table is None:
             return None
-        clusters, snapshot = table
         geometry = found.report.geometry
-        entries = clusters * geometry.cluster_size // 8
-        size = geometry.virtual_size
-        if snapshot is not None:
-            entries = min(entries, snapshot.l1_size)
-            size = snapshot.disk_size or size
-        most = entries * geometry.l2_coverage
-        return Place(Part.LOST_SNAPSHOT, offset, entries, min(size, most) // 512 * 512)
+        entries, size = table.clusters * geometry.cluster_size // 8, geometry.virtual_size
+        if table.snapshot is not None:
+            entries = min(entries, table.snapshot.l1_size)
+            size = table.snapshot.disk_size or size
+        size = min(size, entries * geometry.l2_coverage) // SECTOR * SECTOR
+        return Place(Part.LOST_SNAPSHOT, offset, entries, size)
+
+    def _l1_tables(self) -> Iterator[LostL1]:
+        found = self._peek()
+        if found is not None:
+            yield from lost_l1_tables(found.report.geometry, found.triage)
 
 
 def _unused(report: Report, clusters: I64) -> I64:
@@ -96,26 +99,3 @@ def _unused(report: Report, clusters: I64) -> I64:
         raise report.error or ImageError("header", "unknown", "it was not read")
     unused: I64 = clusters[report.mismatches.count_references(clusters) == 0]
     return unused
-
-
-def _l1_tables(found: Found) -> dict[int, tuple[int, Snapshot | None]]:
-    """By the offset of each L1 table how many clusters it has, and whose it is, if that is told.
-
-    One that the image can do with has so many clusters as its disk needs, if they are there.
-    """
-    geometry = found.report.geometry
-    size = geometry.cluster_size
-    most = max(1, -(-geometry.l1_entries_needed * 8 // size))
-    tables: dict[int, tuple[int, Snapshot | None]] = {}
-    first, end, owner = 0, -1, None
-    for each in found.triage.tables:
-        if not each.is_l1 or each.in_use:
-            continue
-        length = tables[first][0] if first in tables else 0
-        if each.offset == end and each.snapshot is owner and (owner or length < most):
-            tables[first] = (length + 1, owner)
-        else:
-            first, owner = each.offset, each.snapshot
-            tables[first] = (1, owner)
-        end = each.offset + size
-    return tables

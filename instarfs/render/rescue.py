@@ -13,6 +13,8 @@ from planner.qcow2.header import MAGIC, Header
 from planner.rescue.headers import Found, Hypothesis
 from planner.rescue.placing.place import Placement
 from planner.rescue.rescue import Rescue
+from planner.rescue.snapshots import MADE_NAME
+from planner.triage.triage import snapshot_phrase
 
 _NAMES = (
     "The names of a backing file and of a data file, bitmaps and what else stands behind the fields"
@@ -53,14 +55,15 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     name = shell_path(asked.filename)
     if rescue.plan.changes_nothing:
         return text_lines(_why_nothing(rescue, asked.filename))
-    lines: list[str] = []
+    parts: list[list[str]] = []
     best = rescue.headers.best
     if rescue.changes_header and best is not None:
-        lines += [*_of_header(rescue.headers, best, asked.filename), ""]
+        parts.append(_of_header(rescue.headers, best, asked.filename))
+    if rescue.snapshots:
+        parts.append(_of_snapshots(rescue, asked.filename))
     if rescue.placements:
-        lines += _of_tables(rescue, asked.filename)
-    else:
-        lines = lines[:-1]
+        parts.append(_of_tables(rescue, asked.filename))
+    lines = [line for part in parts for line in ("", *part)][1:]
     if asked.is_written:
         lines += ["", "It was written to meanwhile: what was found is of no one moment."]
     if out is None:
@@ -83,6 +86,26 @@ def _why_nothing(rescue: Rescue, filename: str) -> list[str]:
     return [f"{filename}: its header makes sense; {wrong}"]
 
 
+def _of_snapshots(rescue: Rescue, filename: str) -> list[str]:
+    many = plural(len(rescue.snapshots), "snapshot")
+    lines = [
+        f"{filename}: its snapshot table had lost {many}, of which the L1 tables are there",
+        "",
+    ]
+    lines += [
+        f"  {snapshot_phrase(each)}: L1 table at {each.l1_table_offset}"
+        for each in rescue.snapshots[:LISTED_SNAPSHOTS]
+    ]
+    if len(rescue.snapshots) > LISTED_SNAPSHOTS:
+        lines.append("  ... all of them: --output json")
+    if any(not each.date_sec for each in rescue.snapshots):
+        lines += [
+            "",
+            f"What is called {MADE_NAME}-OFFSET had another name, and a date: those are gone.",
+        ]
+    return lines
+
+
 def _of_tables(rescue: Rescue, filename: str) -> list[str]:
     count, placed = len(rescue.placements), rescue.placed
     tables = plural(count, "L2 table")
@@ -101,6 +124,9 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
         lines += ["", said]
     return lines
 
+
+LISTED_SNAPSHOTS = 20
+"""Snapshots that a text names."""
 
 COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed")
 
@@ -175,6 +201,15 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             "size-is-exact": found.size.is_exact if found.size else True,
             "placements": [_placement(each) for each in rescue.placements],
             "unreadable": list(rescue.holes),
+            "snapshots": [
+                {
+                    "id": each.id_str.decode(errors="replace"),
+                    "name": each.name.decode(errors="replace"),
+                    "date-sec": each.date_sec,
+                    "l1-table-offset": each.l1_table_offset,
+                }
+                for each in rescue.snapshots
+            ],
             "written-to": out if is_written else None,
         }
     )

@@ -20,6 +20,7 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.header import FEATURES_AT, Header, Incompatible
+from planner.qcow2.snapshots import Snapshot
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
@@ -27,6 +28,7 @@ from planner.repair.tiers import propose
 from planner.rescue.bare import find_bare
 from planner.rescue.headers import Found, Hypothesis, find_headers
 from planner.rescue.placing.place import Placed, Placement, find_placements
+from planner.rescue.snapshots import plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
 
 _LOST_REFCOUNTS = (
@@ -44,7 +46,8 @@ class Rescue:
 
     ``headers``: what was found of the header. ``placements``: every table that no entry leads to,
     by its place in the file. ``holes``: L1 indices that such a table may belong to, and that cannot
-    be read until somebody knows. ``before``, ``after``: the checks without and with the ``plan``.
+    be read until somebody knows. ``snapshots``: those that are listed again. ``before``, ``after``:
+    the checks without and with the ``plan``.
     """
 
     plan: Plan
@@ -53,6 +56,7 @@ class Rescue:
     after: Report
     placements: tuple[Placement, ...] = ()
     holes: tuple[int, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
 
     @property
     def placed(self) -> int:
@@ -61,8 +65,8 @@ class Rescue:
 
     @property
     def count(self) -> int:
-        """How many things come back: a header, and tables that were placed."""
-        return self.changes_header + self.placed
+        """How many things come back: a header, tables that were placed, snapshots."""
+        return self.changes_header + self.placed + len(self.snapshots)
 
     @property
     def changes_header(self) -> bool:
@@ -86,6 +90,63 @@ def rescue(
     found does not bear a plan.
     """
     before = check_image(source, progress=progress)
+    means = _Means(can_grow=can_grow, progress=progress)
+    listed = None if assumed or like else _listed_again(source, before, means)
+    if listed is not None:
+        image = Overlay(source, listed.plan)
+        found = _found(image, listed.after, assumed, like, means)
+        plan = _in_order(source, _then(listed.plan, found.plan), before)
+        return replace(found, plan=plan, before=before, snapshots=listed.snapshots)
+    found = _found(source, before, assumed, like, means)
+    if not found.changes_header:
+        return found
+    listed = _listed_again(Overlay(source, found.plan), found.after, means)
+    if listed is None:
+        return found
+    plan = _in_order(source, _then(found.plan, listed.plan), before)
+    return replace(found, plan=plan, after=listed.after, snapshots=listed.snapshots)
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """How it is looked for: whether the image may grow, and who is told how far that is."""
+
+    can_grow: bool
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """What lists lost snapshots again, refcounts included, and the check of it."""
+
+    plan: Plan
+    after: Report
+    snapshots: tuple[Snapshot, ...]
+
+
+def _listed_again(source: Source, report: Report, means: _Means) -> _Listed | None:
+    """The snapshots that the table lost; None where none are, or not without new damage."""
+    can_grow, progress = means.can_grow, means.progress
+    step = plan_snapshots(source, report, can_grow=can_grow, progress=progress)
+    if step is None:
+        return None
+    plan, snapshots = step
+    after = check_image(Overlay(source, plan), progress=progress)
+    plan, after = _with_refcounts(source, plan, after, can_grow=can_grow, progress=progress)
+    was = report.counts()
+    more = [kind for kind, number in after.counts().items() if number > was.get(kind, 0)]
+    return None if more else _Listed(plan, after, snapshots)
+
+
+def _found(
+    source: Source,
+    before: Report,
+    assumed: Mapping[str, int] | None,
+    like: Header | None,
+    means: _Means,
+) -> Rescue:
+    """The header and the tables, of an image of which *before* is the check."""
+    can_grow, progress = means.can_grow, means.progress
     tables = None if assumed or like else _tables_under(source, before, progress)
     draft = Draft(source, can_grow=can_grow)
     if tables is not None and before.layout is not None:

@@ -146,6 +146,18 @@ def rescue() -> Schema:
             "size-is-exact": flag("whether the disk cannot have been larger"),
             "placements": array("L2 tables that no entry leads to", _placement()),
             "unreadable": array("L1 indices that such a table may belong to", number("one")),
+            "snapshots": array(
+                "snapshots that the snapshot table had lost",
+                record(
+                    "one",
+                    {
+                        "id": text("its ID"),
+                        "name": text("its name"),
+                        "date-sec": number("when it was taken, seconds since 1970; 0: not known"),
+                        "l1-table-offset": number("of its L1 table, in the image file, bytes"),
+                    },
+                ),
+            ),
             "written-to": maybe(text("the rebuilt image")),
         },
     )

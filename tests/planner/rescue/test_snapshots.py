@@ -1,0 +1,137 @@
+"""planner.rescue.snapshots: snapshots that the table lost, listed again by their L1 tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from planner.check.check import check_image
+from planner.repair.overlay import Overlay
+from planner.rescue.rescue import Rescue, rescue
+from planner.rescue.snapshots import MADE_NAME
+from planner.source import Bytes, read_bytes
+from tests.images.builder import Image, ImageBuilder
+
+SIZE = 4096
+
+
+@cache
+def sound() -> bytes:
+    builder = ImageBuilder(cluster_bits=12, size=4 << 20)
+    for cluster in (0, 1, 5, 600):
+        builder.write(cluster, bytes([cluster % 251 + 1]) * SIZE)
+    builder.take_snapshot("before upgrade")
+    builder.write(0, b"new" * 1000)
+    builder.take_snapshot("after")
+    builder.write(5, b"newer" * 700)
+    for cluster in range(20, 120):
+        builder.write(cluster, b"newest" * 600)
+    return bytes(builder.build().data)
+
+
+def without_count(image: Image) -> None:
+    """The header counts none; the table is there."""
+    image.change_header(nb_snapshots=0)
+
+
+def without_table(image: Image) -> None:
+    """The table is zeros, and the header counts it."""
+    table = image.header.snapshots_offset
+    image.data[table : table + SIZE] = bytes(SIZE)
+
+
+def without_both(image: Image) -> None:
+    without_table(image)
+    image.change_header(nb_snapshots=0, snapshots_offset=0)
+
+
+def without_the_last(image: Image) -> None:
+    image.change_header(nb_snapshots=1)
+
+
+LOSSES = (without_count, without_table, without_both, without_the_last)
+
+
+def lost(loss: Callable[[Image], None]) -> bytes:
+    image = Image(bytearray(sound()))
+    loss(image)
+    return bytes(image.data)
+
+
+def rescued(data: bytes) -> tuple[Rescue, bytes]:
+    found = rescue(Bytes(data))
+    return found, read_bytes(Overlay(Bytes(data), found.plan), 0, found.plan.size_after)
+
+
+def disk_of(path: Path, snapshot: str) -> bytes:
+    raw = path.with_suffix(".raw")
+    arguments = ["-l", f"snapshot.name={snapshot}"] if snapshot else []
+    subprocess.run(
+        ["qemu-img", "convert", "-O", "raw", *arguments, str(path), str(raw)], check=True
+    )
+    return raw.read_bytes()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_qemu_reads_every_snapshot_as_before(loss: Callable[[Image], None], tmp_path: Path) -> None:
+    true, path = tmp_path / "true", tmp_path / "rescued"
+    true.write_bytes(sound())
+    found, end = rescued(lost(loss))
+    path.write_bytes(end)
+    assert found.count == len(found.snapshots) == (1 if loss is without_the_last else 2)
+    assert found.after.verdict == "clean"
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
+    info = subprocess.run(
+        ["qemu-img", "info", "--output=json", path], check=True, capture_output=True
+    )
+    listed = {each["name"] for each in json.loads(info.stdout)["snapshots"]}
+    names = ["before upgrade", "after"]
+    if loss in (without_table, without_both):
+        names = [each.name.decode() for each in found.snapshots]
+        assert all(name.startswith(f"{MADE_NAME}-") for name in names)
+    assert listed == set(names)
+    now = [disk_of(path, name) for name in ["", *names]]
+    was = [disk_of(true, name) for name in ["", "before upgrade", "after"]]
+    assert now[0] == was[0]
+    assert sorted(now[1:]) == sorted(was[1:])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_taken_back_it_is_the_image_as_it_was(loss: Callable[[Image], None]) -> None:
+    data = lost(loss)
+    found, end = rescued(data)
+    undone = Overlay(Bytes(end), found.plan.inverse())
+    assert read_bytes(undone, 0, len(data)) == data
+    kinds = [stage.kind for stage in found.plan.stages]
+    assert kinds == sorted(set(kinds))
+
+
+def test_where_the_header_makes_no_sense_either_they_come_back() -> None:
+    image = Image(bytearray(lost(without_table)))
+    image.data[20:24] = bytes(4)  # cluster_bits
+    found, end = rescued(bytes(image.data))
+    assert found.changes_header
+    assert len(found.snapshots) == 2
+    assert not check_image(Bytes(end)).counters.leaks
+
+
+def test_of_a_sound_image_nothing_is_listed() -> None:
+    found, _ = rescued(sound())
+    assert not found.snapshots
+    assert found.plan.changes_nothing
+
+
+def test_a_table_whose_clusters_others_have_is_no_snapshot_lost() -> None:
+    """An older L1 table that was leaked leads to what is in use: nothing of it is lost."""
+    image = Image(bytearray(sound()))
+    old = image.data[image.header.l1_table_offset :][:SIZE]
+    end = -(-len(image.data) // SIZE) * SIZE
+    image.data.extend(bytes(end - len(image.data)) + old)
+    image.set_refcount(end // SIZE, 1)
+    found = rescue(Bytes(bytes(image.data)))
+    assert not found.snapshots
