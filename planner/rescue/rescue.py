@@ -25,7 +25,7 @@ from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
-from planner.rescue.bare import find_bare
+from planner.rescue.bare import Bare, find_bare
 from planner.rescue.headers import Found, Hypothesis, find_headers
 from planner.rescue.placing.place import Placed, Placement, find_placements
 from planner.rescue.snapshots import plan_snapshots
@@ -144,8 +144,13 @@ def _found(
     assumed: Mapping[str, int] | None,
     like: Header | None,
     means: _Means,
+    *,
+    may_be_bare: bool = True,
 ) -> Rescue:
-    """The header and the tables, of an image of which *before* is the check."""
+    """The header and the tables, of an image of which *before* is the check.
+
+    *may_be_bare*: whether the L1 table may be gone with the header.
+    """
     can_grow, progress = means.can_grow, means.progress
     tables = None if assumed or like else _tables_under(source, before, progress)
     draft = Draft(source, can_grow=can_grow)
@@ -154,7 +159,9 @@ def _found(
         header = before.layout.header
         headers, report = Found(header, [Hypothesis(header, b"", before.counters, ())]), before
     else:
-        headers, size = _find_headers(source, before, assumed, like, progress)
+        is_known = bool(assumed) or like is not None or before.error is None
+        bare = None if is_known or not may_be_bare else find_bare(source, progress)
+        headers, size = _find_headers(source, bare, assumed, like, progress)
         best = headers.best
         if best is None or (size > source.size and not can_grow):
             raise HeaderUnknown(_why(headers), _WAYOUT)
@@ -168,7 +175,8 @@ def _found(
     placements = tables.placements if tables is not None else ()
     if tables is None or not any(each.placed for each in placements):
         if draft.size > source.size:
-            raise HeaderUnknown(_NOTHING_PLACED, _WAYOUT)
+            # Without a table it was not there to be found, or else it is.
+            return _found(source, before, assumed, like, means, may_be_bare=False)
         return Rescue(draft.plan(RescueTier.RESCUE), headers, before, report, placements)
     _draft_l1(draft, tables)
     plan = draft.plan(RescueTier.RESCUE)
@@ -180,7 +188,7 @@ def _found(
 
 def _find_headers(
     source: Source,
-    before: Report,
+    bare: Bare | None,
     assumed: Mapping[str, int] | None,
     like: Header | None,
     progress: Progress,
@@ -189,10 +197,8 @@ def _find_headers(
 
     Where nothing is left of the L1 table either, one is made, and a header that leads to it.
     """
-    if before.error is not None and not assumed and like is None:
-        bare = find_bare(source, progress)
-        if bare is not None and not bare.has_l1:
-            return bare.found, bare.end
+    if bare is not None and not bare.has_l1:
+        return bare.found, bare.end
     found = find_headers(source, assumed=assumed, like=like, progress=progress)
     return found, source.size
 
@@ -273,8 +279,6 @@ def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
         draft.write(StageKind.PREPARE, SECTOR, rest)
     draft.write(StageKind.SWITCH, 0, fields)
 
-
-_NOTHING_PLACED = "the L1 table is gone, too, and nothing proves where any L2 table belongs"
 
 _WAYOUT = (
     "nothing was written: name what you know of it with --assume FIELD=VALUE, or an image that was"
