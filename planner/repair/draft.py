@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,8 @@ class Draft:
         # As far as they still hold.
         self._layers: dict[StageKind, Layer] = {}
         self._stages: dict[StageKind, Stage] = {}
-        self._edits: list[Edit] = []
-        self._edit_count = 0
+        self._reasons: list[tuple[Callable[[], Iterable[Edit]], int]] = []
+        self._listed = self._edit_count = 0
         self._size = source.size
         self.revision = 0
         """Grows with each change of what is drafted."""
@@ -47,7 +47,8 @@ class Draft:
         twin = Draft(self._source, can_grow=self.can_grow)
         twin._writes = {kind: list(writes) for kind, writes in self._writes.items()}
         twin._layers, twin._stages = dict(self._layers), dict(self._stages)
-        twin._edits, twin._edit_count = list(self._edits), self._edit_count
+        twin._reasons = list(self._reasons)
+        twin._listed, twin._edit_count = self._listed, self._edit_count
         twin._size, twin.revision = self._size, self.revision
         return twin
 
@@ -100,15 +101,19 @@ class Draft:
         for write in self._writes.pop(kind, []):
             self._forget_stages(kind, write.sectors)
 
-    def explain(self, edits: Iterable[Edit], count: int) -> None:
-        """Say why *count* things change; *edits* is read only as far as a plan lists them."""
+    def explain(self, edits: Callable[[], Iterable[Edit]], count: int) -> None:
+        """Say why *count* things change; *edits* is asked when a plan is made, as far as it lists
+        them: most drafts never are one.
+        """
         self._edit_count += count
-        self._edits.extend(itertools.islice(edits, self.edits_left))
+        if self.edits_left:
+            self._reasons.append((edits, min(count, self.edits_left)))
+            self._listed += self._reasons[-1][1]
 
     @property
     def edits_left(self) -> int:
         """How many more edits are listed one by one."""
-        return MAX_EDITS - len(self._edits)
+        return MAX_EDITS - self._listed
 
     @property
     def is_empty(self) -> bool:
@@ -136,8 +141,10 @@ class Draft:
                 base = Layered(self._source, self._size, layers[:number])
                 self._stages[kind] = _stage(kind, base, layers[number])
         stages = (self._stages[kind] for kind in sorted(self._writes))
+        reasons = (itertools.islice(make(), listed) for make, listed in self._reasons)
+        edits = itertools.chain.from_iterable(reasons)
         some = tuple(stage for stage in stages if len(stage.sectors))
-        return Plan(tier, some, self._source.size, self._size, tuple(self._edits), self._edit_count)
+        return Plan(tier, some, self._source.size, self._size, tuple(edits), self._edit_count)
 
     def _all_layers(self) -> list[Layer]:
         """What each stage leaves in the sectors that it writes to, in the order of stages.

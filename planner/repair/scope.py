@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -219,8 +220,9 @@ class Scope:
         places: list[tuple[int, int, int]],
     ) -> None:
         """Say why things change; *places* are (offset, length, count) in the file."""
-        edits = (Edit(stage, structure, kind, *place) for place in places)
-        self.draft.explain(edits, len(places))
+        self.draft.explain(
+            lambda: (Edit(stage, structure, kind, *place) for place in places), len(places)
+        )
 
     def explain_runs(
         self,
@@ -230,6 +232,10 @@ class Scope:
         places: tuple[I64, I64, I64],
     ) -> None:
         """As `explain`, of as many *places* as there may be: three columns."""
-        columns = [column[: self.draft.edits_left].tolist() for column in places]
-        edits = (Edit(stage, structure, kind, *place) for place in zip(*columns, strict=True))
+        columns = [column[: self.draft.edits_left].copy() for column in places]
+
+        def edits() -> Iterator[Edit]:
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            return (Edit(stage, structure, kind, *row) for row in rows)
+
         self.draft.explain(edits, len(places[0]))

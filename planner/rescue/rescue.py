@@ -8,7 +8,7 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -332,10 +332,10 @@ def _draft_l1(draft: Draft, found: Placed) -> None:
 
 
 def _explain(draft: Draft, l1_offset: int, indices: Sequence[int]) -> None:
-    edits = (
-        Edit(StageKind.CORRECT, Structure.L1_TABLE, FindingKind.LEAK, l1_offset + at * 8, 8, 1)
-        for at in indices
-    )
+    def edits() -> Iterator[Edit]:
+        why = StageKind.CORRECT, Structure.L1_TABLE, FindingKind.LEAK
+        return (Edit(*why, l1_offset + at * 8, 8, 1) for at in indices)
+
     draft.explain(edits, len(indices))
 
 

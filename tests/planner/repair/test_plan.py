@@ -1,5 +1,6 @@
 """A plan as a value: what a draft says, its stages, its inverse, its identity, and the overlay."""
 
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_a_stage_knows_the_bytes_before_and_after() -> None:
 def test_edits_past_the_limit_are_counted_and_not_kept() -> None:
     draft = Draft(Bytes(DATA))
     edit = Edit(StageKind.CORRECT, Structure.REFBLOCK, FindingKind.LEAK, 0, 2, 1)
-    draft.explain((edit for _ in range(MAX_EDITS + 5)), MAX_EDITS + 5)
+    draft.explain(lambda: itertools.repeat(edit), MAX_EDITS + 5)
     plan = draft.plan(RepairTier.LEAKS)
     assert len(plan.edits) == MAX_EDITS
     assert plan.edit_count == MAX_EDITS + 5
