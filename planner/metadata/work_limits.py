@@ -56,8 +56,11 @@ MAX_TABLE_BYTES = 1 << 30
 """Tables that may lie in holes have no more together: 2^27 entries."""
 
 
-MAX_SHARED_BYTES = 1 << 20
-"""So much of them lies over others, and one more table: 2^17 entries are read again, and its."""
+MAX_SHARED_BYTES = 2 << 20
+"""So much of them lies over others, and one more table: 2^18 entries are read again, and its.
+
+No less than the largest cluster: one entry that was damaged leads to a table over two others.
+"""
 
 
 def followed(start: I64, end: I64) -> Mask:

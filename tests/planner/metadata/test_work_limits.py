@@ -45,6 +45,13 @@ def test_one_table_over_another_is_followed_however_large_they_are() -> None:
     assert all(chosen((0, size), (size // 4, size // 4 + size)))
 
 
+@pytest.mark.parametrize("bits", [9, 16, 21])
+@pytest.mark.parametrize("eighths", range(8))
+def test_one_table_that_is_misaligned_hides_no_other(bits: int, eighths: int) -> None:
+    size = 1 << bits
+    assert all(chosen((0, size), (eighths * size // 8, size), (size, size), (2 * size, size)))
+
+
 def test_of_very_many_in_one_place_a_few_are_followed() -> None:
     assert sum(chosen(*[(0, MIB)] * 1000)) == 1 + MAX_SHARED_BYTES // MIB
 
