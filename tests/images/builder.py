@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -421,6 +422,10 @@ class ImageBuilder:
         self._put(0, content)
 
 
+_decoded = lru_cache(maxsize=64)(decode_header)
+"""The same header is asked for again and again while an image is damaged."""
+
+
 class Image:
     """The bytes of an image, to be looked at and changed; places are found by reading it.
 
@@ -437,8 +442,8 @@ class Image:
 
     @property
     def header(self) -> Header:
-        length = decode_header(bytes(self.data[:104])).header_length
-        return decode_header(bytes(self.data[: max(length, 104)]))
+        length = _decoded(bytes(self.data[:104])).header_length
+        return _decoded(bytes(self.data[: max(length, 104)]))
 
     def change_header(self, **fields: int | bytes) -> None:
         """Give header fields new values, whether they make sense or not."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 from planner.check.check import check_image
 from planner.check.live import Clock, check_live
@@ -59,6 +60,11 @@ WRITTEN = 80
 
 def build(kind: Kind) -> Image:
     """Tables that are written to, tables that are not, a snapshot and a bitmap."""
+    return Image(bytearray(_built(kind)))
+
+
+@cache
+def _built(kind: Kind) -> bytes:
     geometry = ImageBuilder(
         cluster_bits=kind.cluster_bits,
         refcount_order=kind.refcount_order,
@@ -79,13 +85,19 @@ def build(kind: Kind) -> Image:
     builder.write(3 * per_table + 4, b"c" * 4 * one)
     builder.skip(2)
     builder.add_bitmap("one", {0, 1}, granularity_bits=max(9, kind.cluster_bits))
-    return builder.build()
+    return bytes(builder.build().data)
 
 
 def quiet_parts(image: Image) -> tuple[set[int], set[int]]:
     """What no program changes that writes only to the first tables: words, by their host offsets,
     and refcounts, by their clusters.
     """
+    return _quiet_parts(bytes(image.data))
+
+
+@lru_cache(maxsize=len(KINDS))
+def _quiet_parts(data: bytes) -> tuple[set[int], set[int]]:
+    image = Image(bytearray(data))
     geometry = image.geometry
     words = {image.l1_at(3), image.bitmaps[0].bitmap_table_offset}
     wide = geometry.l2_entry_size
