@@ -281,14 +281,20 @@ def find_losses(
 
 
 def find_shared(source: Source, report: Report) -> Losses:
-    """What an image without leaks may have lost: its refcounts do not show it any more."""
-    if not len(report.snapshots) or FindingKind.REFCOUNT_MISSING not in report.counts():
+    """What an image may have lost of which nothing leaks: its refcounts do not show it any more, or
+    show it behind the end of the file.
+    """
+    has_shared = len(report.snapshots) > 0 and FindingKind.REFCOUNT_MISSING in report.counts()
+    behind = references_past_end(source, report)
+    if not has_shared and not behind:
         return Losses()
     nothing = np.zeros(0, dtype=np.int64)
     disk = _Disk(source, report, nothing, nothing, nothing)
     causes = tuple(_of_shared(disk.shared, report.geometry.l2_coverage))
-    lost = disk.shared.entries * report.geometry.cluster_size
-    return Losses(causes=causes, missing=min(lost, disk.unmapped_bytes(disk.shared.uncounted)))
+    behind = behind if disk.lost_windows else 0
+    lost = (disk.shared.entries + behind) * report.geometry.cluster_size
+    room = disk.unmapped_bytes(disk.shared.uncounted)
+    return Losses(causes=causes, missing=min(lost, room), behind=behind)
 
 
 def _causes(

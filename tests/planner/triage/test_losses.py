@@ -747,6 +747,25 @@ def test_a_lost_table_that_led_behind_the_end_of_a_cut_file_is_not_taken_for_dat
 # ---- what was cut off ----
 
 
+def test_what_a_lost_table_led_to_is_missing_where_all_of_it_was_behind_the_end() -> None:
+    image = disk().build()
+    for number in range(PER_TABLE):
+        cluster = image.host_offset(2 * image.geometry.l2_entries + number) // CLUSTER
+        image.set_refcount(cluster, 0)
+        image.set_refcount(image.host_clusters + number, 1)
+    wipe(image, image.l2_table(2))
+    report = check_image(image.source)
+    assert not report.counters.leaks
+    losses = triage_leaks(image.source, report).losses
+    assert (losses.missing, losses.behind) == (PER_TABLE * CLUSTER, PER_TABLE)
+
+
+def test_without_a_lost_table_what_is_counted_behind_the_end_is_not_missing() -> None:
+    image = disk().build()
+    image.set_refcount(image.host_clusters + 3, 1)
+    assert triage(image).losses.missing == 0
+
+
 def test_what_is_known_to_lead_behind_the_end_is_not_missing_as_well() -> None:
     image = disk().build()
     wipe(image, image.l2_table(0))
