@@ -12,7 +12,7 @@ from planner.findings.kinds import ACTIVE, FindingKind
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, Incompatible
 from planner.repair.overlay import Overlay
-from planner.repair.plan import RepairTier
+from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
@@ -424,7 +424,7 @@ def test_what_an_entry_leads_to_that_counts_others_alone_is_suspect_and_not_miss
     assert gone <= CLUSTER, "what leaks may have been in another place of the disk's, at most"
 
 
-@pytest.mark.parametrize("tier", RepairTier)
+@pytest.mark.parametrize("tier", DETERMINED)
 def test_the_table_of_another_snapshot_does_not_become_the_disks_unasked(tier: RepairTier) -> None:
     image = table_of_another_snapshot()
     found = proposal(image, tier)
@@ -652,7 +652,7 @@ def shared_with_a_snapshot() -> Image:
     return image
 
 
-@pytest.mark.parametrize("tier", RepairTier)
+@pytest.mark.parametrize("tier", DETERMINED)
 def test_the_sign_that_the_disk_lost_what_a_snapshot_has_stays(tier: RepairTier) -> None:
     found = proposal(shared_with_a_snapshot(), tier)
     assert found.needs_quote
