@@ -68,8 +68,7 @@ def separated(image: Image, *, read_only: bool = False) -> Iterator[None]:
 
     *read_only*: it opens nothing for writing. To be called before there are threads.
     """
-    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(CHANNELS)]
-    ours, its = zip(*pairs, strict=True)
+    ours, its = zip(*(pair() for _ in range(CHANNELS)), strict=True)
     child = os.fork()
     if not child:
         try:
@@ -85,6 +84,17 @@ def separated(image: Image, *, read_only: bool = False) -> Iterator[None]:
         for channel in ours:
             channel.close()
         _wait_for_end_of(child)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """A channel: the end of who asks, and that of the broker.
+
+    No more than a few answers wait in it. Descriptors that are on their way count for the user, and
+    a daemon that was taken over, and asks and never reads, would leave none for others to send.
+    """
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    its.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel gives
+    return ours, its
 
 
 def _wait_for_end_of(child: int) -> None:

@@ -54,8 +54,8 @@ _FUTEXES, _FUTEX_FLAGS = (0, 1, 3, 4, 5, 9, 10), 128 | 256
 _THREAD = (0x3D0F00, 0x7D0F00)
 # asm-generic/mman-common.h: DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, GUARD_INSTALL, GUARD_REMOVE
 _ADVICE = (4, 8, 14, 15, 102, 103)
-# asm-generic/mman.h: ANONYMOUS, and HUGETLB
-_ANONYMOUS, _KIND_OF_MEMORY = 0x20, 0x20 | 0x40000
+# asm-generic/mman.h: ANONYMOUS, and LOCKED, HUGETLB
+_ANONYMOUS, _KIND_OF_MEMORY = 0x20, 0x20 | 0x2000 | 0x40000
 # asm-generic/ioctls.h: what isatty asks, in two ways; FIOCLEX
 _IOCTLS = (0x5401, 0x802C542A, 0x5451)
 # linux/falloc.h: PUNCH_HOLE | KEEP_SIZE
@@ -73,7 +73,7 @@ _OWN_MEMORY = (Only(0, (0,)), Only(1, (resource.RLIMIT_DATA,)))
 _TO_RUN = (
     # Memory: of no file, and never executable.
     _call("brk", 12, 214),
-    # Nor of the huge pages that a host sets aside for its virtual machines.
+    # Nor of the huge pages that a host sets aside for its virtual machines, nor kept from swap.
     _call("mmap", 9, 222, Only(2, (0,), mmap.PROT_EXEC), Only(3, (_ANONYMOUS,), _KIND_OF_MEMORY)),
     _call("mprotect", 10, 226, Only(2, (0,), mmap.PROT_EXEC)),
     _call("mremap", 25, 216),

@@ -190,6 +190,12 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "take-neighbour-for-undo-file": lambda: UNDO.hardlink_to(NEIGHBOUR),
     "link-neighbour-for-undo-file": lambda: UNDO.symlink_to(NEIGHBOUR),
     "list-followed": lambda: list(FOLLOWED.parent.iterdir()),
+    "write-its-own-memory": lambda: os.close(openat2(AT_FDCWD, "/proc/self/mem", os.O_RDWR, 0)),
+    "read-environment-of-its-parent": Path(f"/proc/{os.getppid()}/environ").read_bytes,
+    "open-what-its-parent-has-open": lambda: open_and_close(
+        Path(f"/proc/{os.getppid()}/fd/0"), os.O_RDONLY
+    ),
+    "enter-root-of-its-parent": lambda: list(Path(f"/proc/{os.getppid()}/root").iterdir()),
     "write-followed": lambda: os.close(openat2(AT_FDCWD, str(FOLLOWED), os.O_RDWR, 0)),
     "empty-followed": lambda: os.close(
         openat2(AT_FDCWD, str(FOLLOWED), os.O_RDONLY | os.O_TRUNC, 0)

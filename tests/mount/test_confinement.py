@@ -49,6 +49,10 @@ REFUSED = {
     "write-neighbour-by-descriptor": "EACCES",
     "make-neighbour-by-openat2": "EACCES",
     "list-followed": "EACCES",
+    "write-its-own-memory": "EACCES",
+    "read-environment-of-its-parent": "EACCES",
+    "open-what-its-parent-has-open": "EACCES",
+    "enter-root-of-its-parent": "EACCES",
     "write-followed": "EACCES",
     "empty-followed": "EACCES",
     # by the kernel, as to anybody

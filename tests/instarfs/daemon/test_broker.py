@@ -15,14 +15,14 @@ import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from instarfs.daemon import broker
-from instarfs.daemon.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker
+from instarfs.daemon.broker import ANSWER, CHANNELS, REQUEST, Attendant, Broker, pair
 from instarfs.errors import ImageOpenFailed
 from instarfs.image.directory import (
     OF_IMAGE,
@@ -68,7 +68,7 @@ class Attended:
 def attended(
     folder: Path, name: str = IMAGE, undo: Spot | None = None, *, read_only: bool = False
 ) -> Iterator[Attended]:
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, its = pair()
     directory = os.open(folder, os.O_PATH)
     attendant = Attendant(Spot(directory, name), OWN, undo, read_only=read_only)
     thread = threading.Thread(target=attendant.attend, args=[its])
@@ -252,6 +252,20 @@ def test_no_other_place_can_be_asked_for(tmp_path: Path, what: Request) -> None:
 
 
 # ---- when an answer cannot be sent ----
+
+
+def test_who_asks_and_never_reads_has_a_few_descriptors_on_their_way() -> None:
+    """As many as a process may have open, and nobody else of its user could send one."""
+    ours, its = pair()
+    its.setblocking(False)
+    with ours, its:
+        waiting = 0
+        with suppress(BlockingIOError):
+            while waiting < 100:
+                socket.send_fds(its, [ANSWER.pack(0)], [ours.fileno()])
+                waiting += 1
+        assert 0 < waiting * CHANNELS < 64
+        assert socket.recv_fds(ours, ANSWER.size, 1)[0] == ANSWER.pack(0)
 
 
 def refuse_to_send(monkeypatch: pytest.MonkeyPatch, code: int, *, always: bool) -> None:
