@@ -51,6 +51,11 @@ _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
     help="A field of the header that you know, by its name in the specification.",
 )
 @click.option(
+    "--free",
+    is_flag=True,
+    help="Look for lost tables in free clusters too: where refcounts were made anew.",
+)
+@click.option(
     "--output",
     type=click.Choice(["human", "json"]),
     default="human",
@@ -68,6 +73,7 @@ def command(
     quote: str | None,
     undo_file: str | None,
     like: str | None,
+    free: bool,
     in_place: bool,
     progress: bool,
     force_share: bool,
@@ -82,7 +88,7 @@ def command(
     can be undone.
     """
     _require_one_way(out, quote, in_place=in_place, force_share=force_share)
-    find = partial(rescue, assumed=_assumed(words), like=_header_of(like))
+    find = partial(rescue, assumed=_assumed(words), like=_header_of(like), free=free)
     if in_place:
         _rescue_in_place(path, quote or "", find, undo_file, output, progress=progress)
         return
@@ -96,7 +102,7 @@ def command(
         if out is not None and not found.plan.changes_nothing:
             write_copy(image, before, found.plan, out, tell)
         is_written = image.generation() != before
-    asked = Asked(path, like, words, undo_file, is_written=is_written)
+    asked = Asked(path, like, words, undo_file, is_written=is_written, free=free)
     if output == "json":
         click.echo(rescue_json(found, asked, out), nl=False)
     else:

@@ -35,10 +35,11 @@ class Asked:
     assumed: tuple[str, ...] = ()
     undo_file: str | None = None
     is_written: bool = False
+    free: bool = False
 
     def command(self, how: str) -> str:
         """The command that does the same again, and with what it finds *how* says."""
-        words = ["instarfs rescue", how]
+        words = ["instarfs rescue", how, *(["--free"] if self.free else [])]
         words += ["--header", shell_path(self.like)] if self.like is not None else []
         words += [f"--assume {shell_word(word)}" for word in self.assumed]
         return " ".join([*words, "--", shell_path(self.filename)])

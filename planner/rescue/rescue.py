@@ -80,17 +80,19 @@ def rescue(
     *,
     assumed: Mapping[str, int] | None = None,
     like: Header | None = None,
+    free: bool = False,
     can_grow: bool = True,
     progress: Progress = tell_nobody,
 ) -> Rescue:
     """What *source* lost, and the plan that puts it back; changes nothing.
 
-    *assumed*, *like*: as `find_headers` takes them. *can_grow*: whether the image may become
-    longer. Raises `HeaderUnknown` where no header is believed, another `RepairError` where what was
-    found does not bear a plan.
+    *assumed*, *like*: as `find_headers` takes them. *free*: whether tables are looked for in free
+    clusters too, as they are left where refcounts were made anew. *can_grow*: whether the image may
+    become longer. Raises `HeaderUnknown` where no header is believed, another `RepairError` where
+    what was found does not bear a plan.
     """
     before = check_image(source, progress=progress)
-    means = _Means(can_grow=can_grow, progress=progress)
+    means = _Means(free=free, can_grow=can_grow, progress=progress)
     listed = None if assumed or like else _listed_again(source, before, means)
     if listed is not None:
         image = Overlay(source, listed.plan)
@@ -109,8 +111,11 @@ def rescue(
 
 @dataclass(frozen=True, slots=True)
 class _Means:
-    """How it is looked for: whether the image may grow, and who is told how far that is."""
+    """How it is looked for: in free clusters too, whether the image may grow, whom to tell how far
+    that is.
+    """
 
+    free: bool
     can_grow: bool
     progress: Progress
 
@@ -152,7 +157,7 @@ def _found(
     *may_be_bare*: whether the L1 table may be gone with the header.
     """
     can_grow, progress = means.can_grow, means.progress
-    tables = None if assumed or like else _tables_under(source, before, progress)
+    tables = None if assumed or like else _tables_under(source, before, means)
     draft = Draft(source, can_grow=can_grow)
     if tables is not None and before.layout is not None:
         # With a header under which tables are found there is nothing wrong but that.
@@ -169,7 +174,7 @@ def _found(
         if best.changed:
             draft_header(draft, best, before)
             report = check_image(draft.overlay(), progress=progress)
-            tables = _tables_under(draft.overlay(), report, progress)
+            tables = _tables_under(draft.overlay(), report, means)
     if tables is not None:
         tables = _without_contested(tables)
     placements = tables.placements if tables is not None else ()
@@ -255,11 +260,11 @@ def _in_order(source: Source, plan: Plan, before: Report) -> Plan:
     return replace(ordered, edits=plan.edits, edit_count=plan.edit_count)
 
 
-def _tables_under(source: Source, report: Report, progress: Progress) -> Placed | None:
+def _tables_under(source: Source, report: Report, means: _Means) -> Placed | None:
     """The tables without a place, under a header that makes sense; None where there are none."""
     if report.error is not None or report.mismatches is None:
         return None
-    found = find_placements(source, report, progress)
+    found = find_placements(source, report, means.progress, free=means.free)
     return found if found is not None and found.placements else None
 
 

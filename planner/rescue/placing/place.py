@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import distinct, is_among
+from planner.arrays import I64, distinct, is_among
 from planner.check.check import check_image
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
@@ -73,11 +73,11 @@ def without_unsound(source: Source, l1: L1Table) -> Source:
 
 
 def find_placements(
-    source: Source, report: Report, progress: Progress = tell_nobody
+    source: Source, report: Report, progress: Progress = tell_nobody, *, free: bool = False
 ) -> Placed | None:
     """Where the tables belong that no entry leads to; None where there is nothing to look for.
 
-    *report*: of a check of *source*.
+    *report*: of a check of *source*. *free*: also those in clusters that are counted as free.
     """
     layout = report.layout
     if layout is None:
@@ -89,7 +89,8 @@ def find_placements(
         sound = check_image(clean)
     if sound.mismatches is None:
         return None
-    tables, collector, _ = _look(clean, sound, layout, l1, progress)
+    unused = unused_clusters(clean, sound, free=free)
+    tables, collector, _ = _look(clean, sound, layout, l1, progress, unused=unused)
     lost = tables.offset[tables.lost]
     is_shared = sound.mismatches.count_references(lost >> layout.geometry.cluster_bits) > 0
     board = Board(
@@ -122,19 +123,26 @@ def look_around(source: Source, progress: Progress = tell_nobody) -> Around | No
     if report.layout is None or report.mismatches is None:
         return None
     l1 = read_l1(source, report.layout.header, report)
-    tables, collector, has_l1 = _look(source, report, report.layout, l1, progress)
+    unused = unused_clusters(source, report)
+    tables, collector, has_l1 = _look(source, report, report.layout, l1, progress, unused=unused)
     return Around(tables, collector.claims(tables.clusters), has_l1)
 
 
 def _look(
-    source: Source, report: Report, layout: Layout, l1: L1Table, progress: Progress
+    source: Source,
+    report: Report,
+    layout: Layout,
+    l1: L1Table,
+    progress: Progress,
+    *,
+    unused: I64,
 ) -> tuple[Tables, Collector, bool]:
     """The tables there are, and what the clusters say that those lead to which wait for a place.
+    They are looked for in *unused* clusters.
 
     And whether something that nothing leads to looks like an L1 table.
     """
     geometry = layout.geometry
-    unused = unused_clusters(source, report)
     finder = Finder(source, report, layout)
     collector = Collector(SPOTTERS, geometry.cluster_bits)
     meter = Meter(progress, "scan", len(unused) << geometry.cluster_bits)

@@ -110,16 +110,17 @@ def _are_sound(source: Source, words: U64, geometry: Geometry, report: Report) -
 # ---- what nothing leads to ----
 
 
-def unused_clusters(source: Source, report: Report) -> I64:
+def unused_clusters(source: Source, report: Report, *, free: bool = False) -> I64:
     """Clusters that are counted as in use and that nothing leads to; those whose refcounts are
-    lost, too. Ascending."""
+    lost, too. With *free* those that are counted as free as well. Ascending.
+    """
     mismatches = report.mismatches
     if mismatches is None:
         return np.zeros(0, dtype=np.int64)
     leaked = mismatches.clusters(FindingKind.LEAK, report.totals.get(FindingKind.LEAK, 0))
-    if not report.needs_rebuild and not _LOST & report.totals.keys():
+    if not (free or report.needs_rebuild or _LOST & report.counts().keys()):
         return _unreferenced(leaked, mismatches)
-    # Refcounts are lost, and nothing tells what was free: all that is there.
+    # Where refcounts are lost nothing tells what was free: all that is there.
     bits, found = report.geometry.cluster_bits, [leaked]
     for low, high in source.data_extents(0, source.size):
         found.append(np.arange(low >> bits, min(-(-high >> bits), source.size >> bits)))

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from planner.check.check import check_image
 from planner.qcow2 import entries
 from planner.qcow2.header import Header, read_header
 from planner.repair.overlay import Overlay
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import propose
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, nonzero_words
 from tests.images.guest_files import make_disk, make_ext, make_tree
@@ -206,3 +209,22 @@ def test_a_guest_whose_blocks_are_damaged_puts_nothing_in_a_wrong_place(seed: in
                 (rng.randbytes(size), damaged[other : other + size])
             )
     assert not wrong(rescue(Bytes(bytes(damaged))), data)
+
+
+def test_in_free_clusters_tables_are_looked_for_on_request() -> None:
+    """As `qemu-img check -r all` leaves them: what was lost is counted as free."""
+    data = image("ext4", "gpt")
+    header, damaged = header_of(data), bytearray(data)
+    lost = [table for table, index in truth(data).items() if index < 2]
+    damaged[header.l1_table_offset : header.l1_table_offset + 16] = bytes(16)
+    found = rescue(Bytes(bytes(damaged)))
+    freed = propose(Bytes(bytes(damaged)), found.before, RepairTier.LEAKS).plan
+    image_now = Overlay(Bytes(bytes(damaged)), freed)
+    assert check_image(image_now).verdict == "clean"
+    assert not rescue(image_now).count
+    found = rescue(image_now, free=True)
+    assert found.placed == len(lost)
+    assert found.after.verdict == "clean"
+    after = bytearray(len(data))
+    Overlay(image_now, found.plan).read_into(0, memoryview(after))
+    assert bytes(after) == data
