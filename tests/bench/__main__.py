@@ -15,7 +15,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench import checks, damaged, exports, fleets, growth, listings, race, reads, repairs
+from tests.bench import (
+    checks,
+    damaged,
+    exports,
+    fleets,
+    growth,
+    idle,
+    listings,
+    race,
+    reads,
+    repairs,
+)
 from tests.bench.samples import Samples
 from tests.mount.mounts import PROJECT
 
@@ -24,6 +35,7 @@ RACES = (
     *repairs.RACES,
     *damaged.RACES,
     *listings.RACES,
+    *idle.RACES,
     *reads.RACES,
     *exports.RACES,
     *fleets.RACES,
@@ -37,7 +49,7 @@ FAILURES = (race.Unavailable, subprocess.CalledProcessError, OSError)
 def main() -> None:
     """Measure what the command line asks for: without words, everything."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    names = [each.name for each in RACES] + [growth.NAME]
+    names = [*(each.name for each in RACES), growth.NAME, idle.NAME]
     parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--runs", type=int, default=5, help="turns of each side (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
@@ -54,6 +66,7 @@ def main() -> None:
         samples = Samples(Path(folder))
         results["rows"] = _run_races(chosen, samples, arguments.runs)
         results["growth"] = _run_growth(samples) if growth.NAME in chosen else []
+        results["idle"] = _measure_idle(samples) if idle.NAME in chosen else None
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=4) + "\n")
 
@@ -83,6 +96,17 @@ def _run_growth(samples: Samples) -> list[dict[str, Any]]:
     except FAILURES as error:
         print(f"{growth.NAME}: not measured further: {error}", flush=True)
     return sizes
+
+
+def _measure_idle(samples: Samples) -> int | None:
+    """KiB."""
+    try:
+        kib = idle.memory(samples)
+    except FAILURES as error:
+        print(f"{idle.NAME}: not measured: {error}", flush=True)
+        return None
+    print("\n" + idle.line(kib), flush=True)
+    return kib
 
 
 if __name__ == "__main__":

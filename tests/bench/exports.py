@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench.checks import DISK
 from tests.bench.race import Enter, Race, Row, Side
 from tests.bench.reads import convert, warm, write_plain, write_text
-from tests.bench.samples import Samples
+from tests.bench.samples import Samples, preallocate
 from tests.mount.mounts import INSTARFS
 
 OURS, QEMU = "instarfs export", "qemu-img convert"
@@ -29,6 +29,13 @@ def make_sparse(folder: Path) -> Path:
     image = folder / "image.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "256G"], check=True)
     subprocess.run(["qemu-io", "-c", "write -q -P 65 0 4M", image], check=True)
+    return image
+
+
+def make_full(folder: Path) -> Path:
+    """64 GiB of which every cluster is there, and nothing was written to any."""
+    image = folder / "image.qcow2"
+    preallocate(image, "64G")
     return image
 
 
@@ -78,5 +85,10 @@ RACES = (
         "export-sparse",
         side_by_side(make_sparse),
         (Row("export, 4 MiB on 256 GiB", OURS, QEMU, more=1),),
+    ),
+    Race(
+        "export-full",
+        side_by_side(make_full),
+        (Row("export, 64 GiB of clusters in holes", OURS, QEMU, more=1),),
     ),
 )
