@@ -37,6 +37,7 @@ class Fat:
 
     def __init__(self, source: Holes, volume: Volume) -> None:
         self._source, self._volume = source, volume
+        self.volume = volume
         self._broken_chains = self._lost = self._too_deep = 0
         self._from_copy = False
         self.kind = "exfat" if volume.is_exfat else "vfat"

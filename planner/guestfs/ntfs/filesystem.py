@@ -7,6 +7,7 @@ the file's record and, above `NUMBER_BITS`, one that the stream's name gives.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -170,6 +171,23 @@ class Ntfs:
             plain = little(records.flat, some.at + 12, 2) == 0
             some = some.select(plain & (little(records.flat, some.at + 16, 8) == 0))
             yield inodes_of(records, some), little(records.flat, some.at + 48, 8)
+
+    def former_ends(self) -> I64:
+        """Where files ended that were deleted, behind their last byte, as far as records of them
+        are left; other files may have those clusters now."""
+        size, found = self._boot.cluster_size, [np.zeros(0, dtype=np.int64)]
+        for records in self._table.walk():
+            is_gone = (records.flags & IN_USE == 0) & (records.base == 0)
+            as_it_was = replace(records, flags=np.where(is_gone, IN_USE, 0))
+            attributes = attributes_of(as_it_was)
+            wanted = (attributes.type == DATA) & attributes.is_outside
+            wanted &= little(records.flat, attributes.at + 12, 2) == 0
+            some = attributes.select(wanted)
+            runs, _ = runs_of(records.flat, some, self._boot.clusters)
+            left = little(records.flat, some.at + 48, 8)[runs.attribute] - runs.virtual * size
+            last = (left > 0) & (left <= runs.length * size)
+            found.append((runs.cluster * size + left)[last])
+        return np.concatenate(found)
 
     # ---- names ----
 

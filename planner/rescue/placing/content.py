@@ -74,9 +74,17 @@ def _ends(extents: Extents, inode: I64, size: I64) -> I64:
 
 
 def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
-    """Votes of sectors that end where files do."""
+    """Votes of sectors that end where files do, or did: a record of NTFS outlives its file."""
     claims = claims.of(Sort.END)
-    disk = distinct(site.to_disk(ends_of(site) - 1) + 1)
+    yield _votes(site, claims, ends_of(site))
+    if isinstance(site.filesystem, Ntfs):
+        ends = site.filesystem.former_ends()
+        kept = (ends % SECTOR > 0) & (ends % SECTOR <= LONGEST)
+        yield _votes(site, claims, ends[kept])
+
+
+def _votes(site: Site, claims: Claims, ends: I64) -> Votes:
+    disk = distinct(site.to_disk(ends - 1) + 1)
     disk = disk[(disk > 0) & site.board.are_vacant((disk - 1) // site.coverage)]
     sector = (disk - 1) // SECTOR * SECTOR
     # A place within a window, and how much of the sector there is filled.
@@ -84,7 +92,7 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     order = np.argsort(wanted, kind="stable")
     row, at = pairs(claims.inside + claims.key, wanted[order])
     votes = site.votes_at(Evidence.CONTENT, claims, row, sector[order][at])
-    yield _beyond_chance(votes, sector // site.coverage, claims)
+    return _beyond_chance(votes, sector // site.coverage, claims)
 
 
 def _beyond_chance(votes: Votes, expected: I64, claims: Claims) -> Votes:

@@ -14,7 +14,7 @@ import numpy as np
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import find_volumes
 from planner.guestfs.volumes.partitions import read_table
-from planner.rescue.placing import anchors, content, ext, ntfs, pattern, xfs
+from planner.rescue.placing import anchors, content, ext, fat, ntfs, pattern, xfs
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims
 from planner.rescue.placing.sites import Site, Weigher
@@ -23,8 +23,8 @@ from planner.rescue.placing.votes import Evidence, Tally, Votes, tally
 
 MAX_ROUNDS = 64
 
-SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot, content.spot)
-STRONG: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, content.weigh)
+SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot, fat.spot, content.spot)
+STRONG: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, fat.weigh, content.weigh)
 WEAK: tuple[Weigher, ...] = (pattern.weigh,)
 """Asked only where the others have nothing more to say."""
 

@@ -23,7 +23,7 @@ from planner.repair.tiers import propose
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, nonzero_words
 from tests.images.guest_files import make_disk, make_ext, make_tree
-from tests.images.guest_filled import make_xfs
+from tests.images.guest_filled import make_fat, make_xfs, plain_tree
 
 MIB = 1 << 20
 
@@ -33,12 +33,16 @@ def image(kind: str, table: str, cluster_size: int = 4096) -> bytes:
     """A qcow2 file with a file system on its disk; with clusters of 4 KiB a table maps 2 MiB."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_tree(folder / "tree", 1, files=60)
-        part = folder / "part"
-        if kind == "xfs":
-            make_xfs(part, folder / "tree", [])
+        part, tree = folder / "part", folder / "tree"
+        if kind == "vfat":
+            plain_tree(tree, 1)
+            make_fat(part, tree, "FAT32")
         else:
-            make_ext(part, folder / "tree", ["-t", kind, "-b", "1024"], 40 * MIB)
+            make_tree(tree, 1, files=60)
+        if kind == "xfs":
+            make_xfs(part, tree, [])
+        elif kind != "vfat":
+            make_ext(part, tree, ["-t", kind, "-b", "1024"], 40 * MIB)
         disk = part
         if table != "none":
             disk, size = folder / "disk", part.stat().st_size
@@ -112,7 +116,14 @@ def wrong(found: Rescue, data: bytes) -> list[int]:
 
 @pytest.mark.parametrize(
     ("kind", "table"),
-    [("ext4", "none"), ("ext4", "mbr"), ("ext4", "gpt"), ("ext2", "mbr"), ("xfs", "gpt")],
+    [
+        ("ext4", "none"),
+        ("ext4", "mbr"),
+        ("ext4", "gpt"),
+        ("ext2", "mbr"),
+        ("xfs", "gpt"),
+        ("vfat", "mbr"),
+    ],
 )
 def test_tables_are_put_where_the_file_system_says_that_they_lie(kind: str, table: str) -> None:
     data = image(kind, table)
