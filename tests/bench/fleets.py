@@ -8,14 +8,23 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import instarfs
+from instarfs.scan.run import Scan, Wanted
 from instarfs.scan.state import State
+from instarfs.scan.values import Candidate, Limits, Outcome, Row, Run
+from instarfs.scan.workers import Lister, Nursery, Stopped
 from planner.check.report import Report
-from tests.bench.race import Race, Row, Side
+from planner.qcow2.header import MAGIC
+from tests.bench import race
+from tests.bench.checks import command
+from tests.bench.race import Race, Side
 from tests.bench.samples import Samples
 from tests.images.builder import GIB, MIB, Image, ImageBuilder
 from tests.images.damage import DAMAGES, CannotDamageError
@@ -128,14 +137,86 @@ def require_same(state: Path, expected: Mapping[bytes, Report]) -> None:
         assert (row.verdict, row.counters) == (said.verdict, said.counters), path
 
 
+# ---- 100,000 images, of which only the listing and the state are real ----
+
+SIMULATED = 100_000
+ROW_BYTES = 400
+"""Of the state for an image, at most."""
+
+LOOKING = "find -type f -size +0"
+
+
+class Believing:
+    """An engine that takes each for a clean image, and stops after so many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def run(self, candidates: Iterator[Candidate]) -> Iterator[Outcome]:
+        for candidate in islice(candidates, self._most):
+            yield Row(
+                candidate.path,
+                candidate.device,
+                candidate.stamp,
+                bytes(32),
+                "clean",
+                0,
+                as_of=time.time(),
+                lasts=True,
+            )
+        if next(candidates, None) is not None:
+            raise Stopped
+
+
+def record(folder: Path, state_path: Path, most: int) -> Run:
+    """A scan of *folder* that is stopped after so many images: what it says of itself."""
+    wanted = Wanted([os.fsencode(folder)], version("instarfs"))
+    with Nursery(1, Limits(60)) as nursery, State.open(str(state_path)) as state:
+        lister = Lister(nursery, lambda: False)
+        Scan(wanted, state, lister, lambda *_: None, lambda: False).run(Believing(most))
+        run = state.last_run()
+    assert run is not None
+    return run
+
+
+@contextmanager
+def enter_simulated(samples: Samples) -> Iterator[Mapping[str, Side]]:
+    """Half of them are recorded by a scan that is stopped, the others by the one that goes on."""
+    folder, state = samples.folder / "many", samples.folder / "many.state"
+    for number in range(SIMULATED):
+        path = folder / f"{number // 1000}" / f"disk{number}.qcow2"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(MAGIC.to_bytes(4, "big"))
+            file.truncate(100 * GIB)
+        os.utime(path, (OLD, OLD))
+    half = record(folder, state, SIMULATED // 2)
+    rest = record(folder, state, SIMULATED)
+    assert (half.checked, half.complete, rest.checked, rest.complete) == (
+        *(SIMULATED // 2, False),
+        *(SIMULATED // 2, True),
+    )
+    assert rest.unchanged == SIMULATED // 2
+    assert state.stat().st_size < SIMULATED * ROW_BYTES
+    yield {
+        AGAIN: Side(lambda: scan(state, folder)),
+        LOOKING: Side(command("find", folder, "-type", "f", "-size", "+0")),
+    }
+
+
 RACES = (
     Race(
         "scan",
         enter,
         (
-            Row(f"check of {IMAGES} small images", SCAN, QEMU, 1),
-            Row("the same again, unchanged", AGAIN, QEMU, 0.05),
+            race.Row(f"check of {IMAGES} small images", SCAN, QEMU, 1),
+            race.Row("the same again, unchanged", AGAIN, QEMU, 0.05),
         ),
         warm=False,
+    ),
+    Race(
+        "scan-simulated",
+        enter_simulated,
+        (race.Row(f"scan of {SIMULATED} images, unchanged", AGAIN, LOOKING),),
     ),
 )
