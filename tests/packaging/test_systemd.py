@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import shlex
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def test_the_service_calls_scan_as_it_is() -> None:
     assert scan is not None
     parsed = scan.make_context("scan", words[2:])
     assert any(str(value).endswith("scan.state") for value in parsed.params.values())
+
+
+def test_what_the_readme_sets_is_what_the_service_takes() -> None:
+    section = (UNITS / "instarfs-scan.service").read_text()
+    taken = set(re.findall(r"\$(INSTARFS_\w+)", section))
+    assert taken == set(re.findall(r'^Environment="(\w+)=', section, re.MULTILINE))
+    readme = (UNITS.parents[1] / "README.md").read_text()
+    assert set(re.findall(r'^ +Environment="(\w+)=', readme, re.MULTILINE)) == taken
 
 
 def test_the_timer_is_of_the_service() -> None:
