@@ -19,6 +19,7 @@ from tests.bench import (
     checks,
     damaged,
     exports,
+    files,
     fleets,
     growth,
     idle,
@@ -38,6 +39,7 @@ RACES = (
     *idle.RACES,
     *reads.RACES,
     *exports.RACES,
+    *files.RACES,
     *fleets.RACES,
 )
 

@@ -120,3 +120,32 @@ def test_a_snapshot_has_the_damage_that_it_shares(image: Path) -> None:
     active = rows_of(run_here(["files", image]).out)
     assert "/d/large" in {row[6] for row in of_snapshot if row[0] == "lost"}
     assert of_snapshot == active
+
+
+def test_what_is_over_a_backing_file_is_named_where_that_may_be_opened(image: Path) -> None:
+    cluster = sorted(Image(bytearray(image.read_bytes())).mapped(0))[40]
+    overlay = image.with_name("overlay.qcow2")
+    create: list[str | Path] = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        image.name,
+        "-F",
+        "qcow2",
+        overlay,
+    ]
+    subprocess.run(create, check=True)
+    write = f"write -q -P 1 {cluster * 65536} 64k"
+    subprocess.run(["qemu-io", "-c", write, overlay], check=True)
+    broken = Image(bytearray(overlay.read_bytes()))
+    broken.set_word(broken.l2_at(cluster), 1 << 40)
+    overlay.write_bytes(broken.data)
+    alone = rows_of(run_here(["files", overlay]).out)
+    assert {(row[6], row[8]) for row in alone} == {("-", "unknown")}
+    followed = rows_of(run_here(["files", "--follow", image.parent, overlay]).out)
+    lost = [row for row in followed if row[0] == "lost"]
+    assert "/d/large" in {row[6] for row in lost}
+    assert {int(row[1]) // 65536 for row in lost} == {cluster}
