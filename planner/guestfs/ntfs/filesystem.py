@@ -28,8 +28,7 @@ from planner.guestfs.ntfs.attributes import (
     values_of,
 )
 from planner.guestfs.ntfs.boot import Boot, find_boot
-from planner.guestfs.ntfs.lists import GoesOn, find_listed
-from planner.guestfs.ntfs.naming import Naming, named_in_directories
+from planner.guestfs.ntfs.naming import Naming, Survey, survey
 from planner.guestfs.ntfs.streams import inodes_of
 from planner.guestfs.ntfs.table import Pieces, Table
 from planner.guestfs.protocol import NO_INODE, Extents, Names, Spans, What, own_extents
@@ -68,7 +67,7 @@ class Ntfs:
         self._table = Table(source, boot)
         self.boot, self.table, self.source = boot, self._table, source
         self._broken_records = self._broken_runs = 0
-        self._known_to_go_on: GoesOn | None = None
+        self._known_survey: Survey | None = None
         self.uuid = f"{boot.serial:016X}"
         self.block_size, self.size = boot.cluster_size, boot.size
         self.label = self._volume_name()
@@ -192,12 +191,12 @@ class Ntfs:
     # ---- names ----
 
     def names(self) -> Iterator[Names]:
-        return iter(Naming(self._source, self._boot, self._table, self._goes_on))
+        return iter(Naming(self._source, self._boot, self._table, self._survey))
 
-    def _goes_on(self) -> GoesOn:
-        if self._known_to_go_on is None:
-            self._known_to_go_on = find_listed(self._source, self._boot, self._table)
-        return self._known_to_go_on
+    def _survey(self) -> Survey:
+        if self._known_survey is None:
+            self._known_survey = survey(self._source, self._boot, self._table)
+        return self._known_survey
 
     # ---- records ----
 
@@ -211,12 +210,12 @@ class Ntfs:
         in_use[rows], known[rows] = (found.flags & IN_USE) != 0, True
         inode = number.copy()
         if len(rows) < len(number):
-            inode = self._goes_on().bases_of(number)
+            left = self._survey()
+            inode = left.goes_on.bases_of(number)
             known |= inode != number
             # What goes on a record that is lost too is in use, and no file.
-            named, is_all = named_in_directories(self._source, self._boot, table)
-            if is_all:
-                lost = (inode == number) & ~is_among(number, named)
+            if left.is_whole:
+                lost = (inode == number) & ~is_among(number, left.named)
                 lost[rows] = False
                 known &= ~lost
         inode[rows] = np.where(found.base > 0, found.base, found.number)

@@ -6,7 +6,7 @@ that goes on another is lost, its file is still known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,11 @@ from planner.guestfs.ntfs.attributes import (
     NUMBER,
     Attributes,
     Records,
-    attributes_of,
     runs_of,
     values_of,
 )
 from planner.guestfs.ntfs.boot import Boot
-from planner.guestfs.ntfs.table import MAX_LIST_BYTES, Table
+from planner.guestfs.ntfs.table import MAX_LIST_BYTES
 from planner.guestfs.reading import Holes, read_blocks
 
 SHORTEST = 26
@@ -36,6 +35,16 @@ class GoesOn:
     record: I64
     base: I64
 
+    @classmethod
+    def of(cls, parts: Sequence[tuple[I64, I64]]) -> GoesOn:
+        """Of records and bases in any order."""
+        none = np.zeros(0, dtype=np.int64)
+        record, base = (np.concatenate(each) for each in zip((none, none), *parts, strict=True))
+        order = np.argsort(record, kind="stable")
+        record, base = record[order], base[order]
+        first = np.append(True, record[1:] != record[:-1])[: len(record)]
+        return cls(record[first], base[first])
+
     def bases_of(self, number: I64) -> I64:
         """Of records the ones that they go on; those that are in no list as they are."""
         if not len(self.record):
@@ -44,22 +53,15 @@ class GoesOn:
         return np.where(self.record[at] == number, self.base[at], number)
 
 
-def find_listed(source: Holes, boot: Boot, table: Table) -> GoesOn:
-    """All lists that can be read."""
-    none = np.zeros(0, dtype=np.int64)
-    parts = [(none, none)]
-    for records in table.walk():
-        attributes = attributes_of(records)
-        lists = attributes.select(attributes.type == ATTRIBUTE_LIST)
-        for row, record in _listed(source, boot, records, lists):
-            base = records.number[row]
-            other = record != base
-            parts.append((record[other], base[other]))
-    record, base = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(record, kind="stable")
-    record, base = record[order], base[order]
-    first = np.append(True, record[1:] != record[:-1])[: len(record)]
-    return GoesOn(record[first], base[first])
+def listed_in(
+    source: Holes, boot: Boot, records: Records, attributes: Attributes
+) -> Iterator[tuple[I64, I64]]:
+    """The records that lists among *attributes* name, and those that they go on."""
+    lists = attributes.select(attributes.type == ATTRIBUTE_LIST)
+    for row, record in _listed(source, boot, records, lists):
+        base = records.number[row]
+        other = record != base
+        yield record[other], base[other]
 
 
 def _listed(

@@ -6,6 +6,7 @@ A name stands twice, in the record of its file and in the index of its directory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from planner.guestfs.ntfs.attributes import (
 )
 from planner.guestfs.ntfs.boot import Boot
 from planner.guestfs.ntfs.indexes import Indexes
-from planner.guestfs.ntfs.lists import GoesOn
+from planner.guestfs.ntfs.lists import GoesOn, listed_in
 from planner.guestfs.ntfs.streams import inodes_of
 from planner.guestfs.ntfs.table import NONE, Table
 from planner.guestfs.protocol import Names
@@ -40,13 +41,29 @@ IS_DIRECTORY = 0x10000000
 ENCODING = "utf-16-le"
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is left of lost records: ``goes_on``; ``names`` that directories have of those in holes,
+    and which of them are for DOS; ``is_whole``: all directories are, and no others are files.
+    """
+
+    goes_on: GoesOn
+    names: list[tuple[Names, Mask]]
+    is_whole: bool
+
+    @property
+    def named(self) -> I64:
+        """The records that have a name, ascending."""
+        return distinct(np.concatenate([NONE, *(names.child for names, _ in self.names)]))
+
+
 class Naming:
-    """One walk over all names. *goes_on*: what `find_listed` says, asked for if need be."""
+    """One walk over all names. *survey*: what `survey` says, asked for if need be."""
 
     def __init__(
-        self, source: Holes, boot: Boot, table: Table, goes_on: Callable[[], GoesOn]
+        self, source: Holes, boot: Boot, table: Table, survey: Callable[[], Survey]
     ) -> None:
-        self._source, self._boot, self._table, self._goes_on = source, boot, table, goes_on
+        self._source, self._boot, self._table, self._survey = source, boot, table, survey
         self._parent_uses = (NONE, NONE)
         # Of files that have other records too: what of their names was told, and their numbers.
         self._told, self._told_of = [NONE], [NONE]
@@ -160,12 +177,12 @@ class Naming:
 
     def _of_lost(self, broken: I64) -> Iterator[Names]:
         """The names of files that have lost a record, those in *broken* or in a hole."""
-        goes_on = self._goes_on()
+        left = self._survey()
+        goes_on = left.goes_on
         gone = self._table.are_lost(goes_on.record) | is_among(goes_on.record, broken)
         lacking = distinct(np.concatenate((broken, goes_on.base[gone])))
         told, named, for_dos = np.sort(np.concatenate(self._told)), self._told_of, list[Names]()
-        indexes = Indexes(self._source, self._boot)
-        for names, is_dos in _in_indexes(self._table, indexes, lacking):
+        for names, is_dos in self._in_directories(lacking) if len(lacking) else left.names:
             rows = np.flatnonzero(~is_among(_keys(names, np.arange(len(names))), told))
             dos = is_dos[rows]
             for_dos.append(_taken(names, rows[dos]))
@@ -176,28 +193,36 @@ class Naming:
         for names in for_dos:
             yield _taken(names, np.flatnonzero(~is_among(names.child, known)))
 
-
-def named_in_directories(source: Holes, boot: Boot, table: Table) -> tuple[I64, bool]:
-    """The lost records that directories name, ascending, and whether all directories are whole: if
-    so, no others are files of their own.
-    """
-    indexes, parts, is_whole = Indexes(source, boot), [NONE], True
-    for names, _ in _in_indexes(table, indexes, NONE):
-        parts.append(names.child)
-        is_whole &= not names.is_directory.any()
-    return distinct(np.concatenate(parts)), is_whole and not indexes.lost
+    def _in_directories(self, lacking: I64) -> Iterator[tuple[Names, Mask]]:
+        indexes = Indexes(self._source, self._boot)
+        for records in self._table.walk():
+            attributes = attributes_of(records)
+            yield from _in_indexes(self._table, indexes, records, attributes, lacking)
 
 
-def _in_indexes(table: Table, indexes: Indexes, lacking: I64) -> Iterator[tuple[Names, Mask]]:
-    """What the indexes say of lost records and of *lacking*; which names are for DOS."""
+def survey(source: Holes, boot: Boot, table: Table) -> Survey:
+    """What is left of lost records, in one walk."""
+    indexes, is_whole = Indexes(source, boot), True
+    goes_on, names = list[tuple[I64, I64]](), list[tuple[Names, Mask]]()
     for records in table.walk():
         attributes = attributes_of(records)
-        attributes = attributes.select(table.belongs(records)[attributes.row])
-        for found in indexes.entries(records, attributes):
-            wanted = table.are_lost(found.child) | is_among(found.child, lacking)
-            wanted &= found.child >= FIRST_FILE
-            at = np.flatnonzero(wanted)
-            at = at[_hold_names(found.flat, found.start[at], found.length[at])]
+        goes_on += listed_in(source, boot, records, attributes)
+        for found, is_dos in _in_indexes(table, indexes, records, attributes, NONE):
+            is_whole &= not found.is_directory.any()
+            names.append((_taken(found, np.arange(len(found))), is_dos))
+    return Survey(GoesOn.of(goes_on), names, is_whole and not indexes.lost)
+
+
+def _in_indexes(
+    table: Table, indexes: Indexes, records: Records, attributes: Attributes, lacking: I64
+) -> Iterator[tuple[Names, Mask]]:
+    """What indexes say of lost records and of *lacking*; which names are for DOS."""
+    attributes = attributes.select(table.belongs(records)[attributes.row])
+    for found in indexes.entries(records, attributes):
+        wanted = table.are_lost(found.child) | is_among(found.child, lacking)
+        at = np.flatnonzero(wanted & (found.child >= FIRST_FILE))
+        at = at[_hold_names(found.flat, found.start[at], found.length[at])]
+        if len(at):
             start = found.start[at]
             names = _names_at(found.flat, start, found.parent[at], found.child[at])
             yield names, found.flat[start + 65] == DOS
