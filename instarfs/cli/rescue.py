@@ -83,9 +83,9 @@ def command(
     A header that is gone, or makes no sense, is found: every hypothesis is laid over the image in
     memory and checked; one is believed if what it says agrees with the rest of the file and nothing
     else does. L2 tables that nothing leads to are put where what they map says that it lies: blocks
-    of the guest's file systems. IMAGE is not written to: -o writes a new file, shared with IMAGE or
-    sparse where the disk can do that; --in-place writes exactly the plan whose id is quoted, which
-    can be undone.
+    of the guest's file systems. Snapshots that their table lost are listed again. IMAGE is not
+    written to: -o writes a new file, shared with IMAGE or sparse where the disk can do that;
+    --in-place writes exactly the plan whose id is quoted, which can be undone.
     """
     _require_one_way(out, quote, in_place=in_place, force_share=force_share)
     find = partial(rescue, assumed=_assumed(words), like=_header_of(like), free=free)
