@@ -25,6 +25,9 @@ from planner.source import SECTOR, Salvaged, Source, nonzero_words, present_tabl
 KEPT_RUNS = 1 << 20
 """Runs that a mapping keeps for the next read, at most: 34 MiB of them."""
 
+_OF_A_TABLE = 64
+"""So many runs take as much memory as a table that is kept has besides."""
+
 _READ_WINDOW = 1 << 9
 _READ_WINDOW_EXTENDED = 1 << 6
 _WALK_WINDOW = 1 << 16
@@ -259,6 +262,21 @@ def _subclusters(runs: Runs, bitmaps: U64, geometry: Geometry) -> Runs:
     )
 
 
+class _Kept:
+    """Tables that were decoded, by offset, and may come again: as many as `KEPT_RUNS` are."""
+
+    def __init__(self) -> None:
+        self.tables: dict[int, Runs] = {}
+        self._runs = 0
+
+    def keep(self, offset: int, runs: Runs) -> None:
+        self._runs += len(runs) + _OF_A_TABLE
+        if self._runs > KEPT_RUNS:
+            self.tables.clear()
+            self._runs = len(runs) + _OF_A_TABLE
+        self.tables[offset] = runs
+
+
 class Mapping:
     """Where the guest bytes that one L1 table maps are. Usable from several threads.
 
@@ -404,7 +422,7 @@ class Mapping:
         breaks = np.ones(len(numbers), dtype=np.bool_)
         breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
         first = np.flatnonzero(breaks)
-        kept: dict[int, Runs] = {}
+        kept = _Kept()
         starts, lengths = numbers[first].tolist(), np.diff(first, append=len(numbers)).tolist()
         for start, length, table in zip(starts, lengths, tables[first].tolist(), strict=True):
             runs = self._whole_table(kept, start, table, packed)
@@ -414,13 +432,13 @@ class Mapping:
                 low, high = max(offset, number * size), min(end, (number + times) * size)
                 yield low, runs.repeated(number * size, size, times).cut(low, high)
 
-    def _whole_table(self, kept: dict[int, Runs], number: int, offset: int, packed: bool) -> Runs:
+    def _whole_table(self, kept: _Kept, number: int, offset: int, packed: bool) -> Runs:
         """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
 
         *kept*: by offset those that were decoded before, and may come again.
         """
-        if offset in kept:
-            return kept[offset]
+        if offset in kept.tables:
+            return kept.tables[offset]
         geometry, per_table = self.geometry, self.geometry.l2_entries
         count = min(per_table, self._walk_window)
         at = np.arange(0, per_table, count)
@@ -435,10 +453,7 @@ class Mapping:
         runs = Runs.concatenate(parts).joined(packed=packed)
         runs = replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
         if offset in self._repeats:
-            most = per_table * (SUBCLUSTERS_PER_CLUSTER if self.geometry.extended_l2 else 1)
-            if len(kept) >= max(1, KEPT_RUNS // most):
-                kept.clear()
-            kept[offset] = runs
+            kept.keep(offset, runs)
         return runs
 
     @cached_property

@@ -148,27 +148,30 @@ def _entry_error(bitmap: Bitmap, names: set[bytes], geometry: Geometry) -> Image
 
 def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, int]:
     """The entry at *position*, and where the next one begins."""
-    broken = ImageError("bitmap directory", start + position, "its last entry is cut off")
     if position + ENTRY_BYTES > len(directory):
-        raise broken
-    fixed = _FIXED.parse(directory, position)
+        raise _cut_off(start + position)
+    table_at, entries, flags, kind, bits, name_size, extra_size = _FIXED.values(directory, position)
     extra = position + ENTRY_BYTES
-    name = extra + fixed.extra_data_size
-    end = name + fixed.name_size
+    name = extra + extra_size
+    end = name + name_size
     following = position + ((end - position + 7) & ~7)
     if following > len(directory):
-        raise broken
+        raise _cut_off(start + position)
     bitmap = Bitmap(
         offset=start + position,
-        bitmap_table_offset=fixed.bitmap_table_offset,
-        bitmap_table_size=fixed.bitmap_table_size,
-        flags=fixed.flags,
-        type=fixed.type,
-        granularity_bits=fixed.granularity_bits,
+        bitmap_table_offset=table_at,
+        bitmap_table_size=entries,
+        flags=flags,
+        type=kind,
+        granularity_bits=bits,
         extra_data=directory[extra:name],
         name=directory[name:end],
     )
     return bitmap, following
+
+
+def _cut_off(offset: int) -> ImageError:
+    return ImageError("bitmap directory", offset, "its last entry is cut off")
 
 
 def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
@@ -177,7 +180,8 @@ def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
     table_at = bitmap.bitmap_table_offset
     size = geometry.virtual_size // SECTOR * SECTOR
     needed = -(-size // (geometry.cluster_size * 8 << bits))
-    rules: list[tuple[bool, str, int, str]] = [
+    # Of tens of thousands: sentences are made where one is wrong.
+    rules: tuple[tuple[bool, str, int, str], ...] = (
         (bool(bitmap.extra_data), "extra_data_size", len(bitmap.extra_data), "not supported"),
         (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),
         (
@@ -200,9 +204,11 @@ def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
             not bitmap.flags & IN_USE and entries != needed,
             "bitmap_table_size",
             entries,
-            f"the disk needs {needed} entries",
+            "the disk needs {} entries",
         ),
-    ]
+    )
     for broken, field, value, problem in rules:
         if broken:
-            raise ImageError(f"{field} of the bitmap at {bitmap.offset}", value, problem)
+            raise ImageError(
+                f"{field} of the bitmap at {bitmap.offset}", value, problem.format(needed)
+            )

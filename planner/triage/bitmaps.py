@@ -29,7 +29,7 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bitmaps:
+class Bitmaps:
     """What the header's extension leads to. ``spans``: offset and length of directory and tables.
     ``is_whole``: whether the directory can be read to its end.
     """
@@ -39,17 +39,18 @@ class _Bitmaps:
     is_whole: bool = True
 
 
-def _read(source: Source, report: Report) -> _Bitmaps:
+def bitmaps_of(source: Source, report: Report) -> Bitmaps:
+    """What there is of them."""
     layout = report.layout
     if layout is None:
-        return _Bitmaps()
+        return Bitmaps()
     raw = [each for each in layout.extensions.all if each.magic == BITMAPS]
     if not raw:
-        return _Bitmaps()
+        return Bitmaps()
     try:
         pointer = decode_bitmaps(raw[-1].data, layout.header)
     except ImageError:
-        return _Bitmaps(is_whole=False)
+        return Bitmaps(is_whole=False)
     listed, broken = list_bitmaps(source, pointer, report.geometry)
     places = [
         (number, each.bitmap_table_offset, each.bitmap_table_size)
@@ -65,33 +66,33 @@ def _read(source: Source, report: Report) -> _Bitmaps:
         if is_kept and offset < source.size
     )
     is_whole = broken is None and all(error is None for _, error in listed)
-    return _Bitmaps(tuple(spans), tables, is_whole)
+    return Bitmaps(tuple(spans), tables, is_whole)
 
 
-def bitmap_clusters(source: Source, report: Report) -> tuple[I64, bool]:
+def bitmap_clusters(report: Report, end: int, found: Bitmaps) -> tuple[I64, bool]:
     """The clusters of the bitmaps that the header names, vouched for or not, ascending; and whether
-    their directory can be read to its end.
+    their directory can be read to its end. *end*: of the file.
 
     A program that knows nothing of bitmaps leaves them behind like that.
     """
-    bits, found = report.geometry.cluster_bits, _read(source, report)
+    bits = report.geometry.cluster_bits
     clusters = [np.zeros(0, dtype=np.int64)]
     clusters += [_hosts(table) >> bits for table in found.tables]
     for offset, length in found.spans:
-        end = min(offset + length, source.size)
-        clusters.append(np.arange(offset >> bits, max(offset, end + (1 << bits) - 1) >> bits))
+        stop = min(offset + length, end)
+        clusters.append(np.arange(offset >> bits, max(offset, stop + (1 << bits) - 1) >> bits))
     return distinct(np.concatenate(clusters)), found.is_whole
 
 
-def lost_bitmap_clusters(source: Source, report: Report, leaked: I64) -> I64:
+def lost_bitmap_clusters(report: Report, end: int, bitmaps: Bitmaps, leaked: I64) -> I64:
     """Those of *leaked*, ascending, that entries of bitmap tables led to before they were damaged.
 
     QEMU stores a bitmap as it goes, cluster behind cluster, and its table behind them: so the
     neighbours of an entry say where it led to.
     """
     found = [np.zeros(0, dtype=np.int64)]
-    for table in _read(source, report).tables:
-        found += _led_to(table, report, source.size, leaked)
+    for table in bitmaps.tables:
+        found += _led_to(table, report, end, leaked)
     clusters = distinct(np.concatenate(found))
     return clusters[is_among(clusters, leaked)]
 

@@ -32,7 +32,7 @@ from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
 from planner.triage.astray import astray_tables
-from planner.triage.bitmaps import bitmap_clusters, lost_bitmap_clusters
+from planner.triage.bitmaps import bitmap_clusters, bitmaps_of, lost_bitmap_clusters
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
 from planner.triage.losses import (
     CauseKind,
@@ -406,6 +406,7 @@ class _Describer:
         self._uncounted = uncounted
         self._unused = mismatches.count_references(leaked) == 0
         self._looker = looker
+        self._bitmaps = bitmaps_of(source, report)
         in_use = self._leaked[~self._unused]
         self._high = in_use[is_among(in_use, distinct(_known_l2_tables(report)))]
         unused_tables = np.count_nonzero((look == Look.L2_TABLE) & self._unused)
@@ -449,7 +450,7 @@ class _Describer:
         Where their directory is gone too, their tables are known by what they lack: the COPIED
         flag, which entries of the active disk have.
         """
-        clusters, is_whole = bitmap_clusters(self._source, self._report)
+        clusters, is_whole = bitmap_clusters(self._report, self._source.size, self._bitmaps)
         mine = self._unused & is_among(self._leaked, clusters)
         self._look[mine] = Look.BITMAP
         if is_whole or len(self._report.snapshots):
@@ -494,7 +495,9 @@ class _Describer:
                 if table.is_l1 or {place.kind for place in table.places} == {PlaceKind.LOST}
             ]
             lost[np.isin(self._group, elsewhere) & (lost == 1)] = 0
-        of_bitmaps = lost_bitmap_clusters(self._source, self._report, self._leaked)
+        of_bitmaps = lost_bitmap_clusters(
+            self._report, self._source.size, self._bitmaps, self._leaked
+        )
         lost[is_among(self._leaked, of_bitmaps) & (lost == 1)] = 0
         leads = np.append(tables.looks_lost, False)  # the last for those of no group
         leaked = Leaked(
