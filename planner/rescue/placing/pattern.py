@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from planner.arrays import Mask
+from planner.arrays import I64, Mask
+from planner.guestfs.protocol import NO_INODE
 from planner.rescue.placing.claims import Claims
 from planner.rescue.placing.sites import Site
 from planner.rescue.placing.votes import Evidence, Votes
@@ -35,6 +36,9 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     if not len(tables) or not len(windows) or board.tables.windows * per_table > MAX_CLUSTERS:
         return
     used = _used(site).reshape(-1, per_table)[windows]
+    if len(tables) == 1:
+        theirs = _used(site, of_files=True).reshape(-1, per_table)[windows]
+        yield _only_place(site, tables, windows, theirs)
     changes = np.count_nonzero(used[:, 1:] != used[:, :-1], axis=1)
     windows, used = windows[changes >= CHANGES], used[changes >= CHANGES]
     if not len(windows):
@@ -48,14 +52,32 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     yield Votes(Evidence.PATTERN, tables[table], windows[window], zeros)
 
 
-def _used(site: Site) -> Mask:
-    """Which clusters of the disk the file system has something in, bool."""
+def _only_place(site: Site, tables: I64, windows: I64, used: Mask) -> Votes:
+    """The last table, where one window alone has no table and something of a file, and has that
+    where the table leads to clusters.
+
+    What a file system has for itself may never have been written.
+    """
+    something = np.flatnonzero(used.any(axis=1))
+    one = np.zeros(1, dtype=np.int64)
+    fits = (
+        len(something) == 1
+        and _alike(site.board.tables.clusters[tables] != 0, used[something])[0, 0] >= BAR
+    )
+    kept = slice(0, int(fits))
+    return Votes(Evidence.ONLY_PLACE, tables[kept], windows[something][kept], one[kept])
+
+
+def _used(site: Site, *, of_files: bool = False) -> Mask:
+    """Which clusters of the disk the file system has something in, or *of_files* alone, bool."""
     bits, board = site.board.geometry.cluster_bits, site.board
     count = board.tables.windows * board.geometry.l2_entries
     steps = np.zeros(count + 1, dtype=np.int32)
     for extents in site.filesystem.extents():
         disk, length = site.to_disk(extents.start), extents.length
         known = (disk >= 0) & (length > 0)
+        if of_files:
+            known &= extents.inode != NO_INODE
         first = disk[known] >> bits
         end = np.minimum(((disk + length - 1)[known] >> bits) + 1, count)
         inside = first < end
