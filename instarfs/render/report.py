@@ -338,7 +338,8 @@ _UNSAVED = (
 )
 _NOT_OPENED = (
     "QEMU does not open an image with a bitmap that makes no sense, also not to remove the bitmap."
-    " The guest's disk does not depend on it, and can be copied out."
+    " The guest's disk does not depend on it, and can be copied out; `instarfs plan bitmaps` shows"
+    " what it is to drop it."
 )
 _CUT_OFF = (
     "Only bitmaps are damaged. QEMU opens the image; a bitmap that leads nowhere can be removed (it"

@@ -21,8 +21,16 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
 from planner.repair.overlay import Overlay
-from planner.repair.plan import COMPARED_SECTORS, Plan, PlanTier, RepairTier, Stage
+from planner.repair.plan import (
+    COMPARED_SECTORS,
+    Plan,
+    PlanTier,
+    RepairTier,
+    Stage,
+    StageKind,
+)
 from planner.repair.readings import differing_entry
+from planner.repair.split import contested_but_for_refcounts
 from planner.source import SECTOR, Source
 
 _MAY_CHANGE = {
@@ -56,13 +64,13 @@ def require_proof(
     # Of an entry that reads as zeros the repair drops the reference: that owner has nothing there.
     # In tables alike, what is right for one owner is it for the other.
     contested, still = (_contested(report) for report in (before, after))
-    if not moves:
-        contested = contested[np.isin(contested, still)]
+    still = contested[np.isin(contested, still)]
+    shared = _shared_until(contested, still, before) if moves else {}
     tables = _L2Words(_tables_of(before, after), geometry)
     touched = [np.zeros(0, dtype=np.int64)]
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
-        if np.isin(cluster, contested).any():
+        if np.isin(cluster, shared.get(stage.kind, still)).any():
             raise _Unproven("it would write to a cluster with two owners")
         _require_metadata(cluster, before, after, plan)
         touched.append(distinct(cluster))
@@ -70,6 +78,21 @@ def require_proof(
             tables.require_same_mapping(stage, cluster)
     if moves:
         _require_same_readings(source, plan, (before, after), distinct(np.concatenate(touched)))
+
+
+def _shared_until(contested: I64, still: I64, before: Report) -> dict[StageKind, I64]:
+    """In which clusters there are two owners up to a stage.
+
+    New refcounts are what counts before entries are pointed elsewhere; what these led to has moved
+    away when others are corrected.
+    """
+    but_for_refcounts = contested_but_for_refcounts(before)
+    others = contested[np.isin(contested, np.concatenate((but_for_refcounts, still)))]
+    return {
+        StageKind.PREPARE: contested,
+        StageKind.SWITCH: contested,
+        StageKind.REPOINT: others,
+    }
 
 
 def _require_same_readings(

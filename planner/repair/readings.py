@@ -34,6 +34,8 @@ def differing_entry(
     if not is_same or not np.array_equal(old.l1_index, new.l1_index):
         return "an L1 table would have other entries"
     beside = ~np.uint64(entries.L1_OFFSET | entries.COPIED)
+    if not np.array_equal(old.offset != 0, new.offset != 0):
+        return "an L1 entry would lead to a table, or to none any more"
     if not np.array_equal(old.word & beside, new.word & beside):
         return "an L1 entry would say something else"
     pairs = np.unique(np.stack((old.offset, new.offset)), axis=1)

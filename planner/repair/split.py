@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct
+from planner.check.owners import contested_clusters
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
 from planner.findings.kinds import (
@@ -49,8 +50,8 @@ _REFCOUNTS = (Structure.REFTABLE, Structure.REFBLOCK)
 _PRECEDENCE = (
     Structure.COMPRESSED,
     Structure.DATA,
-    Structure.L1_TABLE,
     Structure.L2_TABLE,
+    Structure.L1_TABLE,
     *_REFCOUNTS,
 )
 """Who keeps the place, of those that can be moved: what is written to later moves away first."""
@@ -126,6 +127,13 @@ def part_owners(scope: Scope, structure: Structure, room: int) -> Shares:
         )
     draft = {Structure.L1_TABLE: _move_l1_tables, Structure.L2_TABLE: _move_l2_tables}
     return draft.get(structure, _move_data)(scope, units, room)
+
+
+def contested_but_for_refcounts(report: Report) -> I64:
+    """The clusters that had two owners also if no refcounts were there, which are made anew."""
+    owners = shared_by(report).owners
+    others = owners.select(np.flatnonzero(~np.isin(owners.structure, _REFCOUNTS)))
+    return contested_clusters(others, report.geometry.l2_entries)[0]
 
 
 def are_refcounts_shared(scope: Scope) -> bool:
@@ -237,14 +245,21 @@ class _Units:
         place = self.places(rows)
         word = read_words(scope.source, place)
         offset = np.where(is_data, entries.l2_offsets(word), entries.l1_offsets(word))
-        fixed: Mask = offset % size != 0
+        # An L1 entry without an offset has no table, whatever else it says.
+        fixed: Mask = (offset == 0) | (offset % size != 0)
         fixed |= self._is_overwritten(place)
         # Where encrypted data lies is part of its key.
         fixed |= is_data & (scope.layout.header.crypt_method == CRYPT_LUKS)
         mine = np.flatnonzero(structure == self._step)
-        fixed[mine] |= ~scope.is_writable(place[mine] >> self.bits)
+        fixed[mine] |= ~self._is_writable(place[mine] >> self.bits)
         fixed |= is_data & self._is_of_two(place, self._positions()[rows])
         return fixed
+
+    def _is_writable(self, clusters: I64) -> Mask:
+        """In which clusters entries may be changed: of one owner, once refcounts are elsewhere."""
+        others = contested_but_for_refcounts(self._scope.report)
+        with_refcounts = np.isin(clusters, self.cluster) & ~np.isin(clusters, others)
+        return with_refcounts | self._scope.is_writable(clusters)
 
     @staticmethod
     def _is_of_two(place: I64, position: I64) -> Mask:

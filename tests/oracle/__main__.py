@@ -1,6 +1,7 @@
 """Long campaigns: python -m tests.oracle [--repair] --cases 5000 --seed 1
 
 Prints every disagreement as it is met, and a summary. Exit code 1 where there was one.
+With --choices, images whose damage only a person can decide are repaired as each tier does it.
 With --truth, what the report calls safe or missing is held against the disk before the damage.
 With --repair, every image is repaired under both tiers, by us and by qemu-img; and counted is how
 many of the repairs that QEMU makes without losing guest data we make, with plan ids quoted. Those
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from tests.images.random_damage import KINDS
 from tests.oracle.campaign import GROUP_CASES, Case, groups, run_group
+from tests.oracle.choices import ChoiceCase, run_choice_group
 from tests.oracle.repair_campaign import RepairCase, run_repair_group
 from tests.oracle.truth import TruthCase, run_truth_group
 
@@ -29,6 +31,7 @@ def main() -> int:
     """Run the campaign that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     parser.add_argument("--repair", action="store_true", help="judge repairs rather than checks")
+    parser.add_argument("--choices", action="store_true", help="judge what a person may choose")
     parser.add_argument("--truth", action="store_true", help="judge what is called safe")
     parser.add_argument("--cases", type=int, default=5000, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
@@ -36,6 +39,8 @@ def main() -> int:
     parser.add_argument("--only", type=int, metavar="CASE", help="run this case alone")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="with --only: keep its image here")
     arguments = parser.parse_args()
+    if arguments.choices:
+        return _choices_all(arguments)
     if arguments.only is not None:
         run_one = _repair_one if arguments.repair else _run_one
         return run_one(arguments.seed, arguments.only, arguments.keep)
@@ -48,6 +53,34 @@ def _run_one(seed: int, number: int, keep: Path | None) -> int:
         print(case)
         return 0 if case.judgement.agreed else 1
     return 1
+
+
+def _chosen_group(group: int, seed: int) -> list[ChoiceCase]:
+    return list(run_choice_group(seed, group))
+
+
+def _choices_all(arguments: argparse.Namespace) -> int:
+    seed, only = arguments.seed, arguments.only
+    if only is not None:
+        cases = list(run_choice_group(seed, only // GROUP_CASES, only, arguments.keep))
+        print(*cases, sep="\n")
+        return 0 if all(case.passed for case in cases) else 1
+    outcomes: Counter[str] = Counter()
+    wrong = number = 0
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        judged = partial(_chosen_group, seed=seed)
+        for done in pool.map(judged, groups(arguments.cases)):
+            for case in done:
+                number += 1
+                told = (f"{each.outcome} {each.refusal}".strip() for each in case.judgements)
+                tiers = (each.tier for each in case.judgements)
+                outcomes.update(": ".join(pair) for pair in zip(tiers, told, strict=True))
+                if not case.passed:
+                    wrong += 1
+                    print(case, flush=True)
+    print(f"{number} cases of seed {seed}: {wrong} wrong")
+    print(*(f"  {what}: {count}" for what, count in sorted(outcomes.items())), sep="\n")
+    return 1 if wrong else 0
 
 
 def _true_group(group: int, seed: int, cases: int) -> list[TruthCase]:
@@ -132,6 +165,7 @@ def _repair_all(seed: int, cases: int, jobs: int) -> int:
                 if reached.ours:
                     damages = "; ".join(damage.partition(":")[0] for damage in case.damages)
                     what = f"{reached.tier}: {reached.ours}"
+                    what += f"; by choice: {reached.chosen or 'mended'}"
                     behind[what].append(f"case {case.number} ({damages})")
             if not case.passed:
                 wrong += 1

@@ -2,13 +2,14 @@
 
 Counted is a repair of QEMU's after which it finds nothing, and every disk reads as before: one that
 could not be read, as in the undamaged base. Ours is what a person gets who quotes the plans' ids:
-the tier, and after `all` what `leaks` then frees. Nothing here says what a repair must do.
+the tier, and after `all` what `leaks` then frees; and what more who chooses. Nothing here says what
+a repair must do.
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,18 @@ QEMU_REPAIR_SECONDS = 20
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Of one tier. ``ours``: nothing where we mend it too; else what we leave, or why we refuse."""
+    """Of one tier. ``ours``: nothing where we mend it too; else what we leave, or why we refuse.
+
+    ``chosen``: the same, when all that a person may choose has been chosen before.
+    """
 
     tier: RepairTier
     ours: str
+    chosen: str = ""
 
     def __str__(self) -> str:
-        return f"  {self.tier}: QEMU mends it; we: {self.ours or 'mend it too'}"
+        chosen = f"; chosen: {self.chosen or 'mended'}" if self.ours else ""
+        return f"  {self.tier}: QEMU mends it; we: {self.ours or 'mend it too'}{chosen}"
 
 
 def reaches(row: Row, base: Path, image: Path) -> Iterator[Reach]:
@@ -52,7 +58,9 @@ def reaches(row: Row, base: Path, image: Path) -> Iterator[Reach]:
         if not disks:
             disks = _disks(row, base, image)
         if not _loses(row, by_qemu, disks):
-            yield Reach(tier, what_we_leave(image, tier))
+            ours = what_we_leave(image, tuple(dict.fromkeys((tier, RepairTier.LEAKS))))
+            chosen = what_we_leave(image, _BY_CHOICE) if ours else ""
+            yield Reach(tier, ours, chosen)
 
 
 def _is_mended(row: Row, image: Path, tier: RepairTier) -> bool:
@@ -89,18 +97,35 @@ def _loses(row: Row, image: Path, disks: dict[str | None, Disk]) -> bool:
     )
 
 
-def what_we_leave(image: Path, tier: RepairTier) -> str:
-    """Nothing where our repair ends without a counted finding; else the refusal, or the kinds."""
+_BY_CHOICE = (
+    RepairTier.SNAPSHOTS,
+    RepairTier.BITMAPS,
+    RepairTier.ALL,
+    RepairTier.SPLIT,
+    RepairTier.ALL,
+    RepairTier.LEAKS,
+)
+"""What somebody does who wants the image to be clean, and has read every plan."""
+
+
+def what_we_leave(image: Path, tiers: Sequence[RepairTier]) -> str:
+    """Nothing where our repairs end without a counted finding; else the refusal, or the kinds.
+
+    A tier that refuses before others is left out.
+    """
     with image.open("rb") as file:
         source: Source = FileSource(file.fileno())
-        report = check_image(source)
-        for each in dict.fromkeys((tier, RepairTier.LEAKS)):
+        report, refusal = check_image(source), ""
+        for each in tiers:
             try:
                 proposal = propose(source, report, each)
             except RepairError as error:
-                return f"refused: {error.finding or ''} {error.reason.split(':')[0]}"
+                refusal = f"refused: {error.finding or ''} {error.reason.split(':')[0]}"
+                continue
+            refusal = "" if each is RepairTier.ALL else refusal
             source, report = Overlay(source, proposal.plan), proposal.after
-        return ", ".join(_counted(report))
+        left = ", ".join(_counted(report))
+        return left and (refusal or left)
 
 
 def _counted(report: Report) -> Iterator[str]:

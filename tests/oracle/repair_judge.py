@@ -23,6 +23,7 @@ from planner.check.report import Report
 from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Structure
 from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
+from planner.repair.choices import choices_for
 from planner.repair.overlay import Overlay
 from planner.repair.plan import DETERMINED, RepairTier
 from planner.repair.tiers import Proposal, propose, same_outcome
@@ -97,14 +98,40 @@ def judge_repairs(row: Row, image: Path, command: bool = False) -> list[Judgemen
     return judged
 
 
-def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
-    answer: Proposal | RepairError
+def judge_choices(row: Row, image: Path) -> Iterator[Judgement]:
+    """Each tier that a person may choose for an image, of those that may have something to do."""
+    with image.open("rb") as file:
+        source = FileSource(file.fileno())
+        report = check_image(source)
+        patient = Patient(row, image, source, report, Disks(row, image, report.snapshots))
+        for tier in choices_for(report):
+            answer = _answer(patient, tier)
+            if isinstance(answer, str):
+                yield Judgement(tier, "raised", faults=(answer,))
+            elif isinstance(answer, RepairError):
+                yield Judgement(tier, "refused", str(answer), tuple(_faults_of_refusal(answer)))
+            elif answer.plan.changes_nothing:
+                yield Judgement(tier, "nothing to do" if answer.complete else "nothing can be done")
+            else:
+                faults = (*_faults_of_promise(patient, answer), *_faults_of_result(patient, answer))
+                outcome = "done" if answer.complete else "done in part"
+                yield Judgement(tier, outcome, "", faults, unread=patient.disks.unread)
+
+
+def _answer(patient: Patient, tier: RepairTier) -> Proposal | RepairError | str:
+    """A proposal, a refusal, or how it failed."""
     try:
-        answer = propose(patient.source, patient.report, tier)
+        return propose(patient.source, patient.report, tier)
     except RepairError as error:
-        answer = error
+        return error
     except Exception:  # noqa: BLE001 -- whatever it is, it is a fault of this one case
-        return Judgement(tier, "raised", faults=(traceback.format_exc(),))
+        return traceback.format_exc()
+
+
+def _judge_tier(patient: Patient, tier: RepairTier, command: bool) -> Judgement:
+    answer = _answer(patient, tier)
+    if isinstance(answer, str):
+        return Judgement(tier, "raised", faults=(answer,))
     faults: list[str] = []
     unread, refusal = 0, ""
     if isinstance(answer, RepairError):
@@ -141,7 +168,7 @@ def _faults_of_promise(patient: Patient, proposal: Proposal) -> Iterator[str]:
     if not all(left.reason for left in proposal.left):
         yield f"left without a reason: {proposal.left}"
     unclean = after.counters.leaks if proposal.tier is RepairTier.LEAKS else after.exit_code
-    if proposal.complete and unclean:
+    if proposal.complete and unclean and not proposal.tier.is_chosen:
         yield f"called complete, and is not: {after.counters}"
     if proposal.plan.changes_nothing and not same_outcome(patient.report, after):
         yield "a plan that changes nothing has another outcome"
@@ -176,7 +203,8 @@ def faults_of_getting_worse(before: Answer, after: Answer, kept: int = 0) -> Ite
 
     *kept*: so many clusters leak since they are counted again, lest they be overwritten.
     """
-    if BADNESS.get(after.exit_code, 5) > BADNESS.get(before.exit_code, 5):
+    worst = max(BADNESS.get(before.exit_code, 5), BADNESS[3] if kept else 0)
+    if BADNESS.get(after.exit_code, 5) > worst:
         yield f"worse: QEMU said {before}; now {after}"
     for name in DAMAGE_COUNTERS if before.counters else ():
         allowed = before.counters[name] + (kept if name == "leaks" else 0)

@@ -22,7 +22,7 @@ from tests.images.guest_disks import Disk, faults_between, first_difference
 from tests.images.matrix import Row, copy, run
 from tests.oracle.campaign import groups, row_of
 from tests.oracle.judge import Answer
-from tests.oracle.reach import reaches
+from tests.oracle.reach import Reach, reaches
 from tests.oracle.repair_campaign import run_repair_group
 from tests.oracle.repair_judge import (
     PURPOSES,
@@ -277,21 +277,22 @@ def test_a_lost_or_changed_guest_is_seen(tmp_path: Path) -> None:
     assert [*faults_between(was, None)] == ["cannot be read any more"]
 
 
-def reached(directory: Path, image: Image) -> dict[RepairTier, str]:
+def reached(directory: Path, image: Image) -> dict[RepairTier, Reach]:
     base, damaged = directory / "base.qcow2", directory / "case.qcow2"
     base.write_bytes(plain().data)
     damaged.write_bytes(image.data)
-    return {each.tier: each.ours for each in reaches(ROW, base, damaged)}
+    return {each.tier: each for each in reaches(ROW, base, damaged)}
 
 
 def test_a_repair_without_loss_is_counted_with_what_we_leave(tmp_path: Path) -> None:
     image = plain()
     assert reached(tmp_path, image) == {}
     image.clear_bits(image.l1_at(0), COPIED)
-    assert reached(tmp_path, image) == {RepairTier.LEAKS: "", RepairTier.ALL: ""}
+    assert [each.ours for each in reached(tmp_path, image).values()] == ["", ""]
     image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
     (what,) = reached(tmp_path, image).values()
-    assert "refblock-shared" in what
+    assert "refblock-shared" in what.ours
+    assert not what.chosen
 
 
 def test_a_repair_that_loses_a_snapshot_is_not_counted(tmp_path: Path) -> None:

@@ -251,6 +251,15 @@ def test_entries_of_a_table_that_is_somebodys_data_stay_and_the_other_moves() ->
     assert disks(repaired.data) == disks(bytes(image.data))
 
 
+def test_an_l1_entry_of_reserved_bits_alone_leads_nowhere_and_gets_no_table() -> None:
+    """To QEMU it is empty; its table would be the header, which as one leads to the refcounts."""
+    image = plain()
+    image.set_word(image.l1_at(1), 1 << 60)
+    assert Kind.MULTIPLE_OWNERS in check_image(image.source).counts()
+    with pytest.raises(AmbiguousCorruption, match="refers to the header's cluster"):
+        propose(image.source, check_image(image.source), SPLIT)
+
+
 def test_so_much_is_copied_at_a_time_and_the_next_goes_on(monkeypatch) -> None:
     monkeypatch.setattr(choices, "MAX_COPIED", SIZE)
     image = plain()
