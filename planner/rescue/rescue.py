@@ -96,7 +96,8 @@ def rescue(
     listed = None if assumed or like else _listed_again(source, before, means)
     if listed is not None:
         image = Overlay(source, listed.plan)
-        found = _found(image, listed.after, assumed, like, means)
+        # Under this header its snapshots were found: no other is looked for.
+        found = _found(image, listed.after, assumed, like, means, is_believed=True)
         plan = _in_order(source, _then(listed.plan, found.plan), before)
         return replace(found, plan=plan, before=before, snapshots=listed.snapshots)
     found = _found(source, before, assumed, like, means)
@@ -150,16 +151,18 @@ def _found(
     like: Header | None,
     means: _Means,
     *,
+    is_believed: bool = False,
     may_be_bare: bool = True,
 ) -> Rescue:
     """The header and the tables, of an image of which *before* is the check.
 
-    *may_be_bare*: whether the L1 table may be gone with the header.
+    *is_believed*: whether the header is that which is there. *may_be_bare*: whether the L1 table
+    may be gone with the header.
     """
     can_grow, progress = means.can_grow, means.progress
     tables = None if assumed or like else _tables_under(source, before, means)
     draft = Draft(source, can_grow=can_grow)
-    if tables is not None and before.layout is not None:
+    if (is_believed or tables is not None) and before.layout is not None:
         # With a header under which tables are found there is nothing wrong but that.
         header = before.layout.header
         headers, report = Found(header, [Hypothesis(header, b"", before.counters, ())]), before

@@ -135,3 +135,20 @@ def test_a_table_whose_clusters_others_have_is_no_snapshot_lost() -> None:
     image.set_refcount(end // SIZE, 1)
     found = rescue(Bytes(bytes(image.data)))
     assert not found.snapshots
+
+
+def test_the_only_snapshot_of_an_image_of_qemu_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"],
+        ["qemu-io", "-c", "write -P 1 0 3M", path],
+        ["qemu-img", "snapshot", "-c", "monday", path],
+        ["qemu-io", "-c", "write -P 2 0 1M", path],
+    ):
+        subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    was, image = disk_of(path, "monday"), Image(bytearray(path.read_bytes()))
+    image.change_header(nb_snapshots=0)
+    found, end = rescued(bytes(image.data))
+    assert [each.name for each in found.snapshots] == [b"monday"]
+    path.write_bytes(end)
+    assert disk_of(path, "monday") == was
