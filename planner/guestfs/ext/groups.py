@@ -233,7 +233,7 @@ def fixed_extents(superblock: Superblock, groups: Groups) -> Iterator[Extents]:
         length += superblock.descriptor_blocks
         if Compat.RESIZE_INODE in superblock.compat:
             length += superblock.reserved_gdt_blocks
-    if superblock.first_data_block == 1:
+    if len(start) and superblock.first_data_block == 1:
         start[0], length[0] = 0, length[0] + 1
     yield blocks(What.SUPERBLOCK, start, length)
     if Incompat.META_BG in superblock.incompat:

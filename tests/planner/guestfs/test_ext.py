@@ -188,3 +188,12 @@ def test_garbage_in_place_of_structures_raises_nothing(images) -> None:
             assert (extents.start + extents.length <= found.size).all()
         paths_of(found)
         list(found.free())
+
+
+def test_one_that_ends_before_its_first_group_has_nothing(images) -> None:
+    data = bytearray(images("ext4 with a backup a group").read_bytes())
+    data[OFFSET + 4 : OFFSET + 8] = (1).to_bytes(4, "little")  # blocks, of which one is before it
+    filesystem = opened(bytes(data))
+    assert not len(filesystem._groups)
+    assert not any(len(each) for each in filesystem.extents())
+    assert not any(len(each) for each in filesystem.free())
