@@ -184,6 +184,8 @@ def _with_common_clusters(
     offset, clusters = mine
     order = np.argsort(theirs[0], kind="stable")
     table, index = theirs[0][order], theirs[1][order]
+    there = present_tables(source, table, geometry.cluster_size, anyway=0)
+    table, index = table[there], index[there]
     flat = clusters.reshape(-1)
     filled = np.flatnonzero(flat > 0)
     filled = filled[np.argsort(flat[filled], kind="stable")]
