@@ -1,4 +1,4 @@
-"""The one writer: nothing else in the project changes an image.
+"""The one writer: nothing else in the project changes an image that exists.
 
 A plan is written stage by stage with a flush after each, its sectors and no others, and is put
 back where that fails. What to write is the planner's decision; when, and under which locks and

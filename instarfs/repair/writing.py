@@ -1,7 +1,8 @@
 """An image open for writing: under the locks of a writer, with its undo file.
 
 How the undo file lives beside a repair is here: when a record is put on top of the others, when it
-goes again, and whether it still fits the image. What is repaired, and how, is not.
+goes again, and whether it still fits the image. What is repaired, and how, is not; the bytes are
+written by `instarfs.repair.execute`.
 """
 
 from __future__ import annotations
