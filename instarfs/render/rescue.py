@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
@@ -39,7 +39,7 @@ class Asked:
 
     def command(self, how: str) -> str:
         """The command that does the same again, and with what it finds *how* says."""
-        words = ["instarfs rescue", how, *(["--free"] if self.free else [])]
+        words = ["instarfs rescue", *([how] if how else []), *(["--free"] if self.free else [])]
         words += ["--header", shell_path(self.like)] if self.like is not None else []
         words += [f"--assume {shell_word(word)}" for word in self.assumed]
         return " ".join([*words, "--", shell_path(self.filename)])
@@ -55,7 +55,7 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     """The report: what was lost, why what was found is believed, and what to do."""
     name = shell_path(asked.filename)
     if rescue.plan.changes_nothing:
-        return text_lines(_why_nothing(rescue, asked.filename))
+        return text_lines(_why_nothing(rescue, asked))
     parts: list[list[str]] = []
     best = rescue.headers.best
     if rescue.changes_header and best is not None:
@@ -78,13 +78,21 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     return text_lines(lines)
 
 
-def _why_nothing(rescue: Rescue, filename: str) -> list[str]:
+def _why_nothing(rescue: Rescue, asked: Asked) -> list[str]:
+    filename = asked.filename
     if rescue.placements:
         return [*_of_tables(rescue, filename), "", "Nothing comes back, and nothing is written."]
-    wrong = "nothing is wrong"
     if rescue.before.verdict != "clean":
         wrong = f"what is wrong: instarfs report -- {shell_path(filename)}"
-    return [f"{filename}: its header makes sense; {wrong}"]
+        return [f"{filename}: its header makes sense; {wrong}"]
+    lines = [f"{filename}: its header makes sense; a check finds nothing wrong"]
+    if not asked.free:
+        lines += [
+            "",
+            "Where refcounts were made anew, tables may lie in free clusters. To look there:",
+            f"      {replace(asked, free=True).command('')}",
+        ]
+    return lines
 
 
 def _of_snapshots(rescue: Rescue, filename: str) -> list[str]:

@@ -120,7 +120,12 @@ def test_rescue_of_a_sound_image_has_nothing_to_do(image: Path) -> None:
     before = image.read_bytes()
     done = instarfs("rescue", image)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "makes sense" in done.stdout
+    assert "makes sense; a check finds nothing wrong" in done.stdout
+    # It was not looked everywhere: that is said, with how to.
+    assert f"instarfs rescue --free -- {image}" in done.stdout
+    everywhere = instarfs("rescue", "--free", image)
+    assert everywhere.returncode == 0
+    assert "--free" not in everywhere.stdout
     assert image.read_bytes() == before
 
 
