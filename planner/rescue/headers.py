@@ -122,10 +122,16 @@ class Found:
         errors, corruptions, leaks = best.score
         wrong = corruptions + leaks
         if errors or (rival is not None and wrong * STANDS_OUT > rival.wrong):
-            return None
+            return self._that_is_there()
         # A header that can be read is not changed to please the count of what is wrong elsewhere.
         stands = next((each for each in self.hypotheses if not each.changed), best)
         return stands if wrong and not stands.score[0] else best
+
+    def _that_is_there(self) -> Hypothesis | None:
+        """The header as it is, where it can be read and no other leaves less wrong; or None."""
+        can_be = [each for each in self.hypotheses if not each.score[0]]
+        least = min((each.wrong for each in can_be), default=0)
+        return next((each for each in can_be if not each.changed and each.wrong == least), None)
 
     @property
     def rival(self) -> Hypothesis | None:
