@@ -50,6 +50,9 @@ TORN = {
     "snapshots/0/files.tsv": (_LOOK_AGAIN,),
     "repair/plan/all.json": (b"the image changed while it was planned",),
     "repair/plan/leaks.json": (b"the image changed while it was planned",),
+    "repair/plan/split.json": (b"the image changed while it was planned",),
+    "repair/plan/bitmaps.json": (b"the image changed while it was planned",),
+    "repair/plan/snapshots.json": (b"the image changed while it was planned",),
 }
 """What a file says of itself that was made while the image changed, or as of a moment of that."""
 

@@ -43,7 +43,7 @@ def reader(gated: Gate) -> Iterator[subprocess.Popen[str]]:
 def test_everything_else_answers_meanwhile(gated: Gate, reader: subprocess.Popen[str]) -> None:
     assert gated.mount.read("check/progress") == "census 43%\n"
     assert json.loads(gated.mount.read("image/info.json"))["virtual-size"] == 64 << 20
-    assert gated.mount.read("repair/tier") == "[none] leaks all\n"
+    assert gated.mount.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     run("ls", "-lR", gated.mount.path)
     run("df", gated.mount.path)
     assert reader.poll() is None

@@ -131,11 +131,11 @@ def leaky(mount: MakeMount, tmp_path: Path) -> Mount:
 def test_leaks_then_all_then_undo(leaky: Mount) -> None:
     found = values(leaky, "check/result.json")
     assert tell(leaky / "repair/tier", b"leaks\n") == 0
-    assert leaky.read("repair/tier") == "none [leaks] all\n"
+    assert leaky.read("repair/tier") == "none [leaks] all split bitmaps snapshots\n"
     assert values(leaky, "check/result.json")["leaks"] == 0
     after_leaks = leaky.image.read_bytes()
     assert tell(leaky / "repair/tier", b"all\n") == 0
-    assert leaky.read("repair/tier") == "none leaks [all]\n"
+    assert leaky.read("repair/tier") == "none leaks [all] split bitmaps snapshots\n"
     assert values(leaky, "check/result.json")["verdict"] == "clean"
     run("qemu-img", "check", leaky.image)
     shown = leaky.read("repair/undo")
@@ -143,7 +143,7 @@ def test_leaks_then_all_then_undo(leaky: Mount) -> None:
     assert shown.endswith("; 1 more before it\n")
     assert tell(leaky / "repair/undo", b"undo\n") == 0
     assert leaky.image.read_bytes() == after_leaks
-    assert leaky.read("repair/tier") == "[none] leaks all\n"
+    assert leaky.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     assert values(leaky, "check/result.json")["corruptions"] == found["corruptions"] > 0
     done = values(leaky, "repair/result.json")
     assert (done["status"], done["undoable"]) == ("undone", 1)
@@ -256,7 +256,7 @@ def test_what_looks_lost_goes_only_when_the_plan_is_quoted(
     assert "looks like a lost L2 table" in refusal["reason"]
     assert refusal["plan-id"] in refusal["reason"]
     assert it.image.read_bytes() == content(*LOST)
-    assert it.read("repair/tier") == "[none] leaks all\n"
+    assert it.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     plan = values(it, "repair/plan/leaks.json")
     assert plan["plan-id-must-be-quoted"] is True
     assert plan["plan-id"] == refusal["plan-id"]
@@ -309,7 +309,7 @@ def test_what_is_left_is_named(mount: MakeMount, tmp_path: Path) -> None:
         "reason": "the image does not say which owner is right",
     }
     assert (leaks["kind"], leaks["count"]) == ("leak", check["leaks"])
-    assert it.read("repair/tier") == "none leaks [all]\n"
+    assert it.read("repair/tier") == "none leaks [all] split bitmaps snapshots\n"
     wire = CheckResult.from_bytes((it / "check/result.bin").read_bytes())
     assert wire.has(ResultFlag.REPAIR_INCOMPLETE)
 
@@ -337,7 +337,7 @@ def test_trim_gives_back_what_is_free(mount: MakeMount, tmp_path: Path) -> None:
     # What the repair fixed is still what it fixed; trimming changed the file, not its meaning.
     assert values(it, "check/result.json")["leaks-fixed"] > 0
     assert it.image.read_bytes() != content("leaked-clusters")
-    assert it.read("repair/tier") == "none [leaks] all\n"
+    assert it.read("repair/tier") == "none [leaks] all split bitmaps snapshots\n"
 
 
 def test_without_undo(mount: MakeMount, tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_two_mounts_of_one_image(mount: MakeMount, leaky: Mount) -> None:
     assert values(other, "check/result.json")["verdict"] == "clean"
     # The repair was the other mount's; that it can be taken back is seen here too.
     assert values(other, "check/result.json")["leaks-fixed"] == 0
-    assert other.read("repair/tier") == "[none] leaks all\n"
+    assert other.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     assert tell(other / "repair/undo", b"undo") == 0
     assert leaky.image.read_bytes() == content(*LEAKY)
     assert leaky.read("repair/undo") == "nothing to take back\n"
@@ -391,7 +391,7 @@ def tier(clean: Mount) -> Path:
 
 
 def is_applied(tier: Path) -> bool:
-    return tier.read_text() == "none leaks [all]\n"
+    return tier.read_text() == "none leaks [all] split bitmaps snapshots\n"
 
 
 def shell(script: str, *arguments: str | Path, program: str = "bash") -> str:
@@ -479,11 +479,11 @@ def test_a_word_that_comes_in_pieces_is_several_commands(tier: Path) -> None:
         with pytest.raises(OSError, match="Invalid argument"):
             os.pwrite(control, b"l", 2)
         assert os.pwrite(control, b"all", 1 << 40) == 3
-        assert file.read() == b"none leaks [all]\n"
+        assert file.read() == b"none leaks [all] split bitmaps snapshots\n"
         os.lseek(control, 12345, os.SEEK_SET)
         assert os.write(control, b"leaks") == 5
         os.lseek(control, 0, os.SEEK_SET)
-        assert file.read() == b"none [leaks] all\n"
+        assert file.read() == b"none [leaks] all split bitmaps snapshots\n"
 
 
 def test_truncating_and_closing_mean_nothing(tier: Path) -> None:
@@ -596,7 +596,7 @@ def test_everything_else_answers_meanwhile(held: Gate, writer: subprocess.Popen[
     assert it.image.read_bytes() != content(*LEAKY)
     assert it.read("repair/progress").startswith("writing ")
     assert it.read("check/progress") == "idle\n"
-    assert it.read("repair/tier") == "[none] leaks all\n"
+    assert it.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     assert it.read("repair/undo") == "a repair is running\n"
     assert values(it, "repair/result.json")["status"] == "none"
     # A check now sees what is half-written, marked corrupt for as long as it is, and says in use.
@@ -719,7 +719,7 @@ def test_a_writer_that_is_killed_takes_its_repair_along(
     until(lambda: held.mount.read("repair/progress") == "idle\n", "the repair had ended")
     assert held.mount.image.read_bytes() == content(*LEAKY)
     assert values(held.mount, "repair/result.json")["status"] == "rolled-back"
-    assert held.mount.read("repair/tier") == "[none] leaks all\n"
+    assert held.mount.read("repair/tier") == "[none] leaks all split bitmaps snapshots\n"
     held.open()
     assert tell(held.mount / "repair/tier", b"all") == 0
 

@@ -180,7 +180,7 @@ def received(command: str, tmp_path: Path) -> list[list[bytes]]:
     """What the programs of *command* get from a real bash, without being run."""
     shims = tmp_path / "shims"
     shims.mkdir(exist_ok=True)
-    for program in ("instarfs", "cp", "mkdir", "rmdir", "mv", "fuser"):
+    for program in ("instarfs", "cp", "find", "mkdir", "rmdir", "mv", "fuser"):
         (shims / program).write_text(SHIM)
         (shims / program).chmod(0o755)
     told = tmp_path / "told"
