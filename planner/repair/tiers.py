@@ -341,8 +341,6 @@ def _begin_all(scope: Scope, means: Means) -> _Begun:
         stay = leaked_clusters(before)
         if scope.report is not before:
             stay = stay[is_among(stay, leaked_clusters(scope.report))]
-        # Raised, what an entry may have left for another would say nothing of that any more.
-        stay = distinct(np.concatenate((stay, triage.losses.strayed)))
     return _Begun(scope, triage, stay)
 
 
@@ -508,10 +506,6 @@ def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) 
         (
             is_leak and triage.is_buried,
             "something among them may be lost; `leaks` with its plan id reclaims them",
-        ),
-        (
-            kind is FindingKind.REFCOUNT_LOW and len(triage.losses.strayed) > 0,
-            "an entry that leads there may have led to what leaks: `leaks` with its plan id first",
         ),
         (kind in (FindingKind.CORRUPT_BIT, FindingKind.DIRTY_BIT), "the image is not clean"),
         (

@@ -132,7 +132,6 @@ class Losses:
     if never written, and were; at most. ``snapshots``: those that have tables of their own which
     are gone, ascending; what they share with the disk is told of that. ``astray``: clusters that an
     entry leads to which may have led to what leaks; whoever has one may read what is not its own.
-    ``strayed``: those of them that are the guest's, where what leaks is in use nowhere else.
     ``behind``: clusters that the refcounts count behind the end of the file, where a table is lost
     that may have led to them.
     """
@@ -142,7 +141,6 @@ class Losses:
     missing: int = 0
     snapshots: tuple[int, ...] = ()
     astray: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
-    strayed: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
     behind: int = 0
 
     @property
@@ -276,8 +274,7 @@ def find_losses(
     missing = min(lost, room, disk.size)
     snapshots = disk.snapshots_with_losses()
     doubtful = np.concatenate((tables, astray))
-    strayed = astray if len(homeless) else astray[:0]
-    return Losses(len(homeless), causes, missing, snapshots, doubtful, strayed, behind)
+    return Losses(len(homeless), causes, missing, snapshots, doubtful, behind)
 
 
 def find_shared(source: Source, report: Report) -> Losses:

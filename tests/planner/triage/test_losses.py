@@ -444,34 +444,6 @@ def high(image: Image) -> None:
     image.set_refcount(image.l2_table(0, 0) // CLUSTER, 2)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [*PLACES, *HARMLESS, table_of_another_snapshot, cluster_of_another_snapshot],
-    ids=lambda make: make.__name__,
-)
-def test_all_does_nothing_a_second_time_that_it_did_not_the_first(
-    make: Callable[[], Image],
-) -> None:
-    image = make()
-    try:
-        found = proposal(image, RepairTier.ALL)
-    except RepairError:
-        return
-    repaired = Bytes(read_bytes(Overlay(image.source, found.plan), 0, found.plan.size_after))
-    assert propose(repaired, check_image(repaired), RepairTier.ALL).plan.changes_nothing
-
-
-def test_what_an_entry_may_have_left_is_mended_when_what_leaks_is_given_up() -> None:
-    image = older_cluster_in_the_place_of_a_newer()
-    found = proposal(image, RepairTier.ALL)
-    reasons = {left.kind: left.reason for left in found.left}
-    assert reasons[FindingKind.REFCOUNT_LOW].startswith("an entry that leads there may have led to")
-    given_up = proposal(image, RepairTier.LEAKS)
-    assert given_up.needs_quote
-    source = Overlay(image.source, given_up.plan)
-    assert propose(source, given_up.after, RepairTier.ALL).after.verdict == "clean"
-
-
 @pytest.mark.parametrize("wrong", [low, high])
 def test_a_table_with_a_wrong_refcount_alone_was_not_exchanged(
     wrong: Callable[[Image], None],
