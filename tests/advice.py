@@ -185,7 +185,7 @@ def damaged(kind: str) -> bytes:
     return bytes(image.data)
 
 
-MOST_REPAIRS = 4
+MOST_REPAIRS = 6
 
 
 def follow_all(report: Callable[[], str], image: Path, folder: Path | None = None) -> None:
