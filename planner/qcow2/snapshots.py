@@ -76,11 +76,6 @@ class Snapshot:
     name: bytes
 
     @property
-    def is_zeros(self) -> bool:
-        """Whether nothing is there: what QEMU reads past the end of the file, or of the table."""
-        return not any(getattr(self, name) for name in self.__slots__ if name != "offset")
-
-    @property
     def vm_state_size(self) -> int:
         if len(self.extra_data) >= 8:
             return int.from_bytes(self.extra_data[:8], "big")
@@ -146,6 +141,11 @@ class Snapshots(Sequence[Snapshot]):
         raw = np.frombuffer(self.raw, dtype=np.uint8)
         rows = np.lib.stride_tricks.sliding_window_view(raw, ENTRY_BYTES)[self.start]
         return rows.view(_FIXED.dtype).reshape(-1)
+
+    def there(self) -> list[Snapshot]:
+        """Those that are not zeros: what QEMU reads past the end of the file, or of the table."""
+        words = self.fields().view(np.uint8).reshape(-1, ENTRY_BYTES)
+        return [self[at] for at in np.flatnonzero(words.any(axis=1)).tolist()]
 
 
 @dataclass(frozen=True, slots=True)

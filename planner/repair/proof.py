@@ -19,7 +19,7 @@ from planner.metadata.regions import Regions, join_regions
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
-from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
+from planner.qcow2.snapshots import Snapshots
 from planner.repair.overlay import Overlay
 from planner.repair.plan import (
     COMPARED_SECTORS,
@@ -59,7 +59,7 @@ def require_proof(
     """
     _require_nothing_worse(before, after, kept)
     _require_same_header(source, plan)
-    _require_same_snapshots(source, plan)
+    _require_same_snapshots(plan, before, after)
     geometry, moves = before.geometry, plan.tier is RepairTier.SPLIT
     # Of an entry that reads as zeros the repair drops the reference: that owner has nothing there.
     # In tables alike, what is right for one owner is it for the other.
@@ -171,8 +171,8 @@ def _require_same_header(source: Source, plan: Plan) -> None:
             raise _Unproven(f"the header field {name} would change")
 
 
-def _require_same_snapshots(source: Source, plan: Plan) -> None:
-    was, would_be = (_snapshots(image) for image in (source, Overlay(source, plan)))
+def _require_same_snapshots(plan: Plan, before: Report, after: Report) -> None:
+    was, would_be = _snapshots(before), _snapshots(after)
     if was == would_be:
         return
     told = [_told(snapshots, moved=plan.tier is RepairTier.SPLIT) for snapshots in (was, would_be)]
@@ -182,13 +182,10 @@ def _require_same_snapshots(source: Source, plan: Plan) -> None:
         raise _Unproven("the list of snapshots would change")
 
 
-def _snapshots(source: Source) -> Snapshots:
+def _snapshots(report: Report) -> Snapshots:
     """Those that can be reached: what else the table has may be cut off. The header is none."""
-    header = read_header(source)
-    if not header.snapshots_offset:
-        return Snapshots()
-    table, _ = read_reachable_snapshots(source, header, header.geometry)
-    return table.snapshots
+    has_table = report.layout is not None and report.layout.header.snapshots_offset
+    return report.snapshots if has_table else Snapshots()
 
 
 def _told(snapshots: Snapshots, *, moved: bool) -> list[tuple[object, ...]]:
@@ -206,8 +203,7 @@ def _told(snapshots: Snapshots, *, moved: bool) -> list[tuple[object, ...]]:
             s.date_nsec,
             s.vm_state_size,
         )
-        for s in snapshots
-        if not s.is_zeros
+        for s in snapshots.there()
     ]
 
 

@@ -19,6 +19,7 @@ from planner.qcow2.snapshots import (
     ENTRY_BYTES,
     MAX_SNAPSHOTS,
     Snapshot,
+    Snapshots,
     SnapshotTable,
     decode_snapshot,
     encode_snapshot,
@@ -42,8 +43,8 @@ def drop_snapshot_entries(scope: Scope) -> list[str]:
     if not header.nb_snapshots and error is None:
         return []
     # A table that is said to lie where the header is, is none.
-    found = table.snapshots if header.snapshots_offset else ()
-    there = [each for each in found if not each.is_zeros]
+    found = table.snapshots if header.snapshots_offset else Snapshots()
+    there = found.there()
     gone = header.nb_snapshots - len(there)
     if not gone and error is None:
         return []

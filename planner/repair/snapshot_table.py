@@ -51,7 +51,7 @@ def rewrite_snapshot_table(scope: Scope) -> None:
     lacking = FindingKind.SNAPSHOT_EXTRA_DATA in scope.report.counts()
     if error.field == "snapshots_offset" if error else not lacking:
         return
-    snapshots = [each for each in table.snapshots if not each.is_zeros]
+    snapshots = table.snapshots.there()
     if len(snapshots) < header.nb_snapshots:
         _require_refcounts(scope)
     kind = FindingKind.CHECK_STOPPED if error else FindingKind.SNAPSHOT_EXTRA_DATA

@@ -87,7 +87,7 @@ def plan_snapshots(
     lost = list(lost_l1_tables(report.geometry, triage_leaks(source, report, progress=progress)))
     header = report.layout.header
     table, _ = read_reachable_snapshots(source, header, report.geometry)
-    there = [each for each in table.snapshots if not each.is_zeros]
+    there = table.snapshots.there()
     back = _listed(source, report.geometry, lost, there)
     if not back or len(there) + len(back) > MAX_SNAPSHOTS:
         return None

@@ -15,6 +15,7 @@ from planner.qcow2.snapshots import (
     MAX_SNAPSHOTS,
     MAX_TABLE_BYTES,
     Snapshot,
+    Snapshots,
     SnapshotTable,
     decode_snapshot,
     encode_snapshot,
@@ -362,3 +363,12 @@ def test_as_many_snapshots_as_there_can_be_cost_little_more_than_their_bytes() -
     assert len(table.snapshots) == MAX_SNAPSHOTS
     assert held < 2 * len(source.data)
     assert peak < 6 * len(source.data)
+
+
+def test_an_entry_of_zeros_is_not_there() -> None:
+    header = replace(image_with().header, snapshots_offset=512, nb_snapshots=4)
+    entry = encode_snapshot(replace(EMPTY, extra_data=bytes(8)))
+    source = Bytes(bytes(512) + bytes(40) + entry + bytes(40))
+    there = read_snapshots(source, header, header.geometry).snapshots.there()
+    assert [each.offset for each in there] == [552]
+    assert Snapshots().there() == []
