@@ -563,24 +563,6 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
             return None
         return DataFile(lambda: run.length, partial(runs.read, run), inspector.subject.state)
 
-    tables = LostTables(inspector.last_leaks)
-
-    async def l2_table(name: str) -> Node | None:
-        place = tables.l2_table(_offset(name.removesuffix(".raw")) if name.endswith(".raw") else -1)
-        return None if place is None else _lost_disk(inspector, place)
-
-    async def l2_tables() -> Sequence[str]:
-        return [f"{offset}.raw" for offset in tables.l2_tables(render_triage.LISTED_RUNS)]
-
-    async def snapshot(name: str) -> Node | None:
-        place = tables.snapshot(_offset(name))
-        if place is None:
-            return None
-        return FixedDirectory({"disk.raw": _lost_disk(inspector, place)})
-
-    async def snapshots() -> Sequence[str]:
-        return [str(offset) for offset in tables.snapshots(render_triage.LISTED_RUNS)]
-
     triage = GeneratedFile(
         inspector.leaks,
         lambda it: render_triage.triage_json(it.triage, it.report, inspector.subject.path),
@@ -596,8 +578,7 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
                 listed,
                 {
                     "triage.json": triage,
-                    "l2": MadeDirectory(l2_table, l2_tables),
-                    "snapshots": MadeDirectory(snapshot, snapshots),
+                    **_lost_tables(inspector),
                 },
             ),
             shown="lost/OFFSET",
@@ -616,6 +597,32 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
             shown="lost/snapshots/OFFSET/disk.raw",
         ),
     ]
+
+
+def _lost_tables(inspector: Inspector) -> dict[str, Node]:
+    """The directories of what lost tables lead to, one for each kind of table."""
+    tables = LostTables(inspector.last_leaks)
+
+    async def l2_table(name: str) -> Node | None:
+        place = tables.l2_table(_offset(name.removesuffix(".raw")) if name.endswith(".raw") else -1)
+        return None if place is None else _lost_disk(inspector, place)
+
+    async def l2_tables() -> Sequence[str]:
+        return [f"{offset}.raw" for offset in tables.l2_tables(render_triage.LISTED_RUNS)]
+
+    async def snapshot(name: str) -> Node | None:
+        place = tables.snapshot(_offset(name))
+        if place is None:
+            return None
+        return FixedDirectory({"disk.raw": _lost_disk(inspector, place)})
+
+    async def snapshots() -> Sequence[str]:
+        return [str(offset) for offset in tables.snapshots(render_triage.LISTED_RUNS)]
+
+    return {
+        "l2": MadeDirectory(l2_table, l2_tables),
+        "snapshots": MadeDirectory(snapshot, snapshots),
+    }
 
 
 def _lost_disk(inspector: Inspector, place: Place) -> DataFile:

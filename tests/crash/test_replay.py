@@ -207,7 +207,7 @@ def test_without_its_undo_file_a_crash_is_mended_as_well_as_the_image_could_be(g
             left = kinds_left(crash.content)
             assert left is not None, f"{case.name}: {crash.where}"
             # Less, where what was freed as somebody asked for is not freed unasked; but what the
-            # repair had ceased to refer to may look like something lost, and then leaks until asked.
+            # repair had ceased to refer to may look like something lost, and leaks until asked.
             more = {kind for kind, number in left.items() if number > wanted.get(kind, 0)}
             more -= {FindingKind.LEAK}
             assert not more, f"{case.name}: {crash.where}"
