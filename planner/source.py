@@ -215,6 +215,11 @@ def executor_of(source: Source) -> Executor | None:
     return source.executor if isinstance(source, Concurrent) else None
 
 
+def present_bytes(source: Source) -> int:
+    """How much of *source* is no hole, bytes."""
+    return sum(end - start for start, end in source.data_extents(0, source.size))
+
+
 def read_bytes(source: Source, offset: int, length: int) -> bytes:
     """*length* bytes from *offset*; zeros past the end."""
     buffer = bytearray(length)

@@ -165,6 +165,13 @@ class Scope:
             self.draft.size = end
         return end <= self.draft.size
 
+    def place_for(self, length: int) -> int | None:
+        """Where *length* bytes fit in new clusters, host offset; None where there is no room."""
+        size = self.geometry.cluster_size
+        clusters = -(-length // size)
+        offset = self.first_of_new(clusters) * size
+        return offset if self.make_room(offset + clusters * size) else None
+
     @property
     def _end_of_used(self) -> int:
         return max(self.formerly_used, self.mismatches.first_unused())

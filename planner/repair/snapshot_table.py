@@ -105,15 +105,14 @@ def place_table(scope: Scope, snapshots: list[Snapshot], kind: FindingKind) -> i
 
     No table is new where one that begins like that is there.
     """
-    header, size = scope.layout.header, scope.geometry.cluster_size
+    header = scope.layout.header
     wanted = b"".join(map(encode_snapshot, snapshots))
     if read_bytes(scope.source, header.snapshots_offset, len(wanted)) == wanted:
         return header.snapshots_offset
     if not scope.may_grow or scope.refcounts_are_shared:
         return None
-    clusters = -(-len(wanted) // size)
-    offset = scope.first_of_new(clusters) * size
-    if not scope.make_room(offset + clusters * size):
+    offset = scope.place_for(len(wanted))
+    if offset is None:
         return None
     scope.draft.write(StageKind.PREPARE, offset, wanted)
     places = [(offset, len(wanted), len(snapshots))]

@@ -36,7 +36,7 @@ from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Sort
 from planner.rescue.placing.place import look_around
 from planner.rescue.scan import Sectors, find_tables
-from planner.source import SECTOR, Grown, Patched, Source, read_bytes
+from planner.source import SECTOR, Grown, Patched, Source, present_bytes, read_bytes
 
 FEW = 50
 """One in so many sectors of tables may be aligned otherwise."""
@@ -63,8 +63,7 @@ class Bare:
 
 def find_bare(source: Source, progress: Progress = tell_nobody) -> Bare | None:
     """A header for the tables that *source* has; None where it has none."""
-    total = sum(end - start for start, end in source.data_extents(0, source.size))
-    sectors = find_tables(source, Meter(progress, "scan", total))
+    sectors = find_tables(source, Meter(progress, "scan", present_bytes(source)))
     bits = _cluster_bits(sectors)
     if bits is None:
         return None

@@ -48,7 +48,7 @@ from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
 from planner.rescue.scan import Sectors, find_tables
-from planner.source import SECTOR, Patched, Source, nonzero_words, read_bytes
+from planner.source import SECTOR, Patched, Source, nonzero_words, present_bytes, read_bytes
 
 MAX_CANDIDATES = 8
 """Tables of one sort that are tried for one cluster size, the likeliest first."""
@@ -179,7 +179,7 @@ class _Search:
 
     def __init__(self, source: Source, assumed: Mapping[str, int]) -> None:
         self._source, self._assumed = source, assumed
-        self.present = sum(end - start for start, end in source.data_extents(0, source.size))
+        self.present = present_bytes(source)
         self._left = SMALL_CHECKS + self.present // BYTES_A_CHECK
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None

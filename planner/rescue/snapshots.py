@@ -149,11 +149,10 @@ def _draft_table(scope: Scope, snapshots: Sequence[Snapshot]) -> bool:
     if not scope.may_grow or not scope.may_write_header or scope.refcounts_are_shared:
         return False
     content, size = b"".join(map(encode_snapshot, snapshots)), scope.geometry.cluster_size
-    clusters = -(-len(content) // size)
-    offset = scope.first_of_new(clusters) * size
-    if not scope.make_room(offset + clusters * size):
+    offset = scope.place_for(len(content))
+    if offset is None:
         return False
-    scope.draft.write(StageKind.PREPARE, offset, content.ljust(clusters * size, b"\0"))
+    scope.draft.write(StageKind.PREPARE, offset, content + bytes(-len(content) % size))
     pointer = struct.pack(">IQ", len(snapshots), offset)
     scope.draft.write(StageKind.SWITCH, NB_SNAPSHOTS_AT, pointer)
     return True
