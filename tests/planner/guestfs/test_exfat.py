@@ -13,7 +13,7 @@ from planner.source import Bytes
 from tests.block_devices import require_loop_devices
 from tests.images.guest_filled import EXFAT_VARIANTS, make_exfat, plain_tree, run
 from tests.planner.guestfs.judges import exfat_files, require_exfat
-from tests.planner.guestfs.walks import paths_of
+from tests.planner.guestfs.walks import holed, paths_of
 
 SEED = 11
 
@@ -35,9 +35,7 @@ def images(tmp_path_factory):
 
 
 def opened(data: bytes, *holes: tuple[int, int]) -> Fat:
-    start = np.array([at for at, _ in holes], dtype=np.int64)
-    length = np.array([count for _, count in holes], dtype=np.int64)
-    filesystem = recognise_exfat(Holes(Bytes(data), start, start + length))
+    filesystem = recognise_exfat(holed(Bytes(data), *holes))
     assert filesystem is not None
     return filesystem
 

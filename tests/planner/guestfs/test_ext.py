@@ -15,7 +15,7 @@ from planner.source import Bytes
 from tests.images.guest_files import EXT_VARIANTS, make_ext, make_tree
 from tests.planner.guestfs import debugfs
 from tests.planner.guestfs.judges import require_ext
-from tests.planner.guestfs.walks import blocks_of, free_blocks_of, owned_blocks, paths_of
+from tests.planner.guestfs.walks import blocks_of, free_blocks_of, holed, owned_blocks, paths_of
 
 SEED = 3
 
@@ -36,9 +36,7 @@ def images(tmp_path_factory):
 
 
 def opened(data: bytes, *holes: tuple[int, int]) -> Ext:
-    start = np.array([at for at, _ in holes], dtype=np.int64)
-    length = np.array([count for _, count in holes], dtype=np.int64)
-    filesystem = recognise(Holes(Bytes(data), start, start + length))
+    filesystem = recognise(holed(Bytes(data), *holes))
     assert filesystem is not None
     return filesystem
 

@@ -38,22 +38,15 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def opened():
+def opened(held):
     """Opens an image, with holes at (offset, length)."""
-    files = []
 
     def open_it(path: Path, *holes: tuple[int, int]) -> Fat:
-        file = path.open("rb")
-        files.append(file)
-        start = np.array([at for at, _ in holes], dtype=np.int64)
-        length = np.array([count for _, count in holes], dtype=np.int64)
-        filesystem = recognise(Holes(FileSource(file.fileno()), start, start + length))
+        filesystem = recognise(held(path, *holes))
         assert filesystem is not None
         return filesystem
 
-    yield open_it
-    for file in files:
-        file.close()
+    return open_it
 
 
 @pytest.mark.parametrize("variant", FAT_VARIANTS)

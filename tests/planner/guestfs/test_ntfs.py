@@ -15,7 +15,7 @@ from tests.block_devices import require_loop_devices
 from tests.images.guest_files import make_tree
 from tests.images.guest_filled import NTFS_VARIANTS, fill_ntfs, make_ntfs, mounted_ntfs, run
 from tests.planner.guestfs.judges import ntfs_paths, plain, require_ntfs
-from tests.planner.guestfs.walks import blocks_of, paths_of
+from tests.planner.guestfs.walks import blocks_of, holed, paths_of
 
 SEED = 5
 
@@ -42,9 +42,7 @@ def images(tmp_path_factory):
 
 
 def opened(data: bytes, *holes: tuple[int, int]) -> Ntfs:
-    start = np.array([at for at, _ in holes], dtype=np.int64)
-    length = np.array([count for _, count in holes], dtype=np.int64)
-    filesystem = recognise(Holes(Bytes(data), start, start + length))
+    filesystem = recognise(holed(Bytes(data), *holes))
     assert filesystem is not None
     return filesystem
 

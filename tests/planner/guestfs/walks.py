@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import numpy as np
+
 from planner.guestfs.protocol import FileSystem, What
+from planner.guestfs.reading import Holes
+from planner.source import Source
+
+
+def holed(source: Source, *holes: tuple[int, int]) -> Holes:
+    """*source* of which nothing can be read at (offset, length)."""
+    start = np.array([at for at, _ in holes], dtype=np.int64)
+    length = np.array([count for _, count in holes], dtype=np.int64)
+    return Holes(source, start, start + length)
 
 
 def paths_of(filesystem: FileSystem) -> set[tuple[bytes, int]]:
