@@ -113,12 +113,6 @@ class UnsupportedRepair(RepairError):
     kind = "UNSUPPORTED"
 
 
-class MisalignedAccess(RepairError):
-    """A structure that would have to be written is not where one can be."""
-
-    kind = "MISALIGNED_ACCESS"
-
-
 class ParseFailed(RepairError):
     """A structure that would have to be understood cannot be."""
 

@@ -172,11 +172,6 @@ def same_outcome(one: Report, other: Report) -> bool:
     return one.counters == other.counters and one.counts() == other.counts()
 
 
-def plan_repair(source: Source, report: Report, tier: RepairTier) -> Plan:
-    """The plan of `propose` alone."""
-    return propose(source, report, tier).plan
-
-
 def propose(
     source: Source,
     report: Report,

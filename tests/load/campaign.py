@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import threading
@@ -193,13 +192,6 @@ def prepare(image: Path) -> None:
     """Put the first image in place."""
     image.write_bytes(DAMAGED)
     settle(image)
-
-
-def clean_up(image: Path) -> None:
-    """Remove the image's undo files, that it may be prepared again."""
-    for path in image.parent.glob(f"{image.name}.instarfs-undo*"):
-        path.unlink()
-    shutil.rmtree(image.parent / "other", ignore_errors=True)
 
 
 def has_settled(sizes: Sequence[Size]) -> bool:

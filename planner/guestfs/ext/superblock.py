@@ -187,16 +187,6 @@ class Superblock:
         # With clusters the first block is number 0, and the superblock is where it always is.
         return 1 if start == 0 and self.block_size == OFFSET else start
 
-    def has_superblock(self, group: int) -> bool:
-        """Whether a group begins with a superblock: ext2fs_bg_has_super."""
-        if group == 0:
-            return True
-        if Compat.SPARSE_SUPER2 in self.compat:
-            return group in self.backup_groups
-        if group == 1 or RoCompat.SPARSE_SUPER not in self.ro_compat:
-            return True
-        return any(_is_power(group, base) for base in (3, 5, 7))
-
     def groups_with_superblock(self) -> list[int]:
         """All of them, ascending."""
         if Compat.SPARSE_SUPER2 in self.compat:
@@ -204,12 +194,6 @@ class Superblock:
         if RoCompat.SPARSE_SUPER not in self.ro_compat:
             return list(range(self.groups))
         return [group for group in sparse_groups() if group < self.groups]
-
-
-def _is_power(number: int, base: int) -> bool:
-    while number % base == 0:
-        number //= base
-    return number == 1
 
 
 def sparse_groups() -> list[int]:

@@ -14,9 +14,6 @@ from planner.source import SECTOR, present_tables, read_bytes, read_tables
 MAGIC = b"XFSB"
 SIZE = 512
 
-ALIGNED_INODES = 0x80
-"""Of ``versionnum``: chunks of inodes are aligned."""
-
 FTYPE2, CRC2 = 0x200, 0x100
 """Of ``features2``, which version 4 has."""
 

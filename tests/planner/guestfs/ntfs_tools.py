@@ -41,8 +41,3 @@ def paths_in(folder: Path) -> set[tuple[bytes, int]]:
     for path in folder.rglob("*"):
         found.add((b"/" + os.fsencode(path.relative_to(folder)), path.lstat().st_ino))
     return found
-
-
-def names_of_streams(path: Path) -> list[str]:
-    """The alternate streams of a file that ntfs-3g shows."""
-    return [name for name in os.getxattr(path, "ntfs.streams.list").decode().split("\0") if name]
