@@ -293,7 +293,7 @@ _CHOICES = {
 
 def _only_if(proposal: Proposal) -> str:
     """What somebody has to want who has a plan carried out; empty where nothing speaks against."""
-    if proposal.tier is RepairTier.LEAKS and proposal.needs_quote:
+    if proposal.gives_up or (proposal.tier is RepairTier.LEAKS and proposal.needs_quote):
         return "Only if what looks lost may go:"
     return _CHOICES.get(proposal.tier, "")
 
@@ -341,6 +341,8 @@ def _purpose(proposal: Proposal) -> str:
     elif proposal.tier is RepairTier.LEAKS:
         what = "Free the leaked clusters"
         what += "" if proposal.needs_quote else ", and no more"
+    elif proposal.gives_up:
+        what += ", and free what leaks"
     elif proposal.needs_quote:
         what += ", which does not bring back what may be lost, and frees none of it"
     return what

@@ -168,7 +168,7 @@ def quote_warning(proposal: Proposal) -> str:
         return "the image does not say that this is right: a person has to choose it."
     if not proposal.triage.is_buried:
         return "something may be lost, and afterwards nothing would show it any more."
-    if proposal.tier is RepairTier.LEAKS:
+    if proposal.tier is RepairTier.LEAKS or proposal.gives_up:
         return "it would free clusters that may be what is left of something lost."
     return "something may be lost, and this does not bring it back; the leaked clusters stay."
 

@@ -38,7 +38,8 @@ class Drafted:
 
     Of what a person has to choose: ``shares``, who had clusters in common and has no more;
     ``notes``, what it comes to, a sentence each; ``kept``, clusters that nothing refers to any
-    more and that are not freed.
+    more and that are not freed. ``gives_up``: what may be lost is freed, since nothing would speak
+    for it any more.
     """
 
     scope: Scope
@@ -46,6 +47,7 @@ class Drafted:
     shares: Shares = field(default_factory=Shares)
     notes: tuple[str, ...] = ()
     kept: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    gives_up: bool = False
 
 
 def checked_anew(scope: Scope, means: Means) -> Scope:

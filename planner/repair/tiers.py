@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.arrays import I64, distinct, is_among, union
+from planner.arrays import I64, is_among, union
 from planner.check.check import check_image
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
@@ -45,6 +45,8 @@ from planner.triage.triage import Suspect, Triage, triage_leaks
 TABLES_NAMED = 3
 """Tables that look lost that a refusal names."""
 
+_GIVEN_UP = "with the rest mended nothing speaks for what leaks any more, so that it is freed"
+
 MAX_DRAFTS = 4
 """Drafts of a plan: what one shows not to work, the next leaves alone."""
 
@@ -66,7 +68,8 @@ class Proposal:
     laid on it. ``triage``: what the leaked clusters look like. ``kept``: clusters whose refcounts
     are lost, that are counted again since they may be evidence, or that a choice ceases to refer to
     and does not free. ``shares``: who had clusters in common and has no more. ``notes``: what a
-    choice comes to, a sentence each.
+    choice comes to, a sentence each. ``gives_up``: `all` frees what may be left of something lost,
+    since in the image as it mends it nothing would speak for that any more.
     """
 
     tier: RepairTier
@@ -78,6 +81,7 @@ class Proposal:
     kept: int = 0
     shares: Shares = field(default_factory=Shares)
     notes: tuple[str, ...] = ()
+    gives_up: bool = False
 
     @property
     def suspects(self) -> tuple[Suspect, ...]:
@@ -119,13 +123,13 @@ class Proposal:
     def needs_quote(self) -> bool:
         """Whether its id must be quoted: something may be lost, and who repairs must know.
 
-        `all` frees nothing of that; a cluster that an entry has lost it leaves, and names. What the
-        image does not determine somebody has to have read.
+        `all` frees nothing of that, as long as something speaks for it; a cluster that an entry has
+        lost it leaves, and names. What the image does not determine somebody has to have read.
         """
         if self.tier.is_chosen:
             return not self.plan.changes_nothing
         if self.tier is RepairTier.ALL:
-            return self.triage.is_table_lost
+            return self.triage.is_table_lost or self.gives_up
         return self.triage.is_evidence and not self.plan.changes_nothing
 
     @property
@@ -133,7 +137,9 @@ class Proposal:
         """Why the id must be quoted, a line each; empty where it need not be."""
         if self.tier.is_chosen:
             return list(self.notes) if self.needs_quote else []
-        return self.triage.warnings(TABLES_NAMED) if self.needs_quote else []
+        if not self.needs_quote:
+            return []
+        return [*self.triage.warnings(TABLES_NAMED), *([_GIVEN_UP] if self.gives_up else [])]
 
     @property
     def counters(self) -> RepairCounters:
@@ -211,7 +217,18 @@ def propose(
     kept = int(is_among(leaked_clusters(after), spared).sum())
     require_proof(source, plan, report, after, kept=kept)
     left = _left(tier, after, triage)
-    return Proposal(tier, plan, report, after, triage, left, kept, drafted.shares, drafted.notes)
+    return Proposal(
+        tier,
+        plan,
+        report,
+        after,
+        triage,
+        left,
+        kept,
+        shares=drafted.shares,
+        notes=drafted.notes,
+        gives_up=drafted.gives_up,
+    )
 
 
 def _require_sound_basis(report: Report) -> None:
@@ -226,11 +243,16 @@ def _require_sound_basis(report: Report) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """What all drafts of a plan have in common. ``stay``: clusters that keep their refcounts."""
+    """What all drafts of a plan have in common.
+
+    ``stay``: clusters that leak and keep their refcounts. ``kept``: clusters without one that are
+    counted again.
+    """
 
     scope: Scope
     triage: Triage
     stay: I64
+    kept: I64
 
     def forked(self) -> Scope:
         """The scope, with a draft to go on with."""
@@ -245,17 +267,40 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
     first = Scope(Draft(source, can_grow=means.can_grow), source, report)
     if tier.is_chosen:
         return _draft_choice(first, tier, means)
-    begin, settle, finish = _STEPS[tier]
-    begun, stay = begin(first, means), np.zeros(0, dtype=np.int64)
+    begun = _BEGIN[tier](first, means)
     del first
+    scope = _draft_determined(begun, report, tier, means)
+    if not begun.triage.is_buried or _speaks_still(begun, scope, means):
+        return Drafted(scope, begun.triage)
+    del scope
+    nothing = np.zeros(0, dtype=np.int64)
+    begun = replace(begun, stay=nothing, kept=nothing)
+    return Drafted(_draft_determined(begun, report, tier, means), begun.triage, gives_up=True)
+
+
+def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:
+    settle, finish = _STEPS[tier]
+    stay = np.zeros(0, dtype=np.int64)
     for _ in range(MAX_DRAFTS - 1):
         scope = settle(begun, report, means, stay)
-        more = distinct(np.concatenate((stay, unfollowed_targets(report, scope))))
+        more = union(stay, unfollowed_targets(report, scope))
         if len(more) == len(stay):
-            return Drafted(finish(scope, means), begun.triage)
+            return finish(scope, means)
         stay = more
         del scope  # The draft may be large, and the next is as large.
-    return Drafted(finish(settle(begun, report, means, stay), means), begun.triage)
+    return finish(settle(begun, report, means, stay), means)
+
+
+def _speaks_still(begun: _Begun, scope: Scope, means: Means) -> bool:
+    """Whether what leaks and may be lost looks so in the image as it is mended, too.
+
+    Where not, to keep it would only leave it to the next repair, which would free it unasked.
+    """
+    keeps = len(begun.stay) > 0 or len(begun.kept) > 0
+    if not keeps or scope.report is begun.scope.report or not scope.report.counters.leaks:
+        return True
+    nothing = np.zeros(0, dtype=np.int64)
+    return not scope.report.complete or means.triage(scope, nothing).is_buried
 
 
 def _draft_choice(first: Scope, tier: RepairTier, means: Means) -> Drafted:
@@ -276,7 +321,7 @@ def _begin_leaks(scope: Scope, means: Means) -> _Begun:
     triage = means.triage(scope, nothing)
     if scope.report.counters.leaks:
         _require_known_leaks(scope.report)
-    return _Begun(scope, triage, nothing)
+    return _Begun(scope, triage, nothing, nothing)
 
 
 def _settle_leaks(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
@@ -336,7 +381,7 @@ def _begin_all(scope: Scope, means: Means) -> _Begun:
         stay = leaked_clusters(before)
         if scope.report is not before:
             stay = stay[is_among(stay, leaked_clusters(scope.report))]
-    return _Begun(scope, triage, stay)
+    return _Begun(scope, triage, stay, uncounted_to_keep(scope.report, triage))
 
 
 def _leaked_since(scope: Scope, before: Report) -> I64:
@@ -350,7 +395,7 @@ def _leaked_since(scope: Scope, before: Report) -> I64:
 def _settle_all(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
     scope = begun.forked()
     stay = union(stay, begun.stay)
-    draft_refcounts(scope, stay, uncounted_to_keep(scope.report, begun.triage))
+    draft_refcounts(scope, stay, begun.kept)
     if not scope.draft.is_empty:
         # Often the next check is the proof then: nothing is left, or what nothing mends.
         _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
@@ -390,11 +435,14 @@ def _require_shown_loss(triage: Triage) -> None:
         )
 
 
+_BEGIN = {RepairTier.LEAKS: _begin_leaks, RepairTier.ALL: _begin_all}
+"""Of each tier: what all drafts begin with."""
+
 _STEPS = {
-    RepairTier.LEAKS: (_begin_leaks, _settle_leaks, checked_anew),
-    RepairTier.ALL: (_begin_all, _settle_all, _finish_all),
+    RepairTier.LEAKS: (_settle_leaks, checked_anew),
+    RepairTier.ALL: (_settle_all, _finish_all),
 }
-"""Of each tier: what all drafts begin with, refcounts and flags, what comes last."""
+"""What follows in each draft: refcounts and flags, and what comes last."""
 
 
 def _require_plain_header(scope: Scope) -> None:

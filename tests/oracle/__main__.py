@@ -2,6 +2,7 @@
 
 Prints every disagreement as it is met, and a summary. Exit code 1 where there was one.
 With --choices, images whose damage only a person can decide are repaired as each tier does it.
+With --again, repairs follow each other: none frees unasked what the one before has kept.
 With --truth, what the report calls safe or missing is held against the disk before the damage.
 With --repair, every image is repaired under both tiers, by us and by qemu-img; and counted is how
 many of the repairs that QEMU makes without losing guest data we make, with plan ids quoted. Those
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.images.random_damage import KINDS
+from tests.oracle.again import SequenceCase, run_sequence_group
 from tests.oracle.campaign import GROUP_CASES, Case, groups, run_group
 from tests.oracle.choices import ChoiceCase, run_choice_group
 from tests.oracle.repair_campaign import RepairCase, run_repair_group
@@ -32,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracle", description=__doc__)
     parser.add_argument("--repair", action="store_true", help="judge repairs rather than checks")
     parser.add_argument("--choices", action="store_true", help="judge what a person may choose")
+    parser.add_argument("--again", action="store_true", help="judge repairs after repairs")
     parser.add_argument("--truth", action="store_true", help="judge what is called safe")
     parser.add_argument("--cases", type=int, default=5000, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
@@ -41,6 +44,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.choices:
         return _choices_all(arguments)
+    if arguments.again:
+        return _again_all(arguments)
     if arguments.only is not None:
         run_one = _repair_one if arguments.repair else _run_one
         return run_one(arguments.seed, arguments.only, arguments.keep)
@@ -80,6 +85,30 @@ def _choices_all(arguments: argparse.Namespace) -> int:
                     print(case, flush=True)
     print(f"{number} cases of seed {seed}: {wrong} wrong")
     print(*(f"  {what}: {count}" for what, count in sorted(outcomes.items())), sep="\n")
+    return 1 if wrong else 0
+
+
+def _sequence_group(group: int, seed: int) -> list[SequenceCase]:
+    return list(run_sequence_group(seed, group))
+
+
+def _again_all(arguments: argparse.Namespace) -> int:
+    seed, only = arguments.seed, arguments.only
+    if only is not None:
+        (case,) = run_sequence_group(seed, only // GROUP_CASES, only, arguments.keep)
+        print(case)
+        return 1 if case.faults else 0
+    asked: Counter[str] = Counter()
+    wrong = 0
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        judged = partial(_sequence_group, seed=seed)
+        for case in itertools.chain.from_iterable(pool.map(judged, groups(arguments.cases))):
+            asked[" and ".join(case.asked) or "none"] += 1
+            if case.faults:
+                wrong += 1
+                print(case, flush=True)
+    print(f"{asked.total()} cases of seed {seed}: {wrong} wrong")
+    print(*(f"  {which} asked for an id: {count}" for which, count in asked.items()), sep="\n")
     return 1 if wrong else 0
 
 

@@ -7,6 +7,7 @@ Nothing here makes or damages images.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from planner.qcow2.header import AUTOCLEAR_AT, Autoclear, read_header
 from planner.repair.choices import choices_for
 from planner.repair.overlay import Overlay
 from planner.repair.plan import DETERMINED, RepairTier
+from planner.repair.steps import leaked_clusters
 from planner.repair.tiers import Proposal, propose, same_outcome
 from planner.source import Source, read_bytes
 from tests.images.guest_disks import CHUNK, Disks, first_difference
@@ -192,6 +194,8 @@ def _faults_of_result(patient: Patient, proposal: Proposal) -> Iterator[str]:
         if not same_outcome(again, after):
             yield f"checked again: {again.counters}, proven: {after.counters}"
         yield from _faults_of_second(result, again, proposal.tier)
+        if proposal.tier is RepairTier.ALL:
+            yield from faults_of_freeing(result, again)
         at = first_difference(patient.source, Overlay(result, proposal.plan.inverse()))
         if at is not None:
             yield f"the inverse does not restore the bytes at {at}"
@@ -221,6 +225,17 @@ def _faults_of_second(result: Source, report: Report, tier: RepairTier) -> Itera
     if not again.plan.changes_nothing:
         stages = [(stage.kind.name, stage.changed_bytes()) for stage in again.plan.stages]
         yield f"a second repair changes {stages}, and the size to {again.plan.size_after}"
+
+
+def faults_of_freeing(result: Source, report: Report) -> Iterator[str]:
+    """What a repair has kept, no other frees that asks nobody; *report* is of its *result*."""
+    kept = leaked_clusters(report)
+    for tier in DETERMINED if len(kept) else ():
+        with contextlib.suppress(RepairError):
+            later = propose(result, report, tier)
+            freed = np.setdiff1d(kept, leaked_clusters(later.after), assume_unique=True)
+            if len(freed) and not later.needs_quote:
+                yield f"{tier} frees {len(freed)} clusters unasked, which were kept"
 
 
 def write_out(source: Source, target: Path) -> None:

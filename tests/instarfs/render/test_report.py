@@ -128,6 +128,21 @@ def test_an_entry_that_may_lead_to_what_is_anothers_is_told() -> None:
     assert text.count("something may be lost, and afterwards nothing would show it any more") == 2
 
 
+def test_a_repair_that_frees_what_nothing_else_would_speak_for_is_no_step_to_paste() -> None:
+    builder = ImageBuilder(size=1 << 20, cluster_bits=12)
+    builder.write(0, b"first" * 2000)
+    builder.take_snapshot("one")
+    builder.write(1, b"second")
+    image = builder.build()
+    image.set_word(image.l2_at(1), image.word(image.l2_at(1, 0)))
+    text = text_of(image)
+    refused = text[text.index("  all: plan") :].splitlines()[1]
+    assert "it would free clusters that may be what is left of something lost" in refused
+    steps, only_if = text.split("Only if what looks lost may go:")
+    assert "Save the leaked clusters before any are freed" in steps
+    assert "Mend what the rest of the image determines, and free what leaks" in only_if
+
+
 def test_a_lost_snapshot_is_named() -> None:
     text = text_of(damaged("lost-snapshot"))
     assert "missing: a snapshot that the image no longer counts" in text
