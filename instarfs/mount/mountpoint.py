@@ -41,8 +41,11 @@ from instarfs.guest.follow import FILESYSTEM_TYPE
 from instarfs.image.linux import follow_no_links_in
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
+DAEMON_FILE = ".daemon"
+"""A file in a mount's root that no listing shows: the identity of the process behind it."""
+
 DAEMON_ATTRIBUTE = b"user.instarfs.daemon"
-"""Extended attribute of a mount's root: the identity of the process behind it."""
+"""The same as an extended attribute, for as long as nobody has asked for another."""
 
 STOP_COMPUTING = signal.SIGUSR1
 """Tells that process to end what it computes, so that those who wait for it let go."""
@@ -72,6 +75,8 @@ fusermount3 -u -z -- "$1" || umount -l -- "$1"
 _RELEASE_SECONDS = 2.0
 _POLL_SECONDS = 0.02
 _END_SECONDS = 10.0
+
+_CLAIM_BYTES = 64
 
 
 # ---- before mounting ----
@@ -135,7 +140,7 @@ def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
     with contextlib.ExitStack() as stack:
         pidfd = None
         with contextlib.suppress(OSError, ValueError):
-            pid, started = os.getxattr(directory, DAEMON_ATTRIBUTE).decode().split()
+            pid, started = _claim_of(directory).decode().split()
             candidate = os.pidfd_open(int(pid))
             stack.callback(os.close, candidate)
             # In another PID namespace the number would be that of a stranger.
@@ -143,6 +148,20 @@ def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
             if is_theirs and _start_time(int(pid)) == started and _serves(int(pid), mount):
                 pidfd = candidate
         yield pidfd
+
+
+def _claim_of(directory: str) -> bytes:
+    """What a mount says of the process behind it. Raises OSError."""
+    try:
+        # Whose mount it is nobody knows yet: no link is followed out of it, no pipe waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(f"{directory}/{DAEMON_FILE}", flags)
+    except FileNotFoundError:  # it was mounted by an instarfs that had the attribute alone
+        return os.getxattr(directory, DAEMON_ATTRIBUTE)
+    try:
+        return os.read(fd, _CLAIM_BYTES)
+    finally:
+        os.close(fd)
 
 
 def _serves(pid: int, mount: _Mount) -> bool:

@@ -109,19 +109,21 @@ Node = Directory | File
 
 
 class FixedDirectory(Directory):
-    """The same children always."""
+    """The same children always. *unlisted*: those that a listing does not show."""
 
     is_fixed = True
 
-    def __init__(self, children: Mapping[str, Node]) -> None:
-        self.children = children
+    def __init__(
+        self, children: Mapping[str, Node], unlisted: Mapping[str, Node] | None = None
+    ) -> None:
+        self.children, self._unlisted = children, unlisted or {}
         self.subdirectories = sum(isinstance(node, Directory) for node in children.values())
 
     async def names(self) -> Sequence[str]:
         return list(self.children)
 
     async def child(self, name: str) -> Node | None:
-        return self.children.get(name)
+        return self.children.get(name) or self._unlisted.get(name)
 
 
 class DeferredDirectory(Directory):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from instarfs.inspect.leaked_tables import LostTables
 from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
+from instarfs.mount.mountpoint import DAEMON_FILE, identity
 from instarfs.mount.nodes import (
     DataFile,
     DeferredDirectory,
@@ -109,10 +110,13 @@ def build_tree(
     readme = LiveFile(lambda: _readme(inspector.subject.path, entries, preview))
     nodes: list[tuple[list[str], Node]] = [(["README.txt"], readme)]
     nodes += ((entry.path.split("/"), entry.node) for entry in entries if entry.node is not None)
-    return _directory(nodes)
+    claim = identity()
+    return _directory(nodes, {DAEMON_FILE: LiveFile(lambda: claim)})
 
 
-def _directory(nodes: Iterable[tuple[list[str], Node]]) -> Directory:
+def _directory(
+    nodes: Iterable[tuple[list[str], Node]], unlisted: Mapping[str, Node] | None = None
+) -> Directory:
     """The directory of *nodes*, each with the names that lead to it, in their order."""
     children: dict[str, Node] = {}
     below: dict[str, list[tuple[list[str], Node]]] = {}
@@ -121,7 +125,8 @@ def _directory(nodes: Iterable[tuple[list[str], Node]]) -> Directory:
             below.setdefault(name, []).append((rest, node))
         else:
             children[name] = node
-    return FixedDirectory(children | {name: _directory(inside) for name, inside in below.items()})
+    children |= {name: _directory(inside) for name, inside in below.items()}
+    return FixedDirectory(children, unlisted)
 
 
 def facts(subject: Subject) -> Facts:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
+from instarfs.mount.mountpoint import DAEMON_FILE
 from tests.schemas import require_valid_file, require_valid_output
 
 DEADLINE = 20.0
@@ -80,6 +81,11 @@ def until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
         time.sleep(0.01)
+
+
+def daemon_of(directory: Path) -> int:
+    """The number of the process behind a mount."""
+    return int((directory / DAEMON_FILE).read_text().split()[0])
 
 
 def mounted_type(directory: Path) -> str | None:

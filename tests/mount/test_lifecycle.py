@@ -21,6 +21,7 @@ from tests.mount.mounts import (
     INSTARFS,
     MakeMount,
     Mount,
+    daemon_of,
     environment,
     instarfs,
     make_image,
@@ -43,10 +44,6 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     assert not left
 
 
-def daemon_of(directory: Path) -> int:
-    return int(os.getxattr(directory, "user.instarfs.daemon").split()[0])
-
-
 def has_ended(pid: int) -> bool:
     try:
         # A process whose new parent does not wait for it stays as a zombie; it has ended.
@@ -62,17 +59,16 @@ def test_no_mount_can_have_the_process_of_another_or_a_stranger_signalled(
     one, other = mount(image), mount(make_image(tmp_path / "other.qcow2"))
     found = mountpoint._find_mount(str(one.path))
     assert found is not None
-    getxattr = os.getxattr
     claims = {
-        "its own": getxattr(one.path, mountpoint.DAEMON_ATTRIBUTE),
+        "its own": (one / mountpoint.DAEMON_FILE).read_bytes(),
         "a stranger": mountpoint.identity(),
     }
     descriptors = Path(f"/proc/{other.process.pid}/fdinfo").iterdir()
     if any("fuse_connection:" in path.read_text() for path in descriptors):  # older kernels do not
-        claims["another"] = getxattr(other.path, mountpoint.DAEMON_ATTRIBUTE)
+        claims["another"] = (other / mountpoint.DAEMON_FILE).read_bytes()
     believed = set()
     for whose, claim in claims.items():
-        monkeypatch.setattr(os, "getxattr", lambda path, name, claim=claim: claim)
+        monkeypatch.setattr(mountpoint, "_claim_of", lambda directory, claim=claim: claim)
         with mountpoint._daemon_of(str(one.path), found) as daemon:
             if daemon is not None:
                 believed.add(whose)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.mount import mountpoint
 from planner.check.wire import CheckResult
-from tests.mount.mounts import MakeMount, Mount, instarfs, make_image, run
+from tests.mount.mounts import MakeMount, Mount, daemon_of, instarfs, make_image, run
 
 FILES = [
     "README.txt",
@@ -189,10 +190,26 @@ def test_a_thousand_handles(shared: Mount) -> None:
 
 def test_extended_attributes(shared: Mount) -> None:
     assert os.listxattr(shared / "check/leaks") == []
-    with pytest.raises(OSError, match="No data available"):
+    with pytest.raises(OSError, match="not supported"):
         os.getxattr(shared / "check/leaks", "security.capability")
-    pid = int(os.getxattr(shared.path, "user.instarfs.daemon").split()[0])
-    assert pid == shared.process.pid
+    assert daemon_of(shared.path) == shared.process.pid
+
+
+def test_the_process_behind_a_mount_is_an_attribute_until_somebody_asks_for_another(
+    mount: MakeMount, image: Path
+) -> None:
+    """Then the kernel asks for none any more: `ls -l` would have it ask for three of each file."""
+    made = mount(image)
+    named = os.getxattr(made.path, mountpoint.DAEMON_ATTRIBUTE)
+    subprocess.run(["ls", "-l", made / "image"], check=True, capture_output=True)
+    with pytest.raises(OSError, match="not supported"):
+        os.getxattr(made.path, mountpoint.DAEMON_ATTRIBUTE)
+    assert mountpoint.DAEMON_FILE not in [each.name for each in made.path.iterdir()]
+    assert (made / mountpoint.DAEMON_FILE).read_bytes() == named
+    found = mountpoint._find_mount(str(made.path))
+    assert found is not None
+    with mountpoint._daemon_of(str(made.path), found) as daemon:
+        assert daemon is not None
 
 
 @pytest.mark.parametrize(

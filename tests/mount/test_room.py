@@ -23,7 +23,7 @@ from instarfs.cli.room import NO_TIME
 from instarfs.image.directory import SUFFIX
 from tests.advice import damaged
 from tests.conftest import CASES
-from tests.mount.mounts import DEADLINE, INSTARFS, PROJECT, mounted_type, run, until
+from tests.mount.mounts import DEADLINE, INSTARFS, PROJECT, daemon_of, mounted_type, run, until
 
 MIB = 1 << 20
 CONTENT = damaged("wrong-copied")
@@ -236,8 +236,7 @@ def test_a_mount_without_processor_time_is_taken_off(folder: Path) -> None:
     """What the limit would send: to wait for it takes long."""
     (folder / "x.qcow2").write_bytes(CONTENT)
     assert start(Room(), folder, *INSTARFS, *COMMANDS["mount"]).returncode == 0
-    process = os.getxattr(folder / "mnt", "user.instarfs.daemon").split()[0]
-    os.kill(int(process), signal.SIGXCPU)
+    os.kill(daemon_of(folder / "mnt"), signal.SIGXCPU)
     until(lambda: mounted_type(folder / "mnt") is None, "it was taken off")
     until(lambda: not processes_of(folder), "all processes had ended")
 

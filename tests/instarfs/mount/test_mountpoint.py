@@ -210,11 +210,27 @@ def test_a_mount_is_believed_only_about_its_own_users_process(
     ]
     believed = []
     for claim, user in claims:
-        monkeypatch.setattr(os, "getxattr", lambda path, name, claim=claim: claim.encode())
+        monkeypatch.setattr(mountpoint, "_claim_of", lambda path, claim=claim: claim.encode())
         mount = mountpoint._Mount(b"", b"", "0:99", "fuse.instarfs", user)
         with mountpoint._daemon_of("/mnt", mount) as daemon:
             believed.append(daemon is not None)
     assert believed == [True, False, False, False, False, False]
+
+
+def test_what_stands_in_the_place_of_its_claim_is_not_followed_or_waited_for(
+    tmp_path: Path,
+) -> None:
+    """Any file system may call itself instarfs; root asks it, too."""
+    claim, elsewhere = tmp_path / mountpoint.DAEMON_FILE, tmp_path / "elsewhere"
+    elsewhere.write_bytes(mountpoint.identity())
+    mount = mountpoint._Mount(b"", b"", "0:99", "fuse.instarfs", os.getuid())
+    for make in (lambda: claim.symlink_to(elsewhere), lambda: os.mkfifo(claim), claim.mkdir):
+        make()
+        with mountpoint._daemon_of(str(tmp_path), mount) as daemon:
+            assert daemon is None
+        claim.rmdir() if claim.is_dir() and not claim.is_symlink() else claim.unlink()
+    with mountpoint._daemon_of(str(tmp_path), mount) as daemon:  # none there: nor an attribute
+        assert daemon is None
 
 
 # ---- unmounting for a process that may not ----
