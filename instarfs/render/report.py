@@ -108,6 +108,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
             _files(filename, known),
             _elsewhere(report, known),
             *_bitmaps(report, filename, known),
+            _beyond_disk(report, filename),
             _leaked(known.triage),
             _tiers(known.proposals),
         ]
@@ -329,6 +330,14 @@ def _bitmaps(report: Report, filename: str, known: Aftermath) -> Iterator[list[s
             _CUT_OFF,
             f"      qemu-img bitmap --remove -- {shell_path(filename)} NAME",
         ]
+
+
+def _beyond_disk(report: Report, filename: str) -> list[str]:
+    """How what is mapped beyond the end of the disk is read, where nothing else is wrong."""
+    if report.verdict != "clean" or FindingKind.BEYOND_DISK_END not in report.counts():
+        return []
+    what = "What is mapped beyond the end of the disk, and how to read that if the disk was larger:"
+    return [what, f"      instarfs rescue -- {shell_path(filename)}"]
 
 
 _UNSAVED = (

@@ -86,6 +86,14 @@ def _why_nothing(rescue: Rescue, asked: Asked) -> list[str]:
         wrong = f"what is wrong: instarfs report -- {shell_path(filename)}"
         return [f"{filename}: its header makes sense; {wrong}"]
     lines = [f"{filename}: its header makes sense; a check finds nothing wrong"]
+    if rescue.larger is not None:
+        known = replace(asked, assumed=(*asked.assumed, f"size={rescue.larger.size}"))
+        size, larger = rescue.headers.now.size, rescue.larger
+        said = (
+            f"Its disk has {size} bytes, and more is mapped. If it had {larger.size}"
+            f" ({larger.evidence}), this reads them:"
+        )
+        lines += ["", said, f"      {known.command('')}"]
     if not asked.free:
         lines += [
             "",
@@ -161,6 +169,8 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
         f"  {name}: {_shown(name, getattr(found.now, name))} -> {_shown(name, value)}"
         for name, value in _changes(found.now, best.header)
     ]
+    if best.extensions_end is not None:
+        lines.append(f"  extensions: what stands at {best.extensions_end} makes no sense -> none")
     lines += ["", "Why that is believed:", f"  under it the check finds {_score(best)}"]
     if found.rival is not None:
         lines.append(f"  the next best leads to other tables, and leaves {_score(found.rival)}")
@@ -202,7 +212,7 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             "header": {
                 name: getattr(header, name) for name in Header.__slots__ if name != "additional"
             },
-            "changed": [name for name, _ in _changes(found.now, header)],
+            "changed": list(found.best.changed) if found.best is not None else [],
             "verdict": rescue.after.verdict,
             **_counters(rescue.after.counters),
             "next-best": _counters(found.rival.counters) if found.rival else None,

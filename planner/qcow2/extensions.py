@@ -6,6 +6,7 @@ qcow2_read_extensions for what QEMU refuses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from construct import Bytes, GreedyRange, Int8ub, Int32ub, Int64ub, Padded, Struct
@@ -120,25 +121,37 @@ def decode_extensions(raw: bytes, start: int, room: int) -> tuple[Extension, ...
     *raw* holds what of the area lies in the file; the rest is zeros and ends the list. Raises
     `ImageError` for one that runs past the area.
     """
-    found, position = [], 0
-    while position < room:
-        magic, length = _extension_at(raw, position)
-        position += EXTENSION_BYTES
-        if position > room or length > room - position:
+    found = []
+    for position, magic, length in _walk(raw, room):
+        if length > room - position:
             raise ImageError(
                 "header extension", f"{magic:#010x}", f"{length} bytes run past the header's area"
             )
-        if magic == END:
-            break
-        data = raw[position : position + length].ljust(length, b"\0")
-        found.append(Extension(magic, start + position, data))
-        position += (length + 7) & ~7
+        if magic != END:
+            data = raw[position : position + length].ljust(length, b"\0")
+            found.append(Extension(magic, start + position, data))
     return tuple(found)
 
 
-def _extension_at(raw: bytes, position: int) -> tuple[int, int]:
-    entry = _FIXED.parse(raw[position : position + EXTENSION_BYTES].ljust(EXTENSION_BYTES, b"\0"))
-    return entry.magic, entry.length
+def refusable(raw: bytes, room: int) -> list[int]:
+    """Where in an area the extensions begin that `read_extensions` may refuse, ascending."""
+    return [
+        position - EXTENSION_BYTES
+        for position, magic, length in _walk(raw, room)
+        if magic in (BACKING_FORMAT, CRYPTO_HEADER, BITMAPS) or length > room - position
+    ]
+
+
+def _walk(raw: bytes, room: int) -> Iterator[tuple[int, int, int]]:
+    """(where its data begins, type, length), up to the end marker or one that does not fit."""
+    position, magic = 0, -1
+    while position < room and magic != END:
+        raw_entry = raw[position : position + EXTENSION_BYTES]
+        entry = _FIXED.parse(raw_entry.ljust(EXTENSION_BYTES, b"\0"))
+        magic, length = entry.magic, entry.length
+        position += EXTENSION_BYTES
+        yield position, magic, length
+        position += (length + 7) & ~7
 
 
 def read_extensions(source: Source, header: Header) -> Extensions:

@@ -24,7 +24,7 @@ from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter, Progress, tell_nobody
-from planner.qcow2.extensions import CRYPTO_HEADER, CRYPTO_POINTER
+from planner.qcow2.extensions import CRYPTO_HEADER, CRYPTO_POINTER, EXTENSION_BYTES, refusable
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import (
     CLUSTER_BITS,
@@ -77,13 +77,15 @@ _WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
 class Hypothesis:
     """A header, what the check of the file counts under it, and which fields it changes.
 
-    ``content``: the first bytes of the file, with the header in them.
+    ``content``: the first bytes of the file, with the header in them. ``extensions_end``: where the
+    header extensions end, of which what stood there makes no sense; None where they stay.
     """
 
     header: Header
     content: bytes
     counters: CheckCounters
     changed: tuple[str, ...]
+    extensions_end: int | None = None
 
     def laid_over(self, source: Source) -> Patched:
         """The file as it is with that header."""
@@ -171,7 +173,9 @@ def find_headers(
     if not search.is_settled:
         search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
         search.try_rest()
-    return Found(search.now, search.best(), search.size)
+    hypotheses, size = search.best(), search.size
+    is_it = size is not None and bool(hypotheses) and hypotheses[0].header.size == size.size
+    return Found(search.now, hypotheses, size if is_it else None)
 
 
 class _Search:
@@ -208,15 +212,37 @@ class _Search:
         if header.cluster_bits not in CLUSTER_BITS:
             return None
         fields = encode_header(header) + extensions
-        # What stands behind the fields may be garbage, too: then as if nothing stood there.
-        rest = bytes((1 << header.cluster_bits) - len(fields))
-        for content in dict.fromkeys((fields, fields + rest)):
+        for end, content in self._contents(header, fields):
             report = self._check(Patched(self._source, 0, content))
             if report.error is None:
-                changed = self._changes(header)
-                self._tried[header] = Hypothesis(header, content, report.counters, changed)
+                if self._makes_sense(header, report):
+                    changed = self._changes(header) + (("extensions",) if end is not None else ())
+                    found = Hypothesis(header, content, report.counters, changed, end)
+                    self._tried[header] = found
                 break
         return self._tried[header]
+
+    def _contents(self, header: Header, fields: bytes) -> Iterator[tuple[int | None, bytes]]:
+        """What could begin the file under *header*, and where its extensions end if not by itself.
+
+        What stands behind the fields may be garbage, too: then as much of it stays as can.
+        """
+        yield None, fields
+        size = 1 << header.cluster_bits
+        whole = fields + read_bytes(self._source, 0, size)[len(fields) :]
+        start = min(max(len(fields), header.header_length), size)
+        room = max((header.backing_file_offset or size) - start, 0)
+        for at in reversed(refusable(whole[start:][:room], room)[-MAX_CANDIDATES:]):
+            yield start + at, whole[: start + at] + bytes(EXTENSION_BYTES)
+        if any(whole[len(fields) :]):
+            yield len(fields), fields + bytes(size - len(fields))
+
+    def _makes_sense(self, header: Header, report: Report) -> bool:
+        """Whether there is a disk under *header*, of which something may be in the file."""
+        if header.size == 0 and FindingKind.BEYOND_DISK_END in report.counts():
+            return False
+        is_there = header.l1_table_offset < self._source.size or not header.l1_size
+        return is_there or not self._changes(header)
 
     @property
     def _is_tired(self) -> bool:
@@ -240,9 +266,34 @@ class _Search:
         self.attempt(found)
         if self.is_settled:
             return
+        if not found.size:
+            self._try_sizes(found)
         for name, values in _values_of(found):
             for value in values:
                 self.attempt(with_fields(found, {name: value}))
+        self._try_sizes(found)
+        # Last: in version 2 most of what may be wrong in version 3 is not said at all.
+        for version in (3, 2):
+            self.attempt(decode_header(encode_header(replace(found, version=version))))
+
+    def _try_sizes(self, header: Header) -> None:
+        """*header* with the size that its disk says of itself, or of which one bit is another."""
+        if header.cluster_bits not in CLUSTER_BITS or "size" in self._assumed:
+            return
+        whole = mapping_all(header)
+        if whole == header or self.attempt(whole) is None:
+            return
+        size = disk_size(self._source, whole)
+        flipped = [header.size ^ 1 << bit for bit in range(64)]
+        near = [each for each in flipped if size.size <= each <= whole.size and each % SECTOR == 0]
+        if len(near) == 1 and not size.is_exact:
+            size = DiskSize(near[0], "one bit is another in what stands there", False)
+        better = replace(header, size=size.size)
+        if self.attempt(better) is not None:
+            self.size = size
+            if better != whole:
+                # What was right but for the size is no rival of it.
+                del self._tried[whole]
 
     # ---- a header of which nothing is left ----
 
@@ -310,7 +361,7 @@ class _Search:
             return
         # What of the old header says the same may well be right in the rest.
         if self.now.magic == MAGIC and self.now.cluster_bits == tables.bits:
-            for name in hypothesis.changed:
+            for name in self._changes(header):
                 self.attempt(with_fields(self.now, {name: getattr(header, name)}))
 
     def _longer(self, tables: _Tables) -> _Tables | None:
@@ -357,6 +408,12 @@ def sized(header: Header, size: int, used: int) -> Header:
     return replace(whole, l1_size=max(least, used, whole.geometry.l1_entries_needed))
 
 
+def mapping_all(header: Header) -> Header:
+    """*header* for a disk of all that its L1 table can map."""
+    most = min(header.l1_size * header.geometry.l2_coverage, SIGNED_MAX // SECTOR * SECTOR)
+    return replace(header, size=most)
+
+
 def _with_zstd(header: Header) -> Header:
     return replace(
         header,
@@ -369,10 +426,10 @@ def _with_zstd(header: Header) -> Header:
 def _values_of(header: Header) -> Iterator[tuple[str, list[int]]]:
     """Of the fields whose values are few, those that each could have."""
     yield "magic", [MAGIC]
-    yield "version", [3, 2]
     yield "cluster_bits", list(CLUSTER_BITS)
     yield "refcount_order", list(range(MAX_REFCOUNT_ORDER + 1))
-    yield "header_length", [V3_LENGTH, V3_LENGTH + 8]
+    # Under the longer one the shorter makes no sense where anything follows; not so vice versa.
+    yield "header_length", [V3_LENGTH + 8, V3_LENGTH]
     yield "crypt_method", list(CRYPT_NAMES)
     known = header.incompatible_features & KNOWN_INCOMPATIBLE
     yield (
@@ -384,9 +441,7 @@ def _values_of(header: Header) -> Iterator[tuple[str, list[int]]]:
     yield "refcount_table_clusters", [1, 2, 4]
     yield "backing_file_offset", [0]
     if header.cluster_bits in CLUSTER_BITS:
-        geometry = header.geometry
-        yield "size", [min(header.l1_size * geometry.l2_coverage, SIGNED_MAX)]
-        yield "l1_size", [min(geometry.l1_entries_needed, MAX_L1_BYTES // 8)]
+        yield "l1_size", [min(header.geometry.l1_entries_needed, MAX_L1_BYTES // 8)]
 
 
 # ---- tables that agree with each other ----

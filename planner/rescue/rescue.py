@@ -26,7 +26,8 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
-from planner.rescue.headers import Found, Hypothesis, find_headers
+from planner.rescue.disk_size import DiskSize, disk_size
+from planner.rescue.headers import Found, Hypothesis, find_headers, mapping_all
 from planner.rescue.placing.place import Placed, Placement, find_placements
 from planner.rescue.snapshots import plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
@@ -46,8 +47,9 @@ class Rescue:
 
     ``headers``: what was found of the header. ``placements``: every table that no entry leads to,
     by its place in the file. ``holes``: L1 indices that such a table may belong to, and that cannot
-    be read until somebody knows. ``snapshots``: those that are listed again. ``before``, ``after``:
-    the checks without and with the ``plan``.
+    be read until somebody knows. ``snapshots``: those that are listed again. ``larger``: the disk
+    that is mapped, where that is more than its header says. ``before``, ``after``: the checks
+    without and with the ``plan``.
     """
 
     plan: Plan
@@ -57,6 +59,7 @@ class Rescue:
     placements: tuple[Placement, ...] = ()
     holes: tuple[int, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
+    larger: DiskSize | None = None
 
     @property
     def placed(self) -> int:
@@ -102,12 +105,18 @@ def rescue(
         return replace(found, plan=plan, before=before, snapshots=listed.snapshots)
     found = _found(source, before, assumed, like, means)
     if not found.changes_header:
-        return found
+        return replace(found, larger=_larger(source, before))
     listed = _listed_again(Overlay(source, found.plan), found.after, means)
     if listed is None:
         return found
     plan = _in_order(source, _then(found.plan, listed.plan), before)
     return replace(found, plan=plan, after=listed.after, snapshots=listed.snapshots)
+
+
+def _larger(source: Source, report: Report) -> DiskSize | None:
+    if report.layout is None or FindingKind.BEYOND_DISK_END not in report.counts():
+        return None
+    return disk_size(source, mapping_all(report.layout.header))
 
 
 @dataclass(frozen=True, slots=True)

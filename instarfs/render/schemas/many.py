@@ -138,7 +138,10 @@ def rescue() -> Schema:
             "status": word("whether it changes anything", ["planned", "nothing-to-do"]),
             "plan-id": PLAN_ID,
             "header": record("its fields, by the names of the specification", fields),
-            "changed": array("fields that are otherwise now", word("one", [*fields, "additional"])),
+            "changed": array(
+                "fields that are otherwise now, or that header extensions end",
+                word("one", [*fields, "additional", "extensions"]),
+            ),
             "verdict": verdict("under it"),
             **errors,
             "next-best": maybe(rival),

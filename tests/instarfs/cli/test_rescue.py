@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from planner.rescue.rescue import Rescue
 from planner.source import SECTOR, Source
 from tests.advice import run_here
 from tests.crash.test_rescue import cached_find, rescue_of, sound
+from tests.images.builder import MIB, ImageBuilder
 from tests.undo_files import encoded
 
 LOST = bytes(2048) + sound()[2048:]
@@ -58,6 +60,49 @@ def test_the_report_says_how_to_have_it_and_each_command_works(lost: Path) -> No
     assert run_here(["undo", "-q", lost]).code == 0
     assert lost.read_bytes() == LOST
     assert {each.name for each in lost.parent.iterdir()} == {lost.name, rescued.name}
+
+
+def test_what_is_mapped_beyond_the_end_of_a_disk_can_be_read(tmp_path: Path) -> None:
+    builder = ImageBuilder(size=64 * MIB)
+    builder.write(0, b"first")
+    builder.write(900, b"last")
+    image = builder.build()
+    image.change_header(size=MIB)
+    path = tmp_path / "x.qcow2"
+    path.write_bytes(image.data)
+    (rescue,) = commands_of(run_here(["report", path]).out)
+    told = run_here(_words(rescue)[1:], tmp_path)
+    assert told.code == 0
+    larger, free = commands_of(told.out)
+    assert "--free" in free
+    found = run_here(_words(larger)[1:], tmp_path)
+    assert found.code == 0
+    written = run_here(_words(commands_of(found.out)[0])[1:], tmp_path)
+    assert (written.code, written.err) == (0, "")
+    disk = tmp_path / "disk.raw"
+    assert run_here(["export", "-q", tmp_path / "RESCUED.qcow2", disk]).code == 0
+    assert disk.stat().st_size == 901 << 16
+    assert disk.read_bytes()[900 << 16 :].startswith(b"last")
+    # Of a disk of no bytes nobody need ask.
+    image.change_header(size=0)
+    path.write_bytes(image.data)
+    (rescue,) = commands_of(run_here(["report", path]).out)
+    told = run_here([*_words(rescue)[1:-2], "--output", "json", "--", path], tmp_path)
+    assert json.loads(told.out)["header"]["size"] == 901 << 16
+
+
+def test_extensions_that_make_no_sense_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.qcow2"
+    data = bytearray(ImageBuilder(size=MIB, more_extensions=((0x1234, b"x"),)).build().data)
+    at = data.index((0x1234).to_bytes(4, "big"))
+    data[at + 4 : at + 8] = (1 << 30).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert f"  extensions: what stands at {at} makes no sense" in run_here(["rescue", path]).out
+    told = json.loads(run_here(["rescue", "--output", "json", path]).out)
+    assert told["changed"] == ["extensions"]
+    done = run_here(["rescue", "--in-place", "--plan", told["plan-id"], path])
+    assert (done.code, done.err) == (0, "")
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
 
 
 def _words(command: str) -> list[str]:

@@ -8,7 +8,14 @@ from functools import cache
 import numpy as np
 import pytest
 
-from planner.qcow2.header import Header, decode_header, encode_header
+from planner.qcow2.extensions import (
+    BACKING_FORMAT,
+    BITMAPS,
+    CRYPTO_HEADER,
+    FEATURE_NAMES,
+    read_extensions,
+)
+from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
 from planner.rescue.headers import find_headers, with_fields
 from planner.source import Bytes
 from tests.images.builder import MIB, ImageBuilder
@@ -93,6 +100,117 @@ def test_of_one_field_that_makes_no_sense_only_that_changes(name: str, value: in
     # What follows the fields stays as it is.
     assert len(best.content) <= 112
     assert not any(best.score)
+
+
+PLAIN = {
+    "version": 0x83,
+    "backing_file_offset": 1 << 40,
+    "cluster_bits": 80,
+    "size": (1 << 60) + 64 * MIB,
+    "crypt_method": 64,
+    "l1_size": 0x80000001,
+    "l1_table_offset": 0x30001,
+    "refcount_table_offset": 0x10001,
+    "refcount_table_clusters": 0x10000001,
+    "nb_snapshots": 0x10000000,
+    "snapshots_offset": 0x1001,
+    "incompatible_features": 1 << 20,
+    "refcount_order": 68,
+    "header_length": 0x80000068,
+}
+
+
+@cache
+def plain() -> bytes:
+    """An image that an older version of the format can say as well."""
+    builder = ImageBuilder(size=64 * MIB)
+    for cluster in range(5):
+        builder.write(cluster, b"data")
+    return bytes(builder.build().data)
+
+
+@pytest.mark.parametrize(("name", "value"), PLAIN.items())
+def test_a_field_gets_back_what_it_had(name: str, value: int) -> None:
+    data = plain()
+    true = header_of(data)
+    broken = encode_header(with_fields(true, {name: value}))
+    best = find_headers(Bytes(broken + data[len(broken) :])).best
+    assert best is not None
+    assert best.changed == (name,)
+    assert getattr(best.header, name) == getattr(true, name)
+    assert not any(best.score)
+
+
+@pytest.mark.parametrize("bit", [Incompatible.DATA_FILE, Incompatible.EXTENDED_L2])
+def test_a_bit_under_which_the_tables_lead_elsewhere_is_taken_back(bit: Incompatible) -> None:
+    data = plain()
+    broken = encode_header(with_fields(header_of(data), {"incompatible_features": int(bit)}))
+    best = find_headers(Bytes(broken + data[len(broken) :])).best
+    assert best is not None
+    assert best.changed == ("incompatible_features",)
+    assert best.header.incompatible_features == 0
+
+
+def test_a_disk_of_no_bytes_of_which_some_are_mapped_makes_no_sense() -> None:
+    data = plain()
+    broken = encode_header(with_fields(header_of(data), {"size": 0}))
+    found = find_headers(Bytes(broken + data[len(broken) :]))
+    assert found.best is not None
+    assert found.best.changed == ("size",)
+    assert found.size is not None
+    assert found.best.header.size == found.size.size == 5 << 16
+    empty = bytes(ImageBuilder(size=0).build().data)
+    nothing = find_headers(Bytes(empty)).best
+    assert nothing is not None
+    assert nothing.changed == ()
+
+
+NAMES = (FEATURE_NAMES, bytes(48))
+
+
+@pytest.mark.parametrize(
+    ("extensions", "kept"),
+    [
+        ([NAMES, (BACKING_FORMAT, b"raw"), (0x1234, b"x")], 2),
+        ([NAMES, (BACKING_FORMAT, b"far too long a name"), NAMES], 1),
+        ([(BITMAPS, bytes(25)), NAMES], 0),
+        ([(CRYPTO_HEADER, bytes(16))], 0),
+    ],
+)
+def test_of_extensions_those_stay_that_make_sense(
+    extensions: list[tuple[int, bytes]], kept: int
+) -> None:
+    builder = ImageBuilder(size=MIB, more_extensions=tuple(extensions))
+    data = bytearray(builder.build().data)
+    if extensions[-1][0] == 0x1234:
+        at = data.index((0x1234).to_bytes(4, "big"))
+        data[at + 4 : at + 8] = (1 << 30).to_bytes(4, "big")
+    source = Bytes(bytes(data))
+    best = find_headers(source).best
+    assert best is not None
+    assert best.changed == ("extensions",)
+    assert best.extensions_end is not None
+    left = read_extensions(best.laid_over(source), best.header).all
+    assert [(each.magic, each.data) for each in left] == extensions[:kept]
+    assert not any(best.score)
+
+
+@pytest.mark.parametrize("length", [104, 112])
+def test_of_the_lengths_of_a_header_the_one_is_taken_that_loses_no_extension(length: int) -> None:
+    data = bytes(ImageBuilder(size=MIB, more_extensions=(NAMES,)).build().data)
+    head = data[:100] + (3).to_bytes(4, "big") + data[112 - (length - 104) : 65536 - 8]
+    source = Bytes(head.ljust(65536, b"\0") + data[65536:])
+    best = find_headers(source).best
+    assert best is not None
+    assert (best.changed, best.header.header_length) == (("header_length",), length)
+    assert NAMES[0] in {
+        each.magic for each in read_extensions(best.laid_over(source), best.header).all
+    }
+
+
+@pytest.mark.parametrize("length", [4, 50, 72, 100])
+def test_a_file_that_ends_in_its_header_has_none_that_is_believed(length: int) -> None:
+    assert find_headers(Bytes(image()[:length])).best is None
 
 
 def test_what_somebody_knows_is_taken() -> None:
