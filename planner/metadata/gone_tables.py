@@ -44,6 +44,12 @@ class GoneTables:
     def _limit(self) -> int:
         return 2 * (self.file_size + self.geometry.virtual_size) + SLACK
 
+    @property
+    def beyond(self) -> int:
+        """Bits of an offset that are clear wherever an entry beyond doubt leads."""
+        top = self._limit.bit_length() - 1
+        return entries.L2_OFFSET >> top << top
+
     def sectors(self, rows: U8) -> tuple[Mask, Mask]:
         """Which sectors of L2 tables are gone, and which tables as a whole.
 
@@ -61,7 +67,7 @@ class GoneTables:
         step = self.geometry.l2_entry_size // 8
         words = entries.decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
         filled = np.count_nonzero(words, axis=2)
-        bad = np.count_nonzero(self._wild(words, entries.L2_RESERVED, packed=True), axis=2)
+        bad = np.count_nonzero(self.wild_l2(words), axis=2)
         gone = little_is_left(bad, filled)
         # A table of which little else is left is gone as a whole: no zero in it means anything.
         whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
@@ -73,6 +79,10 @@ class GoneTables:
         wild = self._wild(words, entries.L1_RESERVED, packed=False)
         wild &= words != np.uint64(entries.UNREADABLE)
         return wild
+
+    def wild_l2(self, words: U64) -> Mask:
+        """Which of the words of L2 tables, without bitmaps, could never have been entries."""
+        return self._wild(words, entries.L2_RESERVED, packed=True)
 
     def is_gone_l1(self, words: U64) -> bool:
         """Whether little else is left of the L1 table that has these words, and else zeros."""
@@ -98,8 +108,7 @@ class GoneTables:
 
     def _are_doubtful(self, rows: U8) -> Mask:
         """Which L2 tables have a bit that no word has which is an entry beyond doubt."""
-        high = entries.L2_OFFSET >> (self._limit.bit_length() - 1) << (self._limit.bit_length() - 1)
-        bits = high | entries.L2_RESERVED | entries.COMPRESSED
+        bits = self.beyond | entries.L2_RESERVED | entries.COMPRESSED
         bits |= entries.L2_OFFSET & (self.geometry.cluster_size - 1)
         step = self.geometry.l2_entry_size // 8
         words = rows.view(np.uint64)

@@ -127,6 +127,7 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None =
                 [
                     *_of_findings(report, harm, snapshot),
                     _of_owners(report, harm, snapshot, losses.astray),
+                    _of_strays(report, harm, snapshot, losses.strays),
                     _of_l1_table(report, harm, snapshot, size),
                     _of_whole_disk(report, harm, size, misread=losses.misread),
                     np.stack((worse.start, worse.end)),
@@ -203,6 +204,12 @@ def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64) -> I64:
     start = np.concatenate((position * size, owners.l1_index[tables] * geometry.l2_coverage))
     length = np.repeat((size, geometry.l2_coverage), (len(position), int(tables.sum())))
     return np.stack((start, start + length))
+
+
+def _of_strays(report: Report, harm: Harm, snapshot: int, strays: I64) -> I64:
+    """What a bit that was set leads to, which is not the disk's."""
+    start = strays if harm is Harm.SUSPECT and snapshot == ACTIVE else strays[:0]
+    return np.stack((start, start + report.geometry.cluster_size))
 
 
 def _low(report: Report) -> I64:

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8, U32, U64, Mask, distinct
+from planner.arrays import I64, U8, U32, U64, Mask, distinct, expand_ranges
 from planner.check.claims import refcounts_are_shared
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
@@ -26,6 +26,7 @@ from planner.source import Source, present_tables, read_tables
 from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
 from planner.triage.past_end import references_past_end
+from planner.triage.strays import Strays, count_owners
 from planner.triage.traces import Traces
 
 
@@ -133,7 +134,8 @@ class Losses:
     are gone, ascending; what they share with the disk is told of that. ``astray``: clusters that an
     entry leads to which may have led to what leaks; whoever has one may read what is not its own.
     ``behind``: clusters that the refcounts count behind the end of the file, where a table is lost
-    that may have led to them.
+    that may have led to them. ``strays``: guest offsets of the disk's clusters whose entry is one
+    bit that leads into the file, ascending.
     """
 
     data: int = 0
@@ -142,6 +144,7 @@ class Losses:
     snapshots: tuple[int, ...] = ()
     astray: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
     behind: int = 0
+    strays: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
 
     @property
     def misread(self) -> bool:
@@ -260,21 +263,20 @@ def find_losses(
     causes = exchanged + tuple(
         _causes(source, report, disk, leaked, homeless, astray=astray, other_reading=other_reading)
     )
-    has_lost_table = leaked.lost_tables or disk.lost_windows
-    behind = references_past_end(source, report) if has_lost_table else 0
+    behind = _lost_behind(source, report, disk, leaked.lost_tables)
     references = _references_lost(disk, report, leaked, candidates) + behind
-    references += disk.shared.entries
-    gone = disk.empty_entries()[1] if len(leaked.cluster) > 1 else disk.shared.uncounted
+    references += disk.shared.entries + disk.hidden_references()
+    gone = disk.empty_entries()[1] if len(leaked.cluster) + behind > 1 else disk.shared.uncounted
     room = disk.unmapped_bytes(gone)
     lost = references * report.geometry.cluster_size
-    if leaked.uncounted.any() and (report.holds_compressed or disk.lost_windows):
+    if _are_beyond_count(report, leaked) and (report.holds_compressed or disk.lost_windows):
         lost = disk.size  # in one cluster as many compressed ones as nobody has counted any more
     if has_backing:  # entries that said zeros had no cluster, and hid what the backing file has
         lost += (leaked.lost_tables + disk.lost_windows) * report.geometry.l2_coverage
     missing = min(lost, room, disk.size)
     snapshots = disk.snapshots_with_losses()
     doubtful = np.concatenate((tables, astray))
-    return Losses(len(homeless), causes, missing, snapshots, doubtful, behind)
+    return Losses(len(homeless), causes, missing, snapshots, doubtful, behind, disk.strays())
 
 
 def find_shared(source: Source, report: Report) -> Losses:
@@ -282,16 +284,38 @@ def find_shared(source: Source, report: Report) -> Losses:
     show it behind the end of the file.
     """
     has_shared = len(report.snapshots) > 0 and FindingKind.REFCOUNT_MISSING in report.counts()
-    behind = references_past_end(source, report)
-    if not has_shared and not behind:
+    if not has_shared and not references_past_end(source, report):
         return Losses()
     nothing = np.zeros(0, dtype=np.int64)
     disk = _Disk(source, report, nothing, nothing, nothing)
     causes = tuple(_of_shared(disk.shared, report.geometry.l2_coverage))
-    behind = behind if disk.lost_windows else 0
+    behind = _lost_behind(source, report, disk, 0)
     lost = (disk.shared.entries + behind) * report.geometry.cluster_size
-    room = disk.unmapped_bytes(disk.shared.uncounted)
-    return Losses(causes=causes, missing=min(lost, room), behind=behind)
+    gone = disk.empty_entries()[1] if behind > 1 else disk.shared.uncounted
+    room = disk.unmapped_bytes(gone)
+    return Losses(causes=causes, missing=min(lost, room), behind=behind, strays=disk.strays())
+
+
+def _are_beyond_count(report: Report, leaked: Leaked) -> bool:
+    """Whether refcounts are lost, rather than were not written yet where the file grew."""
+    uncounted = leaked.cluster[leaked.uncounted]
+    if report.layout and report.layout.header.dirty and report.mismatches:
+        uncounted = uncounted[uncounted < report.mismatches.first_unused()]
+    return len(uncounted) > 0
+
+
+def _lost_behind(source: Source, report: Report, disk: _Disk, lost_tables: int) -> int:
+    """How many clusters are counted behind the end of the file that the disk may have had.
+
+    A table that is lost may have led to them; or, where the file is cut off and no other disk's
+    table explains them, entries of the tables that are there. *lost_tables*: those that leak.
+    """
+    past = report.findings.structures(FindingKind.PAST_END)
+    cut = report.findings.structures(FindingKind.CUT_OFF)
+    explained = disk.has_lost_windows or not all(each.is_guest for each in (*past, *cut))
+    if not (lost_tables or disk.lost_windows or (report.cut_off and not explained)):
+        return 0
+    return references_past_end(source, report)
 
 
 def _causes(
@@ -410,14 +434,8 @@ def _contested_by_guest(source: Source, report: Report) -> int:
     found = found.select(found.guest_offset != NONE)
     if not len(found) or refcounts_are_shared(source, report):
         return len(found)
-    owners, bits = report.owners, report.geometry.cluster_bits
-    others = np.flatnonzero(~np.isin(owners.structure, (Structure.REFTABLE, Structure.REFBLOCK)))
-    # Of a snapshot and of the disk it is one guest cluster.
-    columns = (owners.cluster, owners.structure, owners.l1_index, owners.l2_index)
-    one_each = np.unique(np.stack([column[others] for column in columns]), axis=1)[0]
-    clusters = found.host_offset >> bits
-    low, high = (np.searchsorted(one_each, clusters, side=side) for side in ("left", "right"))
-    return int(np.count_nonzero(high - low > 1))
+    clusters = found.host_offset >> report.geometry.cluster_bits
+    return int(np.count_nonzero(count_owners(report, clusters) > 1))
 
 
 def _of_windows(kind: CauseKind, snapshot: I64, index: I64, coverage: int) -> Iterator[Cause]:
@@ -488,19 +506,26 @@ class _Disk:
         offsets = tables.offset[wanted]
         present = present_tables(self._source, offsets, geometry.cluster_size)
         empty, parted, unsound = [wanted[~present]], [wanted[:0]], [offsets[:0]]
+        bits = [np.zeros((2, 0), dtype=np.int64)]
+        doubtful, strays = [offsets[:0]], Strays(self._source, self._report)
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
         for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
             words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
             filled = self._are_filled(words, bitmaps)
-            is_empty = ~(filled & self._are_sound(words)).any(axis=1)
+            wrong = strays.wrong(words, bitmaps, filled)
+            is_empty = (filled == wrong).all(axis=1)
             empty.append(wanted[part][is_empty])
             unsound.append(offsets[part][is_empty & filled.any(axis=1)])
             parted.append(wanted[part][self.traces.lacking(offsets[part], words, filled)])
             mine = is_active[part]
+            alone = strays.alone(words[mine], filled[mine], wrong[mine])
+            doubtful.append(offsets[part][mine][alone])
+            bits.append(strays.single_bits(offsets[part][mine], words[mine], wrong[mine]))
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
             self._look_for_shared(tables.select(wanted[part][~mine]), words[~mine])
-        self._unsound = np.concatenate(unsound)
+        self._unsound, self._doubtful = np.concatenate(unsound), np.concatenate(doubtful)
+        self._strays, self._bits = strays, np.concatenate(bits, axis=1)
         zeros = distinct(np.concatenate(empty))
         parts = distinct(np.concatenate(parted))
         places = (tables.offset[zeros], tables.offset[parts], gone.host_offset)
@@ -519,13 +544,6 @@ class _Disk:
         """Which entries of whole tables say anything."""
         words = entries.decode_words(rows)
         return self._are_filled(*entries.split_entries(words, self._geometry.extended_l2))
-
-    def _are_sound(self, words: U64) -> Mask:
-        """Which words could be entries, wherever they lead."""
-        unusual = entries.L2_RESERVED | entries.L2_OFFSET & (self._geometry.cluster_size - 1)
-        sound: Mask = (words & np.uint64(unusual)) == 0
-        sound |= (words & np.uint64(entries.COMPRESSED)) != 0
-        return sound
 
     def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
         """Count the entries of active tables that map nothing, and mark what the others map."""
@@ -643,6 +661,20 @@ class _Disk:
             np.concatenate((self._l1.l1_index[mine], others.l1_index)),
         )
 
+    def hidden_references(self) -> int:
+        """How many references clusters have lost that others which are wrong make up for."""
+        return self._strays.hidden_references() if self.lost_windows else 0
+
+    def strays(self) -> I64:
+        """Guest offsets of the clusters whose entry is one bit that leads into the file."""
+        table, entry = self._bits
+        order = np.argsort(self._l1.offset, kind="stable")
+        offset, index = self._l1.offset[order], self._l1.l1_index[order]
+        low, high = (np.searchsorted(offset, table, side=side) for side in ("left", "right"))
+        l1_index = index[expand_ranges(low, high - 1)]
+        guest = l1_index * self._geometry.l2_entries + np.repeat(entry, high - low)
+        return np.sort(guest) << self._geometry.cluster_bits
+
     def empty_entries(self) -> tuple[I64, I64]:
         """(snapshot, L1 index) of the active disk's L1 entries that are zero."""
         index = np.setdiff1d(np.arange(self._needed), self._l1.l1_index, assume_unique=True)
@@ -650,9 +682,17 @@ class _Disk:
 
     @property
     def lost_windows(self) -> int:
-        """How many L1 entries of the active disk lead to a table that is gone."""
-        windows = (self.windows.zeros, self.windows.overwritten)
-        return sum(int(np.count_nonzero(number == ACTIVE)) for number, _ in windows)
+        """How many L1 entries of the active disk lead to a table that is gone, or has nothing but
+        entries that may not be its own. Behind its end none is the disk's.
+        """
+        of = (self.windows.zeros, self.windows.overwritten, self._entries_of(self._doubtful))
+        number, index = (np.concatenate(columns) for columns in zip(*of, strict=True))
+        return len(distinct(index[(number == ACTIVE) & (index < self._needed)]))
+
+    @property
+    def has_lost_windows(self) -> bool:
+        """Whether any disk has an L1 entry that leads to a table that is gone."""
+        return any(len(index) > 0 for _, index in (self.windows.zeros, self.windows.overwritten))
 
     def snapshots_with_losses(self) -> tuple[int, ...]:
         """The snapshots with tables of their own that are gone, in whole or in part."""

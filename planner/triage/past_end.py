@@ -9,7 +9,7 @@ import numpy as np
 from planner.arrays import I64
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
-from planner.findings.kinds import FindingKind
+from planner.findings.kinds import FindingKind, join_findings
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.source import Source
 
@@ -81,7 +81,9 @@ class _Known:
     @classmethod
     def of(cls, report: Report) -> _Known:
         """The structures and entries that *report* says lie past the end."""
-        bits, findings = report.geometry.cluster_bits, report.findings.of(FindingKind.PAST_END)
+        bits = report.geometry.cluster_bits
+        kinds = FindingKind.PAST_END, FindingKind.CUT_OFF
+        findings = join_findings(*(report.findings.of(kind) for kind in kinds))
         first, last = findings.host_offset, findings.host_offset + (findings.length - 1)
         times = findings.count
         if report.entries is not None:

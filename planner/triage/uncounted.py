@@ -72,6 +72,8 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     yield from zip(first.tolist(), end.tolist(), strict=True)
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
         yield from _zero_runs(mismatches, per_block)
+    if layout.header.dirty:  # where the file grew, nothing was counted yet
+        yield mismatches.first_unused(), layout.host_clusters
 
 
 def _zero_runs(mismatches: Mismatches, per_block: int) -> Iterator[tuple[int, int]]:

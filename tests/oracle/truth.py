@@ -9,7 +9,7 @@ damages images.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,12 @@ from instarfs.guest.disk import Disk
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
-from planner.arrays import I64
+from planner.arrays import I64, Mask
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import PlannerError
 from planner.findings.kinds import FindingKind
-from planner.guest.mapping import RunKind
+from planner.guest.mapping import RunKind, Runs
 from planner.qcow2.entries import NO_HOST
 from planner.qcow2.header import read_header
 from planner.qcow2.refcounts import unpack_refcounts
@@ -123,11 +123,17 @@ class Truth:
         # unpacked, and that is said.
         told = _ranges(after.disk, RunKind.ZERO, RunKind.COMPRESSED)
         changed = _changed(before, after, told)
-        changed = changed[~_touches(told, changed)]
+        for each in (told, _unwritten(before.disk), _unwritten(after.disk)):
+            changed = changed[~_touches(each, changed)]
         faults = [
             *_faults_of_safe(report, triage, changed),
             *_faults_of_missing(
-                report, triage, before, after, self._behind(image, before.disk, report)
+                report,
+                triage,
+                before,
+                after,
+                changed=changed,
+                behind=self._behind(image, before.disk, report),
             ),
         ]
         missing = triage.losses.missing
@@ -217,10 +223,17 @@ def _touches(ranges: Ranges, sectors: I64) -> np.ndarray:
 
 
 def _faults_of_missing(
-    report: Report, triage: Triage, before: Patched, after: Patched, behind: int
+    report: Report,
+    triage: Triage,
+    before: Patched,
+    after: Patched,
+    *,
+    changed: I64,
+    behind: int,
 ) -> Iterator[str]:
     """More missing than leaked clusters can have held, and the clusters *behind* the end that the
-    file has now, or all that there was where refcounts are lost; or than the disk has room for.
+    file has now, or all that there was where refcounts are lost; and more than is gone. Or than the
+    disk has room for.
     """
     missing = triage.losses.missing
     if not missing:
@@ -234,6 +247,8 @@ def _faults_of_missing(
     has_backing = report.layout is not None and report.layout.header.backing_file_offset
     # What was lost without a refcount nobody can count: in compressed clusters, or as zeros.
     is_bounded = not has_backing and not len(triage.uncounted)
+    gone = np.unique(changed * SECTOR >> report.geometry.cluster_bits)
+    bound = max(bound, len(gone) * report.geometry.cluster_size)
     if missing > bound and is_bounded:
         yield f"{missing} bytes missing, and what leaks held {bound} at most"
     room = _ranges(after.disk, RunKind.UNALLOCATED).size
@@ -267,11 +282,23 @@ def _counted_behind(source: FileSource, end: int) -> int:
     return count
 
 
+def _unwritten(disk: Disk) -> Ranges:
+    """The subclusters that were never written, in clusters that the file has.
+
+    One bit says so, and nothing else does: whoever set or cleared it left no trace.
+    """
+    return _chosen(disk, lambda runs: (runs.kind == RunKind.UNALLOCATED) & (runs.host != NO_HOST))
+
+
 def _ranges(disk: Disk, *kinds: RunKind) -> Ranges:
     """The guest bytes that are in runs of these kinds."""
+    return _chosen(disk, lambda runs: np.isin(runs.kind, kinds))
+
+
+def _chosen(disk: Disk, which: Callable[[Runs], Mask]) -> Ranges:
     start, end = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for runs in disk.layer.mapping.walk(0, disk.size):
-        chosen = runs.select(np.isin(runs.kind, kinds))
+        chosen = runs.select(which(runs))
         start.append(chosen.guest)
         end.append(chosen.guest + chosen.length)
     return Ranges(np.concatenate(start), np.concatenate(end))

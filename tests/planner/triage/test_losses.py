@@ -18,6 +18,7 @@ from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
 from planner.triage.l1_holes import PlaceKind
 from planner.triage.losses import CauseKind
+from planner.triage.strays import Strays
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.luks_headers import luks_bytes
@@ -768,13 +769,18 @@ def test_a_lost_table_that_led_behind_the_end_of_a_cut_file_is_not_taken_for_dat
 # ---- what was cut off ----
 
 
-def test_what_a_lost_table_led_to_is_missing_where_all_of_it_was_behind_the_end() -> None:
+def wiped_table_of_what_was_cut_off() -> Image:
     image = disk().build()
     for number in range(PER_TABLE):
         cluster = image.host_offset(2 * image.geometry.l2_entries + number) // CLUSTER
         image.set_refcount(cluster, 0)
         image.set_refcount(image.host_clusters + number, 1)
     wipe(image, image.l2_table(2))
+    return image
+
+
+def test_what_a_lost_table_led_to_is_missing_where_all_of_it_was_behind_the_end() -> None:
+    image = wiped_table_of_what_was_cut_off()
     report = check_image(image.source)
     assert not report.counters.leaks
     losses = triage_leaks(image.source, report).losses
@@ -785,6 +791,78 @@ def test_without_a_lost_table_what_is_counted_behind_the_end_is_not_missing() ->
     image = disk().build()
     image.set_refcount(image.host_clusters + 3, 1)
     assert triage(image).losses.missing == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [1 << 46],  # where no cluster can be
+        [1 << 30],  # behind the end
+        [entries.COMPRESSED],  # the header, unpacked
+        [1 << 60],  # reserved
+        [entries.ZERO],  # as it is after a discard, too
+        [1 << 14, 1 << 12],  # the refcounts, and the disk's own L1 table
+        [entries.COPIED | 1 << 12, entries.ZERO],
+    ],
+)
+def test_a_wiped_table_in_which_words_are_set_again_is_lost_all_the_same(words: list[int]) -> None:
+    image = wiped_table_of_what_was_cut_off()
+    for number, word in enumerate(words):
+        image.set_word(image.l2_table(2) + 8 * (300 + number), word)
+    assert triage(image).losses.behind == PER_TABLE
+    assert triage(image).losses.missing == PER_TABLE * CLUSTER
+
+
+def test_a_table_with_a_cluster_of_its_own_is_not_lost() -> None:
+    image = wiped_table_of_what_was_cut_off()
+    own = image.host_offset(0)
+    image.set_word(image.l2_at(0), 0)
+    image.set_word(image.l2_table(2), own | entries.COPIED)
+    assert triage(image).losses.behind == 0
+
+
+def test_an_entry_that_is_gone_led_behind_the_end_of_a_file_that_is_cut_off() -> None:
+    image = disk().build()
+    past = image.host_clusters
+    for number, word in enumerate((past * CLUSTER | entries.COPIED, 0)):
+        image.set_refcount(image.host_offset(number) // CLUSTER, 0)
+        image.set_refcount(past + number, 1)
+        image.set_word(image.l2_at(number), word)
+    report = check_image(image.source)
+    assert report.cut_off is not None
+    assert not report.counters.leaks
+    assert triage_leaks(image.source, report).losses.missing == CLUSTER
+
+
+def test_a_table_that_is_cut_off_explains_what_is_counted_behind_the_end() -> None:
+    image = disk().build()
+    past = image.host_clusters
+    for cluster in range(past, past + 3):
+        image.set_refcount(cluster, 1)
+    for offset in (image.l2_table(2), *map(image.host_offset, image.mapped(2))):
+        image.set_refcount(offset // CLUSTER, 0)
+    image.set_word(image.l1_at(2), past * CLUSTER | entries.COPIED)
+    assert check_image(image.source).cut_off is not None
+    assert triage(image).losses.behind == 0
+
+
+def test_a_table_that_was_lost_behind_the_end_of_the_disk_had_nothing_of_it() -> None:
+    image = wiped_table_of_what_was_cut_off()
+    image.change_header(size=2 * image.geometry.l2_coverage)
+    image.set_word(image.l2_at(0), (image.host_clusters + PER_TABLE) * CLUSTER | entries.COPIED)
+    image.set_refcount(image.host_clusters + PER_TABLE, 1)
+    assert check_image(image.source).cut_off is not None
+    assert triage(image).losses.behind == 0
+
+
+def test_an_l1_table_that_is_cut_off_is_not_missing_itself() -> None:
+    image = wiped_table_of_what_was_cut_off()
+    past = image.host_clusters + PER_TABLE
+    image.data += image.data[image.header.l1_table_offset :][:8]
+    image.change_header(l1_table_offset=len(image.data) - 8)
+    assert len(image.data) % CLUSTER == 8
+    image.set_refcount(past, 1)
+    assert triage(image).losses.behind <= PER_TABLE
 
 
 def test_what_is_known_to_lead_behind_the_end_is_not_missing_as_well() -> None:
@@ -805,3 +883,93 @@ def test_a_block_that_the_table_leads_to_twice_counts_nothing_behind_the_end() -
     alone = triage(image).losses.missing
     image.set_word(image.reftable_at(150), image.refblock(0))
     assert triage(image).losses.missing == alone == PER_TABLE * CLUSTER
+
+
+# ---- what stray entries make up for ----
+
+
+@pytest.mark.parametrize("length", [0, 2 * CLUSTER])
+def test_what_a_stray_entry_leads_to_has_lost_its_reference(length: int) -> None:
+    """One that is misaligned, or a compressed cluster of more than a cluster."""
+    image = disk().build()
+    lost = image.host_offset(image.geometry.l2_entries)
+    wipe(image, image.l2_table(1))
+    sectors = length // 512 - 1 << image.geometry.compressed_shift
+    word = lost | entries.COMPRESSED | sectors if length else lost + 512 | entries.COPIED
+    image.set_word(image.l2_table(1) + 8 * 300, word)
+    assert check_image(image.source).counters.leaks < PER_TABLE
+    assert triage(image).losses.missing == PER_TABLE * CLUSTER
+
+
+def shared_and_lost() -> Image:
+    """The disk's own table is gone; a snapshot has what it led to, counted for both."""
+    builder = disk()
+    builder.take_snapshot("one")
+    for cluster in (5, 600):
+        builder.write(cluster, b"of its own")
+    image = builder.build()
+    wipe(image, image.l2_table(1))
+    return image
+
+
+def test_an_entry_elsewhere_makes_up_for_the_reference_that_is_lost() -> None:
+    image = shared_and_lost()
+    before = triage(image).losses.missing
+    shared = image.word(image.l2_at(image.geometry.l2_entries, 0)) & entries.L2_OFFSET
+    image.set_word(image.l2_at(100), shared)
+    assert triage(image).losses.missing == before == (PER_TABLE + 1) * CLUSTER
+
+
+def test_two_owners_that_both_are_counted_have_lost_nothing_where_no_table_is() -> None:
+    """As a repair by QEMU leaves it."""
+    image = disk().build()
+    host = image.host_offset(0)
+    image.set_refcount(host // CLUSTER, 2)
+    for cluster in (0, 100):
+        image.set_word(image.l2_at(cluster), host)
+    lost = image.host_offset(1)
+    image.set_word(image.l2_at(1), 0)
+    assert image.refcount(lost // CLUSTER) == 1
+    assert triage(image).losses.missing == CLUSTER
+
+
+def test_what_one_bit_that_was_set_leads_to_is_suspect() -> None:
+    image = wiped_table()
+    free = next(bit for bit in range(12, 40) if image.refcount((1 << bit) // CLUSTER) == 1)
+    image.set_word(image.l2_at(200), 1 << free)
+    assert (200 * CLUSTER, CLUSTER) in suspect_ranges(image)
+    assert 1 << free < len(image.data)
+
+
+def test_subclusters_that_read_as_zeros_are_no_stray_words() -> None:
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=14, extended_l2=True)
+    builder.write_subclusters(3, b"", 0, 1)
+    image = builder.build()
+    strays = Strays(image.source, check_image(image.source))
+    words, bitmaps = np.zeros((1, 2), dtype=np.uint64), np.array([[1 << 32, 1]], dtype=np.uint64)
+    assert strays.wrong(words, bitmaps, bitmaps != 0).tolist() == [[False, True]]
+
+
+def test_one_bit_is_an_entry_where_a_snapshot_has_the_cluster_too() -> None:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(600, b"of its own")
+    image = builder.build()
+    words = [image.word(image.l2_at(cluster)) for cluster in range(PER_TABLE)]
+    assert any(word.bit_count() == 1 for word in words)
+    wipe(image, image.l2_table(1))
+    assert suspect_ranges(image) == []
+
+
+# ---- what was not counted yet ----
+
+
+@pytest.mark.parametrize("is_dirty", [True, False])
+def test_what_lies_where_a_file_grew_was_not_counted_yet_if_it_is_dirty(is_dirty: bool) -> None:
+    image = disk().build()
+    if is_dirty:
+        bits = image.header.incompatible_features | Incompatible.DIRTY
+        image.change_header(incompatible_features=bits)
+    wipe(image, image.l2_table(1))
+    image.data += random.Random(7).randbytes(2 * CLUSTER) + bytes(CLUSTER)
+    assert triage(image).losses.missing == (PER_TABLE + 2 * is_dirty) * CLUSTER
