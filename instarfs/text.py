@@ -11,6 +11,7 @@ but the blank (U+2028), nothing that is not assigned, no surrogate.
     a command for bash              `shell_path`   quoted        $'\x1b'            never a word
     JSON                            `json_text`    ASCII, \u    \u; U+FFFD for     never a string
                                                                  a broken byte
+    SVG, after `printable`          `markup`       &lt; &quot;                     never a tag
 
 `text_lines` is `printable` for all lines of a text.
 """
@@ -37,6 +38,18 @@ def printable(text: str) -> str:
 def text_lines(lines: Iterable[str]) -> str:
     """A text of *lines*, each printable and ended."""
     return "".join(f"{printable(line)}\n" for line in lines)
+
+
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+
+
+def markup(text: str) -> str:
+    """*text* between tags of XML, or between double quotes in one.
+
+    Not by `xml.sax.saxutils`: with what it imports, a client of HTTP and what reads mail, a mount
+    takes another MiB.
+    """
+    return text.translate(_MARKUP)
 
 
 def shell_path(path: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,8 @@ from instarfs.cli.loading import Kept
 from instarfs.cli.naming import named
 from instarfs.cli.options import follow_option, undo_file_option
 from instarfs.cli.room import shortage_of
-from instarfs.daemon import descriptors
+from instarfs.daemon import background, descriptors
+from instarfs.daemon.broker import separated
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
@@ -21,6 +23,9 @@ from instarfs.image.file import Image
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import PREVIEWS, MountOptions
 from planner.errors import PlannerError
+
+if TYPE_CHECKING:
+    from instarfs.repair.run import Repairer
 
 
 @click.command(name="mount")
@@ -72,26 +77,20 @@ def command(
     follow = Follow((*directories, *options.follow), serving=True)
     check_mountpoint(directory)
     check_fuse(directory)
-    daemon = _process()
     descriptors.let_go_of(inherited)
     if foreground:
         log_to_stderr()
-        ready = daemon.nobody_waits
+        ready = background.nobody_waits
     else:
-        ready = daemon.to_background()
-        daemon.log_to_syslog()
+        ready = background.to_background()
+        background.log_to_syslog()
     # Its threads, which nothing here uses, would not be confined with the rest.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    with Kept():
-        from instarfs.daemon.broker import separated  # noqa: PLC0415
-
     with separated(opened, read_only=options.read_only):
-        # Not before the forks: numpy starts threads, and a fork takes only the calling one along.
-        with Kept():
-            from instarfs.daemon.serve import serve  # noqa: PLC0415
-            from instarfs.repair.run import Repairer  # noqa: PLC0415
-
-        repairer = partial(Repairer, keep_undo=keep_undo)
+        # Not before the forks: what is loaded by then the broker keeps in its memory, too; numpy
+        # starts threads, and a fork takes only the calling one along.
+        serve, make_repairer = _what_serves()
+        repairer = partial(make_repairer, keep_undo=keep_undo)
         try:
             code = serve(
                 opened,
@@ -108,17 +107,19 @@ def command(
     sys.exit(code)
 
 
-def _process() -> ModuleType:
-    """`instarfs.daemon.process`, imported only now: its absence is a message, not a crash.
+def _what_serves() -> tuple[Callable[..., int], type[Repairer]]:
+    """`serve` and `Repairer`, imported only now: their absence is a message, not a crash.
 
     Raises:
         FuseNotInstalled: what only a mount needs is not there.
     """
-    try:
-        with Kept():
-            from instarfs.daemon import process  # noqa: PLC0415
-    except ImportError as error:
-        if shortage_of(error) is not None:
-            raise
-        raise FuseNotInstalled(str(error)) from error
-    return process
+    with Kept():
+        try:
+            import instarfs.daemon.process  # noqa: F401, PLC0415 - with trio and pyfuse3
+        except ImportError as error:
+            if shortage_of(error) is not None:
+                raise
+            raise FuseNotInstalled(str(error)) from error
+        from instarfs.daemon.serve import serve  # noqa: PLC0415
+        from instarfs.repair.run import Repairer  # noqa: PLC0415
+    return serve, Repairer

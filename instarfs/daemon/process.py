@@ -1,29 +1,22 @@
-"""The process behind a mount: to the background, readiness, signals, the log, and the end.
+"""The process behind a mount: mounting, signals, and the end.
 
-Everything about the life of that process lives here. What it serves is handed to it; this file
-does not know what an image is.
+Everything about the life of that process lives here, but for how it came into the background. What
+it serves is handed to it; this file does not know what an image is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import signal
-import socket
-import sys
-import syslog
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import NoReturn
 
 import pyfuse3
 import trio
 
-from instarfs.daemon.logs import log_to
 from instarfs.errors import MountFailed
 from instarfs.image.linux import limit_arenas
 from instarfs.mount.mountpoint import STOP_COMPUTING, ReadAhead, Unmounter, follow_no_links
@@ -216,82 +209,3 @@ def _captured_stderr(captured: int) -> Iterator[Callable[[], str]]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def nobody_waits() -> None:
-    """What a mount in the foreground calls when it is ready."""
-
-
-# ---- to the background ----
-
-
-def to_background() -> Callable[[], None]:
-    """Fork. Returns in the child only, with what the child calls once it is ready.
-
-    The parent waits for that and exits with 0, or with the child's exit code should it end first;
-    until then the child's stderr is the caller's. To be called before there are threads.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        _wait_for(child, reader)
-    os.close(reader)
-    return functools.partial(_detach, writer, os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-
-
-def _wait_for(child: int, reader: int) -> NoReturn:
-    if os.read(reader, 1):
-        sys.exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    sys.exit(code if code >= 0 else 128 - code)
-
-
-def _detach(writer: int, null: int) -> None:
-    """Leave the caller's session and terminal, and tell it that all is well.
-
-    Opens nothing: by now the process may not. Raises BrokenPipeError when the caller has gone.
-    """
-    os.setsid()
-    for standard in range(3):
-        os.dup2(null, standard)
-    os.close(null)
-    os.write(writer, b"\0")
-    os.close(writer)
-
-
-# ---- the log ----
-
-
-def log_to_syslog(address: str = "/dev/log") -> None:
-    """For a mount in the background. *address*: where the program listens that keeps the log."""
-    log_to(_SyslogHandler(address), "%(message)s")
-
-
-class _SyslogHandler(logging.Handler):
-    """To syslog, one message a line of a traceback, by a socket that is made here and never again.
-
-    syslog(3) makes another one when whoever listens was started anew, which a mount may not. This
-    one is connected to nobody: each message looks for the address. Nobody there, or nobody who
-    reads: nothing is logged, and readers of the mount do not wait.
-    """
-
-    def __init__(self, address: str) -> None:
-        super().__init__()
-        self._address = address
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = (
-            syslog.LOG_ERR
-            if record.levelno >= logging.ERROR
-            else syslog.LOG_WARNING
-            if record.levelno >= logging.WARNING
-            else syslog.LOG_INFO
-        )
-        # As syslog(3) writes it (RFC 3164, but for the host).
-        begin = f"<{syslog.LOG_DAEMON | level}>{time.strftime('%b %e %T')} instarfs[{os.getpid()}]:"
-        for line in self.format(record).split("\n"):
-            with contextlib.suppress(OSError):
-                self._socket.sendto(f"{begin} {line}".encode(), self._address)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
 from instarfs.render.clusters import TORN, findings_label
 from instarfs.render.info import size_text
-from instarfs.text import printable
+from instarfs.text import markup, printable
 from planner.arrays import I64, Mask
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
@@ -218,8 +217,8 @@ def _document(name: str, description: str, height: int, lines: list[str]) -> byt
     edge = f'width="{WIDTH - 2}" height="{height - 2}" rx="10" fill="#fdfdfb" stroke="#c9c9c4"'
     head = [
         f'<svg xmlns="{SVG}" {size} role="img" aria-labelledby="t d">',
-        f'<title id="t">{escape(name)}</title>',
-        f'<desc id="d">{escape(printable(description))}</desc>',
+        f'<title id="t">{markup(name)}</title>',
+        f'<desc id="d">{markup(printable(description))}</desc>',
         f"<style>{_STYLE}</style>",
         f"<defs>{_PATTERNS}</defs>",
         f'<rect x="1" y="1" {edge}/>',
@@ -230,7 +229,7 @@ def _document(name: str, description: str, height: int, lines: list[str]) -> byt
 
 def _text(x: float, y: float, content: str, style: str = "") -> str:
     chosen = f' class="{style}"' if style else ""
-    return f'<text x="{x:g}" y="{y:g}"{chosen}>{escape(content)}</text>'
+    return f'<text x="{x:g}" y="{y:g}"{chosen}>{markup(content)}</text>'
 
 
 def _metadata(atlas: Atlas, totals: dict[tuple[int, int], int]) -> str:
@@ -240,7 +239,7 @@ def _metadata(atlas: Atlas, totals: dict[tuple[int, int], int]) -> str:
         key = owner_label(uses), findings_label(findings)
         sums[key] = sums.get(key, 0) + amount
     rows = "".join(
-        f"<total owner={quoteattr(owner)} finding={quoteattr(finding)} bytes='{amount}'/>"
+        f'<total owner="{markup(owner)}" finding="{markup(finding)}" bytes=\'{amount}\'/>'
         for (owner, finding), amount in sorted(sums.items())
     )
     return (
@@ -292,7 +291,7 @@ def _cells(grid: Grid, pitch: int) -> Iterator[str]:
     for area in sorted(paths):
         label, colour = _AREAS[area]
         shape = "".join(paths[area])
-        yield f'<path d="{shape}" fill="{colour}"><title>{escape(label)}</title></path>'
+        yield f'<path d="{shape}" fill="{colour}"><title>{markup(label)}</title></path>'
     if marks:
         shape = "".join(marks)
         yield f'<path d="{shape}" fill="none" stroke="#fff" stroke-width="4" opacity=".75"/>'

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 from collections.abc import Iterator
+from xml.etree import ElementTree as ET
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from instarfs.text import (
     json_bytes,
     json_parts,
     json_text,
+    markup,
     printable,
     shell_path,
     text_lines,
@@ -168,3 +170,9 @@ def test_a_name_as_long_as_an_image_can_have_it() -> None:
     assert brief_name(b"a" * 65535) == "a" * SHORT + "..."
     assert brief_name("日".encode() * SHORT) == "日" * SHORT
     assert brief_name("日".encode() * (SHORT + 1)) == "日" * SHORT + "..."
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"])))
+def test_a_reader_of_markup_has_the_text_again(text: str) -> None:
+    element = ET.fromstring(f'<a b="{markup(text)}">{markup(text)}</a>')  # noqa: S314
+    assert (element.text or "", element.get("b")) == (text, text)

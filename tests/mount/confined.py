@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from instarfs.daemon import broker
-from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
@@ -251,7 +251,5 @@ if UID:
     os.setresuid(UID, UID, UID)
 follow = Follow([str(FOLLOWED.parent)], serving=True)
 with broker.separated(image):
-    code = session.serve(
-        image, DIRECTORY, MountOptions(), daemon.nobody_waits, follow=follow, check=check
-    )
+    code = session.serve(image, DIRECTORY, MountOptions(), nobody_waits, follow=follow, check=check)
 sys.exit(code)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import NoReturn
 
 from instarfs.daemon import process as daemon
+from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.inspect.shared_value import Edition
@@ -68,4 +69,4 @@ operations = Operations(
     ROOT, lambda: Facts(size=0, mtime_ns=0), Ownership(os.getuid(), os.getgid())
 )
 service = daemon.Service(operations, cancel=lambda: None)
-sys.exit(daemon.run(lambda: nullcontext(service), sys.argv[1], set(), ready=daemon.nobody_waits))
+sys.exit(daemon.run(lambda: nullcontext(service), sys.argv[1], set(), ready=nobody_waits))

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from instarfs.daemon import broker
-from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.image.file import Image
@@ -56,5 +56,5 @@ vars(tree)["explain_host"] = explain
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):
-    code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits, check=check)
+    code = session.serve(image, DIRECTORY, MountOptions(), nobody_waits, check=check)
 sys.exit(code)

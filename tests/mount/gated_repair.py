@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from instarfs.daemon import broker
-from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.image.file import Image
 from instarfs.mount.options import MountOptions
@@ -52,6 +52,6 @@ log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):
     code = session.serve(
-        image, DIRECTORY, MountOptions(), daemon.nobody_waits, make_repairer=make_repairer
+        image, DIRECTORY, MountOptions(), nobody_waits, make_repairer=make_repairer
     )
 sys.exit(code)

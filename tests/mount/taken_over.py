@@ -11,8 +11,8 @@ import pyfuse3
 from pyfuse3 import InodeT, RequestContext
 
 from instarfs.daemon import broker
-from instarfs.daemon import process as daemon
 from instarfs.daemon import serve as session
+from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.image.file import Image
 from instarfs.mount import operations
@@ -43,5 +43,5 @@ vars(session)["Operations"] = Operations
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):
-    code = session.serve(image, DIRECTORY, MountOptions(), daemon.nobody_waits)
+    code = session.serve(image, DIRECTORY, MountOptions(), nobody_waits)
 sys.exit(code)

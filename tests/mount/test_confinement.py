@@ -271,6 +271,16 @@ def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> N
     assert "not given up" not in it.log
 
 
+def test_a_broker_has_nothing_loaded_of_what_reads_and_serves(
+    mount: MakeMount, image: Path
+) -> None:
+    """What is loaded when it is forked it keeps, and it needs none of that."""
+    maps = Path(f"/proc/{broker_of(mount(image))}/maps").read_text()
+    assert "python" in maps
+    for library in ("numpy", "pyfuse3", "libfuse", "libssl", "zlib_ng"):
+        assert library not in maps
+
+
 def test_a_broker_holds_the_directory_and_nothing_else(mount: MakeMount, image: Path) -> None:
     process = Path(f"/proc/{broker_of(mount(image))}")
     opened = [str(path.readlink()) for path in (process / "fd").iterdir()]

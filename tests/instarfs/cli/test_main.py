@@ -52,6 +52,17 @@ def test_a_plain_check_loads_nothing_of_repairs(tmp_path: Path) -> None:
     assert not loaded & (unwanted | {"planner.repair", "numpy.ma", "rich", "trio"})
 
 
+def test_what_serves_a_mount_loads_nothing_of_networks_nor_markup() -> None:
+    """It stays in the memory of every mount: a client of HTTP, and what it needs, a MiB of it."""
+    program = "import sys, instarfs.daemon.serve; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert "instarfs.render.map" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & {"http", "xml", "html", "asyncio"}
+    assert "urllib.request" not in loaded
+
+
 def test_version() -> None:
     done = instarfs("--version")
     assert (done.returncode, done.stdout) == (0, f"instarfs {version('instarfs')}\n")

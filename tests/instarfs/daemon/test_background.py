@@ -1,4 +1,4 @@
-"""The log of instarfs.daemon.process, by a process that may make no socket any more.
+"""The log of instarfs.daemon.background, by a process that may make no socket any more.
 
 What such a process gives up never comes back, so it is one of its own, and told what to log.
 """
@@ -18,9 +18,9 @@ from tests.mount.mounts import environment
 PROGRAM = """
 import logging, sys
 from instarfs.image.file import Image
-from instarfs.daemon import confinement, process as daemon
+from instarfs.daemon import background, confinement
 
-daemon.log_to_syslog(sys.argv[1])
+background.log_to_syslog(sys.argv[1])
 confinement.Confinement.of_daemon(Image.open(sys.argv[2])).enforce()
 for line in sys.stdin:
     level, _, text = line.rstrip().partition(" ")
