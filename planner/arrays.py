@@ -72,18 +72,43 @@ def is_among(values: I64, ascending: I64) -> Mask:
     return result
 
 
+def is_any_of(values: I64, others: I64) -> Mask:
+    """As `is_among`, of *others* in any order."""
+    return is_among(values, distinct(others))
+
+
 def distinct(values: I64) -> I64:
     """The values of a 1-D array without repeats, ascending.
 
     As np.unique gives them, which loads all of numpy.ma to ask whether they are masked: that takes
-    longer than to check a small image.
+    longer than to check a small image. Most columns are in order by then.
     """
-    return without_repeats(np.sort(values))
+    is_ascending = (values[1:] >= values[:-1]).all()
+    return without_repeats(values if is_ascending else np.sort(values))
+
+
+def distinct_columns(columns: I64) -> tuple[I64, I64]:
+    """The columns of a 2-D array without repeats, ascending, and which of them each column is.
+
+    As np.unique gives them along an axis, which takes three times as long to sort whole columns.
+    """
+    order = np.lexsort(columns[::-1])
+    ordered = columns[:, order]
+    first = np.ones(len(order), dtype=np.bool_)
+    first[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
+    which = np.empty(len(order), dtype=np.int64)
+    which[order] = np.cumsum(first) - 1
+    return ordered[:, first], which
 
 
 def union(one: I64, other: I64) -> I64:
     """What is in *one* or in *other*, ascending, each once; *other* is in order."""
-    return distinct(np.concatenate((one, other))) if len(one) else other
+    return merged(one, other) if len(one) else other
+
+
+def merged(*columns: I64) -> I64:
+    """What is in any of *columns*, ascending, each once; in the least time if they are in order."""
+    return without_repeats(np.sort(np.concatenate(columns), kind="stable"))
 
 
 def without_repeats(ascending: I64) -> I64:

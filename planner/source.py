@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, expand_ranges
 from planner.errors import ReadFailed
 
 SECTOR = 512
@@ -38,6 +38,9 @@ MAX_SPAN_BYTES = 8 << 20
 
 READ_ANYWAY_BYTES = 256 << 20
 """Below this, reading zeros out of holes is cheaper than asking where the holes are."""
+
+MAX_EXTENTS = 1 << 10
+"""Asked for at a time, where tables lie in most of them."""
 
 READABLE_END = (1 << 63) - (1 << 30)
 """No file reaches further (QEMU's BDRV_MAX_LENGTH): a read there is an error, not zeros."""
@@ -261,24 +264,30 @@ def present_tables(
 
     Tables in holes and past the end are all zeros and need not be read: so the work of a check is
     bounded by the bytes that are there, not by what a table claims. Leaps from table to extent to
-    table, so that neither many tables nor many extents cost more than the fewer of the two. If all
-    have no more than *anyway* bytes together, by default `READ_ANYWAY_BYTES`, nothing is asked, and
-    all of them may.
+    table, so that neither many tables nor many extents cost more than the fewer of the two; as long
+    as most extents have a table, more and more of them are asked for at a time. If all have no more
+    than *anyway* bytes together, by default `READ_ANYWAY_BYTES`, nothing is asked, and all of them
+    may.
     """
     count = len(offsets)
     if count * table_bytes <= (READ_ANYWAY_BYTES if anyway is None else anyway):
         return np.ones(count, dtype=np.bool_)
     present = np.zeros(count, dtype=np.bool_)
     end_of_last = int(offsets[-1]) + table_bytes
-    index = 0
+    index, number = 0, 1
     while index < count:
         position = int(offsets[index])
-        extent = next(iter(source.data_extents(position, end_of_last - position)), None)
-        if extent is None:
+        some = source.data_extents(position, end_of_last - position)
+        extents = np.array(list(itertools.islice(some, number)), dtype=np.int64).reshape(-1, 2)
+        if not len(extents):
             break
-        low = max(index, int(np.searchsorted(offsets, extent[0] - table_bytes, side="right")))
-        index = max(low, int(np.searchsorted(offsets, extent[1], side="left")))
-        present[low:index] = True
+        low = np.searchsorted(offsets, extents[:, 0] - table_bytes, side="right")
+        high = np.searchsorted(offsets, extents[:, 1], side="left")
+        low = np.maximum(low, index)
+        hit = np.flatnonzero(low < high)
+        present[expand_ranges(low[hit], high[hit] - 1)] = True
+        index = max(int(low[-1]), int(high[-1]))
+        number = min(2 * number, MAX_EXTENTS) if len(hit) * 4 >= len(extents) else 1
     return present
 
 

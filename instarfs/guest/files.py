@@ -6,6 +6,7 @@ guest's bytes, which are read through the mapping as it is.
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,9 @@ from planner.triage.guest_damage import guest_damage, missing_places
 from planner.triage.impact import Harm, Impact, Ranges, guest_impact
 from planner.triage.triage import Triage
 
+MAX_KEPT = 1 << 18
+"""Extents of a disk that are kept for who asks again: 4 MiB."""
+
 
 class DiskUnread(ReadFailed):
     """Bytes of a guest's disk that cannot be read."""
@@ -51,7 +55,8 @@ class DiskSource:
 
     def __init__(self, disk: Disk, work: Work) -> None:
         self._disk, self._work = disk, work
-        self._found = _Found(0, 0, *_nothing())
+        self._found: list[_Found] = []  # Ascending by where they start.
+        self._kept = 0
 
     @property
     def size(self) -> int:
@@ -74,13 +79,11 @@ class DiskSource:
         return join_extents(self._extents(offset, min(offset + length, self.size)))
 
     def _extents(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
-        """From what was found last, as long as that goes on: who leaps along asks very often."""
+        """From what was found before: who leaps along asks very often, and others ask again."""
         position = offset
         try:
             while position < end:
-                if not self._found.start <= position < self._found.end:
-                    self._find(position)
-                found = self._found
+                found = self._known(position) or self._find(position)
                 at = int(np.searchsorted(found.stops, position, side="right"))
                 while at < len(found.starts) and found.starts[at] < end:
                     yield max(position, int(found.starts[at])), min(end, int(found.stops[at]))
@@ -89,19 +92,33 @@ class DiskSource:
         except (ImageReadFailed, ImageError):
             yield position, end
 
-    def _find(self, position: int) -> None:
+    def _known(self, position: int) -> _Found | None:
+        """What was found from *position* on; None: nothing by now."""
+        at = bisect_right(self._found, position, key=lambda found: found.start) - 1
+        is_known = at >= 0 and position < self._found[at].end
+        return self._found[at] if is_known else None
+
+    def _find(self, position: int) -> _Found:
         """Find what there is from *position* on, as far as that is known at once."""
+        found = self._look(position)
+        if self._kept > MAX_KEPT:
+            self._found.clear()
+            self._kept = 0
+        insort(self._found, found, key=lambda each: each.start)
+        self._kept += 1 + len(found.starts)
+        return found
+
+    def _look(self, position: int) -> _Found:
         start = self._disk.start
         rows = next(extents(self._stratum, start + position, start + self.size), None)
         if rows is None:  # behind the end of what the disk lies in
-            self._found = _Found(position, self.size, *_nothing())
-            return
+            return _Found(position, self.size, *_nothing())
         self._work.extents(len(rows))
         # What is damaged too: that it cannot be read is to be seen.
         some = (rows.data & ~rows.zero) | (rows.flaw != Flaw.NONE)
         low = rows.start[some] - start
         end = int(rows.start[-1] + rows.length[-1]) - start
-        self._found = _Found(position, end, low, low + rows.length[some])
+        return _Found(position, end, low, low + rows.length[some])
 
     @cached_property
     def _stratum(self) -> Stratum:

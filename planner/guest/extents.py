@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask, expand_ranges
+from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges, is_any_of
 from planner.guest.mapping import Mapping, RunKind, Runs
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2.entries import NO_HOST
@@ -181,7 +181,7 @@ def _through(rows: Extents, missing: Mask, beneath: Stratum, depth: int) -> Iter
         return
     under = Extents.concatenate(list(_extents_of(beneath, low, high, depth + 1)))
     # Where the disk beneath ends, the hole is one of the disk above.
-    starts = np.unique(np.concatenate((rows.start, under.start, [min(high, end - 1)])))
+    starts = distinct(np.concatenate((rows.start, under.start, [min(high, end - 1)])))
     above, below = rows.split(starts, end), under.split(np.maximum(starts, low), high)
     from_below = missing[np.searchsorted(rows.start, starts, side="right") - 1] & (starts < high)
     mixed = Extents.concatenate([above, below])
@@ -228,9 +228,9 @@ def _with_holes(rows: Extents, data: Source) -> Extents:
     holes = np.concatenate(((low + shift)[is_open], ends[ends < (high + shift)[row]]))
     end = int(rows.start[-1] + rows.length[-1])
     breaks = np.concatenate((begins, ends, holes))
-    every = np.unique(np.concatenate((rows.start, breaks[breaks < end])))
+    every = distinct(np.concatenate((rows.start, breaks[breaks < end])))
     broken = rows.split(every, end)
-    return replace(broken, zero=broken.zero | np.isin(every, holes))
+    return replace(broken, zero=broken.zero | is_any_of(every, holes))
 
 
 def _held_extents(data: Source, low: I64, high: I64) -> tuple[I64, I64]:

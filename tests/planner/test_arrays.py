@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from planner.arrays import is_among, join_ranges
+from planner.arrays import distinct_columns, is_among, is_any_of, join_ranges, merged
 
 
 def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
@@ -27,3 +27,20 @@ def test_what_is_among_others_is_told_as_numpy_does(seed: int, cases: int) -> No
         values = rng.integers(0, 50, int(rng.integers(0, most)))
         ascending = np.unique(rng.integers(0, 50, int(rng.integers(0, most))))
         assert np.array_equal(is_among(values, ascending), np.isin(values, ascending))
+        others = rng.integers(0, 50, int(rng.integers(0, most)))
+        assert np.array_equal(is_any_of(values, others), np.isin(values, others))
+
+
+def test_columns_without_repeats_are_those_of_numpy(seed: int, cases: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(cases // 10):
+        columns = rng.integers(0, 3, (4, int(rng.integers(1, 40))))
+        found, which = distinct_columns(columns)
+        expected, inverse = np.unique(columns, axis=1, return_inverse=True)
+        assert np.array_equal(found, expected)
+        assert np.array_equal(which, inverse.reshape(-1))
+
+
+def test_merged_columns_are_a_union() -> None:
+    parts = [np.array(part, dtype=np.int64) for part in ([1, 4, 4], [], [0, 4, 9])]
+    assert merged(*parts).tolist() == [0, 1, 4, 9]
