@@ -21,7 +21,7 @@ def used_clusters(report: Report, *, stored: bool = True) -> I64:
         return np.zeros(0, dtype=np.int64)
     used = mismatches.counted != 0
     if stored:
-        used |= mismatches.stored != 0
+        used |= mismatches.stored[:] != 0
     return mismatches.index.clusters_of(np.flatnonzero(used))
 
 

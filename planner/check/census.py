@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.check.entry_findings import EntryFindingsBuilder
-from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
+from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex, Tally
 from planner.metadata.mapping_tables import Batch, L2Tables
 from planner.qcow2.layout import Layout
 
@@ -54,6 +54,12 @@ class Census:
         if self.mapped is not self.references and not batch.sibling:
             targets.append((self.mapped, 1))
         return targets
+
+    def count(self, batch: Batch, slots: I64) -> None:
+        """Count *slots*, with repeats, that entries of a batch map data in."""
+        tally = Tally.of(slots)
+        for counts, amount in self.targets(batch):
+            counts.add_tally(tally, amount)
 
     def mapped_twice(self, slots: slice) -> Mask:
         """Which of *slots* hold data of two guest clusters, other than compressed data alone."""

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, without_repeats
+from planner.arrays import I64, is_any_of, without_repeats
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.errors import ParseFailed
@@ -49,7 +49,7 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
     claims = _Claims(source, report, layout, mismatches)
     of_refcounts = np.isin(report.owners.structure, list(_OWN))
     claimed = without_repeats(report.owners.cluster[of_refcounts])
-    for cluster in claimed[np.isin(claimed, contested.host_offset >> bits)].tolist():
+    for cluster in claimed[is_any_of(claimed, contested.host_offset >> bits)].tolist():
         owners = report.owners.of(cluster, limit=_OWNERS_WEIGHED)
         own = [owner for owner in owners if owner.structure in _OWN]
         others = (owner for owner in owners if owner.structure not in _OWN)

@@ -254,7 +254,7 @@ class _Suspects:
             return mismatches
         counted = mismatches.counted.copy()
         if self.drops_leaks:
-            counted = np.maximum(counted, mismatches.stored)
+            counted = np.maximum(counted, mismatches.stored[:])
         slots = mismatches.index.slots_of(self.clusters[~self.is_low])
         counted[slots] = mismatches.stored[slots]
         return replace(mismatches, counted=counted)

@@ -50,16 +50,16 @@ class EntryCounter:
         bitmap = None if bitmaps is None else bitmaps[odd]
         entry = L2Columns.of(words[odd], bitmap, self._census.layout, self._stored)
         self._judge(batch, positions[odd], entry)
-        slots = self._census.index.slots_of(clusters[plain])
+        clusters[odd] = 0  # which has a slot, so that all can be looked up together
+        slots = self._census.index.slots_of(clusters)
         if batch.copied:
-            self._judge_copied(batch, positions, words, (plain, slots), entry)
+            self._judge_copied(batch, positions, words, slots, (odd, entry))
         if batch.active:
             offset, has_data = clusters << self._geometry.cluster_bits, plain.copy()
             offset[odd], has_data[odd] = entry.offset, entry.has_cluster
             self._count_guest(batch, positions[has_data], offset[has_data], entry)
         self._count_references(batch, entry)
-        for counts, amount in self._census.targets(batch):
-            counts.add(slots, amount)
+        self._census.count(batch, slots[plain])
 
     def _plain(self, words: U64, bitmaps: U64 | None) -> tuple[Mask, I64]:
         """Which map a whole aligned cluster inside this file, and the clusters of those."""
@@ -89,22 +89,25 @@ class EntryCounter:
         batch: Batch,
         positions: I64,
         words: U64,
-        plain: tuple[Mask, I64],
-        odd: L2Columns,
+        slots: I64,
+        odd: tuple[I64, L2Columns],
     ) -> None:
         """Report wrong COPIED flags of all entries together: neighbours are one finding.
 
-        *plain*: which of them are, and the slots of those; *odd*: the others.
+        *slots*: of the clusters of plain ones; *odd*: which the others are, and these.
         """
-        is_plain, slots = plain
         copied = words >= np.uint64(entries.COPIED)
-        is_one, unreadable = self._stored.values[slots] == 1, self._stored.unreadable_slots(slots)
-        wrong = np.zeros(len(words), dtype=np.bool_)
-        wrong[is_plain] = contradicts_refcount(copied[is_plain], is_one, unreadable)
-        wrong[~is_plain] = odd.copied_is_wrong
-        if wrong.any():
-            where = batch.positions(positions[wrong], self._width)
-            self._census.findings.add(FindingKind.L2_COPIED, where, copied[wrong])
+        is_one, unreadable = (
+            self._stored.values.are_one(slots),
+            self._stored.unreadable_slots(slots),
+        )
+        wrong = contradicts_refcount(copied, is_one, unreadable)
+        at, others = odd
+        wrong[at] = others.copied_is_wrong
+        at = np.flatnonzero(wrong)
+        if len(at):
+            where = batch.positions(positions[at], self._width)
+            self._census.findings.add(FindingKind.L2_COPIED, where, copied[at])
 
     def _count_guest(self, batch: Batch, positions: I64, offset: I64, odd: L2Columns) -> None:
         """Add to the guest's counters; in each table fragmentation begins anew.
@@ -113,8 +116,9 @@ class EntryCounter:
         """
         guest, packed = self._census.guest, odd.is_counted & odd.is_compressed
         compressed = batch.active * int(np.count_nonzero(packed))
-        table = positions // self._width
-        jumps = (np.diff(offset) != self._geometry.cluster_size) & (table[1:] == table[:-1])
+        jumps = np.diff(offset) != self._geometry.cluster_size
+        # Positions in two tables differ above the width, which is a power of two.
+        jumps &= (positions[1:] ^ positions[:-1]) < self._width
         guest.compressed += compressed
         guest.allocated += compressed + batch.active * len(offset)
         guest.fragmented += compressed + batch.active * int(np.count_nonzero(jumps))
@@ -127,9 +131,7 @@ class EntryCounter:
             slots = self._slots(entry, np.flatnonzero(inside & entry.is_compressed))
             census.references.add(slots, batch.weight)
             census.mark_compressed(slots)
-        slots = self._slots(entry, np.flatnonzero(inside & entry.has_cluster))
-        for counts, amount in census.targets(batch):
-            counts.add(slots, amount)
+        census.count(batch, self._slots(entry, np.flatnonzero(inside & entry.has_cluster)))
 
     def _slots(self, entry: L2Columns, which: I64) -> I64:
         """Slots of the clusters that entries touch, with repeats."""

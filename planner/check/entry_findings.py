@@ -181,7 +181,7 @@ class EntryFindings:
     def marks(self, kind: FindingKind, offsets: I64) -> Mask:
         """Which entries of the tables at *offsets* have findings of a kind; (tables, entries)."""
         width = self.geometry.l2_entries
-        change = np.zeros(len(offsets) * width + 1, dtype=np.int64)
+        marks: Mask = np.zeros(len(offsets) * width, dtype=np.bool_)
         table = np.searchsorted(self.tables.offset, offsets)
         table[table == len(self.tables)] = 0
         known = self.tables.offset[table] == offsets if len(self.tables) else offsets < 0
@@ -192,9 +192,9 @@ class EntryFindings:
             low, high = np.searchsorted(held.position, (table[rows] + np.array([[0], [1]])) * width)
             part = held.select(expand_ranges(low, high - 1))
             first = np.repeat(rows, high - low) * width + part.position % width
-            change[first] += 1
-            change[first + part.lengths()] -= 1
-        marks: Mask = np.cumsum(change[:-1]) != 0
+            if part.length is not None:
+                first = expand_ranges(first, first + part.lengths() - 1)
+            marks[first] = True
         return marks.reshape(len(offsets), width)
 
     def _tables_of(self, held: _Held) -> I64:

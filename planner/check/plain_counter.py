@@ -141,7 +141,7 @@ class PlainCounter:
         unfit = np.zeros(len(runs.first), dtype=np.bool_)
         columns = (runs.first.tolist(), runs.length.tolist(), runs.copied.tolist())
         for number, (slot, length, copied) in enumerate(zip(*columns, strict=True)):
-            is_one = stored[slot : slot + length] == 1
+            is_one = stored.are_one(slice(slot, slot + length))
             unfit[number] = not is_one.all() if copied else is_one.any()
         if unfit.any():
             self._check_slots(batch, *runs.select(unfit).entries())
@@ -187,7 +187,10 @@ class PlainCounter:
 
     def _check_slots(self, batch: Batch, positions: I64, slots: I64, copied: Mask) -> None:
         """Judge the COPIED flags of plain entries one by one."""
-        is_one, unreadable = self._stored.values[slots] == 1, self._stored.unreadable_slots(slots)
+        is_one, unreadable = (
+            self._stored.values.are_one(slots),
+            self._stored.unreadable_slots(slots),
+        )
         wrong = contradicts_refcount(copied, is_one, unreadable)
         if wrong.any():
             where = batch.positions(positions[wrong], self._width)

@@ -14,7 +14,7 @@ import numpy as np
 from planner.arrays import I64, U8, Counts, Mask, without_repeats
 from planner.findings.kinds import FindingKind, Findings, Structure, make_findings
 from planner.findings.runs import Columns, join_parts, merge_runs
-from planner.metadata.cluster_counters import ClusterIndex
+from planner.metadata.cluster_counters import ClusterIndex, NearOne
 from planner.qcow2.geometry import Geometry
 
 CHUNK = 1 << 18
@@ -29,7 +29,7 @@ class Mismatches:
 
     geometry: Geometry
     index: ClusterIndex
-    stored: Counts
+    stored: NearOne
     counted: Counts
     spans: tuple[tuple[int, int], ...]
 

@@ -642,11 +642,11 @@ class Owners:
         """The clusters all of whose owners are L1 tables, or all L2 tables."""
         if self.truncated or not len(self.cluster):
             return np.zeros(0, dtype=np.int64)
-        clusters, start = np.unique(self.cluster, return_index=True)
+        start = np.flatnonzero(np.append(True, self.cluster[1:] != self.cluster[:-1]))
         lowest = np.minimum.reduceat(self.structure, start)
         alike = lowest == np.maximum.reduceat(self.structure, start)
         alike &= (lowest == Structure.L1_TABLE) | (lowest == Structure.L2_TABLE)
-        found: I64 = clusters[alike]
+        found: I64 = self.cluster[start[alike]]
         return found
 
 

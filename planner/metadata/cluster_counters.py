@@ -6,6 +6,7 @@ in it; `ClusterCounts` holds one number a slot in the narrowest dtype that fits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,82 @@ class PagedIndex(ClusterIndex):
         return first + (slots & ((1 << PAGE_BITS) - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How often slots occur: once in ``single``, where these are many; ``times`` in ``slots``.
+
+    In both of them each slot is there once.
+    """
+
+    single: I64
+    slots: npt.NDArray[np.integer[Any]]
+    times: I64
+
+    @classmethod
+    def of(cls, slots: I64) -> Tally:
+        """Of *slots* in any order."""
+        nothing = np.zeros(0, dtype=np.int64)
+        step = np.diff(slots)
+        if (step > 0).all():
+            return cls(slots, nothing, nothing)
+        # Of a table that is damaged here and there most go on one after the other: those need not
+        # be sorted, if only the others are in disorder.
+        start = np.flatnonzero(np.append(True, step != 1))
+        length = np.diff(start, append=len(slots))
+        goes_on = np.repeat(length >= RUN, length)
+        single = slots[goes_on]
+        if len(single) * 2 > len(slots) and (np.diff(single) > 0).all():
+            slots = slots[~goes_on]
+        else:
+            single = nothing
+        # Half the width sorts in half the time.
+        narrow = slots.astype(np.uint32) if int(slots.max(initial=0)) < 1 << 32 else slots
+        ordered: npt.NDArray[np.integer[Any]] = np.sort(narrow)
+        first = np.ones(len(ordered), dtype=np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+        starts = np.flatnonzero(first)
+        return cls(single, ordered[starts], np.diff(starts, append=len(ordered)))
+
+
+class NearOne:
+    """One unsigned number a slot, most of which are 1: those take no memory.
+
+    Held is what differs from 1. Of a new array, which is zeros, the kernel gives no page before
+    something else is written to it.
+    """
+
+    def __init__(self, difference: Counts) -> None:
+        """*difference*: each number and 1, one or the other and not both, bit by bit."""
+        self._difference = difference
+
+    @classmethod
+    def of(cls, numbers: Counts) -> NearOne:
+        """These numbers."""
+        return cls(beside_one(numbers))
+
+    def __getitem__(self, at: slice | npt.NDArray[Any]) -> Counts:
+        return beside_one(self._difference[at])
+
+    def __len__(self) -> int:
+        return len(self._difference)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """Of the numbers."""
+        return self._difference.dtype
+
+    def are_one(self, at: slice | npt.NDArray[Any]) -> Mask:
+        """Which of the numbers *at* those slots are 1."""
+        are: Mask = self._difference[at] == 0
+        return are
+
+
+def beside_one(numbers: Counts) -> Counts:
+    """What `NearOne` holds in place of *numbers*; and of what it holds the numbers."""
+    held: Counts = np.bitwise_xor(numbers, numbers.dtype.type(1))
+    return held
+
+
 RUN = 4
 """From so many neighbours on it is no chance that they are."""
 
@@ -138,34 +215,16 @@ class ClusterCounts:
 
     def add(self, slots: I64, amount: int) -> None:
         """Add *amount* to each of *slots*, as often as it occurs."""
-        if not len(slots):
-            return
-        step = np.diff(slots)
-        if (step > 0).all():
-            self.add_distinct(slots, amount)
-            return
-        # Of a table that is damaged here and there most go on one after the other: those need not
-        # be sorted, if only the others are in disorder.
-        start = np.flatnonzero(np.append(True, step != 1))
-        length = np.diff(start, append=len(slots))
-        goes_on = np.repeat(length >= RUN, length)
-        runs = slots[goes_on]
-        if len(runs) * 2 > len(slots) and (np.diff(runs) > 0).all():
-            self.add_distinct(runs, amount)
-            slots = slots[~goes_on]
-        # Half the width sorts in half the time.
-        narrow = slots.astype(np.uint32) if len(self.values) < 1 << 32 else slots
-        ordered: npt.NDArray[np.integer[Any]] = np.sort(narrow)
-        first = np.empty(len(ordered), dtype=np.bool_)
-        first[0] = True
-        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
-        if first.all():
-            self.add_distinct(ordered, amount)
-            return
-        starts = np.flatnonzero(first)
-        times = np.diff(starts, append=len(ordered)) * amount
-        self._make_room(ordered[starts], int(times.max()))
-        self.values[ordered[starts]] += times.astype(self.values.dtype)
+        self.add_tally(Tally.of(slots), amount)
+
+    def add_tally(self, tally: Tally, amount: int) -> None:
+        """The same of slots that were tallied: as good as sorting them again for each counter."""
+        if len(tally.single):
+            self.add_distinct(tally.single, amount)
+        if len(tally.slots):
+            times = tally.times * amount
+            self._make_room(tally.slots, int(times.max()))
+            self.values[tally.slots] += times.astype(self.values.dtype)
 
     def _make_room(self, slots: slice | npt.NDArray[np.integer[Any]], amount: int) -> None:
         """Widen where adding *amount* to one of *slots* could wrap.

@@ -101,9 +101,9 @@ class GoneTables:
         wild |= offset > limit
         wild |= (offset == 0) & ((words & np.uint64(reserved)) != 0)
         if packed:
-            is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
-            start, _ = entries.compressed_ranges(words, geometry)
-            wild = np.where(is_packed, start > limit, wild)
+            at = np.nonzero(words & np.uint64(entries.COMPRESSED))
+            start, _ = entries.compressed_ranges(words[at], geometry)
+            wild[at] = start > limit
         return wild
 
     def _are_doubtful(self, rows: U8) -> Mask:

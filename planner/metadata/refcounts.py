@@ -10,12 +10,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U64, Counts, Mask, distinct
-from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex, fill_rows
+from planner.arrays import I64, U8, U64, Counts, Mask, distinct
+from planner.metadata.cluster_counters import (
+    PAGE_BITS,
+    ClusterIndex,
+    NearOne,
+    PagedIndex,
+    beside_one,
+    fill_rows,
+)
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.qcow2.refcounts import unpack_refcounts
+from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
 from planner.source import (
     READABLE_END,
     Source,
@@ -29,6 +36,9 @@ PIECE_BYTES = 4096
 """Of a block that is a hole to the greater part only what is there is looked at."""
 
 _PAGE = 1 << PAGE_BITS
+
+_WORD_BITS = 64
+"""As many refcounts as are in words of 64 bits, whatever their width."""
 
 
 class Reftable:
@@ -66,16 +76,22 @@ class StoredRefcounts:
         self.reftable = reftable
         self.entries_per_block = reftable.entries_per_block
         self.index = ClusterIndex(0)
-        self.values: Counts = np.zeros(0, dtype=np.uint8)
+        self.values = NearOne(np.zeros(0, dtype=np.uint8))
         self._unreadable_blocks = reftable.index[reftable.unreadable]
 
     def load_dense(self, clusters: int, meter: Meter) -> None:
         """Read the refcounts of clusters 0..clusters-1. *meter* is told of the bytes read."""
         per_block = self.entries_per_block
-        values: Counts = np.zeros((-(-clusters // per_block), per_block), dtype=np.uint8)
-        for rows, part in self._read_blocks(len(values), meter):
-            values = fill_rows(values, rows, part)
-        self.values = values.reshape(-1)[:clusters]
+        difference: Counts = np.zeros((-(-clusters // per_block), per_block), dtype=np.uint8)
+        is_known = np.zeros(len(difference), dtype=np.bool_)
+        for which, rows in self._read_blocks(len(difference), meter):
+            is_known[which] = True
+            # Of most blocks all refcounts are 1.
+            others = np.flatnonzero(~self._are_ones(rows))
+            part = unpack_refcounts(rows[others], self._layout.geometry.refcount_order)
+            difference = fill_rows(difference, which[others], beside_one(part))
+        difference[~is_known] = 1
+        self.values = NearOne(difference.reshape(-1)[:clusters])
         self.index = ClusterIndex(clusters)
 
     def metadata_present(self) -> int:
@@ -189,10 +205,17 @@ class StoredRefcounts:
         self.index = index
         values: Counts = np.zeros((index.slots >> PAGE_BITS, _PAGE), dtype=refcount.dtype)
         values[index.slots_of(page << PAGE_BITS) >> PAGE_BITS] = refcount
-        self.values = values.reshape(-1)
+        self.values = NearOne.of(values.reshape(-1))
 
-    def _read_blocks(self, below: int, meter: Meter) -> Iterator[tuple[I64, Counts]]:
-        """Refcount table indices, and the refcounts of their blocks, shape (blocks, entries)."""
+    def _are_ones(self, blocks: U8) -> Mask:
+        """Of which blocks, uint8 (blocks, bytes), all refcounts are 1."""
+        ones = np.ones(_WORD_BITS, dtype=np.uint8)
+        word = pack_refcounts(ones, self._layout.geometry.refcount_order).view(np.uint64)[0]
+        are_ones: Mask = (blocks.view(np.uint64) == word).all(axis=1)
+        return are_ones
+
+    def _read_blocks(self, below: int, meter: Meter) -> Iterator[tuple[I64, U8]]:
+        """Refcount table indices, and their blocks, uint8 (blocks, bytes), until the next."""
         table, geometry = self.reftable, self._layout.geometry
         which = table.blocks()
         which = which[table.index[which] < below]
@@ -200,7 +223,7 @@ class StoredRefcounts:
         size = geometry.cluster_size
         which = which[present_tables(self._source, table.offset[which], size)]
         for part, rows in read_tables(self._source, table.offset[which], size):
-            yield table.index[which[part]], unpack_refcounts(rows, geometry.refcount_order)
+            yield table.index[which[part]], rows
             meter.advance(rows.size)
 
     @property
@@ -225,7 +248,7 @@ class StoredRefcounts:
         slots, known = self.index.find(clusters)
         result: Mask = np.zeros(len(clusters), dtype=np.bool_)
         if self.index.slots:
-            result = self.values[slots] == 1
+            result = self.values.are_one(slots)
         if known.all():
             return result
         beyond = np.flatnonzero(~known)

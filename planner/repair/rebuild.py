@@ -81,7 +81,7 @@ def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
     index, stored = mismatches.index, mismatches.stored
     # As wide as all that is put in: sixteen million of them are no more than the census had.
     over = report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
-    widest = np.uint64 if len(over) else np.result_type(mismatches.counted, stored)
+    widest = np.uint64 if len(over) else np.result_type(mismatches.counted, stored.dtype)
     counted = mismatches.counted.astype(widest)
     slots, _ = index.find(over.host_offset >> bits)
     counted[slots] += over.count.astype(widest)

@@ -401,7 +401,7 @@ def _used_clusters(report: Report, homeless: I64) -> I64:
     mismatches = report.mismatches
     if mismatches is None:
         return homeless
-    used = np.flatnonzero((mismatches.stored != 0) | (mismatches.counted != 0))
+    used = np.flatnonzero((mismatches.stored[:] != 0) | (mismatches.counted != 0))
     return distinct(np.concatenate((mismatches.index.clusters_of(used), homeless)))
 
 

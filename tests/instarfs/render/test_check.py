@@ -33,7 +33,7 @@ from planner.findings.kinds import (
     Severity,
     Structure,
 )
-from planner.metadata.cluster_counters import ClusterIndex
+from planner.metadata.cluster_counters import ClusterIndex, NearOne
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
 from planner.qcow2.snapshots import Snapshot, Snapshots, encode_snapshot
@@ -191,7 +191,7 @@ def scattered(clusters: int) -> Report:
     stored[::2] = 1
     counted = np.zeros(clusters, dtype=np.uint8)
     index = ClusterIndex(clusters)
-    mismatches = Mismatches(geometry, index, stored, counted, ((0, clusters),))
+    mismatches = Mismatches(geometry, index, NearOne.of(stored), counted, ((0, clusters),))
     layout = Layout.read(plain().source)
     totals = mismatches.totals()
     return Report(layout=layout, mismatches=mismatches, totals=totals)
@@ -226,7 +226,7 @@ def test_runs_do_not_end_where_a_part_does(monkeypatch: pytest.MonkeyPatch) -> N
     counted = np.repeat(rng.integers(0, 3, 200, dtype=np.uint8), 5)[: len(stored)]
     stored = stored[: len(counted)]
     span = ((0, 100), (130, len(counted)))
-    whole = Mismatches(geometry, ClusterIndex(len(counted)), stored, counted, span)
+    whole = Mismatches(geometry, ClusterIndex(len(counted)), NearOne.of(stored), counted, span)
 
     def told() -> list[Finding]:
         parts = whole.runs(*render.REFCOUNT_KINDS)

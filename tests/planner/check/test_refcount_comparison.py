@@ -6,7 +6,7 @@ import pytest
 from planner.check import refcount_comparison
 from planner.check.refcount_comparison import Mismatches
 from planner.findings.kinds import FindingKind
-from planner.metadata.cluster_counters import ClusterIndex
+from planner.metadata.cluster_counters import ClusterIndex, NearOne
 from planner.qcow2.geometry import Geometry
 from tests.images.corpus.rule import plain
 
@@ -18,7 +18,7 @@ def mismatches() -> Mismatches:
     geometry: Geometry = plain().geometry
     stored, counted = np.zeros(16, dtype=np.uint8), np.zeros(16, dtype=np.uint8)
     stored[list(LEAKED)] = 1
-    return Mismatches(geometry, ClusterIndex(16), stored, counted, ((0, 16),))
+    return Mismatches(geometry, ClusterIndex(16), NearOne.of(stored), counted, ((0, 16),))
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 1 << 18])

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.arrays import Slot, distinct, without_repeats
-from planner.metadata.cluster_counters import PAGE_BITS, ClusterCounts, PagedIndex
+from planner.metadata.cluster_counters import (
+    PAGE_BITS,
+    ClusterCounts,
+    NearOne,
+    PagedIndex,
+    Tally,
+)
 
 SLOTS = 12
 runs = st.lists(
@@ -47,6 +53,30 @@ def test_counts_are_sums_whatever_their_width(steps) -> None:
             for slot in single:
                 expected[slot] -= np.uint64(amount)
     assert found.values.tolist() == expected.tolist()
+
+
+@given(single=slots)
+def test_a_tally_says_how_often_each_slot_occurs(single) -> None:
+    tally = Tally.of(np.array(single, dtype=np.int64))
+    found = Counter(tally.single.tolist())
+    found.update(dict(zip(tally.slots.tolist(), tally.times.tolist(), strict=True)))
+    assert found == Counter(single)
+    assert len(set(tally.single.tolist())) == len(tally.single)
+
+
+@given(
+    numbers=st.lists(st.integers(0, 300), min_size=1, max_size=20),
+    width=st.sampled_from([np.uint16, np.uint32, np.uint64]),
+)
+def test_numbers_near_one_are_what_they_were(numbers, width) -> None:
+    plain = np.array(numbers, dtype=width)
+    held = NearOne.of(plain)
+    assert len(held) == len(plain)
+    assert held.dtype == width
+    assert held[:].tolist() == numbers
+    assert held[1:3].tolist() == numbers[1:3]
+    assert held[np.array([0, 0])].tolist() == [numbers[0]] * 2
+    assert held.are_one(slice(None)).tolist() == [number == 1 for number in numbers]
 
 
 def test_a_copy_is_counted_on_by_itself() -> None:
