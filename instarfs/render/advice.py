@@ -393,7 +393,8 @@ def _copy_out(place: _Place, report: Report) -> Iterator[list[str]]:
 
 def _reads_whole(report: Report) -> bool:
     """Whether every byte of the disk can be read, be it the right one or not."""
-    impact = guest_impact(report)
     is_packed = report.holds_compressed and not report.compressed_looked_at
-    harmed = impact.ranges[Harm.LOST], impact.ranges[Harm.SUSPECT]
-    return report.complete and not (is_packed or any(map(len, harmed)))
+    if is_packed or not report.complete:
+        return False
+    ranges = guest_impact(report).ranges
+    return not len(ranges[Harm.LOST]) and not len(ranges[Harm.SUSPECT])

@@ -411,9 +411,11 @@ def _tiers(proposals: Proposals) -> list[str]:
     if not proposals:
         return []
     lines = ["What a repair would do (nothing is written until you ask for it):"]
-    refusals = {str(each) for tier, each in proposals.items() if not tier.is_chosen}
+    of_all = [each for tier, each in proposals.items() if not tier.is_chosen]
+    refusals = {str(each) for each in of_all if isinstance(each, Exception)}
     for tier, proposal in proposals.items():
-        if not tier.is_chosen or str(proposal) not in refusals:
+        is_told = tier.is_chosen and isinstance(proposal, Exception) and str(proposal) in refusals
+        if not is_told:
             lines += _tier_lines(tier, proposal)
     return lines
 

@@ -35,6 +35,8 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
 
     Those are the targets of entries whose flag is wrong now and was not *before*.
     """
+    if scope.report is before:
+        return np.zeros(0, dtype=np.int64)
     wrong = scope.report.findings.of(FindingKind.L1_COPIED)
     words = read_words(scope.source, wrong.host_offset[~_was_wrong(wrong, before)])
     targets = [distinct(entries.l2_offsets(words))]
@@ -42,6 +44,20 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
         chosen = _new_among(tables, before)
         offset = entries.l2_offsets(chosen.words[chosen.marks].astype(np.uint64))
         targets.append(distinct(offset))
+    return distinct(np.concatenate(targets) >> scope.geometry.cluster_bits)
+
+
+def stuck_targets(before: Report, scope: Scope) -> I64:
+    """Those of them that are known before any flag follows: to which nothing can be written."""
+    if scope.report is before:
+        return np.zeros(0, dtype=np.int64)
+    wrong = scope.report.findings.of(FindingKind.L1_COPIED)
+    is_stuck = ~scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
+    is_stuck &= ~_was_wrong(wrong, before)
+    targets = [entries.l2_offsets(read_words(scope.source, wrong.host_offset[is_stuck]))]
+    for tables in marked_tables(scope, FindingKind.L2_COPIED):
+        stuck = _new_among(tables, before).select(~tables.without_contested().marks)
+        targets.append(entries.l2_offsets(stuck.words[stuck.marks].astype(np.uint64)))
     return distinct(np.concatenate(targets) >> scope.geometry.cluster_bits)
 
 

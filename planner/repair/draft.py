@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, Mask, distinct
+from planner.arrays import I64, U8, Mask, distinct, is_among
 from planner.repair.overlay import Layer, Layered
 from planner.repair.plan import (
     COMPARED_SECTORS,
     MAX_EDITS,
     Edit,
+    LazyEdits,
     Plan,
     PlanTier,
-    RepairTier,
     Stage,
     StageKind,
 )
@@ -88,13 +87,16 @@ class Draft:
     def _forget_stages(self, first: StageKind, sectors: I64) -> None:
         """Stage *first* is no longer what it was, nor a later one that builds on its *sectors*."""
         self.revision += 1
+        if not self._layers:
+            return
+        sectors = distinct(sectors)
         for kind in list(self._layers):
             if kind == first or (kind > first and self._touches(kind, sectors)):
                 del self._layers[kind]
                 self._stages.pop(kind, None)
 
     def _touches(self, kind: StageKind, sectors: I64) -> bool:
-        return any(np.isin(write.sectors, sectors).any() for write in self._writes[kind])
+        return any(is_among(write.sectors, sectors).any() for write in self._writes[kind])
 
     def withdraw(self, kind: StageKind) -> None:
         """Take back what was drafted for a stage."""
@@ -123,7 +125,8 @@ class Draft:
     @property
     def writes_anything(self) -> bool:
         """Whether anything would be otherwise than in the source."""
-        return not self.plan(RepairTier.ALL).changes_nothing
+        is_longer = self._source.size != self._size
+        return is_longer or any(len(stage.sectors) for stage in self._all_stages())
 
     def has(self, kind: StageKind) -> bool:
         """Whether something is drafted for a stage."""
@@ -135,16 +138,19 @@ class Draft:
 
     def plan(self, tier: PlanTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
+        stages = self._all_stages()
+        some = tuple(stage for stage in stages if len(stage.sectors))
+        edits = LazyEdits(self._reasons)
+        return Plan(tier, some, self._source.size, self._size, edits, self._edit_count)
+
+    def _all_stages(self) -> list[Stage]:
+        """What each stage changes, in their order; some of them may change nothing."""
         layers = self._all_layers()
         for number, kind in enumerate(sorted(self._writes)):
             if kind not in self._stages:
                 base = Layered(self._source, self._size, layers[:number])
                 self._stages[kind] = _stage(kind, base, layers[number])
-        stages = (self._stages[kind] for kind in sorted(self._writes))
-        reasons = (itertools.islice(make(), listed) for make, listed in self._reasons)
-        edits = itertools.chain.from_iterable(reasons)
-        some = tuple(stage for stage in stages if len(stage.sectors))
-        return Plan(tier, some, self._source.size, self._size, tuple(edits), self._edit_count)
+        return [self._stages[kind] for kind in sorted(self._writes)]
 
     def _all_layers(self) -> list[Layer]:
         """What each stage leaves in the sectors that it writes to, in the order of stages.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask
+from planner.arrays import I64, U64, Mask, distinct, is_among
 from planner.check.claims import place_of_entry
 from planner.check.entry_rules import expected
 from planner.findings.kinds import FindingKind, Owner, Structure
@@ -35,14 +35,15 @@ def correct_entries(scope: Scope) -> None:
 
 def clear_reserved_bits(scope: Scope) -> None:
     """Draft the entries in which nothing but reserved bits is wrong, without them."""
+    others = distinct(_other_findings(scope))
     for tables in marked_tables(scope, FindingKind.L2_ENTRY_RESERVED):
         chosen = tables.without_contested()
-        chosen = chosen.select(_is_otherwise_right(chosen))
+        chosen = chosen.select(_is_otherwise_right(chosen, others))
         _correct(chosen)
         chosen.draft()
     wrong = scope.report.findings.of(FindingKind.L1_ENTRY_RESERVED)
     free = scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
-    alone = ~np.isin(wrong.host_offset, _other_findings(scope))
+    alone = ~is_among(wrong.host_offset, others)
     right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
     wrong = wrong.select(right)
     draft_words(scope, FindingKind.L1_ENTRY_RESERVED, wrong.host_offset, wrong.expected)
@@ -103,17 +104,18 @@ def _shared_with_zeros_alone(tables: MarkedTables) -> Mask:
     return marks
 
 
-def _is_otherwise_right(tables: MarkedTables) -> Mask:
+def _is_otherwise_right(tables: MarkedTables, others: I64) -> Mask:
     """Whether, without its reserved bits, an entry is exactly what the census needs.
 
     Nothing else may be found at the entry, and the cluster it points at must be there, have as many
-    users as its refcount says, and none that contradicts this one.
+    users as its refcount says, and none that contradicts this one. *others*: where there is
+    anything but reserved bits, ascending.
     """
     scope, right = tables.scope, tables.marks.copy()
     for kind in set(scope.entries.counts()) - {tables.kind}:
         right &= ~scope.entries.marks(kind, tables.offset)
     at = tables.select(right)
-    alone = ~np.isin(at.host_offsets(), _other_findings(scope))
+    alone = ~is_among(at.host_offsets(), others)
     right[right] = alone & _leads_to_what_agrees(scope, at.words[right].astype(np.uint64))
     return right
 

@@ -7,9 +7,12 @@ a disk writes whole sectors, so a crash leaves each as it was or as it will be.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from functools import cached_property
+from itertools import islice
+from typing import overload
 
 import numpy as np
 
@@ -111,6 +114,30 @@ class Edit:
     count: int
 
 
+class LazyEdits(Sequence[Edit]):
+    """Edits that are made when somebody asks for them: most plans are never listed.
+
+    *makers*: functions that give them, and how many of each.
+    """
+
+    def __init__(self, makers: Iterable[tuple[Callable[[], Iterable[Edit]], int]]) -> None:
+        self._makers = tuple(makers)
+
+    @cached_property
+    def _made(self) -> tuple[Edit, ...]:
+        return tuple(edit for make, most in self._makers for edit in islice(make(), most))
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, at: int) -> Edit: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Edit, ...]: ...
+    def __getitem__(self, at: int | slice) -> Edit | tuple[Edit, ...]:
+        return self._made[at]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
     """Sectors that may reach the disk in any order.
@@ -169,7 +196,7 @@ class Plan:
     stages: tuple[Stage, ...]
     size_before: int
     size_after: int
-    edits: tuple[Edit, ...] = ()
+    edits: Sequence[Edit] = ()
     edit_count: int = 0
     _known_digest: list[str] = field(default_factory=list, init=False, repr=False)
 

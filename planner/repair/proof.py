@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct
+from planner.arrays import I64, U64, Mask, distinct, is_among, is_any_of
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
@@ -64,13 +64,13 @@ def require_proof(
     # Of an entry that reads as zeros the repair drops the reference: that owner has nothing there.
     # In tables alike, what is right for one owner is it for the other.
     contested, still = (_contested(report) for report in (before, after))
-    still = contested[np.isin(contested, still)]
+    still = contested[is_any_of(contested, still)]
     shared = _shared_until(contested, still, before) if moves else {}
     tables = _L2Words(_tables_of(before, after), geometry)
     touched = [np.zeros(0, dtype=np.int64)]
     for stage in plan.stages:
         cluster = stage.sectors * SECTOR >> geometry.cluster_bits
-        if np.isin(cluster, shared.get(stage.kind, still)).any():
+        if is_any_of(distinct(cluster), shared.get(stage.kind, still)).any():
             raise _Unproven("it would write to a cluster with two owners")
         _require_metadata(cluster, before, after, plan)
         touched.append(distinct(cluster))
@@ -109,7 +109,7 @@ def _contested(report: Report) -> I64:
     """Clusters with owners of different kinds, which are not written to."""
     found = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     clusters = found >> report.geometry.cluster_bits
-    return clusters[~np.isin(clusters, report.owners.of_tables_alike())]
+    return clusters[~is_any_of(clusters, report.owners.of_tables_alike())]
 
 
 def _tables_of(before: Report, after: Report) -> Regions:
@@ -251,13 +251,21 @@ class _L2Words:
 
     def require_same_mapping(self, stage: Stage, cluster: I64) -> None:
         """Raise unless every entry that changes maps what it mapped."""
-        for tables, meaning in ((self._l2, self._l2_meaning), (self._l1, _l1_meaning)):
-            inside = np.flatnonzero(np.isin(cluster, tables))
+        of_l2 = self._geometry.l2_entry_size // 8
+        for tables, words, meaning in (
+            (self._l2, of_l2, self._l2_meaning),
+            (self._l1, 1, _l1_meaning),
+        ):
+            inside = np.flatnonzero(is_among(cluster, tables))
             for start in range(0, len(inside), COMPARED_SECTORS):
                 part = inside[start : start + COMPARED_SECTORS]
-                before, after = (
-                    meaning(rows[part].view(">u8").astype(np.uint64))
+                both = [
+                    rows[part].view(">u8").reshape(-1, words)
                     for rows in (stage.before, stage.after)
+                ]
+                changed = np.flatnonzero((both[0] != both[1]).any(axis=1))
+                before, after = (
+                    meaning(each[changed].astype(np.uint64).reshape(-1)) for each in both
                 )
                 if not np.array_equal(before, after):
                     raise _Unproven("an entry would map something else")

@@ -202,7 +202,7 @@ class Scope:
         What is the right word for one of these is it for all; which of them has its place there
         stays open.
         """
-        alike = np.isin(clusters, self._of_tables_alike)
+        alike = is_among(clusters.reshape(-1), self._of_tables_alike).reshape(clusters.shape)
         return ~self._is_in_lost_table(clusters) & (alike | ~self.contested(clusters))
 
     @cached_property

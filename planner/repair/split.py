@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct
+from planner.arrays import I64, U64, Mask, distinct, distinct_columns, is_any_of
 from planner.check.owners import contested_clusters
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
@@ -79,15 +79,15 @@ class Shares:
             np.concatenate([getattr(each.owners, name).astype(np.int64) for each in (self, later)])
             for name in names
         ]
-        keys, which = np.unique(np.stack(both), axis=1, return_inverse=True)
+        keys, which = distinct_columns(np.stack(both))
         new = np.full(keys.shape[1], NONE)
-        np.maximum.at(new, which.reshape(-1), np.concatenate((self.new, later.new)))
+        np.maximum.at(new, which, np.concatenate((self.new, later.new)))
         cluster, structure, *rest = keys
         return Shares(Owners(cluster, structure.astype(np.uint8), *rest), new)
 
     def without(self, clusters: I64) -> Shares:
         """Those of other clusters."""
-        return self.select(np.flatnonzero(~np.isin(self.owners.cluster, clusters)))
+        return self.select(np.flatnonzero(~is_any_of(self.owners.cluster, clusters)))
 
     def with_refcounts_anew(self) -> Shares:
         """With refcounts that had their cluster in common made anew somewhere else."""
@@ -105,7 +105,7 @@ class Shares:
 def shared_by(report: Report) -> Shares:
     """Who has clusters in common by a check, each in its place."""
     contested = report.findings.of(_KIND).host_offset >> report.geometry.cluster_bits
-    owners = report.owners.select(np.flatnonzero(np.isin(report.owners.cluster, contested)))
+    owners = report.owners.select(np.flatnonzero(is_any_of(report.owners.cluster, contested)))
     return Shares(owners, np.full(len(owners.cluster), NONE))
 
 
@@ -115,9 +115,12 @@ def part_owners(scope: Scope, structure: Structure, room: int) -> Shares:
     L1 tables come first, then L2 tables, then data: each step needs the check of the one before.
     At most *room* bytes are copied. Raises `UnsupportedRepair` where there is no place for them.
     """
+    shares = shared_by(scope.report)
+    if structure not in shares.owners.structure:
+        return shares
     units = _Units(scope, structure)
     if not units.moves.any():
-        return shared_by(scope.report)
+        return shares
     if not scope.may_grow:
         raise UnsupportedRepair(
             "copies would make the file grow over offsets past its end that the image refers to:"
@@ -140,7 +143,8 @@ def are_refcounts_shared(scope: Scope) -> bool:
     """Whether a refcount block, or the table of them, has its cluster in common with anything."""
     contested = scope.report.findings.of(_KIND).host_offset >> scope.geometry.cluster_bits
     owners = scope.report.owners
-    return bool(np.isin(owners.cluster[np.isin(owners.structure, _REFCOUNTS)], contested).any())
+    claimed = owners.cluster[np.isin(owners.structure, _REFCOUNTS)]
+    return bool(is_any_of(claimed, contested).any())
 
 
 class _Units:
@@ -153,9 +157,8 @@ class _Units:
         self._scope, self._step = scope, structure
         self.bits = scope.geometry.cluster_bits
         self.owners = shared_by(scope.report).owners
-        keys, unit = np.unique(self._identities(), axis=1, return_inverse=True)
+        keys, self.unit = distinct_columns(self._identities())
         self.cluster, self.structure = keys[0], keys[1]
-        self.unit = unit.reshape(-1)
         fixed = self.of_units(self._fixed_rows())
         keeper, is_parted = self._keepers(fixed)
         self.moves: Mask = ~fixed & is_parted & (self.structure == structure)
@@ -258,7 +261,7 @@ class _Units:
     def _is_writable(self, clusters: I64) -> Mask:
         """In which clusters entries may be changed: of one owner, once refcounts are elsewhere."""
         others = contested_but_for_refcounts(self._scope.report)
-        with_refcounts = np.isin(clusters, self.cluster) & ~np.isin(clusters, others)
+        with_refcounts = is_any_of(clusters, self.cluster) & ~is_any_of(clusters, others)
         return with_refcounts | self._scope.is_writable(clusters)
 
     @staticmethod
@@ -349,7 +352,7 @@ def _move_l2_tables(scope: Scope, units: _Units, room: int) -> Shares:
     cost = np.full(len(moves), size)
     # A copy of a table maps what that table maps: each of it will be copied, too.
     alike = scope.report.owners.of_tables_alike()
-    doubled = np.isin(units.cluster[moves], alike) & (not scope.geometry.external_data)
+    doubled = is_any_of(units.cluster[moves], alike) & (not scope.geometry.external_data)
     for part, rows in read_tables(scope.source, units.cluster[moves] * size, size):
         words, _ = entries.split_entries(entries.decode_words(rows), scope.geometry.extended_l2)
         types = entries.cluster_types(words.reshape(-1), scope.geometry).reshape(words.shape)

@@ -19,7 +19,11 @@ from planner.progress import Progress, tell_nobody
 from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.choices import CHOICES, choices_for, is_promise_kept
-from planner.repair.copied import unfollowed_targets, update_copied_flags_for_l1
+from planner.repair.copied import (
+    stuck_targets,
+    unfollowed_targets,
+    update_copied_flags_for_l1,
+)
 from planner.repair.draft import Draft
 from planner.repair.entries import clear_reserved_bits, correct_entries
 from planner.repair.plan import DETERMINED, Plan, RepairTier, StageKind
@@ -279,16 +283,19 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:
-    settle, finish = _STEPS[tier]
-    stay = np.zeros(0, dtype=np.int64)
-    for _ in range(MAX_DRAFTS - 1):
+    settle, follow, finish = _STEPS[tier]
+    left, stay = MAX_DRAFTS, np.zeros(0, dtype=np.int64)
+    while True:
+        left -= 1
         scope = settle(begun, report, means, stay)
-        more = union(stay, unfollowed_targets(report, scope))
-        if len(more) == len(stay):
+        more = union(stay, stuck_targets(report, scope))
+        if len(more) == len(stay) or not left:
+            scope = follow(scope, report, means)
+            more = union(stay, unfollowed_targets(report, scope))
+        if len(more) == len(stay) or not left:
             return finish(scope, means)
         stay = more
         del scope  # The draft may be large, and the next is as large.
-    return finish(settle(begun, report, means, stay), means)
 
 
 def _speaks_still(begun: _Begun, scope: Scope, means: Means) -> bool:
@@ -328,7 +335,11 @@ def _settle_leaks(begun: _Begun, before: Report, means: Means, stay: I64) -> Sco
     scope = begun.forked()
     if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
-        scope = checked_anew(scope, means)
+    return checked_anew(scope, means)
+
+
+def _follow_leaks(scope: Scope, before: Report, means: Means) -> Scope:
+    if before.counters.leaks:
         # Lowered to one reference, an entry gets its COPIED flag back.
         update_copied_flags_for_l1(scope, known=before)
         scope = checked_anew(scope, means)
@@ -399,7 +410,10 @@ def _settle_all(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope
     if not scope.draft.is_empty:
         # Often the next check is the proof then: nothing is left, or what nothing mends.
         _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
-    scope = checked_anew(scope, means)
+    return checked_anew(scope, means)
+
+
+def _follow_all(scope: Scope, _before: Report, means: Means) -> Scope:
     update_copied_flags_for_l1(scope)
     return checked_anew(scope, means)
 
@@ -439,10 +453,10 @@ _BEGIN = {RepairTier.LEAKS: _begin_leaks, RepairTier.ALL: _begin_all}
 """Of each tier: what all drafts begin with."""
 
 _STEPS = {
-    RepairTier.LEAKS: (_settle_leaks, checked_anew),
-    RepairTier.ALL: (_settle_all, _finish_all),
+    RepairTier.LEAKS: (_settle_leaks, _follow_leaks, checked_anew),
+    RepairTier.ALL: (_settle_all, _follow_all, _finish_all),
 }
-"""What follows in each draft: refcounts and flags, and what comes last."""
+"""What follows in each draft: refcounts, flags, and what comes last."""
 
 
 def _require_plain_header(scope: Scope) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, distinct
+from planner.arrays import I64, distinct, is_among, is_any_of
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Owners, Structure
 from planner.source import Source
@@ -53,6 +53,8 @@ def _of_low(source: Source, report: Report) -> Owners:
         return report.owners.select(_NOTHING)
     low = report.mismatches.clusters(FindingKind.REFCOUNT_LOW, total)
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-    low = np.setdiff1d(low, contested >> report.geometry.cluster_bits)
+    low = low[~is_any_of(low, contested >> report.geometry.cluster_bits)]
+    if not len(low):
+        return report.owners.select(_NOTHING)
     low = low[~np.isin(low // report.geometry.refblock_entries, blocks_of_nothing(source, report))]
-    return report.owners.select(np.flatnonzero(np.isin(report.owners.cluster, low)))
+    return report.owners.select(np.flatnonzero(is_among(report.owners.cluster, low)))

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, Mask, distinct
+from planner.arrays import I64, Mask, distinct, is_among, is_any_of, merged
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.triage.losses import Losses
@@ -175,7 +175,8 @@ def _of_l1_table(report: Report, harm: Harm, snapshot: int, size: int) -> I64:
         owners = report.owners
         mine = (owners.structure == Structure.L1_TABLE) & (owners.snapshot == snapshot)
         contested = findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-        shared = np.isin(owners.cluster[mine] << report.geometry.cluster_bits, contested).any()
+        places = owners.cluster[mine] << report.geometry.cluster_bits
+        shared = is_any_of(places, contested).any()
         start = [0] if mine.any() and shared else []
     return np.array([start, [size] * len(start)], dtype=np.int64).reshape(2, -1)
 
@@ -196,7 +197,7 @@ def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64) -> I64:
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     doubtful = np.concatenate((contested >> geometry.cluster_bits, astray))
     clusters = doubtful if harm is Harm.SUSPECT else _low(report)
-    mine: Mask = np.isin(owners.cluster, clusters) & (owners.snapshot == snapshot)
+    mine: Mask = is_any_of(owners.cluster, clusters) & (owners.snapshot == snapshot)
     guest = mine & np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
     tables = mine & (owners.structure == Structure.L2_TABLE)
     width, size = geometry.l2_entries, geometry.cluster_size
@@ -223,7 +224,7 @@ def _low(report: Report) -> I64:
         if report.totals.get(kind)
     ]
     low = np.concatenate([*found, np.zeros(0, dtype=np.int64)])
-    return low[np.isin(low, known)]
+    return low[is_among(low, known)]
 
 
 def _merged(bounds: I64, size: int) -> Ranges:
@@ -249,7 +250,7 @@ def _without(whole: Ranges, part: Ranges) -> Ranges:
     if not len(part):
         return whole
     # Every bound of the part cuts the whole; the pieces between two cuts are in one or the other.
-    cuts = distinct(np.concatenate((whole.start, whole.end, part.start, part.end)))
+    cuts = merged(whole.start, whole.end, part.start, part.end)
     low, high = cuts[:-1], cuts[1:]
     inside = _contains(whole, low) & ~_contains(part, low)
     return _merged(np.stack((low[inside], high[inside])), int(cuts[-1]) if len(cuts) else 0)

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, GuestOffset, Mask
+from planner.arrays import I64, GuestOffset, Mask, is_any_of
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind
 from planner.metadata.mapping_tables import L1Entries, read_l1_tables
@@ -156,8 +156,8 @@ def _damaged(l1: L1Entries, report: Report, astray: I64) -> Mask:
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     damaged: Mask = (offset & (geometry.cluster_size - 1)) != 0
     damaged |= (offset == 0) | (offset >= end)
-    damaged |= np.isin(offset, contested)
-    damaged |= np.isin(offset >> geometry.cluster_bits, astray)
+    damaged |= is_any_of(offset, contested)
+    damaged |= is_any_of(offset >> geometry.cluster_bits, astray)
     return damaged
 
 

@@ -13,7 +13,7 @@ from itertools import chain, islice, pairwise
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U32, Mask, distinct, is_among
+from planner.arrays import I32, I64, U8, U32, Mask, distinct, is_among, is_any_of
 from planner.check.check import check_image
 from planner.check.classify import Look, Looker
 from planner.check.refcount_comparison import CHUNK, Mismatches
@@ -332,7 +332,7 @@ def _look(
     for start in range(0, len(leaked), CHUNK):
         some = leaked[start : start + CHUNK]
         unused = mismatches.count_references(some) == 0
-        which = start + np.flatnonzero(unused | np.isin(some, tables))
+        which = start + np.flatnonzero(unused | is_any_of(some, tables))
         is_there = present_tables(source, leaked[which] << geometry.cluster_bits, size)
         look[which] = np.where(is_there, Look.UNREAD, Look.ZEROS)
         present.append(which[is_there])
