@@ -41,10 +41,12 @@ nothing of its own before qcow2_cache_flush has written the other).
 - *lazy_refcounts.* While the dirty bit is set refcounts wait for nothing (use_lazy_refcounts), and
   no finding that follows from one means anything: `without_refcounts`.
 
-What remains is chance: words that went away and came back, each to the same value, in step with
-every round. A cluster that is freed goes to another entry than before, all but always; a table that
-moved is another place. Leaks are not confirmed: that nothing refers to a cluster cannot be told
-from some of the tables, and what is in a program's caches leaks until it is written.
+`python -m tests.live --exhaustive` reads it all from a program that writes in that order, in every
+way in which the two can go on, word by word. What remains is chance: words that went away and came
+back, each to the same value, in step with every round. A cluster that is freed goes to another
+entry than before, all but always; a table that moved is another place. Leaks are not confirmed:
+that nothing refers to a cluster cannot be told from some of the tables, and what is in a program's
+caches leaks until it is written.
 """
 
 from __future__ import annotations

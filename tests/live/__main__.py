@@ -3,8 +3,9 @@
 Beside a real program (`qemu-storage-daemon`), with so many checks of each shape of image, `qemu-img
 check -U` and ours in turn: a table, and every wrong answer. With --damage, images that were damaged
 before in a part that is not written, in each known way; with --damage-written, anywhere. With
---cost, what a check costs the program. With --model N, N checks beside a simulated one. Exit code 1
-where something was wrong.
+--cost, what a check costs the program. With --model N, N checks beside a simulated one. With
+--exhaustive, all interleavings with what a simulated one does, one operation or two of them at a
+time, until --seconds have gone. Exit code 1 where something was wrong.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tests.live.campaign import (
     starts_beside_a_mount,
     throughput,
 )
+from tests.live.exhaustive import Explored, Script, explore, scripts
 from tests.live.interleave import Case, run_case
 
 GROUP = 50
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--damage-written", action="store_true", help="damaged anywhere")
     parser.add_argument("--cost", action="store_true", help="what a check costs the program")
     parser.add_argument("--model", type=int, metavar="N", help="beside a simulated program")
+    parser.add_argument("--exhaustive", action="store_true", help="all interleavings with that")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="N")
     parser.add_argument("--only", type=int, metavar="CASE", help="with --model: this one alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N")
@@ -60,6 +63,8 @@ def main() -> int:
         until = time.monotonic() + (arguments.seconds or 1e9)
         numbers = range(arguments.first, arguments.first + arguments.model)
         return _run_model(arguments.seed, numbers, arguments.jobs, until)
+    if arguments.exhaustive:
+        return _run_exhaustive(arguments.seed, arguments.jobs, arguments.seconds or 600)
     if arguments.cost:
         return _run_cost(shapes, arguments.seed)
     if arguments.damage or arguments.damage_written:
@@ -101,6 +106,43 @@ def _run_model(seed: int, numbers: range, jobs: int, until: float) -> int:
     )
     for what, count in sorted(said.items()):
         print(f"  {what}: {count}")
+    print(f"{wrong} wrong")
+    return 1 if wrong else 0
+
+
+def _explored(script: Script, until: float) -> Explored | None:
+    return explore(script) if time.monotonic() < until else None
+
+
+def _run_exhaustive(seed: int, jobs: int, seconds: float) -> int:
+    began, done, wrong = time.monotonic(), list[Explored](), 0
+    by_operation: Counter[str] = Counter()
+    with ProcessPoolExecutor(jobs) as pool:
+        work = partial(_explored, until=began + seconds)
+        for each in pool.map(work, scripts(seed)):
+            if each is None or not each.windows:
+                continue
+            done.append(each)
+            for name in each.script.names:
+                by_operation[name] += each.interleavings
+            for fault in each.wrong:
+                wrong += 1
+                print(f"{each.script}: {fault}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"{len(done)} scripts of seed {seed}, {seconds:.0f} s; interleavings by operation:")
+    for name, number in sorted(by_operation.items()):
+        scripted = [each.script for each in done if name in each.script.names]
+        alone = sum(len(script.names) == 1 for script in scripted)
+        print(f"  {name}: {number} ({alone} times alone, {len(scripted) - alone} with another)")
+    words, windows, runs, checks, interleavings = (
+        sum(getattr(each, what) for each in done)
+        for what in ("words", "windows", "runs", "checks", "interleavings")
+    )
+    print(f"{words} parts of writes in {windows} windows; {runs} runs to a look or to the end,")
+    print(f"of {checks} different readings that an image was checked for")
+    print(f"{interleavings} interleavings covered")
+    for verdict, number in sorted(sum((each.verdicts for each in done), Counter[str]()).items()):
+        print(f"  {verdict}: {number} different endings")
     print(f"{wrong} wrong")
     return 1 if wrong else 0
 

@@ -58,13 +58,16 @@ WRITTEN = 80
 """So many clusters of the guest are written to; behind them the disk is quiet."""
 
 
-def build(kind: Kind) -> Image:
-    """Tables that are written to, tables that are not, a snapshot and a bitmap."""
-    return Image(bytearray(_built(kind)))
+def build(kind: Kind, used: int = 6) -> Image:
+    """Tables that are written to, tables that are not, a snapshot and a bitmap.
+
+    *used*: clusters that are in use of each part; a multiple of 3, or 2.
+    """
+    return Image(bytearray(_built(kind, used)))
 
 
 @cache
-def _built(kind: Kind) -> bytes:
+def _built(kind: Kind, used: int) -> bytes:
     geometry = ImageBuilder(
         cluster_bits=kind.cluster_bits,
         refcount_order=kind.refcount_order,
@@ -78,11 +81,12 @@ def _built(kind: Kind) -> bytes:
         lazy_refcounts=kind.lazy,
         size=4 * per_table * one,
     )
-    builder.write(0, b"a" * 6 * one)
-    builder.write(3 * per_table, b"b" * 6 * one)
+    builder.write(0, b"a" * used * one)
+    builder.write(3 * per_table, b"b" * used * one)
     if geometry.refcount_max > 1:
         builder.take_snapshot("first")
-    builder.write(3 * per_table + 4, b"c" * 4 * one)
+    moved = 2 * used // 3
+    builder.write(3 * per_table + moved, b"c" * moved * one)
     builder.skip(2)
     builder.add_bitmap("one", {0, 1}, granularity_bits=max(9, kind.cluster_bits))
     return bytes(builder.build().data)

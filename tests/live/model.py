@@ -39,6 +39,9 @@ WORD = 8
 SIZE_AT, L1_SIZE_AT, REFTABLE_AT, SNAPSHOTS_AT, INCOMPATIBLE_AT = 24, 36, 48, 60, 72
 """Fields of the header that are written alone; behind each of the middle ones a second field."""
 
+DATA = b"data."
+"""What a guest writes, the last byte over and over."""
+
 
 @dataclass(frozen=True, slots=True)
 class Write:
@@ -85,10 +88,16 @@ class Program:
     """One that has *image* open for writing. ``limit``: tables that a cache holds unwritten."""
 
     def __init__(
-        self, image: bytes, rng: random.Random, *, limit: int = 4, lazy: bool = False
+        self,
+        image: bytes,
+        rng: random.Random,
+        *,
+        limit: int = 4,
+        lazy: bool = False,
+        data: bytes = DATA,
     ) -> None:
         self.file, self.pending = bytearray(image), deque[Step]()
-        self.lazy, self.limit, self._rng = lazy, limit, rng
+        self.lazy, self.limit, self._rng, self._data = lazy, limit, rng, data
         source = Bytes(image)
         layout = Layout.read(source)
         header, self.geometry = layout.header, layout.geometry
@@ -399,7 +408,7 @@ class Program:
                 self._link(table, at, old & ~ZERO)
             return
         new = self._take_cluster()
-        self._put(new, b"data".ljust(self.cluster, b"."))
+        self._put(new, self._data.ljust(self.cluster, self._data[-1:]))
         self._link(table, at, new | COPIED)
         if old & L2_OFFSET:
             self._lower((old & L2_OFFSET) // self.cluster, punch=False)
