@@ -14,6 +14,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, Counts, distinct, without_repeats
 from planner.check.refcount_comparison import CHUNK
+from planner.check.report import Report
 from planner.errors import UnsupportedRepair
 from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2.layout import MAX_REFTABLE_BYTES
@@ -24,6 +25,28 @@ from planner.source import READABLE_END
 
 REFTABLE_OFFSET_AT = 48
 """Where the header holds refcount_table_offset, and after it refcount_table_clusters."""
+
+
+_REASONS = (
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_PAST_END,
+    FindingKind.REFBLOCK_SHARED,
+    FindingKind.REFCOUNT_UNREADABLE,
+    FindingKind.PAST_END,
+    FindingKind.REFCOUNT_MISSING,
+    FindingKind.REFCOUNT_LOW,
+    # Where a block that many entries lead to is all that is wrong, in refcounts of a bit.
+    FindingKind.REFCOUNT_OVERFLOW,
+    FindingKind.LEAK,
+)
+"""What is wrong with a refcount structure, the worst first."""
+
+
+def what_is_wrong(report: Report) -> FindingKind:
+    """The worst that is wrong with the refcount structure, of an image in which something is."""
+    counts = report.counts()
+    return next(each for each in _REASONS if each in counts)
 
 
 def rebuild_refcount_structure(scope: Scope, stay: I64, kept: I64) -> None:
@@ -165,21 +188,7 @@ def _draft_blocks(
 
 def _explain(scope: Scope, offsets: I64, table_offset: int, table_bytes: int) -> None:
     """A rebuild answers whatever is wrong with the old structure; the worst of it is named."""
-    counts = scope.report.counts()
-    reasons = (
-        FindingKind.REFBLOCK_MISALIGNED,
-        FindingKind.REFTABLE_ENTRY_RESERVED,
-        FindingKind.REFBLOCK_PAST_END,
-        FindingKind.REFBLOCK_SHARED,
-        FindingKind.REFCOUNT_UNREADABLE,
-        FindingKind.PAST_END,
-        FindingKind.REFCOUNT_MISSING,
-        FindingKind.REFCOUNT_LOW,
-        # Where a block that many entries lead to is all that is wrong, in refcounts of a bit.
-        FindingKind.REFCOUNT_OVERFLOW,
-        FindingKind.LEAK,
-    )
-    kind = next(each for each in reasons if each in counts)
+    kind = what_is_wrong(scope.report)
     size = scope.geometry.cluster_size
     blocks = [(offset, size, 1) for offset in offsets.tolist()]
     scope.explain(StageKind.PREPARE, Structure.REFBLOCK, kind, blocks)

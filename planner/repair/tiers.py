@@ -28,8 +28,10 @@ from planner.repair.draft import Draft
 from planner.repair.entries import clear_reserved_bits, correct_entries
 from planner.repair.plan import DETERMINED, Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
+from planner.repair.put_back import put_back_blocks
 from planner.repair.refcounts import (
     DAMAGED_STRUCTURE,
+    must_rebuild,
     reclaim_leaks_in_refblocks,
 )
 from planner.repair.scope import Scope
@@ -250,13 +252,14 @@ class _Begun:
     """What all drafts of a plan have in common.
 
     ``stay``: clusters that leak and keep their refcounts. ``kept``: clusters without one that are
-    counted again.
+    counted again. ``shown``: those that leak by refcounts that could not be looked up before.
     """
 
     scope: Scope
     triage: Triage
     stay: I64
     kept: I64
+    shown: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def forked(self) -> Scope:
         """The scope, with a draft to go on with."""
@@ -275,7 +278,7 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
     del first
     scope = _draft_determined(begun, report, tier, means)
     if not begun.triage.is_buried or _speaks_still(begun, scope, means):
-        return Drafted(scope, begun.triage)
+        return Drafted(scope, begun.triage, kept=begun.shown)
     del scope
     nothing = np.zeros(0, dtype=np.int64)
     begun = replace(begun, stay=nothing, kept=nothing)
@@ -382,25 +385,41 @@ def _begin_all(scope: Scope, means: Means) -> _Begun:
     if scope.may_write_header:
         rewrite_snapshot_table(scope)
         scope = checked_anew(scope, means)
+    scope, shown = _with_blocks_put_back(scope, means)
     # Leaks are lowered only where that buries nothing: `leaks`, its plan id quoted, does the rest.
     # What the repair itself ceased to refer to is no such leak: that reference was known.
-    triage = means.triage(scope, _leaked_since(scope, before))
+    triage = means.triage(scope, _leaked_since(scope, before, shown))
     if _is_cut(scope, before):
         _require_shown_loss(triage)
     stay = np.zeros(0, dtype=np.int64)
     if triage.is_buried or not scope.report.complete:
         stay = leaked_clusters(before)
         if scope.report is not before:
+            stay = union(stay, shown)
             stay = stay[is_among(stay, leaked_clusters(scope.report))]
-    return _Begun(scope, triage, stay, uncounted_to_keep(scope.report, triage))
+    return _Begun(scope, triage, stay, uncounted_to_keep(scope.report, triage), shown)
 
 
-def _leaked_since(scope: Scope, before: Report) -> I64:
-    """What leaks by now, and did not."""
+def _with_blocks_put_back(scope: Scope, means: Means) -> tuple[Scope, I64]:
+    """With the refcount table as it was, where no other may be made; and what leaks by that."""
+    nothing = np.zeros(0, dtype=np.int64)
+    if scope.may_grow_for_refcounts or scope.refcounts_are_shared:
+        return scope, nothing
+    if not must_rebuild(scope, nothing):
+        return scope, nothing
+    put_back_blocks(scope)
+    after = checked_anew(scope, means)
+    if after is scope:
+        return scope, nothing
+    return after, np.setdiff1d(leaked_clusters(after.report), leaked_clusters(scope.report))
+
+
+def _leaked_since(scope: Scope, before: Report, shown: I64) -> I64:
+    """What leaks by now, and did not: but for what was only *shown* to."""
     if scope.report is before:  # of millions, to list them takes a quarter of all memory
         return np.zeros(0, dtype=np.int64)
     leaked = leaked_clusters(scope.report)
-    return leaked[~is_among(leaked, leaked_clusters(before))]
+    return leaked[~is_among(leaked, union(leaked_clusters(before), shown))]
 
 
 def _settle_all(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:

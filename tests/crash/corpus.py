@@ -146,6 +146,15 @@ def everything(image: Image) -> None:
     image.set_word(image.reftable_at(0), 0)
 
 
+def astray(image: Image) -> None:
+    """The refcount table leads to no block, the file must not grow, and refcounts are wrong."""
+    image.set_refcount(image.l2_table(1) // image.cluster_size, 0)
+    image.set_refcount(image.host_clusters - 2, min(2, image.geometry.refcount_max))
+    past = (image.host_clusters + 9) * image.cluster_size
+    image.set_word(image.l2_at(20), past | entries.COPIED)
+    image.set_word(image.reftable_at(0), 1 << 63)
+
+
 DAMAGE_TO_MANY: dict[str, Callable[[Image], None]] = {
     "leaks": leaks_everywhere,
     "leaks and autoclear": leaks_and_autoclear,
@@ -153,6 +162,7 @@ DAMAGE_TO_MANY: dict[str, Callable[[Image], None]] = {
     "copied": copied_everywhere,
     "rebuild": no_refcounts,
     "everything": everything,
+    "refcount table astray": astray,
 }
 
 
