@@ -125,18 +125,13 @@ class Truth:
         changed = _changed(before, after, told)
         for each in (told, _unwritten(before.disk), _unwritten(after.disk)):
             changed = changed[~_touches(each, changed)]
-        faults = [
-            *_faults_of_safe(report, triage, changed),
-            *_faults_of_missing(
-                report,
-                triage,
-                before,
-                after,
-                changed=changed,
-                behind=self._behind(image, before.disk, report),
-            ),
-        ]
         missing = triage.losses.missing
+        faults = [*_faults_of_safe(report, triage, changed)]
+        if missing:
+            behind = self._behind(image, before.disk, report)
+            faults += _faults_of_missing(
+                report, triage, before, after, changed=changed, behind=behind
+            )
         return Verdict(tuple(faults), True, len(changed) * SECTOR, missing)
 
     def _behind(self, image: Path, disk: Disk, report: Report) -> int:
@@ -236,8 +231,6 @@ def _faults_of_missing(
     disk has room for.
     """
     missing = triage.losses.missing
-    if not missing:
-        return
     leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
     leaks += len(triage.uncounted) + behind
     bound = leaks * report.geometry.cluster_size

@@ -18,7 +18,6 @@ from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
 from planner.triage.l1_holes import PlaceKind
 from planner.triage.losses import CauseKind
-from planner.triage.strays import Strays
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.luks_headers import luks_bytes
@@ -939,15 +938,6 @@ def test_what_one_bit_that_was_set_leads_to_is_suspect() -> None:
     image.set_word(image.l2_at(200), 1 << free)
     assert (200 * CLUSTER, CLUSTER) in suspect_ranges(image)
     assert 1 << free < len(image.data)
-
-
-def test_subclusters_that_read_as_zeros_are_no_stray_words() -> None:
-    builder = ImageBuilder(size=8 * MIB, cluster_bits=14, extended_l2=True)
-    builder.write_subclusters(3, b"", 0, 1)
-    image = builder.build()
-    strays = Strays(image.source, check_image(image.source))
-    words, bitmaps = np.zeros((1, 2), dtype=np.uint64), np.array([[1 << 32, 1]], dtype=np.uint64)
-    assert strays.wrong(words, bitmaps, bitmaps != 0).tolist() == [[False, True]]
 
 
 def test_one_bit_is_an_entry_where_a_snapshot_has_the_cluster_too() -> None:
