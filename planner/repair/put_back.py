@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, Counts, distinct, union
+from planner.arrays import I64, Counts, union
+from planner.check.refcount_comparison import CHUNK
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.refcounts import Reftable
 from planner.qcow2.refcounts import unpack_refcounts
@@ -36,16 +37,17 @@ def put_back_blocks(scope: Scope) -> None:
     One that would count nothing becomes empty.
     """
     table = Reftable(scope.source, scope.layout)
-    counted = _counted(scope)
-    wrong = _wrong_entries(scope, table, counted)
+    wrong = _wrong_entries(scope, table)
     if not 0 < len(wrong) <= MAX_ENTRIES:
         return
-    _withdraw_claims(scope, table.offset[np.isin(table.index, wrong)], counted)
+    counted = _counted(scope, table.offset[np.isin(table.index, wrong)])
     free = _free_clusters(scope, counted)
+    # Its offset may be right: what it counts behind the end of the file tells what was there.
+    reserved = table.index[table.reserved & (table.offset < scope.source.size)]
     words: list[int] = []
     for block in wrong.tolist():
         word = _word_for(scope, block, counted, free)
-        if word is None or word in filter(None, words):
+        if word is None or word in filter(None, words) or (not word and block in reserved):
             return
         words.append(word)
     places = scope.layout.header.refcount_table_offset + WORD * wrong
@@ -61,42 +63,46 @@ def put_back_blocks(scope: Scope) -> None:
     )
 
 
-def _counted(scope: Scope) -> I64:
-    """How often each slot is referred to, also where that is more than a refcount can say."""
-    counted = scope.mismatches.counted.astype(np.int64)
-    over = scope.report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
-    slots, _ = scope.mismatches.index.find(over.host_offset >> scope.geometry.cluster_bits)
-    counted[slots] += over.count
-    return counted
-
-
-def _wrong_entries(scope: Scope, table: Reftable, counted: I64) -> I64:
+def _wrong_entries(scope: Scope, table: Reftable) -> I64:
     """Of which blocks the table leads to none that may be written, or should lead to one."""
-    used = scope.mismatches.index.clusters_of(np.flatnonzero(counted))
-    needed = distinct(used // scope.geometry.refblock_entries)
-    known = union(table.index, needed[needed < scope.layout.reftable_entries])
+    per_block = scope.geometry.refblock_entries
+    missing = scope.mismatches.blocks(per_block, FindingKind.REFCOUNT_MISSING)
+    known = union(table.index, missing[missing < scope.layout.reftable_entries])
     wrong: I64 = np.setdiff1d(known, writable_refblocks(scope, table.index)[0])
     return wrong
 
 
-def _withdraw_claims(scope: Scope, offsets: I64, counted: I64) -> None:
-    """What wrong entries lead to is no block of refcounts, and not in use as one."""
-    bits, regions = scope.geometry.cluster_bits, scope.report.regions
+def _counted(scope: Scope, claimed: I64) -> Counts:
+    """How often each slot is referred to, also where that is more than a refcount can say.
+
+    But for what wrong entries of the table lead to, *claimed*: that is in use as no block.
+    """
+    mismatches, regions, bits = scope.mismatches, scope.report.regions, scope.geometry.cluster_bits
+    over = scope.report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
+    counted = mismatches.counted.astype(np.uint64 if len(over) else mismatches.counted.dtype)
+    slots, _ = mismatches.index.find(over.host_offset >> bits)
+    counted[slots] += over.count.astype(counted.dtype)
     blocks = regions.select(regions.structure == Structure.REFBLOCK).first(bits)
-    slots, known = scope.mismatches.index.find(blocks[np.isin(blocks, offsets >> bits)])
-    np.subtract.at(counted, slots[known], 1)
+    slots, known = mismatches.index.find(blocks[np.isin(blocks, claimed >> bits)])
+    np.subtract.at(counted, slots[known], counted.dtype.type(1))
+    return counted
 
 
-def _free_clusters(scope: Scope, counted: I64) -> I64:
+def _free_clusters(scope: Scope, counted: Counts) -> I64:
     """The first clusters with data that nothing refers to, whole in the file; ascending."""
-    geometry = scope.geometry
-    free = scope.mismatches.index.clusters_of(np.flatnonzero(counted == 0))
-    free = free[free < scope.source.size >> geometry.cluster_bits]
-    is_there = present_tables(scope.source, free << geometry.cluster_bits, geometry.cluster_size)
-    return free[is_there][: MAX_BYTES >> geometry.cluster_bits]
+    bits, size = scope.geometry.cluster_bits, scope.geometry.cluster_size
+    index, room, found = scope.mismatches.index, MAX_BYTES // size, [np.zeros(0, dtype=np.int64)]
+    for first in range(0, len(counted), CHUNK):
+        free = index.clusters_of(first + np.flatnonzero(counted[first : first + CHUNK] == 0))
+        free = free[free < scope.source.size >> bits]
+        found.append(free[present_tables(scope.source, free << bits, size)][:room])
+        room -= len(found[-1])
+        if not room:
+            break
+    return np.concatenate(found)
 
 
-def _word_for(scope: Scope, block: int, counted: I64, free: I64) -> int | None:
+def _word_for(scope: Scope, block: int, counted: Counts, free: I64) -> int | None:
     """What the entry of that *block* was; None where that cannot be told."""
     geometry, expected = scope.geometry, _expected(scope, block, counted)
     used, first = int(np.count_nonzero(expected)), block * geometry.refblock_entries
@@ -115,7 +121,7 @@ def _word_for(scope: Scope, block: int, counted: I64, free: I64) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _expected(scope: Scope, block: int, counted: I64) -> Counts:
+def _expected(scope: Scope, block: int, counted: Counts) -> Counts:
     """The refcounts of a block as the census has them."""
     geometry, index = scope.geometry, scope.mismatches.index
     first = block * geometry.refblock_entries

@@ -139,6 +139,16 @@ def test_no_other_cluster_is_taken_for_a_block() -> None:
         proposal(image)
 
 
+def test_a_block_that_counts_what_was_behind_the_end_of_the_file_is_not_dropped() -> None:
+    image = cut(refcount_order=6)
+    block = image.host_offset(5)
+    image.set_word(image.l2_at(5), 0)
+    image.set_word(image.reftable_at(40), block | 3)
+    flags_alone(image)
+    with pytest.raises(UnsupportedRepair):
+        proposal(image)
+
+
 def test_what_leaks_by_a_block_that_is_put_back_is_looked_at_before_it_is_freed() -> None:
     image = cut()
     table = image.l2_table(0)
