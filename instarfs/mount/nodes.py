@@ -64,10 +64,6 @@ class File(ABC):
     def size(self) -> int:
         """Bytes to be read, as far as that is known without computing anything."""
 
-    async def learn_size(self) -> None:
-        """Have `size` know more, where that takes no more than a look at a disk."""
-        return
-
     def allocated(self) -> int | None:
         """Bytes that are more than zeros, or a bound for them; None where all may be.
 
@@ -127,22 +123,31 @@ class FixedDirectory(Directory):
 
 
 class DeferredDirectory(Directory):
-    """The same children always, files all of them, made by *make* when somebody looks at one."""
+    """The same children always, files all of them, each made when somebody looks at it.
+
+    *makers*: what makes each, by name; asked for when somebody first looks into the directory.
+    """
 
     is_fixed = True
 
-    def __init__(self, make: Callable[[], Mapping[str, File]]) -> None:
-        self._make = make
+    def __init__(self, makers: Callable[[], Mapping[str, Callable[[], File]]]) -> None:
+        self._find_makers = makers
+        self._made: dict[str, File] = {}
 
     @cached_property
-    def children(self) -> Mapping[str, File]:
-        return self._make()
+    def _makers(self) -> Mapping[str, Callable[[], File]]:
+        return self._find_makers()
 
     async def names(self) -> Sequence[str]:
-        return list(self.children)
+        return list(self._makers)
 
     async def child(self, name: str) -> Node | None:
-        return self.children.get(name)
+        make = self._makers.get(name)
+        if make is None:
+            return None
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 class MadeDirectory(Directory):
@@ -190,7 +195,8 @@ class GeneratedFile(File, Generic[T]):
     *render* runs in a worker thread, for it may take seconds where there are millions of findings.
     It returns the content, or its parts one after the other: then only the first `SHARED_BYTES` are
     kept, once for all handles of one edition; what follows is counted, and made anew as it is read.
-    *measure*, where there is one, counts all of it in less time than it takes to make.
+    *measure*, where there is one, counts all of it in less time than it takes to make. *is_brief*:
+    it is made in less time than it takes to ask a thread for it, in the event loop.
     """
 
     def __init__(
@@ -198,10 +204,13 @@ class GeneratedFile(File, Generic[T]):
         value: Value[T],
         render: Callable[[T], bytes | Iterable[bytes]],
         measure: Callable[[T], int] | None = None,
+        *,
+        is_brief: bool = False,
     ) -> None:
         self._value = value
         self._render = render
         self._measure = measure
+        self._is_brief = is_brief
         self._lock = trio.Lock()
         # Weak, both: the edition so as not to outlive its image, the content so that megabytes
         # of text are there only while somebody has the file open.
@@ -220,10 +229,7 @@ class GeneratedFile(File, Generic[T]):
         async with self._lock:
             snapshot = self._known_snapshot(edition)
             if snapshot is None:
-                known = self._size if self._is_rendered(edition) else None
-                content, size = await trio.to_thread.run_sync(
-                    self._begin, edition, known, abandon_on_cancel=True
-                )
+                content, size = await self._made_of(edition)
                 # Made here, not in the thread, which would hold it a while longer.
                 parts = partial(self._parts, edition) if len(content) < size else None
                 snapshot = _Snapshot(content, size, parts)
@@ -231,6 +237,13 @@ class GeneratedFile(File, Generic[T]):
                 self._kept = snapshot if len(content) == size <= KEPT_BYTES else None
                 self._size = size
         return _GeneratedHandle(snapshot)
+
+    async def _made_of(self, edition: Edition[T]) -> tuple[bytes, int]:
+        if self._is_brief:
+            content = b"".join(self._parts(edition))
+            return content, len(content)
+        known = self._size if self._is_rendered(edition) else None
+        return await trio.to_thread.run_sync(self._begin, edition, known, abandon_on_cancel=True)
 
     def _known_snapshot(self, edition: Edition[T]) -> _Snapshot | None:
         if not self._is_rendered(edition):
@@ -365,6 +378,7 @@ class DataFile(File):
         return self._length()
 
     async def learn_size(self) -> None:
+        """Have `size` know more, where that takes no more than a look at a disk."""
         if self._learn_length is not None:
             await self._learn_length()
 

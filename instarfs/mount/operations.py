@@ -535,7 +535,8 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def flush(self, fh: FileHandleT) -> None:
-        """Nothing is held back: `write` has said all there was to say."""
+        """Nothing is held back: `write` has said all there was to say. The kernel asks no more."""
+        raise FUSEError(errno.ENOSYS)
 
     @_guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -591,7 +592,7 @@ async def _learn_size_soon(node: Node) -> bool:
     """Whether it is known. Who looks into a directory holds up all others who do, in the kernel: a
     disk that does not answer is waited for when the attributes are asked for, and by one alone.
     """
-    if isinstance(node, Directory):
+    if not isinstance(node, DataFile):  # what others show takes no look at a disk
         return True
     with trio.move_on_after(_SOON_SECONDS):
         await _learn_size(node)
@@ -600,5 +601,5 @@ async def _learn_size_soon(node: Node) -> bool:
 
 
 async def _learn_size(node: Node) -> None:
-    if isinstance(node, File):
+    if isinstance(node, DataFile):
         await node.learn_size()

@@ -249,26 +249,32 @@ def _known_snapshot(inspector: Inspector, name: str) -> Directory | None:
     return DeferredDirectory(partial(_snapshot_files, inspector, index))
 
 
-def _snapshot_files(inspector: Inspector, index: int) -> dict[str, File]:
-    def size(part: Part) -> int:
-        return inspector.snapshot_size(Place(part, index))
+def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], File]]:
+    """What makes each of the files of a snapshot: of very many only some are ever looked at."""
 
-    def info(description: Description) -> bytes:
-        return render_info.snapshot_json(description.contents, index)
+    def data(part: Part) -> File:
+        place = Place(part, index)
+        return _data_file(inspector, place, partial(inspector.snapshot_size, place))
 
-    files: dict[str, File] = {
-        "info.json": GeneratedFile(inspector.description, info),
-        "disk.raw": _data_file(
-            inspector, Place(Part.SNAPSHOT, index), partial(size, Part.SNAPSHOT)
-        ),
-    }
-    hit = inspector.files_of(Place(Part.SNAPSHOT, index))
-    files["files.tsv"] = GeneratedFile(hit, render_files.files_tsv)
-    if size(Part.VMSTATE):
-        files["vmstate.raw"] = _data_file(
-            inspector, Place(Part.VMSTATE, index), partial(size, Part.VMSTATE)
+    def info() -> File:
+        return GeneratedFile(
+            inspector.description,
+            lambda it: render_info.snapshot_json(it.contents, index),
+            is_brief=True,
         )
-    return files
+
+    def hit() -> File:
+        found = inspector.files_of(Place(Part.SNAPSHOT, index))
+        return GeneratedFile(found, render_files.files_tsv)
+
+    makers: dict[str, Callable[[], File]] = {
+        "info.json": info,
+        "disk.raw": partial(data, Part.SNAPSHOT),
+        "files.tsv": hit,
+    }
+    if inspector.snapshot_size(Place(Part.VMSTATE, index)):
+        makers["vmstate.raw"] = partial(data, Part.VMSTATE)
+    return makers
 
 
 # ---- image/ ----

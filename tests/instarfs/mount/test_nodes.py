@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -15,6 +15,7 @@ from instarfs.mount.nodes import (
     DataFile,
     DeferredDirectory,
     DeferredFile,
+    File,
     FixedDirectory,
     GeneratedFile,
     LiveFile,
@@ -306,19 +307,45 @@ async def test_a_made_directory_makes_a_node_once_as_long_as_it_is_held() -> Non
     assert await directory.names() == ["README"]
 
 
-async def test_a_deferred_directory_makes_its_files_when_one_is_looked_at() -> None:
-    made = []
+async def test_a_deferred_directory_makes_a_file_when_it_is_looked_at() -> None:
+    made: list[LiveFile] = []
+    asked = []
 
-    def make() -> dict[str, LiveFile]:
-        made.append({"a": LiveFile(lambda: b"1"), "b": LiveFile(lambda: b"2")})
+    def make() -> LiveFile:
+        made.append(LiveFile(lambda: b"1"))
         return made[-1]
 
-    directory = DeferredDirectory(make)
-    assert not made
-    assert await directory.child("a") is made[0]["a"]
+    def makers() -> dict[str, Callable[[], File]]:
+        asked.append(1)
+        return {"a": make, "b": make}
+
+    directory = DeferredDirectory(makers)
+    assert not asked
     assert await directory.names() == ["a", "b"]
+    assert not made
+    assert await directory.child("a") is made[0]
+    assert await directory.child("a") is made[0]
     assert await directory.child("c") is None
-    assert len(made) == 1
+    assert (len(asked), len(made)) == (1, 1)
+
+
+async def test_a_brief_file_is_made_without_asking_a_thread() -> None:
+    """Of tens of thousands of them a thread each takes most of the time."""
+    threads = []
+
+    def render(content: str) -> bytes:
+        threads.append(threading.current_thread())
+        return content.encode()
+
+    for is_brief in (True, False):
+        value = FakeValue("content")
+        file = GeneratedFile(value, render, is_brief=is_brief)
+        handle = await file.open()
+        assert (await handle.read(0, 100), handle.size()) == (b"content", file.size())
+        assert await (await file.open()).read(0, 100) == b"content"
+    brief, *others = [each is threading.current_thread() for each in threads]
+    assert brief
+    assert others == [False]
 
 
 async def test_a_made_directory_lists_what_it_is_told_to() -> None:
