@@ -9,6 +9,7 @@ damages images.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from planner.check.report import Report
 from planner.errors import PlannerError
 from planner.findings.kinds import FindingKind
 from planner.guest.mapping import RunKind, Runs
-from planner.qcow2.entries import NO_HOST
+from planner.qcow2.entries import NO_HOST, REFTABLE_OFFSET
 from planner.qcow2.header import read_header
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.source import SECTOR, nonzero_words, read_bytes
@@ -265,13 +266,17 @@ def _counted_behind(source: FileSource, end: int) -> int:
     header, count = read_header(source), 0
     geometry, first = header.geometry, -(-end >> header.cluster_bits)
     words = header.refcount_table_clusters << header.cluster_bits >> 3
-    for index, word in zip(
-        *nonzero_words(source, header.refcount_table_offset, words), strict=True
-    ):
-        block = np.frombuffer(read_bytes(source, int(word), geometry.cluster_size), dtype=np.uint8)
-        counts = unpack_refcounts(block, header.refcount_order).astype(np.uint64)
-        behind = counts[max(0, first - int(index) * geometry.refblock_entries) :]
-        count += int(np.minimum(behind, geometry.guest_clusters).sum())
+    index, word = nonzero_words(source, header.refcount_table_offset, words)
+    # Garbage leads to the same few places thousands of times, and to none in the file.
+    word &= np.uint64(REFTABLE_OFFSET)
+    there = (word % geometry.cluster_size == 0) & (word < source.size)
+    skipped = np.maximum(0, first - index[there] * geometry.refblock_entries)
+    places = zip(word[there].tolist(), skipped.tolist(), strict=True)
+    for (at, start), times in Counter(places).items():
+        if start < geometry.refblock_entries:
+            block = np.frombuffer(read_bytes(source, at, geometry.cluster_size), dtype=np.uint8)
+            behind = unpack_refcounts(block, header.refcount_order)[start:].astype(np.uint64)
+            count += times * int(np.minimum(behind, geometry.guest_clusters).sum())
     return count
 
 
