@@ -1,15 +1,10 @@
-"""Images whose every name is an attack on whoever prints it, and the judge of what is printed.
-
-What is planted, `POISON`, has all that a terminal obeys, that ends a line, a cell, a word of a
-shell or a string of JSON, and bytes that are no text; `FORGED` stands behind each, and shows where
-one of them did what it was meant to.
-"""
+"""Images whose every name is an attack on whoever prints it, and the judge of what is printed."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from planner.qcow2 import extensions
@@ -18,40 +13,9 @@ from planner.qcow2.luks import encode_luks
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.damage import DAMAGES
 from tests.images.luks_headers import luks_header
+from tests.images.planted_guest import planted_guest
+from tests.images.poison import AFTER_NUL, MARK, POISON, cut
 from tests.images.sample import sample
-
-MARK = "FORGED"
-FORGED = MARK.encode()
-
-SEEDS = (
-    b"\x1b]0;" + FORGED + b"\x07",
-    b"\n" + FORGED,
-    b"\r" + FORGED,
-    b"\t" + FORGED + b"\t",
-    b'","FORGED":"',
-    b"'; FORGED; '",
-    b"`FORGED`$(FORGED)",
-    b"<FORGED/>&\\",
-    b"\x7f\x08\x0b\x0c\x85\x9b31m",
-    "\x9b31m\x85\x80".encode(),
-    "\u202e\u2066\u2028\u2029\ufeff\u00ad\u200b\U000e0001".encode(),
-    b"\xc3(\xed\xa0\x80\xed\xb2\x80\xf5\xff\xfe",
-    b"!* ~ -\xe6\x97\xa5\xc3\xa4",
-)
-POISON = b"".join(SEEDS)
-AFTER_NUL = b"\0" + FORGED
-
-
-def cut(length: int) -> Iterator[bytes]:
-    """All of `POISON` in names of at most so many bytes."""
-    name = b""
-    for seed in SEEDS:
-        if len(name) + len(seed) > length:
-            yield name
-            name = b""
-        name += seed[:length]
-    yield name
-
 
 # ---- images ----
 
@@ -151,6 +115,7 @@ IMAGES: dict[str, Callable[[], Image]] = {
     "data-file": _data_file,
     "same-bitmaps": _same_bitmaps,
     "backed": _backed,
+    "guest": planted_guest,
 }
 """By what is planted where."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Iterable
@@ -12,16 +13,9 @@ import pytest
 
 from instarfs.image.directory import SUFFIX
 from tests.advice import Ended, blocks_of, damaged, run_here
-from tests.images.planted import (
-    FORGED,
-    IMAGES,
-    POISON,
-    SEEDS,
-    UNREADABLE,
-    cut,
-    require_harmless,
-    require_json,
-)
+from tests.crash.test_rescue import sound
+from tests.images.planted import IMAGES, UNREADABLE, require_harmless, require_json
+from tests.images.poison import FORGED, MARK, POISON, SEEDS, cut
 
 NAME = os.fsdecode(POISON.replace(b"/", b""))
 
@@ -37,6 +31,9 @@ HUMAN = (
     ("info", "--backing-chain", "--follow", "."),
     ("map",),
     ("map", "--follow", "."),
+    ("files",),
+    ("rescue",),
+    ("rescue", "--free"),
     ("check", "-r", "leaks"),
     ("check", "-r", "all"),
     ("undo",),
@@ -51,6 +48,7 @@ JSON = (
     ("info", "--backing-chain", "--follow", "."),
     ("map",),
     ("map", "--follow", "."),
+    ("rescue",),
     ("check", "-r", "all"),
 )
 
@@ -63,13 +61,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return it
 
 
-def judged(words: Iterable[str | Path], *, json: bool = False) -> Ended:
+def judged(words: Iterable[str | Path], *, is_json: bool = False, tabs: bool = False) -> Ended:
     ended = run_here(words)
     require_harmless(ended.err, words)
-    if json and ended.out:
+    if is_json and ended.out:
         require_json(ended.out, words)
     else:
-        require_harmless(ended.out, words)
+        require_harmless(ended.out, words, tabs=tabs)
     assert "Traceback" not in ended.err
     return ended
 
@@ -80,15 +78,76 @@ def test_what_is_printed_of_an_image(kind: str, folder: Path) -> None:
     content = bytes(IMAGES[kind]().data)
     (folder / UNREADABLE).write_bytes(IMAGES["unknown-features"]().data)
     told = ""
-    for words, json in itertools.chain(
+    for words, is_json in itertools.chain(
         zip(HUMAN, itertools.repeat(False)), zip(JSON, itertools.repeat(True))
     ):
         image.write_bytes(content)
-        options = ["--output", "json"] if json else []
+        options = ["--output", "json"] if is_json else []
         filled = [word.format(image=image) for word in words]
-        ended = judged([*filled, *options, image], json=json)
+        ended = judged([*filled, *options, image], is_json=is_json, tabs=words[0] == "files")
         told += ended.out + ended.err
     assert FORGED.decode() in told  # it was there to be seen
+
+
+def test_what_is_printed_of_a_snapshot_and_its_files(folder: Path) -> None:
+    image = folder / NAME
+    image.write_bytes(IMAGES["every-name"]().data)
+    for number in ("0", "1", NAME):
+        judged(["files", "--snapshot", number, image], tabs=True)
+
+
+def test_where_it_is_rescued_to(folder: Path) -> None:
+    image, like, out = folder / NAME, folder / f"like {NAME[:60]}", folder / f"{NAME[:200]}.qcow2"
+    image.write_bytes(bytes(2048) + sound()[2048:])
+    like.write_bytes(sound())
+    for plan in ((), ("--plan", NAME)):
+        judged(["rescue", "--header", like, "--in-place", *plan, image])
+    judged(["rescue", "--assume", f"size={NAME}", image])
+    judged(["rescue", "--header", like, image])
+    for _ in range(2):
+        judged(["rescue", "--header", like, "-o", out, image])
+    assert out.exists()
+    identity = json.loads(judged(["rescue", "--output", "json", image], is_json=True).out)[
+        "plan-id"
+    ]
+    undo = ("--undo-file", f"{out}.undo")
+    for words in (("rescue", "--in-place", "--plan", identity), ("undo",), ("undo",)):
+        judged([*words, *undo, image])
+
+
+def test_what_a_scan_tells(folder: Path) -> None:
+    images = folder / "images"
+    images.mkdir()
+    kinds = ("every-name", "unknown-features", "guest")
+    for kind in kinds:
+        (images / f"{kind} {NAME[:100]}").write_bytes(IMAGES[kind]().data)
+    (images / f"link {NAME[:100]}").symlink_to(NAME)
+    (images / f"pipe {NAME[:100]}").write_bytes(b"QFI\xfb")
+    (images / NAME[:200]).mkdir()
+    state, metrics = folder / f"state {NAME[:100]}", folder / "metrics.prom"
+    known: list[str | Path] = ["--state", state]
+    kept: list[str | Path] = [*known, "--metrics", metrics]
+    for words in ([*kept, images], [*known, "--report"], [images], [*known, images]):
+        assert judged(["scan", *words]).out.count(MARK) >= len(kinds)
+        ended = judged(["scan", "--output", "jsonl", *words])
+        for line in ended.out.splitlines():
+            require_json(line, words)
+    text = metrics.read_text()
+    require_harmless(text, metrics)
+    # Nothing but comments and series of ours, each with its value.
+    series = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(line.startswith("instarfs_scan_") for line in series)
+    assert (
+        sum(line.startswith("instarfs_scan_image_exit_code{") for line in series) == len(kinds) + 1
+    )
+    for line in series:
+        float(line.rpartition(" ")[2])
+    # What is no state, and paths that are not there.
+    state.write_bytes(POISON)
+    for where in (images, folder / f"none {NAME[:100]}"):
+        judged(["scan", "--state", state, where])
+        judged(["scan", "--metrics", folder / NAME[:50] / "x", where])
+        judged(["scan", "--shard", NAME, where])
 
 
 def test_where_it_is_exported_to(folder: Path) -> None:
@@ -118,7 +177,7 @@ def test_what_is_printed_of_what_is_no_image(folder: Path) -> None:
     for path in (missing, other, pipe, folder):
         assert judged(["mount", path, missing]).code == 1
         assert judged(["umount", path]).code == 1
-        assert judged(["check", "--output", "json", path, path], json=True).code != 0
+        assert judged(["check", "--output", "json", path, path], is_json=True).code != 0
         assert judged(["export", path, other]).code != 0
         assert judged(["map", "--follow", path / "x", other]).code != 0
 
@@ -144,6 +203,14 @@ def test_what_is_printed_of_words_that_mean_nothing(seed: bytes, folder: Path) -
         ("check", "--undo-file", word, "-r", "all", "x"),
         ("map", "-s", word, "x"),
         ("mount", "-o", word, "x", "."),
+        ("mount", "--preview", word, "x", "."),
+        ("schema", word),
+        ("files", "--snapshot", word, "x"),
+        ("rescue", "--assume", word, "x"),
+        ("rescue", "--assume", f"{word}=1", "x"),
+        ("export", "--snapshot", word, "x", "y"),
+        ("scan", "--output", word, "x"),
+        ("scan", "--outdated-after", word, "x"),
     ):
         judged(words)
 
