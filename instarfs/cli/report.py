@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from functools import partial
@@ -114,4 +115,6 @@ def _around(image: Image, undo_file: str | None) -> Surroundings:
     around = look_around(image)
     if undo_file is None:
         return around
-    return replace(around, keeps_undo=False, undo_elsewhere=str(Path(undo_file).absolute()))
+    with contextlib.suppress(FileNotFoundError):  # where the current folder is gone
+        undo_file = str(Path(undo_file).absolute())
+    return replace(around, keeps_undo=False, undo_elsewhere=undo_file)

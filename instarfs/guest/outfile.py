@@ -28,6 +28,7 @@ from instarfs.errors import (
     OutOfSomethingElse,
     reason_of,
 )
+from instarfs.image.directory import MODE, kept_readable
 from instarfs.text import json_text
 from planner.errors import NotAMapfile
 from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
@@ -37,9 +38,6 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TITLE = "Mapfile. Created by instarfs export"
 _MARK = "instarfs-export: "
 _NEW = ".instarfs-new"
-
-_MODE = 0o600
-"""Of both files: a disk is its owner's secret, whatever the umask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ class OutFile:
         new = self.map_path + _NEW
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(new, flags, _MODE), "wb") as file:
+            with os.fdopen(kept_readable(os.open(new, flags, MODE)), "wb") as file:
                 file.writelines(listed.render())
             Path(new).replace(self.map_path)
         except OSError as error:
@@ -165,7 +163,7 @@ def _boot() -> str:
 def _create(path: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(path, flags, _MODE)
+        return kept_readable(os.open(path, flags, MODE))
     except FileExistsError as error:
         kind = _kind(path)
         why = f"no {map_path(path)} says that it was begun by an export"

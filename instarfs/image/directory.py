@@ -31,7 +31,8 @@ NO_FILE = errno.ENXIO
 _O_PATH_OF_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: should a FIFO take a file's place after it was looked at, opening must not wait.
 _O_ANY = os.O_NONBLOCK | os.O_CLOEXEC
-_MODE = 0o600
+MODE = 0o600
+"""Of what is made: a disk, and what is known of it, is its owner's secret, whatever the umask."""
 
 
 class Opening(IntEnum):
@@ -140,18 +141,22 @@ class OwnHands:
             return self._origin.open(directory, name, _FLAGS[what] | _O_ANY)
         if what is not Opening.NEW_UNDO:
             return _open_regular(directory, name, _FLAGS[what] | _O_ANY)
-        fd = os.open(name, _FLAGS[what] | _O_ANY, _MODE, dir_fd=directory)
-        with suppress(OSError):  # some file systems keep no modes
-            # Whatever the umask: its owner must be able to read it.
-            if stat.S_IMODE(os.fstat(fd).st_mode) != _MODE:
-                os.fchmod(fd, _MODE)
-        return fd
+        return kept_readable(os.open(name, _FLAGS[what] | _O_ANY, MODE, dir_fd=directory))
 
     def change(self, change: Change, directory: int, name: str) -> None:
         if change is Change.REMOVE_UNDO:
             os.unlink(name, dir_fd=directory)
         else:
             _sync(directory)
+
+
+def kept_readable(fd: int) -> int:
+    """*fd*, of a file that was made with `MODE`: its owner can read it, whatever the umask."""
+    with suppress(OSError):  # some file systems keep no modes
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & MODE != MODE:
+            os.fchmod(fd, mode | MODE)
+    return fd
 
 
 def behind_links(directory: int, name: str) -> tuple[int, str]:

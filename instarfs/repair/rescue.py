@@ -19,6 +19,7 @@ from instarfs.errors import (
     RescueNotWritten,
     reason_of,
 )
+from instarfs.image.directory import MODE, kept_readable
 from instarfs.image.file import FileSource, Generation, Image
 from instarfs.repair.execute import FileDevice, execute
 from planner.progress import Meter, Progress, tell_nobody
@@ -39,7 +40,8 @@ def write_copy(
     nothing is left there.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = kept_readable(os.open(path, flags, MODE))
     except FileExistsError as error:
         raise OutOccupied(path, "a rescue makes a new file") from error
     except OSError as error:

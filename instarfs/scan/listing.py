@@ -130,9 +130,17 @@ def device_if_lost(path: bytes) -> int | None:
     return 0
 
 
+def real(path: bytes) -> bytes:
+    """*path* without links; absolute, unless it is below a current folder that is gone."""
+    try:
+        return os.path.realpath(path)
+    except FileNotFoundError:  # os.getcwd
+        return path
+
+
 ANSWERS: Mapping[Question, Callable[[bytes], object]] = MappingProxyType(
     {
-        Question.REAL: os.path.realpath,
+        Question.REAL: real,
         Question.LOOK: look,
         Question.DEVICE_IF_LOST: device_if_lost,
     }

@@ -26,6 +26,7 @@ from instarfs.errors import (
     StateTooNew,
     reason_of,
 )
+from instarfs.image.directory import MODE, kept_readable
 from instarfs.scan.values import GONE, VERDICTS, Candidate, Change, Row, Run, Skipped, Stamp
 from planner.check.report import CheckCounters
 
@@ -409,7 +410,8 @@ def _storable(text: str) -> str:
 def _locked(path: str) -> Iterator[None]:
     """Held by the one scan that writes to it. The file is made if there is none, for its owner."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = kept_readable(os.open(path, flags, MODE))
     except OSError as error:
         raise StateFailed(path, reason_of(error)) from error
     # Closed after the database: that would lose its own locks with any descriptor of the file.

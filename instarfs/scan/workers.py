@@ -149,7 +149,9 @@ class Lister:
         try:
             return cast(bytes, self._ask(Question.REAL, path))
         except Unanswered:
-            return os.path.abspath(path)  # noqa: PTH100 - of bytes
+            with contextlib.suppress(FileNotFoundError):  # of the current folder
+                return os.path.abspath(path)  # noqa: PTH100 - of bytes
+            return path
 
     def is_there(self, path: bytes) -> bool:
         """Whether anything stands at *path*; so it may be where nobody answers."""

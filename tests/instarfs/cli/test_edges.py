@@ -43,6 +43,7 @@ def shell(before: str, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 SHARING = (("check",), ("info",), ("map",), ("report",), ("plan", "all"))
 COMMANDS = (*SHARING, ("check", "-r", "all"), ("trim",))
+ALL = (*COMMANDS, ("files",), ("rescue",))
 
 
 # ---- a directory that is gone ----
@@ -55,7 +56,7 @@ def gone(tmp_path: Path) -> str:
     return f"cd {directory} && rmdir {directory}"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
 def test_in_a_directory_that_is_gone(command: tuple[str, ...], gone: str, image: Path) -> None:
     assert shell(gone, *command, image).returncode == 0
     image.parent.joinpath("gone").mkdir()
@@ -73,6 +74,10 @@ def test_in_a_directory_that_is_gone(command: tuple[str, ...], gone: str, image:
         (("mount", "{image}", "mnt"), "mnt: no such directory"),
         (("map", "--follow", ".", "{image}"), ".: cannot be followed"),
         (("info", "--backing-chain", "--follow", ".", "{image}"), ".: cannot be followed"),
+        (("export", "{image}", "out"), "out: "),
+        (("scan", "{image}", "--state", "state"), "state: "),
+        (("scan", "{image}", "--metrics", "x.prom"), "x.prom: "),
+        (("mount", "--preview", "rescue", "{image}", "mnt"), "mnt: no such directory"),
     ],
 )
 def test_names_in_a_directory_that_is_gone(
@@ -83,11 +88,31 @@ def test_names_in_a_directory_that_is_gone(
     assert done.stderr.startswith(f"instarfs: {line}")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("scan", "{image}"),
+        ("scan", "."),
+        ("schema", "check"),
+        ("report", "--undo-file", "undo", "{image}"),
+    ],
+    ids=" ".join,
+)
+def test_what_names_nothing_there_works(command: tuple[str, ...], gone: str, image: Path) -> None:
+    done = shell(gone, *(word.format(image=image) for word in command))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_scan_does_not_find_there_is_named(gone: str) -> None:
+    done = shell(gone, "scan", "a/../b")
+    assert (done.returncode, done.stderr) == (1, "instarfs: a/../b: it is not there any more\n")
+
+
 # ---- without /proc ----
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide /proc")
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", [*ALL, ("scan",)], ids=" ".join)
 def test_without_proc(command: tuple[str, ...], image: Path) -> None:
     hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
     done = subprocess.run(

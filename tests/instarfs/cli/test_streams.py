@@ -32,6 +32,13 @@ COMMANDS = (
     "map x.qcow2",
     "report x.qcow2",
     "map --output json x.qcow2",
+    "files x.qcow2",
+    "rescue x.qcow2",
+    "rescue --output json x.qcow2",
+    "export x.qcow2 x.raw",
+    "scan --state state x.qcow2",
+    "scan --output jsonl x.qcow2",
+    "schema check",
 )
 
 
