@@ -101,6 +101,16 @@ def distinct_columns(columns: I64) -> tuple[I64, I64]:
     return ordered[:, first], which
 
 
+def in_order(columns: I64) -> I64:
+    """The columns of a 2-D array, ascending; the same where they are, which takes little to see."""
+    equal: Mask = np.ones(columns.shape[1] - 1, dtype=np.bool_)
+    for row in columns:
+        if (equal & (row[1:] < row[:-1])).any():
+            return columns[:, np.lexsort(columns[::-1])]
+        equal &= row[1:] == row[:-1]
+    return columns
+
+
 def union(one: I64, other: I64) -> I64:
     """What is in *one* or in *other*, ascending, each once; *other* is in order."""
     return merged(one, other) if len(one) else other

@@ -34,7 +34,7 @@ from planner.guestfs.search import find_files
 from planner.guestfs.work import Work, WorkSpent
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.entries import NO_HOST
-from planner.source import join_extents
+from planner.source import MAX_EXTENTS, join_extents
 from planner.triage.guest_damage import guest_damage, missing_places
 from planner.triage.impact import Harm, Impact, Ranges, guest_impact
 from planner.triage.triage import Triage
@@ -84,10 +84,7 @@ class DiskSource:
         try:
             while position < end:
                 found = self._known(position) or self._find(position)
-                at = int(np.searchsorted(found.stops, position, side="right"))
-                while at < len(found.starts) and found.starts[at] < end:
-                    yield max(position, int(found.starts[at])), min(end, int(found.stops[at]))
-                    at += 1
+                yield from found.between(position, end)
                 position = found.end
         except (ImageReadFailed, ImageError):
             yield position, end
@@ -133,6 +130,16 @@ class _Found:
     end: int
     starts: I64
     stops: I64
+
+    def between(self, position: int, end: int) -> Iterator[tuple[int, int]]:
+        """The extents there, more and more at a time: who leaps along takes the first alone."""
+        at = int(np.searchsorted(self.stops, position, side="right"))
+        last, number = int(np.searchsorted(self.starts, end)), 1
+        while at < last:
+            part = slice(at, min(at + number, last))
+            starts = np.maximum(self.starts[part], position).tolist()
+            yield from zip(starts, np.minimum(self.stops[part], end).tolist(), strict=True)
+            at, number = part.stop, min(2 * number, MAX_EXTENTS)
 
 
 def hit_files(

@@ -65,9 +65,13 @@ class GoneTables:
 
     def _sectors(self, rows: U8) -> tuple[Mask, Mask]:
         step = self.geometry.l2_entry_size // 8
-        words = entries.decode_words(rows).reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
+        words = rows.view(">u8").reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
         filled = np.count_nonzero(words, axis=2)
-        bad = np.count_nonzero(self.wild_l2(words), axis=2)
+        # Most words are entries beyond doubt: only the others are decoded.
+        at = np.flatnonzero(self._in_doubt(rows.view(np.uint64)[:, ::step]))
+        some = words.reshape(-1)[at].astype(np.uint64)
+        sector = at[self.wild_l2(some)] // words.shape[2]
+        bad = np.bincount(sector, minlength=filled.size).reshape(filled.shape)
         gone = little_is_left(bad, filled)
         # A table of which little else is left is gone as a whole: no zero in it means anything.
         whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
@@ -108,10 +112,15 @@ class GoneTables:
 
     def _are_doubtful(self, rows: U8) -> Mask:
         """Which L2 tables have a bit that no word has which is an entry beyond doubt."""
-        bits = self.beyond | entries.L2_RESERVED | entries.COMPRESSED
-        bits |= entries.L2_OFFSET & (self.geometry.cluster_size - 1)
         step = self.geometry.l2_entry_size // 8
         words = rows.view(np.uint64)
-        seen = np.bitwise_or.reduce(words if step == 1 else words[:, ::step], axis=1)
-        doubtful: Mask = (seen & np.array(bits, dtype=">u8").view(np.uint64)) != 0
-        return doubtful
+        return self._in_doubt(
+            np.bitwise_or.reduce(words if step == 1 else words[:, ::step], axis=1)
+        )
+
+    def _in_doubt(self, words: U64) -> Mask:
+        """Which words, as they are in the file, have such a bit."""
+        bits = self.beyond | entries.L2_RESERVED | entries.COMPRESSED
+        bits |= entries.L2_OFFSET & (self.geometry.cluster_size - 1)
+        in_doubt: Mask = (words & np.array(bits, dtype=">u8").view(np.uint64)) != 0
+        return in_doubt

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
-from planner.arrays import I64, distinct
+from planner.arrays import I64, distinct, expand_ranges
 from planner.check.report import Report
-from planner.findings.kinds import FindingKind, Findings
+from planner.findings.kinds import FindingKind, Findings, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
+from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.repair.words import draft_words, read_words
+from planner.source import Source
+
+Check = Callable[[Source, I64], Report]
 
 
 def update_copied_flags_for_l1(scope: Scope, known: Report | None = None) -> None:
@@ -47,18 +54,34 @@ def unfollowed_targets(before: Report, scope: Scope) -> I64:
     return distinct(np.concatenate(targets) >> scope.geometry.cluster_bits)
 
 
-def stuck_targets(before: Report, scope: Scope) -> I64:
-    """Those of them that are known before any flag follows: to which nothing can be written."""
-    if scope.report is before:
-        return np.zeros(0, dtype=np.int64)
-    wrong = scope.report.findings.of(FindingKind.L1_COPIED)
-    is_stuck = ~scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
-    is_stuck &= ~_was_wrong(wrong, before)
-    targets = [entries.l2_offsets(read_words(scope.source, wrong.host_offset[is_stuck]))]
-    for tables in marked_tables(scope, FindingKind.L2_COPIED):
-        stuck = _new_among(tables, before).select(~tables.without_contested().marks)
+def stuck_targets(before: Report, scope: Scope, check: Check) -> I64:
+    """Those of them that are known once refcounts are drafted: to which nothing can be written.
+
+    It takes no more than a *check* of the tables that cannot be written, each given by its host
+    offset. Where refcounts are made anew it may be others: then nothing is told.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    if scope.draft.revision == scope.revision or scope.draft.has(StageKind.SWITCH):
+        return nothing
+    image, bits = scope.draft.overlay(), scope.geometry.cluster_bits
+    regions = scope.report.regions
+    tables = distinct(regions.offset[regions.structure == Structure.L2_TABLE])
+    ends = np.stack((tables, tables + scope.geometry.cluster_size - 1)) >> bits
+    fixed = tables[~scope.is_writable(ends).all(axis=0)]
+    leading = regions.select(regions.structure == Structure.L1_TABLE)
+    places = expand_ranges(leading.first(bits), leading.last(bits))
+    if not len(fixed) and scope.is_writable(places).all():
+        return nothing
+    report = check(image, fixed)
+    wrong = report.findings.of(FindingKind.L1_COPIED)
+    is_stuck = ~scope.is_writable(wrong.host_offset >> bits) & ~_was_wrong(wrong, before)
+    targets = [entries.l2_offsets(read_words(image, wrong.host_offset[is_stuck]))]
+    there = replace(scope, source=image, report=report, revision=scope.draft.revision)
+    for found in marked_tables(there, FindingKind.L2_COPIED):
+        is_writable = replace(found, scope=scope).without_contested().marks
+        stuck = _new_among(found, before).select(~is_writable)
         targets.append(entries.l2_offsets(stuck.words[stuck.marks].astype(np.uint64)))
-    return distinct(np.concatenate(targets) >> scope.geometry.cluster_bits)
+    return distinct(np.concatenate([nothing, *targets]) >> bits)
 
 
 def _was_wrong(wrong: Findings, before: Report) -> np.ndarray:

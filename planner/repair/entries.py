@@ -2,7 +2,7 @@
 
 A misaligned entry that reads as zeros becomes plain zero, as QEMU makes it; COPIED goes from
 compressed entries; reserved bits go where nothing else is wrong with what the entry points at: they
-come last, when refcounts and flags say what they should.
+come last, when refcounts say what they should, and flags are drafted that do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from planner.findings.kinds import FindingKind, Owner, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
-from planner.repair.words import draft_words
+from planner.repair.words import draft_words, read_words
+
+_OF_L1_ENTRIES = (FindingKind.L1_ENTRY_RESERVED, FindingKind.L1_COPIED)
 
 _OWNERS_WEIGHED = 64
 """Owners of a cluster that are looked at; one with more is not written to."""
@@ -34,7 +36,10 @@ def correct_entries(scope: Scope) -> None:
 
 
 def clear_reserved_bits(scope: Scope) -> None:
-    """Draft the entries in which nothing but reserved bits is wrong, without them."""
+    """Draft the entries in which nothing but reserved bits is wrong, without them.
+
+    Nor is the COPIED flag by now: where an entry may be written, it was drafted.
+    """
     others = distinct(_other_findings(scope))
     for tables in marked_tables(scope, FindingKind.L2_ENTRY_RESERVED):
         chosen = tables.without_contested()
@@ -45,8 +50,11 @@ def clear_reserved_bits(scope: Scope) -> None:
     free = scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits)
     alone = ~is_among(wrong.host_offset, others)
     right = free & alone & _leads_to_what_agrees(scope, wrong.expected)
-    wrong = wrong.select(right)
-    draft_words(scope, FindingKind.L1_ENTRY_RESERVED, wrong.host_offset, wrong.expected)
+    place = wrong.host_offset[right]
+    if not len(place):
+        return
+    words = expected(FindingKind.L1_ENTRY_RESERVED, read_words(scope.drafted, place))
+    draft_words(scope, FindingKind.L1_ENTRY_RESERVED, place, words)
 
 
 def _correct(tables: MarkedTables) -> None:
@@ -112,7 +120,7 @@ def _is_otherwise_right(tables: MarkedTables, others: I64) -> Mask:
     anything but reserved bits, ascending.
     """
     scope, right = tables.scope, tables.marks.copy()
-    for kind in set(scope.entries.counts()) - {tables.kind}:
+    for kind in set(scope.entries.counts()) - {tables.kind, FindingKind.L2_COPIED}:
         right &= ~scope.entries.marks(kind, tables.offset)
     at = tables.select(right)
     alone = ~is_among(at.host_offsets(), others)
@@ -121,9 +129,9 @@ def _is_otherwise_right(tables: MarkedTables, others: I64) -> Mask:
 
 
 def _other_findings(scope: Scope) -> I64:
-    """Where there is anything but reserved bits."""
+    """Where there is anything but reserved bits and wrong flags."""
     groups = scope.report.findings.groups
-    others = [kind for kind in groups if kind[0] is not FindingKind.L1_ENTRY_RESERVED]
+    others = [kind for kind in groups if kind[0] not in _OF_L1_ENTRIES]
     return np.concatenate([np.zeros(0, dtype=np.int64), *(groups[k].host_offset for k in others)])
 
 

@@ -23,7 +23,7 @@ from planner.source import SECTOR
 MAX_EDITS = 1 << 16
 """Edits that a plan lists one by one; it counts all of them."""
 
-COMPARED_SECTORS = 1 << 14
+COMPARED_SECTORS = 1 << 12
 """Sectors that are compared at a time."""
 
 ID_LENGTH = 12

@@ -25,9 +25,12 @@ from planner.triage.triage import Triage
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """How an image is looked at while a repair of it is drafted, and whether it may grow."""
+    """How an image is looked at while a repair of it is drafted, and whether it may grow.
 
-    check: Callable[[Source], Report]
+    ``check``: of all L2 tables, or only of those at some host offsets, see `check_image`.
+    """
+
+    check: Callable[[Source, I64 | None], Report]
     triage: Callable[[Scope, I64], Triage]
     can_grow: bool
 
@@ -55,7 +58,7 @@ def checked_anew(scope: Scope, means: Means) -> Scope:
     if scope.draft.revision == scope.revision:
         return scope
     image = scope.draft.overlay()
-    return scope.after(image, means.check(image))
+    return scope.after(image, means.check(image, None))
 
 
 def uncounted_to_keep(report: Report, triage: Triage) -> I64:

@@ -200,8 +200,8 @@ def propose(
     """
     known = triage
 
-    def check(image: Source) -> Report:
-        return check_image(image, progress=progress)
+    def check(image: Source, only: I64 | None) -> Report:
+        return check_image(image, progress=progress, only=only)
 
     def look(scope: Scope, ignored: I64) -> Triage:
         nonlocal known
@@ -221,9 +221,8 @@ def propose(
     plan, after = scope.draft.plan(tier), checked_anew(scope, means).report
     spared = union(drafted.kept, triage.uncounted)
     kept = int(is_among(leaked_clusters(after), spared).sum())
-    require_proof(source, plan, report, after, kept=kept)
     left = _left(tier, after, triage)
-    return Proposal(
+    proposal = Proposal(
         tier,
         plan,
         report,
@@ -235,6 +234,9 @@ def propose(
         notes=drafted.notes,
         gives_up=drafted.gives_up,
     )
+    del scope, drafted  # The draft is as large as the plan that it has become.
+    require_proof(source, plan, report, after, kept=kept)
+    return proposal
 
 
 def _require_sound_basis(report: Report) -> None:
@@ -286,17 +288,17 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:
-    settle, follow, finish = _STEPS[tier]
+    settle, follow = _STEPS[tier]
     left, stay = MAX_DRAFTS, np.zeros(0, dtype=np.int64)
     while True:
         left -= 1
-        scope = settle(begun, report, means, stay)
-        more = union(stay, stuck_targets(report, scope))
+        scope = settle(begun, report, stay)
+        more = union(stay, stuck_targets(report, scope, means.check))
         if len(more) == len(stay) or not left:
-            scope = follow(scope, report, means)
+            scope = follow(checked_anew(scope, means), report, means)
             more = union(stay, unfollowed_targets(report, scope))
         if len(more) == len(stay) or not left:
-            return finish(scope, means)
+            return scope
         stay = more
         del scope  # The draft may be large, and the next is as large.
 
@@ -334,11 +336,11 @@ def _begin_leaks(scope: Scope, means: Means) -> _Begun:
     return _Begun(scope, triage, nothing, nothing)
 
 
-def _settle_leaks(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
+def _settle_leaks(begun: _Begun, before: Report, stay: I64) -> Scope:
     scope = begun.forked()
     if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
-    return checked_anew(scope, means)
+    return scope
 
 
 def _follow_leaks(scope: Scope, before: Report, means: Means) -> Scope:
@@ -422,22 +424,18 @@ def _leaked_since(scope: Scope, before: Report, shown: I64) -> I64:
     return leaked[~is_among(leaked, union(leaked_clusters(before), shown))]
 
 
-def _settle_all(begun: _Begun, before: Report, means: Means, stay: I64) -> Scope:
+def _settle_all(begun: _Begun, before: Report, stay: I64) -> Scope:
     scope = begun.forked()
     stay = union(stay, begun.stay)
     draft_refcounts(scope, stay, begun.kept)
     if not scope.draft.is_empty:
         # Often the next check is the proof then: nothing is left, or what nothing mends.
         _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
-    return checked_anew(scope, means)
+    return scope
 
 
 def _follow_all(scope: Scope, _before: Report, means: Means) -> Scope:
     update_copied_flags_for_l1(scope)
-    return checked_anew(scope, means)
-
-
-def _finish_all(scope: Scope, means: Means) -> Scope:
     clear_reserved_bits(scope)
     return checked_anew(scope, means)
 
@@ -472,10 +470,10 @@ _BEGIN = {RepairTier.LEAKS: _begin_leaks, RepairTier.ALL: _begin_all}
 """Of each tier: what all drafts begin with."""
 
 _STEPS = {
-    RepairTier.LEAKS: (_settle_leaks, _follow_leaks, checked_anew),
-    RepairTier.ALL: (_settle_all, _follow_all, _finish_all),
+    RepairTier.LEAKS: (_settle_leaks, _follow_leaks),
+    RepairTier.ALL: (_settle_all, _follow_all),
 }
-"""What follows in each draft: refcounts, flags, and what comes last."""
+"""What follows in each draft: refcounts, and then, checked anew, flags and what comes last."""
 
 
 def _require_plain_header(scope: Scope) -> None:

@@ -88,6 +88,9 @@ class Space:
                 position += length
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        if len(self.segments) == 1 and self.segments[0] == Segment(0, self.size, (0,), self.size):
+            inside = max(0, min(length, self.size - offset))
+            return self._disk.data_extents(offset, inside)  # the whole disk, as it is
         return join_extents(self._extents(offset, offset + length))
 
     def _extents(self, low: int, high: int) -> Iterator[tuple[int, int]]:
