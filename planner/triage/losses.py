@@ -263,7 +263,10 @@ def find_losses(
     causes = exchanged + tuple(
         _causes(source, report, disk, leaked, homeless, astray=astray, other_reading=other_reading)
     )
-    behind = _lost_behind(source, report, disk, leaked.lost_tables)
+    lost_tables = leaked.lost_tables + sum(
+        cause.kind is CauseKind.EMPTY_ENTRY and cause.snapshot == ACTIVE for cause in causes
+    )
+    behind = _lost_behind(source, report, disk, lost_tables)
     references = _references_lost(disk, report, leaked, candidates) + behind
     references += disk.shared.entries + disk.hidden_references()
     gone = disk.empty_entries()[1] if len(leaked.cluster) + behind > 1 else disk.shared.uncounted

@@ -233,6 +233,8 @@ def _faults_of_missing(
     """
     missing = triage.losses.missing
     leaks = sum((row.found - row.expected) * row.count for row in report.rows(FindingKind.LEAK))
+    # What has two owners by now shows no leak where one makes up for a reference that is lost.
+    leaks += len(report.findings.of(FindingKind.MULTIPLE_OWNERS))
     leaks += len(triage.uncounted) + behind
     bound = leaks * report.geometry.cluster_size
     if FindingKind.REFCOUNT_MISSING in report.counts():

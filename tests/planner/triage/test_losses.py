@@ -812,6 +812,17 @@ def test_a_wiped_table_in_which_words_are_set_again_is_lost_all_the_same(words: 
     assert triage(image).losses.missing == PER_TABLE * CLUSTER
 
 
+def test_what_an_empty_l1_entry_led_to_behind_the_end_is_missing_if_its_table_may_leak() -> None:
+    """The table is nothing but zeros by now, and so is known by nothing else."""
+    image = wiped_table_of_what_was_cut_off()
+    image.set_word(image.l1_at(2), 0)
+    lost = image.host_offset(0)
+    image.set_word(image.l2_at(0), 0)
+    assert image.refcount(lost // CLUSTER) == 1
+    assert CauseKind.EMPTY_ENTRY in causes(image)
+    assert triage(image).losses.behind == PER_TABLE
+
+
 def test_a_table_with_a_cluster_of_its_own_is_not_lost() -> None:
     image = wiped_table_of_what_was_cut_off()
     own = image.host_offset(0)
