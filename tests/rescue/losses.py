@@ -86,6 +86,11 @@ def _header(truth: Truth, source: Source, rng: random.Random, over: Overwrite) -
     over(0, truth.header.geometry.cluster_size)
 
 
+def _snapshots(truth: Truth, source: Source, rng: random.Random, over: Overwrite) -> None:
+    """The snapshot table, which is shorter than the cluster that it begins."""
+    over(truth.header.snapshots_offset, truth.header.geometry.cluster_size)
+
+
 def _refcounts(truth: Truth, source: Source, rng: random.Random, over: Overwrite) -> None:
     header, size = truth.header, truth.header.geometry.cluster_size
     clusters = header.refcount_table_clusters
@@ -102,12 +107,17 @@ def _some_entries(truth: Truth, source: Source, rng: random.Random, over: Overwr
 
 
 LOSSES: dict[str, tuple[Callable[[Truth, Source, random.Random, Overwrite], None], ...]] = {
+    "header": (_header,),
     "l1": (_l1,),
     "entries": (_some_entries,),
     "header+l1": (_l1, _header),
     "l1+refcounts": (_refcounts, _l1),
     "header+l1+refcounts": (_refcounts, _l1, _header),
+    "snapshots": (_snapshots,),
+    "header+snapshots": (_snapshots, _header),
 }
+OF_SNAPSHOTS = ("snapshots", "header+snapshots")
+"""Only where there is one."""
 
 
 def lose(image: Path, damaged: Path, loss: str, truth: Truth, seed: str) -> None:
