@@ -11,6 +11,7 @@ from planner.findings.kinds import NONE
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
 from planner.rescue.headers import Found, Hypothesis
+from planner.rescue.leftovers import Left
 from planner.rescue.placing.place import Placement
 from planner.rescue.rescue import Rescue
 from planner.rescue.snapshots import MADE_NAME
@@ -174,6 +175,11 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
     lines += ["", "Why that is believed:", f"  under it the check finds {_score(best)}"]
     if found.rival is not None:
         lines.append(f"  the next best leads to other tables, and leaves {_score(found.rival)}")
+    if found.with_snapshots is not None:
+        mine, rival = found.with_snapshots.best, found.with_snapshots.rival
+        lines.append(f"  with the snapshots that were lost listed again, {_left(mine)}")
+        if rival is not None:
+            lines.append(f"  under the best that leads to another disk, {_left(rival)}")
     if found.size is not None:
         more = "" if found.size.is_exact else "; the disk may have been larger"
         lines.append(f"  the disk has {found.size.size} bytes: {found.size.evidence}{more}")
@@ -264,6 +270,11 @@ def _score(hypothesis: Hypothesis) -> str:
         f" {plural(counters.leaks, 'leaked cluster')},"
         f" {plural(counters.check_errors, 'check error')}"
     )
+
+
+def _left(left: Left) -> str:
+    wrong = plural(left.contradictions, "contradiction")
+    return f"{wrong} and {plural(left.leaks, 'leaked cluster')}"
 
 
 def _counters(found: CheckCounters) -> dict[str, int]:

@@ -7,20 +7,21 @@ the disk is its partition table or its file system says, which lie somewhere amo
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.check.check import check_image
 from planner.findings.kinds import FindingKind
 from planner.guestfs.volumes.partitions import PROTECTIVE, SECTOR_SIZES
 from planner.progress import Meter, Progress, tell_nobody
+from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import (
-    CLUSTER_BITS,
     MAGIC,
     MAX_REFCOUNT_ORDER,
     V3_LENGTH,
@@ -35,20 +36,20 @@ from planner.rescue.placing.anchors import find_anchors, likely_rests, mbr_entri
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Sort
 from planner.rescue.placing.place import look_around
-from planner.rescue.scan import Sectors, find_tables
-from planner.source import SECTOR, Grown, Patched, Source, present_bytes, read_bytes
+from planner.rescue.scan import COPIED, Sectors, find_tables
+from planner.source import SECTOR, Grown, Patched, Source, present_bytes, read_bytes, read_tables
 
 FEW = 50
-"""One in so many sectors of tables may be aligned otherwise."""
+"""One in so many flags may not agree."""
 
 ORDER = 4
 """Of refcounts, where none are left: as QEMU makes them, 16 bits."""
 
 MAX_TRIED = 8
-"""Snapshot tables that are tried."""
+"""Snapshot tables, and refcount tables, that are tried."""
 
-_COPIED = 2
-"""Of the flags of `Sectors`: an entry is of the disk's own."""
+SAMPLE = 4096
+"""Sectors of tables whose flags are held against refcounts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Bare:
 def find_bare(source: Source, progress: Progress = tell_nobody) -> Bare | None:
     """A header for the tables that *source* has; None where it has none."""
     sectors = find_tables(source, Meter(progress, "scan", present_bytes(source)))
-    bits = _cluster_bits(sectors)
+    bits = sectors.cluster_bits
     if bits is None:
         return None
     first = _with_snapshots(source, sectors, _empty(source, sectors, bits))
@@ -82,25 +83,22 @@ def find_bare(source: Source, progress: Progress = tell_nobody) -> Bare | None:
     return Bare(Found(now, [best], size), image.size, around.has_l1)
 
 
-def _cluster_bits(sectors: Sectors) -> int | None:
-    """The least alignment that more than a few sectors of the disk's own tables have."""
-    own = (sectors.flags & _COPIED != 0) & (sectors.offsets != 0)
-    offsets = sectors.offsets[own].astype(np.int64)
-    if not len(offsets):
-        return None
-    lowest = np.log2(offsets & -offsets).astype(np.int64)
-    count = np.bincount(lowest, minlength=64)
-    likely = np.flatnonzero(count * FEW > len(offsets))
-    bits = int(likely[0]) if len(likely) else 0
-    return bits if bits in CLUSTER_BITS else None
-
-
 def _empty(source: Source, sectors: Sectors, bits: int) -> Header:
     """A header with an L1 table of one entry, and the refcounts that there are."""
+    clusters = np.unique(sectors.number[sectors.aligned(bits)] * SECTOR >> bits)
+    once = _counted_once(source, sectors, bits)
+    for offset, order in itertools.islice(find_reftables(source, clusters, bits), MAX_TRIED):
+        header = _header(source, bits, offset, order)
+        if _counts(source, header, once):
+            return header
+    size = 1 << bits
+    return _header(source, bits, -(-source.size // size) * size, ORDER)
+
+
+def _header(source: Source, bits: int, offset: int, order: int) -> Header:
+    """One with the refcount table at *offset*, and its L1 table behind the end of the file."""
     size = 1 << bits
     end = -(-source.size // size) * size
-    clusters = np.unique(sectors.number[sectors.aligned(bits)] * SECTOR >> bits)
-    offset, order = next(find_reftables(source, clusters, bits), (end, ORDER))
     return Header(
         magic=MAGIC,
         version=3,
@@ -119,6 +117,29 @@ def _empty(source: Source, sectors: Sectors, bits: int) -> Header:
         refcount_order=order,
         header_length=V3_LENGTH,
     )
+
+
+def _counted_once(source: Source, sectors: Sectors, bits: int) -> I64:
+    """Clusters that, by the COPIED flags of some tables, have a refcount of 1; ascending."""
+    number = sectors.number[sectors.aligned(bits) & (sectors.flags & COPIED != 0)]
+    number = number[:: -(-len(number) // SAMPLE) or 1]
+    found = [number[:0]]
+    for _, rows in read_tables(source, number * SECTOR, SECTOR):
+        words = entries.decode_words(rows)
+        copied = words[words >= np.uint64(entries.COPIED)]
+        found.append(entries.l2_offsets(copied) >> bits)
+    return distinct(np.concatenate(found))
+
+
+def _counts(source: Source, header: Header, once: I64) -> bool:
+    """Whether the refcounts of *header* are those of an image in which *once* are counted so."""
+    mismatches = check_image(_image(source, header)).mismatches
+    if mismatches is None:
+        return False
+    # Nothing refers to any of them yet: each that is counted is one that does not agree.
+    slots, known = mismatches.index.find(once)
+    agree = int(np.count_nonzero(known & (mismatches.stored[slots] == 1)))
+    return agree * FEW >= len(once) * (FEW - 1)
 
 
 def _with_snapshots(source: Source, sectors: Sectors, header: Header) -> Header:

@@ -47,6 +47,7 @@ from planner.qcow2.luks import MAGIC as LUKS_MAGIC
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
+from planner.rescue.leftovers import Left, count_left, is_same_disk
 from planner.rescue.scan import Sectors, find_tables
 from planner.source import SECTOR, Patched, Source, nonzero_words, present_bytes, read_bytes
 
@@ -57,8 +58,9 @@ MAX_CHECKS = 400
 """Hypotheses that are checked, at most."""
 
 SMALL_CHECKS, BYTES_A_CHECK, REGIONS_A_CHECK, SNAPSHOTS_A_CHECK = 100, 64 << 10, 1000, 100
+CORRUPTIONS_A_CHECK = 100_000
 """Of a small file so many; one more for so much that there is of it; one that finds so many
-structures is counted as one more, for it takes as long.
+structures, or so much wrong, is counted as one more, for it takes as long.
 """
 
 MAX_LUKS = 64
@@ -104,24 +106,53 @@ class Hypothesis:
 
 
 @dataclass(frozen=True, slots=True)
+class WithSnapshots:
+    """What is left once the snapshots that were lost are listed again: under the ``best``
+    hypothesis, and under the best one that leads to another disk, ``rival``, if one does.
+    """
+
+    best: Left
+    rival: Left | None
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the best is to be believed: where as much leaks, by what contradicts it."""
+        best, rival = self.best, self.rival
+        if rival is None:
+            return True
+        pairs = [(best.total, rival.total)]
+        if best.leaks <= rival.leaks:
+            pairs.append((best.contradictions, rival.contradictions))
+        return any(mine * STANDS_OUT <= other and mine < other for mine, other in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """What the header of a file may have been: ``hypotheses``, the best first.
 
     ``now``: the fields as they stand. ``size``: of the best, and what tells it, where it had to be
-    found. Nothing is ``settled`` unless one of them stands out.
+    found. ``with_snapshots``: where it took that to tell the best. ``is_complete``: whether all
+    that could be were tried. None is believed unless it stands out.
     """
 
     now: Header
     hypotheses: list[Hypothesis]
     size: DiskSize | None = None
+    with_snapshots: WithSnapshots | None = None
+    is_complete: bool = True
 
     @property
     def best(self) -> Hypothesis | None:
         """The hypothesis that stands out; None where nothing does."""
         if not self.hypotheses:
             return None
+        if self.with_snapshots is not None:
+            return self.hypotheses[0] if self.with_snapshots.stands_out else None
         best, rival = self.hypotheses[0], self.rival
         errors, corruptions, leaks = best.score
+        if corruptions and not self.is_complete and "magic" in best.changed:
+            # What is not contradicted may be among those that were not tried.
+            return None
         wrong = corruptions + leaks
         if errors or (rival is not None and wrong * STANDS_OUT > rival.wrong):
             return self._that_is_there()
@@ -141,6 +172,10 @@ class Found:
         first = self.hypotheses[0].header
         others = (each for each in self.hypotheses if _tables_of(each.header) != _tables_of(first))
         return next(others, None)
+
+
+def _lists(left: Left | None) -> bool:
+    return left is not None and left.snapshots > 0
 
 
 def _tables_of(header: Header) -> tuple[int, ...]:
@@ -172,10 +207,12 @@ def find_headers(
     search.try_fields()
     if not search.is_settled:
         search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
+        search.list_snapshots(progress)
         search.try_rest()
     hypotheses, size = search.best(), search.size
     is_it = size is not None and bool(hypotheses) and hypotheses[0].header.size == size.size
-    return Found(search.now, hypotheses, size if is_it else None)
+    size = size if is_it else None
+    return Found(search.now, hypotheses, size, search.with_snapshots, not search.is_tired)
 
 
 class _Search:
@@ -187,6 +224,8 @@ class _Search:
         self._left = SMALL_CHECKS + self.present // BYTES_A_CHECK
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None
+        self.with_snapshots: WithSnapshots | None = None
+        self._first: Header | None = None
         # Headers that are made up: those that somebody had are believed first.
         self._made_up: set[Header] = set()
         self._tried: dict[Header, Hypothesis | None] = {}
@@ -196,17 +235,34 @@ class _Search:
         """Whether one of those that were tried leaves nothing to be wished for."""
         return any(each is not None and not any(each.score) for each in self._tried.values())
 
-    def best(self) -> list[Hypothesis]:
-        found = [each for each in self._tried.values() if each is not None]
-        return sorted(found, key=lambda it: (it.score, it.header in self._made_up, len(it.changed)))
+    @property
+    def _is_plausible(self) -> bool:
+        """Whether nothing contradicts one of them, but that something leaks."""
+        return any(each is not None and not any(each.score[:2]) for each in self._tried.values())
 
-    def attempt(self, header: Header, extensions: bytes = b"") -> Hypothesis | None:
+    def best(self) -> list[Hypothesis]:
+        """The hypotheses, the best first."""
+        found = [each for each in self._tried.values() if each is not None]
+        return sorted(
+            found,
+            key=lambda it: (
+                it.header != self._first,
+                it.score,
+                it.header in self._made_up,
+                len(it.changed),
+            ),
+        )
+
+    def attempt(
+        self, header: Header, extensions: bytes = b"", *, anyway: bool = False
+    ) -> Hypothesis | None:
         """What the check says under *header*; None where it makes no sense.
 
-        *extensions*: what is to stand behind its fields; otherwise what does.
+        *extensions*: what is to stand behind its fields; otherwise what does. *anyway*: even if
+        as many were tried as may be.
         """
         header = with_fields(header, self._assumed)
-        if header in self._tried or self._is_tired:
+        if header in self._tried or (self.is_tired and not anyway):
             return self._tried.get(header)
         self._tried[header] = None
         if header.cluster_bits not in CLUSTER_BITS:
@@ -245,12 +301,14 @@ class _Search:
         return is_there or not self._changes(header)
 
     @property
-    def _is_tired(self) -> bool:
+    def is_tired(self) -> bool:
+        """Whether as many were tried as may be."""
         return self._left <= 0 or len(self._tried) >= MAX_CHECKS
 
     def _check(self, source: Source) -> Report:
         report = check_image(source, limits=_COUNTED)
         self._left -= 1 + len(report.regions.structure) // REGIONS_A_CHECK
+        self._left -= report.counters.corruptions // CORRUPTIONS_A_CHECK
         self._left -= len(report.snapshots) // SNAPSHOTS_A_CHECK
         return report
 
@@ -299,12 +357,15 @@ class _Search:
 
     def try_tables(self, sectors: Sectors) -> None:
         """Headers that lead to tables which agree with each other, cluster size by cluster size."""
-        for bits in reversed(CLUSTER_BITS):
+        likely = sectors.cluster_bits
+        rest = [bits for bits in reversed(CLUSTER_BITS) if bits != likely]
+        for bits in [likely, *rest] if likely is not None else rest:
             for tables in _candidates(self._source, sectors, bits):
                 self._try(tables)
-                if self._is_tired:
+                if self.is_tired:
                     return
-            if self.is_settled:
+            # Of what its own tables are multiples, nothing contradicts that.
+            if self.is_settled or (bits == likely and self._is_plausible):
                 return
 
     def try_rest(self) -> None:
@@ -321,14 +382,50 @@ class _Search:
         luks = self._luks(best)
         if luks:
             better = replace(better, crypt_method=CRYPT_LUKS)
-        found = self.attempt(better, luks)
+        found = self.attempt(better, luks, anyway=True)
         if found is None:
             return
         self.size = size
         self._made_up.add(found.header)
+        if header == self._first:
+            self._first = found.header
         if found.header != header:
             # What was right but for these is no rival of it.
             del self._tried[header]
+
+    def list_snapshots(self, progress: Progress) -> None:
+        """Where what is leaked of snapshots may decide: which hypothesis leaves least once they are
+        listed again.
+        """
+        found = Found(self.now, self.best())
+        likely: dict[tuple[int, ...], Hypothesis] = {}
+        for each in found.hypotheses:
+            # What contradicts it does not go when more is listed.
+            is_rival = each.score[1] < STANDS_OUT * found.hypotheses[0].wrong
+            if is_rival and not each.score[0] and len(likely) < MAX_CANDIDATES:
+                likely.setdefault(_tables_of(each.header), each)
+        stands = any(not each.changed for each in likely.values())
+        if self.is_settled or stands or len(likely) < 2:
+            return
+        left = {
+            key: counted
+            for key, each in likely.items()
+            if (counted := count_left(each.laid_over(self._source), progress)) is not None
+        }
+        best = found.best
+        if not left or (best is not None and not _lists(left.get(_tables_of(best.header)))):
+            # It leaves nothing that could be one.
+            return
+        ranked = sorted(left, key=lambda key: left[key].total)
+        first = likely[ranked[0]]
+        others = [
+            key
+            for key in ranked[1:]
+            if not is_same_disk(self._source, first.header, likely[key].header)
+        ]
+        self._first = first.header
+        rival = left[others[0]] if others else None
+        self.with_snapshots = WithSnapshots(left[ranked[0]], rival)
 
     def _luks(self, best: Hypothesis) -> bytes:
         """The extension that leads to a LUKS header, if one is among what nothing leads to."""

@@ -95,22 +95,16 @@ def rescue(
     what was found does not bear a plan.
     """
     before = check_image(source, progress=progress)
-    means = _Means(free=free, can_grow=can_grow, progress=progress)
-    listed = None if assumed or like else _listed_again(source, before, means)
-    if listed is not None:
-        image = Overlay(source, listed.plan)
-        # Under this header its snapshots were found: no other is looked for.
-        found = _found(image, listed.after, assumed, like, means, is_believed=True)
-        plan = _in_order(source, _then(listed.plan, found.plan), before)
-        return replace(found, plan=plan, before=before, snapshots=listed.snapshots)
-    found = _found(source, before, assumed, like, means)
-    if not found.changes_header:
-        return replace(found, larger=_larger(source, before))
-    listed = _listed_again(Overlay(source, found.plan), found.after, means)
-    if listed is None:
-        return found
-    plan = _in_order(source, _then(found.plan, listed.plan), before)
-    return replace(found, plan=plan, after=listed.after, snapshots=listed.snapshots)
+    means = _Means(assumed or {}, like, free, can_grow, progress)
+    ground = _ground(source, before, means)
+    result = _with_tables(source, ground, means)
+    if ground.is_bare and not result.placed:
+        # The L1 table that was made stays empty: the old one is there to be found, or nothing is.
+        ground = _ground(source, before, replace(means, may_be_bare=False))
+        return _with_tables(source, ground, means)
+    if result.changes_header or result.snapshots:
+        return result
+    return replace(result, larger=_larger(source, before))
 
 
 def _larger(source: Source, report: Report) -> DiskSize | None:
@@ -121,13 +115,84 @@ def _larger(source: Source, report: Report) -> DiskSize | None:
 
 @dataclass(frozen=True, slots=True)
 class _Means:
-    """How it is looked for: in free clusters too, whether the image may grow, whom to tell how far
-    that is.
+    """What is known of it, how it is looked for: in free clusters too, whether the image may grow,
+    whom to tell how far that is, whether the L1 table may be gone with the header.
     """
 
+    assumed: Mapping[str, int]
+    like: Header | None
     free: bool
     can_grow: bool
     progress: Progress
+    may_be_bare: bool = True
+
+    @property
+    def know_something(self) -> bool:
+        """Whether somebody said what the header is to be like."""
+        return bool(self.assumed) or self.like is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ground:
+    """What tables are placed on: an image with a header that is believed, and with the snapshots
+    that its table lost.
+
+    ``before``: the check of the file as it is. ``plan``: what leads from there to ``image``, of
+    which ``report`` is the check. ``tables``: those without a place. ``is_bare``: whether the L1
+    table is a new one.
+    """
+
+    before: Report
+    plan: Plan
+    image: Source
+    report: Report
+    headers: Found
+    snapshots: tuple[Snapshot, ...] = ()
+    tables: Placed | None = None
+    is_bare: bool = False
+
+
+def _ground(source: Source, before: Report, means: _Means) -> _Ground:
+    nothing = Draft(source, can_grow=means.can_grow).plan(RescueTier.RESCUE)
+    if before.layout is not None and not means.know_something:
+        # With a header under which something is found there is nothing wrong but that.
+        header = before.layout.header
+        headers = Found(header, [Hypothesis(header, b"", before.counters, ())])
+        ground = _listing(source, _Ground(before, nothing, source, before, headers), means)
+        if ground.snapshots or ground.tables is not None:
+            return ground
+    bare = None
+    if means.may_be_bare and before.error is not None and not means.know_something:
+        bare = find_bare(source, means.progress)
+    is_bare = bare is not None and not bare.has_l1
+    headers, size = _find_headers(source, bare, means)
+    best = headers.best
+    if best is None or (size > source.size and not means.can_grow):
+        raise _unknown(headers)
+    if not best.changed:
+        return _Ground(before, nothing, source, before, headers)
+    draft = Draft(source, can_grow=means.can_grow)
+    draft.size = max(size, source.size)
+    draft_header(draft, best, before)
+    plan, image = draft.plan(RescueTier.RESCUE), draft.overlay()
+    report = check_image(image, progress=means.progress)
+    ground = _Ground(before, plan, image, report, headers, is_bare=is_bare)
+    return _listing(source, ground, means)
+
+
+def _listing(source: Source, ground: _Ground, means: _Means) -> _Ground:
+    """*ground* with the snapshots that its table lost, and the tables without a place."""
+    listed = _listed_again(ground.image, ground.report, means)
+    if listed is not None:
+        plan = _then(ground.plan, listed.plan)
+        ground = replace(
+            ground,
+            plan=plan,
+            image=Overlay(source, plan),
+            report=listed.after,
+            snapshots=listed.snapshots,
+        )
+    return replace(ground, tables=_tables_under(ground.image, ground.report, means))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,75 +218,43 @@ def _listed_again(source: Source, report: Report, means: _Means) -> _Listed | No
     return None if more else _Listed(plan, after, snapshots)
 
 
-def _found(
-    source: Source,
-    before: Report,
-    assumed: Mapping[str, int] | None,
-    like: Header | None,
-    means: _Means,
-    *,
-    is_believed: bool = False,
-    may_be_bare: bool = True,
-) -> Rescue:
-    """The header and the tables, of an image of which *before* is the check.
-
-    *is_believed*: whether the header is that which is there. *may_be_bare*: whether the L1 table
-    may be gone with the header.
-    """
-    can_grow, progress = means.can_grow, means.progress
-    tables = None if assumed or like else _tables_under(source, before, means)
-    draft = Draft(source, can_grow=can_grow)
-    if (is_believed or tables is not None) and before.layout is not None:
-        # With a header under which tables are found there is nothing wrong but that.
-        header = before.layout.header
-        headers, report = Found(header, [Hypothesis(header, b"", before.counters, ())]), before
-    else:
-        is_known = bool(assumed) or like is not None or before.error is None
-        bare = None if is_known or not may_be_bare else find_bare(source, progress)
-        headers, size = _find_headers(source, bare, assumed, like, progress)
-        best = headers.best
-        if best is None or (size > source.size and not can_grow):
-            raise HeaderUnknown(_why(headers), _WAYOUT)
-        report, draft.size = before, max(size, source.size)
-        if best.changed:
-            draft_header(draft, best, before)
-            report = check_image(draft.overlay(), progress=progress)
-            tables = _tables_under(draft.overlay(), report, means)
-    if tables is not None:
-        tables = _without_contested(tables)
+def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
+    """What is put back: *ground*, and on it the tables whose place is proven."""
+    tables = _without_contested(ground.tables) if ground.tables is not None else None
     placements = tables.placements if tables is not None else ()
-    if tables is None or not any(each.placed for each in placements):
-        if draft.size > source.size:
-            # Without a table it was not there to be found, or else it is.
-            return _found(source, before, assumed, like, means, may_be_bare=False)
-        return Rescue(draft.plan(RescueTier.RESCUE), headers, before, report, placements)
-    _draft_l1(draft, tables)
-    plan = draft.plan(RescueTier.RESCUE)
-    plan, holes, after = _settled(source, plan, tables, can_grow=can_grow, progress=progress)
-    result = Rescue(_in_order(source, plan, before), headers, before, after, placements, holes)
-    _require_proof(result, report)
+    result = Rescue(
+        ground.plan,
+        ground.headers,
+        ground.before,
+        ground.report,
+        placements,
+        snapshots=ground.snapshots,
+    )
+    if tables is not None and result.placed:
+        draft = Draft(ground.image, can_grow=means.can_grow)
+        _draft_l1(draft, tables)
+        plan, holes, after = _settled(
+            ground.image, draft.plan(RescueTier.RESCUE), tables, means.can_grow, means.progress
+        )
+        result = replace(result, plan=_then(ground.plan, plan), holes=holes, after=after)
+    result = replace(result, plan=_in_order(source, result.plan, ground.before))
+    _require_proof(result, ground.report)
     return result
 
 
-def _find_headers(
-    source: Source,
-    bare: Bare | None,
-    assumed: Mapping[str, int] | None,
-    like: Header | None,
-    progress: Progress,
-) -> tuple[Found, int]:
+def _find_headers(source: Source, bare: Bare | None, means: _Means) -> tuple[Found, int]:
     """What the header may have been, and how long the file is under it.
 
     Where nothing is left of the L1 table either, one is made, and a header that leads to it.
     """
     if bare is not None and not bare.has_l1:
         return bare.found, bare.end
-    found = find_headers(source, assumed=assumed, like=like, progress=progress)
+    found = find_headers(source, assumed=means.assumed, like=means.like, progress=means.progress)
     return found, source.size
 
 
 def _settled(
-    source: Source, plan: Plan, tables: Placed, *, can_grow: bool, progress: Progress
+    source: Source, plan: Plan, tables: Placed, can_grow: bool, progress: Progress
 ) -> tuple[Plan, tuple[int, ...], Report]:
     """*plan* with refcounts that agree with it, the L1 indices that stay open, and its check."""
     after = check_image(Overlay(source, plan), progress=progress)
@@ -302,14 +335,32 @@ _WAYOUT = (
     " made in the same way with --header"
 )
 
+_TOLD_APART_BY = (
+    "cluster_bits",
+    "l1_table_offset",
+    "refcount_table_offset",
+    "refcount_order",
+    "snapshots_offset",
+    "incompatible_features",
+)
 
-def _why(found: Found) -> str:
+
+def _unknown(found: Found) -> HeaderUnknown:
+    """Why no header is believed, and how to choose one."""
     if not found.hypotheses:
-        return "no header was found under which its tables make sense"
+        return HeaderUnknown("no header was found under which its tables make sense", _WAYOUT)
     best, rival = found.hypotheses[0], found.rival
     if rival is None or best.score[0]:
-        return "under no header that was tried its tables can all be read"
-    return f"several headers are as likely: the best two leave {best.wrong} and {rival.wrong} wrong"
+        why = "under no header that was tried its tables can all be read"
+        return HeaderUnknown(why, _WAYOUT)
+    one, other = best.header, rival.header
+    names = [name for name in _TOLD_APART_BY if getattr(one, name) != getattr(other, name)]
+    differ = ", ".join(f"{name} {getattr(one, name)} or {getattr(other, name)}" for name in names)
+    chosen = " ".join(f"--assume {name}={getattr(one, name)}" for name in names)
+    return HeaderUnknown(
+        f"several headers are as likely: {differ}",
+        f"nothing was written: look at both, {chosen}, or the other, each with -o",
+    )
 
 
 # ---- the L1 table ----

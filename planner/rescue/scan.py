@@ -13,6 +13,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
 from planner.progress import Meter
+from planner.qcow2.header import CLUSTER_BITS
 from planner.source import BATCH_BYTES, SECTOR, Source
 
 _WORDS = SECTOR // 8
@@ -25,6 +26,13 @@ _RESERVED = np.uint64(0x7F00_0000_0000_01FE)
 
 # Of a snapshot's entry: QEMU's own limits, and an identity that is a number.
 _MAX_L1_ENTRIES, _MAX_ID, _MAX_EXTRA = (32 << 20) // 8, 127, 1024
+
+
+COPIED = 2
+"""Of the flags of `Sectors`: an entry is of the disk's own."""
+
+FEW = 50
+"""One in so many sectors of tables may be aligned otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,20 @@ class Sectors:
         """Whose words lead to clusters of 2^*bits* bytes."""
         mask: Mask = (self.offsets & np.uint64((1 << bits) - 1)) == 0
         return mask
+
+    @property
+    def cluster_bits(self) -> int | None:
+        """The least alignment that more than a few sectors of the disk's own tables have, if they
+        have one that clusters have.
+        """
+        own = (self.flags & COPIED != 0) & (self.offsets != 0)
+        offsets = self.offsets[own].astype(np.int64)
+        if not len(offsets):
+            return None
+        lowest = np.log2(offsets & -offsets).astype(np.int64)
+        likely = np.flatnonzero(np.bincount(lowest, minlength=64) * FEW > len(offsets))
+        bits = int(likely[0]) if len(likely) else 0
+        return bits if bits in CLUSTER_BITS else None
 
 
 def find_tables(source: Source, meter: Meter | None = None) -> Sectors:

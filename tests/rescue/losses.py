@@ -115,8 +115,10 @@ LOSSES: dict[str, tuple[Callable[[Truth, Source, random.Random, Overwrite], None
     "header+l1+refcounts": (_refcounts, _l1, _header),
     "snapshots": (_snapshots,),
     "header+snapshots": (_snapshots, _header),
+    "l1+snapshots": (_snapshots, _l1),
+    "header+l1+snapshots": (_snapshots, _l1, _header),
 }
-OF_SNAPSHOTS = ("snapshots", "header+snapshots")
+OF_SNAPSHOTS = tuple(name for name, parts in LOSSES.items() if _snapshots in parts)
 """Only where there is one."""
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from planner.check.check import check_image
+from planner.errors import HeaderUnknown
+from planner.qcow2 import entries
 from planner.repair.overlay import Overlay
 from planner.rescue.rescue import Rescue, rescue
 from planner.rescue.snapshots import MADE_NAME
@@ -152,3 +154,80 @@ def test_the_only_snapshot_of_an_image_of_qemu_comes_back(tmp_path: Path) -> Non
     assert [each.name for each in found.snapshots] == [b"monday"]
     path.write_bytes(end)
     assert disk_of(path, "monday") == was
+
+
+# ---- the header is gone, too ----
+
+
+def made_by_qemu(path: Path, before: str, after: Sequence[str], snapshots: int) -> Image:
+    """An image of QEMU's: what *after* writes comes after each of the *snapshots*."""
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "8M"]
+    subprocess.run([str(word) for word in create], check=True)
+    subprocess.run(["qemu-io", "-c", before, path], check=True, capture_output=True)
+    for number in range(snapshots):
+        subprocess.run(["qemu-img", "snapshot", "-c", f"s{number}", path], check=True)
+        for command in after:
+            subprocess.run(["qemu-io", "-c", command, path], check=True, capture_output=True)
+    return Image(bytearray(path.read_bytes()))
+
+
+def without_header_and_table(image: Image) -> bytes:
+    without_table(image)
+    image.data[:SIZE] = bytes(SIZE)
+    return bytes(image.data)
+
+
+@pytest.mark.parametrize(
+    ("after", "snapshots"),
+    [
+        (["write -P 2 512k 1M"], 1),
+        (["write -P 2 5M 64k"], 1),
+        (["write -P 2 0 1M"], 1),
+        (["write -P 2 512k 1M", "write -P 3 5M 64k"], 3),
+    ],
+    ids=["some of it anew", "more", "all of it anew", "three snapshots"],
+)
+def test_without_the_header_the_disk_is_told_from_its_snapshots(
+    after: list[str], snapshots: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "image"
+    image = made_by_qemu(path, "write -P 1 0 1M", after, snapshots)
+    now, l1 = disk_of(path, ""), image.header.l1_table_offset
+    then = [disk_of(path, f"s{number}") for number in range(snapshots)]
+    found, end = rescued(without_header_and_table(image))
+    assert found.after.layout is not None
+    assert found.after.layout.header.l1_table_offset == l1
+    assert found.after.verdict in ("clean", "leaks")
+    # What they lead to is a table of the disk or a snapshot; the snapshots' own are no lost tables.
+    assert not found.placements
+    path.write_bytes(end)
+    subprocess.run(["qemu-img", "check", "-q", "-r", "leaks", path], check=True)
+    assert disk_of(path, "").rstrip(b"\0") == now.rstrip(b"\0")
+    back = [disk_of(path, each.name.decode()).rstrip(b"\0") for each in found.snapshots]
+    assert sorted(back) == sorted(each.rstrip(b"\0") for each in then)
+
+
+def test_where_nothing_was_written_since_either_is_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    image = made_by_qemu(path, "write -P 1 0 1M", [], 1)
+    was = disk_of(path, "")
+    found, end = rescued(without_header_and_table(image))
+    path.write_bytes(end)
+    assert len(found.snapshots) == 1
+    assert disk_of(path, "").rstrip(b"\0") == was.rstrip(b"\0")
+
+
+def test_headers_that_nothing_tells_apart_are_named_and_one_can_be_assumed() -> None:
+    """Tables that only snapshots have were written to: that is not QEMU's way."""
+    image = Image(bytearray(sound()))
+    l1 = image.header.l1_table_offset
+    for number in range(len(image.snapshots)):
+        for cluster in (0, 1, 5, 600):
+            image.set_bits(image.l2_at(cluster, number), entries.COPIED)
+    data = without_header_and_table(image)
+    with pytest.raises(HeaderUnknown, match=r"l1_table_offset \d+ or \d+") as caught:
+        rescue(Bytes(data))
+    assert "--assume l1_table_offset=" in str(caught.value)
+    chosen = rescue(Bytes(data), assumed={"l1_table_offset": l1})
+    assert chosen.after.layout is not None
+    assert chosen.after.layout.header.l1_table_offset == l1
