@@ -72,7 +72,8 @@ class Strays:
         own = own[rows] & ~np.isin(self._ranges(words[rows])[0], self._contested)
         only = rows[~own.any(axis=1)]
         first, last = self._ranges(words[only][wrong[only]])
-        self._wrong.append(expand_ranges(first, last))
+        counts = last << self._geometry.cluster_bits < self._gone.file_size
+        self._wrong.append(expand_ranges(first[counts], last[counts]))  # past the end none does
         alone: Mask = np.zeros(len(words), dtype=np.bool_)
         alone[only] = True
         return alone

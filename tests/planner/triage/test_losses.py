@@ -911,6 +911,16 @@ def test_what_a_stray_entry_leads_to_has_lost_its_reference(length: int) -> None
     assert triage(image).losses.missing == PER_TABLE * CLUSTER
 
 
+def test_a_stray_entry_that_leads_past_the_end_makes_up_for_nothing_before_it() -> None:
+    image = disk().build()
+    wipe(image, image.l2_table(1))
+    last = len(image.data) - CLUSTER
+    word = last + 512 | entries.COMPRESSED | 15 << image.geometry.compressed_shift
+    image.set_word(image.l2_table(1) + 8 * 300, word)
+    assert FindingKind.PAST_END in check_image(image.source).counts()
+    assert triage(image).losses.missing == PER_TABLE * CLUSTER
+
+
 def shared_and_lost() -> Image:
     """The disk's own table is gone; a snapshot has what it led to, counted for both."""
     builder = disk()
