@@ -25,6 +25,7 @@ from planner.errors import RepairError
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
 from planner.findings.wording import plural
 from planner.guest.chain import Role
+from planner.guestfs.files import FilesUnknown
 from planner.qcow2.bitmaps import Bitmap
 from planner.qcow2.names import brief_name, decode_name
 from planner.repair.plan import Plan, RepairTier
@@ -105,7 +106,7 @@ def report_txt(report: Report, filename: str, known: Aftermath | None = None) ->
     if report.error is None:
         sections += [
             _guest(report, known),
-            _files(filename, known),
+            _files(report, filename, known),
             _elsewhere(report, known),
             *_bitmaps(report, filename, known),
             _beyond_disk(report, filename),
@@ -292,8 +293,10 @@ def _snapshot_lines(report: Report, triage: Triage | Exception, losses: Losses) 
         yield f"  ... {more} more snapshots with findings: check/findings.jsonl"
 
 
-def _files(filename: str, known: Aftermath) -> list[str]:
-    """Which files of the guest are hit."""
+def _files(report: Report, filename: str, known: Aftermath) -> list[str]:
+    """Which files of the guest are hit; where nothing is wrong nobody asks."""
+    if report.verdict == "clean" and isinstance(known.files, FilesUnknown):
+        return []
     everything = "check/files.tsv" if known.mounted else f"instarfs files {shell_path(filename)}"
     return files_lines(known.files, where=everything)
 

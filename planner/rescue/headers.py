@@ -24,7 +24,13 @@ from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter, Progress, tell_nobody
-from planner.qcow2.extensions import CRYPTO_HEADER, CRYPTO_POINTER, EXTENSION_BYTES, refusable
+from planner.qcow2.extensions import (
+    CRYPTO_HEADER,
+    CRYPTO_POINTER,
+    EXTENSION_BYTES,
+    read_extensions,
+    refusable,
+)
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import (
     CLUSTER_BITS,
@@ -283,15 +289,24 @@ class _Search:
 
         What stands behind the fields may be garbage, too: then as much of it stays as can.
         """
-        yield None, fields
         size = 1 << header.cluster_bits
         whole = fields + read_bytes(self._source, 0, size)[len(fields) :]
         start = min(max(len(fields), header.header_length), size)
         room = max((header.backing_file_offset or size) - start, 0)
-        for at in reversed(refusable(whole[start:][:room], room)[-MAX_CANDIDATES:]):
-            yield start + at, whole[: start + at] + bytes(EXTENSION_BYTES)
+        ends = [start + at for at in refusable(whole[start:][:room], room)[-MAX_CANDIDATES:]]
+        ended = [(end, whole[:end] + bytes(EXTENSION_BYTES)) for end in reversed(ends)]
+        may_be = [(None, fields), *ended]
+        yield from [each for each in may_be if self._extends(header, each[1])][:1]
         if any(whole[len(fields) :]):
             yield len(fields), fields + bytes(size - len(fields))
+
+    def _extends(self, header: Header, content: bytes) -> bool:
+        """Whether extensions are read behind *header* where the file begins with *content*."""
+        try:
+            read_extensions(Patched(self._source, 0, content), header)
+        except ImageError:
+            return False
+        return True
 
     def _makes_sense(self, header: Header, report: Report) -> bool:
         """Whether there is a disk under *header*, of which something may be in the file."""

@@ -25,7 +25,9 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage.triage import triage_leaks
 from tests.advice import KINDS, blocks_of, damaged, follow, follow_all, run_here
+from tests.images.builder import MIB, ImageBuilder
 from tests.images.corpus import RULES
+from tests.images.luks_headers import luks_bytes
 from tests.mount.mounts import run
 
 
@@ -252,3 +254,14 @@ def test_nothing_is_called_lost_that_may_be_on_its_way(image: Path) -> None:
     assert "Something may be lost" not in ended.out
     assert "missing" not in ended.out
     assert "whether anything is lost shows when it has ended" in ended.out
+
+
+def test_whose_files_are_hit_is_not_asked_where_nothing_is_wrong(tmp_path: Path) -> None:
+    image = RULES["luks_header_counts"]().image
+    path = tmp_path / "x.qcow2"
+    path.write_bytes(ImageBuilder(size=MIB, crypt_method=2, luks_header=luks_bytes()).build().data)
+    sound = run_here(["report", path])
+    assert (sound.code, sound.err) == (0, "")
+    assert "are hit" not in sound.out
+    path.write_bytes(image.data)
+    assert "Which files of the guest are hit is not known" in run_here(["report", path]).out
