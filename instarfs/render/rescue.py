@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
 from planner.findings.kinds import NONE
 from planner.findings.wording import plural
 from planner.qcow2.header import MAGIC, Header
-from planner.rescue.headers import Found, Hypothesis
-from planner.rescue.leftovers import Left
-from planner.rescue.placing.place import Placement
-from planner.rescue.rescue import Rescue
 from planner.rescue.snapshots import MADE_NAME
 from planner.triage.triage import snapshot_phrase
+
+if TYPE_CHECKING:  # what searches and places is large, and a mount shows what was found before
+    from planner.rescue.headers import Found, Hypothesis
+    from planner.rescue.leftovers import Left
+    from planner.rescue.placing.place import Placement
+    from planner.rescue.rescue import Rescue
 
 _NAMES = (
     "The names of a backing file and of a data file, bitmaps and what else stands behind the fields"
