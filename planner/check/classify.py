@@ -6,6 +6,8 @@ Many clusters a call, by their content alone. What that means for an image is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -85,6 +87,54 @@ def content_name(code: int) -> str:
     return _A_TABLE.get(look, look.label)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What speaks for clusters, or for parts of them, to be L2 tables. One row each.
+
+    ``bad``, ``filled``: how many words could not be entries, and how many are not zero. ``points``:
+    whether one leads to a cluster that there is; ``zeros``: whether all say zeros, where that hides
+    what a backing file has.
+    """
+
+    bad: I64
+    filled: I64
+    points: Mask
+    zeros: Mask
+
+    @classmethod
+    def none(cls) -> Parts:
+        """No rows."""
+        no, nothing = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+        return cls(no, no, nothing, nothing)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Parts]) -> Parts:
+        """One after the other; of one at least."""
+        return cls(
+            np.concatenate([each.bad for each in parts]),
+            np.concatenate([each.filled for each in parts]),
+            np.concatenate([each.points for each in parts]),
+            np.concatenate([each.zeros for each in parts]),
+        )
+
+    def joined(self, of: I64, count: int) -> Parts:
+        """Of *count* whole clusters; *of*: which of them each row is a part of.
+
+        What of them has no row is zeros.
+        """
+        bad, filled, points, others = (
+            np.bincount(of, column, count).astype(np.int64)
+            for column in (self.bad, self.filled, self.points, ~self.zeros)
+        )
+        return Parts(bad, filled, points > 0, others == 0)
+
+    def are_tables(self) -> Mask:
+        """Which hold words that could be entries, and at least one that points, or hides."""
+        result: Mask = (self.filled > 0) & (self.points | self.zeros)
+        result &= self.bad * DAMAGED_PART <= self.filled
+        return result
+
+
 class Looker:
     """Judges clusters of an image of that *layout*, with so many *snapshots*.
 
@@ -130,12 +180,12 @@ class Looker:
         words = entries.decode_words(sectors)[:, :: 2 if self._geometry.extended_l2 else 1]
         return self._mostly_plausible(words) & words.any(axis=1)
 
-    def are_tables(self, rows: U8) -> Mask:
-        """Which clusters look like L2 tables, and nothing more is asked of the others."""
-        filled = np.flatnonzero(rows.view(np.uint64).any(axis=1))
-        result = np.zeros(len(rows), dtype=np.bool_)
-        result[filled] = self._are_tables(rows, filled)
-        return result
+    def parts(self, rows: U8) -> Parts:
+        """What speaks for each to be an L2 table, or a part of one, and nothing more is asked.
+
+        *rows*: whole clusters or parts of them, uint8 (n, bytes).
+        """
+        return self._parts(rows, np.flatnonzero(rows.view(np.uint64).any(axis=1)))
 
     def table_words(self, rows: U8) -> U64:
         """The entries of tables, uint64 (n, cluster size / 8); zero where subcluster bitmaps are.
@@ -182,24 +232,28 @@ class Looker:
         return offset
 
     def _are_tables(self, rows: U8, at: I64) -> Mask:
-        """Which of the rows *at* hold words that could be entries, and at least one that points.
+        """Which of the rows *at* look like L2 tables."""
+        return self._parts(rows, at).are_tables()[at]
 
-        Or that hides what a backing file has, by saying zeros.
-        """
-        words = rows.view(">u8")
+    def _parts(self, rows: U8, at: I64) -> Parts:
+        """What speaks for the rows *at*; of the others it is as if they were zeros."""
+        count, words = len(rows), rows.view(">u8")
+        bad, filled = np.zeros((2, count), dtype=np.int64)
+        points, zeros = np.zeros(count, dtype=np.bool_), np.ones(count, dtype=np.bool_)
         step = max(1, words.shape[1] // SAMPLED_WORDS)
-        likely = np.flatnonzero(self._mostly_plausible(words[at, ::step].astype(np.uint64)))
-        result = np.zeros(len(at), dtype=np.bool_)
-        if len(likely):
-            words = self.table_words(rows[at[likely]])
+        likely = self._mostly_plausible(words[at, ::step].astype(np.uint64))
+        bad[at[~likely]] = filled[at[~likely]] = words.shape[1]
+        zeros[at] = False
+        at = at[likely]
+        if len(at):
+            words = self.table_words(rows[at])
             plausible = self.plausible(words)
-            bad = np.count_nonzero(~plausible, axis=1)
-            filled = np.count_nonzero(words, axis=1)
-            points = self.targets(words, plausible).any(axis=1)
+            bad[at] = np.count_nonzero(~plausible, axis=1)
+            filled[at] = np.count_nonzero(words, axis=1)
+            points[at] = self.targets(words, plausible).any(axis=1)
             if self._has_backing:
-                points |= self._say_zeros(rows[at[likely]])
-            result[likely] = points & (bad * DAMAGED_PART <= filled)
-        return result
+                zeros[at] = self._say_zeros(rows[at])
+        return Parts(bad, filled, points, zeros)
 
     def _say_zeros(self, rows: U8) -> Mask:
         """Which hold nothing but entries that say zeros, without a cluster; and some of these."""

@@ -6,6 +6,7 @@ What a word means to a reader is `planner.guest.mapping`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,12 @@ import numpy as np
 from planner.arrays import I64, U8, U64
 from planner.guest.mapping import Flaw, RunKind, Runs, runs_of_entries
 from planner.qcow2 import entries
-from planner.qcow2.geometry import SECTOR, Geometry
+from planner.qcow2.geometry import SECTOR, SUBCLUSTERS_PER_CLUSTER, Geometry
 from planner.qcow2.layout import Layout
-from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.source import Source, nonzero_words, present_pieces, read_tables
+
+_RUNS = 1 << 18
+_PIECE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,11 @@ def allocation(
     totals += _whole_tables(source, geometry, offset[whole])
     for at in np.flatnonzero(~misaligned & ~whole).tolist():  # the first and the last at most
         first = int(start[at]) % coverage
-        for _, rows in read_tables(source, offset[at : at + 1], geometry.cluster_size):
-            runs = _runs(rows, geometry).cut(first, first + int(covered[at]))
-            totals += np.bincount(runs.kind, runs.length, len(RunKind)).astype(np.int64)
+        for pieces, rows in _read(source, offset[at : at + 1], geometry):
+            begin = (pieces - offset[at]) // geometry.l2_entry_size << geometry.cluster_bits
+            for skip, piece in zip((first - begin).tolist(), rows, strict=True):
+                runs = _runs(piece, geometry).cut(max(0, skip), max(0, skip + int(covered[at])))
+                totals += np.bincount(runs.kind, runs.length, len(RunKind)).astype(np.int64)
     zero, accounted = int(totals[RunKind.ZERO]), int(totals.sum())
     unallocated = high - low - accounted + int(totals[RunKind.UNALLOCATED])
     return Allocation(unallocated, zero, high - low - unallocated - zero)
@@ -89,18 +95,31 @@ def _whole_tables(source: Source, geometry: Geometry, offset: I64) -> I64:
     ordered = np.sort(offset)
     first = np.flatnonzero(np.diff(ordered, prepend=-1))
     distinct, weight = ordered[first], np.diff(first, append=len(ordered))
-    present = present_tables(source, distinct, geometry.cluster_size)
-    distinct, weight = distinct[present], weight[present]
-    for part, rows in read_tables(source, distinct, geometry.cluster_size):
+    for pieces, rows in _read(source, distinct, geometry):
         runs = _runs(rows, geometry)
-        place = runs.guest // geometry.l2_coverage * len(RunKind) + runs.kind
+        coverage = rows.shape[1] // geometry.l2_entry_size << geometry.cluster_bits
+        place = runs.guest // coverage * len(RunKind) + runs.kind
         each = np.bincount(place, runs.length, len(rows) * len(RunKind)).astype(np.int64)
-        totals += weight[part] @ each.reshape(len(rows), len(RunKind))
+        times = weight[np.searchsorted(distinct, pieces, side="right") - 1]
+        totals += times @ each.reshape(len(rows), len(RunKind))
     return totals
 
 
+def _read(source: Source, tables: I64, geometry: Geometry) -> Iterator[tuple[I64, U8]]:
+    """The pieces that are there of *tables*, ascending offsets: where they are, and their bytes.
+
+    So many at a time that no more than `_RUNS` come of them: of an extended entry as many as it has
+    subclusters.
+    """
+    size = min(_PIECE_BYTES, geometry.cluster_size)
+    of_entry = SUBCLUSTERS_PER_CLUSTER if geometry.extended_l2 else 1
+    pieces = present_pieces(source, tables, geometry.cluster_size, size)
+    for part, rows in read_tables(source, pieces, size, _RUNS // of_entry * geometry.l2_entry_size):
+        yield pieces[part], rows
+
+
 def _runs(rows: U8, geometry: Geometry) -> Runs:
-    """What L2 tables (rows) map, as if they stood in the first places of an L1 table."""
+    """What pieces of L2 tables (rows) map, as if they mapped the first guest clusters."""
     words = rows.view(">u8").astype(np.uint64).reshape(-1)
     bitmaps = None
     if geometry.extended_l2:

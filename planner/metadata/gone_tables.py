@@ -63,7 +63,22 @@ class GoneTables:
             gone[doubtful], whole[doubtful] = self._sectors(rows[doubtful])
         return gone, whole
 
-    def _sectors(self, rows: U8) -> tuple[Mask, Mask]:
+    def counts(self, rows: U8) -> tuple[I64, I64]:
+        """How many sectors of tables, or of parts of them, are gone, and how many hold anything.
+
+        *rows*: uint8 (n, bytes).
+        """
+        gone = np.zeros(len(rows), dtype=np.int64)
+        words = rows.view(np.uint64).reshape(len(rows), -1, SECTOR // 8)
+        filled = np.count_nonzero(words.any(axis=2), axis=1)
+        doubtful = np.flatnonzero(self._are_doubtful(rows))
+        if len(doubtful):
+            gone[doubtful], filled[doubtful] = (
+                np.count_nonzero(each, axis=1) for each in self._gone_and_filled(rows[doubtful])
+            )
+        return gone, filled
+
+    def _gone_and_filled(self, rows: U8) -> tuple[Mask, I64]:
         step = self.geometry.l2_entry_size // 8
         words = rows.view(">u8").reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
         filled = np.count_nonzero(words, axis=2)
@@ -72,7 +87,10 @@ class GoneTables:
         some = words.reshape(-1)[at].astype(np.uint64)
         sector = at[self.wild_l2(some)] // words.shape[2]
         bad = np.bincount(sector, minlength=filled.size).reshape(filled.shape)
-        gone = little_is_left(bad, filled)
+        return little_is_left(bad, filled), filled
+
+    def _sectors(self, rows: U8) -> tuple[Mask, Mask]:
+        gone, filled = self._gone_and_filled(rows)
         # A table of which little else is left is gone as a whole: no zero in it means anything.
         whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
         gone[whole] = True

@@ -371,14 +371,13 @@ def _without_contested(found: Placed) -> Placed:
     board = found.board
     placed = np.array([each.placed for each in found.placements], dtype=np.bool_)
     rows = np.searchsorted(board.tables.offset, [each.offset for each in found.placements])[placed]
-    own = board.tables.own[rows]
-    clusters = np.where(own, board.tables.clusters[rows], 0)
-    used, count = np.unique(clusters[clusters > 0], return_counts=True)
+    own = board.tables.grid.filled(rows, own=True)
+    used, count = np.unique(own.cluster, return_counts=True)
     twice = used[count > 1]
-    referenced = used[found.mismatches.count_references(used.astype(np.int64)) > 0]
-    bad = np.isin(clusters, np.concatenate((twice, referenced))) & (clusters > 0)
+    referenced = used[found.mismatches.count_references(used) > 0]
+    bad = np.isin(own.cluster, np.concatenate((twice, referenced)))
     is_bad = np.zeros(len(placed), dtype=np.bool_)
-    is_bad[placed] = bad.any(axis=1)
+    is_bad[np.flatnonzero(placed)[own.table[bad]]] = True
     placements = tuple(
         replace(each, placed=False) if wrong else each
         for each, wrong in zip(found.placements, is_bad.tolist(), strict=True)

@@ -12,7 +12,8 @@ import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.errors import ReadFailed
-from planner.rescue.placing.tables import NO_WINDOW, PACKED, Tables
+from planner.rescue.placing.grid import PACKED
+from planner.rescue.placing.tables import NO_WINDOW, Tables
 from planner.source import Source
 
 
@@ -92,7 +93,7 @@ class Board:
         """What *table* maps, *inside* bytes from the first on. Raises `ReadFailed`."""
         bits = self.geometry.cluster_bits
         first, last = inside >> bits, (inside + len(buffer) - 1) >> bits
-        hosts = self.tables.clusters[table, first : last + 1].astype(np.int64)
+        hosts = self.tables.grid.cut(table, first, last + 1)
         if (hosts == PACKED).any() or (self._has_backing and (hosts == 0).any()):
             raise ReadFailed
         buffer[:] = bytes(len(buffer))
@@ -127,11 +128,12 @@ class Board:
                 yield from self._extents(table, window * self.coverage, offset, end)
 
     def _extents(self, table: int, start: int, low: int, high: int) -> Iterator[tuple[int, int]]:
-        bits, row = self.geometry.cluster_bits, self.tables.clusters[table]
+        bits = self.geometry.cluster_bits
         first = max(0, low - start) >> bits
-        end = min(len(row), -(-(high - start) >> bits))
-        there = np.zeros(max(0, end - first) + 2, dtype=np.int8)
-        there[1:-1] = (row[first:end] > 0) | (row[first:end] == PACKED)
+        end = max(first, min(self.geometry.l2_entries, -(-(high - start) >> bits)))
+        row = self.tables.grid.cut(table, first, end)
+        there = np.zeros(len(row) + 2, dtype=np.int8)
+        there[1:-1] = (row > 0) | (row == PACKED)
         steps = np.diff(there)
         begins, ends = np.flatnonzero(steps == 1) + first, np.flatnonzero(steps == -1) + first
         for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):

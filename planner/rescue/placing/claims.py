@@ -13,15 +13,16 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask, is_among
+from planner.arrays import I64, U8, Mask, is_among
 from planner.guestfs.columns import little
+from planner.rescue.placing.grid import Grid
 from planner.source import SECTOR
 
 MAX_CLAIMS = 1 << 22
 """That are kept of one image: some 150 MB. More metadata needs no more of it to be placed."""
 
-A_CLUSTER = 64
-"""Claims of one sort that are kept of a cluster."""
+A_PIECE = 64
+"""Claims of one sort that are kept of a cluster, or of a piece of one that is large."""
 
 
 class Sort(IntEnum):
@@ -110,8 +111,9 @@ Spotted = tuple[Sort, I64, I64, I64]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some clusters one behind the other: ``flat``, their bytes, and the ``heads`` of their
-    sectors, the first four bytes of each as a big-endian number."""
+    """Some clusters, or parts of ``cluster_size`` of large ones, one behind the other: ``flat``,
+    their bytes, and the ``heads`` of their sectors, the first four bytes of each as a big-endian
+    number."""
 
     flat: U8
     cluster_size: int
@@ -137,57 +139,56 @@ Spotter = Callable[[Piece], Iterable[Spotted]]
 
 
 class Collector:
-    """Collects the claims that *spotters* find; of many what a cluster has first."""
+    """Collects the claims that *spotters* find; of many what a piece of a cluster has first."""
 
     def __init__(self, spotters: Iterable[Spotter], cluster_bits: int) -> None:
         self._spotters, self._bits = tuple(spotters), cluster_bits
         self._parts: list[tuple[U8, I64, I64, I64]] = []
         self._count = 0
 
-    def look(self, clusters: I64, rows: U8) -> None:
-        """Collect from some clusters."""
+    def look(self, pieces: I64, rows: U8) -> None:
+        """Collect from some *pieces* of clusters, of which these are the offsets in the file."""
         if self._count >= MAX_CLAIMS:
             return
         piece = Piece(np.ascontiguousarray(rows).reshape(-1), rows.shape[1])
         for spot in self._spotters:
             for sort, at, key, aux in spot(piece):
-                kept = _first_of_each(at, self._bits)
-                self._keep(sort, clusters, at[kept], key[kept], aux[kept])
+                kept = _first_of_each(at // rows.shape[1])
+                self._keep(sort, pieces, rows.shape[1], (at[kept], key[kept], aux[kept]))
 
-    def _keep(self, sort: Sort, clusters: I64, at: I64, key: I64, aux: I64) -> None:
-        inside = at & ((1 << self._bits) - 1)
-        place = (clusters[at >> self._bits] << self._bits) + inside
+    def _keep(self, sort: Sort, pieces: I64, size: int, found: tuple[I64, I64, I64]) -> None:
+        at, key, aux = found
+        place = pieces[at // size] + at % size
         self._parts.append((np.full(len(at), sort, dtype=np.uint8), place, key, aux))
         self._count += len(at)
 
-    def claims(self, tables: I32) -> Claims:
-        """All of them that a table of *tables* (tables, entries) leads to, by table and place."""
+    def claims(self, grid: Grid, tables: I64) -> Claims:
+        """All of them that one of *tables* leads to, by table and place."""
         none = np.zeros(0, dtype=np.int64)
         sort: U8 = np.concatenate([none.astype(np.uint8), *(part[0] for part in self._parts)])
         place, key, aux = (
             np.concatenate([none, *(part[number] for part in self._parts)]) for number in (1, 2, 3)
         )
-        flat = tables.reshape(-1)
-        filled = np.flatnonzero(flat > 0)
-        filled = filled[np.argsort(flat[filled], kind="stable")]
-        leads = flat[filled].astype(np.int64)
-        row = np.flatnonzero(is_among(place >> self._bits, leads))
-        entry_of = filled[np.searchsorted(leads, place[row] >> self._bits)]
-        table, entry = np.divmod(entry_of, np.int64(tables.shape[1]))
+        filled = grid.filled(tables)
+        leads = np.argsort(filled.cluster, kind="stable")
+        cluster = filled.cluster[leads]
+        row = np.flatnonzero(is_among(place >> self._bits, cluster))
+        of = leads[np.searchsorted(cluster, place[row] >> self._bits)]
+        table, entry = tables[filled.table[of]], filled.entry[of]
         inside = (entry << self._bits) + (place[row] & ((1 << self._bits) - 1))
         order = np.lexsort((inside, table))
         row = row[order]
         return Claims(sort[row], place[row], key[row], aux[row], table[order], inside[order])
 
 
-def _first_of_each(at: I64, bits: int) -> I64:
-    """Rows of no more than `A_CLUSTER` of each cluster."""
-    if len(at) <= A_CLUSTER:
-        return np.arange(len(at))
-    order = np.argsort(at, kind="stable")
-    cluster = at[order] >> bits
-    rank = np.arange(len(at)) - np.searchsorted(cluster, cluster)
-    return order[rank < A_CLUSTER]
+def _first_of_each(piece: I64) -> I64:
+    """Rows of no more than `A_PIECE` of each *piece*."""
+    if len(piece) <= A_PIECE:
+        return np.arange(len(piece))
+    order = np.argsort(piece, kind="stable")
+    ordered = piece[order]
+    rank = np.arange(len(piece)) - np.searchsorted(ordered, ordered)
+    return order[rank < A_PIECE]
 
 
 def uuid_half(flat: U8, at: I64) -> I64:

@@ -294,7 +294,7 @@ def _bitmaps(site: Site, filesystem: Ext) -> Votes:
     waiting, bits = board.waiting, board.geometry.cluster_bits
     for where in np.unique(inside[missing]).tolist()[:MAX_BITMAPS]:
         mine = np.flatnonzero(missing & (inside == where))
-        there = waiting[board.tables.clusters[waiting, where >> bits] > 0]
+        there = waiting[board.tables.grid.leads(waiting, where >> bits)]
         for size in np.unique(length[mine]).tolist():
             some = mine[length[mine] == size]
             rows = np.frombuffer(

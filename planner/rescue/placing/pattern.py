@@ -43,7 +43,7 @@ def weigh(site: Site, claims: Claims) -> Iterator[Votes]:
     windows, used = windows[changes >= CHANGES], used[changes >= CHANGES]
     if not len(windows):
         return
-    alike = _alike(board.tables.clusters[tables] != 0, used)
+    alike = _alike(board.tables.grid.used(tables), used)
     table, window = np.nonzero(alike >= BAR)
     near = alike > BAR - MARGIN
     alone = (near.sum(axis=1)[table] == 1) & (near.sum(axis=0)[window] == 1)
@@ -62,7 +62,7 @@ def _only_place(site: Site, tables: I64, windows: I64, used: Mask) -> Votes:
     one = np.zeros(1, dtype=np.int64)
     fits = (
         len(something) == 1
-        and _alike(site.board.tables.clusters[tables] != 0, used[something])[0, 0] >= BAR
+        and _alike(site.board.tables.grid.used(tables), used[something])[0, 0] >= BAR
     )
     kept = slice(0, int(fits))
     return Votes(Evidence.ONLY_PLACE, tables[kept], windows[something][kept], one[kept])

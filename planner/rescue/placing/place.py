@@ -17,6 +17,7 @@ from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Collector
+from planner.rescue.placing.grid import read_grid
 from planner.rescue.placing.solve import SPOTTERS, Solver
 from planner.rescue.placing.tables import (
     A_SNAPSHOTS,
@@ -24,9 +25,8 @@ from planner.rescue.placing.tables import (
     Finder,
     L1Table,
     Tables,
-    batches,
-    read_clusters,
     read_l1,
+    read_pieces,
     snapshot_hints,
     unused_clusters,
 )
@@ -100,8 +100,8 @@ def find_placements(
         has_backing=bool(layout.header.backing_file_offset),
     )
     # Of an older copy of a table, which leads to the same in part, nothing counts.
-    waits = (tables.window == NO_WINDOW).reshape(-1, 1)
-    solver = Solver(board, collector.claims(np.where(waits, tables.clusters, 0)))
+    waits = np.flatnonzero(tables.window == NO_WINDOW)
+    solver = Solver(board, collector.claims(tables.grid, waits))
     solver.solve()
     shared = frozenset(lost[is_shared].tolist())
     return Placed(l1, board, tuple(_placements(solver)), sound.mismatches, shared)
@@ -125,7 +125,7 @@ def look_around(source: Source, progress: Progress = tell_nobody) -> Around | No
     l1 = read_l1(source, report.layout.header, report)
     unused = unused_clusters(source, report)
     tables, collector, has_l1 = _look(source, report, report.layout, l1, progress, unused=unused)
-    return Around(tables, collector.claims(tables.clusters), has_l1)
+    return Around(tables, collector.claims(tables.grid, np.arange(len(tables))), has_l1)
 
 
 def _look(
@@ -146,14 +146,15 @@ def _look(
     finder = Finder(source, report, layout)
     collector = Collector(SPOTTERS, geometry.cluster_bits)
     meter = Meter(progress, "scan", len(unused) << geometry.cluster_bits)
-    for clusters, rows in batches(source, unused, geometry.cluster_size, meter):
-        finder.look(clusters, rows)
-        collector.look(clusters, rows)
+    for pieces, rows in read_pieces(source, unused << geometry.cluster_bits, geometry):
+        meter.advance(rows.size)
+        finder.look(pieces, rows)
+        collector.look(pieces, rows)
     lost, has_l1 = finder.tables()
     index = np.flatnonzero(l1.leads)
     windows = min(len(l1.words), geometry.l1_entries_needed)
     vacant = np.flatnonzero(~l1.leads[:windows])
-    found, _ = read_clusters(source, lost, geometry)
+    found = read_grid(source, lost, geometry)
     hints, late = snapshot_hints(source, report, lost, found, vacant)
     known = np.array([table for table, _ in hints], dtype=np.int64)
     lost = distinct(np.concatenate((lost, known)))
@@ -167,7 +168,7 @@ def _look(
     tables = Tables(
         geometry,
         offset,
-        *read_clusters(source, offset, geometry),
+        read_grid(source, offset, geometry),
         window,
         windows,
         *(
@@ -176,11 +177,10 @@ def _look(
         ),
     )
     # What a table has in common with a snapshot is in use, and says where it is all the same.
-    theirs = tables.clusters[tables.lost].astype(np.int64)
-    rest = distinct(theirs[theirs > 0])
+    rest = distinct(tables.grid.filled(tables.lost).cluster)
     rest = rest[~is_among(rest, unused)]
-    for clusters, rows in batches(source, rest, geometry.cluster_size, Meter()):
-        collector.look(clusters, rows)
+    for pieces, rows in read_pieces(source, rest << geometry.cluster_bits, geometry):
+        collector.look(pieces, rows)
     return tables, collector, has_l1
 
 

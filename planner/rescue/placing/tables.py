@@ -11,26 +11,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U64, Mask, distinct, is_among
-from planner.check.classify import Look
+from planner.arrays import I64, U8, U64, Mask, distinct, is_among
+from planner.check.classify import Parts
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables
-from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
-from planner.source import Source, nonzero_words, present_tables, read_tables
+from planner.rescue.placing.grid import Grid, read_grid
+from planner.source import Source, nonzero_words, present_pieces, read_tables
 from planner.triage.triage import looker_of
-
-NOWHERE, ZEROS, PACKED = 0, -1, -2
-"""Instead of a cluster: nothing is allocated, zeros, compressed data."""
 
 NO_WINDOW, A_SNAPSHOTS = -1, -2
 """Instead of a window: it is not known; it is a snapshot's, and perhaps the disk's too."""
+
+PIECE_BYTES = 64 << 10
+"""No block of a file system is larger."""
 
 MAX_TABLES = 1 << 16
 """That are looked at, of an image: 32 TiB of the usual ones."""
@@ -40,17 +40,15 @@ MAX_TABLES = 1 << 16
 class Tables:
     """L2 tables in columns, ascending by ``offset``, their place in the file.
 
-    ``clusters``: of each entry the cluster of the file, or `NOWHERE`, `ZEROS`, `PACKED`; int32
-    (tables, entries). ``own``: which have the COPIED flag, of the same shape. ``window``: the L1
-    index that leads there; `NO_WINDOW` or `A_SNAPSHOTS` for those that lost theirs. ``windows``:
-    how many the disk has. ``hints``: (table, window) of lost ones whose place a snapshot shows;
-    ``late``: of those that are a snapshot's, and the disk's too if nothing else belongs there.
+    ``grid``: where their entries lead. ``window``: the L1 index that leads there; `NO_WINDOW` or
+    `A_SNAPSHOTS` for those that lost theirs. ``windows``: how many the disk has. ``hints``: (table,
+    window) of lost ones whose place a snapshot shows; ``late``: of those that are a snapshot's, and
+    the disk's too if nothing else belongs there.
     """
 
     geometry: Geometry
     offset: I64
-    clusters: I32
-    own: Mask
+    grid: Grid
     window: I64
     windows: int
     hints: tuple[tuple[int, int], ...] = ()
@@ -99,11 +97,23 @@ def _are_sound(source: Source, words: U64, geometry: Geometry, report: Report) -
     sound &= alone
     at = np.flatnonzero(sound)
     at = at[np.argsort(offset[at])]
+    sound[at] = _are_zeros_or_tables(source, offset[at], geometry, report)
+    return sound
+
+
+def _are_zeros_or_tables(source: Source, offset: I64, geometry: Geometry, report: Report) -> Mask:
+    """Which clusters at *offset*, ascending, hold tables of which enough is left, or nothing."""
     looker, gone = looker_of(source, report), GoneTables(geometry, source.size)
-    for part, rows in read_tables(source, offset[at], geometry.cluster_size):
-        look, _ = looker.look(rows)
-        _, whole = gone.sectors(rows)
-        sound[at[part]] = np.isin(look, (Look.L2_TABLE, Look.ZEROS)) & ~whole
+    found, of = [Parts.none()], [np.zeros(0, dtype=np.int64)]
+    bad, filled = np.zeros((2, len(offset)), dtype=np.int64)
+    for pieces, rows in read_pieces(source, offset, geometry):
+        of.append(np.searchsorted(offset, pieces, side="right") - 1)
+        found.append(looker.parts(rows))
+        for total, count in zip((bad, filled), gone.counts(rows), strict=True):
+            np.add.at(total, of[-1], count)
+    parts = Parts.concatenate(found).joined(np.concatenate(of), len(offset))
+    sound: Mask = (parts.filled == 0) | parts.are_tables()
+    sound &= bad * 2 <= filled
     return sound
 
 
@@ -135,17 +145,20 @@ def _unreferenced(clusters: I64, mismatches: Mismatches) -> I64:
 _LOST = {FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_UNREADABLE}
 
 
-def batches(source: Source, clusters: I64, size: int, meter: Meter) -> Iterator[tuple[I64, U8]]:
-    """Clusters of the file that are no holes, and their bytes, some at a time."""
-    clusters = clusters[present_tables(source, clusters * size, size, anyway=0)]
-    offsets = clusters * size
-    for part, rows in read_tables(source, offsets, size):
-        meter.advance(rows.size)
-        yield clusters[part], rows
+def read_pieces(source: Source, offsets: I64, geometry: Geometry) -> Iterator[tuple[I64, U8]]:
+    """What there is of the clusters at *offsets*, ascending, some at a time.
+
+    The offsets of pieces of clusters that are no holes, and their bytes: a cluster each, or
+    `PIECE_BYTES` of it.
+    """
+    size = min(PIECE_BYTES, geometry.cluster_size)
+    pieces = present_pieces(source, offsets, geometry.cluster_size, size)
+    for part, rows in read_tables(source, pieces, size):
+        yield pieces[part], rows
 
 
 def snapshot_hints(
-    source: Source, report: Report, offset: I64, clusters: I32, vacant: I64
+    source: Source, report: Report, offset: I64, grid: Grid, vacant: I64
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """What the L1 tables of snapshots show of vacant windows of the disk: (table, window), of the
     table its offset.
@@ -169,7 +182,7 @@ def snapshot_hints(
     slots, known = mismatches.index.find(cluster)
     over = known & (mismatches.stored[slots] > mismatches.counted[slots])
     hints = list(zip(table[over].tolist(), index[over].tolist(), strict=True))
-    hints += _with_common_clusters(source, geometry, (offset, clusters), (table, index))
+    hints += _with_common_clusters(source, geometry, (offset, grid), (table, index))
     unknown = ~known | (mismatches.stored[slots] == 0)
     # Of several snapshots the last is the nearest to the disk.
     order = np.argsort(theirs.snapshot[kept][unknown], kind="stable")
@@ -178,32 +191,22 @@ def snapshot_hints(
 
 
 def _with_common_clusters(
-    source: Source, geometry: Geometry, mine: tuple[I64, I32], theirs: tuple[I64, I64]
+    source: Source, geometry: Geometry, mine: tuple[I64, Grid], theirs: tuple[I64, I64]
 ) -> list[tuple[int, int]]:
     """Tables that lead to a cluster at the same entry as a snapshot's: no other place has it."""
-    offset, clusters = mine
-    order = np.argsort(theirs[0], kind="stable")
-    table, index = theirs[0][order], theirs[1][order]
-    there = present_tables(source, table, geometry.cluster_size, anyway=0)
-    table, index = table[there], index[there]
-    flat = clusters.reshape(-1)
-    filled = np.flatnonzero(flat > 0)
-    filled = filled[np.argsort(flat[filled], kind="stable")]
-    leads, found = flat[filled], set()
-    for part, rows in read_tables(source, table, geometry.cluster_size):
-        words, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-        types = entries.cluster_types(words, geometry)
-        host = (entries.l2_offsets(words) >> geometry.cluster_bits).astype(np.int32)
-        host[types != ClusterType.NORMAL] = 0
-        at, entry = np.nonzero(host)
-        wanted = host[at, entry]
-        place = np.minimum(np.searchsorted(leads, wanted), max(0, len(leads) - 1))
-        hit = (leads[place] == wanted) if len(leads) else np.zeros(len(wanted), dtype=np.bool_)
-        own, own_entry = np.divmod(filled[place[hit]], clusters.shape[1])
-        same = own_entry == entry[hit]
-        pair = np.unique(np.stack((own[same], index[part][at[hit][same]])), axis=1)
-        found |= set(zip(offset[pair[0]].tolist(), pair[1].tolist(), strict=True))
-    return sorted(found)
+    offset, grid = mine
+    own = grid.filled(np.arange(len(offset)))
+    order = np.argsort(own.cluster, kind="stable")
+    leads = own.cluster[order]
+    if not len(leads):
+        return []
+    other = read_grid(source, theirs[0], geometry).filled(np.arange(len(theirs[0])))
+    place = np.minimum(np.searchsorted(leads, other.cluster), len(leads) - 1)
+    hit = leads[place] == other.cluster
+    at = order[place[hit]]
+    same = own.entry[at] == other.entry[hit]
+    pair = np.stack((offset[own.table[at[same]]], theirs[1][other.table[hit][same]]))
+    return sorted(zip(*np.unique(pair, axis=1).tolist(), strict=True))
 
 
 class Finder:
@@ -212,30 +215,45 @@ class Finder:
     def __init__(self, source: Source, report: Report, layout: Layout) -> None:
         self._source, self._geometry = source, layout.geometry
         self._looker = looker_of(source, report)
-        self._found: list[int] = []
+        self._found: list[tuple[I64, Parts, Mask]] = []
 
-    def look(self, clusters: I64, rows: U8) -> None:
-        """Note those among some clusters that are tables."""
-        at = np.flatnonzero(self._looker.are_tables(rows))
-        if len(at) and len(self._found) < MAX_TABLES:
-            self._found += clusters[at[_are_own(rows[at], self._geometry)]].tolist()
+    def look(self, pieces: I64, rows: U8) -> None:
+        """Note what pieces of clusters, ascending, have of tables."""
+        self._found.append((pieces, self._looker.parts(rows), _are_own(rows, self._geometry)))
 
     def tables(self) -> tuple[I64, bool]:
         """Their offsets in the file, ascending; without those that lead to tables themselves, and
         whether there are any of these.
         """
-        found = np.array(sorted(self._found), dtype=np.int64)
-        bits = self._geometry.cluster_bits
+        size = self._geometry.cluster_size
+        if not self._found:
+            return np.zeros(0, dtype=np.int64), False
+        cluster = np.concatenate([pieces for pieces, _, _ in self._found]) // size
+        own = np.concatenate([flags for _, _, flags in self._found])
+        parts = Parts.concatenate([each for _, each, _ in self._found])
+        clusters = distinct(cluster)
+        of = np.searchsorted(clusters, cluster)
+        are_own = np.bincount(of, own, len(clusters)) > 0
+        wanted = parts.joined(of, len(clusters)).are_tables() & are_own
+        found = clusters[wanted][:MAX_TABLES]
         if not len(found):
             return found, False
-        is_l1 = np.zeros(len(found), dtype=np.bool_)
-        for part, rows in read_tables(self._source, found << bits, 1 << bits):
+        is_l1 = self._are_l1(found)
+        return found[~is_l1] * size, bool(is_l1.any())
+
+    def _are_l1(self, found: I64) -> Mask:
+        """Which of the clusters *found* lead to the others, with half of their words or more."""
+        bits = self._geometry.cluster_bits
+        hits, filled = np.zeros((2, len(found)), dtype=np.int64)
+        for pieces, rows in read_pieces(self._source, found << bits, self._geometry):
             words = entries.decode_words(rows)
             targets = entries.l1_offsets(words) >> bits
-            hits = is_among(targets.reshape(-1), found).reshape(targets.shape) & (targets > 0)
-            filled = np.count_nonzero(words, axis=1)
-            is_l1[part] = hits.sum(axis=1) * 2 > filled
-        return found[~is_l1] << bits, bool(is_l1.any())
+            hit = is_among(targets.reshape(-1), found).reshape(targets.shape) & (targets > 0)
+            of = np.searchsorted(found, pieces >> bits)
+            np.add.at(hits, of, hit.sum(axis=1))
+            np.add.at(filled, of, np.count_nonzero(words, axis=1))
+        is_l1: Mask = hits * 2 > filled
+        return is_l1
 
 
 def _are_own(rows: U8, geometry: Geometry) -> Mask:
@@ -245,21 +263,3 @@ def _are_own(rows: U8, geometry: Geometry) -> Mask:
     packed = types == ClusterType.COMPRESSED
     result: Mask = np.logical_or(copied, packed).any(axis=1)
     return result
-
-
-def read_clusters(source: Source, offsets: I64, geometry: Geometry) -> tuple[I32, Mask]:
-    """Of each entry of the tables at *offsets* what ``clusters`` and ``own`` of `Tables` say."""
-    result = np.zeros((len(offsets), geometry.l2_entries), dtype=np.int32)
-    own = np.zeros(result.shape, dtype=np.bool_)
-    for part, rows in read_tables(source, offsets, geometry.cluster_size):
-        words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-        types = entries.cluster_types(words, geometry)
-        host = entries.l2_offsets(words) >> geometry.cluster_bits
-        host[host << geometry.cluster_bits >= source.size] = 0
-        if bitmaps is not None:
-            host[(bitmaps & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) == 0] = 0
-        found = np.where(types == ClusterType.NORMAL, host, NOWHERE)
-        found[entries.reads_as_zeros(types)] = ZEROS
-        found[types == ClusterType.COMPRESSED] = PACKED
-        result[part], own[part] = found, words >= np.uint64(entries.COPIED)
-    return result, own
