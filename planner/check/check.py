@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges, join_ranges
+from planner.arrays import I64, U64, Mask, distinct, distinct_columns, expand_ranges, join_ranges
 from planner.check.census import Census
 from planner.check.classify import Looker
 from planner.check.ending import Found, find_cut, judge_cut_regions
@@ -131,7 +131,7 @@ class _Check:
             return stored.index
         page, refcount = stored.read_pages(slots, self._meter)
         bits = self._geometry.cluster_bits + PAGE_BITS
-        spans = np.unique(np.stack((regions.first(bits), regions.last(bits))), axis=1)
+        spans, _ = distinct_columns(np.stack((regions.first(bits), regions.last(bits))))
         known = [page, expand_ranges(*spans)]
         for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
             known.append(distinct(referenced_clusters(rows, self._layout) >> PAGE_BITS))

@@ -17,7 +17,10 @@ from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
-from planner.source import Source, read_tables
+from planner.source import Source, present_pieces, read_tables
+
+PIECE_BYTES = 64 << 10
+"""Of large tables what is there is read in such pieces."""
 
 _COLUMNS = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
 
@@ -78,17 +81,24 @@ class OwnersFinder:
 
     def add_entries(self, source: Source, which: I64, meter: Meter) -> None:
         """Owners that are guest clusters, from the L2 tables at positions *which*."""
-        size = self._geometry.cluster_size
-        for part, rows in read_tables(source, self._tables.offset[which], size):
+        size, offsets = self._geometry.cluster_size, self._tables.offset[which]
+        piece, pieces = min(PIECE_BYTES, size), offsets
+        if piece < size and len(offsets):
+            pieces = present_pieces(source, offsets, size, piece)
+        table = np.searchsorted(offsets, pieces, side="right") - 1
+        first = (pieces - offsets[table]) // self._geometry.l2_entry_size
+        for part, rows in read_tables(source, pieces, piece):
             if self.truncated:
                 return
             words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)
-            self._add_batch(which[part], words.reshape(-1), words.shape[1])
+            self._add_batch(which[table[part]], first[part], words)
             meter.advance(rows.size)
 
-    def _add_batch(self, ids: I64, words: np.ndarray, width: int) -> None:
+    def _add_batch(self, ids: I64, first_entry: I64, rows: U64) -> None:
+        """Those in parts of the tables *ids*: the words of these, from their *first_entry* on."""
         if self._geometry.external_data:
             return
+        words, width = rows.reshape(-1), rows.shape[1]
         positions = self._may_hit(words)
         word = words[positions]
         types = entries.cluster_types(word, self._geometry)
@@ -101,14 +111,15 @@ class OwnersFinder:
         clusters = expand_ranges(first, last) if len(first) else first
         hit = self._hits(clusters)
         clusters, entry = clusters[hit], entry[hit]
-        at, referrer = self._expand(ids[positions[entry] // width])
-        entry = entry[at]
+        row = positions[entry] // width
+        at, referrer = self._expand(ids[row])
+        entry, row = entry[at], row[at]
         self._keep(
             clusters[at],
             np.where(packed[entry], Structure.COMPRESSED, Structure.DATA),
             self._l1.snapshot[referrer],
             self._l1.l1_index[referrer],
-            positions[entry] % width,
+            first_entry[row] + positions[entry] % width,
             np.full(len(at), NONE),
         )
 

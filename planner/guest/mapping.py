@@ -480,7 +480,7 @@ class Mapping:
         tables = self._index[self._in_use]
         low, high = np.searchsorted(tables, [offset // coverage, -(-end // coverage)])
         inside = np.arange(max(1, coverage // size))
-        numbers = np.unique((tables[low:high] * coverage // size)[:, None] + inside)
+        numbers = distinct(((tables[low:high] * coverage // size)[:, None] + inside).reshape(-1))
         numbers = numbers[(numbers >= offset // size) & (numbers < -(-end // size))]
         if size >= coverage:
             return numbers
@@ -555,7 +555,7 @@ class Mapping:
         if not len(index):
             return Runs.unallocated(low, high)
         start = index * coverage
-        bounds = np.unique(np.concatenate(([low], start, start + coverage)))
+        bounds = distinct(np.concatenate(([low], start, start + coverage)))
         bounds = bounds[(bounds >= low) & (bounds < high)]
         before = np.searchsorted(start, bounds, side="right") - 1
         flawed = (before >= 0) & (bounds < start[before] + coverage)

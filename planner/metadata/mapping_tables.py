@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U64, Mask, expand_ranges
+from planner.arrays import I32, I64, U8, U64, Mask, distinct_columns, expand_ranges
 from planner.findings.kinds import ACTIVE
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
@@ -87,9 +87,9 @@ class L2Tables:
         """The tables at positions *which*, those that count alike together, each in file order."""
         columns = (self.weight, self.active, self.copied, self.sibling)
         keys = np.stack([column[which] for column in columns])
-        kinds, inverse = np.unique(keys, axis=1, return_inverse=True)
+        kinds, inverse = distinct_columns(keys.astype(np.int64))
         return [
-            Batch(which[inverse.reshape(-1) == number], weight, active, copied, bool(sibling))
+            Batch(which[inverse == number], weight, active, copied, bool(sibling))
             for number, (weight, active, copied, sibling) in enumerate(kinds.T.tolist())
         ]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges
+from planner.arrays import I32, I64, U8, Mask, distinct, distinct_columns, expand_ranges
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import NONE, NOWHERE, FindingKind, Structure
 from planner.metadata.cluster_counters import ClusterCounts, ClusterIndex
@@ -189,9 +189,9 @@ def count_regions(
         counts.add(index.slots_of(first[single & (regions.weight == weight)]), weight)
     # Tables that claim the same place count together: of these there may be thousands.
     spans, weights = np.stack((first[~single], last[~single])), regions.weight[~single]
-    (low, high), which = np.unique(spans, axis=1, return_inverse=True)
+    (low, high), which = distinct_columns(spans)
     summed = np.zeros(len(low), dtype=np.int64)
-    np.add.at(summed, which.reshape(-1), weights)
+    np.add.at(summed, which, weights)
     for slot, length, weight in zip(
         index.slots_of(low).tolist(), (high - low + 1).tolist(), summed.tolist(), strict=True
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
@@ -85,7 +86,7 @@ def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) ->
     """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
     found: list[Bitmap] = []
     names: set[bytes] = set()
-    for bitmap in _read_directory(source, pointer, geometry):
+    for bitmap in _decode_directory(_read_directory(source, pointer, geometry), pointer):
         error = _entry_error(bitmap, names, geometry)
         if error is not None:
             raise error
@@ -98,21 +99,32 @@ def list_bitmaps(
     source: Source, pointer: BitmapsPointer, geometry: Geometry
 ) -> tuple[Listed, ImageError | None]:
     """All that can be made out of the bitmap directory, and what ends it too early, if anything."""
+    try:
+        directory = _read_directory(source, pointer, geometry)
+    except ImageError as error:
+        return [], as_value(error)
+    listed, broken = _list_directory(directory, pointer, geometry)
+    return list(listed), broken
+
+
+@lru_cache(maxsize=1)
+def _list_directory(
+    directory: bytes, pointer: BitmapsPointer, geometry: Geometry
+) -> tuple[tuple[tuple[Bitmap, ImageError | None], ...], ImageError | None]:
+    """The same of its bytes. Several ask, one after the other, and there may be 65,535 of them."""
     listed: Listed = []
     names: set[bytes] = set()
     try:
-        for bitmap in _read_directory(source, pointer, geometry):
+        for bitmap in _decode_directory(directory, pointer):
             listed.append((bitmap, _entry_error(bitmap, names, geometry)))
             names.add(bitmap.name)
     except ImageError as error:
-        return listed, as_value(error)
-    return listed, None
+        return tuple(listed), as_value(error)
+    return tuple(listed), None
 
 
-def _read_directory(
-    source: Source, pointer: BitmapsPointer, geometry: Geometry
-) -> Iterator[Bitmap]:
-    """The entries, whatever they say. Raises `ImageError` where it goes wrong."""
+def _read_directory(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> bytes:
+    """Its bytes. Raises `ImageError` where it cannot be one."""
     start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
     if not size:
         raise ImageError("bitmap_directory_size", size, "a directory cannot be empty")
@@ -121,9 +133,13 @@ def _read_directory(
         raise ImageError(
             "bitmap_directory_offset", start, "the directory runs past the end of the file"
         )
-    directory = read_bytes(source, start, size)
-    number = position = 0
-    while position < size:
+    return read_bytes(source, start, size)
+
+
+def _decode_directory(directory: bytes, pointer: BitmapsPointer) -> Iterator[Bitmap]:
+    """The entries, whatever they say. Raises `ImageError` where it goes wrong."""
+    start, number, position = pointer.bitmap_directory_offset, 0, 0
+    while position < len(directory):
         if number == pointer.nb_bitmaps:
             raise ImageError("nb_bitmaps", pointer.nb_bitmaps, "the bitmap directory lists more")
         bitmap, position = _decode_entry(directory, position, start)

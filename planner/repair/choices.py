@@ -34,10 +34,10 @@ from planner.repair.snapshot_entries import (
     explain_count,
 )
 from planner.repair.split import (
-    MAX_COPIED,
     Shares,
     are_refcounts_shared,
     part_owners,
+    room_for_copies,
     shared_by,
 )
 from planner.repair.steps import (
@@ -88,10 +88,11 @@ def is_promise_kept(tier: RepairTier, after: Report) -> bool:
 
 def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
     """A cluster of its own for each owner, refcounts and flags that say so."""
-    before, shares, room = scope.report, shared_by(scope.report), MAX_COPIED
+    before, shares = scope.report, shared_by(scope.report)
     if not len(shares.clusters):
         return Drafted(scope, means.triage(scope, stay[:0]))
     _require_all_owners(before)
+    room = room_for_copies(scope.source)
     for structure in (Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA):
         size = scope.draft.size
         shares = shares.joined(part_owners(scope, structure, room))

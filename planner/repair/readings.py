@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U64
+from planner.arrays import I64, U64, distinct_columns
 from planner.check.report import Report
 from planner.findings.kinds import Structure
 from planner.metadata.mapping_tables import L1Entries, read_l1_tables
@@ -38,7 +38,7 @@ def differing_entry(
         return "an L1 entry would lead to a table, or to none any more"
     if not np.array_equal(old.word & beside, new.word & beside):
         return "an L1 entry would say something else"
-    pairs = np.unique(np.stack((old.offset, new.offset)), axis=1)
+    pairs, _ = distinct_columns(np.stack((old.offset, new.offset)))
     bits = reports[0].geometry.cluster_bits
     is_touched = (pairs[0] != pairs[1]) | np.isin(pairs[1] >> bits, touched)
     for where in _differences(sources, pairs[:, is_touched], reports[0].geometry):

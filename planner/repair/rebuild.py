@@ -12,7 +12,7 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts, distinct, without_repeats
+from planner.arrays import I64, U8, Counts, distinct, expand_ranges, without_repeats
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
@@ -111,10 +111,9 @@ def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
     freed = np.zeros(index.slots, dtype=np.bool_)
     old = np.isin(report.regions.structure, (Structure.REFTABLE, Structure.REFBLOCK))
     regions = report.regions.select(old)
-    for first, last in zip(regions.first(bits).tolist(), regions.last(bits).tolist(), strict=True):
-        slot = index.slots_before(first)
-        counted[slot : slot + last - first + 1] -= counted.dtype.type(1)
-        freed[slot : slot + last - first + 1] = True
+    slots, known = index.find(expand_ranges(regions.first(bits), regions.last(bits)))
+    np.subtract.at(counted, slots[known], counted.dtype.type(1))
+    freed[slots[known]] = True
     # A table that reaches past the end was not counted, and is none any more all the same.
     for lost in report.findings.of(FindingKind.PAST_END, Structure.REFTABLE).rows():
         end = lost.host_offset + lost.length

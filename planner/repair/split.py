@@ -32,10 +32,13 @@ from planner.qcow2.header import CRYPT_LUKS
 from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.repair.words import WORD, draft_words, read_words
-from planner.source import read_bytes, read_tables
+from planner.source import Source, read_bytes, read_tables
 
 MAX_COPIED = 64 << 20
 """Bytes that one repair copies: a plan is held in memory. The next one goes on."""
+
+SMALL_COPIED = 16 << 20
+"""What may be copied of an image of which there is less than that: all of it, and so much more."""
 
 L1_OFFSET_AT = 40
 """Where the header holds l1_table_offset."""
@@ -107,6 +110,16 @@ def shared_by(report: Report) -> Shares:
     contested = report.findings.of(_KIND).host_offset >> report.geometry.cluster_bits
     owners = report.owners.select(np.flatnonzero(is_any_of(report.owners.cluster, contested)))
     return Shares(owners, np.full(len(owners.cluster), NONE))
+
+
+def room_for_copies(source: Source) -> int:
+    """How many bytes a repair of *source* copies at most."""
+    room = min(SMALL_COPIED, MAX_COPIED)
+    for start, end in source.data_extents(0, source.size):
+        room += end - start
+        if room >= MAX_COPIED:
+            return MAX_COPIED
+    return room
 
 
 def part_owners(scope: Scope, structure: Structure, room: int) -> Shares:

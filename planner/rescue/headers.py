@@ -17,11 +17,11 @@ from functools import cache, partial
 
 import numpy as np
 
-from planner.arrays import I64, U64
+from planner.arrays import I64, U64, distinct
 from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
-from planner.findings.kinds import FindingKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.extensions import (
@@ -55,7 +55,15 @@ from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
 from planner.rescue.leftovers import Left, count_left, is_same_disk
 from planner.rescue.scan import Sectors, find_tables
-from planner.source import SECTOR, Patched, Source, nonzero_words, present_bytes, read_bytes
+from planner.source import (
+    SECTOR,
+    Patched,
+    Source,
+    nonzero_words,
+    present_bytes,
+    present_tables,
+    read_bytes,
+)
 
 MAX_CANDIDATES = 8
 """Tables of one sort that are tried for one cluster size, the likeliest first."""
@@ -68,6 +76,12 @@ CORRUPTIONS_A_CHECK = 100_000
 """Of a small file so many; one more for so much that there is of it; one that finds so many
 structures, or so much wrong, is counted as one more, for it takes as long.
 """
+
+TABLE_BYTES_A_CHECK = 4 << 20
+"""So is one that walks so much of tables, holes in them included."""
+
+CLUSTERS_A_CHECK = 1 << 20
+"""So is one that counts so many."""
 
 MAX_LUKS = 64
 """Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
@@ -212,13 +226,23 @@ def find_headers(
         search.attempt(like)
     search.try_fields()
     if not search.is_settled:
-        search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
+        if not search.is_tired:
+            search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
         search.list_snapshots(progress)
         search.try_rest()
     hypotheses, size = search.best(), search.size
     is_it = size is not None and bool(hypotheses) and hypotheses[0].header.size == size.size
     size = size if is_it else None
     return Found(search.now, hypotheses, size, search.with_snapshots, not search.is_tired)
+
+
+def _table_bytes(source: Source, report: Report) -> int:
+    """How much of L2 tables a check has walked."""
+    if report.layout is None:
+        return 0
+    is_table = report.regions.structure == Structure.L2_TABLE
+    size, offset = report.layout.geometry.cluster_size, distinct(report.regions.offset[is_table])
+    return int(np.count_nonzero(present_tables(source, offset, size, anyway=0))) * size
 
 
 class _Search:
@@ -325,6 +349,9 @@ class _Search:
         self._left -= 1 + len(report.regions.structure) // REGIONS_A_CHECK
         self._left -= report.counters.corruptions // CORRUPTIONS_A_CHECK
         self._left -= len(report.snapshots) // SNAPSHOTS_A_CHECK
+        if report.mismatches is not None:
+            self._left -= report.mismatches.index.slots // CLUSTERS_A_CHECK
+        self._left -= _table_bytes(source, report) // TABLE_BYTES_A_CHECK
         return report
 
     def _changes(self, header: Header) -> tuple[str, ...]:

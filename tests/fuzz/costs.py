@@ -45,6 +45,9 @@ COMMANDS = (
     "plan leaks",
     "plan all",
     "plan --output=json all",
+    "plan split",
+    "plan bitmaps",
+    "plan snapshots",
     "map",
     "map --output=json",
     "export -q",
@@ -70,9 +73,12 @@ WORDS = (
 )
 """What is written to the control files of a mount."""
 
-MOUNTS = ("mount", "mount --preview=leaks", "mount --preview=all")
+MOUNTS = ("mount", "mount --preview=leaks", "mount --preview=all", "mount --preview=rescue")
 
 READ_BYTES = 8 << 20
+AGAIN = 2
+"""So often what costs too much is run again, before it is said: the least is what counts."""
+
 HUNG = 60.0
 """By the clock; nothing waits for anything here."""
 
@@ -127,13 +133,7 @@ class Costs:
     def of(self, write: Callable[[Path], None]) -> Iterator[tuple[str, str]]:
         """What costs too much of the image that *write* writes: the command, and how much."""
         for command in self._commands:
-            if command != "undo":
-                self._anew(write)
-            cost = self._command(command)
-            if cost.seconds > SECONDS and command != "undo":
-                # Two processes on one core make each other slower: that happens once.
-                self._anew(write)
-                cost = self._command(command)
+            cost = self._least(command, write)
             self._note(cost)
             found = cost.beyond(streamed=command in STREAMED)
             if found:
@@ -146,8 +146,32 @@ class Costs:
             if found := cost.beyond(streamed=False):
                 yield f"{command}, beside an undo file", found
         for mount in self._mounts:
-            self._anew(write)
-            yield from self._mounted(mount)
+            yield from self._least_mounted(mount, write)
+
+    def _least(self, command: str, write: Callable[[Path], None]) -> Cost:
+        """Processes that share a core make each other slower, now more and now less."""
+        if command == "undo":
+            return self._command(command)
+        self._anew(write)
+        cost = self._command(command)
+        for _ in range(AGAIN):
+            if cost.seconds > SECONDS:
+                self._anew(write)
+                cost = min(cost, self._command(command), key=lambda it: it.seconds)
+        return cost
+
+    def _least_mounted(
+        self, mount: str, write: Callable[[Path], None]
+    ) -> Iterator[tuple[str, str]]:
+        """What costs too much of a mount, each time."""
+        self._anew(write)
+        found = dict(self._mounted(mount))
+        for _ in range(AGAIN):
+            if found:
+                self._anew(write)
+                again = dict(self._mounted(mount))
+                found = {name: again[name] for name in found if name in again}
+        yield from found.items()
 
     def _note(self, cost: Cost) -> None:
         self.runs += 1

@@ -77,6 +77,32 @@ def leaks_in_holes(fill: bytes, blocks: int) -> Holed:
     return Holed(parts, blocks * cluster * 8 * cluster)
 
 
+def _with_l1(cluster_bits: int, entries_of_it: int) -> bytes:
+    """A header with an L1 table of so many entries in the second cluster, and no refcounts."""
+    return struct.pack(
+        ">IIQIIQIIQQIIQQQQII8x",
+        *(MAGIC, 3, 0, 0, cluster_bits, 1 << 43, 0, entries_of_it, 1 << cluster_bits, 0, 0, 0, 0),
+        *(0, 0, 0, 4, HEADER_LENGTH),
+    )
+
+
+def tables_that_are_holes() -> Holed:
+    """An L1 table each entry of which leads to a table of its own, where nothing is."""
+    words = np.uint64(COPIED) | (1 << 16) + np.arange(98_304, dtype=np.uint64) << np.uint64(16)
+    return Holed([(0, _with_l1(16, len(words))), (1 << 16, words.astype(">u8").tobytes())], LARGEST)
+
+
+def tables_of_a_page(*, are_lost: bool) -> Holed:
+    """Tables of 2 MiB, of each of which a page is there, and an L1 table that leads to them or is
+    empty."""
+    tables = _pages_of_tables(21)
+    first = 2 if are_lost else 1 << 20
+    words = np.uint64(COPIED) | np.arange(first, first + 140, dtype=np.uint64) << np.uint64(21)
+    l1 = bytes(140 * 8) if are_lost else words.astype(">u8").tobytes()
+    moved = [(at + (first - 2 << 21), part) for at, part in tables.parts[1:141]]
+    return Holed([(0, _with_l1(21, 140)), (1 << 21, l1), *moved], LARGEST)
+
+
 def _headers() -> Holed:
     """One after the other, each of an image with tables elsewhere."""
     fields = (MAGIC, 3, 0, 0, 16, 1 << 40, 0, 1 << 15, 3 << 16, 1 << 16, 1, 0, 0, 0, 0, 0, 4, 104)

@@ -3,11 +3,13 @@
 `--cases 30000`: 100 times as many mutations, and every target on every bomb.
 """
 
+import contextlib
 import random
 import subprocess
 import sys
 import tracemalloc
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,14 +21,23 @@ from instarfs.image.file import Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image
 from planner.check.report import Report
+from planner.errors import PlannerError
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.rescue.headers import find_headers
+from planner.rescue.rescue import rescue
 from planner.source import Bytes
 from planner.triage.triage import Triage, triage_leaks
 from tests.fuzz.bounds import run
 from tests.fuzz.guest_bombs import make_guest_bomb
-from tests.fuzz.holed import WITHOUT_A_HEADER, leaks_in_holes, make_bomb, refcount_blocks_in_holes
+from tests.fuzz.holed import (
+    WITHOUT_A_HEADER,
+    leaks_in_holes,
+    make_bomb,
+    refcount_blocks_in_holes,
+    tables_of_a_page,
+    tables_that_are_holes,
+)
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
 from tests.images.bombs import BOMBS
@@ -151,6 +162,28 @@ def test_finding_a_header_costs_no_more_on_a_file_that_is_made_for_it(name, tmp_
             find_headers(source)
 
         run(Target(find, list), b"")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tables_that_are_holes,
+        partial(tables_of_a_page, are_lost=True),
+        partial(tables_of_a_page, are_lost=False),
+    ],
+    ids=["holes", "lost", "led to"],
+)
+def test_a_rescue_costs_no_more_where_tables_are_holes_for_the_most(make, tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make().write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+
+        def save(_: bytes) -> None:
+            with contextlib.suppress(PlannerError):
+                rescue(source)
+
+        run(Target(save, list), b"")
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])

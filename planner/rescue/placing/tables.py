@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct, is_among
+from planner.arrays import I64, U8, U64, Mask, distinct, distinct_columns, is_among
 from planner.check.classify import Parts
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
@@ -206,7 +206,7 @@ def _with_common_clusters(
     at = order[place[hit]]
     same = own.entry[at] == other.entry[hit]
     pair = np.stack((offset[own.table[at[same]]], theirs[1][other.table[hit][same]]))
-    return sorted(zip(*np.unique(pair, axis=1).tolist(), strict=True))
+    return sorted(zip(*distinct_columns(pair)[0].tolist(), strict=True))
 
 
 class Finder:

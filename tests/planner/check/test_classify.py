@@ -136,3 +136,24 @@ def test_the_first_sector_shows_what_is_worth_reading() -> None:
     sectors = [cluster_at(image, image.l2_table(0)), cluster_at(image, image.host_offset(0)), b""]
     rows = rows_of(image, *sectors)[:, :512]
     assert looker.may_be_tables(np.ascontiguousarray(rows)).tolist() == [True, False, False]
+
+
+def test_parts_of_a_cluster_say_together_what_it_is() -> None:
+    image = build(cluster_bits=16)
+    looker = looker_of(image.source, check_image(image.source))
+    rng, size = random.Random(2), image.cluster_size
+    word = entries.COPIED | 5 * size
+    entry = table_with(image, word)
+    contents = [bytes(size), rng.randbytes(size), entry]
+    for at in range(0, size, size // 4):
+        contents += [bytes(at) + entry, (entry * (at // 8)).ljust(size, b"\x13")]
+    for bad in (40, 90, 150):  # one in ten is the most
+        contents.append(table_with(image, *[word] * 900, *range(3, 3 + bad)))
+    whole = rows_of(image, *contents)
+    wanted = looker.parts(whole).are_tables()
+    assert wanted[2:4].all()
+    assert wanted[-3:].tolist() == [True, True, False]
+    for pieces in (2, 16):
+        of = np.repeat(np.arange(len(whole)), pieces)
+        parts = looker.parts(whole.reshape(len(whole) * pieces, -1))
+        assert parts.joined(of, len(whole)).are_tables().tolist() == wanted.tolist()

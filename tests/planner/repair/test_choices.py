@@ -261,7 +261,7 @@ def test_an_l1_entry_of_reserved_bits_alone_leads_nowhere_and_gets_no_table() ->
 
 
 def test_so_much_is_copied_at_a_time_and_the_next_goes_on(monkeypatch) -> None:
-    monkeypatch.setattr(choices, "MAX_COPIED", SIZE)
+    monkeypatch.setattr(split, "MAX_COPIED", SIZE)
     image = plain()
     image.set_word(image.l2_at(5), image.host_offset(1) | COPIED)
     image.set_word(image.l2_at(0), image.host_offset(2) | COPIED)
