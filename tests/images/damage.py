@@ -29,15 +29,18 @@ def damage(function: Damage) -> Damage:
     return function
 
 
-def _pick(image: Image, rng: random.Random, *, shared: bool = False) -> int:
-    """A guest cluster of the active disk whose host cluster a snapshot shares, or nobody does."""
+def _pick(image: Image, rng: random.Random, *, shared: bool = False, least: int = 1) -> int:
+    """A guest cluster of the active disk whose host cluster a snapshot shares, or nobody does.
+
+    Of *least* such clusters.
+    """
     found = []
     for l1_index in range(image.header.l1_size):
         for cluster in image.mapped(l1_index):
             at = image.l2_at(cluster)
             if bool(image.word(at) & entries.COPIED) is not shared:
                 found.append(cluster)
-    if not found:
+    if len(found) < least:
         raise CannotDamageError("no guest cluster is left for it")
     return rng.choice(found)
 
@@ -99,7 +102,7 @@ def wrong_copied(image: Image, rng: random.Random) -> str:
 @damage
 def shared_cluster(image: Image, rng: random.Random) -> str:
     """two guest clusters are mapped to one host cluster"""
-    kept, lost = _pick(image, rng), _pick(image, rng)
+    kept, lost = _pick(image, rng, least=2), _pick(image, rng)
     while kept == lost:
         lost = _pick(image, rng)
     image.set_word(image.l2_at(lost), image.word(image.l2_at(kept)))

@@ -22,8 +22,8 @@ from tests.live.interleave import KINDS, Kind, build, damaged, judge
 from tests.live.model import Program
 from tests.live.timeline import Timeline, at_random, everywhere, total
 
-USED = 2
-"""Clusters in use of each part of an image."""
+USED, USED_DAMAGED = 2, 3
+"""Clusters in use of each part of an image; of one that is damaged some more, that it can be."""
 
 EVERYWHERE = 8
 """So many words are written one by one; of more, each write is cut into `PARTS`, anywhere."""
@@ -80,11 +80,11 @@ def _grow_and_write(program: Program) -> None:
 
 
 OPERATIONS = {
-    "write": Operation(_write(USED), _write(0)),
+    "write": Operation(_write(8), _write(0)),
     "write what a snapshot has": Operation(_write(0)),
     "write what was discarded": Operation(_write(0), lambda program: program.discard(0)),
     "write to a new table": Operation(_write(0, table=1)),
-    "write to a new refcount block": Operation(_write(USED), _fill),
+    "write to a new refcount block": Operation(_write(8), _fill),
     "discard": Operation(lambda program: program.discard(0), _write(0)),
     "discard what a snapshot has": Operation(lambda program: program.discard(1)),
     "write zeros": Operation(lambda program: program.write_zeros(0), _write(0)),
@@ -126,7 +126,7 @@ def play(script: Script) -> Played | None:
     """Have a program do all of it, nobody looking; None where that writes nothing."""
     rng = random.Random(str(script))
     operations = [OPERATIONS[name] for name in script.names]
-    image = build(script.kind, USED)
+    image = build(script.kind, USED_DAMAGED if script.is_damaged else USED)
     damage = damaged(image, rng) if script.is_damaged else None
     limit, lazy = rng.choice((1, 8)), script.kind.lazy
     program = Program(bytes(image.data), rng, limit=limit, lazy=lazy, data=b"\0")
