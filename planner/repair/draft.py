@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, Mask, distinct, is_among
+from planner.arrays import I64, U8, Mask, distinct, is_among, is_any_of
 from planner.repair.overlay import Layer, Layered
 from planner.repair.plan import (
     COMPARED_SECTORS,
@@ -126,7 +126,14 @@ class Draft:
     def writes_anything(self) -> bool:
         """Whether anything would be otherwise than in the source."""
         is_longer = self._source.size != self._size
-        return is_longer or any(len(stage.sectors) for stage in self._all_stages())
+        return is_longer or any(self._all_differences())
+
+    def touches(self, kind: StageKind, sectors: I64) -> Mask:
+        """Which of *sectors* something is drafted in for a stage."""
+        touched = np.zeros(len(sectors), dtype=np.bool_)
+        for write in self._writes.get(kind, []):
+            touched |= is_any_of(sectors, write.sectors)
+        return touched
 
     def has(self, kind: StageKind) -> bool:
         """Whether something is drafted for a stage."""
@@ -142,6 +149,14 @@ class Draft:
         some = tuple(stage for stage in stages if len(stage.sectors))
         edits = LazyEdits(self._reasons)
         return Plan(tier, some, self._source.size, self._size, edits, self._edit_count)
+
+    def _all_differences(self) -> Iterator[bool]:
+        """Of each stage whether it changes anything; one after the other."""
+        layers = self._all_layers()
+        for number, (sectors, content) in enumerate(layers):
+            base = Layered(self._source, self._size, layers[:number])
+            for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
+                yield not np.array_equal(rows, content[part])
 
     def _all_stages(self) -> list[Stage]:
         """What each stage changes, in their order; some of them may change nothing."""
@@ -180,12 +195,15 @@ def _layer(base: Source, writes: list[_Write]) -> Layer:
 def _stage(kind: StageKind, base: Source, layer: Layer) -> Stage:
     """The stage that lays *layer* on *base*."""
     sectors, after = layer
-    before = _content(base, sectors)
-    differs = ~equal_rows(before, after)
-    if differs.all():
+    before = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+    differs, end = np.empty(len(sectors), dtype=np.bool_), 0
+    for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
+        differs[part] = ~equal_rows(rows, after[part])
+        start, end = end, end + int(np.count_nonzero(differs[part]))
+        before[start:end] = rows[differs[part]]
+    if end == len(sectors):
         return Stage(kind, sectors, before, after)
-    before = before[differs]  # One after the other, so that little is there twice.
-    return Stage(kind, sectors[differs], before, after[differs])
+    return Stage(kind, sectors[differs], before[:end], after[differs])
 
 
 def _content(base: Source, sectors: I64) -> U8:

@@ -14,9 +14,10 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.refcounts import Reftable
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
+from planner.repair.draft import equal_rows
 from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
-from planner.source import read_tables
+from planner.source import SECTOR, read_tables
 
 RAISED = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW)
 
@@ -135,12 +136,21 @@ class _Corrector:
             self._explain(offset, kept, np.full(len(kept), FindingKind.LEAK, dtype=np.uint8))
         if not touched.any():
             return
-        draft, offsets = self._scope.draft, offsets[touched]
-        if set(self._kinds) & set(RAISED):
-            raised = pack_refcounts(refcounts[touched], self._order)
-            draft.write_tables(StageKind.PREPARE, offsets, raised)
-        final = pack_refcounts(final[touched], self._order)
-        draft.write_tables(StageKind.CORRECT, offsets, final)
+        was, raised, final = (
+            blocks.reshape(-1, SECTOR)
+            for blocks in (
+                rows[touched],
+                pack_refcounts(refcounts[touched], self._order),
+                pack_refcounts(final[touched], self._order),
+            )
+        )
+        draft = self._scope.draft
+        offset = (offsets[touched][:, None] + np.arange(0, rows.shape[1], SECTOR)).reshape(-1)
+        rises, falls = ~equal_rows(was, raised), ~equal_rows(raised, final)
+        # What an earlier step has drafted of a sector for the later stage would hold there.
+        falls |= rises & draft.touches(StageKind.CORRECT, offset // SECTOR)
+        draft.write_tables(StageKind.PREPARE, offset[rises], raised[rises])
+        draft.write_tables(StageKind.CORRECT, offset[falls], final[falls])
 
     def _kept_in(self, first: int) -> I64:
         """Which of the kept clusters have their refcounts in the block of cluster *first*."""
