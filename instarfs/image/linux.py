@@ -40,7 +40,7 @@ _SET_MODE_FILTER = 1
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
 # malloc.h
-_ARENA_MAX = -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 # An older kernel, and what some containers say in its place.
 _NOT_THERE = (errno.ENOSYS, errno.EPERM)
@@ -213,9 +213,23 @@ def limit_arenas(number: int) -> None:
 
     Other allocators than glibc's are left alone.
     """
+    _mallopt(_ARENA_MAX, number)
+
+
+def keep_freed_blocks(largest: int, together: int) -> None:
+    """Have freed blocks up to *largest* bytes kept for the next ones: mallopt(3).
+
+    What is free at the end of the heap goes back to the kernel from *together* bytes on. Other
+    allocators than glibc's are left alone.
+    """
+    _mallopt(_MMAP_THRESHOLD, largest)
+    _mallopt(_TRIM_THRESHOLD, together)
+
+
+def _mallopt(option: int, value: int) -> None:
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
-        mallopt(_ARENA_MAX, number)
+        mallopt(option, value)
 
 
 def load_what_ends_threads() -> None:

@@ -14,13 +14,14 @@ from functools import cache
 
 from instarfs.errors import NotEnoughMemory
 from instarfs.image.file import FileSource, Image
+from instarfs.image.linux import keep_freed_blocks
 
 FOR_ANY = 2 << 30
 FOR_A_BYTE = 8
 """A check takes a few bytes, a repair some dozens, for each 8-byte entry of an image's tables."""
 
-_KEPT_BYTES = 31 << 20
-"""Just below the most that glibc lets its threshold rise to (DEFAULT_MMAP_THRESHOLD_MAX)."""
+_KEPT_BYTES, _KEPT_TOGETHER = 4 << 20, 64 << 20
+"""Twice as large as the arrays of a batch are (`planner.source.BATCH_BYTES`), and some of them."""
 
 _NO_STACK = "can't start new thread"
 """What Python makes of a thread that there is no memory for."""
@@ -60,9 +61,8 @@ def keep_freed_memory() -> None:
 
     glibc returns a block over 128 KiB to the kernel as soon as it is freed, and gets the next one
     from there page by page, until a larger one was freed before (mallopt(3), M_MMAP_THRESHOLD).
-    In a check that made batches of arrays, the page faults took longer than the counting. Does
-    nothing where the allocator is another.
+    In a check that made batches of arrays, the page faults took longer than the counting. What is
+    larger than the arrays of a batch goes back: among what is in use by then a heap would grow by
+    a quarter.
     """
-    # Once: the next one would be cut from what is kept. And no array: numpy has the kernel lay huge
-    # pages under those (madvise(2)), and gone or not, under whatever came to be there instead.
-    bytes(_KEPT_BYTES)
+    keep_freed_blocks(_KEPT_BYTES, _KEPT_TOGETHER)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instarfs.errors import NotEnoughMemory
-from instarfs.image import memory
+from instarfs.image import linux, memory
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from tests.images.builder import ImageBuilder
@@ -89,3 +89,28 @@ def test_a_bug_stays_a_bug(damaged: Path) -> None:
         memory.limited(image),
     ):
         raise RuntimeError("a bug")
+
+
+_FAULTS = """
+import resource
+from instarfs.image.memory import keep_freed_memory
+
+def faults(size, times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        bytearray(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+keep_freed_memory()
+faults(2 << 20, 2)
+print(faults(2 << 20, 50), faults(48 << 20, 3))
+"""
+
+
+def test_freed_batches_are_used_again_and_what_is_larger_goes_back() -> None:
+    if not hasattr(linux._libc, "mallopt"):
+        pytest.skip("the allocator is not glibc's")
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, check=True)
+    again, anew = map(int, done.stdout.split())
+    assert again < 100
+    assert anew > 0
