@@ -95,6 +95,26 @@ def test_reserved_bits_go_with_the_first_repair_where_the_copied_flag_is_wrong_t
     assert counts(settled(image)) == {}
 
 
+def test_reserved_bits_of_an_l1_entry_go_where_its_copied_flag_is_wrong_too() -> None:
+    image = plain()
+    sound = image.word(image.l1_at(0))
+    image.set_word(image.l1_at(0), sound & ~COPIED | RESERVED)
+    proposal = settled(image)
+    assert counts(proposal) == {}
+    outcome = Overlay(Bytes(bytes(image.data)), proposal.plan)
+    assert int.from_bytes(read_bytes(outcome, image.l1_at(0), 8), "big") == sound
+
+
+def test_flags_and_reserved_bits_are_proven_by_one_check(monkeypatch) -> None:
+    image = plain()
+    image.set_refcount(image.host_offset(1) // SIZE, 2)
+    image.set_word(image.l2_at(1), image.host_offset(1))
+    image.set_bits(image.l2_at(2), RESERVED)
+    number, proposal = checks_of(image, monkeypatch)
+    assert number == 2
+    assert counts(proposal) == {}
+
+
 def test_reserved_bits_stay_where_the_target_is_lost() -> None:
     image = plain()
     image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | RESERVED)
