@@ -132,15 +132,16 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
     tables = plural(count, "L2 table")
     lines = [f"{filename}: nothing leads to {tables}; the place of {placed} is proven", ""]
     for cells in (COLUMNS, *map(_cells, rescue.placements)):
-        offset, index, evidence, *votes, is_placed = cells
-        shown = f"{offset:>16} {index:>8}  {evidence:24} {votes[0]:>9} {votes[1]:>13}  {is_placed}"
+        offset, index, evidence, *votes, is_placed, candidates = cells
+        shown = f"{offset:>16} {index:>8}  {evidence:24} {votes[0]:>9} {votes[1]:>13}"
+        shown += f"  {is_placed:6}  {candidates}"
         lines.append(f"  {shown}")
     if rescue.holes:
         open_ones = plural(count - placed, "table")
         said = (
-            f"What is not proven is not guessed. {open_ones} may belong to any of"
-            f" {len(rescue.holes)} L1 entries; what these map is not known to be zeros, and cannot"
-            " be read in the rebuilt image."
+            f"What is not proven is not guessed. {open_ones} may belong to"
+            f" {plural(len(rescue.holes), 'L1 entry', 'L1 entries')}; what these map is not known"
+            " to be zeros, and cannot be read in the rebuilt image."
         )
         lines += ["", said]
     return lines
@@ -149,7 +150,7 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
 LISTED_SNAPSHOTS = 20
 """Snapshots that a text names."""
 
-COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed")
+COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed", "candidates")
 
 
 def placements_tsv(placements: Sequence[Placement]) -> str:
@@ -163,7 +164,11 @@ def _cells(each: Placement) -> tuple[str, ...]:
     index = "-" if each.l1_index == NONE else str(each.l1_index)
     votes = str(each.votes_for), str(each.votes_against)
     evidence = ",".join(each.evidence) or "-"
-    return str(each.offset), index, evidence, *votes, "yes" if each.placed else "no"
+    candidates = [str(index) for index in each.candidates]
+    if each.candidate_count > len(each.candidates):
+        candidates.append(f"and {each.candidate_count - len(each.candidates)} more")
+    placed = "yes" if each.placed else "no"
+    return str(each.offset), index, evidence, *votes, placed, ",".join(candidates) or "-"
 
 
 def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
@@ -251,6 +256,8 @@ def _placement(each: Placement) -> dict[str, object]:
         "votes-for": each.votes_for,
         "votes-against": each.votes_against,
         "placed": each.placed,
+        "candidates": list(each.candidates),
+        "candidate-count": each.candidate_count,
     }
 
 

@@ -28,7 +28,7 @@ from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
 from planner.rescue.headers import Found, Hypothesis, find_headers, mapping_all
-from planner.rescue.placing.place import Placed, Placement, find_placements
+from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.snapshots import plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
 
@@ -220,7 +220,10 @@ def _listed_again(source: Source, report: Report, means: _Means) -> _Listed | No
 
 def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
     """What is put back: *ground*, and on it the tables whose place is proven."""
-    tables = _without_contested(ground.tables) if ground.tables is not None else None
+    tables = ground.tables
+    candidates: tuple[int, ...] = ()
+    if tables is not None:
+        tables, candidates = with_candidates(_without_contested(tables))
     placements = tables.placements if tables is not None else ()
     result = Rescue(
         ground.plan,
@@ -233,10 +236,10 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
     if tables is not None and result.placed:
         draft = Draft(ground.image, can_grow=means.can_grow)
         _draft_l1(draft, tables)
-        plan, holes, after = _settled(
-            ground.image, draft.plan(RescueTier.RESCUE), tables, means.can_grow, means.progress
-        )
-        result = replace(result, plan=_then(ground.plan, plan), holes=holes, after=after)
+        # What one of several tables may map is not known to be zeros.
+        holes = _Holes(tables.l1.offset, candidates)
+        plan, after = _settled(ground.image, draft.plan(RescueTier.RESCUE), holes, means)
+        result = replace(result, plan=_then(ground.plan, plan), holes=candidates, after=after)
     result = replace(result, plan=_in_order(source, result.plan, ground.before))
     _require_proof(result, ground.report)
     return result
@@ -253,17 +256,23 @@ def _find_headers(source: Source, bare: Bare | None, means: _Means) -> tuple[Fou
     return found, source.size
 
 
-def _settled(
-    source: Source, plan: Plan, tables: Placed, can_grow: bool, progress: Progress
-) -> tuple[Plan, tuple[int, ...], Report]:
-    """*plan* with refcounts that agree with it, the L1 indices that stay open, and its check."""
+@dataclass(frozen=True, slots=True)
+class _Holes:
+    """Indices of the L1 table at ``l1_offset`` that nobody can read until somebody knows more."""
+
+    l1_offset: int
+    indices: tuple[int, ...]
+
+
+def _settled(source: Source, plan: Plan, holes: _Holes, means: _Means) -> tuple[Plan, Report]:
+    """*plan* with refcounts that agree with it, and with *holes*; and its check."""
+    can_grow, progress = means.can_grow, means.progress
     after = check_image(Overlay(source, plan), progress=progress)
     plan, after = _with_refcounts(source, plan, after, can_grow=can_grow, progress=progress)
-    holes = _holes(tables)
-    if holes:
-        plan = _then(plan, _unreadable(Overlay(source, plan), tables.l1.offset, holes))
+    if holes.indices:
+        plan = _then(plan, _unreadable(Overlay(source, plan), holes))
         after = check_image(Overlay(source, plan), progress=progress)
-    return plan, holes, after
+    return plan, after
 
 
 def _then(plan: Plan, more: Plan) -> Plan:
@@ -406,22 +415,15 @@ def _explain(draft: Draft, l1_offset: int, indices: Sequence[int]) -> None:
     draft.explain(edits, len(indices))
 
 
-def _holes(found: Placed) -> tuple[int, ...]:
-    """The indices that a table may belong to which was not placed."""
-    if all(each.placed for each in found.placements):
-        return ()
-    placed = {each.l1_index for each in found.placements if each.placed}
-    vacant = np.flatnonzero(~found.l1.leads[: found.board.tables.windows]).tolist()
-    return tuple(index for index in vacant if index not in placed)
-
-
-def _unreadable(image: Source, l1_offset: int, holes: tuple[int, ...]) -> Plan:
+def _unreadable(image: Source, holes: _Holes) -> Plan:
     """What makes those entries of an L1 table lead where nothing can be read."""
     draft = Draft(image)
-    words = np.frombuffer(read_bytes(image, l1_offset, (holes[-1] + 1) * 8), dtype=">u8").copy()
-    words[list(holes)] = entries.UNREADABLE
-    draft.write(StageKind.CORRECT, l1_offset, words.tobytes())
-    _explain(draft, l1_offset, holes)
+    words = np.frombuffer(
+        read_bytes(image, holes.l1_offset, (holes.indices[-1] + 1) * 8), dtype=">u8"
+    ).copy()
+    words[list(holes.indices)] = entries.UNREADABLE
+    draft.write(StageKind.CORRECT, holes.l1_offset, words.tobytes())
+    _explain(draft, holes.l1_offset, holes.indices)
     return draft.plan(RescueTier.RESCUE)
 
 

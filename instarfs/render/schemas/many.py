@@ -117,6 +117,8 @@ def _placement() -> Schema:
             "votes-for": number("pieces of evidence"),
             "votes-against": number("those for other entries"),
             "placed": flag("whether that is proven"),
+            "candidates": array("entries that it may belong to, the first", number("one")),
+            "candidate-count": number("all of these"),
         },
     )
 

@@ -27,7 +27,7 @@ class Board:
         self, source: Source, tables: Tables, size: int, *, has_backing: bool = False
     ) -> None:
         self._source, self.tables, self._size = source, tables, size
-        self._has_backing = has_backing
+        self.has_backing = has_backing
         self.geometry = tables.geometry
         self.coverage = tables.geometry.l2_coverage
         self.window = tables.window.copy()
@@ -94,7 +94,7 @@ class Board:
         bits = self.geometry.cluster_bits
         first, last = inside >> bits, (inside + len(buffer) - 1) >> bits
         hosts = self.tables.grid.cut(table, first, last + 1)
-        if (hosts == PACKED).any() or (self._has_backing and (hosts == 0).any()):
+        if (hosts == PACKED).any() or (self.has_backing and (hosts == 0).any()):
             raise ReadFailed
         buffer[:] = bytes(len(buffer))
         breaks = np.flatnonzero(np.diff(hosts) != 1) + 1

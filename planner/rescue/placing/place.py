@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Collector
-from planner.rescue.placing.grid import read_grid
+from planner.rescue.placing.grid import NOWHERE, PACKED, read_grid
 from planner.rescue.placing.solve import SPOTTERS, Solver
 from planner.rescue.placing.tables import (
     A_SNAPSHOTS,
@@ -33,6 +34,9 @@ from planner.rescue.placing.tables import (
 from planner.rescue.placing.votes import Evidence
 from planner.source import Patched, Source
 
+LISTED_CANDIDATES = 16
+"""Of one table."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -41,6 +45,8 @@ class Placement:
     ``offset``: of the table in the file, bytes. ``l1_index``: the entry that is to lead there, of
     one that is not ``placed`` the likeliest, `NONE` where nothing speaks for any. ``evidence``:
     what says so; ``votes_for``, ``votes_against``: how often, and how often otherwise.
+    ``candidates``: the entries that one which is not placed may belong to, the likeliest first,
+    `LISTED_CANDIDATES` at most of ``candidate_count``.
     """
 
     offset: int
@@ -49,6 +55,8 @@ class Placement:
     votes_for: int
     votes_against: int
     placed: bool
+    candidates: tuple[int, ...] = ()
+    candidate_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +113,53 @@ def find_placements(
     solver.solve()
     shared = frozenset(lost[is_shared].tolist())
     return Placed(l1, board, tuple(_placements(solver)), sound.mismatches, shared)
+
+
+def with_candidates(found: Placed) -> tuple[Placed, tuple[int, ...]]:
+    """*found* with the candidates of tables that are not placed; the L1 indices that are any's.
+
+    A table may belong to every entry that leads nowhere, unless what it maps would lie behind the
+    end of the disk. One that maps nothing but zeros reads as if it were not there, and has none.
+    """
+    board = found.board
+    placed = [each.l1_index for each in found.placements if each.placed]
+    is_open = ~found.l1.leads[: board.tables.windows]
+    is_open[placed] = False
+    vacant = np.flatnonzero(is_open)
+    is_candidate = np.zeros(len(vacant), dtype=np.bool_)
+    placements = []
+    for each in found.placements:
+        if not each.placed:
+            fits = vacant * board.geometry.l2_entries < _clusters(board) - _last(board, each)
+            is_candidate |= fits
+            each = replace(each, **_shown(each, vacant[fits]))  # noqa: PLW2901
+        placements.append(each)
+    return replace(found, placements=tuple(placements)), tuple(vacant[is_candidate].tolist())
+
+
+def _clusters(board: Board) -> int:
+    return -(-board.size >> board.geometry.cluster_bits)
+
+
+def _last(board: Board, placement: Placement) -> int:
+    """The last entry of a table that does not read as zeros; where none does, more than any has."""
+    table = int(np.searchsorted(board.tables.offset, placement.offset))
+    row = board.tables.grid.cut(table, 0, board.geometry.l2_entries)
+    counts = row != NOWHERE if board.has_backing else (row > 0) | (row == PACKED)
+    used = np.flatnonzero(counts)
+    return int(used[-1]) if len(used) else _clusters(board)
+
+
+def _shown(placement: Placement, candidates: I64) -> dict[str, Any]:
+    """Those that are listed: what most speaks for comes first."""
+    listed = candidates[: LISTED_CANDIDATES + 1].tolist()
+    if placement.votes_for and (candidates == placement.l1_index).any():
+        rest = [index for index in listed if index != placement.l1_index]
+        listed = [placement.l1_index, *rest]
+    return {
+        "candidates": tuple(listed[:LISTED_CANDIDATES]),
+        "candidate_count": len(candidates),
+    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,14 +12,21 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from planner.check.check import check_image
+from planner.findings.kinds import NONE
 from planner.qcow2 import entries
+from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
+from planner.rescue.placing.board import Board
+from planner.rescue.placing.grid import ZEROS, Grid
+from planner.rescue.placing.place import LISTED_CANDIDATES, Placed, Placement, with_candidates
+from planner.rescue.placing.tables import NO_WINDOW, L1Table, Tables
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, nonzero_words
 from tests.images.guest_files import make_disk, make_ext, make_tree
@@ -185,6 +192,46 @@ def test_what_is_not_proven_cannot_be_read() -> None:
     assert found.placed < len(found.placements)
     placed = {each.l1_index for each in found.placements if each.placed}
     assert set(truth(data).values()) <= placed | set(found.holes)
+
+
+def test_what_is_not_proven_is_named_with_its_candidates() -> None:
+    data = image("xfs", "gpt")
+    found = rescue(Bytes(without_l1(data)))
+    placed = {each.l1_index for each in found.placements if each.placed}
+    listed: set[int] = set()
+    for each in found.placements:
+        assert (each.candidate_count == 0) == each.placed
+        assert len(each.candidates) == min(each.candidate_count, LISTED_CANDIDATES)
+        listed |= set(each.candidates)
+        if not each.placed and each.candidate_count <= LISTED_CANDIDATES:
+            assert truth(data)[each.offset] in each.candidates
+    assert listed <= set(found.holes)
+    assert not placed & set(found.holes)
+
+
+def test_what_a_table_maps_lies_within_the_disk_and_of_zeros_nothing_is_lost() -> None:
+    geometry = Geometry(3, 12, 4, 3 * (512 << 12) + 4096)
+    clusters = np.zeros((3, 512), dtype=np.int32)
+    clusters[0, 1] = 7  # more than the last window has
+    clusters[1, 0] = 8
+    clusters[2, :] = ZEROS
+    offset = np.array([4096, 8192, 12288])
+    nowhere = np.full(3, NO_WINDOW)
+    rows = np.arange(3)
+    tables = Tables(geometry, offset, Grid(512, rows, rows, clusters, clusters > 0), nowhere, 4)
+    l1 = L1Table(0, np.zeros(4, dtype=np.uint64), np.zeros(4, dtype=np.bool_))
+    waiting = tuple(Placement(at, NONE, (), 0, 0, placed=False) for at in offset.tolist())
+
+    def candidates(*, has_backing: bool) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+        board = Board(Bytes(b""), tables, geometry.virtual_size, has_backing=has_backing)
+        mismatches = check_image(Bytes(image("ext4", "none"))).mismatches
+        assert mismatches is not None
+        found, holes = with_candidates(Placed(l1, board, waiting, mismatches, frozenset()))
+        return [each.candidates for each in found.placements], holes
+
+    assert candidates(has_backing=False) == ([(0, 1, 2), (0, 1, 2, 3), ()], (0, 1, 2, 3))
+    # Over a backing file zeros are something.
+    assert candidates(has_backing=True)[0][2] == (0, 1, 2)
 
 
 def test_an_image_that_lost_nothing_is_left_alone() -> None:
