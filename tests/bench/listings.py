@@ -1,4 +1,4 @@
-"""A listing of very many snapshots, beside one of as many folders on a disk."""
+"""A listing of very many snapshots, and all that is said of them, beside folders on a disk."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.bench.race import Race, Row, Side, process_cpu
 from tests.bench.samples import Samples
 
 OURS, PEER = "ls -l snapshots", "ls -l of folders on a disk"
+READ, READ_PEER = "read snapshots/*/info.json", "read as many files on a disk"
 
 SNAPSHOTS = 65_536
 """As many as an image can have."""
@@ -98,4 +99,37 @@ def listed(samples: Samples) -> Iterator[Mapping[str, Side]]:
         }
 
 
-RACES = (Race("list-snapshots", listed, (Row("ls -l of 65,536 snapshots", OURS, PEER, more=3),)),)
+@contextmanager
+def read_through(samples: Samples) -> Iterator[Mapping[str, Side]]:
+    """Both, each file in a folder of its own."""
+    image = samples.get("snapshots-65536", write_snapshots)
+    with (
+        served(image, samples) as mount,
+        tempfile.TemporaryDirectory("-instarfs-folders", dir=DISK) as name,
+    ):
+        folder, content = Path(name), (mount / "snapshots/0/info.json").read_bytes()
+        for number in range(SNAPSHOTS):
+            (folder / str(number)).mkdir()
+            (folder / str(number) / "info.json").write_bytes(content)
+        yield {
+            READ: Side(
+                partial(_read_each, mount / "snapshots"),
+                daemon_cpu=partial(process_cpu, mount.process.pid),
+            ),
+            READ_PEER: Side(partial(_read_each, folder)),
+        }
+
+
+def _read_each(folder: Path) -> None:
+    for number in range(SNAPSHOTS):
+        (folder / str(number) / "info.json").read_bytes()
+
+
+RACES = (
+    Race("list-snapshots", listed, (Row("ls -l of 65,536 snapshots", OURS, PEER, more=3),)),
+    Race(
+        "read-snapshots",
+        read_through,
+        (Row("read info.json of 65,536 snapshots", READ, READ_PEER, more=10),),
+    ),
+)
