@@ -18,7 +18,7 @@ from planner.arrays import I64, distinct
 from planner.check.check import check_image
 from planner.findings.kinds import FindingKind
 from planner.guestfs.volumes.partitions import PROTECTIVE, SECTOR_SIZES
-from planner.progress import Meter, Progress, tell_nobody
+from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import (
@@ -36,8 +36,8 @@ from planner.rescue.placing.anchors import find_anchors, likely_rests, mbr_entri
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Sort
 from planner.rescue.placing.place import look_around
-from planner.rescue.scan import COPIED, Sectors, find_tables
-from planner.source import SECTOR, Grown, Patched, Source, present_bytes, read_bytes, read_tables
+from planner.rescue.scan import COPIED, Scan, Sectors
+from planner.source import SECTOR, Grown, Patched, Source, read_bytes, read_tables
 
 FEW = 50
 """One in so many flags may not agree."""
@@ -62,9 +62,9 @@ class Bare:
     has_l1: bool
 
 
-def find_bare(source: Source, progress: Progress = tell_nobody) -> Bare | None:
-    """A header for the tables that *source* has; None where it has none."""
-    sectors = find_tables(source, Meter(progress, "scan", present_bytes(source)))
+def find_bare(source: Source, scan: Scan, progress: Progress = tell_nobody) -> Bare | None:
+    """A header for the tables that *source*, by its *scan*, has; None where it has none."""
+    sectors = scan()
     bits = sectors.cluster_bits
     if bits is None:
         return None

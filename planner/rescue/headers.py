@@ -23,7 +23,7 @@ from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.work_limits import LIMITS
-from planner.progress import Meter, Progress, tell_nobody
+from planner.progress import Progress, tell_nobody
 from planner.qcow2.extensions import (
     CRYPTO_HEADER,
     CRYPTO_POINTER,
@@ -54,7 +54,7 @@ from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
 from planner.rescue.leftovers import Left, count_left, is_same_disk
-from planner.rescue.scan import Sectors, find_tables
+from planner.rescue.scan import Scan, Sectors, scan_once
 from planner.source import (
     SECTOR,
     Patched,
@@ -214,12 +214,14 @@ def find_headers(
     *,
     assumed: Mapping[str, int] | None = None,
     like: Header | None = None,
+    scan: Scan | None = None,
     progress: Progress = tell_nobody,
 ) -> Found:
     """What the header of *source* may have been.
 
     *assumed*: fields that somebody knows. *like*: the header of an image that was made in the same
-    way. Nothing is found where there is no refcount table that makes sense.
+    way. *scan*: of the file, where others ask for it too. Nothing is found where there is no
+    refcount table that makes sense.
     """
     search = _Search(source, assumed or {})
     if like is not None:
@@ -227,7 +229,7 @@ def find_headers(
     search.try_fields()
     if not search.is_settled:
         if not search.is_tired:
-            search.try_tables(find_tables(source, Meter(progress, "scan", search.present)))
+            search.try_tables((scan or scan_once(source, progress))())
         search.list_snapshots(progress)
         search.try_rest()
     hypotheses, size = search.best(), search.size

@@ -29,6 +29,7 @@ from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
 from planner.rescue.headers import Found, Hypothesis, find_headers, mapping_all
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
+from planner.rescue.scan import Scan, scan_once
 from planner.rescue.snapshots import plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
 
@@ -95,7 +96,8 @@ def rescue(
     what was found does not bear a plan.
     """
     before = check_image(source, progress=progress)
-    means = _Means(assumed or {}, like, free, can_grow, progress)
+    scan = scan_once(source, progress)
+    means = _Means(assumed or {}, like, free, can_grow, progress, scan)
     ground = _ground(source, before, means)
     result = _with_tables(source, ground, means)
     if ground.is_bare and not result.placed:
@@ -116,7 +118,8 @@ def _larger(source: Source, report: Report) -> DiskSize | None:
 @dataclass(frozen=True, slots=True)
 class _Means:
     """What is known of it, how it is looked for: in free clusters too, whether the image may grow,
-    whom to tell how far that is, whether the L1 table may be gone with the header.
+    whom to tell how far that is, the scan of the file, whether the L1 table may be gone with the
+    header.
     """
 
     assumed: Mapping[str, int]
@@ -124,6 +127,7 @@ class _Means:
     free: bool
     can_grow: bool
     progress: Progress
+    scan: Scan
     may_be_bare: bool = True
 
     @property
@@ -163,7 +167,7 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
             return ground
     bare = None
     if means.may_be_bare and before.error is not None and not means.know_something:
-        bare = find_bare(source, means.progress)
+        bare = find_bare(source, means.scan, means.progress)
     is_bare = bare is not None and not bare.has_l1
     headers, size = _find_headers(source, bare, means)
     best = headers.best
@@ -252,7 +256,9 @@ def _find_headers(source: Source, bare: Bare | None, means: _Means) -> tuple[Fou
     """
     if bare is not None and not bare.has_l1:
         return bare.found, bare.end
-    found = find_headers(source, assumed=means.assumed, like=means.like, progress=means.progress)
+    found = find_headers(
+        source, assumed=means.assumed, like=means.like, scan=means.scan, progress=means.progress
+    )
     return found, source.size
 
 

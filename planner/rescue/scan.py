@@ -7,14 +7,16 @@ and by what looks like one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask
-from planner.progress import Meter
+from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.header import CLUSTER_BITS
-from planner.source import BATCH_BYTES, SECTOR, Source
+from planner.source import BATCH_BYTES, SECTOR, Source, present_bytes
 
 _WORDS = SECTOR // 8
 _OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
@@ -105,6 +107,20 @@ def find_tables(source: Source, meter: Meter | None = None) -> Sectors:
         np.concatenate(flags),
         np.concatenate(snapshots),
     )
+
+
+Scan = Callable[[], Sectors]
+"""What there is of a file, which is read when that is asked for first."""
+
+
+def scan_once(source: Source, progress: Progress = tell_nobody) -> Scan:
+    """The scan of *source*: of however many ask for it, it is read once."""
+
+    @cache
+    def scan() -> Sectors:
+        return find_tables(source, Meter(progress, "scan", present_bytes(source)))
+
+    return scan
 
 
 def _snapshots(words: U64, end: np.uint64) -> I64:

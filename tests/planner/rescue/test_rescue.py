@@ -12,7 +12,7 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import RescueTier, StageKind
 from planner.rescue.headers import Hypothesis
 from planner.rescue.rescue import Rescue, draft_header, rescue
-from planner.source import SECTOR, Bytes, read_bytes
+from planner.source import SECTOR, Bytes, present_bytes, read_bytes
 from tests.instarfs.repair.test_run import healthy
 from tests.planner.rescue.test_headers import without_header
 
@@ -38,6 +38,19 @@ def test_a_header_that_is_gone_comes_back_as_a_plan_of_its_cluster() -> None:
     assert check_image(rescued).counters == found.after.counters
     again = rescue(rescued)
     assert again.plan.changes_nothing
+
+
+def test_without_a_header_the_file_is_scanned_once() -> None:
+    data = without_header(healthy())
+    scanned = 0
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal scanned
+        if stage == "scan" and done == total == present_bytes(Bytes(data)):
+            scanned += 1
+
+    assert rescue(Bytes(data), progress=tell).changes_header
+    assert scanned == 1
 
 
 def test_of_garbage_nothing_is_planned() -> None:
