@@ -271,7 +271,7 @@ class _Begun:
 def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) -> Drafted:
     """A tier's draft, repeated without the refcounts that COPIED flags could not follow.
 
-    What only clears reserved bits makes no flag wrong, and comes when the others are settled.
+    What only clears reserved bits makes no flag wrong, and comes with the flags.
     """
     first = Scope(Draft(source, can_grow=means.can_grow), source, report)
     if tier.is_chosen:
@@ -288,6 +288,9 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:
+    """Refcounts, and what follows them; anew where a flag cannot, which is mostly known before all
+    is checked.
+    """
     settle, follow = _STEPS[tier]
     left, stay = MAX_DRAFTS, np.zeros(0, dtype=np.int64)
     while True:
