@@ -361,6 +361,8 @@ def _move_l1_tables(scope: Scope, units: _Units, room: int) -> Shares:
 
 def _move_l2_tables(scope: Scope, units: _Units, room: int) -> Shares:
     size = scope.geometry.cluster_size
+    # As many as there is room for at best: more are not read, however many lead to one place.
+    units.limited(np.full(np.count_nonzero(units.moves), size), room)
     moves = np.flatnonzero(units.moves)
     cost = np.full(len(moves), size)
     # A copy of a table maps what that table maps: each of it will be copied, too.

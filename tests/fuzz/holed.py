@@ -92,6 +92,12 @@ def tables_that_are_holes() -> Holed:
     return Holed([(0, _with_l1(16, len(words))), (1 << 16, words.astype(">u8").tobytes())], LARGEST)
 
 
+def one_table_for_all() -> Holed:
+    """An L1 table each entry of which leads to the same 2 MiB, which are a hole."""
+    words = np.full(98_304, COPIED | 1 << 30, dtype=">u8")
+    return Holed([(0, _with_l1(21, len(words))), (1 << 21, words.tobytes())], 1 << 40)
+
+
 def tables_of_a_page(*, are_lost: bool) -> Holed:
     """Tables of 2 MiB, of each of which a page is there, and an L1 table that leads to them or is
     empty."""

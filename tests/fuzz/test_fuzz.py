@@ -34,6 +34,7 @@ from tests.fuzz.holed import (
     WITHOUT_A_HEADER,
     leaks_in_holes,
     make_bomb,
+    one_table_for_all,
     refcount_blocks_in_holes,
     tables_of_a_page,
     tables_that_are_holes,
@@ -184,6 +185,20 @@ def test_a_rescue_costs_no_more_where_tables_are_holes_for_the_most(make, tmp_pa
                 rescue(source)
 
         run(Target(save, list), b"")
+
+
+def test_parting_tables_costs_no_more_however_many_lead_to_one_place(tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    one_table_for_all().write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+
+        def part(_: bytes) -> None:
+            with contextlib.suppress(PlannerError):
+                propose(source, report, RepairTier.SPLIT)
+
+        run(Target(part, list), b"")
 
 
 @pytest.mark.parametrize("cluster_bits", [12, 13, 15, 21])
