@@ -226,6 +226,13 @@ def keep_freed_blocks(largest: int, together: int) -> None:
     _mallopt(_TRIM_THRESHOLD, together)
 
 
+def give_back_freed_pages() -> None:
+    """Give whole pages that are free back to the kernel: malloc_trim(3), where there is one."""
+    malloc_trim = getattr(_libc, "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
 def _mallopt(option: int, value: int) -> None:
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:

@@ -7,6 +7,7 @@ it does with memory that it needs no more.
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from functools import cache
 
 from instarfs.errors import NotEnoughMemory
 from instarfs.image.file import FileSource, Image
-from instarfs.image.linux import keep_freed_blocks
+from instarfs.image.linux import give_back_freed_pages, keep_freed_blocks
 
 FOR_ANY = 2 << 30
 FOR_A_BYTE = 8
@@ -66,3 +67,14 @@ def keep_freed_memory() -> None:
     a quarter.
     """
     keep_freed_blocks(_KEPT_BYTES, _KEPT_TOGETHER)
+
+
+def give_back() -> None:
+    """Give back what this process needs no more: for one that goes on for long.
+
+    Errors hold on to the functions that they came out of, and to the reports and plans of those,
+    until the cycles between them are found. What is free among what is in use stays the process's
+    until it is asked for (malloc_trim(3)).
+    """
+    gc.collect()
+    give_back_freed_pages()

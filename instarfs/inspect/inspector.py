@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequen
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -33,7 +33,7 @@ from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place, size_of
 from instarfs.guest.reader import GuestReader
-from instarfs.image import locks
+from instarfs.image import locks, memory
 from instarfs.image.file import FileSource, Generation, Image
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.repair_queue import MakeRepairer, Repairs
@@ -71,6 +71,7 @@ from planner.views.host_map import Atlas, draw_atlas
 from planner.views.table_view import read_l1_page
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 KEPT_LOOKS = 8
 """L2 tables and explanations: of large clusters each has 4 MiB."""
@@ -351,7 +352,7 @@ class Inspector:
 
     async def _check_up(self, _changed: Changed) -> Checkup:
         image = self.subject.image
-        before, checkup = await trio.to_thread.run_sync(self._check_now, image)
+        before, checkup = await _in_thread(self._check_now, image)
         self.subject.reviewed(image)
         if checkup.report.changed:
             self._checked = None
@@ -378,7 +379,7 @@ class Inspector:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
         before = self.subject.generation()
-        triage = await trio.to_thread.run_sync(self._triage, image, report)
+        triage = await _in_thread(self._triage, image, report)
         self._looked_into = None if changed() else (before, Leaks(report, triage))
         return Leaks(_torn(report) if changed() else report, triage)
 
@@ -394,7 +395,7 @@ class Inspector:
         guest = (await self.guest.get()).value
         if isinstance(guest, ImageError):
             return FilesUnknown(str(guest))
-        return await trio.to_thread.run_sync(self._search, image, guest, place, report, triage)
+        return await _in_thread(self._search, image, guest, place, report, triage)
 
     def _search(
         self,
@@ -448,9 +449,7 @@ class Inspector:
             if checkup.pending is not None:
                 return RepairError(checkup.pending.sentence)
             triage = (await self.leaks.get()).value.triage
-            proposal = await trio.to_thread.run_sync(
-                self._plan, image, checkup.report, tier, triage
-            )
+            proposal = await _in_thread(self._plan, image, checkup.report, tier, triage)
         return of_one_moment(proposal, checkup.report, changed, "read again")
 
     def _plan(
@@ -465,7 +464,7 @@ class Inspector:
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
-        atlas = await trio.to_thread.run_sync(self._draw, image, report)
+        atlas = await _in_thread(self._draw, image, report)
         if isinstance(atlas, ImageError):
             return atlas
         return replace(atlas, torn=atlas.torn or changed())
@@ -479,6 +478,18 @@ class Inspector:
 
     async def _read_bitmaps(self, _changed: Changed) -> Bitmaps:
         return await trio.to_thread.run_sync(_read_bitmaps, self.subject.image)
+
+
+async def _in_thread(work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    """Await *work* in a thread, which gives back what that took beyond what it returns."""
+
+    def do_and_tidy() -> T:
+        try:
+            return work(*arguments)
+        finally:
+            memory.give_back()
+
+    return await trio.to_thread.run_sync(do_and_tidy)
 
 
 @asynccontextmanager

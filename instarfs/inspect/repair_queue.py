@@ -21,6 +21,7 @@ from instarfs.errors import (
     UndoFileDamaged,
 )
 from instarfs.image.file import Generation, Image
+from instarfs.image.memory import give_back as give_back_memory
 from instarfs.image.rwlock import Sharing
 from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.stages import IDLE, percentage
@@ -144,6 +145,7 @@ class Repairs:
             self._remember(before, after, outcome)
             is_final = isinstance(outcome.error, RepairError | RepairIncomplete)
             self._failed = (asked, after, outcome) if asked and is_final else None
+        give_back_memory()
         return outcome
 
     def _remember(self, before: Generation, after: Generation, outcome: RepairOutcome) -> None:

@@ -114,3 +114,37 @@ def test_freed_batches_are_used_again_and_what_is_larger_goes_back() -> None:
     again, anew = map(int, done.stdout.split())
     assert again < 100
     assert anew > 0
+
+
+_RESIDENT = """
+import os
+from instarfs.image.memory import give_back, keep_freed_memory
+
+class Held(Exception):
+    pass
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def fail():
+    plan = [b"x" * (64 << 10) for _ in range(640)]
+    try:
+        raise Held
+    except Held as error:
+        kept = error
+
+keep_freed_memory()
+fail()
+between = bytearray(64 << 10)
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+
+def test_what_an_error_held_on_to_is_given_back() -> None:
+    if not hasattr(linux._libc, "malloc_trim"):
+        pytest.skip("the allocator is not glibc's")
+    done = subprocess.run([sys.executable, "-c", _RESIDENT], capture_output=True, check=True)
+    assert int(done.stdout) > 30 << 20
