@@ -167,9 +167,10 @@ class Leaked:
     ``uncounted``: whether there is no refcount to tell; ``unused``: whether no reference is left;
     ``holds_data``; ``has_table``: a lost table that leaks too leads to it; ``is_refcounts``: it
     looks like an old refcount block; ``is_empty``: nothing but zeros. ``lost_tables``: how many
-    tables look lost. ``gaps``: the L1 entries that lead to no table of their own. ``astray``: the
-    clusters of tables that are another's by their refcount. ``exchanged``: the L1 indices of those
-    where a table in use has lost a reference.
+    tables look lost; ``lowered``: how many of their entries lead to what no refcount counts any
+    more, so that it does not leak. ``gaps``: the L1 entries that lead to no table of their own.
+    ``astray``: the clusters of tables that are another's by their refcount. ``exchanged``: the L1
+    indices of those where a table in use has lost a reference.
     """
 
     cluster: I64
@@ -181,6 +182,7 @@ class Leaked:
     is_refcounts: Mask
     is_empty: Mask
     lost_tables: int
+    lowered: int
     gaps: Gaps
     astray: I64
     exchanged: I64
@@ -286,8 +288,8 @@ def find_shared(source: Source, report: Report) -> Losses:
     """What an image may have lost of which nothing leaks: its refcounts do not show it any more, or
     show it behind the end of the file.
     """
-    has_shared = len(report.snapshots) > 0 and FindingKind.REFCOUNT_MISSING in report.counts()
-    if not has_shared and not references_past_end(source, report):
+    kinds = {FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW} & report.counts().keys()
+    if not kinds and not references_past_end(source, report):
         return Losses()
     nothing = np.zeros(0, dtype=np.int64)
     disk = _Disk(source, report, nothing, nothing, nothing)
@@ -457,14 +459,16 @@ def _references_lost(disk: _Disk, report: Report, leaked: Leaked, candidates: Ma
     """
     chosen = candidates & leaked.unused
     chosen[~leaked.unused] = disk.may_have_had_more()
+    lowered = leaked.lowered
     if not leaked.gaps.entries(only_active=True) and not disk.lost_windows:
         # Then a table without a place is what is left of a snapshot that was deleted.
         chosen &= ~leaked.has_table | (leaked.lost > 1)
+        lowered = 0
     lost = leaked.lost[chosen]
     if not report.holds_compressed:
         # The disk has a cluster that is still in use once, or not at all.
         lost = np.where(leaked.unused[chosen], lost, np.minimum(lost, 1))
-    return int(lost.sum())
+    return int(lost.sum()) + lowered
 
 
 class _Disk:
@@ -524,7 +528,8 @@ class _Disk:
             mine = is_active[part]
             alone = strays.alone(words[mine], filled[mine], wrong[mine])
             doubtful.append(offsets[part][mine][alone])
-            bits.append(strays.single_bits(offsets[part][mine], words[mine], wrong[mine]))
+            lone = wrong[mine] | (~filled[mine] & (words[mine] != 0))
+            bits.append(strays.single_bits(offsets[part][mine], words[mine], lone))
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
             self._look_for_shared(tables.select(wanted[part][~mine]), words[~mine])
         self._unsound, self._doubtful = np.concatenate(unsound), np.concatenate(doubtful)

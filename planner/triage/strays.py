@@ -79,7 +79,8 @@ class Strays:
         return alone
 
     def single_bits(self, offsets: I64, words: U64, wrong: Mask) -> I64:
-        """Which *wrong* entries of the tables at *offsets* are one bit that leads into the file.
+        """Which *wrong* entries of the tables at *offsets* are one bit that leads into the file, or
+        the flag of a cluster that they do not name: QEMU never writes it alone.
 
         The offset of the table, and the number of the entry in it; (2, n).
         """
@@ -88,6 +89,7 @@ class Strays:
         single = (chosen & ~np.uint64(entries.L2_OFFSET) | chosen & (chosen - np.uint64(1))) == 0
         single &= (chosen & np.uint64(self._unaligned)) == 0
         single &= chosen < np.uint64(self._gone.file_size)
+        single |= chosen == np.uint64(entries.COPIED)
         return np.stack((offsets[row[single]], at[single]))
 
     def hidden_references(self) -> int:

@@ -13,7 +13,7 @@ from itertools import chain, islice, pairwise
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U32, Mask, distinct, is_among, is_any_of
+from planner.arrays import I32, I64, U8, U32, U64, Mask, distinct, is_among, is_any_of
 from planner.check.check import check_image
 from planner.check.classify import Look, Looker
 from planner.check.refcount_comparison import CHUNK, Mismatches
@@ -372,6 +372,7 @@ class _Tables:
     """Former tables in columns; see `Suspect`. ``at``: position among the leaked clusters.
 
     ``copied``: whether an entry has the COPIED flag, as only tables of the active disk have.
+    ``uncounted``: the entries of those that look lost which no refcount counts.
     """
 
     at: I64
@@ -383,6 +384,7 @@ class _Tables:
     copied: Mask
     looks_lost: Mask
     in_use: Mask
+    uncounted: I64
 
 
 class _Describer:
@@ -510,6 +512,7 @@ class _Describer:
             is_refcounts=self._look == Look.REFBLOCK,
             is_empty=self._look == Look.ZEROS,
             lost_tables=int(np.count_nonzero(tables.looks_lost)),
+            lowered=int(tables.uncounted.sum()),
             gaps=self._gaps,
             astray=self._astray,
             exchanged=self._exchanged(),
@@ -559,7 +562,7 @@ class _Describer:
         """
         known = (_known_l2_tables(self._report), self._leaked[at])
         tables = distinct(np.concatenate(known))
-        numbers = np.zeros((5, len(at)), dtype=np.int64)
+        numbers = np.zeros((6, len(at)), dtype=np.int64)
         copied, led_alone = np.zeros((2, len(at)), dtype=np.bool_)
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
@@ -571,8 +574,9 @@ class _Describer:
             numbers[1, part] = np.count_nonzero(filled & plausible, axis=1)
             targets = self._looker.targets(words, plausible)
             led_alone[part] = self._lead_to_data(np.where(is_own, targets, 0))
-            numbers[2:, part] = self._count_targets(targets, part.start, tables)
-        entries_, plausible_, targets_, hits, to_tables = numbers
+            numbers[5, part] = self._count_uncounted(words, targets, is_own)
+            numbers[2:5, part] = self._count_targets(targets, part.start, tables)
+        entries_, plausible_, targets_, hits, to_tables, uncounted = numbers
         # A newer copy of a table in use had what is new alone, as an older one has nothing.
         lost: Mask = (hits * 2 >= targets_) | led_alone
         if self._geometry.external_data:
@@ -581,7 +585,11 @@ class _Describer:
         in_use = ~self._unused[at]
         # What is in use has lost an entry only where one is missing: in another disk, at its index.
         lost &= ~in_use | np.isin(self._leaked[at], self._missed_tables())
-        return _Tables(at, entries_, plausible_, targets_, hits, is_l1, copied, lost, in_use)
+        # Where most of what it led to was freed, or has gone other ways, a table is an older one.
+        uncounted[(hits * 2 < targets_) | ~lost | is_l1 | in_use] = 0
+        return _Tables(
+            at, entries_, plausible_, targets_, hits, is_l1, copied, lost, in_use, uncounted
+        )
 
     def _missed_tables(self) -> I64:
         """The clusters of L2 tables whose L1 index leads to none in one of the disks."""
@@ -614,6 +622,44 @@ class _Describer:
         self._group[rank[free]] = first + row[free]
         rows = (row, row[hit], row[np.isin(targets[new], tables)])
         return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
+
+    def _count_uncounted(self, words: U64, targets: I64, is_own: Mask) -> I64:
+        """Of each table: how many entries lead to a cluster that nothing refers to, and that counts
+        fewer references than the table has to it. It was lowered: for those nothing leaks.
+
+        Entries of the active disk, as far as that is known: *is_own*, and all that are compressed.
+        What is a hole holds nothing.
+        """
+        result = np.zeros(len(targets), dtype=np.int64)
+        is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
+        row, at = np.nonzero((is_own | is_packed) & (targets != 0))
+        if self._geometry.external_data or not len(row):
+            return result
+        slots, known = self._mismatches.index.find(targets[row, at])
+        row, at, slots = row[known], at[known], slots[known]
+        # Several compressed clusters may lie in one, and of data there is one.
+        likely = is_packed[row, at] | (self._mismatches.stored[slots] == 0)
+        likely &= self._mismatches.counted[slots] == 0
+        row, at, slots = row[likely], at[likely], slots[likely]
+        order = np.lexsort((slots, row))
+        row, slots, cluster = row[order], slots[order], targets[row, at][order]
+        first = np.flatnonzero((np.diff(row, prepend=-1) != 0) | (np.diff(slots, prepend=-1) != 0))
+        times = np.diff(first, append=len(row))
+        row, slots, cluster = row[first], slots[first], cluster[first]
+        # What looks free and is looked at like a leak has lost one reference at least.
+        leaks = np.minimum(self._mismatches.stored[slots].astype(np.uint64), MAX_REFERENCES)
+        leaks = np.maximum(leaks.astype(np.int64), self._ranks(cluster) != NONE)
+        some = np.flatnonzero(times > leaks)
+        some = some[self._are_there(cluster[some])]
+        np.add.at(result, row[some], (times - leaks)[some])
+        return result
+
+    def _are_there(self, clusters: I64) -> Mask:
+        """Which of *clusters* are in no hole of the file."""
+        places, at = np.unique(clusters << self._geometry.cluster_bits, return_inverse=True)
+        present = present_tables(self._source, places, self._geometry.cluster_size, anyway=0)
+        is_there: Mask = present[at]
+        return is_there
 
     def _ranks(self, clusters: I64) -> I64:
         """Which of the leaked ones each of *clusters* is; `NONE`: it is none of them."""

@@ -21,9 +21,11 @@ from planner.triage.losses import CauseKind
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.luks_headers import luks_bytes
+from tests.planner.sources import Sparse
 
 CLUSTER = 4096
 PER_TABLE = 5
+WIDTH = CLUSTER // 8
 
 
 def disk(**options: object) -> ImageBuilder:
@@ -970,6 +972,105 @@ def test_one_bit_is_an_entry_where_a_snapshot_has_the_cluster_too() -> None:
     assert any(word.bit_count() == 1 for word in words)
     wipe(image, image.l2_table(1))
     assert suspect_ranges(image) == []
+
+
+def packed_cluster(image: Image, cluster: int) -> int:
+    """The host cluster that a compressed cluster lies in."""
+    word = np.array([image.word(image.l2_at(cluster))], dtype=np.uint64)
+    start, _ = entries.compressed_ranges(word, image.geometry)
+    return int(start[0]) // CLUSTER
+
+
+@pytest.mark.parametrize("is_wiped", [True, False])
+def test_a_flag_alone_is_what_is_left_of_an_entry_where_no_refcount_can_tell(
+    is_wiped: bool,
+) -> None:
+    """Of several compressed clusters in one, which is still in use: nothing leaks without it."""
+    builder = disk()
+    for cluster in range(20, 24):
+        builder.write_compressed(cluster, bytes([cluster]) * 100)
+    image = builder.build()
+    image.set_word(image.l2_at(21), entries.COPIED)
+    if is_wiped:
+        wipe(image, image.refblock(0))
+    else:
+        image.set_refcount(packed_cluster(image, 20), 2)
+    assert not triage(image).leaked
+    assert suspect_ranges(image) == [(21 * CLUSTER, CLUSTER)]
+
+
+def test_a_flag_alone_says_nothing_where_data_lies_in_another_file() -> None:
+    image = disk(data_file=b"data.raw").build()
+    image.set_word(image.l2_at(0), entries.COPIED)
+    wipe(image, image.refblock(0))
+    assert FindingKind.REFCOUNT_MISSING in check_image(image.source).counts()
+    assert len(triage(image).losses.strays) == 0
+
+
+def test_a_flag_alone_says_nothing_where_every_reference_is_counted() -> None:
+    image = disk().build()
+    image.set_word(image.l2_at(200), entries.COPIED)
+    assert suspect_ranges(image) == []
+
+
+# ---- what a lost table led to, and no refcount counts ----
+
+
+def l1_entry_elsewhere(image: Image, l1_index: int = 1) -> None:
+    """Leads to a free cluster of zeros at the end of the file."""
+    image.set_word(image.l1_at(l1_index), entries.COPIED | len(image.data))
+    image.data += bytes(CLUSTER)
+
+
+def test_what_a_lost_table_leads_to_is_missing_if_its_refcount_was_lowered_too() -> None:
+    image = disk().build()
+    host = image.host_offset(WIDTH + 2)
+    l1_entry_elsewhere(image)
+    image.set_refcount(host // CLUSTER, 0)
+    assert triage(image).losses.missing == PER_TABLE * CLUSTER
+
+
+@pytest.mark.parametrize("refcount", [0, 1, 3])
+def test_all_that_a_lost_table_had_in_one_cluster_is_missing_whatever_it_counts(
+    refcount: int,
+) -> None:
+    builder = disk()
+    for cluster in range(20, 24):
+        builder.write_compressed(WIDTH + cluster, bytes([cluster]) * 100)
+    image = builder.build()
+    packed = packed_cluster(image, WIDTH + 20)
+    l1_entry_elsewhere(image)
+    image.set_refcount(packed, refcount)
+    assert triage(image).losses.missing == (PER_TABLE + 4) * CLUSTER
+
+
+def test_what_a_lost_table_led_to_and_something_else_has_by_now_is_not_missing() -> None:
+    image = disk().build()
+    host = image.host_offset(WIDTH + 2)
+    l1_entry_elsewhere(image)
+    image.set_word(image.l2_at(100), entries.COPIED | host)
+    image.set_refcount(host // CLUSTER, 1)
+    assert triage(image).losses.missing == (PER_TABLE - 1) * CLUSTER
+
+
+def test_what_was_freed_and_is_a_hole_is_not_missing() -> None:
+    image = disk().build()
+    host = image.host_offset(WIDTH + 2)
+    l1_entry_elsewhere(image)
+    image.set_refcount(host // CLUSTER, 0)
+    wipe(image, host)
+    source = Sparse.of(bytes(image.data), len(image.data))
+    found = triage_leaks(source, check_image(source))
+    assert found.losses.missing == (PER_TABLE - 1) * CLUSTER
+
+
+def test_an_older_table_of_which_most_was_freed_adds_nothing_to_what_leaks() -> None:
+    image = disk().build()
+    hosts = [image.host_offset(WIDTH + number) for number in range(PER_TABLE)]
+    l1_entry_elsewhere(image)
+    for host in hosts[1:]:
+        image.set_refcount(host // CLUSTER, 0)
+    assert triage(image).losses.missing == CLUSTER
 
 
 # ---- what was not counted yet ----
