@@ -39,6 +39,9 @@ MAX_SPAN_BYTES = 8 << 20
 READ_ANYWAY_BYTES = 256 << 20
 """Below this, reading zeros out of holes is cheaper than asking where the holes are."""
 
+READS_ANYWAY = 1 << 9
+"""Where so many reads would be needed for it, asking is the cheaper of the two all the same."""
+
 MAX_EXTENTS = 1 << 10
 """Asked for at a time, where tables lie in most of them."""
 
@@ -266,11 +269,13 @@ def present_tables(
     bounded by the bytes that are there, not by what a table claims. Leaps from table to extent to
     table, so that neither many tables nor many extents cost more than the fewer of the two; as long
     as most extents have a table, more and more of them are asked for at a time. If all have no more
-    than *anyway* bytes together, by default `READ_ANYWAY_BYTES`, nothing is asked, and all of them
-    may.
+    than *anyway* bytes together, by default `READ_ANYWAY_BYTES`, and `READS_ANYWAY` reads get them,
+    nothing is asked, and all of them may.
     """
     count = len(offsets)
-    if count * table_bytes <= (READ_ANYWAY_BYTES if anyway is None else anyway):
+    if count * table_bytes <= (READ_ANYWAY_BYTES if anyway is None else anyway) and (
+        count <= READS_ANYWAY or _count_reads(offsets, table_bytes) <= READS_ANYWAY
+    ):
         return np.ones(count, dtype=np.bool_)
     present = np.zeros(count, dtype=np.bool_)
     end_of_last = int(offsets[-1]) + table_bytes
@@ -289,6 +294,11 @@ def present_tables(
         index = max(int(low[-1]), int(high[-1]))
         number = min(2 * number, MAX_EXTENTS) if len(hit) * 4 >= len(extents) else 1
     return present
+
+
+def _count_reads(offsets: I64, table_bytes: int) -> int:
+    """How many requests `_fetch` would make of the tables, but for those that it cuts."""
+    return 1 + int(np.count_nonzero(np.diff(offsets) > table_bytes + GAP_BYTES))
 
 
 def present_pieces(source: Source, offsets: I64, table_bytes: int, piece: int) -> I64:

@@ -175,11 +175,14 @@ class StoredRefcounts:
 
     def counted_end(self, clusters: int) -> int:
         """Behind the last cluster from *clusters* on that has a refcount; 0 where none has."""
-        end = 0
-        for first, refcounts in self.blocks_past(clusters, np.zeros(0, dtype=np.int64)):
-            used = refcounts != 0
-            past = self.entries_per_block - np.argmax(used[:, ::-1], axis=1)
-            end = max(end, int((first + past)[used.any(axis=1)].max(initial=0)))
+        end, order = 0, self._layout.geometry.refcount_order
+        for first, blocks in self._raw_blocks_past(clusters, np.zeros(0, dtype=np.int64)):
+            some = np.flatnonzero(blocks.any(axis=1))
+            if len(some):
+                # No two count the same clusters, so that the last one decides.
+                last = int(some[np.argmax(first[some])])
+                used = np.flatnonzero(unpack_refcounts(blocks[last], order))
+                end = max(end, int(first[last]) + int(used[-1]) + 1)
         return end if end > clusters else 0
 
     def blocks_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, Counts]]:
@@ -187,6 +190,10 @@ class StoredRefcounts:
         and its refcounts. One that several entries lead to stands where it reaches furthest, but
         for those at host offsets *known*: these reach no further than the block of *clusters*.
         """
+        for first, blocks in self._raw_blocks_past(clusters, known):
+            yield first, unpack_refcounts(blocks, self._layout.geometry.refcount_order)
+
+    def _raw_blocks_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, U8]]:
         table, per_block = self.reftable, self.entries_per_block
         which = table.blocks()
         which = which[table.index[which] >= clusters // per_block][::-1]
@@ -197,8 +204,7 @@ class StoredRefcounts:
         present = present_tables(self._source, offsets, self._layout.geometry.cluster_size)
         offsets, which = offsets[present], which[first[present]]
         for part, rows in read_tables(self._source, offsets, self._layout.geometry.cluster_size):
-            refcounts = unpack_refcounts(rows, self._layout.geometry.refcount_order)
-            yield table.index[which[part]] * per_block, refcounts
+            yield table.index[which[part]] * per_block, rows
 
     def set_pages(self, index: PagedIndex, page: I64, refcount: Counts) -> None:
         """Take over what `read_pages` found; every *page* has slots in *index*."""

@@ -26,13 +26,14 @@ def references_past_end(source: Source, report: Report) -> int:
     end, most = layout.host_clusters, layout.geometry.guest_clusters
     known, count = _Known.of(report), 0
     for first, rows in stored.blocks_past(end, _blocks_of_the_file(report, stored.reftable)):
-        for start, refcounts in zip(first.tolist(), rows, strict=True):
-            for at in range(max(0, end - start), len(refcounts), CHUNK):
-                part = refcounts[at : at + CHUNK]
-                used = np.flatnonzero(part)
-                references = np.minimum(part[used].astype(np.uint64), most).astype(np.int64)
-                lost = references - known.times(start + at + used)
-                count += int(np.maximum(lost, 0).sum())
+        refcounts, per_block = rows.reshape(-1), rows.shape[1]
+        for at in range(0, len(refcounts), CHUNK):
+            used = at + np.flatnonzero(refcounts[at : at + CHUNK])
+            cluster = first[used // per_block] + used % per_block
+            used, cluster = used[cluster >= end], cluster[cluster >= end]
+            references = np.minimum(refcounts[used].astype(np.uint64), most).astype(np.int64)
+            lost = references - known.times(cluster)
+            count += int(np.maximum(lost, 0).sum())
     return count
 
 

@@ -181,6 +181,13 @@ def test_tables_are_all_read_while_that_is_cheap() -> None:
     assert not source.asked
 
 
+def test_where_many_reads_would_be_needed_what_is_there_is_asked_for_first() -> None:
+    source = Sparse({}, size=1 << 40)
+    apart = np.arange(1 << 16, dtype=np.int64) << 16
+    assert not present_tables(source, apart, 512).any()
+    assert len(source.asked) == 1
+
+
 @pytest.mark.parametrize("reach", [1, 511, 512])
 def test_tables_in_holes_are_left_out(monkeypatch, reach) -> None:
     monkeypatch.setattr(source_module, "READ_ANYWAY_BYTES", 0)
