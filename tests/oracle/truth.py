@@ -250,7 +250,8 @@ def _faults_of_missing(
     leaks += len(report.findings.of(FindingKind.MULTIPLE_OWNERS))
     leaks += len(triage.uncounted) + behind
     bound = leaks * report.geometry.cluster_size
-    if FindingKind.REFCOUNT_MISSING in report.counts():
+    # So may whatever the words of a table that was overwritten seem to lead to.
+    if report.counts().keys() & {FindingKind.REFCOUNT_MISSING, FindingKind.TABLE_OVERWRITTEN}:
         held = RunKind.ZERO, RunKind.DATA, RunKind.COMPRESSED
         bound += _ranges(before.disk, *held).size
     has_backing = report.layout is not None and report.layout.header.backing_file_offset
