@@ -84,7 +84,7 @@ def test_what_takes_too_much_memory_is_a_row(candidates: list[Candidate]) -> Non
     with Nursery(1, limits()) as nursery:
         nursery.fork(1)
         loaded = data_of(nursery._process.pid)
-    with Nursery(1, limits(memory=loaded + (8 << 20))) as nursery:
+    with Nursery(1, limits(memory=loaded + (256 << 10))) as nursery:
         told = rows(Pool(nursery, 1, never).run(iter(candidates[:3])))
     assert {row.verdict for row in told.values()} == {"error"}
     assert all("more memory than instarfs may use" in row.error for row in told.values())
