@@ -9,7 +9,6 @@ Case *number* of seed *seed* is the same image whoever runs it.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import DETERMINED
 from planner.repair.tiers import propose
 from planner.source import Source
-from tests.images.matrix import MATRIX, Row, build, copy, describe, random_row
+from tests.images.matrix import MATRIX, Row, describe, random_row
 from tests.images.random_damage import KINDS
-from tests.oracle.campaign import GROUP_CASES
+from tests.oracle.campaign import GROUP_CASES, damaged_images
 from tests.oracle.repair_judge import faults_of_freeing
-from tests.oracle.scene import FileSource, Scene, Table, dissect
+from tests.oracle.scene import FileSource, Scene, Table
 
 ROWS = tuple(row for row in MATRIX if row.snapshots and not row.empty)
 
@@ -58,21 +57,17 @@ def run_sequence_group(
 ) -> Iterator[SequenceCase]:
     """Judge the cases of *group*. *only*: this case alone. *keep*: its image stays here."""
     row = _row_of(seed, group)
-    with tempfile.TemporaryDirectory(prefix="instarfs-again-") as name:
-        directory = keep or Path(name)
-        directory.mkdir(exist_ok=True)
-        base = build(row, directory, f"image {seed} {group}")
-        anatomy = dissect(base)
-        image = base.with_name("case.qcow2")
-        for number in range(group * GROUP_CASES, (group + 1) * GROUP_CASES):
-            if only not in (None, number):
-                continue
-            copy(base, image)
-            with Scene(image, anatomy) as scene:
-                damages = _inflict(scene, random.Random(f"again {seed} {number}"))
-            with image.open("rb") as file:
-                faults, asked = judge_sequences(FileSource(file.fileno()))
-            yield SequenceCase(seed, number, row, damages, faults, asked)
+
+    def damage(scene: Scene, number: int) -> tuple[str, ...]:
+        return _inflict(scene, random.Random(f"again {seed} {number}"))
+
+    first = group * GROUP_CASES
+    wanted = range(first, first + GROUP_CASES) if only is None else (only,)
+    images = damaged_images(row, seed, group, damage, wanted=wanted, keep=keep)
+    for number, damages, image in images:
+        with image.open("rb") as file:
+            faults, asked = judge_sequences(FileSource(file.fileno()))
+        yield SequenceCase(seed, number, row, damages, faults, asked)
 
 
 def _row_of(seed: int, group: int) -> Row:

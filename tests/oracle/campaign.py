@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tests.images.matrix import MATRIX, Row, build, copy, describe, random_row
 from tests.images.random_damage import inflict_some
 from tests.oracle.judge import Judgement, judge
-from tests.oracle.scene import Anatomy, Scene, dissect
+from tests.oracle.scene import Scene, dissect
+
+Damages = TypeVar("Damages", list[str], tuple[str, ...])
 
 GROUP_CASES = 5
 COMMAND_EVERY = 61
@@ -76,22 +79,42 @@ def run_group(
 def images_of_group(
     seed: int, group: int, wanted: Container[int], keep: Path | None = None
 ) -> Iterator[tuple[int, list[str], Path]]:
-    """Number, damages and image of each wanted case of *group*; the next replaces the last."""
+    """Number, damages and image of each wanted case of *group*; the next replaces the last.
+
+    The first of a group is undamaged.
+    """
+
+    def damage(scene: Scene, number: int) -> list[str]:
+        if number % GROUP_CASES == 0:
+            return []
+        return inflict_some(scene, random.Random(f"damage {seed} {number}"))
+
+    return damaged_images(row_of(seed, group), seed, group, damage, wanted=wanted, keep=keep)
+
+
+def damaged_images(
+    row: Row,
+    seed: int,
+    group: int,
+    damage: Callable[[Scene, int], Damages],
+    *,
+    wanted: Container[int],
+    keep: Path | None = None,
+) -> Iterator[tuple[int, Damages, Path]]:
+    """Number, damages and image of each wanted case of *group*, all copies of one base of *row*.
+
+    *damage*: inflicts what the case of that number has, and tells it. *keep*: the last stays here.
+    """
     with tempfile.TemporaryDirectory(prefix="instarfs-oracle-") as name:
         directory = keep or Path(name)
         directory.mkdir(exist_ok=True)
-        base = build(row_of(seed, group), directory, f"image {seed} {group}")
+        base = build(row, directory, f"image {seed} {group}")
         anatomy = dissect(base)
         image = base.with_name("case.qcow2")
         for number in range(group * GROUP_CASES, (group + 1) * GROUP_CASES):
-            if number in wanted:
-                yield number, make_case(seed, number, base, anatomy, image), image
-
-
-def make_case(seed: int, number: int, base: Path, anatomy: Anatomy, image: Path) -> list[str]:
-    """Write the image of a case; returns what was damaged. The first of a group is undamaged."""
-    copy(base, image)
-    if number % GROUP_CASES == 0:
-        return []
-    with Scene(image, anatomy) as scene:
-        return inflict_some(scene, random.Random(f"damage {seed} {number}"))
+            if number not in wanted:
+                continue
+            copy(base, image)
+            with Scene(image, anatomy) as scene:
+                damages = damage(scene, number)
+            yield number, damages, image

@@ -7,16 +7,15 @@ snapshot table is. Case *number* of seed *seed* is the same image whoever runs i
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.images.matrix import Row, build, copy, describe
+from tests.images.matrix import Row, describe
 from tests.images.random_damage import KINDS
-from tests.oracle.campaign import GROUP_CASES, row_of
+from tests.oracle.campaign import GROUP_CASES, damaged_images, row_of
 from tests.oracle.repair_judge import Judgement, judge_choices
-from tests.oracle.scene import Scene, dissect
+from tests.oracle.scene import Scene
 
 _OF_TWO_OWNERS = ("-twin", "-elsewhere", "-compressed", "-zero-allocated")
 _OF_HEADER = ("header-nb_snapshots", "header-snapshots_offset", "header-l1_table_offset")
@@ -62,19 +61,15 @@ def run_choice_group(
 ) -> Iterator[ChoiceCase]:
     """Judge the cases of *group*. *only*: this case alone. *keep*: its image stays here."""
     row = row_of(seed, group)
-    with tempfile.TemporaryDirectory(prefix="instarfs-choices-") as name:
-        directory = keep or Path(name)
-        directory.mkdir(exist_ok=True)
-        base = build(row, directory, f"image {seed} {group}")
-        anatomy = dissect(base)
-        image = base.with_name("case.qcow2")
-        for number in range(group * GROUP_CASES, (group + 1) * GROUP_CASES):
-            if only not in (None, number):
-                continue
-            copy(base, image)
-            with Scene(image, anatomy) as scene:
-                damages = _inflict(scene, random.Random(f"choice {seed} {number}"))
-            yield ChoiceCase(seed, number, row, damages, tuple(judge_choices(row, image)))
+
+    def damage(scene: Scene, number: int) -> tuple[str, ...]:
+        return _inflict(scene, random.Random(f"choice {seed} {number}"))
+
+    first = group * GROUP_CASES
+    wanted = range(first, first + GROUP_CASES) if only is None else (only,)
+    images = damaged_images(row, seed, group, damage, wanted=wanted, keep=keep)
+    for number, damages, image in images:
+        yield ChoiceCase(seed, number, row, damages, tuple(judge_choices(row, image)))
 
 
 def _inflict(scene: Scene, rng: random.Random) -> tuple[str, ...]:
