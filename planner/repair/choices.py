@@ -160,7 +160,7 @@ def draft_bitmaps(scope: Scope, means: Means, stay: I64) -> Drafted:
     if scope.report.complete:
         reclaim_leaks_in_refblocks(scope, union(stay, leaked_clusters(before)))
         scope = checked_anew(scope, means)
-        update_copied_flags_for_l1(scope, known=before)
+        update_copied_flags_for_l1(scope, settled=True)
         scope = checked_anew(scope, means)
     return _dropped(before, Drafted(scope, triage, notes=tuple(notes)))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrays import I64, distinct, expand_ranges
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Findings, Structure
 from planner.qcow2 import entries
@@ -20,21 +20,35 @@ from planner.source import Source
 Check = Callable[[Source, I64], Report]
 
 
-def update_copied_flags_for_l1(scope: Scope, known: Report | None = None) -> None:
-    """Correct the flags that the report finds wrong; those of *known* are left as they are."""
+def update_copied_flags_for_l1(scope: Scope, *, settled: bool = False) -> None:
+    """Correct the flags that the report finds wrong.
+
+    *settled*: only of entries that lead to a cluster whose refcount is the number of its
+    references: such a flag stays right whatever else is mended. The census must be complete.
+    """
     wrong = scope.report.findings.of(FindingKind.L1_COPIED)
-    if known is not None:
-        wrong = wrong.select((wrong.expected == 1) & ~_was_wrong(wrong, known))
     wrong = wrong.select(scope.is_writable(wrong.host_offset >> scope.geometry.cluster_bits))
-    flipped = read_words(scope.source, wrong.host_offset) ^ np.uint64(entries.COPIED)
+    words = read_words(scope.source, wrong.host_offset)
+    if settled:
+        right = _leads_to_settled(scope, words)
+        wrong, words = wrong.select(right), words[right]
+    flipped = words ^ np.uint64(entries.COPIED)
     draft_words(scope, FindingKind.L1_COPIED, wrong.host_offset, flipped)
     for tables in marked_tables(scope, FindingKind.L2_COPIED):
         chosen = tables.without_contested()
-        if known is not None:
-            is_missing = chosen.words < np.uint64(entries.COPIED)
-            chosen = _new_among(chosen, known).select(is_missing)
+        if settled and not scope.layout.header.external_data:
+            marks = chosen.marks.copy()
+            marks[marks] = _leads_to_settled(scope, chosen.words[marks].astype(np.uint64))
+            chosen = chosen.select(marks)
         chosen.words[chosen.marks] ^= np.uint64(entries.COPIED)
         chosen.draft()
+
+
+def _leads_to_settled(scope: Scope, words: U64) -> Mask:
+    """Which entries lead into the file, to a cluster whose refcount and references agree."""
+    cluster = entries.l2_offsets(words) >> scope.geometry.cluster_bits
+    inside: Mask = cluster < scope.layout.host_clusters
+    return inside & scope.mismatches.agree(cluster)
 
 
 def unfollowed_targets(before: Report, scope: Scope) -> I64:

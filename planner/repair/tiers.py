@@ -346,20 +346,11 @@ def _settle_leaks(begun: _Begun, before: Report, stay: I64) -> Scope:
     return scope
 
 
-def _follow_leaks(scope: Scope, before: Report, means: Means) -> Scope:
-    if before.counters.leaks:
+def _follow_leaks(scope: Scope, _before: Report, means: Means) -> Scope:
+    if scope.report.complete:
         # Lowered to one reference, an entry gets its COPIED flag back.
-        update_copied_flags_for_l1(scope, known=before)
-        scope = checked_anew(scope, means)
-    if _only_flags_are_wrong(scope.report):
-        update_copied_flags_for_l1(scope)
+        update_copied_flags_for_l1(scope, settled=True)
     return checked_anew(scope, means)
-
-
-def _only_flags_are_wrong(report: Report) -> bool:
-    """Whether refcounts and all else are right, so that they say what COPIED flags must be."""
-    wrong = {kind for kind in report.counts() if KINDS[kind].severity > Severity.NOTICE}
-    return bool(wrong) and wrong <= {FindingKind.L1_COPIED, FindingKind.L2_COPIED}
 
 
 def _require_known_leaks(report: Report) -> None:
