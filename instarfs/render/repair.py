@@ -127,7 +127,8 @@ def plan_human(proposal: Proposal, filename: str) -> str:
     lines.insert(0, f"{filename}: plan {plan.id} for the tier `{proposal.tier}`")
     if proposal.needs_quote:
         lines += ["", f"WARNING: {quote_warning(proposal)}"]
-    lines += _choice_section(proposal) if proposal.tier.is_chosen else _leaks_section(proposal)
+    lines += [] if proposal.tier.is_chosen else _leaks_section(proposal)
+    lines += _notes_section(proposal)
     if proposal.needs_quote:
         lines.append("If it is to be done all the same, quote the plan's id when you repair.")
     lines += ["", "Stages:"]
@@ -155,8 +156,10 @@ def _leaks_section(proposal: Proposal) -> list[str]:
     return ["", "Leaked clusters:", *(f"  - {line}" for line in words)] if words else []
 
 
-def _choice_section(proposal: Proposal) -> list[str]:
+def _notes_section(proposal: Proposal) -> list[str]:
     """What it comes to, and who had clusters in common."""
+    if not (proposal.tier.is_chosen or proposal.notes):
+        return []
     lines = ["", "What it comes to:", *(f"  - {line}" for line in map(printable, proposal.notes))]
     shared = shares_lines(proposal.before, proposal.shares, LISTED_EDITS)
     return [*lines, *(f"  - {line}" for line in shared)]

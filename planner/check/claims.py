@@ -7,6 +7,7 @@ its loss would not show any more.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -42,11 +43,23 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
 
     An entry that reads as zeros has nothing where it leads, misaligned as it is.
     """
-    layout, mismatches, bits = report.layout, report.mismatches, report.geometry.cluster_bits
+    if report.layout is None or report.mismatches is None:
+        return len(report.findings.of(FindingKind.MULTIPLE_OWNERS)) > 0
+    return next(_shared(source, report, report.layout, report.mismatches), None) is not None
+
+
+def shared_refcounts(source: Source, report: Report) -> I64:
+    """The clusters in which they are, ascending."""
+    if report.layout is None or report.mismatches is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.array([*_shared(source, report, report.layout, report.mismatches)], dtype=np.int64)
+
+
+def _shared(
+    source: Source, report: Report, layout: Layout, mismatches: Mismatches
+) -> Iterator[int]:
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS)
-    if layout is None or mismatches is None:
-        return len(contested) > 0
-    claims = _Claims(source, report, layout, mismatches)
+    claims, bits = _Claims(source, report, layout, mismatches), report.geometry.cluster_bits
     of_refcounts = np.isin(report.owners.structure, list(_OWN))
     claimed = without_repeats(report.owners.cluster[of_refcounts])
     for cluster in claimed[is_any_of(claimed, contested.host_offset >> bits)].tolist():
@@ -55,8 +68,7 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
         others = (owner for owner in owners if owner.structure not in _OWN)
         is_claimed = bool(own) and any(map(claims.is_real, others))
         if is_claimed and any(claims.may_hold(cluster, owner) for owner in own):
-            return True
-    return False
+            yield cluster
 
 
 def blocks_that_are_none(source: Source, report: Report) -> I64:

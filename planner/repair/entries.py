@@ -27,7 +27,7 @@ _OWNERS_WEIGHED = 64
 def correct_entries(scope: Scope) -> None:
     """Draft every entry that can be corrected; the others stay and stay named."""
     # Its cluster becomes free, which refcounts that must not be written could not say.
-    if not scope.refcounts_are_shared:
+    if not scope.refcounts_must_stay:
         _make_plain_zero(scope)
     for tables in marked_tables(scope, FindingKind.COMPRESSED_COPIED):
         chosen = tables.without_contested()

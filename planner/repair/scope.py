@@ -181,6 +181,12 @@ class Scope:
         """Whether something else lies where refcounts are, or may be."""
         return refcounts_are_shared(self.source, self.report)
 
+    @property
+    def refcounts_must_stay(self) -> bool:
+        """Whether something else lies where refcounts are, and none can be made anew elsewhere."""
+        may_move = self.may_write_header and self.may_grow_for_refcounts
+        return self.refcounts_are_shared and not may_move
+
     def contested(self, clusters: I64) -> Mask:
         """Which clusters have two owners.
 

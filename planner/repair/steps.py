@@ -97,8 +97,7 @@ def draft_refcounts(scope: Scope, stay: I64, kept: I64) -> None:
 
     The clusters in *kept* are counted once, though nothing refers to them.
     """
-    # Were refcounts that share a cluster moved away, nothing would show what that did to the other.
-    if must_rebuild(scope, stay) and not scope.refcounts_are_shared:
+    if must_rebuild(scope, stay) and not scope.refcounts_must_stay:
         require_writable_header(scope)
         rebuild_refcount_structure(scope, stay, kept)
     else:

@@ -12,9 +12,11 @@ import numpy as np
 
 from planner.arrays import I64, is_among, union
 from planner.check.check import check_image
+from planner.check.claims import shared_refcounts
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
+from planner.findings.wording import plural
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
@@ -36,7 +38,7 @@ from planner.repair.refcounts import (
 )
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import has_no_snapshots, rewrite_snapshot_table
-from planner.repair.split import Shares
+from planner.repair.split import Shares, shared_by
 from planner.repair.steps import (
     Drafted,
     Means,
@@ -74,8 +76,9 @@ class Proposal:
     laid on it. ``triage``: what the leaked clusters look like. ``kept``: clusters whose refcounts
     are lost, that are counted again since they may be evidence, or that a choice ceases to refer to
     and does not free. ``shares``: who had clusters in common and has no more. ``notes``: what a
-    choice comes to, a sentence each. ``gives_up``: `all` frees what may be left of something lost,
-    since in the image as it mends it nothing would speak for that any more.
+    choice comes to, or what `all` leaves no trace of, a sentence each. ``gives_up``: `all` frees
+    what may be left of something lost, since in the image as it mends it nothing would speak for
+    that any more.
     """
 
     tier: RepairTier
@@ -135,7 +138,7 @@ class Proposal:
         if self.tier.is_chosen:
             return not self.plan.changes_nothing
         if self.tier is RepairTier.ALL:
-            return self.triage.is_table_lost or self.gives_up
+            return self.triage.is_table_lost or self.gives_up or bool(self.notes)
         return self.triage.is_evidence and not self.plan.changes_nothing
 
     @property
@@ -145,7 +148,8 @@ class Proposal:
             return list(self.notes) if self.needs_quote else []
         if not self.needs_quote:
             return []
-        return [*self.triage.warnings(TABLES_NAMED), *([_GIVEN_UP] if self.gives_up else [])]
+        given_up = [_GIVEN_UP] if self.gives_up else []
+        return [*self.triage.warnings(TABLES_NAMED), *self.notes, *given_up]
 
     @property
     def counters(self) -> RepairCounters:
@@ -280,11 +284,34 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
     del first
     scope = _draft_determined(begun, report, tier, means)
     if not begun.triage.is_buried or _speaks_still(begun, scope, means):
-        return Drafted(scope, begun.triage, kept=begun.shown)
+        return _with_shares(begun, Drafted(scope, begun.triage, kept=begun.shown))
     del scope
     nothing = np.zeros(0, dtype=np.int64)
     begun = replace(begun, stay=nothing, kept=nothing)
-    return Drafted(_draft_determined(begun, report, tier, means), begun.triage, gives_up=True)
+    scope = _draft_determined(begun, report, tier, means)
+    return _with_shares(begun, Drafted(scope, begun.triage, gives_up=True))
+
+
+def _with_shares(begun: _Begun, drafted: Drafted) -> Drafted:
+    """With those that had a cluster in common with refcounts, where these are made anew.
+
+    Nothing else tells of it any more: not what reads refcounts in place of its own.
+    """
+    before, after = begun.scope, drafted.scope
+    if after.report is before.report or not before.refcounts_are_shared:
+        return drafted
+    shares = shared_by(before.report).without(shared_by(after.report).clusters)
+    shared = shared_refcounts(before.source, before.report)
+    shares = shares.select(np.flatnonzero(is_among(shares.owners.cluster, shared)))
+    number = len(shares.clusters)
+    if not number:
+        return drafted
+    note = (
+        f"{plural(number, 'cluster')} of refcounts {'is' if number == 1 else 'are'} something"
+        " else's too, which reads wrong bytes there: with refcounts made anew elsewhere it keeps"
+        " the place, and nothing will show it any more"
+    )
+    return replace(drafted, shares=shares.with_refcounts_anew(), notes=(note,))
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:

@@ -537,7 +537,7 @@ PURPOSES: tuple[Purpose, ...] = (
     ),
     Purpose(
         "refcounts-shared",
-        "Something else refers to a cluster of refcounts: moved away, nothing would show the loss.",
+        "Something else refers to a cluster of refcounts, and none can be made anew elsewhere.",
         lambda lag: lag.kind in _BY_REFCOUNTS and _refcounts_share_a_cluster(lag.after),
     ),
     Purpose(

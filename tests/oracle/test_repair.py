@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 
 from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import RepairError
 from planner.qcow2.entries import COMPRESSED, COPIED, ZERO
 from planner.repair.plan import RepairTier
-from planner.source import Bytes
+from planner.repair.tiers import Proposal, propose
+from planner.source import Bytes, Source
 from tests.images.builder import Image
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import SIZE, plain, with_snapshot
 from tests.images.guest_disks import Disk, faults_between, first_difference
 from tests.images.matrix import Row, copy, run
+from tests.oracle import reach
 from tests.oracle.campaign import groups, row_of
 from tests.oracle.judge import Answer
 from tests.oracle.reach import Reach, reaches
@@ -150,8 +153,9 @@ def test_header_shared(tmp_path: Path) -> None:
 
 
 def test_refcounts_shared(tmp_path: Path) -> None:
-    """The guest's data lies on the refcount block."""
+    """The guest's data lies on the refcount block, and a compressed cluster in the header."""
     image = plain()
+    image.set_word(image.l2_at(7), COMPRESSED | 1)
     image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
     excused(judged(tmp_path, image, ALL), "refcounts-shared")
 
@@ -284,12 +288,22 @@ def reached(directory: Path, image: Image) -> dict[RepairTier, Reach]:
     return {each.tier: each for each in reaches(ROW, base, damaged)}
 
 
-def test_a_repair_without_loss_is_counted_with_what_we_leave(tmp_path: Path) -> None:
+def test_a_repair_without_loss_is_counted_with_what_we_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = plain()
     assert reached(tmp_path, image) == {}
     image.clear_bits(image.l1_at(0), COPIED)
     assert [each.ours for each in reached(tmp_path, image).values()] == ["", ""]
     image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
+    assert [each.ours for each in reached(tmp_path, image).values()] == [""]
+
+    def refuse(source: Source, report: Report, tier: RepairTier) -> Proposal:
+        if tier is RepairTier.ALL:
+            raise RepairError("no reason")
+        return propose(source, report, tier)
+
+    monkeypatch.setattr(reach, "propose", refuse)
     (what,) = reached(tmp_path, image).values()
     assert "refblock-shared" in what.ours
     assert not what.chosen

@@ -181,12 +181,30 @@ def test_what_is_lost_stays_counted_where_something_else_lies_in_the_place_of_re
     assert evidence <= {cluster * SIZE for cluster in still.tolist()}
 
 
-@pytest.mark.parametrize("what", ["L1 entry", "data"])
-def test_what_leads_to_refcounts_that_are_right_stays_named(what) -> None:
+def test_what_leads_to_refcounts_keeps_the_place_where_they_are_made_anew() -> None:
+    """Nothing shows afterwards that it reads them in place of its own, so that its id is asked."""
     image = plain()
     block = image.refblock(0)
+    image.set_word(image.l2_at(1), block | COPIED)
+    proposal = settled(image)
+    assert counts(proposal) == {Kind.LEAK: 1}
+    assert proposal.needs_quote
+    assert "1 cluster of refcounts is something else's too" in " ".join(proposal.warnings)
+    assert proposal.shares.clusters.tolist() == [block // SIZE]
+    after = Overlay(image.source, proposal.plan)
+    assert read_bytes(after, block, SIZE) == image.data[block : block + SIZE]
+    assert read_bytes(after, image.l2_at(1), 8) == image.data[image.l2_at(1) :][:8]
+
+
+@pytest.mark.parametrize("what", ["L1 entry", "data"])
+def test_what_leads_to_refcounts_stays_named_where_none_can_be_made_anew(what) -> None:
+    image = plain()
+    image.set_word(image.l2_at(7), len(image.data) + 8 * SIZE | COPIED)
+    block = image.refblock(0)
     image.set_word(image.l1_at(1) if what == "L1 entry" else image.l2_at(1), block | COPIED)
-    assert Kind.MULTIPLE_OWNERS in counts(settled(image))
+    proposal = settled(image)
+    assert Kind.MULTIPLE_OWNERS in counts(proposal)
+    assert not proposal.notes
 
 
 def test_tables_alike_that_share_a_cluster_are_corrected_and_stay_named() -> None:
@@ -531,8 +549,9 @@ def test_the_place_of_a_snapshot_table_stays_where_one_may_be_lost() -> None:
 
 
 def test_what_would_free_clusters_waits_where_no_refcount_may_be_written() -> None:
-    """The guest's data lies on a refcount block: neither is written to."""
+    """The guest's data lies on a refcount block, and the file must not grow: neither is written."""
     image = with_snapshot()
+    image.set_word(image.l2_at(7), len(image.data) + 8 * SIZE | COPIED)
     image.set_word(image.l2_at(2), image.refblock(0) | COPIED)
     misaligned_zero(image)
     at = image.snapshots[0].offset + 36
