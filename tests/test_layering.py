@@ -114,7 +114,12 @@ def test_one_module_calls_c() -> None:
     assert [name for name in MODULES if "ctypes" in imports_of(name)] == ["instarfs.image.linux"]
 
 
-VALUES = {"instarfs.image.surroundings", "instarfs.repair.outcome", "instarfs.scan.values"}
+VALUES = {
+    "instarfs.image.surroundings",
+    "instarfs.repair.known",
+    "instarfs.repair.outcome",
+    "instarfs.scan.values",
+}
 """What `render` takes beside what the planner returns."""
 
 

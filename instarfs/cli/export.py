@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.cli.grammar import ImageName
+from instarfs.cli.known import known, known_options, require_rescue
 from instarfs.cli.options import follow_option, share_option, snapshot_option
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
@@ -28,6 +29,7 @@ from planner.progress import unless
 @follow_option
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@known_options
 @share_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 @click.argument("out", metavar="OUT", type=click.Path(readable=False))
@@ -38,6 +40,8 @@ def command(
     preview: str | None,
     directories: tuple[str, ...],
     *,
+    like: str | None,
+    assumed: tuple[str, ...],
     progress: bool,
     quiet: bool,
     force_share: bool,
@@ -49,12 +53,14 @@ def command(
     something else, whatever QEMU reads there. The image is not changed. Where it was stopped,
     by whatever, the same command goes on, and tries again what could not be read.
     """
+    knows = known(like, assumed)
+    require_rescue(knows, preview)
     name, follow = ImageName(path, force_share=force_share), Follow(directories)
     with name.opened() as image, stoppable() as stopped, progress_bar(shown=progress) as tell:
         try:
             shown = image
             if preview is not None:
-                shown = preview_of(image, preview, unless(stopped, tell)).image
+                shown = preview_of(image, preview, unless(stopped, tell), knows=knows).image
             export = Export(shown, follow, snapshot)
         except DOMAIN_ERRORS as error:
             raise name.failed(error) from error

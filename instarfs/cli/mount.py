@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from instarfs.cli.known import known, known_options, require_rescue
 from instarfs.cli.loading import Kept
 from instarfs.cli.naming import named
 from instarfs.cli.options import follow_option, undo_file_option
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     type=click.Choice(PREVIEWS),
     help="Show the image as it would be after this repair, or a rescue; nothing is written.",
 )
+@known_options
 @undo_file_option
 @follow_option
 @click.argument("image", type=click.Path(readable=False))
@@ -59,6 +61,8 @@ def command(
     directories: tuple[str, ...],
     undo_file: str | None,
     *,
+    like: str | None,
+    assumed: tuple[str, ...],
     preview: str | None,
     foreground: bool,
     read_only: bool,
@@ -69,8 +73,12 @@ def command(
     Returns when the mount answers; a process in the background serves it until it is unmounted,
     and logs to syslog. The image is not changed, unless somebody writes to a file in repair/.
     """
+    # The threads of numpy, which nothing here uses, would not be confined with the rest.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     inherited = descriptors.open_now()
     options = MountOptions.parse(words, read_only=read_only, preview=preview)
+    knows = known(like, assumed)
+    require_rescue(knows, options.preview)
     keep_undo = options.keep_undo and not no_undo
     # Opened before the mount could hide it.
     opened = Image.open(image, undo_file or options.undo_file)
@@ -84,8 +92,6 @@ def command(
     else:
         ready = background.to_background()
         background.log_to_syslog()
-    # Its threads, which nothing here uses, would not be confined with the rest.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     with separated(opened, read_only=options.read_only):
         # Not before the forks: what is loaded by then the broker keeps in its memory, too; numpy
         # starts threads, and a fork takes only the calling one along.
@@ -101,6 +107,7 @@ def command(
                 make_repairer=repairer,
                 keeps_undo=keep_undo,
                 preview=options.preview,
+                knows=knows,
             )
         except PlannerError as error:
             raise named(error, image) from error

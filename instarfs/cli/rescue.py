@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 
 import click
 
 from instarfs.cli import repairing
 from instarfs.cli.grammar import ImageName
+from instarfs.cli.known import known, known_options
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.image.directory import lasting_name
-from instarfs.image.file import Image
 from instarfs.render.repair import outcome_human, outcome_json
 from instarfs.render.rescue import Asked, rescue_json, rescue_txt
 from instarfs.repair.rescue import write_copy
 from instarfs.repair.run import FindRescue
 from planner.errors import PlannerError
-from planner.qcow2.header import Header, read_header
 from planner.rescue.rescue import rescue
-
-_FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
 
 
 @click.command(name="rescue")
@@ -36,20 +32,7 @@ _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
     help="With --in-place: exactly the plan of this id, or nothing.",
 )
 @undo_file_option
-@click.option(
-    "--header",
-    "like",
-    metavar="FROM",
-    type=click.Path(readable=False),
-    help="Begin with the header of an image that was made in the same way.",
-)
-@click.option(
-    "--assume",
-    "words",
-    metavar="FIELD=VALUE",
-    multiple=True,
-    help="A field of the header that you know, by its name in the specification.",
-)
+@known_options
 @click.option(
     "--free",
     is_flag=True,
@@ -67,7 +50,7 @@ _FIELDS = tuple(name for name in Header.__slots__ if name != "additional")
 def command(
     path: str,
     output: str,
-    words: tuple[str, ...],
+    assumed: tuple[str, ...],
     *,
     out: str | None,
     quote: str | None,
@@ -88,7 +71,8 @@ def command(
     --in-place writes exactly the plan whose id is quoted, which can be undone.
     """
     _require_one_way(out, quote, in_place=in_place, force_share=force_share)
-    find = partial(rescue, assumed=_assumed(words), like=_header_of(like), free=free)
+    knows = known(like, assumed)
+    find = partial(rescue, assumed=knows.fields, like=knows.header, free=free)
     if in_place:
         _rescue_in_place(path, quote or "", find, undo_file, output, progress=progress)
         return
@@ -102,7 +86,7 @@ def command(
         if out is not None and not found.plan.changes_nothing:
             write_copy(image, before, found.plan, out, tell)
         is_written = image.generation() != before
-    asked = Asked(path, like, words, undo_file, is_written=is_written, free=free)
+    asked = Asked(path, knows, undo_file, is_written=is_written, free=free)
     if output == "json":
         click.echo(rescue_json(found, asked, out), nl=False)
     else:
@@ -134,23 +118,3 @@ def _rescue_in_place(
     repairing.raise_error(outcome, path)
     if output == "human":
         click.echo(outcome_human(outcome, lasting_name(path), undo_file), nl=False)
-
-
-def _assumed(words: Iterable[str]) -> dict[str, int]:
-    assumed = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in _FIELDS:
-            raise click.UsageError(f"--assume {word}: fields are {', '.join(_FIELDS)}")
-        try:
-            assumed[name] = int(value, 0)
-        except ValueError:
-            raise click.UsageError(f"--assume {word}: a field is a number") from None
-    return assumed
-
-
-def _header_of(path: str | None) -> Header | None:
-    if path is None:
-        return None
-    with Image.open(path) as image:
-        return read_header(image.source())

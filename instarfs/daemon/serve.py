@@ -24,8 +24,9 @@ from instarfs.inspect.repair_queue import MakeRepairer
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
-from instarfs.render.rescue import Rescued
+from instarfs.render.rescue import Asked, Rescued
 from instarfs.repair.interrupted import pending
+from instarfs.repair.known import Known
 from instarfs.repair.preview import preview_of
 from instarfs.repair.run import Repairer
 from planner.check.check import check_image
@@ -47,20 +48,21 @@ def serve(
     make_repairer: MakeRepairer = Repairer,
     keeps_undo: bool = True,
     preview: str | None = None,
+    knows: Known | None = None,
 ) -> int:
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
     What the image needs of its directory from then on must come from an `instarfs.daemon.broker`:
     this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *preview*:
-    what is laid over it: a tier, or a rescue. *ready* is called once the mount answers. Raises
-    before that, with nothing mounted, when the image is not qcow2, or cannot be read, or the tier
-    refuses, or mounting fails.
+    what is laid over it: a tier, or a rescue by what somebody *knows*. *ready* is called once the
+    mount answers. Raises before that, with nothing mounted, when the image is not qcow2, or cannot
+    be read, or the tier refuses, or mounting fails.
     """
     plan, rescued = None, None
     if preview != RescueTier.RESCUE:
         _require_qcow2(image)
     if preview is not None:
-        image, rescued = _previewed(image, preview)
+        image, rescued = _previewed(image, preview, knows or Known())
         plan = image.plan
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
@@ -96,17 +98,17 @@ def serve(
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 
 
-def _previewed(image: Image, word: str) -> tuple[PreviewImage, Rescued | None]:
+def _previewed(image: Image, word: str, knows: Known) -> tuple[PreviewImage, Rescued | None]:
     """*image* as it would be, and what there is to say of a rescue.
 
     Raises as `preview_of` does, and `ImageInUse`.
     """
     with memory.limited(image), locks.held(image.fileno(), image.path):
-        preview = preview_of(image, word)
+        preview = preview_of(image, word, knows=knows)
     if preview.rescue is None:
         return preview.image, None
     # Not what it was found by, which is as large as the image's tables, many times.
-    return preview.image, Rescued.of(preview.rescue, image.path)
+    return preview.image, Rescued.of(preview.rescue, Asked(image.path, knows))
 
 
 def _require_qcow2(image: Image) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from instarfs.repair.known import Known
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
 from planner.findings.kinds import NONE
 from planner.findings.wording import plural
-from planner.qcow2.header import MAGIC, Header
+from planner.qcow2.header import CRYPT_LUKS, MAGIC, Header
 from planner.rescue.snapshots import MADE_NAME
 from planner.triage.triage import snapshot_phrase
 
@@ -29,14 +30,13 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a rescue was asked for: the image, and what whoever asked knew of it.
+    """What a rescue was asked for: the image, and what whoever asked ``knows`` of it.
 
     ``is_written``: the image was written to meanwhile.
     """
 
     filename: str
-    like: str | None = None
-    assumed: tuple[str, ...] = ()
+    knows: Known = field(default_factory=Known)
     undo_file: str | None = None
     is_written: bool = False
     free: bool = False
@@ -44,8 +44,9 @@ class Asked:
     def command(self, how: str) -> str:
         """The command that does the same again, and with what it finds *how* says."""
         words = ["instarfs rescue", *([how] if how else []), *(["--free"] if self.free else [])]
-        words += ["--header", shell_path(self.like)] if self.like is not None else []
-        words += [f"--assume {shell_word(word)}" for word in self.assumed]
+        like = self.knows.like
+        words += ["--header", shell_path(like)] if like is not None else []
+        words += [f"--assume {shell_word(word)}" for word in self.knows.assumed]
         return " ".join([*words, "--", shell_path(self.filename)])
 
     @property
@@ -63,11 +64,15 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     parts: list[list[str]] = []
     best = rescue.headers.best
     if rescue.changes_header and best is not None:
-        parts.append(_of_header(rescue.headers, best, asked.filename))
+        parts.append([*_of_header(rescue.headers, best, asked.filename), *_of_encryption(rescue)])
     if rescue.snapshots:
         parts.append(_of_snapshots(rescue, asked.filename))
     if rescue.placements:
         parts.append(_of_tables(rescue, asked.filename))
+    if rescue.left_out:
+        parts.append(_of_left_out(rescue, asked.filename))
+    if rescue.refused is not None:
+        parts.append([_refused(rescue, "the rebuilt image")])
     lines = [line for part in parts for line in ("", *part)][1:]
     if asked.is_written:
         lines += ["", "It was written to meanwhile: what was found is of no one moment."]
@@ -84,14 +89,17 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
 
 def _why_nothing(rescue: Rescue, asked: Asked) -> list[str]:
     filename = asked.filename
+    refused = [_refused(rescue, "it")] if rescue.refused is not None else []
     if rescue.placements:
-        return [*_of_tables(rescue, filename), "", "Nothing comes back, and nothing is written."]
+        nothing = "Nothing comes back, and nothing is written."
+        return [*_of_tables(rescue, filename), "", nothing, *refused]
     if rescue.before.verdict != "clean":
         wrong = f"what is wrong: instarfs report -- {shell_path(filename)}"
-        return [f"{filename}: its header makes sense; {wrong}"]
+        return [f"{filename}: its header makes sense; {wrong}", *refused]
     lines = [f"{filename}: its header makes sense; a check finds nothing wrong"]
     if rescue.larger is not None:
-        known = replace(asked, assumed=(*asked.assumed, f"size={rescue.larger.size}"))
+        assumed = *asked.knows.assumed, f"size={rescue.larger.size}"
+        known = replace(asked, knows=replace(asked.knows, assumed=assumed))
         size, larger = rescue.headers.now.size, rescue.larger
         said = (
             f"Its disk has {size} bytes, and more is mapped. If it had {larger.size}"
@@ -125,6 +133,16 @@ def _of_snapshots(rescue: Rescue, filename: str) -> list[str]:
             f"What is called {MADE_NAME}-OFFSET had another name, and a date: those are gone.",
         ]
     return lines
+
+
+def _of_left_out(rescue: Rescue, filename: str) -> list[str]:
+    """What stopped QEMU, and goes."""
+    lines = [f"{filename}: what QEMU does not load, and nothing brings back, is left out", ""]
+    return [*lines, *(f"  {note}" for note in rescue.left_out)]
+
+
+def _refused(rescue: Rescue, what: str) -> str:
+    return f"QEMU does not open {what}: {rescue.refused}"
 
 
 def _of_tables(rescue: Rescue, filename: str) -> list[str]:
@@ -194,6 +212,24 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
     return [*lines, "", _NAMES] if is_gone else lines
 
 
+def _of_encryption(rescue: Rescue) -> list[str]:
+    """Of a disk whose header said that it is encrypted: what there is of its LUKS header."""
+    best, now, layout = rescue.headers.best, rescue.headers.now, rescue.after.layout
+    if best is None or layout is None or now.magic != MAGIC or now.crypt_method != CRYPT_LUKS:
+        return []
+    if layout.extensions.crypto is not None:
+        is_new = "extensions" in best.changed
+        found = f"  its LUKS header was found at {layout.extensions.crypto.offset}"
+        return [found] if is_new else []
+    return ["", _CIPHERTEXT]
+
+
+_CIPHERTEXT = (
+    "It was said to be encrypted, and no LUKS header was found: if it was, what is read of it is"
+    " what it was encrypted to."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Rescued:
     """What a preview of a rescue says of it: ``report``, ``placements`` and ``plan``, as bytes."""
@@ -203,9 +239,8 @@ class Rescued:
     plan: bytes
 
     @classmethod
-    def of(cls, rescue: Rescue, path: str) -> Rescued:
-        """*path*: of the image, absolute."""
-        asked = Asked(path)
+    def of(cls, rescue: Rescue, asked: Asked) -> Rescued:
+        """*asked*: with the path of the image, absolute."""
         return cls(
             rescue_txt(rescue, asked, None).encode(),
             placements_tsv(rescue.placements).encode(),
@@ -243,6 +278,8 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
                 }
                 for each in rescue.snapshots
             ],
+            "left-out": list(rescue.left_out),
+            "refused": rescue.refused,
             "written-to": out if is_written else None,
         }
     )

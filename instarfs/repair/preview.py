@@ -13,6 +13,7 @@ from instarfs.errors import RepairPending
 from instarfs.image.file import Image
 from instarfs.image.preview import PreviewImage
 from instarfs.repair.interrupted import pending
+from instarfs.repair.known import Known
 from instarfs.repair.planning import run_plan
 from planner.errors import AmbiguousCorruption
 from planner.progress import Progress, tell_nobody
@@ -30,8 +31,10 @@ class Preview:
     rescue: Rescue | None = None
 
 
-def preview_of(image: Image, word: str, progress: Progress = tell_nobody) -> Preview:
-    """*image* as a repair of the tier *word* would leave it, or a rescue.
+def preview_of(
+    image: Image, word: str, progress: Progress = tell_nobody, *, knows: Known | None = None
+) -> Preview:
+    """*image* as a repair of the tier *word* would leave it, or a rescue by what somebody *knows*.
 
     To be called under the locks of a reader. Raises as `run_plan` and
     `planner.rescue.rescue.rescue` do.
@@ -44,7 +47,14 @@ def preview_of(image: Image, word: str, progress: Progress = tell_nobody) -> Pre
     interrupted = pending(image)
     if interrupted is not None:
         raise RepairPending(image.path, interrupted.sentence)
-    found = rescue(image.source(), can_grow=not image.is_device, progress=progress)
+    knows = knows or Known()
+    found = rescue(
+        image.source(),
+        assumed=knows.fields,
+        like=knows.header,
+        can_grow=not image.is_device,
+        progress=progress,
+    )
     if image.generation() != before:
         raise AmbiguousCorruption("the image changed while it was looked at", "stop its writer")
     return Preview(PreviewImage(image, found.plan, before), found)

@@ -17,6 +17,7 @@ from planner.errors import ParseFailed
 from planner.findings.kinds import FindingKind, Structure
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
+from planner.qcow2.header import SIGNED_MAX
 from planner.qcow2.layout import Layout
 from planner.repair.draft import Draft
 from planner.repair.plan import Edit, StageKind
@@ -93,6 +94,31 @@ class Scope:
         However little of it: zeros there would look like what was written.
         """
         return not self._lost()
+
+    def may_grow_by(self, length: int) -> bool:
+        """Whether it may by what *length* bytes take: what the image refers to lies behind that.
+
+        There nothing of it will be read as what was written, as little as before.
+        """
+        if self.may_grow:
+            return True
+        size = self.geometry.cluster_size
+        clusters = -(-length // size)
+        end = (self.first_of_new(clusters) + clusters) * size
+        return self._first_lost() >= end
+
+    def _first_lost(self) -> int:
+        """Where the first thing begins that lies past the end; 0 where one is cut, or packed."""
+        findings = self.report.findings
+        is_cut = FindingKind.CUT_OFF in self.report.counts()
+        if is_cut or Structure.COMPRESSED in self.entries.structures(FindingKind.PAST_END):
+            return 0
+        first = [int(findings.of(FindingKind.PAST_END).host_offset.min(initial=SIGNED_MAX))]
+        first += [
+            int(each.found.min(initial=SIGNED_MAX))
+            for each in self.entries.batches(FindingKind.PAST_END)
+        ]
+        return min(first)
 
     @property
     def may_grow_for_refcounts(self) -> bool:

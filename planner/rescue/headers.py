@@ -17,7 +17,7 @@ from functools import cache, partial
 
 import numpy as np
 
-from planner.arrays import I64, U64, distinct
+from planner.arrays import I64, U64, distinct, expand_ranges
 from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
@@ -39,6 +39,7 @@ from planner.qcow2.header import (
     CRYPT_NAMES,
     KNOWN_INCOMPATIBLE,
     MAGIC,
+    MAX_BACKING_NAME,
     MAX_REFCOUNT_ORDER,
     SIGNED_MAX,
     V3_LENGTH,
@@ -91,6 +92,8 @@ STANDS_OUT = 4
 
 _COUNTED = replace(LIMITS, owners=0)
 """A score counts. Who owns what is in none of the counters, and takes most of the time."""
+
+_STATE = Incompatible.DIRTY | Incompatible.CORRUPT
 
 _WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
 
@@ -152,7 +155,8 @@ class Found:
 
     ``now``: the fields as they stand. ``size``: of the best, and what tells it, where it had to be
     found. ``with_snapshots``: where it took that to tell the best. ``is_complete``: whether all
-    that could be were tried. None is believed unless it stands out.
+    that could be were tried. None is believed unless it stands out, or is ``given``: that of an
+    image made in the same way, by which the refcounts of this one count its tables.
     """
 
     now: Header
@@ -160,12 +164,16 @@ class Found:
     size: DiskSize | None = None
     with_snapshots: WithSnapshots | None = None
     is_complete: bool = True
+    given: Hypothesis | None = None
 
     @property
     def best(self) -> Hypothesis | None:
         """The hypothesis that stands out; None where nothing does."""
         if not self.hypotheses:
             return None
+        if self.given is not None:
+            stands = next((each for each in self.hypotheses if not each.changed), self.given)
+            return stands if stands.score <= self.given.score else self.given
         if self.with_snapshots is not None:
             return self.hypotheses[0] if self.with_snapshots.stands_out else None
         best, rival = self.hypotheses[0], self.rival
@@ -225,9 +233,11 @@ def find_headers(
     """
     search = _Search(source, assumed or {})
     if like is not None:
-        search.attempt(like)
-    search.try_fields()
-    if not search.is_settled:
+        search.try_like(like)
+    if search.given is None:
+        search.try_fields()
+        search.try_luks()
+    if not search.is_settled and search.given is None:
         if not search.is_tired:
             search.try_tables((scan or scan_once(source, progress))())
         search.list_snapshots(progress)
@@ -235,7 +245,8 @@ def find_headers(
     hypotheses, size = search.best(), search.size
     is_it = size is not None and bool(hypotheses) and hypotheses[0].header.size == size.size
     size = size if is_it else None
-    return Found(search.now, hypotheses, size, search.with_snapshots, not search.is_tired)
+    complete = not search.is_tired
+    return Found(search.now, hypotheses, size, search.with_snapshots, complete, search.given)
 
 
 def _table_bytes(source: Source, report: Report) -> int:
@@ -257,6 +268,7 @@ class _Search:
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None
         self.with_snapshots: WithSnapshots | None = None
+        self.given: Hypothesis | None = None
         self._first: Header | None = None
         # Headers that are made up: those that somebody had are believed first.
         self._made_up: set[Header] = set()
@@ -294,17 +306,22 @@ class _Search:
         as many were tried as may be.
         """
         header = with_fields(header, self._assumed)
-        if header in self._tried or (self.is_tired and not anyway):
-            return self._tried.get(header)
-        self._tried[header] = None
+        known = self._tried.get(header)
+        if (header in self._tried and not extensions) or (self.is_tired and not anyway):
+            return known
+        self._tried[header] = known
         if header.cluster_bits not in CLUSTER_BITS:
             return None
-        fields = encode_header(header) + extensions
+        fields = encode_header(header)
+        if extensions:
+            more = max(0, min(header.header_length, 1 << header.cluster_bits) - len(fields))
+            fields += read_bytes(self._source, len(fields), more) + extensions
         for end, content in self._contents(header, fields):
             report = self._check(Patched(self._source, 0, content))
             if report.error is None:
                 if self._makes_sense(header, report):
-                    changed = self._changes(header) + (("extensions",) if end is not None else ())
+                    others = ("extensions",) if end is not None or extensions else ()
+                    changed = self._changes(header) + others
                     found = Hypothesis(header, content, report.counters, changed, end)
                     self._tried[header] = found
                 break
@@ -359,6 +376,59 @@ class _Search:
     def _changes(self, header: Header) -> tuple[str, ...]:
         names = header.__slots__
         return tuple(n for n in names if getattr(header, n) != getattr(self.now, n))
+
+    # ---- the header of another image ----
+
+    def try_like(self, like: Header) -> None:
+        """That of an image made in the same way, with the snapshots that it lists and without.
+
+        One is believed by what does not depend on how much is lost: where it has the tables, the
+        refcounts count them. What stood behind its fields is not in this file.
+        """
+        like = replace(
+            like,
+            incompatible_features=like.incompatible_features & ~int(_STATE),
+            autoclear_features=0,
+        )
+        if not self._has_name(like):
+            like = replace(like, backing_file_offset=0, backing_file_size=0)
+        self.attempt(self.now)
+        for header in (like, replace(like, nb_snapshots=0, snapshots_offset=0)):
+            found = self.attempt(header, anyway=True)
+            if found is None or not self._counts_tables(found):
+                continue
+            if self.given is None or found.score < self.given.score:
+                self.given = found
+        if self.given is not None:
+            self._try_given_sizes(self.given)
+
+    def _has_name(self, header: Header) -> bool:
+        """Whether the name of a backing file stands where *header* says."""
+        length = min(header.backing_file_size, MAX_BACKING_NAME)
+        name = read_bytes(self._source, header.backing_file_offset, length)
+        return bool(name) and name.decode(errors="replace").isprintable()
+
+    def _counts_tables(self, found: Hypothesis) -> bool:
+        """Whether under it header, L1 table and refcount table are counted, once each."""
+        mismatches = self._check(found.laid_over(self._source)).mismatches
+        if mismatches is None:
+            return False
+        header, size = found.header, found.header.geometry.cluster_size
+        first = np.array([0, header.l1_table_offset, header.refcount_table_offset]) // size
+        count = [1, -(-header.l1_size * 8 // size), header.refcount_table_clusters]
+        clusters = distinct(expand_ranges(first, first + np.array(count) - 1))
+        slots, known = mismatches.index.find(clusters)
+        return bool(known.all() and (mismatches.stored[slots] == 1).all())
+
+    def _try_given_sizes(self, given: Hypothesis) -> None:
+        """The same for a larger disk, where more is mapped than that of the other image has."""
+        counts = self._check(given.laid_over(self._source)).counts()
+        if FindingKind.BEYOND_DISK_END not in counts:
+            return
+        self._try_sizes(given.header)
+        tried = (each for each in self._tried.values() if each is not None)
+        larger = [each for each in tried if _is_larger(each.header, given.header)]
+        self.given = min(larger, key=lambda each: each.score, default=given)
 
     # ---- one field of a header that is there ----
 
@@ -436,6 +506,19 @@ class _Search:
         if found.header != header:
             # What was right but for these is no rival of it.
             del self._tried[header]
+
+    def try_luks(self) -> None:
+        """The best of a disk that is said to be encrypted, with a LUKS header that leaked.
+
+        Without one it would be read as what it was encrypted to.
+        """
+        best = next(iter(self.best()), None)
+        is_luks = self.now.magic == MAGIC and self.now.crypt_method == CRYPT_LUKS
+        if best is None or not is_luks or not best.counters.leaks:
+            return
+        luks = self._luks(best)
+        if luks:
+            self.attempt(replace(best.header, crypt_method=CRYPT_LUKS), luks, anyway=True)
 
     def list_snapshots(self, progress: Progress) -> None:
         """Where what is leaked of snapshots may decide: which hypothesis leaves least once they are
@@ -547,6 +630,11 @@ def sized(header: Header, size: int, used: int) -> Header:
     least = (header.l1_size - 1) // a_cluster * a_cluster + 1
     # What the table maps behind the end of the disk, a machine's state, is mapped all the same.
     return replace(whole, l1_size=max(least, used, whole.geometry.l1_entries_needed))
+
+
+def _is_larger(header: Header, than: Header) -> bool:
+    """Whether it is the same for a larger disk."""
+    return header.size > than.size and header == replace(than, size=header.size)
 
 
 def mapping_all(header: Header) -> Header:

@@ -28,6 +28,7 @@ from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
 from planner.rescue.headers import Found, Hypothesis, find_headers, mapping_all
+from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.snapshots import plan_snapshots
@@ -48,7 +49,8 @@ class Rescue:
 
     ``headers``: what was found of the header. ``placements``: every table that no entry leads to,
     by its place in the file. ``holes``: L1 indices that such a table may belong to, and that cannot
-    be read until somebody knows. ``snapshots``: those that are listed again. ``larger``: the disk
+    be read until somebody knows. ``snapshots``: those that are listed again. ``left_out``: what
+    would have stopped QEMU and is not in the image any more, a sentence each. ``larger``: the disk
     that is mapped, where that is more than its header says. ``before``, ``after``: the checks
     without and with the ``plan``.
     """
@@ -60,6 +62,7 @@ class Rescue:
     placements: tuple[Placement, ...] = ()
     holes: tuple[int, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
+    left_out: tuple[str, ...] = ()
     larger: DiskSize | None = None
 
     @property
@@ -71,6 +74,11 @@ class Rescue:
     def count(self) -> int:
         """How many things come back: a header, tables that were placed, snapshots."""
         return self.changes_header + self.placed + len(self.snapshots)
+
+    @property
+    def refused(self) -> str | None:
+        """Why QEMU would not open the image as it would be; None where it would."""
+        return why_refused(self.after)
 
     @property
     def changes_header(self) -> bool:
@@ -163,7 +171,8 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
         header = before.layout.header
         headers = Found(header, [Hypothesis(header, b"", before.counters, ())])
         ground = _listing(source, _Ground(before, nothing, source, before, headers), means)
-        if ground.snapshots or ground.tables is not None:
+        found = ground.snapshots or ground.tables is not None
+        if found or (set(before.counts()) - {FindingKind.LEAK} <= _STOPS and before.stopped):
             return ground
     bare = None
     if means.may_be_bare and before.error is not None and not means.know_something:
@@ -171,10 +180,14 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
     is_bare = bare is not None and not bare.has_l1
     headers, size = _find_headers(source, bare, means)
     best = headers.best
+    if best is None and before.error is None and set(before.counts()) <= _NOT_OF_HEADER:
+        # With refcounts that are gone everything is wrong, and less where less is led to.
+        return _Ground(before, nothing, source, before, headers)
     if best is None or (size > source.size and not means.can_grow):
         raise _unknown(headers)
     if not best.changed:
-        return _Ground(before, nothing, source, before, headers)
+        ground = _Ground(before, nothing, source, before, headers)
+        return _listing(source, ground, means) if means.know_something else ground
     draft = Draft(source, can_grow=means.can_grow)
     draft.size = max(size, source.size)
     draft_header(draft, best, before)
@@ -184,19 +197,40 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
     return _listing(source, ground, means)
 
 
+_STOPS = {
+    FindingKind.CHECK_STOPPED,
+    FindingKind.BITMAP_DIRECTORY_INVALID,
+    FindingKind.BITMAP_ENTRY_INVALID,
+}
+_NOT_OF_HEADER = {
+    *_STOPS,
+    *_LOST_REFCOUNTS,
+    FindingKind.REFTABLE_ENTRY_RESERVED,
+    FindingKind.REFBLOCK_MISALIGNED,
+    FindingKind.REFBLOCK_PAST_END,
+    FindingKind.REFBLOCK_SHARED,
+}
+"""What a header is not to blame for: tables that QEMU would not load, refcounts that are gone."""
+
+
 def _listing(source: Source, ground: _Ground, means: _Means) -> _Ground:
     """*ground* with the snapshots that its table lost, and the tables without a place."""
-    listed = _listed_again(ground.image, ground.report, means)
-    if listed is not None:
-        plan = _then(ground.plan, listed.plan)
-        ground = replace(
-            ground,
-            plan=plan,
-            image=Overlay(source, plan),
-            report=listed.after,
-            snapshots=listed.snapshots,
-        )
+    ground = _with_snapshots(source, ground, means)
     return replace(ground, tables=_tables_under(ground.image, ground.report, means))
+
+
+def _with_snapshots(source: Source, ground: _Ground, means: _Means) -> _Ground:
+    listed = _listed_again(ground.image, ground.report, means)
+    if listed is None:
+        return ground
+    ground = _followed(source, ground, listed.plan, listed.after)
+    return replace(ground, snapshots=listed.snapshots)
+
+
+def _followed(source: Source, ground: _Ground, plan: Plan, after: Report) -> _Ground:
+    """*ground* and then *plan*, of which *after* is the check."""
+    plan = _then(ground.plan, plan)
+    return replace(ground, plan=plan, image=Overlay(source, plan), report=after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,30 +257,58 @@ def _listed_again(source: Source, report: Report, means: _Means) -> _Listed | No
 
 
 def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
-    """What is put back: *ground*, and on it the tables whose place is proven."""
-    tables = ground.tables
+    """What is put back: *ground*, the tables whose place is proven, and nothing that stops QEMU."""
+    tables, first = ground.tables, ground.report
     candidates: tuple[int, ...] = ()
     if tables is not None:
         tables, candidates = with_candidates(_without_contested(tables))
     placements = tables.placements if tables is not None else ()
+    is_placed = tables is not None and any(each.placed for each in placements)
+    if tables is not None and is_placed:
+        draft = Draft(ground.image, can_grow=means.can_grow)
+        _draft_l1(draft, tables)
+        ground = _settled(source, ground, draft.plan(RescueTier.RESCUE), means)
+        if has_no_table(ground.report):
+            # Its garbage may have stood in the way of listing them.
+            ground = _with_snapshots(source, ground, means)
+    ground, left_out = _without_stops(source, ground, means)
+    if tables is not None and is_placed and candidates:
+        # What one of several tables may map is not known to be zeros.
+        plan = _unreadable(ground.image, tables.l1.offset, candidates)
+        ground = _followed(source, ground, plan, ground.report)
+        ground = replace(ground, report=check_image(ground.image, progress=means.progress))
     result = Rescue(
-        ground.plan,
+        _in_order(source, ground.plan, ground.before),
         ground.headers,
         ground.before,
         ground.report,
         placements,
+        holes=candidates if is_placed else (),
         snapshots=ground.snapshots,
+        left_out=left_out,
     )
-    if tables is not None and result.placed:
-        draft = Draft(ground.image, can_grow=means.can_grow)
-        _draft_l1(draft, tables)
-        # What one of several tables may map is not known to be zeros.
-        holes = _Holes(tables.l1.offset, candidates)
-        plan, after = _settled(ground.image, draft.plan(RescueTier.RESCUE), holes, means)
-        result = replace(result, plan=_then(ground.plan, plan), holes=candidates, after=after)
-    result = replace(result, plan=_in_order(source, result.plan, ground.before))
-    _require_proof(result, ground.report)
+    _require_proof(result, first)
     return result
+
+
+_MOST_LEFT_OUT = 2
+"""The snapshot table, and the bitmaps."""
+
+
+def _without_stops(
+    source: Source, ground: _Ground, means: _Means
+) -> tuple[_Ground, tuple[str, ...]]:
+    """*ground* without what stops QEMU and cannot be brought back, and what that is."""
+    notes: list[str] = []
+    for _ in range(_MOST_LEFT_OUT):
+        found = leave_out(
+            ground.image, ground.report, can_grow=means.can_grow, progress=means.progress
+        )
+        if found is None:
+            break
+        ground = _followed(source, ground, found.plan, found.after)
+        notes += found.notes
+    return ground, tuple(notes)
 
 
 def _find_headers(source: Source, bare: Bare | None, means: _Means) -> tuple[Found, int]:
@@ -262,23 +324,13 @@ def _find_headers(source: Source, bare: Bare | None, means: _Means) -> tuple[Fou
     return found, source.size
 
 
-@dataclass(frozen=True, slots=True)
-class _Holes:
-    """Indices of the L1 table at ``l1_offset`` that nobody can read until somebody knows more."""
-
-    l1_offset: int
-    indices: tuple[int, ...]
-
-
-def _settled(source: Source, plan: Plan, holes: _Holes, means: _Means) -> tuple[Plan, Report]:
-    """*plan* with refcounts that agree with it, and with *holes*; and its check."""
-    can_grow, progress = means.can_grow, means.progress
-    after = check_image(Overlay(source, plan), progress=progress)
-    plan, after = _with_refcounts(source, plan, after, can_grow=can_grow, progress=progress)
-    if holes.indices:
-        plan = _then(plan, _unreadable(Overlay(source, plan), holes))
-        after = check_image(Overlay(source, plan), progress=progress)
-    return plan, after
+def _settled(source: Source, ground: _Ground, plan: Plan, means: _Means) -> _Ground:
+    """*ground* and then *plan*, with refcounts that agree with it."""
+    after = check_image(Overlay(ground.image, plan), progress=means.progress)
+    plan, after = _with_refcounts(
+        ground.image, plan, after, can_grow=means.can_grow, progress=means.progress
+    )
+    return _followed(source, ground, plan, after)
 
 
 def _then(plan: Plan, more: Plan) -> Plan:
@@ -421,15 +473,13 @@ def _explain(draft: Draft, l1_offset: int, indices: Sequence[int]) -> None:
     draft.explain(edits, len(indices))
 
 
-def _unreadable(image: Source, holes: _Holes) -> Plan:
-    """What makes those entries of an L1 table lead where nothing can be read."""
+def _unreadable(image: Source, l1_offset: int, indices: Sequence[int]) -> Plan:
+    """What makes entries of the L1 table at *l1_offset* lead where nothing can be read."""
     draft = Draft(image)
-    words = np.frombuffer(
-        read_bytes(image, holes.l1_offset, (holes.indices[-1] + 1) * 8), dtype=">u8"
-    ).copy()
-    words[list(holes.indices)] = entries.UNREADABLE
-    draft.write(StageKind.CORRECT, holes.l1_offset, words.tobytes())
-    _explain(draft, holes.l1_offset, holes.indices)
+    words = np.frombuffer(read_bytes(image, l1_offset, (indices[-1] + 1) * 8), dtype=">u8").copy()
+    words[list(indices)] = entries.UNREADABLE
+    draft.write(StageKind.CORRECT, l1_offset, words.tobytes())
+    _explain(draft, l1_offset, indices)
     return draft.plan(RescueTier.RESCUE)
 
 

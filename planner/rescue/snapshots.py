@@ -146,10 +146,11 @@ def _draft_table(scope: Scope, snapshots: Sequence[Snapshot]) -> bool:
 
     False where there is no room.
     """
-    if not scope.may_grow or not scope.may_write_header or scope.refcounts_are_shared:
-        return False
     content, size = b"".join(map(encode_snapshot, snapshots)), scope.geometry.cluster_size
-    offset = scope.place_for(len(content))
+    if not scope.may_write_header or scope.refcounts_are_shared:
+        return False
+    # What a table that is garbage leads to lies anywhere.
+    offset = scope.place_for(len(content)) if scope.may_grow_by(len(content)) else None
     if offset is None:
         return False
     scope.draft.write(StageKind.PREPARE, offset, content + bytes(-len(content) % size))

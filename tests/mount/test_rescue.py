@@ -9,6 +9,7 @@ import pytest
 
 from instarfs.image.directory import SUFFIX
 from tests.crash.test_rescue import rescue_of, sound
+from tests.images.builder import MIB
 from tests.instarfs.cli.test_rescue import LOST, PLAN, interrupted
 from tests.mount.mounts import MakeMount, instarfs
 from tests.mount.test_preview import qemu_check, written
@@ -75,6 +76,46 @@ def test_once_the_image_is_another_nothing_is_read_of_a_preview(
     for name in ("image.qcow2", "disk.raw", *(f"rescue/{name}" for name in RESCUE)):
         with pytest.raises(OSError, match="Stale"):
             (preview / name).read_bytes()
+
+
+def test_a_preview_takes_what_is_known_of_the_header(mount: MakeMount, lost: Path) -> None:
+    like = lost.with_name("like it.qcow2")
+    like.write_bytes(sound())
+    for known in (["--assume", "size=0x90000"], ["--header", str(like)]):
+        preview = mount(lost, "--preview", "rescue", *known)
+        size = (preview / "disk.raw").stat().st_size
+        assert size == (0x90000 if "--assume" in known else 3 * MIB)
+        told = preview.read("rescue/report.txt")
+        assert told.count(known[0]) == 2
+        plan = preview.read("rescue/plan.json")
+        preview.stop()
+        assert plan == instarfs("rescue", "--output", "json", *known, lost).stdout
+        out = lost.with_name("out.raw")
+        assert instarfs("export", "-q", "--preview", "rescue", *known, lost, out).returncode == 0
+        assert out.stat().st_size == size
+        out.unlink()
+        out.with_name("out.raw.map").unlink()
+
+
+@pytest.mark.parametrize("words", [["mount"], ["export"]])
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        (["--preview", "rescue", "--assume", "bogus=1"], "fields are"),
+        (["--preview", "rescue", "--assume", "size"], "is a number"),
+        (["--preview", "rescue", "--header", "/nowhere"], "/nowhere"),
+        (["--preview", "all", "--assume", "size=1"], "for --preview rescue"),
+        (["--header", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_of_what_is_known_the_same_is_refused(
+    words: list[str], known: list[str], says: str, lost: Path
+) -> None:
+    folder = lost.parent / "empty"
+    folder.mkdir()
+    refused = instarfs(*words, *known, lost, folder)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert says in refused.stderr
 
 
 def test_where_nothing_is_believed_nothing_is_mounted(tmp_path: Path) -> None:

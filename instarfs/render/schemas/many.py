@@ -163,6 +163,10 @@ def rescue() -> Schema:
                     },
                 ),
             ),
+            "left-out": array(
+                "what stopped QEMU and is not in the image any more", text("a sentence")
+            ),
+            "refused": maybe(text("why QEMU does not open the image as it would be")),
             "written-to": maybe(text("the rebuilt image")),
         },
     )

@@ -222,9 +222,75 @@ def test_what_somebody_knows_is_taken() -> None:
 
 def test_the_header_of_a_like_image_is_enough_where_it_fits() -> None:
     data = image()
-    found = find_headers(Bytes(without_header(data)), like=header_of(data))
+    like = header_of(data)
+    found = find_headers(Bytes(without_header(data)), like=like)
     assert found.best is not None
-    assert found.best.header == header_of(data)
+    # Nothing vouches for bitmaps that another image has.
+    assert found.best.header == with_fields(like, {"autoclear_features": 0})
+
+
+@cache
+def with_snapshots() -> bytes:
+    """A disk of which a snapshot has the most, so that its L1 table explains nearly all."""
+    builder = ImageBuilder(cluster_bits=12, size=8 * MIB)
+    for cluster in range(0, 1500, 3):
+        builder.write(cluster, b"data")
+    builder.take_snapshot("before")
+    builder.write(0, b"newer")
+    return bytes(builder.build().data)
+
+
+def lost_of(data: bytes, *names: str) -> bytes:
+    header, damaged = header_of(data), bytearray(without_header(data))
+    rng = random.Random(1)
+    for name in names:
+        start, length = {
+            "l1": (header.l1_table_offset, header.l1_size * 8),
+            "snapshots": (header.snapshots_offset, 4096),
+        }[name]
+        damaged[start : start + length] = rng.randbytes(length)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("names", [("l1",), ("snapshots",), ("l1", "snapshots")])
+@pytest.mark.parametrize("of", [{}, {"nb_snapshots": 0, "snapshots_offset": 0}, {"size": 4 * MIB}])
+def test_the_header_of_a_like_image_is_preferred_where_more_is_damaged(
+    names: tuple[str, ...], of: dict[str, int]
+) -> None:
+    data = with_snapshots()
+    true = header_of(data)
+    best = find_headers(Bytes(lost_of(data, *names)), like=with_fields(true, of)).best
+    assert best is not None
+    assert best.header.l1_table_offset == true.l1_table_offset
+    assert best.header.refcount_table_offset == true.refcount_table_offset
+    assert best.header.snapshots_offset in {0, true.snapshots_offset}
+    if "size" in of and "l1" not in names:
+        assert best.header.size >= 1500 << 12
+
+
+def test_the_header_of_an_image_that_is_not_like_it_is_not_believed() -> None:
+    data = with_snapshots()
+    for fields in ({"cluster_bits": 16}, {"refcount_order": 6}, {"l1_table_offset": 40960}):
+        like = with_fields(header_of(data), fields)
+        best = find_headers(Bytes(without_header(data)), like=like).best
+        assert best is not None
+        assert agrees(best.header, header_of(data))
+
+
+def test_a_header_that_is_there_stands_where_that_of_a_like_image_is_no_better() -> None:
+    data = with_snapshots()
+    like = with_fields(header_of(data), {"size": 16 * MIB})
+    best = find_headers(Bytes(data), like=like).best
+    assert best is not None
+    assert best.changed == ()
+
+
+def test_the_name_of_a_backing_file_that_is_gone_is_none() -> None:
+    data = with_snapshots()
+    like = with_fields(header_of(data), {"backing_file_offset": 512, "backing_file_size": 20})
+    best = find_headers(Bytes(lost_of(data)), like=like).best
+    assert best is not None
+    assert best.header.backing_file_offset == best.header.backing_file_size == 0
 
 
 @pytest.mark.parametrize("data", [b"", bytes(1 << 20), random.Random(2).randbytes(1 << 20)])
