@@ -457,6 +457,7 @@ _UNCOUNTED = {
     "torn": "The image was in use, or written to, during the check: nothing is known of it.",
     "unsettled": "The image never held still, and nothing in it was confirmed to be wrong.",
     "corrupt": "The image is damaged: something in it is, or may become, wrong.",
+    "leaks": "Clusters behind the end of the file are counted as used: something may be lost.",
     "marked-corrupt": "The metadata is consistent, but the image is marked corrupt.",
     "dirty": "The metadata is consistent, but the image was not closed properly.",
 }

@@ -20,6 +20,7 @@ from planner.check.entry_findings import EntryFindings
 from planner.check.entry_rules import L1_RULES, L1Columns, expected
 from planner.check.overwritten import find_overwritten, find_overwritten_l1
 from planner.check.owners import OwnersFinder, contested_clusters, first_guest_owners
+from planner.check.past_end import lost_past_end
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.refcount_walk import count_references
 from planner.check.report import CheckCounters, Report
@@ -88,6 +89,7 @@ class _Check:
         self._findings = FindingsBuilder()
         self._meter.advance(0)
         self._survey = survey = take_survey(source, layout, self._findings)
+        self._is_partial = only is not None
         if only is not None:
             walked = np.isin(survey.tables.offset[survey.present], only)
             self._survey = replace(survey, present=survey.present[walked])
@@ -390,7 +392,23 @@ class _Check:
             holds_compressed=census.compressed is not None,
             cut_off=find_cut(self._source, self._layout, found),
         )
-        return concluded(report)
+        return concluded(self._with_lost_past_end(report))
+
+    def _with_lost_past_end(self, report: Report) -> Report:
+        """With what refcounts alone show of a file that was cut off."""
+        first, bits = self._layout.host_clusters, self._geometry.cluster_bits
+        end = 0 if self._is_partial else self._stored.counted_end(first)
+        lost = lost_past_end(self._source, report) if end else 0
+        if not lost:
+            return report
+        more = FindingsBuilder()
+        more.add(
+            FindingKind.LEAK_PAST_END,
+            host_offset=first << bits,
+            length=(end - first) << bits,
+            found=lost,
+        )
+        return replace(report, findings=report.findings.joined(more.build()))
 
 
 def concluded(report: Report) -> Report:

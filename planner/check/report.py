@@ -173,7 +173,7 @@ class Report:
             (corrupt, "corrupt"),
             (FindingKind.CORRUPT_BIT in kinds, "marked-corrupt"),
             (self.live is not None and self.live.as_of is None, "unsettled"),
-            (self.counters.leaks, "leaks"),
+            (self.counters.leaks or FindingKind.LEAK_PAST_END in kinds, "leaks"),
             (FindingKind.DIRTY_BIT in kinds, "dirty"),
         ):
             if applies:
@@ -185,7 +185,8 @@ class Report:
         """What a check of it ends with: that of its verdict, 0 for nothing but ``clean``.
 
         Where ``qemu-img check`` says 0 and this does not: a cluster with two owners, a LUKS header
-        that QEMU refuses, a last cluster that is cut off, the corrupt bit, the dirty bit.
+        that QEMU refuses, a last cluster that is cut off, a table without entries where clusters
+        behind the end of the file are counted, the corrupt bit, the dirty bit.
         """
         if self.error is not None:
             return self.error.exit_code

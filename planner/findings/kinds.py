@@ -138,6 +138,7 @@ class FindingKind(IntEnum):
     COMPRESSED_UNREADABLE = 39
     ZERO_IN_VERSION_2 = 40
     LUKS_KEY_SLOT_GONE = 41
+    LEAK_PAST_END = 42
 
     @property
     def label(self) -> str:
@@ -386,6 +387,14 @@ KINDS: dict[FindingKind, KindInfo] = {
         "refcount",
         "references",
         tier="leaks",
+    ),
+    FindingKind.LEAK_PAST_END: KindInfo(
+        _S.LEAK,
+        "clusters behind the end of the file are counted as used, and a table has no entry that may"
+        " have led to them: the file was cut off, or a program ended while it grew",
+        "counted clusters",
+        left="what was there is not in the file",
+        counted=False,
     ),
     FindingKind.CORRUPT_BIT: KindInfo(
         _S.NOTICE,

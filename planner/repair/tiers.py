@@ -284,34 +284,47 @@ def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) 
     del first
     scope = _draft_determined(begun, report, tier, means)
     if not begun.triage.is_buried or _speaks_still(begun, scope, means):
-        return _with_shares(begun, Drafted(scope, begun.triage, kept=begun.shown))
+        return _with_notes(begun, Drafted(scope, begun.triage, kept=begun.shown))
     del scope
     nothing = np.zeros(0, dtype=np.int64)
     begun = replace(begun, stay=nothing, kept=nothing)
     scope = _draft_determined(begun, report, tier, means)
-    return _with_shares(begun, Drafted(scope, begun.triage, gives_up=True))
+    return _with_notes(begun, Drafted(scope, begun.triage, gives_up=True))
 
 
-def _with_shares(begun: _Begun, drafted: Drafted) -> Drafted:
-    """With those that had a cluster in common with refcounts, where these are made anew.
+def _with_notes(begun: _Begun, drafted: Drafted) -> Drafted:
+    """With what the old refcounts told, and new ones do not: a sentence each.
 
-    Nothing else tells of it any more: not what reads refcounts in place of its own.
+    That the file was cut off; and that something reads refcounts in place of its own.
     """
     before, after = begun.scope, drafted.scope
-    if after.report is before.report or not before.refcounts_are_shared:
+    if after.report is before.report:
         return drafted
-    shares = shared_by(before.report).without(shared_by(after.report).clusters)
-    shared = shared_refcounts(before.source, before.report)
-    shares = shares.select(np.flatnonzero(is_among(shares.owners.cluster, shared)))
+    kind = FindingKind.LEAK_PAST_END
+    is_gone = kind not in after.report.counts()
+    lost = int(before.report.findings.of(kind).found.sum()) if is_gone else 0
+    shares = _no_longer_shared(before, after)
     number = len(shares.clusters)
-    if not number:
-        return drafted
-    note = (
+    of_loss = (
+        f"{plural(lost, 'cluster')} behind the end of the file {'is' if lost == 1 else 'are'}"
+        " counted, of a table that is lost: nothing will show it any more"
+    )
+    of_shares = (
         f"{plural(number, 'cluster')} of refcounts {'is' if number == 1 else 'are'} something"
         " else's too, which reads wrong bytes there: with refcounts made anew elsewhere it keeps"
         " the place, and nothing will show it any more"
     )
-    return replace(drafted, shares=shares.with_refcounts_anew(), notes=(note,))
+    notes = (*([of_loss] if lost else []), *([of_shares] if number else []))
+    return replace(drafted, shares=shares.with_refcounts_anew(), notes=notes)
+
+
+def _no_longer_shared(before: Scope, after: Scope) -> Shares:
+    """Who had a cluster in common with refcounts, which lie elsewhere now."""
+    if not before.refcounts_are_shared:
+        return Shares()
+    shares = shared_by(before.report).without(shared_by(after.report).clusters)
+    shared = shared_refcounts(before.source, before.report)
+    return shares.select(np.flatnonzero(is_among(shares.owners.cluster, shared)))
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:

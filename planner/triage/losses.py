@@ -16,6 +16,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, U32, U64, Mask, distinct, expand_ranges
 from planner.check.claims import refcounts_are_shared
+from planner.check.past_end import references_past_end
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.findings.wording import plural
@@ -25,7 +26,6 @@ from planner.qcow2 import entries
 from planner.source import Source, present_tables, read_tables
 from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
-from planner.triage.past_end import references_past_end
 from planner.triage.strays import Strays, count_owners
 from planner.triage.traces import Traces
 

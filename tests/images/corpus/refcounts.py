@@ -106,6 +106,29 @@ def leak_behind_the_end_of_the_file() -> Rule:
 
 
 @rule
+def leak_behind_the_end_that_a_lost_table_led_to() -> Rule:
+    """Behind the end nothing leaks to QEMU; a table without entries may have led there."""
+    image = plain()
+    data = image.host_offset(image.geometry.l2_entries)
+    image.set_word(image.l2_at(image.geometry.l2_entries), 0)
+    image.set_refcount(data // SIZE, 0)
+    for number in range(3):
+        image.set_refcount(image.host_clusters + number, 1)
+    return Rule(
+        image,
+        [
+            finding(
+                Kind.LEAK_PAST_END,
+                structure=Structure.CLUSTER,
+                host_offset=len(image.data),
+                length=3 * SIZE,
+                found=3,
+            )
+        ],
+    )
+
+
+@rule
 def refcount_low() -> Rule:
     """A refcount below the number of references; its COPIED flag was right before."""
     image = with_snapshot()

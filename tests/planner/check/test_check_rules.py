@@ -61,7 +61,8 @@ def exit_code(rule: Rule) -> int:
     damaged = any(KINDS[kind].severity is Severity.CORRUPTION for kind in kinds)
     if damaged or FindingKind.CORRUPT_BIT in kinds:
         return 2
-    return 3 if rule.leaks or FindingKind.DIRTY_BIT in kinds else 0
+    leaks = any(KINDS[kind].severity is Severity.LEAK for kind in kinds)
+    return 3 if leaks or FindingKind.DIRTY_BIT in kinds else 0
 
 
 @pytest.mark.parametrize("make", RULES.values(), ids=RULES)

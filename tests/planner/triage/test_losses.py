@@ -784,6 +784,8 @@ def test_what_a_lost_table_led_to_is_missing_where_all_of_it_was_behind_the_end(
     image = wiped_table_of_what_was_cut_off()
     report = check_image(image.source)
     assert not report.counters.leaks
+    assert report.counts() == {FindingKind.LEAK_PAST_END: 1}
+    assert (report.verdict, report.exit_code) == ("leaks", 3)
     losses = triage_leaks(image.source, report).losses
     assert (losses.missing, losses.behind) == (PER_TABLE * CLUSTER, PER_TABLE)
 
@@ -792,6 +794,7 @@ def test_without_a_lost_table_what_is_counted_behind_the_end_is_not_missing() ->
     image = disk().build()
     image.set_refcount(image.host_clusters + 3, 1)
     assert triage(image).losses.missing == 0
+    assert check_image(image.source).verdict == "clean"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, distinct
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
-from planner.findings.kinds import FindingKind, join_findings
+from planner.findings.kinds import ACTIVE, FindingKind, join_findings
+from planner.metadata.mapping_tables import read_l1_tables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
-from planner.source import Source
+from planner.qcow2 import entries
+from planner.qcow2.layout import Layout
+from planner.source import Source, present_tables, read_tables
+
+
+def lost_past_end(source: Source, report: Report) -> int:
+    """How many of these a table of the disk may have had that has no entry left; 0 without one."""
+    layout = report.layout
+    if layout is None:
+        return 0
+    geometry, header = layout.geometry, layout.header
+    needed = min(header.l1_size, geometry.l1_entries_needed)
+    offset = distinct(read_l1_tables(source, [(ACTIVE, header.l1_table_offset, needed)]).offset)
+    offset = offset[(offset % geometry.cluster_size == 0) & (offset < layout.file_size)]
+    present = present_tables(source, offset, geometry.cluster_size)
+    if present.all() and not any(_are_empty(source, offset, layout)):
+        return 0
+    return references_past_end(source, report)
+
+
+def _are_empty(source: Source, offsets: I64, layout: Layout) -> Iterator[bool]:
+    """Whether one of the L2 tables at *offsets* leads nowhere, in batches."""
+    flags = entries.ZERO | (0 if layout.geometry.external_data else entries.COPIED)
+    for _, rows in read_tables(source, offsets, layout.geometry.cluster_size):
+        words, _ = entries.split_entries(entries.decode_words(rows), layout.geometry.extended_l2)
+        yield bool((~((words & ~np.uint64(flags)) != 0).any(axis=1)).any())
 
 
 def references_past_end(source: Source, report: Report) -> int:
