@@ -790,6 +790,32 @@ def test_what_a_lost_table_led_to_is_missing_where_all_of_it_was_behind_the_end(
     assert (losses.missing, losses.behind) == (PER_TABLE * CLUSTER, PER_TABLE)
 
 
+def test_refcounts_made_anew_tell_of_nothing_behind_the_end_which_asks_for_the_id() -> None:
+    image = wiped_table_of_what_was_cut_off()
+    image.set_word(image.l2_at(1), image.refblock(0) | entries.COPIED)
+    found = proposal(image, RepairTier.ALL)
+    assert FindingKind.LEAK_PAST_END not in found.after.counts()
+    assert f"{PER_TABLE} clusters behind the end of the file are counted" in found.warnings[-2]
+
+
+@pytest.mark.parametrize("word", [entries.ZERO, entries.COPIED])
+def test_flags_alone_are_no_entries_that_led_behind_the_end(word) -> None:
+    image = wiped_table_of_what_was_cut_off()
+    image.set_word(image.l2_at(2 * image.geometry.l2_entries), word)
+    assert check_image(image.source).verdict == "leaks"
+    assert triage(image).losses.behind == PER_TABLE
+
+
+def test_a_table_with_an_entry_is_not_lost_because_of_what_is_counted_behind_the_end() -> None:
+    image = wiped_table_of_what_was_cut_off()
+    first = 2 * image.geometry.l2_entries
+    data = disk().build().host_offset(first)
+    image.set_refcount(data // CLUSTER, 1)
+    image.set_word(image.l2_at(first), data | entries.COPIED)
+    assert check_image(image.source).verdict == "clean"
+    assert triage(image).losses.missing == 0
+
+
 def test_without_a_lost_table_what_is_counted_behind_the_end_is_not_missing() -> None:
     image = disk().build()
     image.set_refcount(image.host_clusters + 3, 1)
