@@ -57,7 +57,7 @@ def live_lines(report: Report) -> list[str]:
             f"Looked at again and confirmed: {plural(live.confirmed, 'finding')}. No moment between"
             " two writes of that program looks like that."
         )
-    if report.counters.leaks:
+    if {FindingKind.LEAK, FindingKind.LEAK_PAST_END} & report.counts().keys():
         lines.append(_LEAKS)
     if FindingKind.DIRTY_BIT in report.counts():
         lines.append(_NO_REFCOUNTS)

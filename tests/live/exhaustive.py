@@ -163,7 +163,7 @@ def scripts(seed: int) -> Iterator[Script]:
 
 def healthy_findings(script: Script) -> set[FindingKind]:
     """What there is between two writes of a program that does this to a healthy image."""
-    allowed = {FindingKind.LEAK, FindingKind.DIRTY_BIT}
+    allowed = {FindingKind.LEAK, FindingKind.LEAK_PAST_END, FindingKind.DIRTY_BIT}
     if any(OPERATIONS[name].snapshots for name in script.names):
         allowed |= {FindingKind.L1_COPIED, FindingKind.L2_COPIED}
     if "shrink" in script.names:

@@ -35,7 +35,7 @@ COPIED = {FindingKind.L1_COPIED, FindingKind.L2_COPIED}
 """What QEMU leaves wrong while it takes or deletes a snapshot, and mends at the end."""
 
 OF_REFCOUNTS = {*COPIED, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING}
-HARMLESS = {FindingKind.LEAK, FindingKind.DIRTY_BIT}
+HARMLESS = {FindingKind.LEAK, FindingKind.LEAK_PAST_END, FindingKind.DIRTY_BIT}
 
 Watch = Callable[[str, Step, bytearray], None]
 
