@@ -189,10 +189,10 @@ class Found:
         return stands if wrong and not stands.score[0] else best
 
     def _that_is_there(self) -> Hypothesis | None:
-        """The header as it is, where it can be read and no other leaves less wrong; or None."""
+        """The header as it is, where it can be read and no other leaves far less wrong; or None."""
         can_be = [each for each in self.hypotheses if not each.score[0]]
-        least = min((each.wrong for each in can_be), default=0)
-        return next((each for each in can_be if not each.changed and each.wrong == least), None)
+        most = STANDS_OUT * min((each.wrong for each in can_be), default=0)
+        return next((each for each in can_be if not each.changed and each.wrong < most), None)
 
     @property
     def rival(self) -> Hypothesis | None:
@@ -202,8 +202,23 @@ class Found:
         return next(others, None)
 
 
+def _explains_less(one: Hypothesis, stands: Hypothesis) -> bool:
+    """Whether more of what is counted is nobody's under *one* than under *stands*.
+
+    Tables of which nothing is wrong, since they lead nowhere, are no better than those that lead to
+    all that is counted, and to some garbage.
+    """
+    is_comparable = _counts_of(one.header) == _counts_of(stands.header)
+    return is_comparable and one.counters.leaks > stands.counters.leaks
+
+
 def _lists(left: Left | None) -> bool:
     return left is not None and left.snapshots > 0
+
+
+def _counts_of(header: Header) -> tuple[int, ...]:
+    """What says what is counted: under other refcounts other clusters leak."""
+    return header.cluster_bits, header.refcount_table_offset, header.refcount_order
 
 
 def _tables_of(header: Header) -> tuple[int, ...]:
@@ -287,8 +302,9 @@ class _Search:
     def best(self) -> list[Hypothesis]:
         """The hypotheses, the best first."""
         found = [each for each in self._tried.values() if each is not None]
+        stands = next((each for each in found if not each.changed and not each.score[0]), None)
         return sorted(
-            found,
+            [each for each in found if stands is None or not _explains_less(each, stands)],
             key=lambda it: (
                 it.header != self._first,
                 it.score,
@@ -531,7 +547,8 @@ class _Search:
             is_rival = each.score[1] < STANDS_OUT * found.hypotheses[0].wrong
             if is_rival and not each.score[0] and len(likely) < MAX_CANDIDATES:
                 likely.setdefault(_tables_of(each.header), each)
-        stands = any(not each.changed for each in likely.values())
+        # One that can be read is not changed to please what more is listed.
+        stands = any(not each.changed and not each.score[0] for each in found.hypotheses)
         if self.is_settled or stands or len(likely) < 2:
             return
         left = {

@@ -17,7 +17,7 @@ from planner.qcow2.extensions import (
 )
 from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
 from planner.rescue.headers import find_headers, with_fields
-from planner.source import Bytes
+from planner.source import Bytes, nonzero_words
 from tests.images.builder import MIB, ImageBuilder
 from tests.instarfs.repair.test_run import healthy
 
@@ -317,6 +317,27 @@ def test_a_header_that_is_there_stands_where_no_other_leaves_less_wrong() -> Non
     del counts
     data[block + 2 * shared : block + 2 * shared + 2] = (1).to_bytes(2, "big")
     found = find_headers(Bytes(bytes(data))).best
+    assert found is not None
+    assert found.changed == ()
+
+
+@pytest.mark.parametrize("what", ["l2-garbage", "refcounts-garbage"])
+@pytest.mark.parametrize(("bits", "order"), [(9, 0), (10, 4), (12, 4)])
+def test_a_header_that_is_there_stands_where_another_leads_to_less_of_the_file(
+    bits: int, order: int, what: str
+) -> None:
+    # Of tables that lead nowhere nothing is wrong, but that all that is counted leaks.
+    rng, clusters = random.Random(0), 1 << 12
+    made = ImageBuilder(cluster_bits=bits, size=clusters << bits, refcount_order=order)
+    for _ in range(7):
+        at, length = rng.randrange(clusters - 125), rng.choice([1, 16, 32, 125])
+        made.write(at, b"".join((b"%d\n" % each).ljust(1 << bits, b"x") for each in range(length)))
+    image = made.build()
+    tables = [offset for index in range(4 * clusters >> bits) if (offset := image.l2_table(index))]
+    hit = max(tables, key=lambda at: len(nonzero_words(image.source, at, 1 << bits >> 3)[0]))
+    start = hit if what == "l2-garbage" else image.refblock(0)
+    image.data[start : start + (1 << bits)] = random.Random(2).randbytes(1 << bits)
+    found = find_headers(Bytes(bytes(image.data))).best
     assert found is not None
     assert found.changed == ()
 
