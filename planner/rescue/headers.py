@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 
@@ -262,6 +262,30 @@ def find_headers(
     size = size if is_it else None
     complete = not search.is_tired
     return Found(search.now, hypotheses, size, search.with_snapshots, complete, search.given)
+
+
+def find_moved_l1(source: Source, report: Report, offsets: Iterable[int]) -> Found | None:
+    """The header of *source* as it is, but for where its L1 table lies: at one of *offsets*, or up
+    to its length before it, and nothing at all is wrong then. None where that is not so, or of two.
+
+    *report*: the check of it as it is.
+    """
+    if report.layout is None:
+        return None
+    now, size = report.layout.header, report.geometry.cluster_size
+    before = range(min(max(1, -(-now.l1_size * 8 // size)), MAX_CANDIDATES))
+    starts = (offset - ahead * size for offset in offsets for ahead in before)
+    found = []
+    for start in itertools.islice(dict.fromkeys(starts), MAX_CANDIDATES):
+        header = replace(now, l1_table_offset=start)
+        content = encode_header(header)
+        counters = check_image(Patched(source, 0, content), limits=_COUNTED).counters
+        hypothesis = Hypothesis(header, content, counters, ("l1_table_offset",))
+        if not any(hypothesis.score):
+            found.append(hypothesis)
+    if len(found) != 1:
+        return None
+    return Found(now, [*found, Hypothesis(now, b"", report.counters, ())])
 
 
 def _table_bytes(source: Source, report: Report) -> int:

@@ -27,12 +27,19 @@ from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
-from planner.rescue.headers import Found, Hypothesis, find_headers, mapping_all
+from planner.rescue.headers import (
+    Found,
+    Hypothesis,
+    find_headers,
+    find_moved_l1,
+    mapping_all,
+)
 from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
-from planner.rescue.snapshots import plan_snapshots
+from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
+from planner.triage.triage import Triage, triage_leaks
 
 _LOST_REFCOUNTS = (
     FindingKind.REFCOUNT_MISSING,
@@ -166,19 +173,23 @@ class _Ground:
 
 def _ground(source: Source, before: Report, means: _Means) -> _Ground:
     nothing = Draft(source, can_grow=means.can_grow).plan(RescueTier.RESCUE)
+    moved = None
     if before.layout is not None and not means.know_something:
+        header, triage = before.layout.header, _leaks_of(source, before, means)
+        moved = _moved_l1(source, before, triage)
         # With a header under which something is found there is nothing wrong but that.
-        header = before.layout.header
         headers = Found(header, [Hypothesis(header, b"", before.counters, ())])
-        ground = _listing(source, _Ground(before, nothing, source, before, headers), means)
+        as_it_is = _Ground(before, nothing, source, before, headers)
+        ground = as_it_is if moved else _listing(source, as_it_is, means, triage)
         found = ground.snapshots or ground.tables is not None
-        if found or (set(before.counts()) - {FindingKind.LEAK} <= _STOPS and before.stopped):
+        is_stopped = set(before.counts()) - {FindingKind.LEAK} <= _STOPS and before.stopped
+        if found or (is_stopped and not moved):
             return ground
     bare = None
     if means.may_be_bare and before.error is not None and not means.know_something:
         bare = find_bare(source, means.scan, means.progress)
     is_bare = bare is not None and not bare.has_l1
-    headers, size = _find_headers(source, bare, means)
+    headers, size = (moved, source.size) if moved else _find_headers(source, bare, means)
     best = headers.best
     if best is None and before.error is None and set(before.counts()) <= _NOT_OF_HEADER:
         # With refcounts that are gone everything is wrong, and less where less is led to.
@@ -213,14 +224,35 @@ _NOT_OF_HEADER = {
 """What a header is not to blame for: tables that QEMU would not load, refcounts that are gone."""
 
 
-def _listing(source: Source, ground: _Ground, means: _Means) -> _Ground:
-    """*ground* with the snapshots that its table lost, and the tables without a place."""
-    ground = _with_snapshots(source, ground, means)
+def _moved_l1(source: Source, before: Report, triage: Triage | None) -> Found | None:
+    """The header under which one of the lost L1 tables is the disk's, and nothing is wrong."""
+    if triage is None:
+        return None
+    lost = lost_l1_tables(before.geometry, triage)
+    return find_moved_l1(source, before, [each.offset for each in lost])
+
+
+def _leaks_of(source: Source, report: Report, means: _Means) -> Triage | None:
+    if not report.counters.leaks:
+        return None
+    return triage_leaks(source, report, progress=means.progress)
+
+
+def _listing(
+    source: Source, ground: _Ground, means: _Means, triage: Triage | None = None
+) -> _Ground:
+    """*ground* with the snapshots that its table lost, and the tables without a place.
+
+    *triage*: of its leaks, where that is known.
+    """
+    ground = _with_snapshots(source, ground, means, triage)
     return replace(ground, tables=_tables_under(ground.image, ground.report, means))
 
 
-def _with_snapshots(source: Source, ground: _Ground, means: _Means) -> _Ground:
-    listed = _listed_again(ground.image, ground.report, means)
+def _with_snapshots(
+    source: Source, ground: _Ground, means: _Means, triage: Triage | None = None
+) -> _Ground:
+    listed = _listed_again(ground.image, ground.report, means, triage)
     if listed is None:
         return ground
     ground = _followed(source, ground, listed.plan, listed.after)
@@ -242,10 +274,12 @@ class _Listed:
     snapshots: tuple[Snapshot, ...]
 
 
-def _listed_again(source: Source, report: Report, means: _Means) -> _Listed | None:
+def _listed_again(
+    source: Source, report: Report, means: _Means, triage: Triage | None
+) -> _Listed | None:
     """The snapshots that the table lost; None where none are, or not without new damage."""
     can_grow, progress = means.can_grow, means.progress
-    step = plan_snapshots(source, report, can_grow=can_grow, progress=progress)
+    step = plan_snapshots(source, report, triage=triage, can_grow=can_grow, progress=progress)
     if step is None:
         return None
     plan, snapshots = step

@@ -75,16 +75,19 @@ def plan_snapshots(
     source: Source,
     report: Report,
     *,
+    triage: Triage | None = None,
     can_grow: bool = True,
     progress: Progress = tell_nobody,
 ) -> tuple[Plan, tuple[Snapshot, ...]] | None:
     """What lists the lost snapshots of *source* again, and which; None where none is lost.
 
-    *report*: the check of *source*. Refcounts of what is new are not in the plan.
+    *report*: the check of *source*; *triage*: of its leaks, where somebody has asked already.
+    Refcounts of what is new are not in the plan.
     """
     if report.layout is None or not report.counters.leaks:
         return None
-    lost = list(lost_l1_tables(report.geometry, triage_leaks(source, report, progress=progress)))
+    triage = triage or triage_leaks(source, report, progress=progress)
+    lost = list(lost_l1_tables(report.geometry, triage))
     header = report.layout.header
     table, _ = read_reachable_snapshots(source, header, report.geometry)
     there = table.snapshots.there()

@@ -13,6 +13,7 @@ from planner.repair.plan import RescueTier, StageKind
 from planner.rescue.headers import Hypothesis
 from planner.rescue.rescue import Rescue, draft_header, rescue
 from planner.source import SECTOR, Bytes, present_bytes, read_bytes
+from tests.images.builder import ImageBuilder
 from tests.instarfs.repair.test_run import healthy
 from tests.planner.rescue.test_headers import without_header
 
@@ -71,3 +72,31 @@ def test_what_can_be_read_is_marked_corrupt_while_it_has_parts_of_both() -> None
     assert marked.incompatible_features & Incompatible.CORRUPT
     assert stages[-1].sectors.tolist() == [0]
     assert read_bytes(draft.overlay(), 0, 4096) == other.content
+
+
+@pytest.mark.parametrize("to", ["refcounts", "l2-table", "data", "behind-the-end", "snapshot"])
+@pytest.mark.parametrize(("bits", "size"), [(9, 1 << 17), (16, 1 << 31)])
+def test_a_table_that_the_header_leads_past_is_its_again_where_all_agrees_then(
+    bits: int, size: int, to: str
+) -> None:
+    made = ImageBuilder(cluster_bits=bits, size=size)
+    made.write(3, b"d" * (2 << bits))
+    for quarter in (1, 2, 3):
+        made.write((size >> bits + 2) * quarter, b"e")
+    made.take_snapshot("one")
+    made.write(4, b"f")
+    image = made.build()
+    true, header = bytes(image.data), image.header
+    places = {
+        "refcounts": header.refcount_table_offset,
+        "l2-table": image.l2_table(0),
+        "data": image.host_offset(4),
+        "behind-the-end": len(true) + (8 << bits),
+        "snapshot": image.snapshots[0].l1_table_offset,
+    }
+    image.change_header(l1_table_offset=places[to])
+    source = image.source
+    found = rescue(source)
+    assert found.headers.best is not None
+    assert found.headers.best.changed == ("l1_table_offset",)
+    assert read_bytes(Overlay(source, found.plan), 0, len(true)) == true
