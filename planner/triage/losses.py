@@ -38,6 +38,7 @@ class CauseKind(StrEnum):
     OLDER = "older-than-a-table"
     SHARED = "shared-with-a-snapshot"
     EXCHANGED = "exchanged-table"
+    SNAPSHOT_TABLE = "table-of-zeros-of-a-snapshot"
     OVERWRITTEN_TABLE = "table-overwritten"
     EMPTY_ENTRY = "empty-l1-entry"
     DAMAGED_ENTRY = "damaged-entry"
@@ -57,7 +58,7 @@ _TABLES = {
     ),
 }
 
-_IN_USE = (CauseKind.SHARED, CauseKind.EXCHANGED)
+_IN_USE = (CauseKind.SHARED, CauseKind.EXCHANGED, CauseKind.SNAPSHOT_TABLE)
 """What is lost is in use elsewhere: no cluster shows it that is free otherwise."""
 
 
@@ -107,6 +108,11 @@ class Cause:
             return (
                 f"a snapshot has what the disk may have lost: {lacks} nothing in the place of"
                 f" {self.what}"
+            )
+        if self.kind is CauseKind.SNAPSHOT_TABLE:
+            return (
+                "a snapshot may have lost what others still have, counted once more than they use"
+                f" it: {self._entries('leads', 'lead')} to {_TABLES[CauseKind.EMPTY_TABLE]}"
             )
         return f"{self._entries('leads', 'lead')} to {_TABLES[self.kind]}"
 
@@ -340,6 +346,7 @@ def _causes(
     coverage, counts = report.geometry.l2_coverage, report.counts()
     yield from _of_shared(disk.shared, coverage)
     if not len(homeless):
+        yield from _of_windows(CauseKind.SNAPSHOT_TABLE, *disk.emptied_beside_others(), coverage)
         return
     elsewhere = _leading_elsewhere(source, report)
     more = max(0, len(homeless) - sum(elsewhere.values()))
@@ -706,6 +713,35 @@ class _Disk:
         """The snapshots with tables of their own that are gone, in whole or in part."""
         numbers = distinct(np.concatenate([number for number, _ in self._all_windows()]))
         return tuple(numbers[numbers != ACTIVE].tolist())
+
+    def emptied_beside_others(self) -> tuple[I64, I64]:
+        """(snapshot, L1 index) of tables of snapshots without any entry, where another disk has
+        clusters that have lost a reference.
+        """
+        number, index = self.windows.zeros
+        number, index = number[number != ACTIVE], index[number != ACTIVE]
+        regions = self._report.regions
+        tables = regions.select(regions.structure == Structure.L2_TABLE)
+        tables = tables.select(
+            np.isin(tables.l1_index, index) & ~np.isin(tables.offset, self._gone)
+        )
+        tables = tables.select(tables.offset % self._geometry.cluster_size == 0)
+        size = self._geometry.cluster_size
+        tables = tables.select(present_tables(self._source, tables.offset, size, anyway=0))
+        has_lost = np.zeros(len(tables.offset), dtype=np.bool_)
+        if len(self._in_use):
+            for part, rows in read_tables(self._source, tables.offset, size):
+                hosts = self._hosts(entries.decode_words(rows))
+                has_lost[part] = np.isin(hosts, self._in_use).any(axis=1)
+        beside = np.isin(index, tables.l1_index[has_lost])
+        return number[beside], index[beside]
+
+    def _hosts(self, words: U64) -> I64:
+        """The clusters that L2 entries lead to, of compressed ones the first of each."""
+        words, _ = entries.split_entries(words, self._geometry.extended_l2)
+        offsets, is_packed = entries.l2_offsets(words), (words & np.uint64(entries.COMPRESSED)) != 0
+        offsets[is_packed], _ = entries.compressed_ranges(words[is_packed], self._geometry)
+        return offsets >> self._geometry.cluster_bits
 
     def _all_windows(self) -> tuple[tuple[I64, I64], ...]:
         return self.windows.zeros, self.windows.parts, self.windows.overwritten

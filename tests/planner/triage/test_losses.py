@@ -691,6 +691,44 @@ def test_refcounts_that_are_lost_too_leave_what_a_snapshot_has() -> None:
     assert proposal(image, RepairTier.ALL).needs_quote
 
 
+@pytest.mark.parametrize("tier", DETERMINED)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_sign_that_a_snapshot_lost_what_the_disk_has_stays(
+    tier: RepairTier, is_packed: bool
+) -> None:
+    builder = ImageBuilder(cluster_bits=9, size=1 << 20)
+    for cluster in range(3):
+        if is_packed:
+            builder.write_compressed(cluster, b"%d" % cluster * 400)
+        else:
+            builder.write(cluster, b"%d" % cluster * 512)
+    builder.take_snapshot("one")
+    builder.write_zeros(3)
+    image = builder.build()
+    assert proposal(image, tier).plan.changes_nothing
+    wipe(image, image.l2_table(0, 0))
+    found = proposal(image, tier)
+    assert found.needs_quote
+    assert "L1 entry 0 of snapshot 0 (32768 bytes at guest offset 0)" in " ".join(found.warnings)
+    if tier is RepairTier.ALL:
+        assert found.after.verdict == "leaks"
+
+
+def test_an_empty_table_of_a_snapshot_has_lost_nothing_that_is_counted_elsewhere() -> None:
+    builder = ImageBuilder(cluster_bits=9, size=1 << 20)
+    builder.write(0, b"a" * 512)
+    builder.write(100, b"b" * 512)
+    builder.take_snapshot("one")
+    builder.write_zeros(1)
+    image = builder.build()
+    wipe(image, image.l2_table(0, 0))
+    image.set_refcount(image.host_offset(0) // 512, 1)
+    image.set_bits(image.l2_at(0), entries.COPIED)
+    image.set_refcount(image.host_offset(100) // 512, 3)
+    assert causes(image) == set()
+    assert not proposal(image, RepairTier.LEAKS).needs_quote
+
+
 # ---- refcounts that are lost too ----
 
 
