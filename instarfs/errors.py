@@ -382,6 +382,24 @@ class OutOccupied(InstarfsError):
 
 
 @dataclass(eq=False)
+class RescueStateFailed(InstarfsError):
+    """{path}: cannot be used as the state of this rescue: {reason}; name another file (--state), or
+    put this one aside: the next rescue begins a new one
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class RescueStopped(InstarfsError):
+    """{path}: stopped; {state} keeps how far it was: start the same command again to go on"""
+
+    path: str
+    state: str
+
+
+@dataclass(eq=False)
 class RescueNotWritten(InstarfsError):
     """{out}: cannot be written: {reason}; nothing is left there: name a file on another disk"""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import click
@@ -11,12 +13,16 @@ from instarfs.cli.grammar import ImageName
 from instarfs.cli.known import known, known_options
 from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
+from instarfs.cli.stopping import stoppable
+from instarfs.errors import RescueStopped
 from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human, outcome_json
 from instarfs.render.rescue import Asked, rescue_json, rescue_txt
 from instarfs.repair.rescue import write_copy
+from instarfs.repair.rescue_state import RescueState
 from instarfs.repair.run import FindRescue
-from planner.errors import PlannerError
+from planner.errors import Cancelled, PlannerError
+from planner.progress import unless
 from planner.rescue.rescue import rescue
 
 
@@ -39,6 +45,13 @@ from planner.rescue.rescue import rescue
     help="Look for lost tables in free clusters too: where refcounts were made anew.",
 )
 @click.option(
+    "--state",
+    "state_file",
+    metavar="FILE",
+    type=click.Path(readable=False),
+    help="Keep how far the scan is in FILE: stopped, by whatever, the same command goes on.",
+)
+@click.option(
     "--output",
     type=click.Choice(["human", "json"]),
     default="human",
@@ -57,6 +70,7 @@ def command(
     undo_file: str | None,
     like: str | None,
     free: bool,
+    state_file: str | None,
     in_place: bool,
     progress: bool,
     force_share: bool,
@@ -73,24 +87,50 @@ def command(
     _require_one_way(out, quote, in_place=in_place, force_share=force_share)
     knows = known(like, assumed)
     find = partial(rescue, assumed=knows.fields, like=knows.header, free=free)
+    name = ImageName(path, force_share=force_share, undo_file=undo_file)
+    state = None if state_file is None else _state_of(name, state_file)
+    if state is not None:
+        find = partial(find, scanned=state.scanned)
     if in_place:
         _rescue_in_place(path, quote or "", find, undo_file, output, progress=progress)
         return
-    name = ImageName(path, force_share=force_share, undo_file=undo_file)
-    with name.opened() as image, progress_bar(shown=progress) as tell:
+    with name.opened() as image, _kept(state, path) as stopped, progress_bar(shown=progress) as bar:
+        tell = unless(stopped, bar)
         try:
             before = image.generation()
             found = find(image.source(), can_grow=not image.is_device, progress=tell)
+        except Cancelled:
+            raise
         except PlannerError as error:
             raise name.failed(error) from error
         if out is not None and not found.plan.changes_nothing:
             write_copy(image, before, found.plan, out, tell)
         is_written = image.generation() != before
-    asked = Asked(path, knows, undo_file, is_written=is_written, free=free)
+    asked = Asked(path, knows, undo_file, is_written=is_written, free=free, state=state_file)
     if output == "json":
         click.echo(rescue_json(found, asked, out), nl=False)
     else:
         click.echo(rescue_txt(found, asked, out), nl=False)
+
+
+def _state_of(name: ImageName, path: str) -> RescueState:
+    with name.opened() as image:
+        return RescueState.open(path, image.generation())
+
+
+@contextmanager
+def _kept(state: RescueState | None, path: str) -> Iterator[Callable[[], bool]]:
+    """Whether somebody asked to stop; the *state*, if there is one, is saved at the end of it."""
+    if state is None:
+        yield lambda: False
+        return
+    with stoppable() as stopped:
+        try:
+            yield stopped
+        except Cancelled as error:
+            raise RescueStopped(path, state.path) from error
+        finally:
+            state.save()
 
 
 def _require_one_way(

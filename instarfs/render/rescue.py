@@ -32,7 +32,7 @@ _NAMES = (
 class Asked:
     """What a rescue was asked for: the image, and what whoever asked ``knows`` of it.
 
-    ``is_written``: the image was written to meanwhile.
+    ``is_written``: the image was written to meanwhile. ``state``: where it is kept how far it is.
     """
 
     filename: str
@@ -40,6 +40,7 @@ class Asked:
     undo_file: str | None = None
     is_written: bool = False
     free: bool = False
+    state: str | None = None
 
     def command(self, how: str) -> str:
         """The command that does the same again, and with what it finds *how* says."""
@@ -47,6 +48,7 @@ class Asked:
         like = self.knows.like
         words += ["--header", shell_path(like)] if like is not None else []
         words += [f"--assume {shell_word(word)}" for word in self.knows.assumed]
+        words += ["--state", shell_path(self.state)] if self.state is not None else []
         return " ".join([*words, "--", shell_path(self.filename)])
 
     @property

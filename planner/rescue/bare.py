@@ -37,6 +37,7 @@ from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Sort
 from planner.rescue.placing.place import look_around
 from planner.rescue.scan import COPIED, Scan, Sectors
+from planner.rescue.scanned import Scanned
 from planner.source import SECTOR, Grown, Patched, Source, read_bytes, read_tables
 
 FEW = 50
@@ -62,14 +63,22 @@ class Bare:
     has_l1: bool
 
 
-def find_bare(source: Source, scan: Scan, progress: Progress = tell_nobody) -> Bare | None:
-    """A header for the tables that *source*, by its *scan*, has; None where it has none."""
+def find_bare(
+    source: Source,
+    scan: Scan,
+    progress: Progress = tell_nobody,
+    scanned: Scanned | None = None,
+) -> Bare | None:
+    """A header for the tables that *source*, by its *scan*, has; None where it has none.
+
+    *scanned*: how far others had come before.
+    """
     sectors = scan()
     bits = sectors.cluster_bits
     if bits is None:
         return None
     first = _with_snapshots(source, sectors, _empty(source, sectors, bits))
-    around = look_around(_image(source, first), progress)
+    around = look_around(_image(source, first), progress, scanned)
     if around is None or not len(around.tables):
         return None
     board = Board(source, around.tables, 1 << 62)

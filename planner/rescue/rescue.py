@@ -37,6 +37,7 @@ from planner.rescue.headers import (
 from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
+from planner.rescue.scanned import Scanned
 from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
 from planner.source import SECTOR, Source, read_bytes, read_tables
 from planner.triage.triage import Triage, triage_leaks
@@ -102,17 +103,20 @@ def rescue(
     free: bool = False,
     can_grow: bool = True,
     progress: Progress = tell_nobody,
+    scanned: Scanned | None = None,
 ) -> Rescue:
     """What *source* lost, and the plan that puts it back; changes nothing.
 
     *assumed*, *like*: as `find_headers` takes them. *free*: whether tables are looked for in free
     clusters too, as they are left where refcounts were made anew. *can_grow*: whether the image may
-    become longer. Raises `HeaderUnknown` where no header is believed, another `RepairError` where
-    what was found does not bear a plan.
+    become longer. *scanned*: how far scans of the same file had come before, and are by now.
+    Raises `HeaderUnknown` where no header is believed, another `RepairError` where what was found
+    does not bear a plan.
     """
     before = check_image(source, progress=progress)
-    scan = scan_once(source, progress)
-    means = _Means(assumed or {}, like, free, can_grow, progress, scan)
+    scanned = scanned or Scanned()
+    scan = scan_once(source, progress, scanned)
+    means = _Means(assumed or {}, like, free, can_grow, progress, scan, scanned)
     ground = _ground(source, before, means)
     result = _with_tables(source, ground, means)
     if ground.is_bare and not result.placed:
@@ -133,8 +137,8 @@ def _larger(source: Source, report: Report) -> DiskSize | None:
 @dataclass(frozen=True, slots=True)
 class _Means:
     """What is known of it, how it is looked for: in free clusters too, whether the image may grow,
-    whom to tell how far that is, the scan of the file, whether the L1 table may be gone with the
-    header.
+    whom to tell how far that is, the scan of the file, how far scans had come before, whether the
+    L1 table may be gone with the header.
     """
 
     assumed: Mapping[str, int]
@@ -143,6 +147,7 @@ class _Means:
     can_grow: bool
     progress: Progress
     scan: Scan
+    scanned: Scanned
     may_be_bare: bool = True
 
     @property
@@ -187,7 +192,7 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
             return ground
     bare = None
     if means.may_be_bare and before.error is not None and not means.know_something:
-        bare = find_bare(source, means.scan, means.progress)
+        bare = find_bare(source, means.scan, means.progress, means.scanned)
     is_bare = bare is not None and not bare.has_l1
     headers, size = (moved, source.size) if moved else _find_headers(source, bare, means)
     best = headers.best
@@ -410,7 +415,7 @@ def _tables_under(source: Source, report: Report, means: _Means) -> Placed | Non
     """The tables without a place, under a header that makes sense; None where there are none."""
     if report.error is not None or report.mismatches is None:
         return None
-    found = find_placements(source, report, means.progress, free=means.free)
+    found = find_placements(source, report, means.progress, free=means.free, scanned=means.scanned)
     return found if found is not None and found.placements else None
 
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, distinct
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.header import CLUSTER_BITS
-from planner.source import BATCH_BYTES, SECTOR, Source, present_bytes
+from planner.rescue.scanned import Scanned, Section
+from planner.source import BATCH_BYTES, SECTOR, Source, present_bytes, read_tables
 
 _WORDS = SECTOR // 8
 _OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
@@ -75,50 +77,84 @@ class Sectors:
         return bits if bits in CLUSTER_BITS else None
 
 
-def find_tables(source: Source, meter: Meter | None = None) -> Sectors:
-    """All of *source* that is no hole, read once, in order. *meter*: of the bytes read."""
-    meter = meter or Meter()
-    number, offsets, flags, snapshots = [], [], [], []
-    end = np.uint64(source.size)
+_NAME = "tables"
+
+
+def find_tables(
+    source: Source, meter: Meter | None = None, scanned: Scanned | None = None
+) -> Sectors:
+    """All of *source* that is no hole, read once, in order. *meter*: of the bytes read.
+
+    *scanned*: how far this had come before; what lies before that is not read again.
+    """
+    meter, scanned = meter or Meter(), scanned or Scanned()
+    known = scanned.known(_NAME, source.size, SECTOR)
+    found = _Found(source.size, known.done)
+    for part, rows in read_tables(source, known.again, SECTOR):
+        found.look(known.again[part] // SECTOR, rows.view(">u8"))
     buffer = np.empty(BATCH_BYTES // 8, dtype=">u8")
     for low, high in source.data_extents(0, source.size):
-        first = low // SECTOR * SECTOR
+        first = max(low // SECTOR * SECTOR, known.done)
+        meter.advance(max(0, min(first, high) - low))
         for start in range(first, high, BATCH_BYTES):
             length = -(-(min(high, start + BATCH_BYTES) - start) // SECTOR) * SECTOR
             raw = buffer[: length // 8]
             source.read_into(start, raw.view(np.uint8).data)
-            # Most sectors are data, and their first words show it.
-            words = raw.reshape(-1, _WORDS)
-            likely = np.flatnonzero(_leads(words[:, :4].astype(np.uint64), end).all(axis=1))
-            rows = words[likely].astype(np.uint64)
-            found = _leads(rows, end).all(axis=1) & (rows != 0).any(axis=1)
-            rows = rows[found]
-            number.append(likely[found] + start // SECTOR)
-            offsets.append(np.bitwise_or.reduce(rows & _OFFSET, axis=1))
-            flags.append(_flags(rows))
-            snapshots.append(_snapshots(words[:, :5].astype(np.uint64), end) + start // SECTOR)
+            found.look(np.arange(start, start + length, SECTOR) // SECTOR, raw.reshape(-1, _WORDS))
+            found.done = start + length
+            scanned.keep(_NAME, found.section)
             meter.advance(length)
-    if not number:
+    return found.sectors()
+
+
+class _Found:
+    """What was found before ``done`` in a file of *end* bytes, part by part."""
+
+    def __init__(self, end: int, done: int) -> None:
         none = np.zeros(0, dtype=np.int64)
-        return Sectors(none, none.astype(np.uint64), none.astype(np.uint8), none)
-    return Sectors(
-        np.concatenate(number),
-        np.concatenate(offsets),
-        np.concatenate(flags),
-        np.concatenate(snapshots),
-    )
+        self.done = done
+        self._end = np.uint64(end)
+        self._parts = [Sectors(none, none.astype(np.uint64), none.astype(np.uint8), none)]
+
+    def look(self, number: I64, words: npt.NDArray[np.void]) -> None:
+        """The *words* of sectors, big-endian, and their numbers, ascending."""
+        # Most sectors are data, and their first words show it.
+        likely = np.flatnonzero(_leads(words[:, :4].astype(np.uint64), self._end).all(axis=1))
+        rows = words[likely].astype(np.uint64)
+        found = _leads(rows, self._end).all(axis=1) & (rows != 0).any(axis=1)
+        rows = rows[found]
+        offsets = np.bitwise_or.reduce(rows & _OFFSET, axis=1)
+        snapshots = _snapshots(words[:, :5].astype(np.uint64), self._end)
+        part = Sectors(number[likely[found]], offsets, _flags(rows), number[snapshots])
+        self._parts.append(part)
+
+    def sectors(self) -> Sectors:
+        """All of them."""
+        columns = zip(
+            *((e.number, e.offsets, e.flags, e.snapshots) for e in self._parts), strict=True
+        )
+        self._parts = [Sectors(*map(np.concatenate, columns))]
+        return self._parts[0]
+
+    def section(self) -> Section:
+        """How far this is."""
+        sectors = self.sectors()
+        again = distinct(np.concatenate((sectors.number, sectors.snapshots)))
+        return Section(self.done, again * SECTOR)
 
 
 Scan = Callable[[], Sectors]
 """What there is of a file, which is read when that is asked for first."""
 
 
-def scan_once(source: Source, progress: Progress = tell_nobody) -> Scan:
+def scan_once(
+    source: Source, progress: Progress = tell_nobody, scanned: Scanned | None = None
+) -> Scan:
     """The scan of *source*: of however many ask for it, it is read once."""
 
     @cache
     def scan() -> Sectors:
-        return find_tables(source, Meter(progress, "scan", present_bytes(source)))
+        return find_tables(source, Meter(progress, "scan", present_bytes(source)), scanned)
 
     return scan
 

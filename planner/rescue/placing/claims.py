@@ -146,6 +146,32 @@ class Collector:
         self._parts: list[tuple[U8, I64, I64, I64]] = []
         self._count = 0
 
+    @property
+    def parts(self) -> int:
+        """How many parts there are by now, for `since`."""
+        return len(self._parts)
+
+    def since(self, parts: int) -> tuple[I64, I64, I64]:
+        """Of what came after so many *parts*: the places that claim something, and of sectors that
+        end in zeros the places, and how much of each is filled.
+        """
+        none = np.zeros(0, dtype=np.int64)
+        new = self._parts[parts:]
+        others = [place for sort, place, _, _ in new if len(sort) and sort[0] != Sort.END]
+        ends = [(place, key) for sort, place, key, _ in new if len(sort) and sort[0] == Sort.END]
+        place, key = zip(*ends, strict=True) if ends else ((), ())
+        return (
+            np.concatenate((none, *others)),
+            np.concatenate((none, *place)),
+            np.concatenate((none, *key)),
+        )
+
+    def add_ends(self, place: I64, filled: I64) -> None:
+        """Sectors that end in zeros, as `since` told them."""
+        sort = np.full(len(place), Sort.END, dtype=np.uint8)
+        self._parts.append((sort, place, filled, np.zeros_like(place)))
+        self._count += len(place)
+
     def look(self, pieces: I64, rows: U8) -> None:
         """Collect from some *pieces* of clusters, of which these are the offsets in the file."""
         if self._count >= MAX_CLAIMS:

@@ -18,6 +18,7 @@ from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Collector
+from planner.rescue.placing.going_on import Pass
 from planner.rescue.placing.grid import NOWHERE, PACKED, read_grid
 from planner.rescue.placing.solve import SPOTTERS, Solver
 from planner.rescue.placing.tables import (
@@ -27,11 +28,11 @@ from planner.rescue.placing.tables import (
     L1Table,
     Tables,
     read_l1,
-    read_pieces,
     snapshot_hints,
     unused_clusters,
 )
 from planner.rescue.placing.votes import Evidence
+from planner.rescue.scanned import Scanned
 from planner.source import Patched, Source
 
 LISTED_CANDIDATES = 16
@@ -81,11 +82,17 @@ def without_unsound(source: Source, l1: L1Table) -> Source:
 
 
 def find_placements(
-    source: Source, report: Report, progress: Progress = tell_nobody, *, free: bool = False
+    source: Source,
+    report: Report,
+    progress: Progress = tell_nobody,
+    *,
+    free: bool = False,
+    scanned: Scanned | None = None,
 ) -> Placed | None:
     """Where the tables belong that no entry leads to; None where there is nothing to look for.
 
     *report*: of a check of *source*. *free*: also those in clusters that are counted as free.
+    *scanned*: how far this had come before.
     """
     layout = report.layout
     if layout is None:
@@ -98,7 +105,8 @@ def find_placements(
     if sound.mismatches is None:
         return None
     unused = unused_clusters(clean, sound, free=free)
-    tables, collector, _ = _look(clean, sound, layout, l1, progress, unused=unused)
+    going = _Going(progress, scanned or Scanned())
+    tables, collector, _ = _look(clean, sound, layout, l1, going, unused=unused)
     lost = tables.offset[tables.lost]
     is_shared = sound.mismatches.count_references(lost >> layout.geometry.cluster_bits) > 0
     board = Board(
@@ -172,15 +180,29 @@ class Around:
     has_l1: bool
 
 
-def look_around(source: Source, progress: Progress = tell_nobody) -> Around | None:
-    """The tables of an image whose L1 table is empty, and what their clusters say."""
+def look_around(
+    source: Source, progress: Progress = tell_nobody, scanned: Scanned | None = None
+) -> Around | None:
+    """The tables of an image whose L1 table is empty, and what their clusters say.
+
+    *scanned*: how far this had come before.
+    """
     report = check_image(source)
     if report.layout is None or report.mismatches is None:
         return None
     l1 = read_l1(source, report.layout.header, report)
     unused = unused_clusters(source, report)
-    tables, collector, has_l1 = _look(source, report, report.layout, l1, progress, unused=unused)
+    going = _Going(progress, scanned or Scanned())
+    tables, collector, has_l1 = _look(source, report, report.layout, l1, going, unused=unused)
     return Around(tables, collector.claims(tables.grid, np.arange(len(tables))), has_l1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Going:
+    """Who is told how far it is, and how far it had come before."""
+
+    progress: Progress
+    scanned: Scanned
 
 
 def _look(
@@ -188,7 +210,7 @@ def _look(
     report: Report,
     layout: Layout,
     l1: L1Table,
-    progress: Progress,
+    going: _Going,
     *,
     unused: I64,
 ) -> tuple[Tables, Collector, bool]:
@@ -200,11 +222,8 @@ def _look(
     geometry = layout.geometry
     finder = Finder(source, report, layout)
     collector = Collector(SPOTTERS, geometry.cluster_bits)
-    meter = Meter(progress, "scan", len(unused) << geometry.cluster_bits)
-    for pieces, rows in read_pieces(source, unused << geometry.cluster_bits, geometry):
-        meter.advance(rows.size)
-        finder.look(pieces, rows)
-        collector.look(pieces, rows)
+    meter = Meter(going.progress, "scan", len(unused) << geometry.cluster_bits)
+    Pass(source, layout.header, collector, finder).look(unused, going.scanned, meter)
     lost, has_l1 = finder.tables()
     index = np.flatnonzero(l1.leads)
     windows = min(len(l1.words), geometry.l1_entries_needed)
@@ -234,8 +253,7 @@ def _look(
     # What a table has in common with a snapshot is in use, and says where it is all the same.
     rest = distinct(tables.grid.filled(tables.lost).cluster)
     rest = rest[~is_among(rest, unused)]
-    for pieces, rows in read_pieces(source, rest << geometry.cluster_bits, geometry):
-        collector.look(pieces, rows)
+    Pass(source, layout.header, collector).look(rest, going.scanned, Meter())
     return tables, collector, has_l1
 
 

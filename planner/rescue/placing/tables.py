@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.arrays import I64, U8, U64, Mask, distinct, distinct_columns, is_among
-from planner.check.classify import Parts
+from planner.check.classify import DAMAGED_PART, Parts
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
@@ -220,6 +220,18 @@ class Finder:
     def look(self, pieces: I64, rows: U8) -> None:
         """Note what pieces of clusters, ascending, have of tables."""
         self._found.append((pieces, self._looker.parts(rows), _are_own(rows, self._geometry)))
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are by now, for `since`."""
+        return len(self._found)
+
+    def since(self, parts: int) -> I64:
+        """Of what came after so many *parts*, the pieces without which no cluster is a table."""
+        kept = [np.zeros(0, dtype=np.int64)]
+        for pieces, each, _ in self._found[parts:]:
+            kept.append(pieces[(each.filled > 0) & (each.bad * DAMAGED_PART <= each.filled)])
+        return np.concatenate(kept)
 
     def tables(self) -> tuple[I64, bool]:
         """Their offsets in the file, ascending; without those that lead to tables themselves, and

@@ -1,0 +1,73 @@
+"""How far the scans of a file have come, so that one that was stopped goes on.
+
+A scan goes through a file once, in order. What is kept of it is where it is, and which places have
+to be looked at again: those that hold metadata, or may. What they hold the file itself says: who
+made up what is kept can hide something from a scan, and put nothing into it but where files end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.arrays import I64
+from planner.source import SECTOR
+
+
+def _none() -> I64:
+    return np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One scan: what of a file lies before ``done`` has been looked at.
+
+    ``again``: the places of which something is needed, ascending. ``ends``, ``filled``: sectors
+    elsewhere that end in zeros, and how much of each is filled; all bytes, int64.
+    """
+
+    done: int = 0
+    again: I64 = field(default_factory=_none)
+    ends: I64 = field(default_factory=_none)
+    filled: I64 = field(default_factory=_none)
+
+    def fits(self, end: int, step: int) -> bool:
+        """Whether a scan of a file of *end* bytes in pieces of *step* can have come to this."""
+        if self.done % SECTOR or not self.done >= 0 or len(self.ends) != len(self.filled):
+            return False
+        last = min(self.done, end)
+        is_filled = ((self.filled >= 0) & (self.filled <= SECTOR)).all()
+        return _ascend(self.again, last, step) and _ascend(self.ends, last, 1) and bool(is_filled)
+
+
+def _ascend(offset: I64, end: int, step: int) -> bool:
+    if not len(offset):
+        return True
+    inside = bool(offset[0] >= 0 and offset[-1] < end)
+    return inside and bool((offset[1:] > offset[:-1]).all() and (offset % step == 0).all())
+
+
+@dataclass(slots=True)
+class Scanned:
+    """Scans by their names. ``note``: is called whenever one has come further."""
+
+    sections: dict[str, Section] = field(default_factory=dict)
+    note: Callable[[], None] = lambda: None
+    _running: dict[str, Callable[[], Section]] = field(default_factory=dict)
+
+    def known(self, name: str, end: int, step: int) -> Section:
+        """How far the scan of that *name* has come, of a file of *end* bytes in such pieces."""
+        section = self.sections.get(name)
+        return section if section is not None and section.fits(end, step) else Section()
+
+    def keep(self, name: str, section: Callable[[], Section]) -> None:
+        """The scan of that *name* has come further: *section* tells how far, when it is asked."""
+        self._running[name] = section
+        self.note()
+
+    def gathered(self) -> dict[str, Section]:
+        """All of them, as far as they are."""
+        self.sections |= {name: section() for name, section in self._running.items()}
+        return self.sections
