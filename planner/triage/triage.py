@@ -641,17 +641,22 @@ class _Describer:
         likely = is_packed[row, at] | (self._mismatches.stored[slots] == 0)
         likely &= self._mismatches.counted[slots] == 0
         row, at, slots = row[likely], at[likely], slots[likely]
-        order = np.lexsort((slots, row))
+        order = np.lexsort((row, slots))
         row, slots, cluster = row[order], slots[order], targets[row, at][order]
         first = np.flatnonzero((np.diff(row, prepend=-1) != 0) | (np.diff(slots, prepend=-1) != 0))
         times = np.diff(first, append=len(row))
         row, slots, cluster = row[first], slots[first], cluster[first]
+        # Of a cluster that several tables lead to, what leaks is counted once.
+        before = np.cumsum(times) - times
+        begins = np.flatnonzero(np.diff(slots, prepend=-1))
+        before -= np.repeat(before[begins], np.diff(begins, append=len(slots)))
         # What looks free and is looked at like a leak has lost one reference at least.
         leaks = np.minimum(self._mismatches.stored[slots].astype(np.uint64), MAX_REFERENCES)
         leaks = np.maximum(leaks.astype(np.int64), self._ranks(cluster) != NONE)
-        some = np.flatnonzero(times > leaks)
+        more = np.clip(before + times - leaks, 0, times)
+        some = np.flatnonzero(more)
         some = some[self._are_there(cluster[some])]
-        np.add.at(result, row[some], (times - leaks)[some])
+        np.add.at(result, row[some], more[some])
         return result
 
     def _are_there(self, clusters: I64) -> Mask:

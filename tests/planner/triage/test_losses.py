@@ -1111,6 +1111,22 @@ def test_all_that_a_lost_table_had_in_one_cluster_is_missing_whatever_it_counts(
     assert triage(image).losses.missing == (PER_TABLE + 4) * CLUSTER
 
 
+@pytest.mark.parametrize("refcount", [0, 1, 3, 4])
+def test_all_that_two_lost_tables_had_in_one_cluster_is_missing_whatever_it_counts(
+    refcount: int,
+) -> None:
+    builder = disk()
+    for cluster in (WIDTH + 20, WIDTH + 21, 2 * WIDTH + 20, 2 * WIDTH + 21):
+        builder.write_compressed(cluster, bytes([cluster % 256]) * 100)
+    image = builder.build()
+    packed = packed_cluster(image, WIDTH + 20)
+    assert packed == packed_cluster(image, 2 * WIDTH + 21)
+    for l1_index in (1, 2):
+        l1_entry_elsewhere(image, l1_index)
+    image.set_refcount(packed, refcount)
+    assert triage(image).losses.missing == (2 * PER_TABLE + 4) * CLUSTER
+
+
 def test_what_a_lost_table_led_to_and_something_else_has_by_now_is_not_missing() -> None:
     image = disk().build()
     host = image.host_offset(WIDTH + 2)
