@@ -628,6 +628,7 @@ class _Search:
         if self.now.magic == MAGIC and self.now.cluster_bits == tables.bits:
             for name in self._changes(header):
                 self.attempt(with_fields(self.now, {name: getattr(header, name)}))
+            self.attempt(_led_to(self.now, tables))
 
     def _longer(self, tables: _Tables) -> _Tables | None:
         header = with_fields(tables.header(extended=False), self._assumed)
@@ -676,6 +677,22 @@ def sized(header: Header, size: int, used: int) -> Header:
 def _is_larger(header: Header, than: Header) -> bool:
     """Whether it is the same for a larger disk."""
     return header.size > than.size and header == replace(than, size=header.size)
+
+
+def _led_to(header: Header, tables: _Tables) -> Header:
+    """*header*, which knows what no table tells, such as its backing file, but for its tables."""
+    least = max(tables.l1_used, min(header.geometry.l1_entries_needed, MAX_L1_BYTES // 8))
+    is_known = least <= header.l1_size <= tables.l1_clusters << tables.bits >> 3
+    return replace(
+        header,
+        l1_table_offset=tables.l1_offset,
+        l1_size=header.l1_size if is_known else least,
+        refcount_table_offset=tables.reftable_offset,
+        refcount_table_clusters=tables.reftable_clusters,
+        refcount_order=tables.order,
+        nb_snapshots=tables.snapshots,
+        snapshots_offset=tables.snapshots_offset,
+    )
 
 
 def mapping_all(header: Header) -> Header:

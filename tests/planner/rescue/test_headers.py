@@ -342,6 +342,20 @@ def test_a_header_that_is_there_stands_where_another_leads_to_less_of_the_file(
     assert found.changed == ()
 
 
+@pytest.mark.parametrize("lost", [("l1_size", "refcount_table_offset"), TABLES[1:3]])
+def test_of_fields_that_make_no_sense_none_else_changes(lost: tuple[str, ...]) -> None:
+    # No table tells of a backing file, nor how large a disk is that nothing is written to behind.
+    made = ImageBuilder(cluster_bits=12, size=16 * MIB, backing_file=b"base.raw")
+    made.write(5, b"text" * 1000)
+    made.write(700, b"more" * 5000)
+    true = bytes(made.build().data)
+    wrong = with_fields(header_of(true), {"l1_size": 0, **dict.fromkeys(lost, 0)})
+    fields = encode_header(wrong)
+    best = find_headers(Bytes(fields + true[len(fields) :])).best
+    assert best is not None
+    assert (best.header, best.score) == (header_of(true), (0, 0, 0))
+
+
 def test_tables_that_lead_to_themselves_end() -> None:
     words = (65536).to_bytes(8, "big") * 8192
     best = find_headers(Bytes(bytes(65536) + words * 4)).best
