@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import trio
@@ -24,8 +25,11 @@ from planner.guest.allocation import allocation
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
-from planner.qcow2.snapshots import read_snapshots
+from planner.qcow2.snapshots import Snapshots, read_snapshots
 from planner.source import nonzero_words
+
+SnapshotsOf = Callable[[FileSource, Layout], Snapshots]
+"""The snapshots of an image; raises `ImageError`."""
 
 AT_ONCE_TABLES = 16
 """L2 tables that are looked through in passing: some milliseconds' work."""
@@ -56,6 +60,7 @@ class AllocatedBytes:
         self._look = look
         self._known: dict[Place, _Known] = {}
         self._passing: _Known | None = None
+        self._snapshots: tuple[Hashable, Snapshots] | None = None
         self._looked_at = -REST
         # One that waits for a disk that does not answer is enough.
         self._limiter = trio.CapacityLimiter(1)
@@ -78,7 +83,8 @@ class AllocatedBytes:
             return None
         self._looked_at = now
         try:
-            size = _count(image.source(wait=False), place, in_passing=True)
+            of = partial(self._snapshots_of, state)
+            size = _count(image.source(wait=False), place, of, in_passing=True)
         except (WouldBlock, InstarfsError, PlannerError):
             return None
         self._passing = _Known(state, size)
@@ -96,19 +102,28 @@ class AllocatedBytes:
             image, state = self._look()
             known = self._known.get(place)
             if known is None or known.state != state:
-                size = _count(image.source(), place, in_passing=False)
+                of = partial(self._snapshots_of, state)
+                size = _count(image.source(), place, of, in_passing=False)
                 if len(self._known) >= MAX_KNOWN:
                     self._known.clear()
                 self._known[place] = _Known(state, size)
         except (InstarfsError, PlannerError):
             return
 
+    def _snapshots_of(self, state: Hashable, source: FileSource, layout: Layout) -> Snapshots:
+        """Read once for all places: there may be 65,536 of them."""
+        kept = self._snapshots
+        if kept is None or kept[0] != state:
+            table = read_snapshots(source, layout.header, layout.geometry)
+            kept = self._snapshots = state, table.snapshots
+        return kept[1]
 
-def _count(source: FileSource, place: Place, *, in_passing: bool) -> int:
+
+def _count(source: FileSource, place: Place, of: SnapshotsOf, *, in_passing: bool) -> int:
     """*in_passing*: a bound is enough where more would be work. Raises as a source and a layout."""
     layout = Layout.read(source)
     geometry = layout.geometry
-    offset, count, low, high = _extent(source, layout, place)
+    offset, count, low, high = _extent(source, layout, place, of)
     if in_passing and count * 8 > AT_ONCE_L1_BYTES:
         return high - low
     l1 = nonzero_words(source, offset, count)
@@ -123,7 +138,9 @@ def _count(source: FileSource, place: Place, *, in_passing: bool) -> int:
     return found.mapped + (found.unallocated if layout.backing_file else 0)
 
 
-def _extent(source: FileSource, layout: Layout, place: Place) -> tuple[int, int, int, int]:
+def _extent(
+    source: FileSource, layout: Layout, place: Place, of: SnapshotsOf
+) -> tuple[int, int, int, int]:
     """Where the L1 table of a disk is, its entries, and the guest bytes that are the disk's."""
     header, geometry = layout.header, layout.geometry
     if place.part is Part.DISK:
@@ -132,7 +149,7 @@ def _extent(source: FileSource, layout: Layout, place: Place) -> tuple[int, int,
         return 0, 0, 0, geometry.l2_coverage
     if place.part is Part.LOST_SNAPSHOT:
         return place.index, place.entries, 0, place.size
-    snapshots = read_snapshots(source, header, geometry).snapshots
+    snapshots = of(source, layout)
     if place.index >= len(snapshots):
         raise ImageError("snapshot", place.index, "it is gone")
     snapshot = snapshots[place.index]

@@ -10,6 +10,7 @@ import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 
 from instarfs.errors import (
     GuestEncrypted,
@@ -27,7 +28,7 @@ from planner.guest.extents import UNKNOWN, Extents, Stratum, extents, has_preall
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
-from planner.qcow2.snapshots import Snapshot, read_reachable_snapshots
+from planner.qcow2.snapshots import Snapshot, SnapshotTable, read_reachable_snapshots
 
 MAX_FOUND = 8
 """Disks that are kept ready."""
@@ -156,9 +157,7 @@ class Guest:
 
     def index_of(self, word: str) -> int:
         """Which snapshot is meant: by its index, or its name. Raises `SnapshotUnknown`."""
-        layout = self.layout
-        source = self._image.source()
-        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
+        table, error = self._snapshot_table
         if word.isdecimal() and int(word) < len(table.snapshots):
             return int(word)
         name = os.fsencode(word)
@@ -169,19 +168,23 @@ class Guest:
             raise SnapshotUnknown(self._image.path, word)
         return named[0]
 
+    @cached_property
+    def _snapshot_table(self) -> tuple[SnapshotTable, ImageError | None]:
+        """Read once: there may be 65,536 of them, and whoever looks at all asks for each."""
+        layout = self.layout
+        return read_reachable_snapshots(self._image.source(), layout.header, layout.geometry)
+
     def _make(self, place: Place) -> Disk:
         if place.part is Part.DISK:
             return Disk(self.chain.disk, self.chain.disk.size)
         if place.part in (Part.LOST_TABLE, Part.LOST_SNAPSHOT):
             return self._make_lost(place)
-        layout = self.layout
-        source = self._image.source()
-        table, error = read_reachable_snapshots(source, layout.header, layout.geometry)
+        table, error = self._snapshot_table
         if place.index >= len(table.snapshots):
             if error is not None:
                 raise error
             raise SnapshotMissing(self._image.path, place.index)
-        snapshot, geometry = table.snapshots[place.index], layout.geometry
+        snapshot, geometry = table.snapshots[place.index], self.layout.geometry
         size = size_of(place, snapshot, geometry)
         start = 0
         if place.part is Part.VMSTATE:

@@ -11,7 +11,8 @@ import trio
 
 from instarfs.errors import ImageMissing
 from instarfs.guest.allocated import AllocatedBytes
-from instarfs.guest.guest import Part, Place
+from instarfs.guest.follow import Follow
+from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from tests.images.builder import MIB, ImageBuilder
 
@@ -86,6 +87,29 @@ def test_snapshots_once_they_were_opened(allocated: Callable[..., AllocatedBytes
     assert learn(it, Place(Part.SNAPSHOT, 1)) is None
     assert it.known(Place(Part.VMSTATE, 0)) is None
     assert learn(it, Place(Part.VMSTATE, 0)) == 0
+
+
+def test_the_table_of_very_many_snapshots_is_read_once(tmp_path: Path) -> None:
+    builder = scattered(1)
+    for number in range(200):
+        builder.take_snapshot("x" * 1000 + str(number))
+    path = tmp_path / "image"
+    path.write_bytes(builder.build().data)
+    image = Image.open(str(path))
+    state, read, places = image.generation(), [0], [Place(Part.SNAPSHOT, at) for at in range(50)]
+
+    def meter(size: int) -> None:
+        read[0] += size
+
+    image.meter = meter
+    guest = Guest(image, Follow())
+    for place in places:
+        guest.find(place)
+    it = AllocatedBytes(lambda: (image, state))
+    for place in places:
+        assert learn(it, place) == CLUSTER
+    table = 200 * 1000
+    assert table < read[0] < 2 * table + len(places) * 8 * CLUSTER // 2
 
 
 def test_an_image_that_changes_is_not_what_it_was(
