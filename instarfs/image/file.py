@@ -98,6 +98,10 @@ class Generation:
         """What is equal for as long as the bytes are: this, or while it is young something new."""
         return self if self.is_settled(time.time_ns()) else object()
 
+    def signature(self) -> Signature:
+        """What `Image.signature` gives of a file that is this."""
+        return self.device, self.inode, self.size, self.mtime_ns, self.ctime_ns
+
     def is_settled(self, now_ns: int) -> bool:
         """Whether a write after *now_ns*, by the system's clock, gives another generation.
 

@@ -33,7 +33,7 @@ from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place, size_of
 from instarfs.guest.reader import GuestReader
-from instarfs.image import locks, memory
+from instarfs.image import locks
 from instarfs.image.file import FileSource, Generation, Image
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.repair_queue import MakeRepairer, Repairs
@@ -47,6 +47,7 @@ from instarfs.inspect.shared_value import (
 )
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.subject import Subject
+from instarfs.inspect.tidying import Tidier
 from instarfs.repair.checking import LiveCheck, run_check
 from instarfs.repair.looking import look_around
 from instarfs.repair.outcome import Pending, RepairOutcome
@@ -181,6 +182,7 @@ class Inspector:
         self._check, self._bound = check, bound
         self._stages = Stages()
         self._workshop = Workshop(nursery, subject.moment)
+        self._tidier = Tidier(nursery)
         self._described: Description | None = None
         self._snapshot_sizes: dict[Place, int] = {}
         self._looking = trio.CapacityLimiter(MAX_LOOKING)
@@ -338,6 +340,13 @@ class Inspector:
         if len(self._looks) > KEPT_LOOKS:
             self._looks.popleft().forget()
 
+    async def _in_thread(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Await *work* in a thread; what that took beyond what it returns is given back later."""
+        try:
+            return await trio.to_thread.run_sync(work, *arguments)
+        finally:
+            self._tidier.soon()
+
     # ---- the values: each awaits those it needs, and then one thread ----
 
     async def _describe(self, _changed: Changed) -> Description:
@@ -352,7 +361,7 @@ class Inspector:
 
     async def _check_up(self, _changed: Changed) -> Checkup:
         image = self.subject.image
-        before, checkup = await _in_thread(self._check_now, image)
+        before, checkup = await self._in_thread(self._check_now, image)
         self.subject.reviewed(image)
         if checkup.report.changed:
             self._checked = None
@@ -379,7 +388,7 @@ class Inspector:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
         before = self.subject.generation()
-        triage = await _in_thread(self._triage, image, report)
+        triage = await self._in_thread(self._triage, image, report)
         self._looked_into = None if changed() else (before, Leaks(report, triage))
         return Leaks(_torn(report) if changed() else report, triage)
 
@@ -395,7 +404,7 @@ class Inspector:
         guest = (await self.guest.get()).value
         if isinstance(guest, ImageError):
             return FilesUnknown(str(guest))
-        return await _in_thread(self._search, image, guest, place, report, triage)
+        return await self._in_thread(self._search, image, guest, place, report, triage)
 
     def _search(
         self,
@@ -449,7 +458,7 @@ class Inspector:
             if checkup.pending is not None:
                 return RepairError(checkup.pending.sentence)
             triage = (await self.leaks.get()).value.triage
-            proposal = await _in_thread(self._plan, image, checkup.report, tier, triage)
+            proposal = await self._in_thread(self._plan, image, checkup.report, tier, triage)
         return of_one_moment(proposal, checkup.report, changed, "read again")
 
     def _plan(
@@ -464,7 +473,7 @@ class Inspector:
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
-        atlas = await _in_thread(self._draw, image, report)
+        atlas = await self._in_thread(self._draw, image, report)
         if isinstance(atlas, ImageError):
             return atlas
         return replace(atlas, torn=atlas.torn or changed())
@@ -478,18 +487,6 @@ class Inspector:
 
     async def _read_bitmaps(self, _changed: Changed) -> Bitmaps:
         return await trio.to_thread.run_sync(_read_bitmaps, self.subject.image)
-
-
-async def _in_thread(work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-    """Await *work* in a thread, which gives back what that took beyond what it returns."""
-
-    def do_and_tidy() -> T:
-        try:
-            return work(*arguments)
-        finally:
-            memory.give_back()
-
-    return await trio.to_thread.run_sync(do_and_tidy)
 
 
 @asynccontextmanager

@@ -18,7 +18,7 @@ import trio
 
 from instarfs.errors import ImageReplaced, InstarfsError
 from instarfs.image import locks
-from instarfs.image.file import FileSource, Generation, Image, WouldBlock
+from instarfs.image.file import FileSource, Generation, Image, Signature, WouldBlock
 from instarfs.image.rwlock import Sharing
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.asking import Asker
@@ -46,6 +46,7 @@ class Subject:
         self._asker = Asker(image.path, at_once=image.answers_at_once)
         image.close_aside()
         self._generation = image.generation()
+        self._seen: tuple[Signature | None, Generation] | None = None
         # The image itself, not its inode number: that of a file which is gone goes to another.
         self._reviewed = weakref.ref(image)
         self._let_go: list[Callable[[], None]] = []
@@ -130,6 +131,16 @@ class Subject:
         return self.ask(partial(look_around, self.image))
 
     def _look(self) -> Generation:
+        # For every answer that a mount gives: mostly it is as it was.
+        signature = self.ask(self.image.signature)
+        if self._seen is not None and signature == self._seen[0]:
+            return self._seen[1]
+        generation = self._look_closely()
+        # Unless the image has changed in between.
+        self._seen = (signature, generation) if signature == generation.signature() else None
+        return generation
+
+    def _look_closely(self) -> Generation:
         if self.ask(self.image.is_replaced):
             # The old one is closed, and its disk space free, when the last thread that reads it
             # lets go of it. To open another takes its time, wherever that is.

@@ -51,6 +51,9 @@ class Handle(Protocol):
     def size(self) -> int:
         """Bytes that there are to read."""
 
+    def ready(self, offset: int, size: int, /) -> Data | None:
+        """What `read` gives, where nothing has to be waited for; else None."""
+
     def read(self, offset: int, size: int, /) -> Awaitable[Data]:
         """Up to *size* bytes from *offset*; fewer only at the end."""
 
@@ -311,10 +314,16 @@ class _GeneratedHandle:
     def size(self) -> int:
         return self._snapshot.size
 
-    async def read(self, offset: int, size: int) -> bytes:
-        content, parts = self._snapshot.content, self._snapshot.parts
-        if parts is None or offset + size <= len(content):
+    def ready(self, offset: int, size: int) -> bytes | None:
+        content = self._snapshot.content
+        if self._snapshot.parts is None or offset + size <= len(content):
             return content[offset : offset + size]
+        return None
+
+    async def read(self, offset: int, size: int) -> bytes:
+        known, parts = self.ready(offset, size), self._snapshot.parts
+        if known is not None or parts is None:
+            return known or b""
         async with self._lock:
             stream, self._stream = self._stream, None
             if stream is None or offset < stream.start:
@@ -428,12 +437,15 @@ class _LiveHandle:
     def size(self) -> int:
         return len(self._content)
 
-    async def read(self, offset: int, size: int) -> bytes:
+    def ready(self, offset: int, size: int) -> bytes:
         if offset == 0:
             if self._is_begun:
                 self._content = bytes(self._show())
             self._is_begun = True
         return self._content[offset : offset + size]
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self.ready(offset, size)
 
 
 class ControlFile(LiveFile):

@@ -46,7 +46,6 @@ from instarfs.mount.nodes import (
     ControlFile,
     ControlHandle,
     DataFile,
-    DataHandle,
     Directory,
     File,
     FixedDirectory,
@@ -67,6 +66,9 @@ _ATTR_TIMEOUT = 0.0
 
 KEPT_NAMES = 4096
 """Of the names that are made when they are asked for: so many the kernel may hold on to."""
+
+_DROPPED_TOGETHER = 256
+"""What is dropped takes a thread, and to wake one takes longer than to drop a name."""
 
 # The kernel asks for the attributes before each read that it answers from its cache, and drops the
 # cache where size or time are others. As often as a file system's clock ticks will do.
@@ -298,8 +300,8 @@ class Operations(pyfuse3.Operations):
         self._made.pop(number, None)
         self._made[number] = InodeT(self._number(directory)), name
         if len(self._made) > KEPT_NAMES:
-            oldest = next(iter(self._made))
-            self._drop(*self._made.pop(oldest))
+            for oldest in list(itertools.islice(self._made, _DROPPED_TOGETHER)):
+                self._drop(*self._made.pop(oldest))
 
     def _size(self, file: File, pid: int) -> int:
         """Of *file* as *pid* sees it: as long as what it has opened, whatever is true by now.
@@ -503,10 +505,9 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         opened = self._files[fh]
-        if isinstance(opened.handle, DataHandle):
-            content = opened.handle.ready(off, size)
-            if content is not None:
-                return cast("bytes", content)
+        content = opened.handle.ready(off, size)
+        if content is not None:
+            return cast("bytes", content)
         with self._interruptible(opened.pid):
             # Any buffer will do for pyfuse3, whatever it declares.
             return cast("bytes", await opened.handle.read(off, size))

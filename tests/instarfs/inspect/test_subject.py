@@ -55,6 +55,28 @@ def test_the_file_that_took_the_path_is_another_image(subject: Subject, path: Pa
     assert subject.to_repair() is subject.image
 
 
+def test_a_file_that_was_swapped_while_it_was_looked_at_is_known_when_it_comes_back(
+    subject: Subject, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, whole = path.with_name("first"), path.with_name("second"), Image.is_replaced
+    for other, size in ((first, 999), (second, 998)):
+        put(other, b"x" * size)
+
+    def is_replaced(image: Image) -> bool:
+        if second.exists():
+            os.link(path, first)
+            second.replace(path)
+        return whole(image)
+
+    assert subject.generation().size == 1000
+    monkeypatch.setattr(Image, "is_replaced", is_replaced)
+    first.replace(path)
+    assert subject.generation().size == 998
+    first.replace(path)
+    assert subject.generation().size == 999
+    assert subject.image.generation().size == 999
+
+
 def test_where_there_is_no_image_the_last_one_is_told_of(subject: Subject, path: Path) -> None:
     state, generation = subject.state(), subject.generation()
     path.rename(path.with_name("away"))
