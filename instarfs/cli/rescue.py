@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import click
 
@@ -84,7 +85,7 @@ def command(
     written to: -o writes a new file, shared with IMAGE or sparse where the disk can do that;
     --in-place writes exactly the plan whose id is quoted, which can be undone.
     """
-    _require_one_way(out, quote, in_place=in_place, force_share=force_share)
+    _require_one_way(out, quote, state_file, in_place=in_place, force_share=force_share)
     knows = known(like, assumed)
     find = partial(rescue, assumed=knows.fields, like=knows.header, free=free)
     name = ImageName(path, force_share=force_share, undo_file=undo_file)
@@ -94,7 +95,7 @@ def command(
     if in_place:
         _rescue_in_place(path, quote or "", find, undo_file, output, progress=progress)
         return
-    with name.opened() as image, _kept(state, path) as stopped, progress_bar(shown=progress) as bar:
+    with name.opened() as image, kept(state, path) as stopped, progress_bar(shown=progress) as bar:
         tell = unless(stopped, bar)
         try:
             before = image.generation()
@@ -119,7 +120,7 @@ def _state_of(name: ImageName, path: str) -> RescueState:
 
 
 @contextmanager
-def _kept(state: RescueState | None, path: str) -> Iterator[Callable[[], bool]]:
+def kept(state: RescueState | None, path: str) -> Iterator[Callable[[], bool]]:
     """Whether somebody asked to stop; the *state*, if there is one, is saved at the end of it."""
     if state is None:
         yield lambda: False
@@ -134,10 +135,12 @@ def _kept(state: RescueState | None, path: str) -> Iterator[Callable[[], bool]]:
 
 
 def _require_one_way(
-    out: str | None, quote: str | None, *, in_place: bool, force_share: bool
+    out: str | None, quote: str | None, state: str | None, *, in_place: bool, force_share: bool
 ) -> None:
     if in_place and out is not None:
         raise click.UsageError("-o writes a new file, --in-place the image itself: one of them")
+    if out is not None and state is not None and Path(out).resolve() == Path(state).resolve():
+        raise click.UsageError("-o and --state are two files: one of them elsewhere")
     if quote is not None and not in_place:
         raise click.UsageError("--plan is for --in-place: nothing else writes to the image")
     if in_place and force_share:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instarfs.errors import RescueStateFailed
+from instarfs.cli.rescue import kept
+from instarfs.errors import RescueStateFailed, RescueStopped
 from instarfs.image.file import Image
 from instarfs.repair.rescue_state import MARK, RescueState
+from planner.progress import unless
 from planner.rescue.scanned import Section
 from tests.advice import run_here
 from tests.instarfs.cli.test_rescue import LOST
@@ -160,6 +163,29 @@ def test_that_of_another_version_is_refused(lost: Path) -> None:
     head["image"][0] = "0.0.1"
     path.write_bytes(signed(head, raw[8 + int.from_bytes(raw[:8], "little") :]))
     must_be_refused(lost, path, "of another version")
+
+
+def test_who_stops_it_is_told_how_to_go_on(lost: Path) -> None:
+    path = lost.with_name("state")
+    state = state_of(lost, path)
+
+    def scan() -> None:
+        with kept(state, str(lost)) as stopped:
+            state.scanned.sections["a"] = Section(512)
+            assert not stopped()
+            signal.raise_signal(signal.SIGTERM)
+            unless(stopped)("scan", 1, 2)
+
+    with pytest.raises(RescueStopped, match="state keeps how far it was"):
+        scan()
+    assert state_of(lost, path).scanned.sections["a"].done == 512
+
+
+def test_what_is_found_is_not_written_where_the_state_is(lost: Path) -> None:
+    path = lost.with_name("state")
+    refused = run_here(["rescue", "--state", path, "-o", path, lost], lost.parent)
+    assert (refused.code, refused.err.count("\n")) == (1, 1)
+    assert not path.exists()
 
 
 def test_where_it_cannot_be_written_what_is_there_stays(lost: Path) -> None:
