@@ -156,6 +156,8 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
         shown = f"{offset:>16} {index:>8}  {evidence:24} {votes[0]:>9} {votes[1]:>13}"
         shown += f"  {is_placed:6}  {candidates}"
         lines.append(f"  {shown}")
+    if rescue.note:
+        lines += ["", f"Not all was read that may say where they belong: {rescue.note}."]
     if rescue.holes:
         open_ones = plural(count - placed, "table")
         said = (
@@ -271,6 +273,7 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             "size-is-exact": found.size.is_exact if found.size else True,
             "placements": [_placement(each) for each in rescue.placements],
             "unreadable": list(rescue.holes),
+            "note": rescue.note or None,
             "snapshots": [
                 {
                     "id": each.id_str.decode(errors="replace"),

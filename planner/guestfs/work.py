@@ -33,10 +33,12 @@ class WorkSpent(PlannerError):
 
 
 class Work:
-    """What is left of it. ``stored``: bytes of the image that are there; None: no end of it."""
+    """What is left of it. ``stored``: bytes of the image that are there; None: no end of it.
+    ``for_any``: what there is to do even where nearly nothing is stored.
+    """
 
-    def __init__(self, stored: int | None = None) -> None:
-        self._left = float("inf") if stored is None else FOR_ANY + FOR_A_BYTE * stored
+    def __init__(self, stored: int | None = None, for_any: float = FOR_ANY) -> None:
+        self._left = float("inf") if stored is None else for_any + FOR_A_BYTE * stored
 
     def take(self, amount: float) -> None:
         """Do so much. Raises `WorkSpent` where that is more than is left, now and ever after."""

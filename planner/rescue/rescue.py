@@ -60,7 +60,7 @@ class Rescue:
     be read until somebody knows. ``snapshots``: those that are listed again. ``left_out``: what
     would have stopped QEMU and is not in the image any more, a sentence each. ``larger``: the disk
     that is mapped, where that is more than its header says. ``before``, ``after``: the checks
-    without and with the ``plan``.
+    without and with the ``plan``. ``note``: why not all that may say where tables belong was read.
     """
 
     plan: Plan
@@ -72,6 +72,7 @@ class Rescue:
     snapshots: tuple[Snapshot, ...] = ()
     left_out: tuple[str, ...] = ()
     larger: DiskSize | None = None
+    note: str = ""
 
     @property
     def placed(self) -> int:
@@ -325,6 +326,7 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
         holes=candidates if is_placed else (),
         snapshots=ground.snapshots,
         left_out=left_out,
+        note=tables.note if tables is not None else "",
     )
     _require_proof(result, first)
     return result

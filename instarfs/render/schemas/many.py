@@ -151,6 +151,7 @@ def rescue() -> Schema:
             "size-is-exact": flag("whether the disk cannot have been larger"),
             "placements": array("L2 tables that no entry leads to", _placement()),
             "unreadable": array("L1 indices that such a table may belong to", number("one")),
+            "note": maybe(text("why not all that may say where they belong was read")),
             "snapshots": array(
                 "snapshots that the snapshot table had lost",
                 record(

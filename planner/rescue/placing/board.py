@@ -12,6 +12,7 @@ import numpy as np
 
 from planner.arrays import I64, Mask
 from planner.errors import ReadFailed
+from planner.guestfs.work import Work
 from planner.rescue.placing.grid import PACKED
 from planner.rescue.placing.tables import NO_WINDOW, Tables
 from planner.source import Source
@@ -21,12 +22,20 @@ class Board:
     """Tables that have a window, and those that wait for one. Grows with `place`.
 
     ``window``: of each table, `NO_WINDOW` for those that wait. ``size``: of the disk, bytes.
+    ``work``: what asking the disk is taken from; raises `WorkSpent` where that is done.
     """
 
     def __init__(
-        self, source: Source, tables: Tables, size: int, *, has_backing: bool = False
+        self,
+        source: Source,
+        tables: Tables,
+        size: int,
+        *,
+        has_backing: bool = False,
+        work: Work | None = None,
     ) -> None:
         self._source, self.tables, self._size = source, tables, size
+        self.work = work or Work()
         self.has_backing = has_backing
         self.geometry = tables.geometry
         self.coverage = tables.geometry.l2_coverage
@@ -77,6 +86,7 @@ class Board:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Raises `ReadFailed` for what is not known."""
+        self.work.read(len(buffer))
         buffer[:] = bytes(len(buffer))
         position, end = offset, min(offset + len(buffer), self._size)
         while position < end:
@@ -120,6 +130,7 @@ class Board:
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """What is allocated, in the windows that have a table."""
+        self.work.ask()
         end = min(offset + length, self._size)
         first, last = offset // self.coverage, max(0, end - 1) // self.coverage
         for window in range(first, min(last + 1, len(self._table_of))):

@@ -13,6 +13,7 @@ from planner.check.check import check_image
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.findings.kinds import NONE
+from planner.guestfs.work import Work
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -33,10 +34,13 @@ from planner.rescue.placing.tables import (
 )
 from planner.rescue.placing.votes import Evidence
 from planner.rescue.scanned import Scanned
-from planner.source import Patched, Source
+from planner.source import Patched, Source, present_bytes
 
 LISTED_CANDIDATES = 16
 """Of one table."""
+
+FOR_ANY = 1_200_000.0
+"""Of work: the disk is looked at round after round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,8 @@ class Placed:
     """What was found of an image: its L1 table as it stands, its tables, their placements.
 
     ``mismatches``: of the check of it without entries that lead nowhere. ``shared``: offsets of the
-    tables without a place that snapshots lead to as well.
+    tables without a place that snapshots lead to as well. ``note``: why not all that may say where
+    they belong was read; empty: it was.
     """
 
     l1: L1Table
@@ -73,6 +78,7 @@ class Placed:
     placements: tuple[Placement, ...]
     mismatches: Mismatches
     shared: frozenset[int]
+    note: str = ""
 
 
 def without_unsound(source: Source, l1: L1Table) -> Source:
@@ -114,13 +120,15 @@ def find_placements(
         tables,
         layout.geometry.virtual_size,
         has_backing=bool(layout.header.backing_file_offset),
+        work=Work(present_bytes(source), FOR_ANY),
     )
     # Of an older copy of a table, which leads to the same in part, nothing counts.
     waits = np.flatnonzero(tables.window == NO_WINDOW)
     solver = Solver(board, collector.claims(tables.grid, waits))
     solver.solve()
     shared = frozenset(lost[is_shared].tolist())
-    return Placed(l1, board, tuple(_placements(solver)), sound.mismatches, shared)
+    placements = tuple(_placements(solver))
+    return Placed(l1, board, placements, sound.mismatches, shared, solver.note)
 
 
 def with_candidates(found: Placed) -> tuple[Placed, tuple[int, ...]]:

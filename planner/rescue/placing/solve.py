@@ -14,6 +14,7 @@ import numpy as np
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import find_volumes
 from planner.guestfs.volumes.partitions import read_table
+from planner.guestfs.work import WorkSpent
 from planner.rescue.placing import anchors, content, ext, fat, ntfs, pattern, xfs
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims
@@ -31,20 +32,27 @@ WEAK: tuple[Weigher, ...] = (pattern.weigh,)
 
 @dataclass(slots=True)
 class Solver:
-    """One search. ``tallies``: of the tables, what was voted when they were last asked about."""
+    """One search. ``tallies``: of the tables, what was voted when they were last asked about.
+
+    ``note``: why it ended before all was asked; empty: it did not.
+    """
 
     board: Board
     claims: Claims
     tallies: dict[int, Tally] = field(default_factory=dict)
+    note: str = ""
 
     def solve(self) -> None:
-        """Place what can be placed."""
+        """Place what can be placed; by no round of which the votes against were not all heard."""
         for table, window in self.board.tables.hints:
             self._note(table, window, Evidence.SNAPSHOT, 1)
         self._place(self.tallies)
-        for _ in range(MAX_ROUNDS):
-            if not len(self.board.waiting) or not (self._round(STRONG) or self._round(WEAK)):
-                break
+        try:
+            for _ in range(MAX_ROUNDS):
+                if not len(self.board.waiting) or not (self._round(STRONG) or self._round(WEAK)):
+                    break
+        except WorkSpent as spent:
+            self.note = str(spent)
         self._place_late()
 
     def _place_late(self) -> None:
@@ -79,18 +87,20 @@ class Solver:
     def _votes(self, weighers: tuple[Weigher, ...]) -> Iterator[Votes]:
         board = self.board
         start, end = board.holes()
-        disk = Holes(board, start, end)
+        disk = Holes(board, start, end, board.work)
         table = read_table(disk)
         if weighers is STRONG:
             yield from anchors.weigh_tables(board, self.claims)
             found = anchors.find_anchors(board, self.claims)
             yield from anchors.weigh_anchors(board, found, table)
-        for volume in find_volumes(board, start, end).volumes:
+        for volume in find_volumes(board, start, end, board.work).volumes:
             if volume.filesystem is None:
                 continue
             site = Site(volume.filesystem, volume.space.segments, volume.source, board)
             for weigh in weighers:
+                board.work.volume(len(self.claims))
                 yield from weigh(site, self.claims)
+        board.work.take(0)  # where volumes were left out, what they say is not heard
 
     def _place(self, tallies: dict[int, Tally]) -> bool:
         """Place each table that one window alone was voted for, where none other was."""

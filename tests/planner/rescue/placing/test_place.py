@@ -17,12 +17,14 @@ import pytest
 
 from planner.check.check import check_image
 from planner.findings.kinds import NONE
+from planner.guestfs.work import FOR_A_BYTE, WorkSpent
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
+from planner.rescue.placing import place as place_module
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.grid import ZEROS, Grid
 from planner.rescue.placing.place import LISTED_CANDIDATES, Placed, Placement, with_candidates
@@ -232,6 +234,22 @@ def test_what_a_table_maps_lies_within_the_disk_and_of_zeros_nothing_is_lost() -
     assert candidates(has_backing=False) == ([(0, 1, 2), (0, 1, 2, 3), ()], (0, 1, 2, 3))
     # Over a backing file zeros are something.
     assert candidates(has_backing=True)[0][2] == (0, 1, 2)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+def test_where_there_is_no_more_work_to_do_what_is_placed_is_right_and_the_rest_is_told(
+    monkeypatch, share
+) -> None:
+    data = image("ext4", "gpt")
+    lost = Bytes(without(data, "l1"))
+    whole = rescue(lost)
+    assert not whole.note
+    monkeypatch.setattr(place_module, "FOR_ANY", share * 100_000 - FOR_A_BYTE * len(data))
+    found = rescue(lost)
+    assert found.note == str(WorkSpent())
+    assert found.placed <= whole.placed
+    for each in found.placements:
+        assert not each.placed or truth(data)[each.offset] == each.l1_index
 
 
 def test_an_image_that_lost_nothing_is_left_alone() -> None:
