@@ -20,6 +20,7 @@ import numpy as np
 from instarfs.errors import GuestDamaged, GuestElsewhere
 from instarfs.guest.unpack import NotUnpacked, unpack
 from instarfs.image.file import FileSource, Image, WouldBlock
+from planner.errors import as_value
 from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import Layout
@@ -107,7 +108,7 @@ class Qcow2Layer:
         self.file, self.data, self.backing = beneath.file, beneath.data, beneath.backing
         self._unpacked = _Unpacked(UNPACKED_BYTES // mapping.geometry.cluster_size)
         self.unpacked_bytes = 0
-        """How much came out of compressed clusters so far."""
+        """How much came out of compressed clusters so far, or was to."""
 
     def fill(self, offset: int, view: memoryview, *, wait: bool) -> None:
         """Fill *view* from *offset* on, with zeros past the end of the disk.
@@ -171,16 +172,19 @@ class Qcow2Layer:
 
         def unpack_each(some: range) -> None:
             for at in some:
-                guest, host = int(runs.guest[at]), int(runs.host[at])
+                guest, place = int(runs.guest[at]), (int(runs.host[at]), int(runs.stored[at]))
                 start, stop = max(guest, position), min(guest + size, position + len(view))
-                cluster = self._unpacked.get(host)
+                cluster = self._unpacked.get(place)
                 if cluster is None:
                     if not wait:
                         raise WouldBlock
-                    cluster = self._unpack(raw[at], guest)
+                    cluster = self._unpack(raw[at])
                     self.unpacked_bytes += size
-                if stop - start < size:
-                    self._unpacked.keep(host, cluster)
+                # Of one that cannot be read the halves are tried, down to single sectors.
+                if stop - start < size or isinstance(cluster, NotUnpacked):
+                    self._unpacked.keep(place, cluster)
+                if isinstance(cluster, NotUnpacked):
+                    raise GuestDamaged(self.file.image.path, guest, str(cluster))
                 view[start - position : stop - position] = cluster[start - guest : stop - guest]
 
         if not wait or len(which) < 2:
@@ -220,12 +224,12 @@ class Qcow2Layer:
         else:
             self.backing.fill(position, view, wait=wait)
 
-    def _unpack(self, stored: memoryview, guest: int) -> bytes:
+    def _unpack(self, stored: memoryview) -> bytes | NotUnpacked:
         size, layout = self.mapping.geometry.cluster_size, self.beneath.layout
         try:
             return unpack(stored, size, layout.header.compression_type)
         except NotUnpacked as error:
-            raise GuestDamaged(self.file.image.path, guest, str(error)) from error
+            return as_value(error)
 
     def _elsewhere(self, position: int, missing: Missing) -> GuestElsewhere:
         path = self.file.image.path
@@ -248,19 +252,21 @@ def _clear(view: memoryview) -> None:
 
 
 class _Unpacked:
-    """The clusters that were decompressed last, by host offset; for several threads."""
+    """The clusters that were decompressed last, by host offset and how much is stored, or why they
+    cannot be; for several threads.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = max(1, count)
-        self._clusters: dict[int, bytes] = {}
+        self._clusters: dict[tuple[int, int], bytes | NotUnpacked] = {}
         self._lock = threading.Lock()
 
-    def get(self, host: int) -> bytes | None:
-        return self._clusters.get(host)
+    def get(self, place: tuple[int, int]) -> bytes | NotUnpacked | None:
+        return self._clusters.get(place)
 
-    def keep(self, host: int, cluster: bytes) -> None:
+    def keep(self, place: tuple[int, int], cluster: bytes | NotUnpacked) -> None:
         with self._lock:
-            self._clusters[host] = cluster
+            self._clusters[place] = cluster
             if len(self._clusters) > self._count:
                 del self._clusters[next(iter(self._clusters))]
 

@@ -71,7 +71,8 @@ class DiskSource:
             layer.fill(self._disk.start + offset, buffer[:inside], wait=True)
         except (GuestDamaged, GuestElsewhere, ImageReadFailed) as error:
             raise DiskUnread(str(error)) from None
-        self._work.read(layer.unpacked_bytes - before)
+        finally:
+            self._work.read(layer.unpacked_bytes - before)
         buffer[inside:] = bytes(len(buffer) - inside)
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
