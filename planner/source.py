@@ -36,7 +36,7 @@ GAP_BYTES = 16 << 10
 MAX_SPAN_BYTES = 8 << 20
 """No such read is longer, however many small tables lie near to each other."""
 
-READ_ANYWAY_BYTES = 256 << 20
+READ_ANYWAY_BYTES = 16 << 20
 """Below this, reading zeros out of holes is cheaper than asking where the holes are."""
 
 READS_ANYWAY = 1 << 9
@@ -260,6 +260,22 @@ def nonzero_words(source: Source, offset: int, count: int) -> tuple[I64, U64]:
     return np.concatenate(indices), np.concatenate(values)
 
 
+def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[tuple[I64, U64]]:
+    """`nonzero_words` of each of *tables* (offset, count), in that order.
+
+    Thousands may lie in one hole: about that it is not asked for each of them.
+    """
+    found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64))] * len(tables)
+    inside = [at for at, (offset, count) in enumerate(tables) if count and offset < source.size]
+    inside.sort(key=lambda at: tables[at][0])
+    start = np.array([tables[at][0] for at in inside], dtype=np.int64)
+    ends = (min(tables[at][0] + tables[at][1] * 8, source.size) for at in inside)
+    end = np.fromiter(ends, dtype=np.int64, count=len(inside))
+    for at in np.flatnonzero(_may_hold_data(source, start, end)).tolist():
+        found[inside[at]] = nonzero_words(source, *tables[inside[at]])
+    return found
+
+
 def present_tables(
     source: Source, offsets: I64, table_bytes: int, *, anyway: int | None = None
 ) -> Mask:
@@ -277,17 +293,24 @@ def present_tables(
         count <= READS_ANYWAY or _count_reads(offsets, table_bytes) <= READS_ANYWAY
     ):
         return np.ones(count, dtype=np.bool_)
+    return _may_hold_data(source, offsets, offsets + table_bytes)
+
+
+def _may_hold_data(source: Source, start: I64, end: I64) -> Mask:
+    """Which of the ranges have anything but a hole; they ascend by *start*."""
+    count = len(start)
     present = np.zeros(count, dtype=np.bool_)
-    end_of_last = int(offsets[-1]) + table_bytes
+    reach = np.maximum.accumulate(end)
     index, number = 0, 1
     while index < count:
-        position = int(offsets[index])
-        some = source.data_extents(position, end_of_last - position)
+        position = int(start[index])
+        some = source.data_extents(position, int(reach[-1]) - position)
         extents = np.array(list(itertools.islice(some, number)), dtype=np.int64).reshape(-1, 2)
         if not len(extents):
             break
-        low = np.searchsorted(offsets, extents[:, 0] - table_bytes, side="right")
-        high = np.searchsorted(offsets, extents[:, 1], side="left")
+        # Of ranges that are not equally long, some that end before an extent are taken with it.
+        low = np.searchsorted(reach, extents[:, 0], side="right")
+        high = np.searchsorted(start, extents[:, 1], side="left")
         low = np.maximum(low, index)
         hit = np.flatnonzero(low < high)
         present[expand_ranges(low[hit], high[hit] - 1)] = True

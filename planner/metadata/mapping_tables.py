@@ -15,7 +15,7 @@ from planner.findings.kinds import ACTIVE
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.layout import Layout
-from planner.source import Source, nonzero_words
+from planner.source import Source, words_of_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class L1Entries:
 def read_l1_tables(source: Source, tables: list[tuple[int, int, int]]) -> L1Entries:
     """Read the L1 tables given as (snapshot, offset, number of entries)."""
     snapshots, indices, words, positions = [], [], [], []
-    for snapshot, offset, size in tables:
-        if not size:
-            continue  # Wherever it claims to be: nothing is read there.
-        index, word = nonzero_words(source, offset, size)
+    read = words_of_tables(source, [(offset, size) for _, offset, size in tables])
+    for (snapshot, offset, _), (index, word) in zip(tables, read, strict=True):
+        if not len(index):
+            continue
         snapshots.append(np.full(len(index), snapshot, dtype=np.int32))
         indices.append(index)
         words.append(word)

@@ -78,19 +78,36 @@ def encode_bitmap(bitmap: Bitmap) -> bytes:
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
 
 
-Listed = list[tuple[Bitmap, ImageError | None]]
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What QEMU refuses about an entry: a ``field`` of it, its ``value``, and one sentence why.
+
+    Of tens of thousands: the error of each is made where somebody wants it.
+    """
+
+    field: str
+    value: int | str
+    problem: str
+
+    def of(self, bitmap: Bitmap) -> ImageError:
+        """The same as an error, of *bitmap*."""
+        return ImageError(
+            f"{self.field} of the bitmap at {bitmap.offset}", self.value, self.problem
+        )
+
+
+Listed = list[tuple[Bitmap, Refusal | None]]
 """Bitmaps, each with what QEMU refuses about its entry."""
 
 
 def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> tuple[Bitmap, ...]:
     """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
     found: list[Bitmap] = []
-    names: set[bytes] = set()
+    rules = _Rules(geometry)
     for bitmap in _decode_directory(_read_directory(source, pointer, geometry), pointer):
-        error = _entry_error(bitmap, names, geometry)
-        if error is not None:
-            raise error
-        names.add(bitmap.name)
+        refusal = rules.refusal(bitmap)
+        if refusal is not None:
+            raise refusal.of(bitmap)
         found.append(bitmap)
     return tuple(found)
 
@@ -110,14 +127,13 @@ def list_bitmaps(
 @lru_cache(maxsize=1)
 def _list_directory(
     directory: bytes, pointer: BitmapsPointer, geometry: Geometry
-) -> tuple[tuple[tuple[Bitmap, ImageError | None], ...], ImageError | None]:
+) -> tuple[tuple[tuple[Bitmap, Refusal | None], ...], ImageError | None]:
     """The same of its bytes. Several ask, one after the other, and there may be 65,535 of them."""
     listed: Listed = []
-    names: set[bytes] = set()
+    rules = _Rules(geometry)
     try:
         for bitmap in _decode_directory(directory, pointer):
-            listed.append((bitmap, _entry_error(bitmap, names, geometry)))
-            names.add(bitmap.name)
+            listed.append((bitmap, rules.refusal(bitmap)))
     except ImageError as error:
         return tuple(listed), as_value(error)
     return tuple(listed), None
@@ -149,19 +165,6 @@ def _decode_directory(directory: bytes, pointer: BitmapsPointer) -> Iterator[Bit
         raise ImageError("nb_bitmaps", pointer.nb_bitmaps, f"the directory lists {number}")
 
 
-def _entry_error(bitmap: Bitmap, names: set[bytes], geometry: Geometry) -> ImageError | None:
-    """What QEMU refuses about an entry; *names*: of those before it."""
-    try:
-        _check_entry(bitmap, geometry)
-    except ImageError as error:
-        return as_value(error)
-    if not bitmap.flags & IN_USE and bitmap.name in names:
-        return ImageError(
-            f"name of the bitmap at {bitmap.offset}", quoted(bitmap.name), "not unique"
-        )
-    return None
-
-
 def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, int]:
     """The entry at *position*, and where the next one begins."""
     if position + ENTRY_BYTES > len(directory):
@@ -190,41 +193,53 @@ def _cut_off(offset: int) -> ImageError:
     return ImageError("bitmap directory", offset, "its last entry is cut off")
 
 
-def _check_entry(bitmap: Bitmap, geometry: Geometry) -> None:
-    """check_dir_entry: raises `ImageError`."""
-    bits, entries = bitmap.granularity_bits, bitmap.bitmap_table_size
-    table_at = bitmap.bitmap_table_offset
-    size = geometry.virtual_size // SECTOR * SECTOR
-    needed = -(-size // (geometry.cluster_size * 8 << bits))
-    # Of tens of thousands: sentences are made where one is wrong.
-    rules: tuple[tuple[bool, str, int, str], ...] = (
-        (bool(bitmap.extra_data), "extra_data_size", len(bitmap.extra_data), "not supported"),
-        (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),
-        (
-            table_at == 0 or table_at % geometry.cluster_size != 0,
-            "bitmap_table_offset",
-            table_at,
-            "zero or not cluster aligned",
-        ),
-        (bits not in GRANULARITY_BITS, "granularity_bits", bits, "must be 9 to 31"),
-        (bool(bitmap.flags & RESERVED_FLAGS), "flags", bitmap.flags, "reserved bits are set"),
-        (len(bitmap.name) > MAX_NAME, "name_size", len(bitmap.name), "over 1023 bytes"),
-        (bitmap.type != TYPE_DIRTY, "type", bitmap.type, "only 1 (dirty tracking) is known"),
-        (
-            entries * geometry.cluster_size > MAX_BITMAP_BYTES,
-            "bitmap_table_size",
-            entries,
-            "the bitmap would have over 512 MiB",
-        ),
-        (
-            not bitmap.flags & IN_USE and entries != needed,
-            "bitmap_table_size",
-            entries,
-            "the disk needs {} entries",
-        ),
-    )
-    for broken, field, value, problem in rules:
-        if broken:
-            raise ImageError(
-                f"{field} of the bitmap at {bitmap.offset}", value, problem.format(needed)
-            )
+class _Rules:
+    """check_dir_entry, of one bitmap after the other."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._cluster_size = geometry.cluster_size
+        size = geometry.virtual_size // SECTOR * SECTOR
+        self._needed = [-(-size // (geometry.cluster_size * 8 << bits)) for bits in range(256)]
+        self._names: set[bytes] = set()
+
+    def refusal(self, bitmap: Bitmap) -> Refusal | None:
+        """What is wrong with it, or with its name after those before it."""
+        is_used, name = bool(bitmap.flags & IN_USE), bitmap.name
+        broken = self._of_fields(bitmap)
+        if broken is None and not is_used and name in self._names:
+            broken = Refusal("name", quoted(name), "not unique")
+        self._names.add(name)
+        return broken
+
+    def _of_fields(self, bitmap: Bitmap) -> Refusal | None:
+        entries, at, bits = (
+            bitmap.bitmap_table_size,
+            bitmap.bitmap_table_offset,
+            bitmap.granularity_bits,
+        )
+        for broken, field, value, problem in (
+            (bitmap.extra_data, "extra_data_size", len(bitmap.extra_data), "not supported"),
+            (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),
+            (
+                at == 0 or at % self._cluster_size,
+                "bitmap_table_offset",
+                at,
+                "zero or not cluster aligned",
+            ),
+            (bits not in GRANULARITY_BITS, "granularity_bits", bits, "must be 9 to 31"),
+            (bitmap.flags & RESERVED_FLAGS, "flags", bitmap.flags, "reserved bits are set"),
+            (len(bitmap.name) > MAX_NAME, "name_size", len(bitmap.name), "over 1023 bytes"),
+            (bitmap.type != TYPE_DIRTY, "type", bitmap.type, "only 1 (dirty tracking) is known"),
+            (
+                entries * self._cluster_size > MAX_BITMAP_BYTES,
+                "bitmap_table_size",
+                entries,
+                "the bitmap would have over 512 MiB",
+            ),
+        ):
+            if broken:
+                return Refusal(field, value, problem)
+        needed = self._needed[bits]
+        if not bitmap.flags & IN_USE and entries != needed:
+            return Refusal("bitmap_table_size", entries, f"the disk needs {needed} entries")
+        return None

@@ -12,6 +12,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from planner.arrays import is_any_of
 from planner.errors import ImageError
 from planner.findings.kinds import NONE, FindingKind, Structure
 from planner.findings.wording import plural
@@ -66,7 +69,8 @@ def _judge(scope: Scope) -> _Judged:
         void = "the bitmaps are void: a program that does not know them has written to the image"
         return _Judged((), (), void)
     listed, error = list_bitmaps(scope.source, pointer, scope.geometry)
-    whole = _why_all(scope, error or next((wrong for _, wrong in listed if wrong), None))
+    refused = (wrong.of(bitmap) for bitmap, wrong in listed if wrong)
+    whole = _why_all(scope, error or next(refused, None))
     if whole:
         return _Judged((), (), whole)
     broken = _broken(scope)
@@ -113,11 +117,10 @@ def _broken(scope: Scope) -> dict[int, str]:
 def _contested(scope: Scope) -> set[int]:
     """The numbers of bitmaps in clusters with two owners; `NONE`: their directory."""
     report, bits = scope.report, scope.geometry.cluster_bits
-    numbers: set[int] = set()
-    for offset in report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset.tolist():
-        owners = report.owners.of(offset >> bits)
-        numbers |= {each.index for each in owners if each.structure in STRUCTURES}
-    return numbers
+    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset >> bits
+    owners = report.owners
+    mine = np.isin(owners.structure, STRUCTURES) & is_any_of(owners.cluster, contested)
+    return set(owners.index[mine].tolist())
 
 
 def _sentences(judged: _Judged) -> Iterator[str]:

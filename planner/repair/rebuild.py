@@ -12,8 +12,8 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, U8, Counts, distinct, expand_ranges, without_repeats
-from planner.check.refcount_comparison import CHUNK
+from planner.arrays import I64, U8, U64, Counts, distinct, expand_ranges, without_repeats
+from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
 from planner.findings.kinds import FindingKind, Structure
@@ -103,17 +103,18 @@ def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
     mismatches, report, bits = scope.mismatches, scope.report, scope.geometry.cluster_bits
     index, stored = mismatches.index, mismatches.stored
     # As wide as all that is put in: sixteen million of them are no more than the census had.
-    over = report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
-    widest = np.uint64 if len(over) else np.result_type(mismatches.counted, stored.dtype)
-    counted = mismatches.counted.astype(widest)
-    slots, _ = index.find(over.host_offset >> bits)
-    counted[slots] += over.count.astype(widest)
+    counted = mismatches.counted.astype(np.result_type(mismatches.counted, stored.dtype))
     freed = np.zeros(index.slots, dtype=np.bool_)
-    old = np.isin(report.regions.structure, (Structure.REFTABLE, Structure.REFBLOCK))
-    regions = report.regions.select(old)
+    is_old = np.isin(report.regions.structure, (Structure.REFTABLE, Structure.REFBLOCK))
+    regions = report.regions.select(is_old)
     slots, known = index.find(expand_ranges(regions.first(bits), regions.last(bits)))
-    np.subtract.at(counted, slots[known], counted.dtype.type(1))
-    freed[slots[known]] = True
+    old, over = slots[known], report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
+    full, all_of_them = _beyond_width(mismatches, over.host_offset >> bits, over.count, old)
+    np.subtract.at(counted, old, counted.dtype.type(1))
+    # A cluster with more references than the width can count stays full, and stays named.
+    limit = min(scope.geometry.refcount_max, int(np.iinfo(counted.dtype).max))
+    counted[full] = np.minimum(all_of_them, np.uint64(limit)).astype(counted.dtype)
+    freed[old] = True
     # A table that reaches past the end was not counted, and is none any more all the same.
     for lost in report.findings.of(FindingKind.PAST_END, Structure.REFTABLE).rows():
         end = lost.host_offset + lost.length
@@ -123,11 +124,21 @@ def _wanted_refcounts(scope: Scope, stay: I64) -> Counts:
     slots, known = index.find(stay)
     slots = slots[known]
     counted[slots] = np.where(freed[slots], counted[slots], stored[slots])
-    # A cluster with more references than the width can count stays full, and stays named.
-    limit = scope.geometry.refcount_max
     if limit < int(np.iinfo(counted.dtype).max):
         np.minimum(counted, counted.dtype.type(limit), out=counted)
     return counted
+
+
+def _beyond_width(mismatches: Mismatches, clusters: I64, more: I64, old: I64) -> tuple[I64, U64]:
+    """The slots of *clusters* that are full, and all references that each has: *more* than counted,
+    without those of the *old* slots. They are few, and the table of all counts stays narrow.
+    """
+    slots, known = mismatches.index.find(clusters)
+    slots, old = slots[known], np.sort(old)
+    gone = np.searchsorted(old, slots, side="right") - np.searchsorted(old, slots)
+    return slots, mismatches.counted[slots].astype(np.uint64) + more[known].astype(
+        np.uint64
+    ) - gone.astype(np.uint64)
 
 
 def _blocks_in_use(scope: Scope, refcounts: Counts) -> I64:

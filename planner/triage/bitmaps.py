@@ -15,7 +15,7 @@ from planner.metadata.work_limits import followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import list_bitmaps
 from planner.qcow2.extensions import BITMAPS, decode_bitmaps
-from planner.source import Source, nonzero_words
+from planner.source import Source, words_of_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,14 @@ def bitmaps_of(source: Source, report: Report) -> Bitmaps:
     spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
     spans += [(offset, size * 8) for _, offset, size in places]
     kept = followed_tables(places, source.size)
-    tables = tuple(
-        _Table(offset, size, *nonzero_words(source, offset, size))
+    # Tables of several bitmaps may be one.
+    some = list(dict.fromkeys(
+        (offset, size)
         for (_, offset, size), is_kept in zip(places, kept, strict=True)
         if is_kept and offset < source.size
-    )
+    ))  # fmt: skip
+    words = words_of_tables(source, some)
+    tables = tuple(_Table(*place, *each) for place, each in zip(some, words, strict=True))
     is_whole = broken is None and all(error is None for _, error in listed)
     return Bitmaps(tuple(spans), tables, is_whole)
 
@@ -91,20 +94,21 @@ def lost_bitmap_clusters(report: Report, end: int, bitmaps: Bitmaps, leaked: I64
     neighbours of an entry say where it led to.
     """
     found = [np.zeros(0, dtype=np.int64)]
+    contested = distinct(report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset)
     for table in bitmaps.tables:
-        found += _led_to(table, report, end, leaked)
+        found += _led_to(table, _are_sound(table, report, end, contested), report, leaked)
     clusters = distinct(np.concatenate(found))
     return clusters[is_among(clusters, leaked)]
 
 
-def _led_to(table: _Table, report: Report, end: int, leaked: I64) -> Iterator[I64]:
+def _led_to(table: _Table, are_sound: Mask, report: Report, leaked: I64) -> Iterator[I64]:
     """Where the damaged entries of a table led to, and those that are zero between two others."""
     bits = report.geometry.cluster_bits
     has_cluster = table.word > np.uint64(entries.BITMAP_ALL_ONES)
     # Behind the last entry is the table itself.
     index = np.append(table.index[has_cluster], table.size)
     cluster = np.append(_hosts(table)[has_cluster], table.offset) >> bits
-    sound = np.flatnonzero(np.append(_are_sound(table, report, end)[has_cluster], True))
+    sound = np.flatnonzero(np.append(are_sound[has_cluster], True))
     damaged = np.setdiff1d(np.arange(len(index)), sound)
     after = np.searchsorted(sound, damaged)
     following = sound[after]
@@ -127,10 +131,9 @@ def _hosts(table: _Table) -> I64:
     return (table.word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
 
 
-def _are_sound(table: _Table, report: Report, end: int) -> Mask:
+def _are_sound(table: _Table, report: Report, end: int, contested: I64) -> Mask:
     """Which entries lead to a cluster that may be the bitmap's, and no other's."""
     host = _hosts(table)
-    contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     sound: Mask = ~entries.bad_bitmap_entries(table.word, report.geometry)
-    sound &= (host != 0) & (host < end) & ~np.isin(host, contested)
+    sound &= (host != 0) & (host < end) & ~is_among(host, contested)
     return sound

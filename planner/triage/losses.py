@@ -277,8 +277,7 @@ def find_losses(
     behind = _lost_behind(source, report, disk, lost_tables)
     references = _references_lost(disk, report, leaked, candidates) + behind
     references += disk.shared.entries + disk.hidden_references()
-    gone = disk.empty_entries()[1] if len(leaked.cluster) + behind > 1 else disk.shared.uncounted
-    room = disk.unmapped_bytes(gone)
+    room = disk.unmapped_bytes(all_empty=len(leaked.cluster) + behind > 1)
     lost = references * report.geometry.cluster_size
     if _are_beyond_count(report, leaked) and (report.holds_compressed or disk.lost_windows):
         lost = disk.size  # in one cluster as many compressed ones as nobody has counted any more
@@ -302,8 +301,7 @@ def find_shared(source: Source, report: Report) -> Losses:
     causes = tuple(_of_shared(disk.shared, report.geometry.l2_coverage))
     behind = _lost_behind(source, report, disk, 0)
     lost = (disk.shared.entries + behind) * report.geometry.cluster_size
-    gone = disk.empty_entries()[1] if behind > 1 else disk.shared.uncounted
-    room = disk.unmapped_bytes(gone)
+    room = disk.unmapped_bytes(all_empty=behind > 1)
     return Losses(causes=causes, missing=min(lost, room), behind=behind, strays=disk.strays())
 
 
@@ -381,10 +379,18 @@ def _of_empty_entries(report: Report, disk: _Disk, leaked: Leaked) -> Iterator[C
     is_table_left |= not report.counters.allocated_clusters and not leaked.uncounted.all()
     if not is_table_left:
         return
-    number, index = disk.empty_entries()
-    yield from _of_windows(CauseKind.EMPTY_ENTRY, number, index, report.geometry.l2_coverage)
-    if not len(index):
+    first, count = disk.empty
+    if not len(first):
         yield from _of_gaps_in_snapshots(leaked.gaps)
+        return
+    yield Cause(
+        CauseKind.EMPTY_ENTRY,
+        ACTIVE,
+        int(first[0]),
+        int(count[0]),
+        int(count.sum()),
+        report.geometry.l2_coverage,
+    )
 
 
 def _of_exchanged(report: Report, leaked: Leaked) -> Iterator[Cause]:
@@ -587,7 +593,8 @@ class _Disk:
             return
         hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
         hosts[(words & np.uint64(entries.COMPRESSED)) != 0] = 0
-        row, at = np.nonzero(np.isin(hosts, self._in_use))
+        # An entry without an offset has nothing in the header's cluster.
+        row, at = np.nonzero(np.isin(hosts, self._in_use) & (hosts > 0))
         guest = tables.l1_index[row] * words.shape[1] + at
         self._shared.append(np.stack((hosts[row, at], guest)))
 
@@ -608,7 +615,7 @@ class _Disk:
         mismatches, regions = self._report.mismatches, self._report.regions
         tables = regions.select(regions.structure == Structure.L2_TABLE)
         is_aligned = tables.offset % self._geometry.cluster_size == 0
-        tables = tables.select(is_aligned & np.isin(tables.l1_index, self.empty_entries()[1]))
+        tables = tables.select(is_aligned & self._are_in_empty(tables.l1_index))
         if mismatches is None or not len(tables.offset):
             return np.zeros(0, dtype=np.int64), 0
         slots, known = mismatches.index.find(tables.first(self._geometry.cluster_bits))
@@ -690,10 +697,23 @@ class _Disk:
         guest = l1_index * self._geometry.l2_entries + np.repeat(entry, high - low)
         return np.sort(guest) << self._geometry.cluster_bits
 
-    def empty_entries(self) -> tuple[I64, I64]:
-        """(snapshot, L1 index) of the active disk's L1 entries that are zero."""
-        index = np.setdiff1d(np.arange(self._needed), self._l1.l1_index, assume_unique=True)
-        return np.full(len(index), ACTIVE, dtype=np.int64), index
+    @property
+    def empty(self) -> tuple[I64, I64]:
+        """Runs of the active disk's L1 entries that are zero, ascending: the first, how many.
+
+        A table of millions may be a hole: of what is not there is no row.
+        """
+        index = self._l1.l1_index
+        before = np.concatenate((np.array([-1]), index[index < self._needed]))
+        count = np.diff(before, append=self._needed) - 1
+        return before[count > 0] + 1, count[count > 0]
+
+    def _are_in_empty(self, l1_index: I64) -> Mask:
+        """Which indices are of L1 entries that are zero."""
+        first, count = self.empty
+        at = np.searchsorted(first, l1_index, side="right")
+        inside: Mask = l1_index < np.append(0, first + count)[at]
+        return inside
 
     @property
     def lost_windows(self) -> int:
@@ -746,19 +766,21 @@ class _Disk:
     def _all_windows(self) -> tuple[tuple[I64, I64], ...]:
         return self.windows.zeros, self.windows.parts, self.windows.overwritten
 
-    def unmapped_bytes(self, empty: I64) -> int:
+    def unmapped_bytes(self, *, all_empty: bool) -> int:
         """Guest bytes of the active disk that no entry says anything about, rounded up.
 
-        Behind an L1 entry that is empty nothing was, unless its table was a cluster too: *empty*
-        are those that count.
+        Behind an L1 entry that is empty nothing was, unless its table was a cluster too: those that
+        count are *all_empty* ones, or what snapshots have a table in the place of.
         """
         coverage, (number, index) = self._geometry.l2_coverage, self.windows.zeros
         index = index[number == ACTIVE]
         # What a table of none but damaged entries leaves out is counted entry by entry.
         number, counted = self._entries_of(self._unsound)
         index = np.setdiff1d(index, counted[number == ACTIVE])
-        index = np.concatenate((index, empty))
-        windows = int(np.clip(self.size - index * coverage, 0, coverage).sum())
+        first, count = self.empty if all_empty else (self.shared.uncounted, np.int64(1))
+        start = np.concatenate((index, first)) * coverage
+        end = np.concatenate((index + 1, first + count)) * coverage
+        windows = int((np.minimum(end, self.size) - np.minimum(start, self.size)).sum())
         return self._free * self._geometry.cluster_size + windows
 
     def may_have_had_more(self) -> Mask:

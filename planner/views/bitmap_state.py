@@ -15,7 +15,7 @@ from planner.errors import ImageError
 from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
-from planner.qcow2.bitmaps import IN_USE, Bitmap, list_bitmaps
+from planner.qcow2.bitmaps import IN_USE, Bitmap, Refusal, list_bitmaps
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.layout import Layout
 from planner.source import READABLE_END, Source, nonzero_words, read_tables
@@ -85,10 +85,10 @@ class _Reader:
         self._source, self._geometry, self._meter = source, geometry, meter
         self._room, self._cost = limits.bitmap_bytes, limits.bitmap_cost
 
-    def look_at(self, bitmap: Bitmap, wrong: ImageError | None) -> BitmapState:
+    def look_at(self, bitmap: Bitmap, wrong: Refusal | None) -> BitmapState:
         """*wrong*: with its directory entry; then there is no table to believe."""
         if wrong is not None:
-            return BitmapState(bitmap, None, 0, (wrong,))
+            return BitmapState(bitmap, None, 0, (wrong.of(bitmap),))
         offset, size = bitmap.bitmap_table_offset, bitmap.bitmap_table_size
         field = f"table of the bitmap at {bitmap.offset}"
         if offset + size * 8 > READABLE_END:

@@ -21,7 +21,7 @@ from instarfs.image.file import Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image
 from planner.check.report import Report
-from planner.errors import PlannerError
+from planner.errors import PlannerError, RepairError
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.rescue.headers import find_headers
@@ -150,6 +150,31 @@ def test_whose_the_damage_is_costs_no_more_on_a_disk_that_is_made_for_it(number,
             deque(files_tsv(found), maxlen=0)
 
         run(Target(search, list), b"")
+
+
+@pytest.mark.parametrize("number", [5_000_014, 5_000_021])
+def test_what_leaks_and_what_is_planned_cost_no_more_on_tables_in_holes(number, tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(number).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+        run(Target(lambda _: triage_leaks(source, report).losses, list), b"")
+
+        def plan(_: bytes) -> None:
+            with contextlib.suppress(RepairError):
+                propose(source, report, RepairTier.BITMAPS)
+
+        run(Target(plan, list), b"")
+
+
+@pytest.mark.parametrize("number", [5_000_008, 5_000_022])
+def test_placing_tables_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_guest_bomb(number).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        run(Target(lambda _: rescue(source).plan.id, list), b"")
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_HEADER)

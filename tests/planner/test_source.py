@@ -13,6 +13,7 @@ from planner import source as source_module
 from planner.source import (
     GAP_BYTES,
     MAX_SPAN_BYTES,
+    READ_ANYWAY_BYTES,
     Bytes,
     nonzero_words,
     present_tables,
@@ -20,6 +21,7 @@ from planner.source import (
     read_parts,
     read_present,
     read_tables,
+    words_of_tables,
 )
 from tests.planner.sources import Sparse
 
@@ -219,3 +221,30 @@ def test_a_million_tables_in_a_hole_are_one_question(monkeypatch) -> None:
     source = Sparse({}, size=1 << 62)
     assert not present_tables(source, np.arange(1 << 20, dtype=np.int64) << 16, 1 << 16).any()
     assert len(source.asked) == 1
+
+
+@given(
+    there=st.sets(st.integers(0, 60), max_size=12),
+    tables=st.lists(st.tuples(st.integers(0, 60 * 64), st.integers(0, 200)), max_size=12),
+)
+def test_the_words_of_many_tables_are_those_of_each(there, tables) -> None:
+    source = Sparse(dict.fromkeys(there, b"x"), size=48 << 9)
+    tables = [(offset * 8, count) for offset, count in tables]
+    for mine, (offset, count) in zip(words_of_tables(source, tables), tables, strict=True):
+        for column, other in zip(mine, nonzero_words(source, offset, count), strict=True):
+            assert column.tolist() == other.tolist()
+
+
+def test_thousands_of_tables_in_a_hole_are_one_question_whatever_their_lengths() -> None:
+    source = Sparse({0: b"x"}, size=1 << 62)
+    tables = [(at << 20, at) for at in range(1, 5000)]
+    found = words_of_tables(source, tables)
+    assert len(found) == len(tables)
+    assert not any(len(index) for index, _ in found)
+    assert len(source.asked) == 1
+
+
+def test_tables_that_claim_more_than_is_cheap_to_read_are_asked_about() -> None:
+    source = Sparse({7: b"x"}, size=1 << 40)
+    offsets = np.arange(READ_ANYWAY_BYTES // 4096 + 1, dtype=np.int64) * 4096
+    assert np.flatnonzero(present_tables(source, offsets, 4096)).tolist() == [0]

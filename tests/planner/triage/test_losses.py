@@ -1,6 +1,7 @@
 """Whether leaked data may have been lost, where from, and how much: and where it cannot."""
 
 import random
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -1168,3 +1169,28 @@ def test_what_lies_where_a_file_grew_was_not_counted_yet_if_it_is_dirty(is_dirty
     wipe(image, image.l2_table(1))
     image.data += random.Random(7).randbytes(2 * CLUSTER) + bytes(CLUSTER)
     assert triage(image).losses.missing == (PER_TABLE + 2 * is_dirty) * CLUSTER
+
+
+def test_an_entry_that_says_nothing_is_no_use_of_the_headers_cluster() -> None:
+    builder = disk()
+    builder.take_snapshot("one")
+    builder.write(0, b"anew")
+    image = builder.build()
+    image.set_refcount(0, 2)
+    assert CauseKind.SHARED not in causes(image)
+    assert triage(image).losses.missing == 0
+
+
+def test_what_an_l1_table_has_nothing_for_costs_no_memory_however_long_it_is() -> None:
+    builder = ImageBuilder(size=1 << 60, cluster_bits=21)
+    leaked = [builder.place(random.Random(at).randbytes(4096)) >> 21 for at in range(2)]
+    image = builder.build()
+    for cluster in leaked:
+        image.set_refcount(cluster, 1)
+    source, report = image.source, check_image(image.source)
+    tracemalloc.start()
+    found = triage_leaks(source, report)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.losses.missing == 2 << 21
+    assert peak < 24 * MIB
