@@ -159,12 +159,15 @@ def test_what_leaks_and_what_is_planned_cost_no_more_on_tables_in_holes(number, 
     with Image.open(str(path)) as image:
         source = image.source()
         report = check_image(source)
-        run(Target(lambda _: triage_leaks(source, report).losses, list), b"")
+
+        def look(_: bytes) -> None:
+            triage_leaks(source, report)
 
         def plan(_: bytes) -> None:
             with contextlib.suppress(RepairError):
                 propose(source, report, RepairTier.BITMAPS)
 
+        run(Target(look, list), b"")
         run(Target(plan, list), b"")
 
 
@@ -174,7 +177,11 @@ def test_placing_tables_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_
     make_guest_bomb(number).write(path)
     with Image.open(str(path)) as image:
         source = image.source()
-        run(Target(lambda _: rescue(source).plan.id, list), b"")
+
+        def place(_: bytes) -> None:
+            rescue(source)
+
+        run(Target(place, list), b"")
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_HEADER)
