@@ -90,6 +90,9 @@ MAX_LUKS = 64
 STANDS_OUT = 4
 """So many times more than the best must the next contradict the file, or none is believed."""
 
+MOST_BESIDE = 2
+"""So many times what its tables take is in a file the data of which is in another."""
+
 _COUNTED = replace(LIMITS, owners=0)
 """A score counts. Who owns what is in none of the counters, and takes most of the time."""
 
@@ -395,8 +398,21 @@ class _Search:
         """Whether there is a disk under *header*, of which something may be in the file."""
         if header.size == 0 and FindingKind.BEYOND_DISK_END in report.counts():
             return False
+        if self._moves_data(header, report):
+            return False
         is_there = header.l1_table_offset < self._source.size or not header.l1_size
         return is_there or not self._changes(header)
+
+    def _moves_data(self, header: Header, report: Report) -> bool:
+        """Whether only under *header* all data is in another file, though this one is full of it.
+
+        Where refcounts are gone, less is wrong the less is led to.
+        """
+        added = header.incompatible_features & ~self.now.incompatible_features
+        if not added & Incompatible.DATA_FILE or report.mismatches is None:
+            return False
+        clusters = int(np.count_nonzero(report.mismatches.counted))
+        return self.present > MOST_BESIDE * clusters << header.cluster_bits
 
     @property
     def is_tired(self) -> bool:

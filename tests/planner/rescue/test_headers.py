@@ -356,6 +356,19 @@ def test_of_fields_that_make_no_sense_none_else_changes(lost: tuple[str, ...]) -
     assert (best.header, best.score) == (header_of(true), (0, 0, 0))
 
 
+def test_what_is_in_the_file_is_in_no_other_though_less_would_be_wrong_then() -> None:
+    # The type of compression makes no sense, and no refcount is left.
+    made = ImageBuilder(cluster_bits=12, size=16 * MIB)
+    made.write(5, random.Random(1).randbytes(1 << 20))
+    image = made.build()
+    true = image.header
+    image.data[image.refblock(0) : image.refblock(0) + 4096] = bytes(4096)
+    image.data[104] ^= 1
+    image.change_header(header_length=112)
+    best = find_headers(image.source).best
+    assert best is None or best.header.incompatible_features == true.incompatible_features
+
+
 def test_tables_that_lead_to_themselves_end() -> None:
     words = (65536).to_bytes(8, "big") * 8192
     best = find_headers(Bytes(bytes(65536) + words * 4)).best
