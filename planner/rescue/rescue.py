@@ -81,8 +81,10 @@ class Rescue:
 
     @property
     def count(self) -> int:
-        """How many things come back: a header, tables that were placed, snapshots."""
-        return self.changes_header + self.placed + len(self.snapshots)
+        """How many things it is about: a header, tables that were placed, snapshots, and that
+        something stopped QEMU.
+        """
+        return self.changes_header + self.placed + len(self.snapshots) + bool(self.left_out)
 
     @property
     def refused(self) -> str | None:

@@ -145,6 +145,7 @@ def test_of_snapshots_that_nothing_is_left_of_none_is_counted(plain: bytes) -> N
     assert any(
         "2 of 2 entries of the snapshot table are cut off" in note for note in found.left_out
     )
+    assert found.count == 1
     told = rescue_txt(found, Asked("x"), None)
     assert "is left out" in told
     assert all(note in told for note in found.left_out)
