@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import (
+    beside_writer,
     checks,
     damaged,
     exports,
@@ -27,13 +28,16 @@ from tests.bench import (
     race,
     reads,
     repairs,
+    rescues,
 )
 from tests.bench.samples import Samples
 from tests.mount.mounts import PROJECT
 
 RACES = (
     *checks.RACES,
+    *beside_writer.RACES,
     *repairs.RACES,
+    *rescues.RACES,
     *damaged.RACES,
     *listings.RACES,
     *idle.RACES,

@@ -10,9 +10,10 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -149,10 +150,26 @@ def at_random(path: Path, readers: int) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+@contextmanager
+def busy() -> Iterator[None]:
+    """Every processor has other work meanwhile, which never waits."""
+    command = [sys.executable, "-S", "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+
+
 def side_by_side(
-    write: Callable[[Path], None], read: Callable[[Path], None], *options: str
+    write: Callable[[Path], None],
+    read: Callable[[Path], None],
+    *options: str,
+    beside: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Enter:
-    """The three of them, which all show the same disk."""
+    """The three of them, which all show the same disk; *beside* goes on meanwhile."""
 
     @contextmanager
     def enter(_samples: Samples) -> Iterator[Mapping[str, Side]]:
@@ -174,6 +191,7 @@ def side_by_side(
                 warm(image)
                 drop_cache(path)
 
+            stack.enter_context(beside())
             yield {
                 name: Side(partial(read, path), partial(prepare, path), partial(process_cpu, pid))
                 for name, (path, pid) in shown.items()
@@ -199,6 +217,10 @@ RACES = (
     _race(
         "read-random-4", "disk.raw, random 4 KiB, 4 readers",
         side_by_side(write_plain, partial(at_random, readers=4)), 1, 1,
+    ),
+    _race(
+        "read-random-busy", "disk.raw, random 4 KiB, all processors busy",
+        side_by_side(write_plain, partial(at_random, readers=1), beside=busy), 2, 2,
     ),
     _race(
         "read-packed", "disk.raw of a compressed image in sequence, 512 MiB",
