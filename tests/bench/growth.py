@@ -19,8 +19,8 @@ TEBIBYTES = (1, 2, 4, 8, 16)
 TURNS = 3
 
 MIB = 1 << 20
-BASE_MEMORY = 96 * MIB
-MEMORY_PER_CLUSTER = 4
+BASE_MEMORY = 72 * MIB
+MEMORY_PER_CLUSTER = 1
 """What a check may take at its peak: this for each host cluster in use, beside `BASE_MEMORY`."""
 
 # A small process of its own: what a child is said to have used at its peak begins with what its
