@@ -77,7 +77,7 @@ def _conclude(outcome: Outcome, target: OutFile, *, quiet: bool) -> None:
         hint = ""
         if outcome.elsewhere:
             which = "all" if outcome.elsewhere == outcome.unread else outcome.elsewhere
-            hint = f", {which} of them in files that are not read (see --follow)"
+            hint = f", {which} of them in files that are not read ({outcome.refusal})"
         raise ExportIncomplete(target.path, outcome.unread, outcome.size, hint, target.map_path)
     if not quiet:
         click.echo(printable(f"{target.path}: all {outcome.size} bytes of the disk were read"))

@@ -55,7 +55,8 @@ def command(  # noqa: PLR0917 - as on the command line
         if output == "json":
             parts = map_json(rows, guest.members, start_offset)
         else:
-            parts = map_human(rows, [os.fsdecode(n) for n in guest.data_files(path)])
+            files = [os.fsdecode(name) for name in guest.data_files(path)]
+            parts = map_human(rows, files, guest.members)
         try:
             for part in parts:
                 click.echo(part, nl=False)

@@ -60,12 +60,13 @@ FLUSH_SECONDS = 20.0
 class Outcome:
     """What an export has come to: bytes of the disk, and of those that could not be read.
 
-    ``elsewhere``: how many of these are in files that are not read.
+    ``elsewhere``: how many of these are in files that are not read, and ``refusal`` why.
     """
 
     size: int
     unread: int
     elsewhere: int
+    refusal: str = ""
 
 
 class Export:
@@ -91,6 +92,12 @@ class Export:
     def size(self) -> int:
         """Bytes of the disk."""
         return self._disk.size
+
+    @property
+    def refusal(self) -> str:
+        """Why a file that the disk is in is not read; empty where all are."""
+        refusals = [each.refusal for each in self._guest.members if each.refusal is not None]
+        return refusals[-1] if refusals else ""
 
     def origin(self) -> Origin:
         """What it is read from, as it was when this was made."""
@@ -177,7 +184,7 @@ class _Run:
         if self._export.has_changed():
             raise self._torn()
         mapfile = self._out.mapfile
-        return Outcome(mapfile.size, mapfile.bytes_of(BAD), self._elsewhere)
+        return Outcome(mapfile.size, mapfile.bytes_of(BAD), self._elsewhere, self._export.refusal)
 
     def _copy_all(
         self,

@@ -106,19 +106,25 @@ def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:
 def _reasons(members: tuple[Member, ...]) -> dict[int, str]:
     """What a row ends with, by its flaw."""
     found = {int(flaw): f', "damaged": "{text}"' for flaw, text in FLAW_SENTENCES.items()}
-    missing = [m for m in members if m.named.role is Role.BACKING and m.refusal is not None]
-    reason = missing[-1].refusal if missing else None
-    sentence = json_text(f"in a backing file that is not read: {reason}")
-    found[UNKNOWN] = f', "unknown": {sentence}'
+    found[UNKNOWN] = f', "unknown": {json_text(_unread(members))}'
     return found | {int(Flaw.NONE): ""}
 
 
-def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
+def _unread(members: tuple[Member, ...]) -> str:
+    """Why it is not known what is in a backing file."""
+    missing = [m for m in members if m.named.role is Role.BACKING and m.refusal is not None]
+    return f"in a backing file that is not read: {missing[-1].refusal if missing else None}"
+
+
+def map_human(
+    batches: Iterable[Extents], files: list[str], members: tuple[Member, ...]
+) -> Iterator[bytes]:
     """The text of `qemu-img map`: a line for each run of data that lies in a file as it is; and, in
     place of an offset and a file, what is wrong with each that is damaged.
 
-    *files*: the file of the data at each depth. Raises `MapIncomplete` at the first run that can
-    have no such line, as QEMU does; and at the end where some were damaged, or are not known.
+    *files*: the file of the data at each depth. *members*: those of its chain. Raises
+    `MapIncomplete` at the first run that can have no such line, as QEMU does; and at the end where
+    some were damaged, or are not known.
     """
     yield b"Offset          Length          Mapped to       File\n"
     damaged, bytes_damaged = 0, 0
@@ -144,7 +150,7 @@ def map_human(batches: Iterable[Extents], files: list[str]) -> Iterator[bytes]:
         what = "part is" if damaged == 1 else "parts are"
         problems.append(f"{damaged} {what} damaged ({plural(bytes_damaged, 'byte')})")
     if unknown is not None:
-        problems.append(f"what is at {unknown} is in a backing file that is not read; see --follow")
+        problems.append(f"what is at {unknown} is {printable(_unread(members))}")
     if problems:
         raise MapIncomplete("; ".join(problems))
 

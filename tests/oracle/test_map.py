@@ -163,7 +163,22 @@ def test_what_cannot_be_known_is_said(instarfs: Instarfs, tmp_path: Path) -> Non
     assert "not cluster aligned\n" in said.out
     assert said.err == (
         f"instarfs: {image}: 1 part is damaged ({CLUSTER} bytes); what is at {4 * CLUSTER} is in a"
-        " backing file that is not read; see --follow\n"
+        " backing file that is not read: no directory is followed; see --follow\n"
+    )
+
+
+def test_following_is_not_advised_where_it_does_not_help(
+    instarfs: Instarfs, tmp_path: Path
+) -> None:
+    (tmp_path / "base").write_bytes(b"base")
+    image = tmp_path / "image"
+    builder = ImageBuilder(size=MIB, backing_file=b"base", backing_format=b"vmdk")
+    image.write_bytes(builder.build().data)
+    said = instarfs("--follow", tmp_path, image)
+    assert said.code == 1
+    assert said.err == (
+        f"instarfs: {image}: what is at 0 is in a backing file that is not read: its format is"
+        " neither raw nor qcow2\n"
     )
 
 

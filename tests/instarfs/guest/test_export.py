@@ -248,7 +248,7 @@ def test_what_is_in_a_backing_file_that_is_not_read(export: Command, tmp_path: P
     image, out = tmp_path / "image", tmp_path / "out"
     image.write_bytes(builder.build().data)
     said = export(image, out)
-    refused(said, "all of them in files that are not read (see --follow)")
+    refused(said, "all of them in files that are not read (no directory is followed; see --follow)")
     assert listed(out).blocks(READ) == [(CLUSTER, 3 * CLUSTER)]
     assert not any(out.read_bytes()[3 * CLUSTER :])
     # The same command with the way to it goes on, and has all.
@@ -260,6 +260,16 @@ def test_what_is_in_a_backing_file_that_is_not_read(export: Command, tmp_path: P
     refused(export("--follow", tmp_path, image, out), out, "has changed since")
 
 
+def test_following_is_not_advised_where_it_does_not_help(export: Command, tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"base" * (MIB // 4))
+    image, out = tmp_path / "image", tmp_path / "out"
+    builder = ImageBuilder(size=4 * MIB, backing_file=b"base", backing_format=b"vmdk")
+    image.write_bytes(builder.build().data)
+    why = "its format is neither raw nor qcow2"
+    said = export("--follow", tmp_path, image, out)
+    refused(said, f"all of them in files that are not read ({why}); they are holes")
+
+
 def test_a_data_file_that_is_not_read(export: Command, tmp_path: Path) -> None:
     image, out, data = tmp_path / "image", tmp_path / "out", tmp_path / "data"
     builder = ImageBuilder(size=4 * MIB, data_file=b"data")
@@ -267,7 +277,10 @@ def test_a_data_file_that_is_not_read(export: Command, tmp_path: Path) -> None:
     made = builder.build()
     image.write_bytes(made.data)
     data.write_bytes(made.data_file)
-    refused(export(image, out), "all of them in files that are not read (see --follow)")
+    refused(
+        export(image, out),
+        "all of them in files that are not read (no directory is followed; see --follow)",
+    )
     assert listed(out).blocks(BAD) == [(CLUSTER, 2 * CLUSTER)]
     assert export("--follow", tmp_path, image, out).code == 0
     assert out.read_bytes()[CLUSTER : CLUSTER + 3000] == b"top" * 1000
