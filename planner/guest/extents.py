@@ -7,7 +7,8 @@ bdrv_co_block_status), and what cannot be known is a row that says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,10 @@ from planner.source import Source
 
 UNKNOWN = 255
 """In place of a flaw: the bytes are in a file that is not read."""
+
+
+MAX_PIECES = 1 << 16
+"""Into so many, and one row more, are rows broken at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +152,7 @@ def _extents_of(stratum: Stratum, offset: int, end: int, depth: int) -> Iterator
     if stratum.mapping is None:
         yield from _raw_extents(stratum, offset, end, depth)
         return
-    for runs in stratum.mapping.walk(offset, end, packed=True):
-        rows = _rows_of(stratum, runs, depth)
+    for rows in _rows_of_all(stratum, stratum.mapping.walk(offset, end, packed=True), depth):
         missing = ~rows.present
         beneath = stratum.backing
         if not missing.any() or beneath is None:
@@ -189,13 +193,22 @@ def _through(rows: Extents, missing: Mask, beneath: Stratum, depth: int) -> Iter
     yield replace(chosen, start=starts, length=np.diff(starts, append=end))
 
 
+def _rows_of_all(stratum: Stratum, walk: Iterable[Runs], depth: int) -> Iterator[Extents]:
+    for runs in walk:
+        rows = _rows_of(stratum, runs, depth)
+        if stratum.sparse and stratum.data is not None:
+            yield from _with_holes(rows, stratum.data)
+        else:
+            yield rows
+
+
 def _rows_of(stratum: Stratum, runs: Runs, depth: int) -> Extents:
     """What the runs of a qcow2 disk say; an unallocated one reads as zeros as long as nothing is
     known of what is beneath."""
     damaged = runs.kind == RunKind.DAMAGED
     packed = runs.kind == RunKind.COMPRESSED
     unallocated = runs.kind == RunKind.UNALLOCATED
-    rows = Extents(
+    return Extents(
         start=runs.guest,
         length=runs.length,
         depth=np.full(len(runs), depth, dtype=np.int32),
@@ -206,17 +219,31 @@ def _rows_of(stratum: Stratum, runs: Runs, depth: int) -> Extents:
         offset=np.where(packed | stratum.hidden, NO_HOST, runs.host),
         flaw=runs.flaw,
     )
-    if stratum.sparse and stratum.data is not None:
-        return _with_holes(rows, stratum.data)
-    return rows
 
 
-def _with_holes(rows: Extents, data: Source) -> Extents:
-    """*rows*, broken where holes begin and end in *data*; data in holes is zero too."""
+def _with_holes(rows: Extents, data: Source) -> Iterator[Extents]:
+    """*rows*, broken where holes begin and end in *data*; data in holes is zero too.
+
+    In parts: thousands of rows may each have the same holes in them.
+    """
+    held = np.flatnonzero(rows.data & (rows.offset != NO_HOST))
+    low = rows.offset[held]
+    high = low + rows.length[held]
+    start, stop = _held_extents(data, low, high)
+    pieces = np.ones(len(rows), dtype=np.int64)
+    inside = np.searchsorted(start, high) - np.searchsorted(stop, low, side="right")
+    pieces[held] += 2 * np.maximum(0, inside)
+    part = np.cumsum(pieces) // MAX_PIECES
+    ends = np.flatnonzero(np.diff(part, append=-1)) + 1
+    for begin, end in itertools.pairwise([0, *ends.tolist()]):
+        yield _broken(rows.select(slice(begin, end)), start, stop)
+
+
+def _broken(rows: Extents, start: I64, stop: I64) -> Extents:
+    """*rows*, broken where the extents begin and end that their data is in."""
     held = np.flatnonzero(rows.data & (rows.offset != NO_HOST))
     low, shift = rows.offset[held], rows.start[held] - rows.offset[held]
     high = low + rows.length[held]
-    start, stop = _held_extents(data, low, high)
     # Of each row the extents that reach into it.
     first, last = np.searchsorted(stop, low, side="right"), np.searchsorted(start, high) - 1
     row = np.repeat(np.arange(len(held)), np.maximum(0, last - first + 1))

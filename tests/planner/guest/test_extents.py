@@ -1,12 +1,15 @@
 """The map of a disk whose metadata was preallocated: against what is true byte by byte."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from planner.guest import extents as extents_module
 from planner.guest.extents import Extents, Stratum, extents
 from planner.guest.mapping import Mapping
+from planner.qcow2 import entries
 from planner.source import Bytes
 from tests.images.builder import ImageBuilder
 from tests.planner.sources import Sparse
@@ -41,8 +44,12 @@ def zeros_of(rows: Extents, data: Sparse) -> list[bool]:
     return known
 
 
+@pytest.mark.parametrize("most", [1, 7, 1 << 16])
 @pytest.mark.parametrize("seed", range(12))
-def test_data_in_holes_is_zero_and_all_else_is_as_without_looking(seed: int) -> None:
+def test_data_in_holes_is_zero_and_all_else_is_as_without_looking(
+    monkeypatch, seed: int, most: int
+) -> None:
+    monkeypatch.setattr(extents_module, "MAX_PIECES", most)
     rng = random.Random(f"extents {seed}")
     mapping, size = disk(rng)
     share = rng.choice([0, 0.02, 0.5, 0.98, 1])
@@ -69,3 +76,24 @@ def test_a_hole_is_asked_about_once_however_much_is_mapped_to_it() -> None:
     assert len(Extents.concatenate(list(extents(Stratum(mapping, data, size), 0, size)))) > 100
     assert all(rows.zero.all() for rows in extents(Stratum(mapping, data, size, True), 0, size))
     assert len(data.asked) == 1
+
+
+def test_thousands_of_places_of_the_same_holes_are_broken_some_at_a_time() -> None:
+    made = ImageBuilder(cluster_bits=16, size=1 << 29)
+    made.write(0, b"x")
+    image = made.build()
+    table, word = image.l2_table(0), image.word(image.l2_at(0))
+    image.data[table : table + (1 << 16)] = word.to_bytes(8, "big") * (1 << 13)
+    header = image.header
+    mapping = Mapping(
+        Bytes(bytes(image.data)), image.geometry, header.l1_table_offset, header.l1_size
+    )
+    offset = word & entries.L2_OFFSET
+    there = {offset // BLOCK + at: b"x" for at in range(0, 128, 2)}
+    stratum = Stratum(mapping, Sparse(there, 1 << 20), 1 << 29, sparse=True)
+    tracemalloc.start()
+    rows = sum(len(batch) for batch in extents(stratum, 0, 1 << 29))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == 128 << 13
+    assert peak < 40 << 20
