@@ -13,7 +13,7 @@ import numpy as np
 from planner.arrays import I64, Mask
 from planner.errors import ReadFailed
 from planner.guestfs.work import Work
-from planner.rescue.placing.grid import PACKED
+from planner.rescue.placing.grid import NOWHERE, PACKED
 from planner.rescue.placing.tables import NO_WINDOW, Tables
 from planner.source import Source
 
@@ -103,6 +103,9 @@ class Board:
         """What *table* maps, *inside* bytes from the first on. Raises `ReadFailed`."""
         bits = self.geometry.cluster_bits
         first, last = inside >> bits, (inside + len(buffer) - 1) >> bits
+        if first == last:
+            self._read_cluster(self.tables.grid.at(table, first), inside, buffer)
+            return
         hosts = self.tables.grid.cut(table, first, last + 1)
         if (hosts == PACKED).any() or (self.has_backing and (hosts == 0).any()):
             raise ReadFailed
@@ -116,6 +119,16 @@ class Board:
             skip = start - ((first + int(low)) << bits)
             part = buffer[start - inside : stop - inside]
             self._source.read_into((int(hosts[low]) << bits) + skip, part)
+
+    def _read_cluster(self, host: int, inside: int, buffer: memoryview) -> None:
+        """As of a table, within the cluster *host*: most that is asked for is small."""
+        if host == PACKED or (self.has_backing and host == NOWHERE):
+            raise ReadFailed
+        if host <= 0:
+            buffer[:] = bytes(len(buffer))
+            return
+        bits = self.geometry.cluster_bits
+        self._source.read_into((host << bits) + inside % (1 << bits), buffer)
 
     def bytes_of(self, table: int, inside: int, length: int) -> bytes:
         """The same as bytes; zeros where it cannot be read, or lies outside of the window."""

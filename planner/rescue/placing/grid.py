@@ -67,6 +67,13 @@ class Grid:
         result[self.key[here] - begin - low] = self.clusters[here]
         return result.reshape(-1)[first - low * size : end - low * size]
 
+    def at(self, table: int, entry: int) -> int:
+        """Where one entry of a table leads."""
+        page, column = divmod(entry, self.clusters.shape[1])
+        key = int(self.row[table]) * self._pages + page
+        at = int(self.key.searchsorted(key))
+        return int(self.clusters[at, column]) if at < len(self.key) and self.key[at] == key else 0
+
     def leads(self, tables: I64, entry: int) -> Mask:
         """Which of *tables* lead to a cluster at that entry."""
         size = self.clusters.shape[1]

@@ -57,6 +57,8 @@ def test_pages_say_what_the_words_do(geometry, seed) -> None:
     truth = [read_by_word(data, offset, geometry) for offset in offsets]
     places = np.array([[place for place, _ in table] for table in truth])
     for table, row in enumerate(places):
+        for entry in rng.integers(0, geometry.l2_entries, 20).tolist():
+            assert grid.at(table, entry) == row[entry]
         first, end = sorted(rng.integers(0, geometry.l2_entries + 1, 2).tolist())
         assert grid.cut(table, first, end).tolist() == row[first:end].tolist()
     every = np.arange(len(offsets))
