@@ -22,8 +22,10 @@ from planner.check.check import check_image
 from planner.check.report import CheckCounters, Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.gone_tables import GoneTables
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Progress, tell_nobody
+from planner.qcow2 import entries
 from planner.qcow2.extensions import (
     CRYPTO_HEADER,
     CRYPTO_POINTER,
@@ -64,6 +66,7 @@ from planner.source import (
     present_bytes,
     present_tables,
     read_bytes,
+    read_tables,
 )
 
 MAX_CANDIDATES = 8
@@ -83,6 +86,11 @@ TABLE_BYTES_A_CHECK = 4 << 20
 
 CLUSTERS_A_CHECK = 1 << 20
 """So is one that counts so many."""
+
+MANY_BYTES, SAMPLE, SAMPLE_BYTES, SHARE = 16 << 20, 64, 4096, 8
+"""Of an L1 table that leads to so many bytes, so many clusters are looked at, no more than so many
+bytes of each: one in so many has to look like a table.
+"""
 
 MAX_LUKS = 64
 """Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
@@ -626,6 +634,8 @@ class _Search:
     def _try(self, tables: _Tables) -> None:
         """Under *tables*, longer ones where what follows them is counted and nobody's."""
         for _ in range(MAX_CANDIDATES):
+            if _leads_to_data(self._source, tables):
+                return
             for extended in (False, True) if tables.bits >= 14 else (False,):
                 self._try_fully(tables, extended)
             longer = self._longer(tables)
@@ -786,6 +796,27 @@ class _Tables:
         )
 
 
+def _leads_to_data(source: Source, tables: _Tables) -> bool:
+    """Whether what seems to be an L1 table leads to very many clusters, and hardly to tables.
+
+    To check that takes as long as there is data; an L2 table is one, and what it runs on to.
+    """
+    _, words = nonzero_words(source, tables.l1_offset, tables.l1_clusters << tables.bits >> 3)
+    leads = distinct(entries.l1_offsets(words))
+    leads = leads[(leads > 0) & (leads < source.size)]
+    if len(leads) << tables.bits < MANY_BYTES:
+        return False
+    sample = leads[:: -(-len(leads) // SAMPLE)]
+    are_tables = np.zeros(len(sample), dtype=np.bool_)
+    size = min(1 << tables.bits, SAMPLE_BYTES)
+    for extended in (False, True):
+        gone = GoneTables(tables.header(extended).geometry, source.size)
+        for part, rows in read_tables(source, sample, size):
+            bad, filled = gone.counts(rows)
+            are_tables[part] |= bad * 2 <= filled
+    return bool(np.count_nonzero(are_tables) * SHARE < len(sample))
+
+
 def _candidates(source: Source, sectors: Sectors, bits: int) -> Iterator[_Tables]:
     size = 1 << bits
     aligned = sectors.number[sectors.aligned(bits)]
@@ -873,10 +904,10 @@ def snapshots_at(source: Source, bits: int, offset: int) -> int:
         """Of so many the first that are; -1 where one cannot be read."""
         tried = replace(header, nb_snapshots=asked)
         try:
-            entries = read_snapshots(source, tried, tried.geometry).snapshots
+            listed = read_snapshots(source, tried, tried.geometry).snapshots
         except ImageError:
             return -1
-        for count, each in enumerate(entries):
+        for count, each in enumerate(listed):
             is_one = each.l1_table_offset and each.l1_table_offset % size == 0
             if not is_one or each.l1_table_offset >= source.size or not each.l1_size:
                 return count

@@ -375,6 +375,21 @@ def test_tables_that_lead_to_themselves_end() -> None:
     assert best is None or any(best.score)
 
 
+def test_no_table_of_data_is_tried_as_one_that_leads_to_tables() -> None:
+    """Each of its clusters would be read as a table, and every word of it would be wrong."""
+    rng = random.Random(1)
+    builder = ImageBuilder(cluster_bits=16, size=64 * MIB)
+    for cluster in range(280):
+        builder.write(cluster, rng.randbytes(1 << 16))
+    builder.take_snapshot("before")
+    builder.write(0, rng.randbytes(1 << 16))
+    data = bytes(builder.build().data)
+    found = find_headers(Bytes(lost_of(data, "snapshots")))
+    assert found.best is not None
+    assert found.best.header.l1_table_offset == header_of(data).l1_table_offset
+    assert max(each.counters.corruptions for each in found.hypotheses) < 50_000
+
+
 def test_an_empty_disk_has_a_header_too() -> None:
     data = bytes(ImageBuilder().build().data)
     found = find_headers(Bytes(without_header(data)))
