@@ -209,10 +209,10 @@ class _Surveyor:
         for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
             is_too_large = size > MAX_L1_BYTES // 8
             is_past_end = size and offset + size * 8 > READABLE_END
-            if not (offset % cluster_size or is_too_large or is_past_end):
-                yield number, offset, size
-            else:
+            if offset % cluster_size or is_too_large or is_past_end:
                 self._refuse_l1(number, snapshots[number])
+            elif size:
+                yield number, offset, size
 
     def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
         """Why the L1 table of a snapshot is not read."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from construct import Int16ub, Int32ub, Int64ub, Struct
 
-from planner.arrays import I64
+from planner.arrays import I64, U8
 from planner.errors import ImageError, as_value
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import Geometry
@@ -55,6 +55,7 @@ ENTRY_BYTES = ENTRY.sizeof()
 _FIXED = Fixed(ENTRY)
 _SIZES = struct.Struct(">12xHH20xI")
 """Of an entry's fixed part what says how long it is: id_str_size, name_size, extra_data_size."""
+_SIZES_AT = (12, 13, 14, 15, 36, 37, 38, 39)
 
 READ_BYTES = 64 << 10
 """So much of a table is read at a time, or an entry that is longer."""
@@ -240,6 +241,26 @@ class _Reader:
             return self._ahead[at : end - self._start], end
         return read_bytes(self._source, offset, end - offset), end
 
+    def alike(self, offset: int, length: int, step: int, most: int) -> U8:
+        """Entries behind the one at *offset*, as long as their sizes are its: (entries, length).
+
+        *step*: from where one begins to where the next does. *most*: of them; of those that were
+        read by now. There may be 65,536, and of most no more is to be known.
+        """
+        if offset >= self._source.size:
+            return np.zeros((most, length), dtype=np.uint8)
+        at = offset - self._start
+        count = min(most, (len(self._ahead) - at - length) // step)
+        if count <= 0 or not self._are_alike(at, at + step):
+            return np.zeros((0, length), dtype=np.uint8)
+        ahead = np.frombuffer(self._ahead, dtype=np.uint8, offset=at)
+        rows = np.lib.stride_tricks.sliding_window_view(ahead, length)[: count * step + 1 : step]
+        others = np.flatnonzero((rows[:, _SIZES_AT] != rows[0, _SIZES_AT]).any(axis=1))
+        return rows[1 : int(others[0]) if len(others) else None]
+
+    def _are_alike(self, one: int, other: int) -> bool:
+        return _SIZES.unpack_from(self._ahead, one) == _SIZES.unpack_from(self._ahead, other)
+
 
 def read_snapshots(source: Source, header: Header, geometry: Geometry) -> SnapshotTable:
     """The whole snapshot table. Raises `ImageError` where a check cannot go on.
@@ -253,20 +274,26 @@ def read_snapshots(source: Source, header: Header, geometry: Geometry) -> Snapsh
         raise ImageError("snapshots_offset", offset, "not cluster aligned, or too large")
     reader = _Reader(source)
     raw = bytearray()
-    starts: list[int] = []
-    offsets: list[int] = []
-    end = offset
-    for left in range(count, 0, -1):
+    starts: list[I64] = [np.zeros(0, dtype=np.int64)]
+    offsets: list[I64] = [np.zeros(0, dtype=np.int64)]
+    end, left = offset, count
+    while left:
         position = (end + 7) & ~7
         if position > READABLE_END - ENTRY_BYTES:
             raise ImageError("snapshots_offset", offset, "past the end of any file")
-        starts.append(len(raw))
-        offsets.append(position)
         entry, end = reader.entry(position, left)
-        raw += entry
         if end - offset > MAX_TABLE_BYTES:
             raise ImageError("snapshot table", end - offset, "over 64 MiB")
-    columns = (np.array(each, dtype=np.int64) for each in (starts, offsets))
+        step = (end + 7 & ~7) - position
+        room = min(MAX_TABLE_BYTES - (end - offset), READABLE_END - end)
+        more = reader.alike(position, len(entry), step, max(0, min(left - 1, room // step)))
+        each = np.arange(1 + len(more))
+        starts.append(len(raw) + each * len(entry))
+        offsets.append(position + each * step)
+        raw += entry + more.tobytes()
+        end += len(more) * step
+        left -= len(each)
+    columns = map(np.concatenate, (starts, offsets))
     return SnapshotTable(offset, end - offset, Snapshots(bytes(raw), *columns))
 
 

@@ -129,7 +129,9 @@ def read_gaps(source: Source, report: Report, astray: I64) -> Gaps:
     tables += [
         (number, offset, size)
         for number, (offset, size) in enumerate(zip(*columns, strict=True))
-        if offset % geometry.cluster_size == 0 and size * 8 <= MAX_L1_BYTES and offset < source.size
+        if 0 < size * 8 <= MAX_L1_BYTES
+        and offset % geometry.cluster_size == 0
+        and offset < source.size
     ]
     kept = followed_tables(tables, source.size)
     tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]

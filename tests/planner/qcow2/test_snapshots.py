@@ -307,6 +307,26 @@ def test_a_table_read_ahead_is_the_same_as_its_entries(table, more, read_bytes) 
         assert_read_the_same(source, len(table) + more)
 
 
+@given(
+    runs=st.lists(
+        st.tuples(st.integers(1, 40), st.sampled_from((0, 3, 8, 60)), st.sampled_from((0, 16))),
+        max_size=6,
+    ),
+    more=st.integers(0, 3),
+    read_bytes=st.sampled_from([ENTRY_BYTES, 100, 1000, 64 << 10]),
+)
+def test_a_table_of_entries_that_are_alike_is_the_same_as_each(runs, more, read_bytes) -> None:
+    entries = [
+        replace(EMPTY, l1_table_offset=at, extra_data=bytes(extra), name=b"n" * name)
+        for count, name, extra in runs
+        for at in range(count)
+    ]
+    source = Bytes(bytes(512) + b"".join(map(encode_snapshot, entries)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots_module, "READ_BYTES", read_bytes)
+        assert_read_the_same(source, len(entries) + more)
+
+
 def test_a_long_table_is_the_same_as_its_entries() -> None:
     rng = random.Random(1)
     entries = [
