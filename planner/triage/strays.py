@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, expand_ranges
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables
@@ -29,7 +29,7 @@ class Strays:
         self._source, self._report, self._geometry = source, report, report.geometry
         self._gone = GoneTables(report.geometry, report.layout.file_size if report.layout else 0)
         contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
-        self._contested = contested >> report.geometry.cluster_bits
+        self._contested = distinct(contested >> report.geometry.cluster_bits)
         self._shared_bits: int | None = None
         self._wrong: list[I64] = []
 
@@ -67,9 +67,9 @@ class Strays:
         """
         own = filled & ~wrong & ((words & ~np.uint64(entries.ZERO)) != 0)
         first = words[np.arange(len(words)), np.argmax(own, axis=1)]
-        likely = ~own.any(axis=1) | np.isin(self._ranges(first)[0], self._contested)
+        likely = ~own.any(axis=1) | self._are_contested(first)
         rows = np.flatnonzero(likely & filled.any(axis=1))
-        own = own[rows] & ~np.isin(self._ranges(words[rows])[0], self._contested)
+        own = own[rows] & ~self._are_contested(words[rows])
         only = rows[~own.any(axis=1)]
         first, last = self._ranges(words[only][wrong[only]])
         counts = last << self._geometry.cluster_bits < self._gone.file_size
@@ -77,6 +77,10 @@ class Strays:
         alone: Mask = np.zeros(len(words), dtype=np.bool_)
         alone[only] = True
         return alone
+
+    def _are_contested(self, words: U64) -> Mask:
+        first = self._ranges(words)[0]
+        return is_among(first.ravel(), self._contested).reshape(first.shape)
 
     def single_bits(self, offsets: I64, words: U64, wrong: Mask) -> I64:
         """Which *wrong* entries of the tables at *offsets* are one bit that leads into the file, or
@@ -95,9 +99,9 @@ class Strays:
     def hidden_references(self) -> int:
         """How many references clusters have lost that stray entries make up for."""
         mismatches = self._report.mismatches
-        contested = np.unique(self._contested)
+        contested = self._contested
         wrong = np.concatenate([*self._wrong, contested[:0]])
-        wrong = wrong[~np.isin(wrong, contested)]
+        wrong = wrong[~is_among(wrong, contested)]
         alone, times = np.unique(wrong, return_counts=True)
         clusters = np.concatenate((contested, alone))
         if mismatches is None or not len(clusters):
