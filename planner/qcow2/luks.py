@@ -49,6 +49,8 @@ LUKS_HEADER = Struct(
     "key_slots" / Array(KEY_SLOTS, KEY_SLOT),
 )
 LUKS_BYTES: int = LUKS_HEADER.sizeof()
+SLOT_BYTES: int = KEY_SLOT.sizeof()
+SLOTS_AT = LUKS_BYTES - KEY_SLOTS * SLOT_BYTES
 
 CIPHER_KEY_BYTES = {
     "aes": (16, 24, 32),
@@ -210,6 +212,11 @@ def check_unlocking(header: LuksHeader, room: int) -> None:
 
     *room*: bytes that the image has for the header. Raises `ImageError`.
     """
+    # With a digest that was overwritten no key is the right one.
+    for field in ("mk_digest", "mk_digest_salt"):
+        value = getattr(header, field)
+        if _is_one_byte(value):
+            raise ImageError(f"LUKS {field}", f"0x{value.hex()}", "no password opens the disk")
     cipher = cipher_of(header)
     if cipher.mode == "xts" and header.key_bytes % 2:
         raise ImageError("LUKS key_bytes", header.key_bytes, "xts takes two keys of one length")
@@ -226,7 +233,7 @@ def check_unlocking(header: LuksHeader, room: int) -> None:
 
 
 def check_key_material(source: Source, pointer: CryptoPointer, header: LuksHeader) -> None:
-    """Raise `ImageError` where no key slot has its material left: zeros, text, or what else.
+    """Raise `ImageError` where no key slot has its salt and its material left: zeros, or what else.
 
     A key is spread over all of its material, which looks random throughout (LUKS, section 2.4): one
     sector that does not, and no password opens that slot. QEMU finds out when it is given one.
@@ -256,7 +263,9 @@ def _gone_slots(source: Source, pointer: CryptoPointer, header: LuksHeader) -> d
 def _first_bad_sector(
     source: Source, pointer: CryptoPointer, header: LuksHeader, index: int
 ) -> int | None:
-    """The first sector of a slot's material that is none, from the header's beginning."""
+    """The first sector of a slot's salt or material that is none, from the header's beginning."""
+    if _is_one_byte(header.key_slots[index].salt):
+        return (SLOTS_AT + index * SLOT_BYTES) // SECTOR
     start = header.key_slots[index].key_material_offset
     whole = header.key_bytes * STRIPES // SECTOR
     raw = np.frombuffer(
@@ -266,6 +275,11 @@ def _first_bad_sector(
     different = np.count_nonzero(np.diff(ordered, axis=1), axis=1) + 1
     bad = np.flatnonzero(different < RANDOM_BYTES)[:1].tolist()
     return start + bad[0] if bad else None
+
+
+def _is_one_byte(field: bytes) -> bool:
+    """Whether what is random in each LUKS header is one byte over and over: zeros, say."""
+    return len(set(field)) == 1
 
 
 def _check_slot(header: LuksHeader, index: int) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from planner.qcow2.luks import DISABLED, ENABLED, MAGIC, STRIPES, KeySlot, LuksHeader, encode_luks
 
 SLOT_SECTORS = 504  # 64 bytes of key x 4000 stripes, rounded up to 4096 bytes
+RANDOM = random.Random(2).randbytes(32)
 
 
 def luks_header(**changes: Any) -> LuksHeader:
     """aes-xts-plain64, one key; *changes* replace fields."""
     slots = tuple(
-        KeySlot(ENABLED if n == 0 else DISABLED, 1000 if n == 0 else 0, bytes(32), at, STRIPES)
+        KeySlot(ENABLED if n == 0 else DISABLED, 1000 if n == 0 else 0, RANDOM, at, STRIPES)
         for n, at in enumerate(range(8, 8 + 8 * SLOT_SECTORS, SLOT_SECTORS))
     )
     header = LuksHeader(
@@ -25,8 +26,8 @@ def luks_header(**changes: Any) -> LuksHeader:
         hash_spec=_name("sha256"),
         payload_offset=8 + 8 * SLOT_SECTORS,
         key_bytes=64,
-        mk_digest=bytes(20),
-        mk_digest_salt=bytes(32),
+        mk_digest=RANDOM[:20],
+        mk_digest_salt=RANDOM,
         mk_digest_iter=1000,
         uuid=b"f2d7a1b0-5a0c-4cf1-9a64-0f6f3f2f6d11".ljust(40, b"\0"),
         key_slots=slots,
@@ -123,6 +124,8 @@ REFUSED = {
 LOCKED = {
     "key-odd": ACCEPTED["key-odd"],
     "cast5-xts": luks_header(cipher_name=_name("cast5"), key_bytes=32),
+    "digest-of-zeros": luks_header(mk_digest=bytes(20)),
+    "digest-salt-of-ones": luks_header(mk_digest_salt=b"\xff" * 32),
     "no-keys": luks_header(
         key_slots=tuple(replace(s, active=DISABLED) for s in luks_header().key_slots)
     ),

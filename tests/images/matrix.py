@@ -214,6 +214,21 @@ def run(*command: str | Path, cwd: Path | None = None, may_die: bool = False) ->
         raise RuntimeError(f"{' '.join(words)}: {done.stderr or done.stdout}")
 
 
+def run_until_calm(*command: str | Path, cwd: Path | None = None) -> None:
+    """The same of one that makes a LUKS header, for as long as the machine is busy.
+
+    QEMU measures it to choose the iterations, and fails where it is.
+    """
+    for _ in range(LUKS_ATTEMPTS):
+        try:
+            return run(*command, cwd=cwd)
+        except RuntimeError as error:
+            if BUSY not in str(error):
+                raise
+        time.sleep(0.1)
+    raise RuntimeError(f"{' '.join(map(str, command))}: {BUSY}, {LUKS_ATTEMPTS} times")
+
+
 def _options(row: Row, path: Path) -> list[str]:
     """How to name the image to a QEMU tool, its secret included."""
     options = f"driver=qcow2,file.driver=file,file.filename={path}"
@@ -280,16 +295,7 @@ class _Builder:
         backing = self._make_backing() if row.backing else []
         secret = ["--object", f"secret,{KEY}"] if row.encryption else []
         command = ["qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, *backing]
-        for attempt in range(LUKS_ATTEMPTS):
-            try:
-                run(*command, self.image, str(self.size), cwd=self.directory)
-            except RuntimeError as error:
-                # QEMU measures the machine to choose LUKS's iterations, and fails where it is busy.
-                if BUSY not in str(error) or attempt == LUKS_ATTEMPTS - 1:
-                    raise
-                time.sleep(0.1)
-            else:
-                return
+        run_until_calm(*command, self.image, str(self.size), cwd=self.directory)
 
     def _create_options(self) -> list[str]:
         row = self.row

@@ -14,7 +14,7 @@ from planner.check.report import Report
 from planner.findings.kinds import FindingKind
 from planner.qcow2.header import CRYPT_LUKS
 from planner.qcow2.layout import Layout
-from planner.qcow2.luks import KEY_SLOT, LUKS_HEADER, LuksHeader, encode_luks
+from planner.qcow2.luks import SLOT_BYTES, SLOTS_AT, LuksHeader, encode_luks
 from planner.source import Bytes
 from tests.images.builder import ImageBuilder
 from tests.images.luks_headers import ACCEPTED, LOCKED, REFUSED
@@ -22,8 +22,8 @@ from tests.images.matrix import KEY, Row, build
 from tests.oracle.scene import FileSource
 
 NO_KEY_FITS = "Invalid password, cannot unlock any keyslot"
+OPENED_BY_NONE = ("no-keys", "digest-of-zeros", "digest-salt-of-ones")
 SECTOR = 512
-SLOTS_AT = LUKS_HEADER.sizeof() - 8 * KEY_SLOT.sizeof()
 
 
 def qemu_refuses(image: Path) -> str:
@@ -55,8 +55,8 @@ def with_header(path: Path, header: LuksHeader) -> Path:
 def test_refused(name: str, tmp_path: Path) -> None:
     header = (REFUSED | LOCKED)[name]
     image = with_header(tmp_path / "image", header)
-    # One without keys gets the answer that a wrong password gets.
-    assert qemu_refuses(image) or name == "no-keys"
+    # One that no key opens gets the answer that a wrong password gets.
+    assert qemu_refuses(image) or name in OPENED_BY_NONE
     report = checked(image)
     assert FindingKind.LUKS_HEADER_INVALID in report.counts()
     assert report.verdict == "corrupt"
@@ -121,7 +121,7 @@ def spoiled(path: Path, encrypted: bytes, at: int, content: bytes) -> Path:
 
 def must_agree(image: Path) -> None:
     why, report = qemu_refuses(image), checked(image)
-    no_key = "all disabled" in str(report.luks_error)
+    no_key = "no password opens the disk" in str(report.luks_error)
     assert bool(report.luks_error) == bool(why) or no_key, (why, report.luks_error)
     assert (FindingKind.LUKS_HEADER_INVALID in report.counts()) == bool(report.luks_error)
 
@@ -131,11 +131,20 @@ def test_a_damaged_field_of_a_real_header(name: str, encrypted: bytes, tmp_path:
     must_agree(spoiled(tmp_path / "image", encrypted, *DAMAGE[name]))
 
 
+def test_a_salt_of_zeros_is_lost_with_its_key(encrypted: bytes, tmp_path: Path) -> None:
+    zeros = bytes(32)
+    for slot in (0, 7):
+        at = SLOTS_AT + slot * SLOT_BYTES + 8
+        report = checked(spoiled(tmp_path / "image", encrypted, at, zeros))
+        # There is no key in slot 7.
+        assert ("no password opens" in str(report.luks_error)) == (slot == 0)
+
+
 @pytest.mark.parametrize("slot", [0, 3, 7])
 @pytest.mark.parametrize("name", SLOT_DAMAGE)
 def test_a_damaged_key_slot(name: str, slot: int, encrypted: bytes, tmp_path: Path) -> None:
     at, content = SLOT_DAMAGE[name]
-    start = SLOTS_AT + slot * KEY_SLOT.sizeof()
+    start = SLOTS_AT + slot * SLOT_BYTES
     must_agree(spoiled(tmp_path / "image", encrypted, start + at, content))
 
 

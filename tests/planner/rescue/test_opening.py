@@ -18,6 +18,7 @@ from planner.repair.overlay import Overlay
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, read_bytes
 from tests.images.builder import Image, ImageBuilder
+from tests.images.matrix import run_until_calm
 
 SIZE = 4096
 Places = dict[str, list[tuple[int, int]]]
@@ -47,7 +48,7 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("encrypted") / "image"
     secret = "--object", "secret,id=s,data=word"
     luks = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size={SIZE}"
-    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", luks, path, "8M")
+    run_until_calm("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", luks, path, "8M")
     disk = f"driver=qcow2,encrypt.key-secret=s,file.filename={path}"
     run("qemu-io", *secret, "-c", "write -P 1 0 1M", "--image-opts", disk)
     return path.read_bytes()
