@@ -669,6 +669,8 @@ class _Search:
         if high - low > tables.l1_clusters:
             offset = low << tables.bits
             index, _ = nonzero_words(self._source, offset, high - low << tables.bits >> 3)
+            if not len(index):  # what is there reads as zeros under the header that was tried first
+                return None
             used = int(index[-1]) + 1
             return replace(tables, l1_offset=offset, l1_clusters=high - low, l1_used=used)
         after = (tables.reftable_offset >> tables.bits) + tables.reftable_clusters

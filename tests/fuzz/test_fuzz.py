@@ -184,6 +184,13 @@ def test_placing_tables_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_
         run(Target(place, list), b"")
 
 
+def test_a_header_is_looked_for_where_an_l1_table_would_be_all_holes(tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(5_100_026).write(path)
+    with Image.open(str(path)) as image, contextlib.suppress(RepairError):
+        rescue(image.source())
+
+
 @pytest.mark.parametrize("name", WITHOUT_A_HEADER)
 def test_finding_a_header_costs_no_more_on_a_file_that_is_made_for_it(name, tmp_path) -> None:
     path = tmp_path / "bomb"
