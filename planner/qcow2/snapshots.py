@@ -145,8 +145,17 @@ class Snapshots(Sequence[Snapshot]):
 
     def there(self) -> list[Snapshot]:
         """Those that are not zeros: what QEMU reads past the end of the file, or of the table."""
+        return [self[at] for at in self._there_at().tolist()]
+
+    @property
+    def used(self) -> int:
+        """How many there are up to the last one that is not zeros."""
+        there = self._there_at()
+        return int(there[-1]) + 1 if len(there) else 0
+
+    def _there_at(self) -> I64:
         words = self.fields().view(np.uint8).reshape(-1, ENTRY_BYTES)
-        return [self[at] for at in np.flatnonzero(words.any(axis=1)).tolist()]
+        return np.flatnonzero(words.any(axis=1))
 
 
 @dataclass(frozen=True, slots=True)

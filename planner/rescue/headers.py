@@ -504,6 +504,10 @@ class _Search:
             return
         if not found.size:
             self._try_sizes(found)
+        # First: under version 2 what says too many snapshots would be right, and they are none.
+        counted = self._without_empty_snapshots(found)
+        if counted != found and self.attempt(counted) is not None:
+            found = counted
         for name, values in _values_of(found):
             for value in values:
                 self.attempt(with_fields(found, {name: value}))
@@ -511,6 +515,16 @@ class _Search:
         # Last: in version 2 most of what may be wrong in version 3 is not said at all.
         for version in (3, 2):
             self.attempt(decode_header(encode_header(replace(found, version=version))))
+
+    def _without_empty_snapshots(self, header: Header) -> Header:
+        """*header* without the entries of zeros at the end of its snapshot table."""
+        if header.cluster_bits not in CLUSTER_BITS:
+            return header
+        try:
+            listed = read_snapshots(self._source, header, header.geometry).snapshots
+        except ImageError:
+            return header
+        return replace(header, nb_snapshots=listed.used)
 
     def _try_sizes(self, header: Header) -> None:
         """*header* with the size that its disk says of itself, or of which one bit is another."""

@@ -79,6 +79,16 @@ def disk_of(path: Path, snapshot: str) -> bytes:
     return raw.read_bytes()
 
 
+@pytest.mark.parametrize("count", [3, 4, 7, 60])
+def test_entries_of_zeros_are_no_snapshots_in_another_version_either(count: int) -> None:
+    image = Image(bytearray(sound()))
+    image.change_header(nb_snapshots=count)
+    found, outcome = rescued(bytes(image.data))
+    assert found.headers.best is not None
+    assert found.headers.best.changed == ("nb_snapshots",)
+    assert outcome == sound()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_qemu_reads_every_snapshot_as_before(loss: Callable[[Image], None], tmp_path: Path) -> None:
     true, path = tmp_path / "true", tmp_path / "rescued"
