@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
-from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR
-from planner.repair.plan import StageKind
+from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR, Header, read_header
+from planner.repair.draft import Draft
+from planner.repair.plan import Edit, StageKind
 from planner.repair.scope import Scope
 
 
@@ -16,7 +17,7 @@ def clear_unknown_autoclear(scope: Scope) -> None:
     """Draft them cleared before all else; raises where the header may not be written to."""
     if not scope.draft.writes_anything:
         return
-    header = scope.layout.header
+    header = read_header(scope.draft.source)  # As drafted it may vouch for other bitmaps.
     if not header.unknown_autoclear:
         return
     if not scope.may_write_header:
@@ -26,7 +27,12 @@ def clear_unknown_autoclear(scope: Scope) -> None:
             "export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
+    draft_known_autoclear(scope.draft, header)
+
+
+def draft_known_autoclear(draft: Draft, header: Header) -> None:
+    """Draft that of the autoclear bits of *header* only those that are known stay."""
     kept = header.autoclear_features & KNOWN_AUTOCLEAR
-    scope.draft.write(StageKind.GUARD, AUTOCLEAR_AT, kept.to_bytes(8, "big"))
-    place = [(AUTOCLEAR_AT, 8, 1)]
-    scope.explain(StageKind.GUARD, Structure.HEADER, FindingKind.UNKNOWN_AUTOCLEAR, place)
+    draft.write(StageKind.GUARD, AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+    why = StageKind.GUARD, Structure.HEADER, FindingKind.UNKNOWN_AUTOCLEAR
+    draft.explain(lambda: [Edit(*why, AUTOCLEAR_AT, 8, 1)], 1)

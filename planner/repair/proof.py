@@ -18,7 +18,7 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.regions import Regions, join_regions
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
-from planner.qcow2.header import KNOWN_AUTOCLEAR, Header, read_header
+from planner.qcow2.header import KNOWN_AUTOCLEAR, Autoclear, Header, read_header
 from planner.qcow2.snapshots import Snapshots
 from planner.repair.overlay import Overlay
 from planner.repair.plan import (
@@ -43,7 +43,6 @@ _MAY_CHANGE = {
 
 _MAY_CHANGE_TOO: dict[PlanTier, set[str]] = {
     RepairTier.SPLIT: {"l1_table_offset"},
-    RepairTier.BITMAPS: {"autoclear_features"},
 }
 """Header fields that a tier is chosen for."""
 
@@ -167,10 +166,18 @@ def _require_same_header(source: Source, plan: Plan) -> None:
     was, would_be = read_header(source), read_header(Overlay(source, plan))
     if not plan.changes_nothing:
         was = replace(was, autoclear_features=was.autoclear_features & KNOWN_AUTOCLEAR)
+    if plan.tier is RepairTier.BITMAPS:
+        was, would_be = (_without_bitmaps(header) for header in (was, would_be))
     may_change = _MAY_CHANGE | _MAY_CHANGE_TOO.get(plan.tier, set())
     for name in Header.__slots__:
         if name not in may_change and getattr(was, name) != getattr(would_be, name):
             raise _Unproven(f"the header field {name} would change")
+
+
+def _without_bitmaps(header: Header) -> Header:
+    """*header* but for the bit that vouches for bitmaps."""
+    bits = header.autoclear_features & ~int(Autoclear.BITMAPS)
+    return replace(header, autoclear_features=bits)
 
 
 def _require_same_snapshots(plan: Plan, before: Report, after: Report) -> None:

@@ -19,8 +19,15 @@ from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
 from planner.findings.kinds import FindingKind, Structure
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
-from planner.qcow2.header import FEATURES_AT, Header, Incompatible
+from planner.qcow2.header import (
+    AUTOCLEAR_AT,
+    FEATURES_AT,
+    KNOWN_AUTOCLEAR,
+    Header,
+    Incompatible,
+)
 from planner.qcow2.snapshots import Snapshot
+from planner.repair.autoclear import draft_known_autoclear
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
@@ -118,8 +125,28 @@ def rescue(
     """
     before = check_image(source, progress=progress)
     scanned = scanned or Scanned()
-    scan = scan_once(source, progress, scanned)
-    means = _Means(assumed or {}, like, free, can_grow, progress, scan, scanned)
+
+    def find(image: Source, report: Report) -> Rescue:
+        scan = scan_once(image, progress, scanned)
+        means = _Means(assumed or {}, like, free, can_grow, progress, scan, scanned)
+        return _rescue(image, report, means)
+
+    header = before.layout.header if before.layout is not None else None
+    if header is None or not header.unknown_autoclear:
+        return find(source, before)
+    # They go before all else is written, if anything is: all that follows is made without them.
+    draft = Draft(source)
+    draft_known_autoclear(draft, header)
+    cleared = draft.overlay()
+    result = find(cleared, check_image(cleared, progress=progress))
+    if result.plan.changes_nothing:
+        return replace(result, before=before, after=before)
+    plan = _then(draft.plan(RescueTier.RESCUE), result.plan)
+    return replace(result, plan=_in_order(source, plan, before), before=before)
+
+
+def _rescue(source: Source, before: Report, means: _Means) -> Rescue:
+    """What *source*, whose check is *before*, lost."""
     ground = _ground(source, before, means)
     result = _with_tables(source, ground, means)
     if ground.is_bare and not result.placed:
@@ -429,9 +456,15 @@ def _tables_under(source: Source, report: Report, means: _Means) -> Placed | Non
 def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
     """The bytes of *header*, with the sector last that makes it an image, or another one, at once.
 
+    Autoclear bits that are not known do not come with it: whoever writes clears them.
     One that can be read as it is, by *before*, is marked corrupt while it has parts of both.
     """
-    fields, rest = header.content[:SECTOR], header.content[SECTOR:]
+    content = header.content
+    if header.header.unknown_autoclear:
+        known = header.header.autoclear_features & KNOWN_AUTOCLEAR
+        end = AUTOCLEAR_AT + 8
+        content = content[:AUTOCLEAR_AT] + known.to_bytes(8, "big") + content[end:]
+    fields, rest = content[:SECTOR], content[SECTOR:]
     if rest:
         if before.layout is not None and before.layout.header.version >= 3:
             bits = before.layout.header.incompatible_features | int(Incompatible.CORRUPT)
@@ -560,6 +593,8 @@ def _require_proof(result: Rescue, report: Report) -> None:
             raise _unproven(f"{kind.label} would go from {was.get(kind, 0)} to {now[kind]}")
     if after.counters.check_errors > report.counters.check_errors:
         raise _unproven("more of it could not be looked at")
+    if FindingKind.UNKNOWN_AUTOCLEAR in now and not result.plan.changes_nothing:
+        raise _unproven("autoclear bits that are not known would survive")
 
 
 _OF_HOLES = (FindingKind.L2_TABLE_MISALIGNED, FindingKind.PAST_END)

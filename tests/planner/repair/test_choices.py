@@ -405,8 +405,29 @@ def test_a_bitmap_in_a_guests_cluster_goes_and_the_guest_is_named() -> None:
     assert disks(repaired.data) == disks(bytes(image.data))
 
 
+@pytest.mark.parametrize("kept", ["some", "none", "stale"])
+def test_autoclear_bits_that_are_not_known_go_first_whichever_bitmaps_stay(kept: str) -> None:
+    image = with_bitmaps("one", "two") if kept == "some" else with_bitmaps("one")
+    image.set_bits(image.bitmaps[0].offset + 12 - 4, IN_USE)
+    known = 0 if kept == "stale" else int(Autoclear.BITMAPS)
+    image.change_header(autoclear_features=1 << 63 | 1 << 5 | known)
+    proposal, repaired = chosen(image, BITMAPS)
+    outcome = Autoclear.BITMAPS if kept == "some" else 0
+    assert read_header(repaired).autoclear_features == outcome
+    stages = proposal.plan.stages
+    assert stages[0].kind is StageKind.GUARD
+    bits = [stage.bytes_at(88, 8)[1] for stage in stages]
+    assert not any(int.from_bytes(each, "big") >> 2 for each in bits)
+    assert stages[0].bytes_at(88, 8)[1] == known.to_bytes(8, "big")
+    assert Kind.UNKNOWN_AUTOCLEAR in {edit.kind for edit in proposal.plan.edits}
+    taken_back = Overlay(repaired, proposal.plan.inverse())
+    assert read_bytes(taken_back, 0, taken_back.size) == bytes(image.data)
+
+
 def test_healthy_bitmaps_are_left_alone() -> None:
-    proposal, _ = chosen(with_bitmaps("one", "two"), BITMAPS)
+    image = with_bitmaps("one", "two")
+    image.change_header(autoclear_features=1 << 63 | Autoclear.BITMAPS)
+    proposal, _ = chosen(image, BITMAPS)
     assert proposal.plan.changes_nothing
     assert not proposal.needs_quote
 

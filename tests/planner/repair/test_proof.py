@@ -1,6 +1,7 @@
 """What no plan may do, whoever drafted it: one plan for every sentence of the proof."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -89,6 +90,21 @@ def test_autoclear_bits_that_are_not_known_do_not_survive_a_write_and_known_ones
     prove(image, plan_of(image))
     assert field in refused(image, plan_of(image, mended))
     assert field in refused(image, plan_of(image, mended, (88, word(0))))
+
+
+def test_with_bitmaps_only_the_bit_that_vouches_for_them_may_change() -> None:
+    image = plain()
+    image.clear_bits(image.l1_at(0), COPIED)
+    mended = (image.l1_at(0), word(image.word(image.l1_at(0)) | COPIED))
+    image.change_header(autoclear_features=1 << 63 | 1)
+
+    def plan(*writes: tuple[int, bytes]) -> Plan:
+        return replace(plan_of(image, mended, *writes), tier=RepairTier.BITMAPS)
+
+    for bits in (0, 1):
+        prove(image, plan((88, word(bits))))
+    for writes in ([], [(88, word(1 << 63))], [(88, word(1 << 5))]):
+        assert "the header field autoclear_features would change" in refused(image, plan(*writes))
 
 
 def test_the_snapshots_stay() -> None:

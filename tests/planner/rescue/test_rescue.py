@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from planner.check.check import check_image
 from planner.errors import HeaderUnknown
-from planner.qcow2.header import Incompatible, decode_header
+from planner.findings.kinds import FindingKind
+from planner.qcow2.header import Incompatible, decode_header, read_header
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RescueTier, StageKind
 from planner.rescue.headers import Hypothesis
 from planner.rescue.rescue import Rescue, draft_header, rescue
 from planner.source import SECTOR, Bytes, present_bytes, read_bytes
-from tests.images.builder import ImageBuilder
+from tests.images.builder import Image, ImageBuilder
 from tests.instarfs.repair.test_run import healthy
 from tests.planner.rescue.test_headers import without_header
+from tests.planner.rescue.test_snapshots import lost, without_both, without_count
+
+UNKNOWN = 1 << 63 | 1 << 5
 
 
 def rescue_of(data: bytes) -> Rescue:
@@ -100,3 +106,75 @@ def test_a_table_that_the_header_leads_past_is_its_again_where_all_agrees_then(
     assert found.headers.best is not None
     assert found.headers.best.changed == ("l1_table_offset",)
     assert read_bytes(Overlay(source, found.plan), 0, len(true)) == true
+
+
+def with_autoclear(data: bytes, bits: int = UNKNOWN) -> bytes:
+    image = Image(bytearray(data))
+    image.change_header(autoclear_features=image.header.autoclear_features | bits)
+    return bytes(image.data)
+
+
+def moved_l1() -> bytes:
+    image = Image(bytearray(healthy()))
+    image.change_header(l1_table_offset=len(image.data) + (8 << 12))
+    return bytes(image.data)
+
+
+def broken_bitmap() -> bytes:
+    image = Image(bytearray(healthy()))
+    image.set_bits(image.bitmaps[0].bitmap_table_offset, 1 << 60)
+    return bytes(image.data)
+
+
+LOSSES: dict[str, Callable[[], bytes]] = {
+    "l1-table-moved": moved_l1,
+    "bitmap": broken_bitmap,
+    "snapshot-count": lambda: lost(without_count),
+    "snapshot-table": lambda: lost(without_both),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autoclear_bits_that_are_not_known_go_before_anything_else_is_written(loss: str) -> None:
+    data = LOSSES[loss]()
+    true, damaged = rescue_of(data), with_autoclear(data)
+    known = decode_header(data[:104]).autoclear_features
+    found = rescue_of(damaged)
+    assert found.count == true.count > 0
+    first, *_ = stages = found.plan.stages
+    assert first.kind is StageKind.GUARD
+    assert first.sectors.tolist() == [0]
+    assert first.bytes_at(88, 8) == (
+        (known | UNKNOWN).to_bytes(8, "big"),
+        known.to_bytes(8, "big"),
+    )
+    kinds = [stage.kind for stage in stages]
+    assert kinds == sorted(set(kinds))
+    assert not any(int.from_bytes(each.bytes_at(88, 8)[1], "big") & UNKNOWN for each in stages)
+    rescued = Overlay(Bytes(damaged), found.plan)
+    as_known = Overlay(Bytes(data), true.plan)
+    end = read_bytes(rescued, 0, rescued.size)
+    assert end == read_bytes(as_known, 0, as_known.size)
+    assert check_image(Bytes(end)).counts() == found.after.counts()
+    assert FindingKind.UNKNOWN_AUTOCLEAR in found.before.counts()
+    assert FindingKind.UNKNOWN_AUTOCLEAR in {edit.kind for edit in found.plan.edits}
+    undone = Overlay(Bytes(end), found.plan.inverse())
+    assert read_bytes(undone, 0, len(damaged)) == damaged
+
+
+def test_they_do_not_come_back_with_a_header_that_made_no_sense() -> None:
+    image = Image(bytearray(with_autoclear(healthy())))
+    image.data[20:24] = bytes(4)  # cluster_bits
+    found = rescue(image.source)
+    assert found.changes_header
+    header = read_header(Overlay(image.source, found.plan))
+    assert header.cluster_bits == 12
+    assert not header.unknown_autoclear
+
+
+def test_where_nothing_is_brought_back_they_stay() -> None:
+    found = rescue_of(with_autoclear(healthy()))
+    assert found.plan.changes_nothing
+    assert found.count == 0
+    assert found.after is found.before
+    assert FindingKind.UNKNOWN_AUTOCLEAR in found.after.counts()

@@ -22,7 +22,7 @@ from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, read_header
 from planner.repair.overlay import Overlay
-from planner.repair.plan import RepairTier
+from planner.repair.plan import RepairTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.placing import place as place_module
 from planner.rescue.placing.board import Board
@@ -30,7 +30,7 @@ from planner.rescue.placing.grid import ZEROS, Grid
 from planner.rescue.placing.place import LISTED_CANDIDATES, Placed, Placement, with_candidates
 from planner.rescue.placing.tables import NO_WINDOW, L1Table, Tables
 from planner.rescue.rescue import Rescue, rescue
-from planner.source import Bytes, nonzero_words
+from planner.source import Bytes, nonzero_words, read_bytes
 from tests.images.guest_files import make_disk, make_ext, make_tree
 from tests.images.guest_filled import make_fat, make_xfs, plain_tree
 
@@ -186,6 +186,17 @@ def test_the_plan_taken_back_is_the_image_as_it_was() -> None:
     back = bytearray(source.size)
     undone.read_into(0, memoryview(back))
     assert bytes(back) == source.data
+
+
+def test_with_tables_that_are_placed_the_autoclear_bits_go_that_are_not_known() -> None:
+    data = without_l1(image("xfs", "gpt"))
+    with_bit = data[:88] + b"\x80" + data[89:]
+    found = rescue(Bytes(with_bit))
+    assert found.placed
+    assert found.plan.stages[0].kind is StageKind.GUARD
+    assert all(stage.bytes_at(88, 1)[1] in (b"", b"\0") for stage in found.plan.stages)
+    ends = [Overlay(Bytes(each), rescue(Bytes(each)).plan) for each in (data, with_bit)]
+    assert read_bytes(ends[0], 0, ends[0].size) == read_bytes(ends[1], 0, ends[1].size)
 
 
 def test_what_is_not_proven_cannot_be_read() -> None:
