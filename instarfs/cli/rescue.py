@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +20,13 @@ from instarfs.errors import RescueStopped
 from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human, outcome_json
 from instarfs.render.rescue import Asked, rescue_json, rescue_txt
+from instarfs.repair.outcome import Status
 from instarfs.repair.rescue import write_copy
 from instarfs.repair.rescue_state import RescueState
 from instarfs.repair.run import FindRescue
 from planner.errors import Cancelled, PlannerError
 from planner.progress import unless
-from planner.rescue.rescue import rescue
+from planner.rescue.rescue import Rescue, rescue
 
 
 @click.command(name="rescue")
@@ -112,6 +114,16 @@ def command(
         click.echo(rescue_json(found, asked, out), nl=False)
     else:
         click.echo(rescue_txt(found, asked, out), nl=False)
+    if _falls_short(found, is_wanted=out is not None):
+        sys.exit(1)
+
+
+def _falls_short(found: Rescue, *, is_wanted: bool) -> bool:
+    """Whether nothing comes back though tables are lost, or though a file is wanted with what is
+    wrong put right.
+    """
+    is_damaged = found.before.verdict != "clean"
+    return found.plan.changes_nothing and (bool(found.placements) or (is_wanted and is_damaged))
 
 
 def _state_of(name: ImageName, path: str) -> RescueState:
@@ -161,3 +173,5 @@ def _rescue_in_place(
     repairing.raise_error(outcome, path)
     if output == "human":
         click.echo(outcome_human(outcome, lasting_name(path), undo_file), nl=False)
+    if outcome.status is Status.NOTHING_TO_DO and outcome.left_count:
+        sys.exit(1)

@@ -62,7 +62,7 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     """The report: what was lost, why what was found is believed, and what to do."""
     name = shell_path(asked.filename)
     if rescue.plan.changes_nothing:
-        return text_lines(_why_nothing(rescue, asked))
+        return text_lines(_why_nothing(rescue, asked, out))
     parts: list[list[str]] = []
     best = rescue.headers.best
     if rescue.changes_header and best is not None:
@@ -89,7 +89,7 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     return text_lines(lines)
 
 
-def _why_nothing(rescue: Rescue, asked: Asked) -> list[str]:
+def _why_nothing(rescue: Rescue, asked: Asked, out: str | None) -> list[str]:
     filename = asked.filename
     refused = [_refused(rescue, "it")] if rescue.refused is not None else []
     if rescue.placements:
@@ -97,7 +97,9 @@ def _why_nothing(rescue: Rescue, asked: Asked) -> list[str]:
         return [*_of_tables(rescue, filename), "", nothing, *refused]
     if rescue.before.verdict != "clean":
         wrong = f"what is wrong: instarfs report -- {shell_path(filename)}"
-        return [f"{filename}: its header makes sense; {wrong}", *refused]
+        lines = [f"{filename}: its header makes sense; {wrong}", *refused]
+        # Which would be a copy with what is wrong in it.
+        return lines if out is None else [*lines, f"{shell_path(out)} is not written."]
     lines = [f"{filename}: its header makes sense; a check finds nothing wrong"]
     if rescue.larger is not None:
         assumed = *asked.knows.assumed, f"size={rescue.larger.size}"

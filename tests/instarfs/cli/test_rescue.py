@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from planner.source import SECTOR, Source
 from tests.advice import run_here
 from tests.crash.test_rescue import cached_find, rescue_of, sound
 from tests.images.builder import MIB, ImageBuilder
+from tests.images.builder import Image as BuiltImage
 from tests.undo_files import encoded
 
 LOST = bytes(2048) + sound()[2048:]
@@ -214,6 +216,50 @@ def test_one_that_was_interrupted_is_taken_back_before_the_next(lost: Path) -> N
     assert (done.code, done.err) == (0, "")
     assert "interrupted" in done.out
     subprocess.run(["qemu-img", "check", "-q", lost], check=True)
+
+
+def disk(path: Path, change: Callable[[BuiltImage], None]) -> Path:
+    """An image of two L2 tables that say nothing of where they belong, and what *change* does."""
+    builder = ImageBuilder(cluster_bits=12, size=8 * MIB)
+    for cluster in (*range(40), *range(600, 640)):
+        builder.write(cluster, b"data")
+    image = builder.build()
+    change(image)
+    path.write_bytes(image.data)
+    return path
+
+
+def without_tables(image: BuiltImage) -> None:
+    image.set_word(image.l1_at(0), 0)
+    image.set_word(image.l1_at(1), 0)
+
+
+def with_leaked_data(image: BuiltImage) -> None:
+    image.set_word(image.l2_at(3), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "look", "write"),
+    [(lambda _: None, 0, 0), (with_leaked_data, 0, 1), (without_tables, 1, 1)],
+    ids=["nothing wrong", "no table lost", "no place proven"],
+)
+def test_where_nothing_comes_back_the_exit_code_says_so(
+    tmp_path: Path, change: Callable[[BuiltImage], None], look: int, write: int
+) -> None:
+    path = disk(tmp_path / "x.qcow2", change)
+    before, out = path.read_bytes(), tmp_path / "out"
+    told = run_here(["rescue", path])
+    assert (told.code, told.err) == (look, "")
+    assert ("Nothing comes back" in told.out) == bool(look)
+    as_json = run_here(["rescue", "--output", "json", path])
+    assert as_json.code == look
+    wanted = run_here(["rescue", "-o", out, path])
+    assert (wanted.code, wanted.err) == (write, "")
+    assert ("written" in wanted.out) == bool(write)
+    plan = json.loads(as_json.out)["plan-id"]
+    assert run_here(["rescue", "--in-place", "--plan", plan, path]).code == write
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(
