@@ -453,7 +453,7 @@ def check_messages(report: Report) -> Iterator[str]:
 
 
 _UNCOUNTED = {
-    "unreadable": "The header cannot be interpreted, so nothing else is known.",
+    "unreadable": "The header cannot be interpreted: `instarfs rescue` looks for what it said.",
     "torn": "The image was in use, or written to, during the check: nothing is known of it.",
     "unsettled": "The image never held still, and nothing in it was confirmed to be wrong.",
     "corrupt": "The image is damaged: something in it is, or may become, wrong.",

@@ -108,6 +108,12 @@ def _wrong(findings: int) -> Iterator[str]:
         yield f"  WRONG: {kind.label}: {KINDS[kind].meaning}"
 
 
+_CUT_OFF = (
+    "The guest cannot read it, unless what is left of the compressed cluster unpacks: the end of it"
+    " is not in this file."
+)
+
+
 def _reading(it: GuestExplanation) -> str:
     """What the guest reads there."""
     geometry, lost = it.layout.geometry, 1 << FindingKind.PAST_END
@@ -125,8 +131,7 @@ def _reading(it: GuestExplanation) -> str:
             return "The guest reads zeros: the entry says so."
         case RunKind.COMPRESSED:
             cut = it.host + it.length - it.layout.file_size >= SECTOR
-            end = ", the end of which is not in this file" if cut else ""
-            return f"The guest reads it out of the compressed cluster{end}."
+            return _CUT_OFF if cut else "The guest reads it out of the compressed cluster."
         case _:
             past = not geometry.external_data and it.read_from >= it.layout.file_size
             end = "; that is past its end: zeros" if past else ""

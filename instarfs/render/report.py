@@ -65,7 +65,7 @@ VERDICTS = {
         "It never held still for long enough, and nothing was confirmed to be wrong: whether it is"
         " healthy is not known. Check again, or for longer."
     ),
-    "unreadable": "The header cannot be interpreted, so nothing else is known.",
+    "unreadable": "The header cannot be interpreted: `instarfs rescue` looks for what it said.",
 }
 
 OUT_OF_DATE = (

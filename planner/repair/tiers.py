@@ -247,7 +247,7 @@ def _require_sound_basis(report: Report) -> None:
     if report.error is not None:
         raise ParseFailed(
             f"the header cannot be interpreted: {report.error}",
-            "everything follows from the header: restore it from another copy of the image",
+            "everything follows from the header: `instarfs rescue` looks for what it said",
         )
     if report.torn:
         raise AmbiguousCorruption("the image changed while it was checked", "stop its writer first")
