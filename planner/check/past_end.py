@@ -90,8 +90,8 @@ def _blocks_of_the_file(report: Report, table: Reftable) -> I64:
 
 
 def _repeated(values: I64) -> I64:
-    distinct, times = np.unique(values, return_counts=True)
-    repeated: I64 = distinct[times > 1]
+    once, times = np.unique(values, return_counts=True)
+    repeated: I64 = once[times > 1]
     return repeated
 
 
@@ -115,10 +115,10 @@ class _Known:
         first, last = findings.host_offset, findings.host_offset + (findings.length - 1)
         times = findings.count
         if report.entries is not None:
-            entries = report.entries.of(FindingKind.PAST_END)
-            offset = np.minimum(entries.found, np.uint64((1 << 63) - 1)).astype(np.int64)
+            found = report.entries.of(FindingKind.PAST_END)
+            offset = np.minimum(found.found, np.uint64((1 << 63) - 1)).astype(np.int64)
             first, last = np.append(first, offset), np.append(last, offset)
-            times = np.append(times, entries.count)
+            times = np.append(times, found.count)
         start, end = first >> bits, (last >> bits) + 1
         by_start, by_end = np.argsort(start), np.argsort(end)
         return cls(
