@@ -422,9 +422,15 @@ def _in_order(source: Source, plan: Plan, before: Report) -> Plan:
     """
     draft, last = Draft(source), Overlay(source, plan)
     draft.size = plan.size_after
-    for stage in plan.stages:
+    kinds = [stage.kind for stage in plan.stages]
+    if StageKind.GUARD in kinds[1:] and kinds[0] is not StageKind.GUARD:
+        _draft_guard(draft, before)
+    for number, stage in enumerate(plan.stages):
         if before.error is None:
-            draft.write_tables(stage.kind, stage.sectors * SECTOR, stage.after)
+            # The guard of a later step holds what an earlier one pointed the header at.
+            is_later = number > 0 and stage.kind is StageKind.GUARD
+            kind = StageKind.SWITCH if is_later else stage.kind
+            draft.write_tables(kind, stage.sectors * SECTOR, stage.after)
             continue
         is_header = stage.sectors == 0
         for kind, mine in ((StageKind.PREPARE, ~is_header), (StageKind.SWITCH, is_header)):
@@ -466,11 +472,16 @@ def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
         content = content[:AUTOCLEAR_AT] + known.to_bytes(8, "big") + content[end:]
     fields, rest = content[:SECTOR], content[SECTOR:]
     if rest:
-        if before.layout is not None and before.layout.header.version >= 3:
-            bits = before.layout.header.incompatible_features | int(Incompatible.CORRUPT)
-            draft.write(StageKind.GUARD, FEATURES_AT, bits.to_bytes(8, "big"))
+        _draft_guard(draft, before)
         draft.write(StageKind.PREPARE, SECTOR, rest)
     draft.write(StageKind.SWITCH, 0, fields)
+
+
+def _draft_guard(draft: Draft, before: Report) -> None:
+    """Mark the header corrupt, where one can be read that has a bit for it."""
+    if before.layout is not None and before.layout.header.version >= 3:
+        bits = before.layout.header.incompatible_features | int(Incompatible.CORRUPT)
+        draft.write(StageKind.GUARD, FEATURES_AT, bits.to_bytes(8, "big"))
 
 
 _WAYOUT = (

@@ -5,6 +5,7 @@ Whatever is left reads as before, or as rescued; and leads back to the first byt
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from planner.source import Bytes, Source, read_bytes
 from tests.cached import cached_check, check_bytes
 from tests.crash.files import Event, Files, Recorder, power_cuts
 from tests.crash.test_stack import put
+from tests.images.builder import Image as BuiltImage
 from tests.images.builder import ImageBuilder
 from tests.planner.rescue.placing.test_place import image as disk_with_files
 from tests.planner.rescue.test_snapshots import lost, without_table
@@ -76,10 +78,19 @@ def _without_entries(*, refcounts: bool = True) -> bytes:
     return bytes(image)
 
 
+def _without_snapshots_and_refcounts() -> bytes:
+    """The snapshot table is gone, and the refcounts of some of what it led to."""
+    image = BuiltImage(bytearray(lost(without_table)))
+    for cluster in range(10, 40):
+        image.set_refcount(cluster, 0)
+    return bytes(image.data)
+
+
 TABLES = {
     "entries of the L1 table": _without_entries,
     "refcounts too": lambda: _without_entries(refcounts=False),
     "a snapshot table": lambda: lost(without_table),
+    "a snapshot table, refcounts too": _without_snapshots_and_refcounts,
 }
 SCENES |= TABLES
 
@@ -166,6 +177,20 @@ def test_each_kind_of_stage_comes_once_and_in_its_order() -> None:
         seen |= set(kinds)
     assert seen == set(StageKind) - {StageKind.REPOINT}
     assert rescue_of(TABLES["entries of the L1 table"]()).after.verdict == "clean"
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_until_all_is_prepared_the_header_leads_where_it_led(scene: str) -> None:
+    content = SCENES[scene]()
+    plan = rescue_of(content).plan
+    before = [stage for stage in plan.stages if stage.kind < StageKind.SWITCH]
+    for stage in before:
+        for row in stage.after[stage.sectors == 0]:
+            header = header_of(row.tobytes())
+            marked = header.incompatible_features & ~Incompatible.CORRUPT
+            assert replace(header, incompatible_features=marked) == header_of(content)
+    if before and plan.stages[-1].kind is StageKind.RELEASE:
+        assert before[0].kind is StageKind.GUARD
 
 
 def is_marked(left: bytes) -> bool:
