@@ -13,7 +13,7 @@ import numpy as np
 
 from planner.arrays import I64, is_among, union
 from planner.check.report import Report
-from planner.errors import AmbiguousCorruption
+from planner.errors import AmbiguousCorruption, UnsupportedRepair
 from planner.findings.kinds import FindingKind, Structure
 from planner.findings.wording import plural
 from planner.qcow2.names import quoted
@@ -92,6 +92,7 @@ def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
     if not len(shares.clusters):
         return Drafted(scope, means.triage(scope, stay[:0]))
     _require_all_owners(before)
+    _require_header_without_refcounts(before)
     room = room_for_copies(scope.source)
     for structure in (Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA):
         size = scope.draft.size
@@ -114,6 +115,17 @@ def _require_all_owners(report: Report) -> None:
         raise AmbiguousCorruption(
             "more clusters have two owners than can be listed",
             "export the disk",
+            FindingKind.MULTIPLE_OWNERS.label,
+        )
+
+
+def _require_header_without_refcounts(report: Report) -> None:
+    """What claims that the header holds refcounts is wrong; there is nothing to choose."""
+    owners = {owner.structure for owner in report.owners.of(0)}
+    if owners & {Structure.REFTABLE, Structure.REFBLOCK}:
+        raise UnsupportedRepair(
+            "refcounts are said to lie in the header's cluster",
+            "the tier `all` makes them anew",
             FindingKind.MULTIPLE_OWNERS.label,
         )
 

@@ -296,6 +296,14 @@ def test_nothing_is_copied_over_what_the_image_has_lost_behind_its_end() -> None
         propose(image.source, check_image(image.source), SPLIT)
 
 
+def test_refcounts_that_would_lie_in_the_header_are_nobody_to_split_from() -> None:
+    image = plain()
+    image.change_header(refcount_table_offset=0)
+    with pytest.raises(UnsupportedRepair, match="the tier `all` makes them anew"):
+        propose(image.source, check_image(image.source), SPLIT)
+    assert propose(image.source, check_image(image.source), RepairTier.ALL).after.verdict == "clean"
+
+
 def test_where_not_all_owners_are_known_none_is_moved(monkeypatch) -> None:
     image = plain()
     data_on_data(image)
