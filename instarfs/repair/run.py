@@ -227,6 +227,8 @@ class _Pass:
         )
         self._require_quote(proposal, quote)
         after = report if plan.changes_nothing else self._write(session, _Proven.of(proposal))
+        if proposal.tier.is_chosen and not plan.changes_nothing:
+            self._add_reason("; ".join(proposal.notes))
         self.outcome = replace(
             self.outcome,
             status=Status.NOTHING_TO_DO if plan.changes_nothing else Status.REPAIRED,

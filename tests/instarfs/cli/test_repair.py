@@ -103,6 +103,16 @@ def test_check_r_all_prints_what_qemu_img_prints_and_what_was_done(instarfs: Run
     assert shown[-1] == f"To take it back: instarfs undo {shell_path(str(image))}"
 
 
+def test_check_r_of_a_chosen_tier_says_what_it_came_to(instarfs: Run, make) -> None:
+    image = make("shared-cluster")
+    plan = instarfs("plan", "split", "--output=json", image).json
+    ended = instarfs("check", "-r", "split", "--plan", plan["plan-id"], image)
+    assert ended.code == 0, ended.err
+    said = "; ".join(plan["plan-id-must-be-quoted-because"])
+    line = next(line for line in ended.out.splitlines() if line.startswith("repaired: tier split"))
+    assert line.endswith(f": {said}")
+
+
 @pytest.mark.parametrize(
     ("tier", "damages"),
     [
