@@ -56,6 +56,26 @@ ALWAYS = ("check-errors",)
 LISTED = 10
 """Findings of one kind that a text for reading lists; the rest are in the files it names."""
 
+VERDICTS = {
+    "clean": "No errors were found: the metadata of this image is consistent.",
+    "dirty": "The metadata is consistent, but the image was not closed properly (dirty bit).",
+    "marked-corrupt": (
+        "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
+        " earlier and refuses to write to it."
+    ),
+    "leaks": "Leaked clusters: space is wasted, or they are what is left of something lost. Look"
+    " before you reclaim them.",
+    "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
+    "incomplete": "The check could not look at everything: what follows is not the whole truth.",
+    "torn": "What was read belongs to no single moment: nothing below can be relied on.",
+    "unsettled": (
+        "The image never held still for long enough, and nothing was confirmed to be wrong: whether"
+        " it is healthy is not known. Check again, or for longer."
+    ),
+    "unreadable": "The header cannot be interpreted: `instarfs rescue` looks for what it said.",
+}
+"""What a person should believe of an image, in a sentence or two."""
+
 
 # ---- JSON ----
 
@@ -453,24 +473,18 @@ def check_messages(report: Report) -> Iterator[str]:
 
 
 _UNCOUNTED = {
-    "unreadable": "The header cannot be interpreted: `instarfs rescue` looks for what it said.",
-    "torn": "The image was in use, or written to, during the check: nothing is known of it.",
-    "unsettled": "The image never held still, and nothing in it was confirmed to be wrong.",
-    "corrupt": "The image is damaged: something in it is, or may become, wrong.",
+    **VERDICTS,
+    "clean": "No errors were found on the image.",
     "leaks": "Clusters behind the end of the file are counted as used: something may be lost.",
-    "marked-corrupt": "The metadata is consistent, but the image is marked corrupt.",
-    "dirty": "The metadata is consistent, but the image was not closed properly.",
 }
-"""By verdict: what is said where it is not clean, and every counter of QEMU's is 0."""
+"""By verdict: what is said where every counter of QEMU's is 0."""
 
 
 def check_human(report: Report) -> str:
     """What ``qemu-img check`` prints on stdout, in its words, but for what it does not know."""
     counters = report.counters
     lines = []
-    if report.verdict == "clean":
-        lines.append("No errors were found on the image.")
-    elif not counters.check_errors and not counters.corruptions and not counters.leaks:
+    if not counters.check_errors and not counters.corruptions and not counters.leaks:
         lines.append(_UNCOUNTED[report.verdict])
     if counters.corruptions:
         lines.append(

@@ -13,7 +13,14 @@ import numpy as np
 from instarfs.errors import LeaksInMotion
 from instarfs.render.advice import bring_back, is_mended_by_qemu, what_to_do
 from instarfs.render.aftermath import Aftermath, Proposals
-from instarfs.render.check import LISTED, cut_off_lines, fact, snapshot_name, worst_first
+from instarfs.render.check import (
+    LISTED,
+    VERDICTS,
+    cut_off_lines,
+    fact,
+    snapshot_name,
+    worst_first,
+)
 from instarfs.render.files import files_lines
 from instarfs.render.live import live_lines
 from instarfs.render.repair import left_lines, quote_warning, quoting
@@ -48,25 +55,6 @@ LISTED_SNAPSHOTS = LISTED_BITMAPS = 10
 
 _NAMED = ("check/findings.jsonl", "lost/triage.json", "image/bitmaps.json")
 """Files of a mount that a report may send a reader to."""
-
-VERDICTS = {
-    "clean": "No errors were found: the metadata of this image is consistent.",
-    "dirty": "The metadata is consistent, but the image was not closed properly (dirty bit).",
-    "marked-corrupt": (
-        "The metadata is consistent, but the image is marked corrupt: QEMU found something wrong"
-        " earlier and refuses to write to it."
-    ),
-    "leaks": "Leaked clusters: space is wasted, or they are what is left of something lost. Look"
-    " before you reclaim them.",
-    "corrupt": "The image is damaged: data is, or may become, wrong. Do not write to it.",
-    "incomplete": "The check could not look at everything: what follows is not the whole truth.",
-    "torn": "What was read belongs to no single moment: nothing below can be relied on.",
-    "unsettled": (
-        "It never held still for long enough, and nothing was confirmed to be wrong: whether it is"
-        " healthy is not known. Check again, or for longer."
-    ),
-    "unreadable": "The header cannot be interpreted: `instarfs rescue` looks for what it said.",
-}
 
 OUT_OF_DATE = (
     "The image was not closed properly (dirty bit): its refcounts are out of date, and its tables"

@@ -19,7 +19,7 @@ from instarfs.text import json_text
 from planner.check import refcount_comparison as mismatch_module
 from planner.check.check import check_image
 from planner.check.refcount_comparison import Mismatches
-from planner.check.report import Report
+from planner.check.report import EXIT_CODES, Report
 from planner.findings import kinds as findings_module
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import (
@@ -239,6 +239,14 @@ def test_runs_do_not_end_where_a_part_does(monkeypatch: pytest.MonkeyPatch) -> N
     for chunk in (1, 2, 7):
         monkeypatch.setattr(mismatch_module, "CHUNK", chunk)
         assert told() == expected
+
+
+def test_each_verdict_says_what_to_believe_also_where_no_counter_does() -> None:
+    assert render.VERDICTS.keys() == EXIT_CODES.keys()
+    report = check_bytes(bytes(RULES["corrupt_bit"]().image.data))
+    assert report.verdict == "marked-corrupt"
+    assert render.check_human(report).startswith(render.VERDICTS["marked-corrupt"])
+    assert f"\n\n{render.VERDICTS['marked-corrupt']}\n" in report_txt(report, "x.qcow2").decode()
 
 
 def test_where_a_file_ends_that_is_cut_off_and_what_it_needs() -> None:

@@ -10,12 +10,11 @@ import pytest
 from instarfs.errors import ImageReadFailed
 from instarfs.image.surroundings import Room, Surroundings
 from instarfs.render.aftermath import Aftermath, Mounted
-from instarfs.render.check import LISTED
+from instarfs.render.check import LISTED, VERDICTS
 from instarfs.render.report import (
     LISTED_BITMAPS,
     LISTED_RANGES,
     OUT_OF_DATE,
-    VERDICTS,
     report_txt,
 )
 from instarfs.repair.outcome import Pending
