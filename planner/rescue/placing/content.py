@@ -20,7 +20,7 @@ from planner.rescue.placing.sites import Site, pairs
 from planner.rescue.placing.votes import Evidence, Votes
 from planner.source import SECTOR
 
-LONGEST = SECTOR - 4
+LONGEST = SECTOR - 4  # one word of four bytes, as `spot` looks for it
 """Bytes of a sector before its end: data that ends in a zero or two is nothing special."""
 
 ENOUGH = 3
@@ -33,17 +33,24 @@ def spot(piece: Piece) -> Iterator[Spotted]:
     """Sectors that end in zeros, and of the first in a kilobyte those behind which zeros follow."""
     if piece.cluster_size < 2 * SECTOR:
         return
-    sectors = piece.flat.reshape(-1, SECTOR)
-    at = np.flatnonzero(sectors[:, -1] == 0)
-    at = at[sectors[at].view(np.uint64).any(axis=1)]
+    words = piece.flat.view("<u8").reshape(-1, SECTOR // 8)
+    tails = piece.flat.view("<u4")[SECTOR // 4 - 1 :: SECTOR // 4]
+    at = np.flatnonzero(tails == 0)
+    if not len(at):
+        return
+    filled = words[at] != 0
+    last = filled.shape[1] - 1 - np.argmax(filled[:, ::-1], axis=1)
+    kept = filled[np.arange(len(at)), last]
+    at, last = at[kept], last[kept]
     is_first = at % 2 == 0
-    goes_on = sectors[at[is_first] + 1].view(np.uint64).any(axis=1)
-    at = np.delete(at, np.flatnonzero(is_first)[goes_on])
-    length = SECTOR - np.argmax(sectors[at, ::-1] != 0, axis=1).astype(np.int64)
-    kept = length <= LONGEST
-    at, length = at[kept], length[kept]
+    goes_on = words[at[is_first] + 1].any(axis=1)
+    kept = np.delete(np.arange(len(at)), np.flatnonzero(is_first)[goes_on])
+    at, last = at[kept], last[kept]
+    # The last word that is not all zeros, and its last byte that is none.
+    word = words[at, last]
+    length = last * 8 + 1 + sum((word >> np.uint64(8 * byte) != 0) for byte in range(1, 8))
     if len(at):
-        yield Sort.END, at * SECTOR, length, np.zeros(len(at), dtype=np.int64)
+        yield Sort.END, at * SECTOR, length.astype(np.int64), np.zeros(len(at), dtype=np.int64)
 
 
 def ends_of(site: Site) -> I64:

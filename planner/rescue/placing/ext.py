@@ -59,6 +59,8 @@ def spot(piece: Piece) -> Iterator[Spotted]:
 
 def _superblocks(piece: Piece) -> Iterator[Spotted]:
     at = piece.marked(b"\x53\xef", 56)
+    if not len(at):
+        return
     at = at[(at + SIZE <= len(piece.flat))]
     kept = [place for place in at.tolist() if is_sound(piece.flat[place : place + SIZE].tobytes())]
     if kept:
@@ -68,6 +70,8 @@ def _superblocks(piece: Piece) -> Iterator[Spotted]:
 
 def _directories(piece: Piece) -> Iterator[Spotted]:
     at = piece.marked(b"\x0c\0\x01", 4)
+    if not len(at):
+        return
     flat = piece.flat
     at = at[(flat[at + 8] == ord(".")) & (flat[at + 9] == 0)]
     at = at[(flat[at + 18] == 2) & (flat[at + 20] == ord(".")) & (flat[at + 21] == ord("."))]
@@ -77,13 +81,14 @@ def _directories(piece: Piece) -> Iterator[Spotted]:
 
 def _blocks(piece: Piece) -> Iterator[Spotted]:
     """Blocks with a checksum in their tail: of directories, and of extents."""
+    heads = piece.marked(EXTENTS, 0)
     for size in BLOCK_SIZES:
         if size > piece.cluster_size:
             return
         at = piece.marked(TAIL, size - 12, size)
         yield from _begun(piece.flat, at, size, size - 12, size - 4)
         most = (size - 12) // 12
-        at = piece.marked(EXTENTS, 0, size)
+        at = heads[heads % size == 0]
         at = at[little(piece.flat, at + 4, 2) == most]
         yield from _begun(piece.flat, at, size, 12 + 12 * most, 12 + 12 * most)
 
@@ -99,10 +104,10 @@ def _begun(flat: U8, at: I64, size: int, length: int, sum_at: int) -> Iterator[S
 
 def _records(piece: Piece) -> Iterator[Spotted]:
     """Inodes with extents."""
-    if piece.cluster_size < RECORD:
+    at = piece.marked(EXTENTS, 40, RECORD) // RECORD
+    if not len(at):
         return
     records = piece.flat.reshape(-1, RECORD)
-    at = np.flatnonzero((records[:, 40] == EXTENTS[0]) & (records[:, 41] == EXTENTS[1]))
     mode = records[at, 0].astype(np.int64) | records[at, 1].astype(np.int64) << 8
     extra = records[at, 128].astype(np.int64) | records[at, 129].astype(np.int64) << 8
     at = at[np.isin(mode & TYPE_MASK, TYPES) & (extra >= 4) & (extra <= RECORD - 128)]

@@ -22,6 +22,8 @@ def spot(piece: Piece) -> Iterator[Spotted]:
     """The claims of first clusters of directories."""
     flat = piece.flat
     at = piece.marked(ITSELF, 0)
+    if not len(at):
+        return
     at = at[at + 2 * ENTRY <= len(flat)]
     above = np.frombuffer(ABOVE, dtype=np.uint8)
     at = at[(flat[at[:, None] + ENTRY + np.arange(len(above))] == above).all(axis=1)]

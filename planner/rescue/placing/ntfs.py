@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, U8
 from planner.guestfs.columns import little
 from planner.guestfs.ntfs.attributes import NUMBER
 from planner.guestfs.ntfs.boot import RECORD_SIZES
@@ -34,13 +34,22 @@ def spot(piece: Piece) -> Iterator[Spotted]:
     """The claims of records of files and of blocks of directories."""
     flat = piece.flat
     at = piece.marked(b"FILE", 0)
-    at = at[(little(flat, at + 4, 2) == NUMBERED)]
-    size = little(flat, at + 28, 4)
-    kept = np.isin(size, RECORD_SIZES)
-    if kept.any():
+    if len(at):
+        at = at[(little(flat, at + 4, 2) == NUMBERED)]
+        size = little(flat, at + 28, 4)
+        kept = np.isin(size, RECORD_SIZES)
         at = at[kept]
         yield Sort.NTFS_RECORD, at, little(flat, at + 44, 4), size[kept]
     at = piece.marked(b"INDX", 0)
+    if len(at):
+        yield from _directories(flat, at)
+    at = piece.marked(b"RSTR", 0)
+    if len(at):
+        none = np.zeros(len(at), dtype=np.int64)
+        yield Sort.NTFS_LOG, at, none, none
+
+
+def _directories(flat: U8, at: I64) -> Iterator[Spotted]:
     first = at + 24 + little(flat, at + 24, 4)
     inside = (first + 24 + 8 <= len(flat)) & (first < at + 4096)
     at, first = at[inside], first[inside]
@@ -48,13 +57,8 @@ def spot(piece: Piece) -> Iterator[Spotted]:
         little(flat, first + 12, 2) & LAST_ENTRY == 0
     )
     at, first = at[named], first[named]
-    if len(at):
-        owner = little(flat, first + 16, 8) & NUMBER
-        yield Sort.NTFS_INDEX, at, owner, little(flat, at + 16, 8)
-    at = piece.marked(b"RSTR", 0)
-    if len(at):
-        none = np.zeros(len(at), dtype=np.int64)
-        yield Sort.NTFS_LOG, at, none, none
+    owner = little(flat, first + 16, 8) & NUMBER
+    yield Sort.NTFS_INDEX, at, owner, little(flat, at + 16, 8)
 
 
 def weigh(site: Site, claims: Claims) -> Iterator[Votes]:

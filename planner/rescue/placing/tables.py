@@ -215,11 +215,11 @@ class Finder:
     def __init__(self, source: Source, report: Report, layout: Layout) -> None:
         self._source, self._geometry = source, layout.geometry
         self._looker = looker_of(source, report)
-        self._found: list[tuple[I64, Parts, Mask]] = []
+        self._found: list[tuple[I64, Parts]] = []
 
     def look(self, pieces: I64, rows: U8) -> None:
         """Note what pieces of clusters, ascending, have of tables."""
-        self._found.append((pieces, self._looker.parts(rows), _are_own(rows, self._geometry)))
+        self._found.append((pieces, self._looker.parts(rows)))
 
     @property
     def parts(self) -> int:
@@ -229,7 +229,7 @@ class Finder:
     def since(self, parts: int) -> I64:
         """Of what came after so many *parts*, the pieces without which no cluster is a table."""
         kept = [np.zeros(0, dtype=np.int64)]
-        for pieces, each, _ in self._found[parts:]:
+        for pieces, each in self._found[parts:]:
             kept.append(pieces[(each.filled > 0) & (each.bad * DAMAGED_PART <= each.filled)])
         return np.concatenate(kept)
 
@@ -240,18 +240,25 @@ class Finder:
         size = self._geometry.cluster_size
         if not self._found:
             return np.zeros(0, dtype=np.int64), False
-        cluster = np.concatenate([pieces for pieces, _, _ in self._found]) // size
-        own = np.concatenate([flags for _, _, flags in self._found])
-        parts = Parts.concatenate([each for _, each, _ in self._found])
+        cluster = np.concatenate([pieces for pieces, _ in self._found]) // size
+        parts = Parts.concatenate([each for _, each in self._found])
         clusters = distinct(cluster)
         of = np.searchsorted(clusters, cluster)
-        are_own = np.bincount(of, own, len(clusters)) > 0
-        wanted = parts.joined(of, len(clusters)).are_tables() & are_own
-        found = clusters[wanted][:MAX_TABLES]
+        likely = clusters[parts.joined(of, len(clusters)).are_tables()]
+        found = likely[self._are_own(likely)][:MAX_TABLES]
         if not len(found):
             return found, False
         is_l1 = self._are_l1(found)
         return found[~is_l1] * size, bool(is_l1.any())
+
+    def _are_own(self, clusters: I64) -> Mask:
+        """Which of *clusters*, the few that look like tables, are of the disk's own."""
+        result = np.zeros(len(clusters), dtype=np.bool_)
+        offsets = clusters << self._geometry.cluster_bits
+        for pieces, rows in read_pieces(self._source, offsets, self._geometry):
+            of = np.searchsorted(offsets, pieces, side="right") - 1
+            result[of[_are_own(rows, self._geometry)]] = True
+        return result
 
     def _are_l1(self, found: I64) -> Mask:
         """Which of the clusters *found* lead to the others, with half of their words or more."""

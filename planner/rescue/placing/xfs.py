@@ -44,7 +44,7 @@ def spot(piece: Piece) -> Iterator[Spotted]:
             if len(at):
                 yield Sort.XFS_BLOCK, at, big(flat, at + address, 8), uuid_half(flat, at + uuid)
     at = piece.marked(RECORD, 0)
-    at = at[flat[at + 4] == 3]
+    at = at[flat[at + 4] == 3] if len(at) else at
     if len(at):
         yield Sort.XFS_INODE, at, big(flat, at + 152, 8), uuid_half(flat, at + 160)
     for magic, sector, number, uuid in GROUP_HEADERS:
