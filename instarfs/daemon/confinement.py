@@ -9,7 +9,8 @@ socket made, and nobody else's file, process or limits changed. No right comes b
 set-user-ID program, nor by a capability. What the kernel lacks of this is said once, in the log.
 
 All of it binds the calling thread and those that it starts, so `Confinement.enforce` is to be
-called before there are others.
+called before there are others: one that was there would keep everything, and whoever took the
+process over could have it do anything.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
 _TO_LOOK = 1 << _CAP_DAC_READ_SEARCH
 _TO_USE = 1 << _CAP_DAC_OVERRIDE | _TO_LOOK
 """What lets root use an image that belongs to the user of a virtual machine."""
+
+
+_THREADS = Path("/proc/self/task")
+_ENDING_SECONDS, _POLL_SECONDS = 1.0, 0.001
 
 
 class Right(IntFlag):
@@ -149,6 +154,7 @@ class Confinement:
         with contextlib.suppress(OSError):  # afterwards it could not be opened
             load_what_ends_threads()
         steps: dict[str, Callable[[], None]] = {
+            "other threads": _wait_until_alone,
             "core dumps": _rule_out_core_dumps,
             "capabilities": self._drop_capabilities,
             "new privileges": rule_out_new_privileges,
@@ -190,6 +196,16 @@ class Confinement:
             restrict_to(ruleset)
         finally:
             os.close(ruleset)
+
+
+def _wait_until_alone() -> None:
+    """Until threads that were ended are gone. Raises OSError where there are others."""
+    deadline = time.monotonic() + _ENDING_SECONDS
+    with contextlib.suppress(FileNotFoundError):  # without /proc it is not known
+        while len(list(_THREADS.iterdir())) > 1:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "they were there before")
+            time.sleep(_POLL_SECONDS)
 
 
 def _require_rule_on_cutting() -> None:

@@ -17,7 +17,7 @@ from instarfs.daemon.confinement import Confinement
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.image import locks, memory
-from instarfs.image.file import Image
+from instarfs.image.file import Image, end_readers
 from instarfs.image.preview import PreviewImage
 from instarfs.inspect.inspector import Check, inspecting
 from instarfs.inspect.repair_queue import MakeRepairer
@@ -67,7 +67,13 @@ def serve(
     followed = follow.directories if follow else ()
     confinement = Confinement.of_daemon(image, followed)
 
+    # Here, for an image that may not answer is asked in a thread by all that comes after.
+    interrupted = pending(image)
+    if interrupted is not None:
+        log.warning("%s: %s", image.path, interrupted.sentence)
+
     def confine() -> None:
+        end_readers()
         memory.limit(image.source(), for_good=True)
         confinement.enforce()
 
@@ -76,9 +82,6 @@ def serve(
         async with inspecting(
             image, follow=follow, check=check, bound=memory.limit, make_repairer=make_repairer
         ) as inspector:
-            pending = inspector.subject.pending()
-            if pending is not None:
-                log.warning("%s: %s", image.path, pending.sentence)
             root = tree.build_tree(
                 inspector,
                 read_only=options.read_only,

@@ -198,6 +198,13 @@ def _readers() -> Executor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="instarfs-reader")
 
 
+def end_readers() -> None:
+    """End the threads that read ahead, when nothing is read; who reads next has others."""
+    if _readers.cache_info().currsize:
+        _readers().shutdown()
+        _readers.cache_clear()
+
+
 class Image:
     """An image file or block device, open for reading. Use `Image.open`.
 

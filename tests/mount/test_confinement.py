@@ -29,6 +29,9 @@ from tests.mount.mounts import (
     shell_as,
     until,
 )
+from tests.mount.test_bad_disk import Disk, disk
+
+__all__ = ["disk"]  # a fixture
 
 NOBODY = 65534
 KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
@@ -245,14 +248,11 @@ def test_nothing_is_left_of_the_helpers_of_a_daemon_that_was_killed(confined: Mo
 # ---- as the kernel sees it ----
 
 
-def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> None:
-    it = mount(image)
-    it.read("check/result.json")
-    it.read("repair/plan/all.json")
-    pid = it.process.pid
+def require_confined(mount: Mount) -> None:
+    """Each thread of the daemon and of the broker."""
     states = [
         path.read_text()
-        for process in (pid, broker_of(it))
+        for process in (mount.process.pid, broker_of(mount))
         for path in Path(f"/proc/{process}/task").glob("*/status")
     ]
     assert len(states) > 2 + CHANNELS
@@ -262,13 +262,39 @@ def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> N
         assert fields["Seccomp"] == "2"
         assert int(fields["CapEff"], 16) & ~0b110 == 0
         assert int(fields["CapPrm"], 16) & ~0b110 == 0
+    assert "not given up" not in mount.log
+
+
+def test_of_the_threads_that_read_for_a_preview_none_is_left(
+    mount: MakeMount, tmp_path: Path
+) -> None:
+    """They began before the mount, when nothing had been given up."""
+    options = "preallocation=metadata,cluster_size=4096"  # so many tables that some read ahead
+    image = make_image(tmp_path / "image.qcow2", "2G", "-o", options)
+    it = mount(image, "--preview", "leaks")
+    it.read("check/result.json")
+    require_confined(it)
+
+
+def test_no_thread_is_left_that_asked_an_image_elsewhere(mount: MakeMount, disk: Disk) -> None:
+    """One that is not on a disk of this machine, and may not answer."""
+    it = mount(disk.path)
+    it.read("check/result.json")
+    require_confined(it)
+
+
+def test_every_thread_of_a_mount_is_confined(mount: MakeMount, image: Path) -> None:
+    it = mount(image)
+    it.read("check/result.json")
+    it.read("repair/plan/all.json")
+    require_confined(it)
+    pid = it.process.pid
     core, data = (
         resource.prlimit(pid, what) for what in (resource.RLIMIT_CORE, resource.RLIMIT_DATA)
     )
     assert core == (1, 1)
     assert 2 << 30 <= data[0] < 3 << 30
     assert data[0] == data[1]
-    assert "not given up" not in it.log
 
 
 def test_a_broker_has_nothing_loaded_of_what_reads_and_serves(

@@ -122,6 +122,30 @@ def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None
     assert set(outcomes.values()) == {"done"}
 
 
+WITH_A_THREAD = """
+import logging, sys, threading
+from instarfs.image.file import Image
+from instarfs.daemon import confinement
+
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+confinement._ENDING_SECONDS = 0.01
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+confinement.Confinement.of_daemon(Image.open(sys.argv[1])).enforce()
+"""
+
+
+def test_of_a_thread_that_was_there_before_it_is_said_that_it_keeps_everything(image: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_THREAD, image],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    said = "not confined: other threads are not given up: they were there before\n"
+    assert (done.stdout, done.stderr) == (said, "")
+
+
 # ---- what a broker that was taken over can do ----
 
 AS_BROKER = """
