@@ -16,7 +16,7 @@ from planner.rescue.snapshots import MADE_NAME
 from planner.triage.triage import snapshot_phrase
 
 if TYPE_CHECKING:  # what searches and places is large, and a mount shows what was found before
-    from planner.rescue.headers import Found, Hypothesis
+    from planner.rescue.hypotheses import Found, Hypothesis
     from planner.rescue.leftovers import Left
     from planner.rescue.placing.place import Placement
     from planner.rescue.rescue import Rescue

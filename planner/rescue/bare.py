@@ -30,8 +30,9 @@ from planner.qcow2.header import (
     encode_header,
 )
 from planner.qcow2.layout import MAX_L1_BYTES
+from planner.rescue.agreeing_tables import find_reftables, snapshots_at
 from planner.rescue.disk_size import DiskSize
-from planner.rescue.headers import Found, Hypothesis, find_reftables, snapshots_at
+from planner.rescue.hypotheses import Found, Hypothesis
 from planner.rescue.placing.anchors import find_anchors, likely_rests, mbr_entries
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Sort

@@ -1,31 +1,26 @@
 """A header that is gone, or of which a field makes no sense: found by what the rest looks like.
 
-Every hypothesis is a header; laid over the file, the check of it is its score. The tables are found
-by what they must agree on: a refcount table's first block counts cluster 0 and the table itself,
-an L1 table leads to tables, a snapshot table can be read to its end. What a header held of names
-(backing file, data file, extensions) is where it was, or gone.
+Every hypothesis is a header; laid over the file, the check of it is its score. Which is believed is
+said in `planner.rescue.hypotheses`, how tables are found in `planner.rescue.agreeing_tables`. What
+a header held of names (backing file, data file, extensions) is where it was, or gone.
 """
 
 from __future__ import annotations
 
 import itertools
 import struct
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, distinct, expand_ranges
+from planner.arrays import I64, distinct, expand_ranges
 from planner.check.check import check_image
-from planner.check.report import CheckCounters, Report
+from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind, Structure
-from planner.metadata.gone_tables import GoneTables
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Progress, tell_nobody
-from planner.qcow2 import entries
 from planner.qcow2.extensions import (
     CRYPTO_HEADER,
     CRYPTO_POINTER,
@@ -33,7 +28,6 @@ from planner.qcow2.extensions import (
     read_extensions,
     refusable,
 )
-from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import (
     CLUSTER_BITS,
     COMPRESSION_ZSTD,
@@ -53,9 +47,23 @@ from planner.qcow2.header import (
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.luks import LUKS_BYTES, decode_luks
 from planner.qcow2.luks import MAGIC as LUKS_MAGIC
-from planner.qcow2.refcounts import unpack_refcounts
-from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
+from planner.qcow2.snapshots import read_snapshots
+from planner.rescue.agreeing_tables import (
+    MAX_CANDIDATES,
+    HeaderTables,
+    agreeing_tables,
+    leads_to_data,
+    longer_tables,
+)
 from planner.rescue.disk_size import DiskSize, disk_size, is_zstd
+from planner.rescue.hypotheses import (
+    STANDS_OUT,
+    Found,
+    Hypothesis,
+    WithSnapshots,
+    explains_less,
+    tables_of,
+)
 from planner.rescue.leftovers import Left, count_left, is_same_disk
 from planner.rescue.scan import Scan, Sectors, scan_once
 from planner.source import (
@@ -66,11 +74,7 @@ from planner.source import (
     present_bytes,
     present_tables,
     read_bytes,
-    read_tables,
 )
-
-MAX_CANDIDATES = 8
-"""Tables of one sort that are tried for one cluster size, the likeliest first."""
 
 MAX_CHECKS = 400
 """Hypotheses that are checked, at most."""
@@ -87,16 +91,8 @@ TABLE_BYTES_A_CHECK = 4 << 20
 CLUSTERS_A_CHECK = 1 << 20
 """So is one that counts so many."""
 
-MANY_BYTES, SAMPLE, SAMPLE_BYTES, SHARE = 16 << 20, 64, 4096, 8
-"""Of an L1 table that leads to so many bytes, so many clusters are looked at, no more than so many
-bytes of each: one in so many has to look like a table.
-"""
-
 MAX_LUKS = 64
 """Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
-
-STANDS_OUT = 4
-"""So many times more than the best must the next contradict the file, or none is believed."""
 
 MOST_BESIDE = 2
 """So many times what its tables take is in a file the data of which is in another."""
@@ -105,142 +101,6 @@ _COUNTED = replace(LIMITS, owners=0)
 """A score counts. Who owns what is in none of the counters, and takes most of the time."""
 
 _STATE = Incompatible.DIRTY | Incompatible.CORRUPT
-
-_WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
-
-
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
-    """A header, what the check of the file counts under it, and which fields it changes.
-
-    ``content``: the first bytes of the file, with the header in them. ``extensions_end``: where the
-    header extensions end, of which what stood there makes no sense; None where they stay.
-    """
-
-    header: Header
-    content: bytes
-    counters: CheckCounters
-    changed: tuple[str, ...]
-    extensions_end: int | None = None
-
-    def laid_over(self, source: Source) -> Patched:
-        """The file as it is with that header."""
-        return Patched(source, 0, self.content)
-
-    @property
-    def score(self) -> tuple[int, int, int]:
-        """The lower, the better: what the check could not look at, found wrong, found leaked."""
-        counters = self.counters
-        return counters.check_errors, counters.corruptions, counters.leaks
-
-    @property
-    def wrong(self) -> int:
-        """How much contradicts it, at least 1."""
-        return max(1, sum(self.score))
-
-
-@dataclass(frozen=True, slots=True)
-class WithSnapshots:
-    """What is left once the snapshots that were lost are listed again: under the ``best``
-    hypothesis, and under the best one that leads to another disk, ``rival``, if one does.
-    """
-
-    best: Left
-    rival: Left | None
-
-    @property
-    def stands_out(self) -> bool:
-        """Whether the best is to be believed: where as much leaks, by what contradicts it."""
-        best, rival = self.best, self.rival
-        if rival is None:
-            return True
-        pairs = [(best.total, rival.total)]
-        if best.leaks <= rival.leaks:
-            pairs.append((best.contradictions, rival.contradictions))
-        return any(mine * STANDS_OUT <= other and mine < other for mine, other in pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the header of a file may have been: ``hypotheses``, the best first.
-
-    ``now``: the fields as they stand. ``size``: of the best, and what tells it, where it had to be
-    found. ``with_snapshots``: where it took that to tell the best. ``is_complete``: whether all
-    that could be were tried. None is believed unless it stands out, or is ``given``: that of an
-    image made in the same way, by which the refcounts of this one count its tables.
-    """
-
-    now: Header
-    hypotheses: list[Hypothesis]
-    size: DiskSize | None = None
-    with_snapshots: WithSnapshots | None = None
-    is_complete: bool = True
-    given: Hypothesis | None = None
-
-    @property
-    def best(self) -> Hypothesis | None:
-        """The hypothesis that stands out; None where nothing does."""
-        if not self.hypotheses:
-            return None
-        if self.given is not None:
-            stands = next((each for each in self.hypotheses if not each.changed), self.given)
-            return stands if stands.score <= self.given.score else self.given
-        if self.with_snapshots is not None:
-            return self.hypotheses[0] if self.with_snapshots.stands_out else None
-        best, rival = self.hypotheses[0], self.rival
-        errors, corruptions, leaks = best.score
-        if corruptions and not self.is_complete and "magic" in best.changed:
-            # What is not contradicted may be among those that were not tried.
-            return None
-        wrong = corruptions + leaks
-        if errors or (rival is not None and wrong * STANDS_OUT > rival.wrong):
-            return self._that_is_there()
-        # A header that can be read is not changed to please the count of what is wrong elsewhere.
-        stands = next((each for each in self.hypotheses if not each.changed), best)
-        return stands if wrong and not stands.score[0] else best
-
-    def _that_is_there(self) -> Hypothesis | None:
-        """The header as it is, where it can be read and no other leaves far less wrong; or None."""
-        can_be = [each for each in self.hypotheses if not each.score[0]]
-        most = STANDS_OUT * min((each.wrong for each in can_be), default=0)
-        return next((each for each in can_be if not each.changed and each.wrong < most), None)
-
-    @property
-    def rival(self) -> Hypothesis | None:
-        """The best of those that lead to other tables than the best."""
-        first = self.hypotheses[0].header
-        others = (each for each in self.hypotheses if _tables_of(each.header) != _tables_of(first))
-        return next(others, None)
-
-
-def _explains_less(one: Hypothesis, stands: Hypothesis) -> bool:
-    """Whether more of what is counted is nobody's under *one* than under *stands*.
-
-    Tables of which nothing is wrong, since they lead nowhere, are no better than those that lead to
-    all that is counted, and to some garbage.
-    """
-    is_comparable = _counts_of(one.header) == _counts_of(stands.header)
-    return is_comparable and one.counters.leaks > stands.counters.leaks
-
-
-def _lists(left: Left | None) -> bool:
-    return left is not None and left.snapshots > 0
-
-
-def _counts_of(header: Header) -> tuple[int, ...]:
-    """What says what is counted: under other refcounts other clusters leak."""
-    return header.cluster_bits, header.refcount_table_offset, header.refcount_order
-
-
-def _tables_of(header: Header) -> tuple[int, ...]:
-    return (
-        header.cluster_bits,
-        header.l1_table_offset,
-        header.refcount_table_offset,
-        header.refcount_order,
-        header.snapshots_offset * bool(header.nb_snapshots),
-        int(header.extended_l2),
-    )
 
 
 def find_headers(
@@ -339,7 +199,7 @@ class _Search:
         found = [each for each in self._tried.values() if each is not None]
         stands = next((each for each in found if not each.changed and not each.score[0]), None)
         return sorted(
-            [each for each in found if stands is None or not _explains_less(each, stands)],
+            [each for each in found if stands is None or not explains_less(each, stands)],
             key=lambda it: (
                 it.header != self._first,
                 it.score,
@@ -552,7 +412,7 @@ class _Search:
         likely = sectors.cluster_bits
         rest = [bits for bits in reversed(CLUSTER_BITS) if bits != likely]
         for bits in [likely, *rest] if likely is not None else rest:
-            for tables in _candidates(self._source, sectors, bits):
+            for tables in agreeing_tables(self._source, sectors, bits):
                 self._try(tables)
                 if self.is_tired:
                     return
@@ -608,7 +468,7 @@ class _Search:
             # What contradicts it does not go when more is listed.
             is_rival = each.score[1] < STANDS_OUT * found.hypotheses[0].wrong
             if is_rival and not each.score[0] and len(likely) < MAX_CANDIDATES:
-                likely.setdefault(_tables_of(each.header), each)
+                likely.setdefault(tables_of(each.header), each)
         # One that can be read is not changed to please what more is listed.
         stands = any(not each.changed and not each.score[0] for each in found.hypotheses)
         if self.is_settled or stands or len(likely) < 2:
@@ -619,7 +479,7 @@ class _Search:
             if (counted := count_left(each.laid_over(self._source), progress)) is not None
         }
         best = found.best
-        if not left or (best is not None and not _lists(left.get(_tables_of(best.header)))):
+        if not left or (best is not None and not _lists(left.get(tables_of(best.header)))):
             # It leaves nothing that could be one.
             return
         ranked = sorted(left, key=lambda key: left[key].total)
@@ -645,10 +505,10 @@ class _Search:
                 return struct.pack(">II", CRYPTO_HEADER, len(pointer)) + pointer + bytes(8)
         return b""
 
-    def _try(self, tables: _Tables) -> None:
+    def _try(self, tables: HeaderTables) -> None:
         """Under *tables*, longer ones where what follows them is counted and nobody's."""
         for _ in range(MAX_CANDIDATES):
-            if _leads_to_data(self._source, tables):
+            if leads_to_data(self._source, tables):
                 return
             for extended in (False, True) if tables.bits >= 14 else (False,):
                 self._try_fully(tables, extended)
@@ -657,7 +517,7 @@ class _Search:
                 return
             tables = longer
 
-    def _try_fully(self, tables: _Tables, extended: bool) -> None:
+    def _try_fully(self, tables: HeaderTables, extended: bool) -> None:
         header = tables.header(extended)
         hypothesis = self.attempt(header)
         if "size" not in self._assumed:
@@ -670,26 +530,12 @@ class _Search:
                 self.attempt(with_fields(self.now, {name: getattr(header, name)}))
             self.attempt(_led_to(self.now, tables))
 
-    def _longer(self, tables: _Tables) -> _Tables | None:
+    def _longer(self, tables: HeaderTables) -> HeaderTables | None:
         header = with_fields(tables.header(extended=False), self._assumed)
         hypothesis = self._tried.get(header)
         if hypothesis is None or not hypothesis.counters.leaks:
             return None
-        leaked = self._leaked(hypothesis)
-        first = tables.l1_offset >> tables.bits
-        before, after = _run_to(leaked, first), _run_from(leaked, first + tables.l1_clusters)
-        low, high = first - before, first + tables.l1_clusters + after
-        low, high = _bounds(self._source, tables.bits, first, low, high)
-        if high - low > tables.l1_clusters:
-            offset = low << tables.bits
-            index, _ = nonzero_words(self._source, offset, high - low << tables.bits >> 3)
-            if not len(index):  # what is there reads as zeros under the header that was tried first
-                return None
-            used = int(index[-1]) + 1
-            return replace(tables, l1_offset=offset, l1_clusters=high - low, l1_used=used)
-        after = (tables.reftable_offset >> tables.bits) + tables.reftable_clusters
-        more = _run_from(leaked, after)
-        return replace(tables, reftable_clusters=tables.reftable_clusters + more) if more else None
+        return longer_tables(self._source, tables, self._leaked(hypothesis))
 
     def _leaked(self, hypothesis: Hypothesis) -> I64:
         """Leaked clusters under it, ascending: of hundreds not all their reports are kept."""
@@ -697,6 +543,10 @@ class _Search:
         if report.mismatches is None:
             return np.zeros(0, dtype=np.int64)
         return report.mismatches.clusters(FindingKind.LEAK, report.totals[FindingKind.LEAK])
+
+
+def _lists(left: Left | None) -> bool:
+    return left is not None and left.snapshots > 0
 
 
 def with_fields(header: Header, fields: Mapping[str, int]) -> Header:
@@ -721,7 +571,7 @@ def _is_larger(header: Header, than: Header) -> bool:
     return header.size > than.size and header == replace(than, size=header.size)
 
 
-def _led_to(header: Header, tables: _Tables) -> Header:
+def _led_to(header: Header, tables: HeaderTables) -> Header:
     """*header*, which knows what no table tells, such as its backing file, but for its tables."""
     least = max(tables.l1_used, min(header.geometry.l1_entries_needed, MAX_L1_BYTES // 8))
     is_known = least <= header.l1_size <= tables.l1_clusters << tables.bits >> 3
@@ -771,183 +621,3 @@ def _values_of(header: Header) -> Iterator[tuple[str, list[int]]]:
     yield "backing_file_offset", [0]
     if header.cluster_bits in CLUSTER_BITS:
         yield "l1_size", [min(header.geometry.l1_entries_needed, MAX_L1_BYTES // 8)]
-
-
-# ---- tables that agree with each other ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Tables:
-    """Where the tables are, for clusters of 2^``bits`` bytes."""
-
-    bits: int
-    order: int
-    reftable_offset: int
-    reftable_clusters: int
-    l1_offset: int
-    l1_clusters: int
-    l1_used: int
-    snapshots_offset: int = 0
-    snapshots: int = 0
-
-    def header(self, extended: bool) -> Header:
-        geometry = Geometry(3, self.bits, self.order, 0, extended_l2=extended)
-        return Header(
-            magic=MAGIC,
-            version=3,
-            backing_file_offset=0,
-            backing_file_size=0,
-            cluster_bits=self.bits,
-            size=self.l1_used * geometry.l2_coverage,
-            crypt_method=0,
-            l1_size=self.l1_clusters << self.bits >> 3,
-            l1_table_offset=self.l1_offset,
-            refcount_table_offset=self.reftable_offset,
-            refcount_table_clusters=self.reftable_clusters,
-            nb_snapshots=self.snapshots,
-            snapshots_offset=self.snapshots_offset,
-            incompatible_features=int(Incompatible.EXTENDED_L2) if extended else 0,
-            refcount_order=self.order,
-            header_length=V3_LENGTH,
-        )
-
-
-def _leads_to_data(source: Source, tables: _Tables) -> bool:
-    """Whether what seems to be an L1 table leads to very many clusters, and hardly to tables.
-
-    To check that takes as long as there is data; an L2 table is one, and what it runs on to.
-    """
-    _, words = nonzero_words(source, tables.l1_offset, tables.l1_clusters << tables.bits >> 3)
-    leads = distinct(entries.l1_offsets(words))
-    leads = leads[(leads > 0) & (leads < source.size)]
-    if len(leads) << tables.bits < MANY_BYTES:
-        return False
-    sample = leads[:: -(-len(leads) // SAMPLE)]
-    are_tables = np.zeros(len(sample), dtype=np.bool_)
-    size = min(1 << tables.bits, SAMPLE_BYTES)
-    for extended in (False, True):
-        gone = GoneTables(tables.header(extended).geometry, source.size)
-        for part, rows in read_tables(source, sample, size):
-            bad, filled = gone.counts(rows)
-            are_tables[part] |= bad * 2 <= filled
-    return bool(np.count_nonzero(are_tables) * SHARE < len(sample))
-
-
-def _candidates(source: Source, sectors: Sectors, bits: int) -> Iterator[_Tables]:
-    size = 1 << bits
-    aligned = sectors.number[sectors.aligned(bits)]
-    clusters = np.unique(aligned * SECTOR >> bits)
-    reftables = list(itertools.islice(find_reftables(source, clusters, bits), MAX_CANDIDATES))
-    if not reftables:
-        return
-    tables = _l1_tables(source, clusters, bits)
-    starts = sectors.snapshots * SECTOR
-    starts = starts[starts % size == 0][:MAX_CANDIDATES].tolist()
-    count_at = cache(partial(snapshots_at, source, bits))
-    for (offset, order), (l1, used) in itertools.product(reftables, tables):
-        plain = _Tables(bits, order, offset, 1, l1, max(1, -(-used * 8 // size)), used)
-        for start in starts:
-            count = count_at(start)
-            if count:
-                yield replace(plain, snapshots_offset=start, snapshots=count)
-        yield plain
-
-
-def find_reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[int, int]]:
-    """(offset, refcount order) of tables whose first block counts cluster 0 and the table."""
-    size = 1 << bits
-    for cluster in clusters.tolist():
-        index, words = nonzero_words(source, cluster << bits, size // 8)
-        if not len(words) or index[0] or not _leads_to_clusters(words, bits):
-            continue
-        block = np.frombuffer(read_bytes(source, int(words[0]), size), dtype=np.uint8)
-        for order in range(MAX_REFCOUNT_ORDER + 1):
-            counts = unpack_refcounts(block, order)
-            own = int(words[0]) >> bits
-            inside = [at for at in (0, cluster, own) if at < len(counts)]
-            beyond = -(-source.size // size)
-            if all(counts[at] == 1 for at in inside) and not counts[beyond:].any():
-                yield cluster << bits, order
-
-
-def _leads_to_clusters(words: U64, bits: int) -> bool:
-    """Whether they are offsets of clusters and nothing else, none of them twice."""
-    is_plain = ((words & np.uint64((1 << bits) - 1)) == 0) & (words <= _WORD_OFFSET)
-    return bool(is_plain.all()) and len(np.unique(words)) == len(words)
-
-
-def _l1_tables(source: Source, clusters: I64, bits: int) -> list[tuple[int, int]]:
-    """(offset, entries up to the last in use) of what could be an L1 table, the likeliest first."""
-    size, found = 1 << bits, []
-    known = set(clusters.tolist())
-    for cluster in clusters.tolist():
-        index, words = nonzero_words(source, cluster << bits, size // 8)
-        if not len(words) or (words & np.uint64(1)).any():
-            continue
-        leads = (words & _WORD_OFFSET) >> np.uint64(bits)
-        to_tables = sum(target in known for target in leads.tolist())
-        found.append((-to_tables, len(words), cluster << bits, int(index[-1]) + 1))
-    return [(offset, used) for *_, offset, used in sorted(found)[:MAX_CANDIDATES]]
-
-
-def _bounds(source: Source, bits: int, inside: int, low: int, high: int) -> tuple[int, int]:
-    """Of clusters *low* to *high* those that one L1 table can be with cluster *inside* in it.
-
-    It ends where its own entries lead to, and at a word that is no entry.
-    """
-    room = MAX_L1_BYTES >> bits
-    low, high = max(low, inside - room), min(high, inside + room)
-    index, words = nonzero_words(source, low << bits, high - low << bits >> 3)
-    at = low + (index >> bits - 3)
-    target = ((words & _WORD_OFFSET) >> np.uint64(bits)).astype(np.int64)
-    is_entry = ((words & ~_WORD_OFFSET & ~np.uint64(1 << 63)) == 0) & (
-        (words & np.uint64((1 << bits) - 1)) == 0
-    )
-    behind = np.concatenate((target[is_entry & (target > at) & (target > inside)], [high]))
-    behind = np.concatenate((behind, at[~is_entry & (at > inside)]))
-    before = np.concatenate((target[is_entry & (target < at) & (target < inside)], [low - 1]))
-    before = np.concatenate((before, at[~is_entry & (at < inside)]))
-    low, high = int(before.max()) + 1, int(behind.min())
-    return low, min(high, low + room)
-
-
-def snapshots_at(source: Source, bits: int, offset: int) -> int:
-    """How many entries of a snapshot table follow each other at *offset*."""
-    header = _Tables(bits, 0, 0, 1, 0, 1, 1, snapshots_offset=offset).header(extended=False)
-    size = header.geometry.cluster_size
-
-    def sound(asked: int) -> int:
-        """Of so many the first that are; -1 where one cannot be read."""
-        tried = replace(header, nb_snapshots=asked)
-        try:
-            listed = read_snapshots(source, tried, tried.geometry).snapshots
-        except ImageError:
-            return -1
-        for count, each in enumerate(listed):
-            is_one = each.l1_table_offset and each.l1_table_offset % size == 0
-            if not is_one or each.l1_table_offset >= source.size or not each.l1_size:
-                return count
-        return asked
-
-    low, asked = 0, 1
-    while (found := sound(asked)) == asked < MAX_SNAPSHOTS:
-        low, asked = asked, 2 * asked
-    if found >= 0:
-        return found
-    return low + bisect_left(range(low, asked), True, key=lambda count: sound(count + 1) <= count)
-
-
-# ---- neighbours ----
-
-
-def _run_to(clusters: I64, first: int) -> int:
-    """How many of ascending *clusters* follow each other up to *first*, without it."""
-    end = int(np.searchsorted(clusters, first))
-    return bisect_left(range(end), True, key=lambda at: clusters[end - 1 - at] + at < first - 1)
-
-
-def _run_from(clusters: I64, first: int) -> int:
-    """How many of ascending *clusters* follow each other from *first* on."""
-    start = int(np.searchsorted(clusters, first))
-    left = range(len(clusters) - start)
-    return bisect_left(left, True, key=lambda at: clusters[start + at] - at > first)

@@ -34,13 +34,8 @@ from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
-from planner.rescue.headers import (
-    Found,
-    Hypothesis,
-    find_headers,
-    find_moved_l1,
-    mapping_all,
-)
+from planner.rescue.headers import find_headers, find_moved_l1, mapping_all
+from planner.rescue.hypotheses import Found, Hypothesis
 from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from planner.qcow2.header import Header, decode_header
-from planner.rescue.headers import Hypothesis, find_headers
+from planner.rescue.headers import find_headers
+from planner.rescue.hypotheses import Hypothesis
 from planner.source import Bytes
 from tests.images.matrix import MATRIX, Row, build, copy, random_row
 from tests.mount.mounts import instarfs

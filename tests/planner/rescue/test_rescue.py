@@ -13,7 +13,7 @@ from planner.qcow2.header import Incompatible, decode_header, read_header
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RescueTier, StageKind
-from planner.rescue.headers import Hypothesis
+from planner.rescue.hypotheses import Hypothesis
 from planner.rescue.rescue import Rescue, draft_header, rescue
 from planner.source import SECTOR, Bytes, present_bytes, read_bytes
 from tests.images.builder import Image, ImageBuilder
