@@ -8,19 +8,36 @@ answers. Nothing here is raised here, and nothing here knows how an error is sho
 from __future__ import annotations
 
 import errno as _errno
-from dataclasses import dataclass
 from string import Formatter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from instarfs.text import shell_path
 from planner.errors import PlannerError, ReadFailed
 
 
+@dataclass_transform(eq_default=False)
 class InstarfsError(Exception):
-    """Base of the errors of this package; its subclasses are dataclasses of their fields."""
+    """Base of the errors of this package; a subclass lists its fields as a dataclass does.
+
+    It is none: every command loads all of these, and of the time that the shortest take, an eighth
+    went into compiling what dataclasses generate.
+    """
 
     exit_code: ClassVar[int] = 1
     errno: ClassVar[int] = _errno.EIO
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        own = [name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")]
+        cls._fields = (*cls._fields, *own)
+
+    def __init__(self, *values: object, **named: object) -> None:
+        fields = {name: getattr(self, name) for name in self._fields if hasattr(self, name)}
+        fields |= dict(zip(self._fields, values, strict=False)) | named
+        if len(values) > len(self._fields) or fields.keys() != set(self._fields):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields) or 'nothing'}")
+        super().__init__(*(fields[name] for name in self._fields))
+        vars(self).update(fields)
 
     def __str__(self) -> str:
         # Joined before the fields come in, so that a long message may be wrapped in the source.
@@ -57,7 +74,6 @@ def reason_of(error: OSError) -> str:
 # ---- the command ----
 
 
-@dataclass(eq=False)
 class OutputFailed(InstarfsError):
     """what was to be printed cannot be written to standard output: {reason}"""
 
@@ -67,7 +83,6 @@ class OutputFailed(InstarfsError):
 # ---- a scan ----
 
 
-@dataclass(eq=False)
 class StateInUse(InstarfsError):
     """{path}: another scan is using this state; wait for it, or name another (--state)"""
 
@@ -75,7 +90,6 @@ class StateInUse(InstarfsError):
     errno: ClassVar[int] = _errno.EBUSY
 
 
-@dataclass(eq=False)
 class StateMissing(InstarfsError):
     """{path}: there is no state of a scan; scan with --state {path!q} first"""
 
@@ -83,7 +97,6 @@ class StateMissing(InstarfsError):
     errno: ClassVar[int] = _errno.ENOENT
 
 
-@dataclass(eq=False)
 class StateTooNew(InstarfsError):
     """{path}: is the state of a newer instarfs (version {version}); use that, or name another file
     (--state)
@@ -93,7 +106,6 @@ class StateTooNew(InstarfsError):
     version: int
 
 
-@dataclass(eq=False)
 class StateFailed(InstarfsError):
     """{path}: cannot be used as the state of a scan: {reason}; name another file (--state), or put
     this one aside: the next scan begins a new one
@@ -103,7 +115,6 @@ class StateFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class MetricsFailed(InstarfsError):
     """{path}: the metrics cannot be written there: {reason}"""
 
@@ -111,12 +122,10 @@ class MetricsFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class ClusterLibraryMissing(InstarfsError):
     """--dask takes what is not installed: pip install 'instarfs[dask]', of the cluster's version"""
 
 
-@dataclass(eq=False)
 class ClusterFailed(InstarfsError):
     """{address}: the Dask cluster cannot be used: {reason}; what was checked is in the state, and
     the same command goes on
@@ -126,7 +135,6 @@ class ClusterFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class ScanCrippled(InstarfsError):
     """no process can be started that checks images: {reason}"""
 
@@ -136,7 +144,6 @@ class ScanCrippled(InstarfsError):
 # ---- the image ----
 
 
-@dataclass(eq=False)
 class ImageMissing(InstarfsError):
     """{path}: no such file; check the path"""
 
@@ -144,7 +151,6 @@ class ImageMissing(InstarfsError):
     errno: ClassVar[int] = _errno.ENOENT
 
 
-@dataclass(eq=False)
 class ImageDeleted(InstarfsError):
     """{path}: was deleted since it was opened; bring it back first: check/report.txt says how"""
 
@@ -152,7 +158,6 @@ class ImageDeleted(InstarfsError):
     errno: ClassVar[int] = _errno.ENOENT
 
 
-@dataclass(eq=False)
 class ImageMoved(InstarfsError):
     """{path}: was renamed or moved since it was opened; put it back, or use the name it has now"""
 
@@ -160,7 +165,6 @@ class ImageMoved(InstarfsError):
     errno: ClassVar[int] = _errno.ENOENT
 
 
-@dataclass(eq=False)
 class ImageForbidden(InstarfsError):
     """{path}: no permission to read it; run as its owner, or as root"""
 
@@ -168,7 +172,6 @@ class ImageForbidden(InstarfsError):
     errno: ClassVar[int] = _errno.EACCES
 
 
-@dataclass(eq=False)
 class ImageIsDirectory(InstarfsError):
     """{path}: is a directory; name the image file in it"""
 
@@ -176,7 +179,6 @@ class ImageIsDirectory(InstarfsError):
     errno: ClassVar[int] = _errno.EISDIR
 
 
-@dataclass(eq=False)
 class ImageIsNoFile(InstarfsError):
     """{path}: is a {kind}; an image is a regular file or a block device"""
 
@@ -185,7 +187,6 @@ class ImageIsNoFile(InstarfsError):
     errno: ClassVar[int] = _errno.EINVAL
 
 
-@dataclass(eq=False)
 class ImageNotFollowed(InstarfsError):
     """{path}: what is there now is {kind}, and not opened: only a regular file of the same owner
     can take the place of an image that is mounted; put one there, or unmount, and mount again
@@ -196,7 +197,6 @@ class ImageNotFollowed(InstarfsError):
     errno: ClassVar[int] = _errno.EACCES
 
 
-@dataclass(eq=False)
 class ImageOpenFailed(InstarfsError):
     """{path}: cannot be opened: {reason}"""
 
@@ -204,7 +204,6 @@ class ImageOpenFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class ImageReadFailed(InstarfsError, ReadFailed):
     """{path}: reading at offset {offset} failed: {reason}; look at the disk beneath it (dmesg)"""
 
@@ -213,7 +212,6 @@ class ImageReadFailed(InstarfsError, ReadFailed):
     reason: str
 
 
-@dataclass(eq=False)
 class ImageSilent(InstarfsError):
     """{path}: the file system that it is on does not answer; try again once it does"""
 
@@ -221,7 +219,6 @@ class ImageSilent(InstarfsError):
     errno: ClassVar[int] = _errno.EIO
 
 
-@dataclass(eq=False)
 class ImageInUse(InstarfsError):
     """{path}: Failed to get {lock} lock: another process has the image open; {wayout}"""
 
@@ -231,14 +228,12 @@ class ImageInUse(InstarfsError):
     errno: ClassVar[int] = _errno.EBUSY
 
 
-@dataclass(eq=False)
 class ReadCancelled(InstarfsError):
     """cancelled before it was done; read again to start over"""
 
     errno: ClassVar[int] = _errno.ECANCELED
 
 
-@dataclass(eq=False)
 class NotEnoughMemory(InstarfsError):
     """{path}: what its tables hold takes more memory than instarfs may use (`ulimit -d`,
     `ulimit -v`, or its own bound); allow it more, or export the disk (instarfs export)
@@ -248,7 +243,6 @@ class NotEnoughMemory(InstarfsError):
     errno: ClassVar[int] = _errno.ENOMEM
 
 
-@dataclass(eq=False)
 class ImageUnreadable(InstarfsError):
     """{path}: {reason}"""
 
@@ -262,7 +256,6 @@ class ImageNotQcow2(ImageUnreadable):
     exit_code: ClassVar[int] = 63
 
 
-@dataclass(eq=False)
 class ImageTorn(InstarfsError):
     """{path}: {what}: check again"""
 
@@ -270,7 +263,6 @@ class ImageTorn(InstarfsError):
     what: str
 
 
-@dataclass(eq=False)
 class ImageUnsettled(InstarfsError):
     """{path}: too much of it is in motion ({in_motion} changes at the last look): check again, or \
     with a longer --settle"""
@@ -284,7 +276,6 @@ class LeaksInMotion(InstarfsError):
     ended"""
 
 
-@dataclass(eq=False)
 class FormatNotRead(InstarfsError):
     """{path}: format {format}: instarfs reads no images but qcow2"""
 
@@ -301,7 +292,6 @@ class FormatHasNoChecks(FormatNotRead):
 # ---- the guest's bytes ----
 
 
-@dataclass(eq=False)
 class GuestDamaged(InstarfsError):
     """{path}: the guest's bytes at offset {offset} cannot be read: {reason}; see image/map.json"""
 
@@ -310,7 +300,6 @@ class GuestDamaged(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class GuestElsewhere(InstarfsError):
     """{path}: the guest's bytes at offset {offset} are in another file, {name}, which is not read:
     {reason}; see image/chain.json"""
@@ -322,7 +311,6 @@ class GuestElsewhere(InstarfsError):
     errno: ClassVar[int] = _errno.EACCES
 
 
-@dataclass(eq=False)
 class GuestEncrypted(InstarfsError):
     """{path}: the guest's disk is encrypted ({method}), and no key is ever asked for"""
 
@@ -331,7 +319,6 @@ class GuestEncrypted(InstarfsError):
     errno: ClassVar[int] = _errno.EACCES
 
 
-@dataclass(eq=False)
 class SnapshotMissing(InstarfsError):
     """{path}: there is no snapshot {index} any more"""
 
@@ -340,7 +327,6 @@ class SnapshotMissing(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class FollowImpossible(InstarfsError):
     """{directory}: cannot be followed: {reason}; name a directory with the files that the image
     names"""
@@ -352,7 +338,6 @@ class FollowImpossible(InstarfsError):
 # ---- the export ----
 
 
-@dataclass(eq=False)
 class ExportEncrypted(InstarfsError):
     """{path}: its disk is encrypted ({method}), and no key is ever asked for: what can be read is
     not the disk; copy the image as it is (cp --sparse=always), and decrypt the copy with qemu-img
@@ -363,7 +348,6 @@ class ExportEncrypted(InstarfsError):
     method: str
 
 
-@dataclass(eq=False)
 class SnapshotUnknown(InstarfsError):
     """{path}: no snapshot {word}, by its number in snapshots/ of a mount, or by its name; see:
     instarfs info
@@ -373,7 +357,6 @@ class SnapshotUnknown(InstarfsError):
     word: str
 
 
-@dataclass(eq=False)
 class OutOccupied(InstarfsError):
     """{out}: is there, and {why}; nothing is written over it: name another file"""
 
@@ -381,7 +364,6 @@ class OutOccupied(InstarfsError):
     why: str
 
 
-@dataclass(eq=False)
 class RescueStateFailed(InstarfsError):
     """{path}: cannot be used as the state of this rescue: {reason}; name another file (--state), or
     put this one aside: the next rescue begins a new one
@@ -391,7 +373,6 @@ class RescueStateFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class RescueStopped(InstarfsError):
     """{path}: stopped; {state} keeps how far it was: start the same command again to go on"""
 
@@ -399,7 +380,6 @@ class RescueStopped(InstarfsError):
     state: str
 
 
-@dataclass(eq=False)
 class RescueNotWritten(InstarfsError):
     """{out}: cannot be written: {reason}; nothing is left there: name a file on another disk"""
 
@@ -407,7 +387,6 @@ class RescueNotWritten(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class RescueUnquoted(InstarfsError):
     """{path}: nothing was written: read what would be done (without --in-place), and if that is to
     be done, quote its plan's id: --in-place --plan {plan_id}
@@ -418,7 +397,6 @@ class RescueUnquoted(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class RescueNeedsUndo(InstarfsError):
     """{undo_file}: the undo file cannot be made: {reason}; nothing was written; name another place
     with --undo-file: in place nothing is rescued without
@@ -429,7 +407,6 @@ class RescueNeedsUndo(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class OutMissing(InstarfsError):
     """{out}: is not there, though {map_file} lists what it holds; remove the list to begin anew"""
 
@@ -437,7 +414,6 @@ class OutMissing(InstarfsError):
     map_file: str
 
 
-@dataclass(eq=False)
 class OutOfSomethingElse(InstarfsError):
     """{out}: {what}; name another file, or remove {out} and {map_file} to begin anew"""
 
@@ -446,14 +422,12 @@ class OutOfSomethingElse(InstarfsError):
     map_file: str
 
 
-@dataclass(eq=False)
 class OutBusy(InstarfsError):
     """{out}: another export is writing to it; wait for its end"""
 
     out: str
 
 
-@dataclass(eq=False)
 class OutFailed(InstarfsError):
     """{out}: {what} failed: {reason}; what was copied is kept: {wayout}, and start the same command
     again
@@ -465,7 +439,6 @@ class OutFailed(InstarfsError):
     wayout: str = "look at the disk beneath it (dmesg)"
 
 
-@dataclass(eq=False)
 class ExportTorn(InstarfsError):
     """{path}: it was written to during the export, and {out} has parts of several moments; stop
     what writes to it, remove {out} and {map_file}, and export it again
@@ -476,7 +449,6 @@ class ExportTorn(InstarfsError):
     map_file: str
 
 
-@dataclass(eq=False)
 class ExportStopped(InstarfsError):
     """{out}: stopped after {done} of {size} bytes; start the same command again to go on"""
 
@@ -485,7 +457,6 @@ class ExportStopped(InstarfsError):
     size: int
 
 
-@dataclass(eq=False)
 class ExportIncomplete(InstarfsError):
     """{out}: {unread} of {size} bytes could not be read{hint}; they are holes, listed in
     {map_file}
@@ -501,14 +472,12 @@ class ExportIncomplete(InstarfsError):
 # ---- the mount ----
 
 
-@dataclass(eq=False)
 class RepairNotOffered(InstarfsError):
     """this mount is read-only; to repair, mount without --read-only"""
 
     errno: ClassVar[int] = _errno.EROFS
 
 
-@dataclass(eq=False)
 class RepairRunning(InstarfsError):
     """{path}: a repair is running; see repair/progress, and try again when it has ended"""
 
@@ -516,7 +485,6 @@ class RepairRunning(InstarfsError):
     errno: ClassVar[int] = _errno.EBUSY
 
 
-@dataclass(eq=False)
 class NoSuchCommand(InstarfsError):
     """'{command}' means nothing here; write {grammar}"""
 
@@ -525,7 +493,6 @@ class NoSuchCommand(InstarfsError):
     errno: ClassVar[int] = _errno.EINVAL
 
 
-@dataclass(eq=False)
 class FuseMissing(InstarfsError):
     """FUSE is not usable here: {reason}; load its module with: modprobe fuse; a container must be
     given the device
@@ -534,7 +501,6 @@ class FuseMissing(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class FuseForbidden(InstarfsError):
     """FUSE is not usable here: {reason}; see who may with: ls -l /dev/fuse; a container must be
     allowed the device
@@ -543,7 +509,6 @@ class FuseForbidden(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class FuseNotInstalled(InstarfsError):
     """a mount needs what is not installed: {reason}; all other commands work without. Install it:
     apt install gcc pkg-config fuse3 libfuse3-dev python3-dev (or dnf install gcc pkgconf fuse3
@@ -553,7 +518,6 @@ class FuseNotInstalled(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class MountTableMissing(InstarfsError):
     """{directory}: what is mounted there is not known: {reason}; mount /proc with: mount -t proc
     proc /proc
@@ -563,7 +527,6 @@ class MountTableMissing(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class FusermountMissing(InstarfsError):
     """{directory}: fusermount3 is not installed, and without it only root may mount; install
     fuse3
@@ -572,49 +535,42 @@ class FusermountMissing(InstarfsError):
     directory: str
 
 
-@dataclass(eq=False)
 class UnknownMountOption(InstarfsError):
     """-o {option}: not an option of this mount; see: instarfs mount --help"""
 
     option: str
 
 
-@dataclass(eq=False)
 class MountpointMissing(InstarfsError):
     """{directory}: no such directory; make it with: mkdir {directory!q}"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class MountpointForbidden(InstarfsError):
     """{directory}: no permission to mount there; mount on a directory of your own"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class MountpointIsNoDirectory(InstarfsError):
     """{directory}: not a directory; mount on an empty directory"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class MountpointNotEmpty(InstarfsError):
     """{directory}: not empty; mount on an empty directory"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class MountpointBusy(InstarfsError):
     """{directory}: something is mounted there already; unmount it, or mount elsewhere"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class MountpointDead(InstarfsError):
     """{directory}: a mount whose process has died is still there; clear it with: instarfs
     umount {directory!q}
@@ -623,7 +579,6 @@ class MountpointDead(InstarfsError):
     directory: str
 
 
-@dataclass(eq=False)
 class MountFailed(InstarfsError):
     """{directory}: cannot be mounted: {reason}"""
 
@@ -631,14 +586,12 @@ class MountFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class NotMounted(InstarfsError):
     """{directory}: no instarfs mount is there; see: findmnt -t fuse.instarfs"""
 
     directory: str
 
 
-@dataclass(eq=False)
 class UnmountBusy(InstarfsError):
     """{directory}: in use{loops}; leave the directory and close its files (fuser -vm
     {directory!q}), then unmount again
@@ -648,7 +601,6 @@ class UnmountBusy(InstarfsError):
     loops: str = ""
 
 
-@dataclass(eq=False)
 class UnmountFailed(InstarfsError):
     """{directory}: cannot be unmounted: {reason}"""
 
@@ -659,7 +611,6 @@ class UnmountFailed(InstarfsError):
 # ---- the repair ----
 
 
-@dataclass(eq=False)
 class ImageReadOnly(InstarfsError):
     """{path}: cannot be opened for writing: {reason}; check its permissions, chattr, and whether
     its file system is mounted read-only
@@ -670,7 +621,6 @@ class ImageReadOnly(InstarfsError):
     errno: ClassVar[int] = _errno.EROFS
 
 
-@dataclass(eq=False)
 class ImageReplaced(InstarfsError):
     """{path}: another file has taken its place; look at the new one, then try again"""
 
@@ -678,7 +628,6 @@ class ImageReplaced(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class PreviewOutdated(InstarfsError):
     """{path}: it was written to since this preview was made; mount the preview anew"""
 
@@ -686,7 +635,6 @@ class PreviewOutdated(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class ImageChanged(InstarfsError):
     """{path}: {what}; nothing was written; check it again"""
 
@@ -695,7 +643,6 @@ class ImageChanged(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class PlanStale(InstarfsError):
     """{path}: plan {quote} is not what would be done now, that is {plan_id}; review that one"""
 
@@ -705,7 +652,6 @@ class PlanStale(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class RepairWriteFailed(InstarfsError):
     """{path}: writing failed: {reason}; the image has been put back as it was; look at the disk
     beneath it (dmesg)
@@ -715,7 +661,6 @@ class RepairWriteFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class RepairNoSpace(InstarfsError):
     """{path}: writing failed: {reason}; the image has been put back as it was; make space, then
     try again
@@ -726,7 +671,6 @@ class RepairNoSpace(InstarfsError):
     errno: ClassVar[int] = _errno.ENOSPC
 
 
-@dataclass(eq=False)
 class RepairUnproven(InstarfsError):
     """{path}: after the repair the image was not what had been proven; it has been put back as it
     was; look at the disk beneath it (dmesg)
@@ -735,7 +679,6 @@ class RepairUnproven(InstarfsError):
     path: str
 
 
-@dataclass(eq=False)
 class RepairCancelled(InstarfsError):
     """{path}: the repair was cancelled; the image is as it was before"""
 
@@ -743,7 +686,6 @@ class RepairCancelled(InstarfsError):
     errno: ClassVar[int] = _errno.ECANCELED
 
 
-@dataclass(eq=False)
 class RepairIncomplete(InstarfsError):
     """{path}: findings that are left: {left} of {found}; see repair/result.json, or the output of
     check -r
@@ -755,7 +697,6 @@ class RepairIncomplete(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class PutBackFailed(InstarfsError):
     """{path}: the repair ended early ({reason}), and putting the image back failed
     ({put_back_reason}): it is half-repaired; do not use it; {wayout}
@@ -767,7 +708,6 @@ class PutBackFailed(InstarfsError):
     wayout: str = "its undo file is kept: when the disk works again, run instarfs undo"
 
 
-@dataclass(eq=False)
 class TrimUnsupported(InstarfsError):
     """{path}: cannot be trimmed: {reason}"""
 
@@ -776,7 +716,6 @@ class TrimUnsupported(InstarfsError):
     errno: ClassVar[int] = _errno.EOPNOTSUPP
 
 
-@dataclass(eq=False)
 class TrimRefused(InstarfsError):
     """{path}: not trimmed, for its check is not clean: {verdict}; repair it first"""
 
@@ -785,7 +724,6 @@ class TrimRefused(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class TrimWouldBury(InstarfsError):
     """{path}: not trimmed: {count} free clusters look like L2 tables of the disk, the first at
     {offset}, and lead to free clusters with data: its metadata may have been written over; keep a
@@ -799,7 +737,6 @@ class TrimWouldBury(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class TrimFailed(InstarfsError):
     """{path}: trimming failed: {reason}; only free clusters were touched"""
 
@@ -807,7 +744,6 @@ class TrimFailed(InstarfsError):
     reason: str
 
 
-@dataclass(eq=False)
 class TrimCancelled(InstarfsError):
     """{path}: cancelled before everything was trimmed; only free clusters were touched"""
 
@@ -815,7 +751,6 @@ class TrimCancelled(InstarfsError):
     errno: ClassVar[int] = _errno.ECANCELED
 
 
-@dataclass(eq=False)
 class RepairInterrupted(InstarfsError):
     """{path}: a repair of it was interrupted; take it back first: instarfs undo{option} {path!q}"""
 
@@ -824,7 +759,6 @@ class RepairInterrupted(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class RepairPending(InstarfsError):
     """{path}: {sentence}"""
 
@@ -836,7 +770,6 @@ class RepairPending(InstarfsError):
 # ---- the undo file ----
 
 
-@dataclass(eq=False)
 class UndoFileMissing(InstarfsError):
     """{path}: there is nothing to undo: no file {undo_file}{hint}"""
 
@@ -846,7 +779,6 @@ class UndoFileMissing(InstarfsError):
     errno: ClassVar[int] = _errno.ENODATA
 
 
-@dataclass(eq=False)
 class UndoEmpty(InstarfsError):
     """{path}: there is nothing to undo: {undo_file} holds no repair"""
 
@@ -855,7 +787,6 @@ class UndoEmpty(InstarfsError):
     errno: ClassVar[int] = _errno.ENODATA
 
 
-@dataclass(eq=False)
 class UndoSealed(InstarfsError):
     """{path}: its last repair was made with --no-undo: neither that one can be taken back byte for
     byte, nor those before it, which {undo_file} keeps; nothing was written
@@ -866,7 +797,6 @@ class UndoSealed(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class UndoFileDamaged(InstarfsError):
     """{undo_file}: {problem}; move it away if it is of no use to you"""
 
@@ -905,7 +835,6 @@ class UndoFileTaken(UndoFileDamaged):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class UndoFileElsewhere(InstarfsError):
     """{path}: it has an undo file already, {beside}: go on with that one, without --undo-file, or
     move it to {undo_file}
@@ -917,7 +846,6 @@ class UndoFileElsewhere(InstarfsError):
     errno: ClassVar[int] = _errno.EUCLEAN
 
 
-@dataclass(eq=False)
 class ImageNameless(InstarfsError):
     """{path}: this is not the name of a file, or of one that was deleted: an undo file beside it
     would never be found; nothing was written; use its own name, or say where with --undo-file
@@ -927,7 +855,6 @@ class ImageNameless(InstarfsError):
     errno: ClassVar[int] = _errno.ESTALE
 
 
-@dataclass(eq=False)
 class UndoFileImpossible(InstarfsError):
     """{undo_file}: the undo file cannot be made: {reason}; nothing was written; name another place
     with --undo-file, or repair with --no-undo
@@ -950,7 +877,6 @@ class UndoFileNoSpace(UndoFileImpossible):
     errno: ClassVar[int] = _errno.ENOSPC
 
 
-@dataclass(eq=False)
 class UndoFileFailed(InstarfsError):
     """{undo_file}: the undo file cannot be brought up to date: {reason}; {done}look at the disk
     beneath it (dmesg)
@@ -969,7 +895,6 @@ class UndoFileFull(UndoFileFailed):
     errno: ClassVar[int] = _errno.ENOSPC
 
 
-@dataclass(eq=False)
 class UndoStale(InstarfsError):
     """{path}: {what}, so that {undo_file} no longer fits it; nothing was written; move that file
     away to go on without it
