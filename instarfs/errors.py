@@ -28,7 +28,9 @@ class InstarfsError(Exception):
     _fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        own = [name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")]
+        own = [
+            name for name, kind in cls.__annotations__.items() if not kind.startswith("ClassVar")
+        ]
         cls._fields = (*cls._fields, *own)
 
     def __init__(self, *values: object, **named: object) -> None:

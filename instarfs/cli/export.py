@@ -14,7 +14,6 @@ from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.guest.outfile import OutFile
 from instarfs.mount.options import PREVIEWS
-from instarfs.repair.preview import preview_of
 from instarfs.text import printable
 from planner.progress import unless
 
@@ -60,6 +59,8 @@ def command(
         try:
             shown = image
             if preview is not None:
+                from instarfs.repair.preview import preview_of  # noqa: PLC0415 - all of repairs
+
                 shown = preview_of(image, preview, unless(stopped, tell), knows=knows).image
             export = Export(shown, follow, snapshot)
         except DOMAIN_ERRORS as error:

@@ -25,7 +25,7 @@ from instarfs.cli.options import share_option
 from instarfs.errors import FormatNotRead, ImageNotQcow2, ImageUnreadable, InstarfsError
 from instarfs.image import locks
 from instarfs.image.file import Image
-from instarfs.repair.checking import opened
+from instarfs.image.opening import opened
 from planner.errors import PlannerError
 
 FORMAT = "qcow2"

@@ -19,22 +19,23 @@ from instarfs.cli.room import OutOfTime, shortage_of
 from instarfs.cli.streams import standard_streams
 from instarfs.errors import DOMAIN_ERRORS
 
-_MODULES = {
-    "mount": "instarfs.cli.mount",
-    "umount": "instarfs.cli.umount",
-    "check": "instarfs.cli.check",
-    "scan": "instarfs.cli.scan",
-    "report": "instarfs.cli.report",
-    "files": "instarfs.cli.files",
-    "plan": "instarfs.cli.plan",
-    "undo": "instarfs.cli.undo",
-    "trim": "instarfs.cli.trim",
-    "info": "instarfs.cli.info",
-    "map": "instarfs.cli.map",
-    "export": "instarfs.cli.export",
-    "rescue": "instarfs.cli.rescue",
-    "schema": "instarfs.cli.schema",
+COMMANDS = {
+    "mount": "Mount an image on an empty directory.",
+    "umount": "Unmount the image that is mounted on a directory.",
+    "check": "Check all metadata of an image, and repair it with -r.",
+    "scan": "Check all images below a folder, later only what has changed.",
+    "report": "Say what is wrong with an image, and what can be done.",
+    "files": "List which files on the guest's disk are hit.",
+    "plan": "Show what a repair would do.",
+    "undo": "Take the last repair back.",
+    "trim": "Give the disk space of free clusters back.",
+    "info": "Show what an image says of itself.",
+    "map": "Show from which file each part of the guest's disk is read.",
+    "export": "Copy the guest's disk into a sparse file.",
+    "rescue": "Bring back what the metadata of an image has lost.",
+    "schema": "Print a JSON Schema of what instarfs writes.",
 }
+"""Of each command, which is the module of that name here, what `instarfs --help` says."""
 
 # Not click's 2: that is "corruptions found", as with `qemu-img check`.
 _USAGE_EXIT_CODE = 1
@@ -42,17 +43,22 @@ _INTERRUPTED_EXIT_CODE = 130
 
 
 class _Commands(click.Group):
-    """Subcommands that are imported when they are called."""
+    """Subcommands that are imported when they are called, and not to be listed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_MODULES)
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _MODULES:
+        if cmd_name not in COMMANDS:
             return None
         with Kept(), Loading():
-            command: click.Command = importlib.import_module(_MODULES[cmd_name]).command
-        return command
+            module = importlib.import_module(f"instarfs.cli.{cmd_name}")
+            command: click.Command = module.command
+            return command
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

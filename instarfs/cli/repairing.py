@@ -12,8 +12,8 @@ from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import is_a_process, stoppable
 from instarfs.daemon.logs import warn_on_stderr
 from instarfs.errors import InstarfsError, RepairIncomplete
+from instarfs.image.opening import opened
 from instarfs.render.repair import TAKEN_BACK_FIRST
-from instarfs.repair.checking import opened
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.run import Repairer
 from planner.errors import PlannerError

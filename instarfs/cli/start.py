@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from instarfs import require_own_planner
-from instarfs.cli.loading import Loading
+from instarfs.cli.loading import Kept, Loading
 from instarfs.cli.room import end, end_if_short, settle
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line of this process. Never returns."""
     settle()
     try:
-        with Loading():
+        with Kept(), Loading():
             _require_own_planner()
             from instarfs.cli.main import main as run  # noqa: PLC0415
             from instarfs.cli.stopping import PROCESS  # noqa: PLC0415

@@ -7,14 +7,13 @@ a plan of a repair, is `instarfs.repair.planning`; what a check asks is `planner
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from instarfs.image import locks
 from instarfs.image.file import Generation, Image
-from instarfs.image.memory import keep_freed_memory, limited
+from instarfs.image.memory import keep_freed_memory
 from instarfs.repair.interrupted import pending
 from planner.check.check import check_image
 from planner.check.live import SETTLE, Clock, check_live
@@ -23,28 +22,6 @@ from planner.source import Source
 
 if TYPE_CHECKING:
     from instarfs.repair.outcome import Pending
-
-
-@contextmanager
-def opened(
-    path: str,
-    undo_file: str | None = None,
-    *,
-    access: locks.Access | None = locks.READ_ONLY,
-    is_bounded: bool = True,
-) -> Iterator[Image]:
-    """The image at *path*, under QEMU's locks for *access*: none for a repair, which has its own.
-
-    *is_bounded*: this process is given as much memory as work on that image takes, meanwhile.
-    Raises an `InstarfsError` for what cannot be opened, `ImageInUse`, `NotEnoughMemory`.
-    """
-    with ExitStack() as stack:
-        image = stack.enter_context(Image.open(path, undo_file))
-        if is_bounded:
-            stack.enter_context(limited(image))
-        if access is not None:
-            stack.enter_context(locks.held(image.fileno(), path, access))
-        yield image
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from functools import partial
 
 from instarfs.image import locks
-from instarfs.repair.checking import LiveCheck, opened, run_check
+from instarfs.image.opening import opened
+from instarfs.repair.checking import LiveCheck, run_check
 from instarfs.repair.outcome import RepairOutcome
 from instarfs.repair.planning import run_plan
 from instarfs.repair.run import Repairer

@@ -15,7 +15,8 @@ from dataclasses import replace
 from instarfs.errors import DOMAIN_ERRORS, reason_of
 from instarfs.image import locks
 from instarfs.image.file import Image
-from instarfs.repair.checking import Checked, LiveCheck, opened, run_check
+from instarfs.image.opening import opened
+from instarfs.repair.checking import Checked, LiveCheck, run_check
 from instarfs.scan.pace import Pace
 from instarfs.scan.values import (
     HEADER_BYTES,

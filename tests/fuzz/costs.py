@@ -112,8 +112,8 @@ class Costs:
 
     def __init__(self, folder: Path, *, briefly: bool = False, only: Sequence[str] = ()) -> None:
         before = time.process_time()
-        for module in (*cli._MODULES.values(), "instarfs.mount.tree", "instarfs.render.report"):
-            importlib.import_module(module)
+        for module in (*(f"cli.{name}" for name in cli.COMMANDS), "mount.tree", "render.report"):
+            importlib.import_module(f"instarfs.{module}")
         self.begun = time.process_time() - before
         gc.freeze()
         self._image, self._log = folder / "image.qcow2", folder / "log"

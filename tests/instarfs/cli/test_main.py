@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.cli.main import COMMANDS
 from tests.images.builder import ImageBuilder
 
 INSTARFS = (sys.executable, "-m", "instarfs")
@@ -30,26 +31,53 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(module: str) -> None:
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
 
 
-def test_a_plain_check_loads_nothing_of_repairs(tmp_path: Path) -> None:
-    """Loading them, or numpy's masked arrays, takes longer than checking a small image."""
-    path = tmp_path / "plain.qcow2"
-    path.write_bytes(bytes(ImageBuilder().build().data))
+def loaded_by(*arguments: str | Path) -> set[str]:
+    """The modules that are loaded when that command ends."""
     program = (
         "import sys, atexit; atexit.register(lambda: print('loaded', *sys.modules));"
-        "from instarfs.cli.main import main; sys.argv[1:] = ['check', sys.argv[1]]; main()"
+        "from instarfs.cli.main import main; main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, path], check=True, capture_output=True, text=True
+        [sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True
     )
-    loaded = set(done.stdout.partition("loaded ")[2].split())
+    return set(done.stdout.partition("loaded ")[2].split())
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.qcow2"
+    path.write_bytes(bytes(ImageBuilder().build().data))
+    return path
+
+
+REPAIRS = {
+    "planner.repair",
+    "planner.triage",
+    "instarfs.repair.journal",
+    "instarfs.repair.planning",
+}
+CHECKS = {"planner.check", "instarfs.repair.checking"}
+
+
+def test_a_plain_check_loads_nothing_of_repairs(plain: Path) -> None:
+    """Loading them, or numpy's masked arrays, takes longer than checking a small image."""
+    loaded = loaded_by("check", plain)
     assert {"instarfs.cli.check", "planner.check.check", "numpy"} <= loaded
-    unwanted = {
-        "planner.repair.plan",
-        "planner.triage.triage",
-        "instarfs.repair.journal",
-        "concurrent.futures",
-    }
-    assert not loaded & (unwanted | {"planner.repair", "numpy.ma", "rich", "trio"})
+    assert not loaded & (REPAIRS | {"concurrent.futures", "numpy.ma", "rich", "trio"})
+
+
+@pytest.mark.parametrize("command", ["info", "map", "export"])
+def test_what_only_reads_loads_nothing_of_checks_and_repairs(command: str, plain: Path) -> None:
+    out = [plain.with_suffix(".raw")] if command == "export" else []
+    loaded = loaded_by(command, plain, *out)
+    assert {f"instarfs.cli.{command}", "numpy"} <= loaded
+    assert not loaded & (CHECKS | REPAIRS | {"numpy.ma", "rich", "trio"})
+
+
+def test_help_loads_no_command() -> None:
+    loaded = loaded_by("--help")
+    assert "instarfs.cli.main" in loaded
+    assert not loaded & {*(f"instarfs.cli.{name}" for name in COMMANDS), *HEAVY}
 
 
 def test_what_serves_a_mount_loads_nothing_that_no_mount_needs() -> None:
@@ -70,11 +98,20 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"instarfs {version('instarfs')}\n")
 
 
-def test_help_names_every_command() -> None:
+def test_help_says_in_a_line_what_each_command_is_for() -> None:
     done = instarfs("--help")
     assert done.returncode == 0
-    for command in ("mount", "umount", "check", "info"):
-        assert f"\n  {command} " in done.stdout
+    listed = [
+        line.split(maxsplit=1) for line in done.stdout.partition("Commands:\n")[2].splitlines()
+    ]
+    assert listed == [list(command) for command in COMMANDS.items()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_helps(name: str) -> None:
+    done = instarfs(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: instarfs {name} ")
 
 
 def test_without_a_command_it_helps_and_fails() -> None:

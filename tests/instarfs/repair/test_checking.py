@@ -15,7 +15,7 @@ from instarfs.errors import ImageInUse
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.repair import library
-from instarfs.repair.checking import LiveCheck, opened, run_check
+from instarfs.repair.checking import LiveCheck, run_check
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.source import Source
@@ -77,20 +77,6 @@ def test_opened_for_writing_before_the_check_or_during_it(path: Path) -> None:
         checked = run_check(image, after(lock.__enter__))
         assert (checked.report.in_use, checked.report.changed) == (True, False)
         lock.__exit__(None, None, None)
-
-
-def test_what_is_opened_keeps_writers_away_unless_it_is_told_not_to(path: Path) -> None:
-    with path.open("r+b") as other:
-
-        def begin_to_write() -> None:
-            with locks.held(other.fileno(), str(path), locks.READ_WRITE):
-                pass
-
-        with opened(str(path)), pytest.raises(ImageInUse):
-            begin_to_write()
-        for access in (None, locks.FORCE_SHARE):
-            with opened(str(path), access=access):
-                begin_to_write()
 
 
 # ---- an image that is written to meanwhile ----
