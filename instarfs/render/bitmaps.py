@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from instarfs.text import json_bytes, printable
+from collections.abc import Iterator
+
+from instarfs.text import json_bytes, json_parts, printable
 from planner.errors import ImageError
 from planner.qcow2.bitmaps import AUTO, IN_USE
 from planner.qcow2.names import decode_name
@@ -14,17 +16,21 @@ STALE = "a program without support for bitmaps has written to the image: they ar
 _FLAGS = {IN_USE: "in-use", AUTO: "auto"}
 
 
-def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> bytes:
-    """*is_written*: a program has the image open for writing; a bitmap in use is its own then.
+def bitmaps_json(
+    states: BitmapStates | ImageError, *, is_written: bool
+) -> bytes | Iterator[bytes]:
+    """In parts where there are bitmaps: there may be 65,535.
+
+    *is_written*: a program has the image open for writing; a bitmap in use is its own then.
 
     Without one, a bitmap that is marked as in use was never saved: it is inconsistent, too.
     """
     if isinstance(states, ImageError):
         return json_bytes({"bitmaps": [], "errors": [_error(states)]})
     errors = [_error(states.error)] if states.error else []
-    return json_bytes(
+    return json_parts(
         {
-            "bitmaps": [_bitmap(state, is_written=is_written) for state in states.bitmaps],
+            "bitmaps": (_bitmap(state, is_written=is_written) for state in states.bitmaps),
             "stale": states.stale,
             "errors": [*errors, *([STALE] if states.stale else [])],
         }

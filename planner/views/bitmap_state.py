@@ -27,13 +27,21 @@ _ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uin
 class BitmapState:
     """One bitmap. ``dirty``: guest bytes, of the part that could be read; None: of no part.
 
-    ``data_clusters``: that its table refers to. ``errors``: what is wrong with it.
+    ``data_clusters``: that its table refers to. ``problems``: what is wrong with it, of tens of
+    thousands as short as it was found.
     """
 
     bitmap: Bitmap
     dirty: int | None
     data_clusters: int
-    errors: tuple[ImageError, ...]
+    problems: tuple[ImageError | Refusal, ...]
+
+    @property
+    def errors(self) -> tuple[ImageError, ...]:
+        """The same as errors, made each time."""
+        return tuple(
+            each.of(self.bitmap) if isinstance(each, Refusal) else each for each in self.problems
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ class _Reader:
     def look_at(self, bitmap: Bitmap, wrong: Refusal | None) -> BitmapState:
         """*wrong*: with its directory entry; then there is no table to believe."""
         if wrong is not None:
-            return BitmapState(bitmap, None, 0, (wrong.of(bitmap),))
+            return BitmapState(bitmap, None, 0, (wrong,))
         offset, size = bitmap.bitmap_table_offset, bitmap.bitmap_table_size
         field = f"table of the bitmap at {bitmap.offset}"
         if offset + size * 8 > READABLE_END:

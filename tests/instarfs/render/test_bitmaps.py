@@ -22,7 +22,8 @@ def made(flags: int = 0, name: str = "backup") -> BitmapStates:
 
 
 def shown(states: BitmapStates | ImageError, *, is_written: bool = False) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(bitmaps_json(states, is_written=is_written))
+    content = bitmaps_json(states, is_written=is_written)
+    value: dict[str, Any] = json.loads(content if isinstance(content, bytes) else b"".join(content))
     return value
 
 
@@ -60,7 +61,7 @@ def test_a_bitmap_in_use_is_inconsistent_once_nobody_uses_it() -> None:
 def test_errors_stand_where_they_belong() -> None:
     error = ImageError("granularity_bits", 99, "must be 9 to 31")
     states = made()
-    broken = replace(states.bitmaps[0], dirty=None, errors=(error,))
+    broken = replace(states.bitmaps[0], dirty=None, problems=(error,))
     value = shown(replace(states, bitmaps=(broken, states.bitmaps[0]), error=error))
     assert [bitmap["errors"] for bitmap in value["bitmaps"]] == [[str(error)], []]
     assert [bitmap["dirty-bytes"] for bitmap in value["bitmaps"]] == [None, 131072]
