@@ -169,11 +169,28 @@ def _object_parts(value: Mapping[str, object], edge: str = "\n") -> Iterator[byt
 
 
 def _object_of_list(value: Mapping[str, object]) -> str:
-    if any(isinstance(item, list | dict) for item in value.values()):
-        text = json_text(value, indent=4).replace("\n", "\n        ")
-    else:
-        text = f"{{\n            {_valid(_ENCODE(value))[1:-1]}\n        }}"
-    return f"\n        {text}"
+    """What holds no list or object is encoded all at once, and lists of what is neither fast."""
+    runs: list[str] = []
+    plain: dict[str, object] = {}
+    for key, item in value.items():
+        if not item or not isinstance(item, list | dict):
+            plain[key] = item
+            continue
+        if plain:
+            runs.append(_ENCODE(plain)[1:-1])
+            plain = {}
+        runs.append(f"{_ENCODE(key)}: {_within_object(item)}")
+    if plain:
+        runs.append(_ENCODE(plain)[1:-1])
+    text = ",\n            ".join(runs)
+    return f"\n        {{\n            {_valid(text)}\n        }}"
+
+
+def _within_object(value: list[object] | dict[str, object]) -> str:
+    if isinstance(value, dict) or any(isinstance(item, list | dict) for item in value):
+        return json.dumps(value, indent=4).replace("\n", "\n            ")
+    items = ",\n                ".join(map(_ENCODE, value))
+    return f"[\n                {items}\n            ]"
 
 
 def _list_parts(objects: Iterator[Mapping[str, object]]) -> Iterator[bytes]:

@@ -16,9 +16,7 @@ STALE = "a program without support for bitmaps has written to the image: they ar
 _FLAGS = {IN_USE: "in-use", AUTO: "auto"}
 
 
-def bitmaps_json(
-    states: BitmapStates | ImageError, *, is_written: bool
-) -> bytes | Iterator[bytes]:
+def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> bytes | Iterator[bytes]:
     """In parts where there are bitmaps: there may be 65,535.
 
     *is_written*: a program has the image open for writing; a bitmap in use is its own then.

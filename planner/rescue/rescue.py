@@ -8,11 +8,12 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planner.arrays import I64, U64, distinct
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
@@ -30,7 +31,7 @@ from planner.qcow2.snapshots import Snapshot
 from planner.repair.autoclear import draft_known_autoclear
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
-from planner.repair.plan import Edit, Plan, RepairTier, RescueTier, StageKind
+from planner.repair.plan import MAX_EDITS, Edit, Plan, RepairTier, RescueTier, StageKind
 from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
@@ -41,7 +42,7 @@ from planner.rescue.placing.place import Placed, Placement, find_placements, wit
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.scanned import Scanned
 from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
-from planner.source import SECTOR, Source, read_bytes, read_tables
+from planner.source import SECTOR, Source, present_bytes, read_tables
 from planner.triage.triage import Triage, triage_leaks
 
 _LOST_REFCOUNTS = (
@@ -323,12 +324,15 @@ def _listed_again(
 def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
     """What is put back: *ground*, the tables whose place is proven, and nothing that stops QEMU."""
     tables, first = ground.tables, ground.report
-    candidates: tuple[int, ...] = ()
+    candidates = np.zeros(0, dtype=np.int64)
     if tables is not None:
         tables, candidates = with_candidates(_without_contested(tables))
     placements = tables.placements if tables is not None else ()
     is_placed = tables is not None and any(each.placed for each in placements)
+    if not is_placed:
+        candidates = candidates[:0]
     if tables is not None and is_placed:
+        _require_few(candidates, source)
         draft = Draft(ground.image, can_grow=means.can_grow)
         _draft_l1(draft, tables)
         ground = _settled(source, ground, draft.plan(RescueTier.RESCUE), means)
@@ -336,7 +340,7 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
             # Its garbage may have stood in the way of listing them.
             ground = _with_snapshots(source, ground, means)
     ground, left_out = _without_stops(source, ground, means)
-    if tables is not None and is_placed and candidates:
+    if tables is not None and len(candidates):
         # What one of several tables may map is not known to be zeros.
         plan = _unreadable(ground.image, tables.l1.offset, candidates)
         ground = _followed(source, ground, plan, ground.report)
@@ -347,13 +351,32 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
         ground.before,
         ground.report,
         placements,
-        holes=candidates if is_placed else (),
+        holes=tuple(candidates.tolist()),
         snapshots=ground.snapshots,
         left_out=left_out,
         note=tables.note if tables is not None else "",
     )
     _require_proof(result, first)
     return result
+
+
+MAX_HOLES = 1 << 16
+"""L1 entries that cannot be read afterwards; one more for each `BYTES_A_HOLE` of the file."""
+
+BYTES_A_HOLE = 4096
+
+
+def _require_few(candidates: I64, source: Source) -> None:
+    """Raise where tables may belong to more entries than are written to: an L1 table claims to
+    have millions and is a hole."""
+    most = MAX_HOLES + present_bytes(source) // BYTES_A_HOLE
+    if len(candidates) > most:
+        raise AmbiguousCorruption(
+            f"tables whose place is not proven may belong to {len(candidates)} L1 entries, and of"
+            f" no more than {most} it is told that they cannot be read",
+            "nothing was written: where the disk is not so large, name its size with --assume"
+            " size=BYTES",
+        )
 
 
 _MOST_LEFT_OUT = 2
@@ -537,31 +560,44 @@ def _without_contested(found: Placed) -> Placed:
 def _draft_l1(draft: Draft, found: Placed) -> None:
     """Draft the L1 table with what was placed, and without what leads nowhere."""
     l1 = found.l1
-    words = np.where(l1.leads, l1.words, np.uint64(0))
+    index = [np.flatnonzero(l1.words)]
+    index[0] = index[0][~l1.leads[index[0]]]
+    word = [np.zeros(len(index[0]), dtype=np.uint64)]
     for each in found.placements:
         if each.placed:
             copied = 0 if each.offset in found.shared else entries.COPIED
-            words[each.l1_index] = np.uint64(each.offset | copied)
-    draft.write(StageKind.CORRECT, l1.offset, words.astype(">u8").tobytes())
-    changed = np.flatnonzero(words != l1.words)
-    _explain(draft, l1.offset, changed.tolist())
+            index.append(np.array([each.l1_index]))
+            word.append(np.array([each.offset | copied], dtype=np.uint64))
+    # Of one that led nowhere and has a table now, the latter holds.
+    words = dict(zip(np.concatenate(index).tolist(), np.concatenate(word).tolist(), strict=True))
+    at = np.array(sorted(words), dtype=np.int64)
+    _write_words(draft, l1.offset, at, np.array([words[each] for each in at.tolist()]))
 
 
-def _explain(draft: Draft, l1_offset: int, indices: Sequence[int]) -> None:
+def _write_words(draft: Draft, l1_offset: int, index: I64, word: U64) -> None:
+    """Draft entries of the L1 table at *l1_offset*, *index* ascending; no sector but theirs."""
+    at = l1_offset + index * 8
+    sectors = distinct(at // SECTOR)
+    rows = np.empty((len(sectors), SECTOR), dtype=np.uint8)
+    for part, content in read_tables(draft.source, sectors * SECTOR, SECTOR):
+        rows[part] = content
+    rows.view(">u8")[np.searchsorted(sectors, at // SECTOR), at % SECTOR // 8] = word
+    draft.write_tables(StageKind.CORRECT, sectors * SECTOR, rows)
+    _explain(draft, l1_offset, index)
+
+
+def _explain(draft: Draft, l1_offset: int, index: I64) -> None:
     def edits() -> Iterator[Edit]:
         why = StageKind.CORRECT, Structure.L1_TABLE, FindingKind.LEAK
-        return (Edit(*why, l1_offset + at * 8, 8, 1) for at in indices)
+        return (Edit(*why, l1_offset + at * 8, 8, 1) for at in index[:MAX_EDITS].tolist())
 
-    draft.explain(edits, len(indices))
+    draft.explain(edits, len(index))
 
 
-def _unreadable(image: Source, l1_offset: int, indices: Sequence[int]) -> Plan:
+def _unreadable(image: Source, l1_offset: int, index: I64) -> Plan:
     """What makes entries of the L1 table at *l1_offset* lead where nothing can be read."""
     draft = Draft(image)
-    words = np.frombuffer(read_bytes(image, l1_offset, (indices[-1] + 1) * 8), dtype=">u8").copy()
-    words[list(indices)] = entries.UNREADABLE
-    draft.write(StageKind.CORRECT, l1_offset, words.tobytes())
-    _explain(draft, l1_offset, indices)
+    _write_words(draft, l1_offset, index, np.full(len(index), entries.UNREADABLE, dtype=np.uint64))
     return draft.plan(RescueTier.RESCUE)
 
 

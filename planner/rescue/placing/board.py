@@ -40,10 +40,11 @@ class Board:
         self.geometry = tables.geometry
         self.coverage = tables.geometry.l2_coverage
         self.window = tables.window.copy()
-        self._table_of = np.full(max(1, tables.windows), -1, dtype=np.int64)
+        # Of each window the table in it and 1 more: of those that have none, zeros take no memory.
+        self._next_of = np.zeros(max(1, tables.windows), dtype=np.int32)
         placed = np.flatnonzero(self.window >= 0)
         inside = placed[self.window[placed] < tables.windows]
-        self._table_of[self.window[inside]] = inside
+        self._next_of[self.window[inside]] = inside + 1
 
     # ---- the state of it ----
 
@@ -59,25 +60,24 @@ class Board:
     @property
     def vacant(self) -> I64:
         """The windows without a table, ascending."""
-        return np.flatnonzero(self._table_of < 0)
+        return np.flatnonzero(self._next_of == 0)
 
     def are_vacant(self, window: I64) -> Mask:
         """Which of them there are, without a table."""
-        inside = (window >= 0) & (window < len(self._table_of))
+        inside = (window >= 0) & (window < len(self._next_of))
         vacant: Mask = inside.copy()
-        vacant[inside] = self._table_of[window[inside]] < 0
+        vacant[inside] = self._next_of[window[inside]] == 0
         return vacant
 
     def place(self, table: int, window: int) -> None:
         """Put *table* there, where nothing is."""
-        self.window[table], self._table_of[window] = window, table
+        self.window[table], self._next_of[window] = window, table + 1
 
     def holes(self) -> tuple[I64, I64]:
         """The ranges of the disk that nothing is known of, start and end, ascending."""
-        vacant = self.vacant
-        first = np.flatnonzero(np.diff(vacant, prepend=-2) != 1)
-        count = np.diff(first, append=len(vacant))
-        start = vacant[first] * self.coverage
+        edges = np.flatnonzero(np.diff(self._next_of == 0, prepend=False, append=False))
+        first, count = edges[::2], edges[1::2] - edges[::2]
+        start = first * self.coverage
         end = np.minimum(start + count * self.coverage, self._size)
         kept = start < end
         return start[kept], end[kept]
@@ -92,7 +92,7 @@ class Board:
         while position < end:
             window = position // self.coverage
             stop = min(end, (window + 1) * self.coverage)
-            table = int(self._table_of[window]) if window < len(self._table_of) else -1
+            table = int(self._next_of[window]) - 1 if window < len(self._next_of) else -1
             if table < 0:
                 raise ReadFailed
             part = buffer[position - offset : stop - offset]
@@ -146,8 +146,8 @@ class Board:
         self.work.ask()
         end = min(offset + length, self._size)
         first, last = offset // self.coverage, max(0, end - 1) // self.coverage
-        for window in range(first, min(last + 1, len(self._table_of))):
-            table = int(self._table_of[window])
+        for window in range(first, min(last + 1, len(self._next_of))):
+            table = int(self._next_of[window]) - 1
             if table >= 0:
                 yield from self._extents(table, window * self.coverage, offset, end)
 

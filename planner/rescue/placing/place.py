@@ -131,45 +131,41 @@ def find_placements(
     return Placed(l1, board, placements, sound.mismatches, shared, solver.note)
 
 
-def with_candidates(found: Placed) -> tuple[Placed, tuple[int, ...]]:
+def with_candidates(found: Placed) -> tuple[Placed, I64]:
     """*found* with the candidates of tables that are not placed; the L1 indices that are any's.
 
     A table may belong to every entry that leads nowhere, unless what it maps would lie behind the
     end of the disk. One that maps nothing but zeros reads as if it were not there, and has none.
     """
     board = found.board
-    placed = [each.l1_index for each in found.placements if each.placed]
     is_open = ~found.l1.leads[: board.tables.windows]
-    is_open[placed] = False
-    vacant = np.flatnonzero(is_open)
-    is_candidate = np.zeros(len(vacant), dtype=np.bool_)
+    is_open[[each.l1_index for each in found.placements if each.placed]] = False
+    vacant, most = np.flatnonzero(is_open), 0
     placements = []
     for each in found.placements:
         if not each.placed:
-            fits = vacant * board.geometry.l2_entries < _clusters(board) - _last(board, each)
-            is_candidate |= fits
-            each = replace(each, **_shown(each, vacant[fits]))  # noqa: PLW2901
+            count = int(np.searchsorted(vacant, _end(board, each)))
+            most = max(most, count)
+            each = replace(each, **_shown(each, vacant[:count]))  # noqa: PLW2901
         placements.append(each)
-    return replace(found, placements=tuple(placements)), tuple(vacant[is_candidate].tolist())
+    return replace(found, placements=tuple(placements)), vacant[:most]
 
 
-def _clusters(board: Board) -> int:
-    return -(-board.size >> board.geometry.cluster_bits)
-
-
-def _last(board: Board, placement: Placement) -> int:
-    """The last entry of a table that does not read as zeros; where none does, more than any has."""
+def _end(board: Board, placement: Placement) -> int:
+    """The window behind the last in which what a table maps lies on the disk; 0: it maps zeros."""
     table = int(np.searchsorted(board.tables.offset, placement.offset))
-    row = board.tables.grid.cut(table, 0, board.geometry.l2_entries)
+    entries_of_it = board.geometry.l2_entries
+    row = board.tables.grid.cut(table, 0, entries_of_it)
     counts = row != NOWHERE if board.has_backing else (row > 0) | (row == PACKED)
     used = np.flatnonzero(counts)
-    return int(used[-1]) if len(used) else _clusters(board)
+    clusters = -(-board.size >> board.geometry.cluster_bits)
+    return max(0, -(-(clusters - int(used[-1])) // entries_of_it)) if len(used) else 0
 
 
 def _shown(placement: Placement, candidates: I64) -> dict[str, Any]:
-    """Those that are listed: what most speaks for comes first."""
+    """Those of *candidates*, ascending, that are listed: what most speaks for comes first."""
     listed = candidates[: LISTED_CANDIDATES + 1].tolist()
-    if placement.votes_for and (candidates == placement.l1_index).any():
+    if placement.votes_for and is_among(np.array([placement.l1_index]), candidates).all():
         rest = [index for index in listed if index != placement.l1_index]
         listed = [placement.l1_index, *rest]
     return {
@@ -235,9 +231,8 @@ def _look(
     lost, has_l1 = finder.tables()
     index = np.flatnonzero(l1.leads)
     windows = min(len(l1.words), geometry.l1_entries_needed)
-    vacant = np.flatnonzero(~l1.leads[:windows])
     found = read_grid(source, lost, geometry)
-    hints, late = snapshot_hints(source, report, lost, found, vacant)
+    hints, late = snapshot_hints(source, report, lost, found, ~l1.leads[:windows])
     known = np.array([table for table, _ in hints], dtype=np.int64)
     lost = distinct(np.concatenate((lost, known)))
     theirs = np.array([table for table, _ in late], dtype=np.int64)

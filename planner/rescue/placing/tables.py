@@ -158,10 +158,10 @@ def read_pieces(source: Source, offsets: I64, geometry: Geometry) -> Iterator[tu
 
 
 def snapshot_hints(
-    source: Source, report: Report, offset: I64, grid: Grid, vacant: I64
+    source: Source, report: Report, offset: I64, grid: Grid, is_vacant: Mask
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """What the L1 tables of snapshots show of vacant windows of the disk: (table, window), of the
-    table its offset.
+    table its offset. *is_vacant*: which of the windows are.
 
     Tables that the disk had in common with a snapshot, which are counted once too often, at the
     index that they have there. Of tables at *offset* that wait, those that lead to the same
@@ -169,14 +169,15 @@ def snapshot_hints(
     since their refcounts are lost.
     """
     mismatches, layout = report.mismatches, report.layout
-    if mismatches is None or layout is None or not len(report.snapshots) or not len(vacant):
+    if mismatches is None or layout is None or not len(report.snapshots):
         return [], []
     geometry, regions = report.geometry, report.regions
     theirs = regions.select(
         (regions.structure == Structure.L2_TABLE) & (regions.snapshot != ACTIVE)
     )
     table, index = theirs.offset, theirs.l1_index
-    kept = is_among(index, vacant)
+    kept = index < len(is_vacant)
+    kept[kept] = is_vacant[index[kept]]
     table, index = table[kept], index[kept]
     cluster = table >> geometry.cluster_bits
     slots, known = mismatches.index.find(cluster)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from planner.check.check import check_image
+from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import NONE
 from planner.guestfs.work import FOR_A_BYTE, WorkSpent
 from planner.qcow2 import entries
@@ -24,6 +25,7 @@ from planner.qcow2.header import Header, read_header
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier, StageKind
 from planner.repair.tiers import propose
+from planner.rescue import rescue as rescue_module
 from planner.rescue.placing import place as place_module
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.grid import ZEROS, Grid
@@ -240,11 +242,24 @@ def test_what_a_table_maps_lies_within_the_disk_and_of_zeros_nothing_is_lost() -
         mismatches = check_image(Bytes(image("ext4", "none"))).mismatches
         assert mismatches is not None
         found, holes = with_candidates(Placed(l1, board, waiting, mismatches, frozenset()))
-        return [each.candidates for each in found.placements], holes
+        return [each.candidates for each in found.placements], tuple(holes.tolist())
 
     assert candidates(has_backing=False) == ([(0, 1, 2), (0, 1, 2, 3), ()], (0, 1, 2, 3))
     # Over a backing file zeros are something.
     assert candidates(has_backing=True)[0][2] == (0, 1, 2)
+
+
+def test_of_an_l1_table_that_is_a_hole_no_more_entries_are_written_to_than_there_may_be(
+    monkeypatch,
+) -> None:
+    data = without_l1(image("xfs", "gpt"))
+    holes = len(rescue(Bytes(data)).holes)
+    monkeypatch.setattr(rescue_module, "BYTES_A_HOLE", len(data))
+    monkeypatch.setattr(rescue_module, "MAX_HOLES", holes - 1)
+    assert len(rescue(Bytes(data)).holes) == holes
+    monkeypatch.setattr(rescue_module, "MAX_HOLES", holes - 2)
+    with pytest.raises(AmbiguousCorruption, match=f"may belong to {holes} L1 entries"):
+        rescue(Bytes(data))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
