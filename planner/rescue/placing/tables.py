@@ -176,7 +176,8 @@ def snapshot_hints(
         (regions.structure == Structure.L2_TABLE) & (regions.snapshot != ACTIVE)
     )
     table, index = theirs.offset, theirs.l1_index
-    kept = index < len(is_vacant)
+    # As of the disk's own: what is not aligned is no table. Those that are do not overlap.
+    kept = (index < len(is_vacant)) & (table % geometry.cluster_size == 0)
     kept[kept] = is_vacant[index[kept]]
     table, index = table[kept], index[kept]
     cluster = table >> geometry.cluster_bits
