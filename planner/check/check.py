@@ -259,18 +259,16 @@ class _Check:
             index=block[lost],
             found=stored.reftable.word[np.searchsorted(stored.reftable.index, block[lost])],
         )
-        starts = [0, *high[lost].tolist()]
-        ends = [*low[lost].tolist(), clusters]
-        spans = [
-            (index.slots_before(start), index.slots_before(end))
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        start = index.count_before(np.append(0, high[lost]))
+        end = index.count_before(np.append(low[lost], clusters))
+        # Of the clusters of most blocks that are lost none may have a slot: no span ends there.
+        start, end = join_ranges(start[start < end], end[start < end])
         return Mismatches(
             self._geometry,
             index,
             stored.values,
             census.references.values,
-            tuple(span for span in spans if span[0] < span[1]),
+            tuple(zip(start.tolist(), end.tolist(), strict=True)),
         )
 
     def _judge_l1(self) -> None:

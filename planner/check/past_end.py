@@ -76,11 +76,11 @@ def _blocks_of_the_file(report: Report, table: Reftable) -> I64:
     which = table.blocks()
     which = which[table.index[which] <= report.layout.host_clusters // per_block]
     again = np.isin(table.offset, _repeated(table.offset[table.blocks()]))
-    for at in which[again[which]].tolist():
-        first = int(table.index[at]) * per_block
-        low, high = (
-            mismatches.index.slots_before(cluster) for cluster in (first, first + per_block)
-        )
+    which = which[again[which]]
+    first = table.index[which] * per_block
+    slots = np.stack([mismatches.index.count_before(first + more) for more in (0, per_block)], 1)
+    some = slots[:, 0] < slots[:, 1]  # nothing agrees where no cluster has a slot
+    for at, (low, high) in zip(which[some].tolist(), slots[some].tolist(), strict=True):
         counted = mismatches.counted[low:high]
         used = counted != 0
         agreeing = np.count_nonzero(used & (counted == mismatches.stored[low:high]))

@@ -48,9 +48,13 @@ class ClusterIndex:
 
     def slots_before(self, cluster: int) -> Slot:
         """How many slots belong to clusters below *cluster*."""
+        return Slot(int(self.count_before(np.array([cluster]))[0]))
+
+    def count_before(self, clusters: I64) -> I64:
+        """`slots_before` of each of many."""
         if self.keys is None:
-            return Slot(min(cluster, self.slots))
-        return Slot(int(np.searchsorted(self.keys, cluster)))
+            return np.minimum(clusters, self.slots)
+        return np.searchsorted(self.keys, clusters)
 
     def clusters_of(self, slots: I64) -> I64:
         """The inverse of `slots_of`."""
@@ -87,11 +91,12 @@ class PagedIndex(ClusterIndex):
         inside = clusters & ((1 << PAGE_BITS) - 1)
         return np.where(known, (at << PAGE_BITS) + inside, 0), known
 
-    def slots_before(self, cluster: int) -> Slot:
-        page, inside = divmod(cluster, 1 << PAGE_BITS)
-        at = int(np.searchsorted(self._pages, page))
-        is_there = at < len(self._pages) and int(self._pages[at]) == page
-        return Slot((at << PAGE_BITS) + (inside if is_there else 0))
+    def count_before(self, clusters: I64) -> I64:
+        pages = clusters >> PAGE_BITS
+        at = np.searchsorted(self._pages, pages)
+        there = at < len(self._pages)
+        there[there] = self._pages[at[there]] == pages[there]
+        return (at << PAGE_BITS) + np.where(there, clusters & ((1 << PAGE_BITS) - 1), 0)
 
     def clusters_of(self, slots: I64) -> I64:
         first: I64 = self._pages[slots >> PAGE_BITS] << PAGE_BITS
