@@ -16,15 +16,15 @@ STALE = "a program without support for bitmaps has written to the image: they ar
 _FLAGS = {IN_USE: "in-use", AUTO: "auto"}
 
 
-def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> bytes | Iterator[bytes]:
-    """In parts where there are bitmaps: there may be 65,535.
+def bitmaps_json(states: BitmapStates | ImageError, *, is_written: bool) -> Iterator[bytes]:
+    """In parts: there may be 65,535 bitmaps.
 
     *is_written*: a program has the image open for writing; a bitmap in use is its own then.
 
     Without one, a bitmap that is marked as in use was never saved: it is inconsistent, too.
     """
     if isinstance(states, ImageError):
-        return json_bytes({"bitmaps": [], "errors": [_error(states)]})
+        return iter((json_bytes({"bitmaps": [], "errors": [_error(states)]}),))
     errors = [_error(states.error)] if states.error else []
     return json_parts(
         {

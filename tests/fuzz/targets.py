@@ -192,7 +192,7 @@ def tables(data: bytes) -> None:
         for index in page.in_use[:3].tolist():
             _shown(render_tables.l2_tsv(read_l2_page(source, index)))
         states = read_bitmap_states(source)
-        json.loads(render_bitmaps.bitmaps_json(states, is_written=False))
+        json.loads(b"".join(render_bitmaps.bitmaps_json(states, is_written=False)))
     rng = random.Random(data)
     host = rng.choice((0, len(data), rng.randrange(1 << 20), (1 << 64) - 1))
     guest = rng.choice((0, rng.randrange(1 << 18), 1 << 63))

@@ -35,7 +35,10 @@ def test_what_was_written_is_dirty(granularity: int, tmp_path: Path) -> None:
     run("qemu-io", "-f", "qcow2", *commands, path)
     with Image.open(str(path)) as image:
         states = read_bitmap_states(image.source())
-    ours = {b["name"]: b for b in json.loads(bitmaps_json(states, is_written=False))["bitmaps"]}
+    ours = {
+        b["name"]: b
+        for b in json.loads(b"".join(bitmaps_json(states, is_written=False)))["bitmaps"]
+    }
     info = json.loads(run("qemu-img", "info", "--output=json", path))
     theirs = {b["name"]: b for b in info["format-specific"]["data"]["bitmaps"]}
     assert ours.keys() == theirs.keys()
@@ -66,7 +69,7 @@ def test_one_that_was_never_saved_is_what_qemu_takes_for_inconsistent(tmp_path: 
     with Image.open(str(path)) as image:
         states = read_bitmap_states(image.source())
         unsaved = unsaved_bitmaps(image.source(), Layout.read(image.source()))
-    shown = json.loads(bitmaps_json(states, is_written=False))["bitmaps"]
+    shown = json.loads(b"".join(bitmaps_json(states, is_written=False)))["bitmaps"]
     assert [bitmap["inconsistent"] for bitmap in shown] == [True, False]
     assert [bitmap.name for bitmap in unsaved] == [b"unsaved"]
     run("qemu-img", "bitmap", "--remove", path, "unsaved")

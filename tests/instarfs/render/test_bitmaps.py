@@ -22,8 +22,7 @@ def made(flags: int = 0, name: str = "backup") -> BitmapStates:
 
 
 def shown(states: BitmapStates | ImageError, *, is_written: bool = False) -> dict[str, Any]:
-    content = bitmaps_json(states, is_written=is_written)
-    value: dict[str, Any] = json.loads(content if isinstance(content, bytes) else b"".join(content))
+    value: dict[str, Any] = json.loads(b"".join(bitmaps_json(states, is_written=is_written)))
     return value
 
 
