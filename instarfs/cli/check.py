@@ -12,7 +12,7 @@ import click
 
 from instarfs.cli.complaints import Failure, complain, remark
 from instarfs.cli.grammar import ImageName, image_name, image_options
-from instarfs.cli.options import TIERS, settle_option, undo_file_option
+from instarfs.cli.options import settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import (
     DOMAIN_ERRORS,
@@ -26,6 +26,7 @@ from instarfs.errors import (
 from instarfs.image.directory import lasting_name
 from instarfs.render.check import check_human, check_messages, result_json, unchecked_json
 from instarfs.repair.checking import LiveCheck, run_check
+from instarfs.repair.words import TIERS
 from instarfs.text import json_array, printable, shell_path
 from planner.check.check import check_image
 from planner.check.report import Report

@@ -13,7 +13,7 @@ from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
 from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.guest.outfile import OutFile
-from instarfs.mount.options import PREVIEWS
+from instarfs.repair.words import PREVIEWS
 from instarfs.text import printable
 from planner.progress import unless
 

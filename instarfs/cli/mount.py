@@ -22,7 +22,8 @@ from instarfs.errors import FuseNotInstalled
 from instarfs.guest.follow import Follow
 from instarfs.image.file import Image
 from instarfs.mount.mountpoint import check_fuse, check_mountpoint
-from instarfs.mount.options import PREVIEWS, MountOptions
+from instarfs.mount.options import MountOptions
+from instarfs.repair.words import PREVIEWS
 from planner.errors import PlannerError
 
 if TYPE_CHECKING:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import click
 
-TIERS = ("leaks", "all", "split", "bitmaps", "snapshots")
-"""Those of `planner.repair.plan.RepairTier`, for those who load nothing of repairs."""
-
 share_option = click.option(
     "-U", "--force-share", is_flag=True, help="Also while another process has it open."
 )

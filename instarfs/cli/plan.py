@@ -9,6 +9,7 @@ from instarfs.cli.options import share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.render.repair import plan_human, plan_json, refusal_json
 from instarfs.repair.planning import run_plan
+from instarfs.repair.words import TIERS
 from planner.errors import RepairError
 from planner.repair.plan import RepairTier
 
@@ -23,7 +24,7 @@ from planner.repair.plan import RepairTier
 @click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
 @share_option
 @undo_file_option
-@click.argument("tier", type=click.Choice([tier.value for tier in RepairTier]))
+@click.argument("tier", type=click.Choice(TIERS))
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(
     output: str,

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from instarfs.errors import UnknownMountOption
+from instarfs.repair.words import PREVIEWS
 
 _PASSED_ON = frozenset(
     "allow_other allow_root auto_unmount default_permissions"  # noqa: SIM905
@@ -29,9 +30,6 @@ _IGNORED = frozenset(
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
 _NO_UNDO, _FOLLOW, _UNDO_FILE, _PREVIEW = "no_undo", "follow=", "undo_file=", "preview="
-
-PREVIEWS = ("leaks", "all", "split", "bitmaps", "snapshots", "rescue")
-"""What can be laid over an image instead of being written to it."""
 
 # As in libfuse: a comma that is part of a path has a backslash before it.
 _COMMA = re.compile(r"(?<!\\),")
