@@ -2,8 +2,8 @@
 
 Everything that decides lives here: the on-disk format, the census, the check and its report, what a
 repair would do. Nothing here opens a file, takes a lock, writes a byte or knows of the mounted
-filesystem. Arrows point one way: repair, triage, views, check, guest, metadata, findings, qcow2,
-source.
+filesystem. Arrows point one way: rescue, repair, triage, views, check, guest, metadata, findings,
+qcow2, guestfs, source.
 
 The names in ``__all__`` are for other programs, and are loaded when they are asked for: importing
 this package alone loads nothing.

@@ -1,4 +1,4 @@
 """Planners: each decides one kind of repair and drafts it; `tiers` joins them into a proposal.
 
-They look only at a source and at its report, and write only into a `planner.repair.plan.Draft`.
+They look only at a source and at its report, and write only into a `planner.repair.draft.Draft`.
 """

@@ -32,6 +32,7 @@ from planner.repair.autoclear import draft_known_autoclear
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import MAX_EDITS, Edit, Plan, RepairTier, RescueTier, StageKind
+from planner.repair.refcounts import DAMAGED_STRUCTURE
 from planner.repair.tiers import propose
 from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
@@ -244,14 +245,7 @@ _STOPS = {
     FindingKind.BITMAP_DIRECTORY_INVALID,
     FindingKind.BITMAP_ENTRY_INVALID,
 }
-_NOT_OF_HEADER = {
-    *_STOPS,
-    *_LOST_REFCOUNTS,
-    FindingKind.REFTABLE_ENTRY_RESERVED,
-    FindingKind.REFBLOCK_MISALIGNED,
-    FindingKind.REFBLOCK_PAST_END,
-    FindingKind.REFBLOCK_SHARED,
-}
+_NOT_OF_HEADER = {*_STOPS, *_LOST_REFCOUNTS, *DAMAGED_STRUCTURE}
 """What a header is not to blame for: tables that QEMU would not load, refcounts that are gone."""
 
 

@@ -15,10 +15,6 @@ from typing import TypeVar
 
 from tests.live.model import WORD, Step, Truncate, Write, apply
 
-LOOKS_TORN = 1
-"""A write that has begun ends before a check looks for the second time from then on. It is a copy
-within memory, and takes no time against that; but a look may begin while it goes on."""
-
 Cut = Callable[[list[Step]], list[Step]]
 """Of a write, word by word, the parts in which it is seen."""
 
@@ -114,7 +110,11 @@ class Timeline:
         return tuple(after)
 
     def look(self, ways: Ways) -> Ways:
-        """The check looks once more: what was under way may go on for so many looks."""
+        """The check looks once more. What is under way ends before it looks for the second time.
+
+        A write is a copy within memory, and takes no time against that; but a look may begin while
+        it goes on.
+        """
         return tuple(
             here if self.ends[position] == position else (0, here[0], here[1] + here[2])
             for position, here in enumerate(ways)

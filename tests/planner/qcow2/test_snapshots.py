@@ -26,7 +26,6 @@ from planner.source import Bytes
 from tests.images.builder import ImageBuilder
 from tests.planner.answers import refusal
 
-u16 = st.integers(0, (1 << 16) - 1)
 u32 = st.integers(0, (1 << 32) - 1)
 u64 = st.integers(0, (1 << 64) - 1)
 snapshots = st.builds(
