@@ -4,7 +4,8 @@ To be read by whoever wants to know what is left to a process that was taken ove
 are all of it, and `instarfs.daemon.seccomp` makes filters of them and knows no call by name. They
 were measured, under all tests with mounts; what other versions of glibc and Python do instead is
 there too. Where the number of a call says too little, its arguments are judged: an argument is an
-int of the kernel's, or flags within its lower half; what a pointer leads to no filter can see.
+int of the kernel's, or flags within its lower half. What a pointer leads to no filter can see, so
+no call is here of which that says how a file is opened, as of openat2(2).
 """
 
 from __future__ import annotations
@@ -62,10 +63,14 @@ _IOCTLS = (0x5401, 0x802C542A, 0x5451)
 _PUNCH = 0x3
 # linux/prctl.h: PR_SET_NAME, PR_SET_VMA (a name, too)
 _NAMES = (15, 0x53564D41)
+# linux/fcntl.h: AT_EMPTY_PATH | AT_STATX_DONT_SYNC
+_STATX_FLAGS = 0x1000 | 0x4000
 _O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 
-_READING = Only(2, (0,), os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | _O_TMPFILE)
+_READING = Only(2, (os.O_RDONLY,), os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | _O_TMPFILE)
 """Of openat(2)."""
+_WRITING = Only(2, (os.O_RDONLY, os.O_RDWR), os.O_ACCMODE | os.O_TRUNC | _O_TMPFILE)
+"""Not the fourth way (O_ACCMODE), by which devices are opened and Landlock asks for no right."""
 _OWN_MEMORY = (Only(0, (0,)), Only(1, (resource.RLIMIT_DATA,)))
 """Of prlimit64(2). With another limit on core dumps it could have itself collected."""
 
@@ -117,8 +122,8 @@ _TO_RUN = (
     _call("fstat", 5, 80),
     _call("readlink", 89, None),
     _call("readlinkat", 267, 78),
-    # Looked at without entering a mount. How it opens is behind a pointer: only Landlock judges it.
-    _call("openat2", 437, 437),
+    # Whether something is mounted on a name, of what was looked at; nobody is asked.
+    _call("statx", 332, 291, Only(2, (_STATX_FLAGS,)), Only(3, (0,))),
 )
 """What both do."""
 
@@ -193,7 +198,7 @@ _OF_READING_BROKER = (_call("openat", 257, 56, _READING),)
 
 _OF_WRITING_BROKER = (
     # An undo file is made with mode 0600, and nothing is cut. Files go, directories do not.
-    _call("openat", 257, 56, Only(2, (0,), os.O_TRUNC | _O_TMPFILE), Only(3, (0, 0o600), ANY_BIT)),
+    _call("openat", 257, 56, _WRITING, Only(3, (0, 0o600))),
     _call("unlinkat", 263, 35, Only(2, (0,))),
     _call("fsync", 74, 82),
 )

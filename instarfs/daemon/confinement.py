@@ -106,6 +106,7 @@ class Confinement:
         self._capabilities, self._allowed = capabilities, allowed
         self._stack = ExitStack()
         self._kept: list[tuple[int, Right]] = []
+        self._is_filtered = False
 
     @classmethod
     def of_daemon(cls, image: Image, followed: Sequence[str] = ()) -> Self:
@@ -159,8 +160,8 @@ class Confinement:
             "capabilities": self._drop_capabilities,
             "new privileges": rule_out_new_privileges,
             "files": self._restrict,
-            "openings that empty a file": _require_rule_on_cutting,
             "system calls": self._deny_calls,  # the last: what it takes to get here is among them
+            "openings that empty a file": self._require_rule_on_cutting,
         }
         with self._stack:
             for what, step in steps.items():
@@ -175,6 +176,12 @@ class Confinement:
 
     def _deny_calls(self) -> None:
         seccomp.deny_all_but(self._allowed(os.getpid()))
+        self._is_filtered = True
+
+    def _require_rule_on_cutting(self) -> None:
+        """No filter lets O_TRUNC pass. Before Linux 6.2 Landlock does where a file may be read."""
+        if not self._is_filtered and 1 <= landlock_version() < _CUTTING_SINCE:
+            raise OSError(errno.ENOSYS, "this kernel's Landlock has no rule on them")
 
     def _restrict(self) -> None:
         """Landlock: everything that this kernel knows of is ruled out but what is kept."""
@@ -206,12 +213,6 @@ def _wait_until_alone() -> None:
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "they were there before")
             time.sleep(_POLL_SECONDS)
-
-
-def _require_rule_on_cutting() -> None:
-    """Before Linux 6.2 whoever may read a file may open it with O_TRUNC, for all that it says."""
-    if 1 <= landlock_version() < _CUTTING_SINCE:
-        raise OSError(errno.ENOSYS, "this kernel's Landlock has no rule on them")
 
 
 def _libraries() -> Iterator[str]:

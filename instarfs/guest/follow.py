@@ -18,23 +18,13 @@ from typing import Self
 
 from instarfs.errors import FollowImpossible, reason_of
 from instarfs.image.file import Image, mount_id
-from instarfs.image.linux import (
-    BENEATH,
-    NO_MAGICLINKS,
-    NO_SYMLINKS,
-    NO_XDEV,
-    open_looked_at,
-    openat2,
-)
+from instarfs.image.linux import LOOK, is_mounted, open_looked_at
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 
 FILESYSTEM_TYPE = "fuse.instarfs"
 """What the kernel calls a mount of ours, whoever serves it."""
 
-# Without O_NOFOLLOW: then a link is what stops it.
-_LOOK = os.O_PATH | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-_RESOLVE = NO_MAGICLINKS | NO_SYMLINKS | BENEATH
 
 _SENTENCES = {
     errno.ENOENT: "there is no such file",
@@ -148,7 +138,7 @@ class _Walk:
         """Raises `OSError`, and `NotOpened`."""
         if step in ("", "."):
             # As a directory: what is no such thing has no inside.
-            os.close(openat2(self.fd, ".", _LOOK | os.O_DIRECTORY, _RESOLVE))
+            os.close(os.open(".", LOOK | os.O_DIRECTORY, dir_fd=self.fd))
         elif step == "..":
             if len(self._way) < 2:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -158,17 +148,21 @@ class _Walk:
             self._way.append(self._next(step))
 
     def _next(self, step: str) -> int:
+        fd = os.open(step, LOOK, dir_fd=self.fd)
         try:
-            return openat2(self.fd, step, _LOOK, _RESOLVE | NO_XDEV)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-        # Something is mounted there. A look at its root asks nobody yet.
-        fd = openat2(self.fd, step, _LOOK, _RESOLVE)
-        if not self._enters_mounts and _is_ours(fd):
+            self._require_enterable(fd)
+        except BaseException:
             os.close(fd)
-            raise NotOpened("it is in a mount of instarfs, which a mount does not follow")
+            raise
         return fd
+
+    def _require_enterable(self, fd: int) -> None:
+        # A look at the root of a mount asks nobody yet. Where it is not told whether this is one,
+        # it may be.
+        if not self._enters_mounts and is_mounted(fd) is not False and _is_ours(fd):
+            raise NotOpened("it is in a mount of instarfs, which a mount does not follow")
+        if stat.S_ISLNK(os.fstat(fd).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
     def __enter__(self) -> Self:
         return self

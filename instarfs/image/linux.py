@@ -3,23 +3,23 @@
 All that is called by `ctypes` is here, and nothing of what it is called for. What fails raises
 OSError with the kernel's own number.
 
-By openat2(2) a name is looked at that nobody is asked for: what stands under it is not opened
-(O_PATH), no link is followed, and where something is mounted on it that is not entered: whoever
-serves it need not answer, and may be the one who looks.
+A name is looked at so that nobody is asked: what stands under it is not opened (O_PATH), no link is
+followed, and where something is mounted on it that is told apart without a word to whoever serves
+it, who need not answer, and may be the one who looks. What a process of a mount opens, it opens by
+openat(2): the flags of openat2(2) are behind a pointer, where no filter of system calls sees them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import signal
 import struct
 from collections.abc import Callable
 
-NO_XDEV, NO_MAGICLINKS, NO_SYMLINKS, BENEATH = 0x01, 0x02, 0x04, 0x08
-"""RESOLVE_* of linux/openat2.h."""
+# RESOLVE_NO_SYMLINKS of linux/openat2.h
+_NO_SYMLINKS = 0x04
 
 LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -29,6 +29,8 @@ _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
 # linux/fcntl.h, linux/mount.h
 _AT_FDCWD, _NOSYMFOLLOW = -100, 0x0020_0000
+# linux/fcntl.h: AT_EMPTY_PATH, AT_STATX_DONT_SYNC; linux/stat.h: STATX_ATTR_MOUNT_ROOT
+_OF_DESCRIPTOR, _ASKING_NOBODY, _MOUNT_ROOT = 0x1000, 0x4000, 0x2000
 # linux/falloc.h
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 # linux/prctl.h
@@ -71,6 +73,21 @@ _add_rule = _system_call(_int, _int, _bytes, _uint)
 _restrict_self = _system_call(_int, _uint)
 
 
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("before", ctypes.c_uint64),
+        ("attributes", ctypes.c_uint64),
+        ("between", ctypes.c_uint64 * 5),
+        ("known_attributes", ctypes.c_uint64),
+        ("after", ctypes.c_uint64 * 24),
+    )
+
+
+_statx = getattr(_libc, "statx", None)
+if _statx is not None:
+    _statx.argtypes = (_int, _bytes, _int, _uint, ctypes.POINTER(_Statx))
+
+
 def _checked(result: int) -> int:
     """What a call gave, or the error that it left."""
     if result < 0:
@@ -82,16 +99,9 @@ def _checked(result: int) -> int:
 # ---- files ----
 
 
-@functools.cache
-def _how(flags: int, resolve: int) -> _OpenHow:
-    """There are few of them, and a mount looks at its image for every answer."""
-    return _OpenHow(flags, 0, resolve)
-
-
 def openat2(directory: int, name: str, flags: int, resolve: int) -> int:
-    """A new descriptor. Raises OSError; EXDEV is what *resolve* rules out."""
-    how = _how(flags, resolve)
-    name_ = os.fsencode(name)
+    """A new descriptor. Raises OSError."""
+    how, name_ = _OpenHow(flags, 0, resolve), os.fsencode(name)
     return _checked(_openat2(_OPENAT2, directory, name_, how, ctypes.sizeof(how)))
 
 
@@ -101,7 +111,7 @@ def open_without_links(path: bytes, flags: int) -> int:
     Kernels without openat2 see a link in its last part alone.
     """
     try:
-        return openat2(_AT_FDCWD, os.fsdecode(path), flags, NO_SYMLINKS)
+        return openat2(_AT_FDCWD, os.fsdecode(path), flags, _NO_SYMLINKS)
     except OSError as error:
         if error.errno not in _NOT_THERE:
             raise
@@ -111,16 +121,39 @@ def open_without_links(path: bytes, flags: int) -> int:
 def look(directory: int, name: str, *, across: bool = False) -> int:
     """An O_PATH descriptor of what stands under *name* in *directory*, be it a link.
 
-    Raises OSError, with EXDEV where something is mounted there, unless *across* is said. Kernels
-    without openat2 enter that.
+    *name* is a name, no path. Raises OSError, with EXDEV where something is mounted there, unless
+    *across* is said. Where that is not told (see `is_mounted`) it is looked at.
     """
-    if not across:
-        try:
-            return openat2(directory, name, LOOK, NO_XDEV)
-        except OSError as error:
-            if error.errno not in _NOT_THERE:
-                raise
-    return os.open(name, LOOK, dir_fd=directory)
+    fd = os.open(name, LOOK, dir_fd=directory)
+    try:
+        if not across:
+            _require_not_mounted(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_not_mounted(fd: int) -> None:
+    if is_mounted(fd):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+def is_mounted(fd: int) -> bool | None:
+    """Whether what was looked at is mounted there, and not what is beneath: statx(2).
+
+    None where that is not told: before Linux 5.8, or by an old C library. Raises OSError.
+    """
+    if _statx is None:
+        return None
+    told = _Statx()
+    try:
+        _checked(_statx(fd, b"", _OF_DESCRIPTOR | _ASKING_NOBODY, 0, told))
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
+    return bool(told.attributes & _MOUNT_ROOT) if told.known_attributes & _MOUNT_ROOT else None
 
 
 def look_at(directory: int, name: str, *, across: bool = False) -> os.stat_result:

@@ -40,7 +40,6 @@ FOLLOWED = IMAGE.with_name("followed") / "base"
 LISTENER = str(IMAGE.with_name("listener"))
 UNDO = IMAGE.with_name(f"{IMAGE.name}.instarfs-undo")
 
-AT_FDCWD = -100
 PROC_KCORE = "/proc/kcore"
 NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 DATAGRAMS = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)  # as the log has one
@@ -171,12 +170,14 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
         NEIGHBOUR.name, os.O_RDONLY, directory=image.directory
     ),
     "write-neighbour": lambda: open_and_close(NEIGHBOUR, os.O_WRONLY),
-    "write-neighbour-by-openat2": lambda: os.close(openat2(AT_FDCWD, str(NEIGHBOUR), os.O_RDWR, 0)),
-    "write-neighbour-by-descriptor": lambda: os.close(
-        openat2(image.directory, NEIGHBOUR.name, os.O_RDWR, 0)
+    "open-neighbour-for-neither": lambda: open_and_close(NEIGHBOUR, os.O_ACCMODE),
+    "open-a-device-for-neither": lambda: open_and_close("/dev/full", os.O_ACCMODE),
+    "open-by-openat2": lambda: os.close(openat2(image.directory, ".", os.O_PATH, 0)),
+    "write-neighbour-by-descriptor": lambda: open_and_close(
+        NEIGHBOUR.name, os.O_RDWR, directory=image.directory
     ),
-    "make-neighbour-by-openat2": lambda: os.close(
-        openat2(image.directory, "new.qcow2", os.O_RDWR | os.O_CREAT, 0)
+    "make-neighbour-by-descriptor": lambda: open_and_close(
+        "new.qcow2", os.O_RDWR | os.O_CREAT, directory=image.directory
     ),
     "cut-neighbour": lambda: os.truncate(NEIGHBOUR, 0),
     "open-neighbour-to-all": lambda: NEIGHBOUR.chmod(0o666),
@@ -190,16 +191,14 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "take-neighbour-for-undo-file": lambda: UNDO.hardlink_to(NEIGHBOUR),
     "link-neighbour-for-undo-file": lambda: UNDO.symlink_to(NEIGHBOUR),
     "list-followed": lambda: list(FOLLOWED.parent.iterdir()),
-    "write-its-own-memory": lambda: os.close(openat2(AT_FDCWD, "/proc/self/mem", os.O_RDWR, 0)),
+    "write-its-own-memory": lambda: open_and_close("/proc/self/mem", os.O_RDWR),
     "read-environment-of-its-parent": Path(f"/proc/{os.getppid()}/environ").read_bytes,
     "open-what-its-parent-has-open": lambda: open_and_close(
         Path(f"/proc/{os.getppid()}/fd/0"), os.O_RDONLY
     ),
     "enter-root-of-its-parent": lambda: list(Path(f"/proc/{os.getppid()}/root").iterdir()),
-    "write-followed": lambda: os.close(openat2(AT_FDCWD, str(FOLLOWED), os.O_RDWR, 0)),
-    "empty-followed": lambda: os.close(
-        openat2(AT_FDCWD, str(FOLLOWED), os.O_RDONLY | os.O_TRUNC, 0)
-    ),
+    "write-followed": lambda: open_and_close(FOLLOWED, os.O_RDWR),
+    "empty-followed": lambda: open_and_close(FOLLOWED, os.O_TRUNC),
     "connect-to-a-listener": lambda: DATAGRAMS.connect(LISTENER),
     "send-a-descriptor": lambda: socket.send_fds(
         DATAGRAMS, [b"?"], [image.fileno()], address=LISTENER

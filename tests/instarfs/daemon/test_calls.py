@@ -33,10 +33,9 @@ FOR_SOME = {
 }
 """What one process needs and another has no use for."""
 
-# What openat2 opens and how, the filter cannot see: that is Landlock's.
 FOR_ALL = {
     "open-to-read", "stat", "thread", "memory", "close", "wait-a-moment", "own-signal", "receive",
-    "where-a-link-leads", "change-its-name", "openat2-to-write",
+    "where-a-link-leads", "change-its-name", "is-it-mounted",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from instarfs.daemon import confinement
 from instarfs.daemon.confinement import Confinement
 from instarfs.image.file import Image
+from instarfs.image.linux import is_mounted
 
 WHO = sys.argv[1]
 MACHINE = os.uname().machine
@@ -82,11 +83,6 @@ def openat(flags: int, mode: int = 0, path: bytes = name) -> Callable[[], object
     return lambda: os.close(raw(number_of(257, 56), AT_FDCWD, path, flags, mode))
 
 
-def openat2_to_write() -> None:
-    how = struct.pack("=QQQ", os.O_RDWR, 0, 0)
-    os.close(raw(437, AT_FDCWD, name, how, len(how)))
-
-
 def in_a_thread() -> None:
     thread = threading.Thread(target=SIGNALLED.is_set)
     try:
@@ -123,6 +119,7 @@ def set_capabilities() -> None:
     raw(number_of(126, 91), struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
 
+HOW_TO_READ = struct.pack("=QQQ", os.O_RDONLY, 0, 0)
 PUNCH, RENAME_EXCHANGE = 3, 2
 THREAD, NEW_USER, NEW_PID, NEW_NET = 0x3D0F00, 0x10000000, 0x20000000, 0x40000000
 X32 = 0x40000000
@@ -150,7 +147,7 @@ WORKS: dict[str, Callable[[], object]] = {
     "what-file-system": lambda: os.statvfs(folder_fd),
     "change-its-name": call(157, 167, 15, b"another"),
     "open-to-write": openat(os.O_RDWR),
-    "openat2-to-write": openat2_to_write,
+    "is-it-mounted": lambda: is_mounted(folder_fd),
     "make-undo": openat(os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600, os.fsencode(undo)),
     "remove-undo": lambda: os.unlink("undo", dir_fd=folder_fd),
     "send-descriptor": lambda: socket.send_fds(its, [b"?"], [image.fileno()]),
@@ -175,6 +172,11 @@ NEVER: dict[str, Callable[[], object]] = {
     "set-times-of-descriptor": lambda: os.utime(writable, (1, 1)),
     "truncate": lambda: os.truncate(target, 1),
     "open-to-cut": openat(os.O_WRONLY | os.O_TRUNC),
+    "open-to-write-alone": openat(os.O_WRONLY),
+    "open-for-neither": openat(os.O_ACCMODE),
+    "open-as-is-said-elsewhere": call(437, 437, AT_FDCWD, name, HOW_TO_READ, len(HOW_TO_READ)),
+    "look-and-have-somebody-asked": call(332, 291, folder_fd, b"", 0x1000, 0, NOTHING),
+    "look-for-times": call(332, 291, folder_fd, b"", 0x5000, 0x7FF, NOTHING),
     "open-without-a-name": openat(os.O_RDWR | os.O_TMPFILE, 0o600, os.fsencode(folder)),
     "make-set-user-id": openat(os.O_WRONLY | os.O_CREAT, 0o4755, there),
     "make-for-all": openat(os.O_WRONLY | os.O_CREAT, 0o666, there),
@@ -300,7 +302,7 @@ NEVER: dict[str, Callable[[], object]] = {
 }
 """What none may do."""
 
-NUMBERS = set(range(424, 480)) - {435, 437, 439}
+NUMBERS = set(range(424, 480)) - {435, 439}
 """Of all calls that came since Linux 5.1, with the same number everywhere, but for the known."""
 NEVER |= {f"call-{number}": call(number, number, *[-1] * 6) for number in NUMBERS}
 if MACHINE == "x86_64":

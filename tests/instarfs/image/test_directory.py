@@ -29,7 +29,7 @@ from instarfs.image.directory import (
     exists,
 )
 from instarfs.image.file import Image
-from instarfs.image.linux import look, look_at
+from instarfs.image.linux import is_mounted, look, look_at
 from instarfs.repair.run import Repairer
 from planner.repair.plan import RepairTier
 from tests.instarfs.daemon.test_broker import attended
@@ -310,13 +310,15 @@ def test_what_is_mounted_on_a_name_is_not_entered(name: str) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
-def test_a_kernel_without_openat2(
+def test_a_kernel_that_does_not_tell_what_is_mounted(
     folder: Path, directory: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
-        raise OSError(code, os.strerror(code))
+        ctypes.set_errno(code)
+        return -1
 
-    monkeypatch.setattr("instarfs.image.linux.openat2", refuse)
+    monkeypatch.setattr("instarfs.image.linux._statx", refuse)
+    assert is_mounted(directory) is None
     assert outcome(OwnHands(OWN), Opening.IMAGE, directory) == (os.O_RDONLY, b"image")
     (folder / IMAGE).unlink()
     (folder / IMAGE).symlink_to(NEIGHBOUR)
