@@ -138,6 +138,11 @@ class Header:
         return self.autoclear_features & ~KNOWN_AUTOCLEAR
 
     @property
+    def known_autoclear(self) -> int:
+        """The autoclear bits that are left when this program writes."""
+        return self.autoclear_features & KNOWN_AUTOCLEAR
+
+    @property
     def external_data(self) -> bool:
         return bool(self.incompatible_features & Incompatible.DATA_FILE)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
-from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR, Header, read_header
+from planner.qcow2.header import AUTOCLEAR_AT, Header, read_header
 from planner.repair.draft import Draft
 from planner.repair.plan import Edit, StageKind
 from planner.repair.scope import Scope
@@ -32,7 +32,6 @@ def clear_unknown_autoclear(scope: Scope) -> None:
 
 def draft_known_autoclear(draft: Draft, header: Header) -> None:
     """Draft that of the autoclear bits of *header* only those that are known stay."""
-    kept = header.autoclear_features & KNOWN_AUTOCLEAR
-    draft.write(StageKind.GUARD, AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+    draft.write(StageKind.GUARD, AUTOCLEAR_AT, header.known_autoclear.to_bytes(8, "big"))
     why = StageKind.GUARD, Structure.HEADER, FindingKind.UNKNOWN_AUTOCLEAR
     draft.explain(lambda: [Edit(*why, AUTOCLEAR_AT, 8, 1)], 1)

@@ -20,7 +20,7 @@ from planner.findings.kinds import NONE, FindingKind, Structure
 from planner.findings.wording import plural
 from planner.qcow2.bitmaps import IN_USE, Bitmap, encode_bitmap, list_bitmaps
 from planner.qcow2.extensions import BITMAPS, EXTENSION_BYTES, Extension, encode_extensions
-from planner.qcow2.header import AUTOCLEAR_AT, KNOWN_AUTOCLEAR, Autoclear
+from planner.qcow2.header import AUTOCLEAR_AT, Autoclear
 from planner.qcow2.names import quoted
 from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
@@ -170,7 +170,7 @@ def _remove_extension(scope: Scope) -> None:
 def _set_autoclear(scope: Scope, stage: StageKind, *, vouched: bool) -> None:
     """Whether the image says that its bitmaps are of the disk as it is."""
     # Those that are not known go before, and must not come back.
-    known = scope.layout.header.autoclear_features & KNOWN_AUTOCLEAR
+    known = scope.layout.header.known_autoclear
     bits = known & ~int(Autoclear.BITMAPS)
     bits |= int(Autoclear.BITMAPS) if vouched else 0
     if known == bits and not scope.draft.has(StageKind.PREPARE):

@@ -18,7 +18,7 @@ from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.regions import Regions, join_regions
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
-from planner.qcow2.header import KNOWN_AUTOCLEAR, Autoclear, Header, read_header
+from planner.qcow2.header import Autoclear, Header, read_header
 from planner.qcow2.snapshots import Snapshots
 from planner.repair.overlay import Overlay
 from planner.repair.plan import (
@@ -165,7 +165,7 @@ def _require_nothing_worse(before: Report, after: Report, kept: int) -> None:
 def _require_same_header(source: Source, plan: Plan) -> None:
     was, would_be = read_header(source), read_header(Overlay(source, plan))
     if not plan.changes_nothing:
-        was = replace(was, autoclear_features=was.autoclear_features & KNOWN_AUTOCLEAR)
+        was = replace(was, autoclear_features=was.known_autoclear)
     if plan.tier is RepairTier.BITMAPS:
         was, would_be = (_without_bitmaps(header) for header in (was, would_be))
     may_change = _MAY_CHANGE | _MAY_CHANGE_TOO.get(plan.tier, set())

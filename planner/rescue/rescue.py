@@ -1,9 +1,8 @@
 """What a rescue brings back, as one value: what was found, the plan, and the proof of it.
 
-What is lost is found elsewhere in `planner.rescue`; here it becomes stages in an order of which no
-crash leaves an image that reads otherwise than before or after: the header first, if that is gone;
-then the tables that no entry leads to; then refcounts that are lost, too, by the census of what was
-put back.
+What is lost is found elsewhere in `planner.rescue`; here it is put together step by step, each on
+the image as those before leave it: the header first, if that is gone; then the tables that no entry
+leads to; then refcounts that are lost, too, by the census of what was put back.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
 from planner.findings.kinds import FindingKind, Structure
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
-from planner.qcow2.header import (
-    AUTOCLEAR_AT,
-    FEATURES_AT,
-    KNOWN_AUTOCLEAR,
-    Header,
-    Incompatible,
-)
+from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
 from planner.repair.autoclear import draft_known_autoclear
 from planner.repair.draft import Draft
@@ -39,6 +32,7 @@ from planner.rescue.disk_size import DiskSize, disk_size
 from planner.rescue.headers import find_headers, find_moved_l1, mapping_all
 from planner.rescue.hypotheses import Found, Hypothesis
 from planner.rescue.opening import has_no_table, leave_out, why_refused
+from planner.rescue.order import draft_header, in_order, then
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.scanned import Scanned
@@ -138,8 +132,8 @@ def rescue(
     result = find(cleared, check_image(cleared, progress=progress))
     if result.plan.changes_nothing:
         return replace(result, before=before, after=before)
-    plan = _then(draft.plan(RescueTier.RESCUE), result.plan)
-    return replace(result, plan=_in_order(source, plan, before), before=before)
+    plan = then(draft.plan(RescueTier.RESCUE), result.plan)
+    return replace(result, plan=in_order(source, plan, before), before=before)
 
 
 def _rescue(source: Source, before: Report, means: _Means) -> Rescue:
@@ -286,7 +280,7 @@ def _with_snapshots(
 
 def _followed(source: Source, ground: _Ground, plan: Plan, after: Report) -> _Ground:
     """*ground* and then *plan*, of which *after* is the check."""
-    plan = _then(ground.plan, plan)
+    plan = then(ground.plan, plan)
     return replace(ground, plan=plan, image=Overlay(source, plan), report=after)
 
 
@@ -340,7 +334,7 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
         ground = _followed(source, ground, plan, ground.report)
         ground = replace(ground, report=check_image(ground.image, progress=means.progress))
     result = Rescue(
-        _in_order(source, ground.plan, ground.before),
+        in_order(source, ground.plan, ground.before),
         ground.headers,
         ground.before,
         ground.report,
@@ -415,51 +409,6 @@ def _settled(source: Source, ground: _Ground, plan: Plan, means: _Means) -> _Gro
     return _followed(source, ground, plan, after)
 
 
-def _then(plan: Plan, more: Plan) -> Plan:
-    """*plan*, and then *more*, which was made of what it leaves."""
-    return replace(
-        plan,
-        stages=(*plan.stages, *more.stages),
-        size_after=more.size_after,
-        edits=(*plan.edits, *more.edits),
-        edit_count=plan.edit_count + more.edit_count,
-    )
-
-
-def _in_order(source: Source, plan: Plan, before: Report) -> Plan:
-    """*plan*, which was made step by step, with each kind of stage once, and in their order.
-
-    What is raised comes before what will refer to it. Where there is no header before, nobody reads
-    anything else until there is one: that comes last, and when it is taken back, first.
-    """
-    draft, last = Draft(source), Overlay(source, plan)
-    draft.size = plan.size_after
-    kinds = [stage.kind for stage in plan.stages]
-    if StageKind.GUARD in kinds[1:] and kinds[0] is not StageKind.GUARD:
-        _draft_guard(draft, before)
-    for number, stage in enumerate(plan.stages):
-        if before.error is None:
-            # The guard of a later step holds what an earlier one pointed the header at.
-            is_later = number > 0 and stage.kind is StageKind.GUARD
-            kind = StageKind.SWITCH if is_later else stage.kind
-            draft.write_tables(kind, stage.sectors * SECTOR, stage.after)
-            continue
-        is_header = stage.sectors == 0
-        for kind, mine in ((StageKind.PREPARE, ~is_header), (StageKind.SWITCH, is_header)):
-            draft.write_tables(kind, stage.sectors[mine] * SECTOR, stage.after[mine])
-    # Where a step that comes later now had come first, its sectors are what they are in the end.
-    made = draft.plan(plan.tier)
-    for stage in made.stages:
-        rows = np.empty_like(stage.after)
-        for part, content in read_tables(last, stage.sectors * SECTOR, SECTOR):
-            rows[part] = content
-        later = [each.sectors for each in made.stages if each.kind > stage.kind]
-        final = ~np.isin(stage.sectors, np.concatenate([*later, stage.sectors[:0]]))
-        draft.write_tables(stage.kind, stage.sectors[final] * SECTOR, rows[final])
-    ordered = draft.plan(plan.tier)
-    return replace(ordered, edits=plan.edits, edit_count=plan.edit_count)
-
-
 def _tables_under(source: Source, report: Report, means: _Means) -> Placed | None:
     """The tables without a place, under a header that makes sense; None where there are none."""
     if report.error is not None or report.mismatches is None:
@@ -469,31 +418,6 @@ def _tables_under(source: Source, report: Report, means: _Means) -> Placed | Non
 
 
 # ---- the header ----
-
-
-def draft_header(draft: Draft, header: Hypothesis, before: Report) -> None:
-    """The bytes of *header*, with the sector last that makes it an image, or another one, at once.
-
-    Autoclear bits that are not known do not come with it: whoever writes clears them.
-    One that can be read as it is, by *before*, is marked corrupt while it has parts of both.
-    """
-    content = header.content
-    if header.header.unknown_autoclear:
-        known = header.header.autoclear_features & KNOWN_AUTOCLEAR
-        end = AUTOCLEAR_AT + 8
-        content = content[:AUTOCLEAR_AT] + known.to_bytes(8, "big") + content[end:]
-    fields, rest = content[:SECTOR], content[SECTOR:]
-    if rest:
-        _draft_guard(draft, before)
-        draft.write(StageKind.PREPARE, SECTOR, rest)
-    draft.write(StageKind.SWITCH, 0, fields)
-
-
-def _draft_guard(draft: Draft, before: Report) -> None:
-    """Mark the header corrupt, where one can be read that has a bit for it."""
-    if before.layout is not None and before.layout.header.version >= 3:
-        bits = before.layout.header.incompatible_features | int(Incompatible.CORRUPT)
-        draft.write(StageKind.GUARD, FEATURES_AT, bits.to_bytes(8, "big"))
 
 
 _WAYOUT = (
@@ -611,7 +535,7 @@ def _with_refcounts(
         )
     except RepairError:
         return plan, after
-    return _then(plan, more.plan), more.after
+    return then(plan, more.plan), more.after
 
 
 # ---- the proof ----

@@ -14,7 +14,8 @@ from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RescueTier, StageKind
 from planner.rescue.hypotheses import Hypothesis
-from planner.rescue.rescue import Rescue, draft_header, rescue
+from planner.rescue.order import draft_header
+from planner.rescue.rescue import Rescue, rescue
 from planner.source import SECTOR, Bytes, present_bytes, read_bytes
 from tests.images.builder import Image, ImageBuilder
 from tests.instarfs.repair.test_run import healthy
