@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from instarfs.errors import DOMAIN_ERRORS, ReadCancelled
+from instarfs.errors import DOMAIN_ERRORS, ImageNotFollowed, ReadCancelled
 from planner.errors import Cancelled
 from planner.progress import Progress, tell_nobody, unless
 
@@ -160,7 +160,8 @@ class Value(Generic[T]):
         except Cancelled:
             pass  # run.edition stays None
         except Exception as error:  # noqa: BLE001 - it is raised again in every reader
-            if isinstance(error, DOMAIN_ERRORS):
+            # What has taken the image's place is told by who has looked.
+            if isinstance(error, DOMAIN_ERRORS) and not isinstance(error, ImageNotFollowed):
                 log.warning("%s", str(error))  # not the error: it holds on to what it came out of
             run.error = error
         finally:

@@ -9,6 +9,7 @@ inspector's business.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -16,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from instarfs.errors import ImageReplaced, InstarfsError
+from instarfs.errors import ImageNotFollowed, ImageReplaced, InstarfsError
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Generation, Image, Signature, WouldBlock
 from instarfs.image.rwlock import Sharing
@@ -32,6 +33,8 @@ from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import SIGNED_MAX
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Subject:
@@ -50,6 +53,7 @@ class Subject:
         # The image itself, not its inode number: that of a file which is gone goes to another.
         self._reviewed = weakref.ref(image)
         self._let_go: list[Callable[[], None]] = []
+        self._told = ""
         self._size: tuple[Generation | None, int] = (None, 0)
         # One that waits for a disk that does not answer is enough.
         self._reading_header = trio.CapacityLimiter(1)
@@ -143,11 +147,24 @@ class Subject:
     def _look_closely(self) -> Generation:
         if self.ask(self.image.is_replaced):
             # The old one is closed, and its disk space free, when the last thread that reads it
-            # lets go of it. To open another takes its time, wherever that is.
-            self.image = self._asker.ask(self.image.reopen, at_once=False)
+            # lets go of it.
+            self.image = self._reopened()
             for let_go in self._let_go:
                 let_go()
-        return self.ask(self.image.generation)
+        generation = self.ask(self.image.generation)
+        self._told = ""
+        return generation
+
+    def _reopened(self) -> Image:
+        try:
+            # Takes its time, wherever that is.
+            return self._asker.ask(self.image.reopen, at_once=False)
+        except ImageNotFollowed as error:
+            # Whoever reads gets an errno; and everything that is read asks anew.
+            if self._told != str(error):
+                self._told = str(error)
+                log.warning("%s", self._told)
+            raise
 
     # ---- the length of the guest's disk ----
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,30 @@ def test_where_there_is_no_image_the_last_one_is_told_of(subject: Subject, path:
     for look in (subject.look, subject.checked_state, subject.to_repair):
         with pytest.raises(ImageNotFollowed):
             look()
+
+
+def test_what_takes_the_place_of_the_image_is_told_once_while_it_stays(
+    subject: Subject, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = path.rename(path.with_name("away"))
+    replacements: tuple[tuple[str, Callable[[], object], Callable[[], object]], ...] = (
+        ("a symbolic link", lambda: path.symlink_to(away), path.unlink),
+        ("a directory", path.mkdir, path.rmdir),
+    )
+    for kind, make, remove in replacements:
+        for _ in range(2):
+            make()
+            for _ in range(3):
+                with pytest.raises(ImageNotFollowed):
+                    subject.look()
+            (record,) = caplog.records
+            assert f"what is there now is {kind}" in record.getMessage()
+            caplog.clear()
+            remove()
+            away.rename(path)
+            subject.look()
+            path.rename(away)
+    assert not caplog.records
 
 
 def test_a_writer_makes_another_moment_of_the_same_bytes(subject: Subject, path: Path) -> None:
