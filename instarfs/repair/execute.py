@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from instarfs.errors import (
+    DOMAIN_ERRORS,
     NO_SPACE,
     ImageChanged,
     ImageReadFailed,
@@ -26,10 +27,12 @@ from instarfs.errors import (
     PutBackFailed,
     RepairCancelled,
     RepairNoSpace,
+    RepairUnproven,
     RepairWriteFailed,
     TrimCancelled,
     TrimFailed,
     TrimUnsupported,
+    UndoFileFailed,
     reason_of,
 )
 from instarfs.image.linux import punch_hole
@@ -297,8 +300,28 @@ def _put_back_steps(
     try:
         _undo_steps(device, plan, steps, _differs_from_before)
     except OSError as error:
-        reason = reason_of(cause) if isinstance(cause, OSError) else type(cause).__name__
-        raise PutBackFailed(device.name, reason, reason_of(error)) from cause
+        raise PutBackFailed(device.name, _why(cause), reason_of(error)) from cause
+
+
+# Of these the sentence says that all was put back.
+_CAUSES = {
+    RepairCancelled: "it was cancelled",
+    RepairUnproven: "the image was not what had been proven",
+    MemoryError: "too little memory",
+}
+
+
+def _why(cause: BaseException) -> str:
+    """What a repair ended by, in a few words."""
+    if isinstance(cause, OSError):
+        return reason_of(cause)
+    if isinstance(cause, UndoFileFailed):
+        return f"its undo file: {cause.reason}"
+    if isinstance(cause, tuple(_CAUSES)):
+        return next(words for kind, words in _CAUSES.items() if isinstance(cause, kind))
+    if isinstance(cause, DOMAIN_ERRORS):
+        return str(cause)
+    return type(cause).__name__ if isinstance(cause, Exception) else "a signal"
 
 
 def _undo_steps(device: Device, plan: Plan, steps: Sequence[_Step], choose: _Choose) -> None:

@@ -19,10 +19,13 @@ from instarfs.errors import (
     PutBackFailed,
     RepairCancelled,
     RepairNoSpace,
+    RepairUnproven,
     RepairWriteFailed,
     TrimCancelled,
     TrimFailed,
     TrimUnsupported,
+    UndoFileFailed,
+    UndoFileFull,
 )
 from instarfs.repair.execute import (
     MAX_WRITE_SECTORS,
@@ -33,6 +36,7 @@ from instarfs.repair.execute import (
     require_remnant,
     take_back,
 )
+from planner.errors import Cancelled
 from planner.progress import unless
 from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
@@ -277,6 +281,29 @@ def test_where_putting_back_fails_the_error_says_so_and_the_plan_can_be_taken_ba
     device.fail = once(-1, EIO)
     take_back(device, plan)
     assert bytes(device.content) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (UndoFileFull("u", "No space left on device"), "its undo file: No space left on device"),
+        (UndoFileFailed("u", "Stale file handle"), "its undo file: Stale file handle"),
+        (RepairCancelled("i"), "it was cancelled"),
+        (Cancelled(), "cancelled"),
+        (RepairUnproven("i"), "the image was not what had been proven"),
+        (MemoryError(), "too little memory"),
+        (KeyboardInterrupt(), "a signal"),
+        (SystemExit(), "a signal"),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_what_a_repair_ended_by_is_said_in_words(cause: BaseException, words: str) -> None:
+    plan = every_stage()
+    device = MemoryDevice(bytearray(outcome_of(CONTENT, plan)), fail=from_then_on(0, EIO))
+    with pytest.raises(PutBackFailed) as caught:
+        put_back(device, plan, cause)
+    assert f"ended early ({words}), and putting" in str(caught.value)
 
 
 def test_on_a_full_disk_nothing_is_put_back_into_holes() -> None:
