@@ -41,7 +41,7 @@ class Room(Enum):
     READ_ONLY = auto()
     """Nobody, or not this user, can make files in its folder."""
     FULL = auto()
-    """There is no space for a copy of it."""
+    """There is no space for a copy of it, or no more files can be made."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,11 @@ from instarfs.repair.undo_place import UndoPlace
 
 FUSE = "/dev/fuse"
 
+FILES = 16
+"""So many can be made where there is room beside an image: a copy, an undo file, what is lost."""
+UNDO_BYTES = 256 << 10
+"""What an undo file takes, mostly."""
+
 
 def look_around(image: Image) -> Surroundings:
     """What is around *image*."""
@@ -41,12 +46,18 @@ def _room(image: Image) -> Room:
         return Room.DEVICE
     if not _may_write(image, "."):
         return Room.READ_ONLY
+    return Room.BESIDE if _has_room(image, image.allocated_size(), FILES) else Room.FULL
+
+
+def _has_room(image: Image, size: int, files: int) -> bool:
+    """Whether *files* of *size* bytes altogether can be beside it, as far as is told."""
     try:
         there = os.fstatvfs(image.directory)
     except OSError:
-        return Room.BESIDE
-    needed = image.allocated_size()
-    return Room.BESIDE if there.f_bavail * there.f_frsize >= needed else Room.FULL
+        return True
+    # Where none are counted, as in btrfs, their number has no end.
+    has_files = not there.f_files or there.f_favail >= files
+    return has_files and there.f_bavail * there.f_frsize >= size
 
 
 def _may_write(image: Image, name: str) -> bool:
@@ -70,7 +81,9 @@ def _keeps_undo(image: Image, room: Room) -> bool:
         return False
     try:
         with UndoPlace.beside(image) as place:
-            return place.is_taken() or not place.other_names()
+            if place.is_taken():
+                return True
+            return not place.other_names() and _has_room(image, UNDO_BYTES, 1)
     except OSError:
         return False
 

@@ -16,7 +16,10 @@ import pytest
 
 from tests.mount.mounts import DEADLINE, INSTARFS, environment
 
-_SCRIPT = 'mount -t tmpfs -o "size=$1,mode=700" instarfs-tests "$2" && echo ready && exec cat'
+_SCRIPT = (
+    'mount -t tmpfs -o "size=$1,nr_inodes=$3,mode=700" instarfs-tests "$2" &&'
+    " echo ready && exec cat"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,15 @@ class SmallDisk:
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
-    """A file system of *size* bytes on the new folder *path*, seen by nobody else."""
+def small_disk(path: Path, size: int, files: int = 1000) -> Iterator[SmallDisk]:
+    """A file system on the new folder *path*, seen by nobody else.
+
+    Of *size* bytes, and with at most so many *files*, its own folder among them.
+    """
     path.mkdir()
     identity = [] if os.geteuid() == 0 else ["--map-root-user"]
-    command = ["unshare", "--mount", *identity, "sh", "-c", _SCRIPT, "sh", str(size), str(path)]
+    words = ["sh", "-c", _SCRIPT, "sh", str(size), str(path), str(files)]
+    command = ["unshare", "--mount", *identity, *words]
     program = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -20,10 +20,10 @@ NAME = "an image"
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SmallDisk]:
     image = sample(size=64 * MIB, cluster_bits=12).build()
     DAMAGES["lost-l2-table"](image, random.Random(1))
-    with small_disk(tmp_path / "small", 32 * MIB) as it:
+    with small_disk(tmp_path / "small", 32 * MIB, getattr(request, "param", 1000)) as it:
         (it.outside / NAME).write_bytes(image.data)
         yield it
 
@@ -54,6 +54,19 @@ def test_a_full_disk(disk: SmallDisk) -> None:
     assert first.lines[0].startswith("  # There is no space for a copy beside the image: go to")
     assert "To take that repair back, byte for byte:" in [block.title for block in others]
     assert (disk.outside / NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("disk", [2], indirect=True)
+def test_a_file_system_that_takes_no_more_files(disk: SmallDisk) -> None:
+    (first, *_) = follow(disk)
+    assert first.lines[0].startswith("  # There is no space for a copy beside the image: go to")
+    assert disk.names() == {NAME}
+
+
+def test_a_disk_with_nothing_left(disk: SmallDisk) -> None:
+    disk.fill(left=0)
+    follow(disk)
+    assert disk.names() == {NAME}
 
 
 def test_a_file_system_for_reading_only(disk: SmallDisk) -> None:
