@@ -21,8 +21,11 @@ from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image
+from planner.check.past_end import references_past_end
 from planner.check.report import Report
 from planner.errors import PlannerError, RepairError
+from planner.findings.kinds import FindingKind
+from planner.metadata.cluster_counters import ClusterIndex
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.rescue.headers import find_headers
@@ -180,6 +183,43 @@ def test_placing_tables_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_
     make_guest_bomb(number).write(path)
     with Image.open(str(path)) as image:
         keep_to_the_bounds(partial(rescue, image.source()))
+
+
+def test_a_rescue_costs_no_more_where_an_l1_table_is_a_hole(tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(5_100_015).write(path)
+    with Image.open(str(path)) as image:
+        keep_to_the_bounds(partial(rescue, image.source()), RepairError)
+
+
+def test_tables_of_snapshots_that_lie_over_each_other_are_not_all_read(tmp_path) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(5_100_011).write(path)
+    with Image.open(str(path)) as image:
+        tracemalloc.start()
+        try:
+            rescue(image.source())
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 100 << 20
+
+
+def test_a_hundred_thousand_refcount_blocks_that_are_lost_are_not_asked_about_one_by_one(
+    tmp_path, monkeypatch
+) -> None:
+    asked, ask = [], ClusterIndex.slots_before
+    monkeypatch.setattr(
+        ClusterIndex, "slots_before", lambda *what: asked.append(what) or ask(*what)
+    )
+    path = tmp_path / "bomb.qcow2"
+    make_bomb(5_100_017).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+        assert report.counts()[FindingKind.REFCOUNT_UNREADABLE] > 100_000
+        references_past_end(source, report)
+    assert len(asked) < 1000
 
 
 def test_a_header_is_looked_for_where_an_l1_table_would_be_all_holes(tmp_path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 from instarfs.render.bitmaps import STALE, UNSAVED, bitmaps_json
 from planner.errors import ImageError
-from planner.qcow2.bitmaps import AUTO, IN_USE
+from planner.qcow2.bitmaps import AUTO, IN_USE, Refusal
 from planner.views.bitmap_state import BitmapStates, read_bitmap_states
 from tests.images.corpus.rule import builder, fill
 
@@ -75,3 +76,17 @@ def test_stale_bitmaps_are_called_so() -> None:
 def test_names_stay_inside_the_json() -> None:
     (bitmap,) = shown(made(name='a"\n\x1b'))["bitmaps"]
     assert bitmap["name"] == 'a"\n\x1b'
+
+
+def test_tens_of_thousands_are_rendered_in_bounded_memory() -> None:
+    states = made()
+    broken = replace(states.bitmaps[0], problems=(Refusal("flags", 7, "reserved bits are set"),))
+    many = replace(states, bitmaps=(broken,) * 30_000)
+    tracemalloc.start()
+    try:
+        length = sum(map(len, bitmaps_json(many, is_written=False)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert length > 10_000_000
+    assert peak < 4 << 20
