@@ -101,14 +101,25 @@ def distinct_columns(columns: I64) -> tuple[I64, I64]:
     return ordered[:, first], which
 
 
-def in_order(columns: I64) -> I64:
-    """The columns of a 2-D array, ascending; the same where they are, which takes little to see."""
-    equal: Mask = np.ones(columns.shape[1] - 1, dtype=np.bool_)
-    for row in columns:
-        if (equal & (row[1:] < row[:-1])).any():
-            return columns[:, np.lexsort(columns[::-1])]
-        equal &= row[1:] == row[:-1]
-    return columns
+def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:
+    """The order in which rows of *columns*, equally long, ascend; and, in that order, which differ
+    from the one before. Of long ones one column is copied at a time.
+
+    Where they ascend already, which takes little to see, that order is all of them.
+    """
+    order: I64 | slice = slice(None)
+    equal: Mask = np.ones(max(0, len(columns[0]) - 1), dtype=np.bool_)
+    for column in columns:
+        if (equal & (column[1:] < column[:-1])).any():
+            order = np.lexsort(columns[::-1])
+            break
+        equal &= column[1:] == column[:-1]
+    new = np.zeros(len(columns[0]), dtype=np.bool_)
+    new[:1] = True
+    for column in columns:
+        ordered = column[order]
+        new[1:] |= ordered[1:] != ordered[:-1]
+    return order, new
 
 
 def union(one: I64, other: I64) -> I64:

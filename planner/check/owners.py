@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, expand_ranges, in_order
+from planner.arrays import I64, U64, Mask, expand_ranges, rows_in_order
 from planner.findings.kinds import NONE, Owners, Structure
 from planner.metadata.cluster_counters import ClusterIndex
 from planner.metadata.mapping_tables import L1Entries, L2Tables
@@ -158,9 +158,14 @@ class OwnersFinder:
 
     def result(self) -> Owners:
         """All owners found, by cluster."""
-        columns = [np.concatenate(parts) for parts in zip(*self._rows, strict=True)]
-        order = np.lexsort((columns[4], columns[3], columns[2], columns[1], columns[0]))
-        cluster, structure, snapshot, l1_index, l2_index, index = (c[order] for c in columns)
+        # One column after the other: of a quarter of a million owners each takes two megabytes.
+        parts = [list(each) for each in zip(*self._rows, strict=True)]
+        self._rows = []
+        columns = [np.concatenate(parts.pop(0)) for _ in range(len(parts))]
+        order, _ = rows_in_order(*columns[:5])
+        cluster, structure, snapshot, l1_index, l2_index, index = (
+            columns.pop(0)[order] for _ in range(len(columns))
+        )
         return Owners(
             cluster,
             structure.astype(np.uint8),
@@ -184,16 +189,13 @@ def contested_clusters(owners: Owners, width: int) -> tuple[I64, I64]:
     position = np.where(guest, owners.l1_index * width + owners.l2_index, owners.l1_index)
     own_snapshot = owners.structure == Structure.L1_TABLE
     snapshot = np.where(own_snapshot, owners.snapshot, 0)
-    identity = np.stack((owners.cluster, owners.structure, position, snapshot, owners.index))
-    identity = in_order(identity)
-    new = np.ones(identity.shape[1], dtype=np.bool_)
-    new[1:] = (identity[:, 1:] != identity[:, :-1]).any(axis=0)
-    distinct = identity[:, new]
-    start = np.flatnonzero(np.diff(distinct[0], prepend=NONE))
-    number = np.diff(start, append=distinct.shape[1])
-    plain = np.logical_or.reduceat(distinct[1] != Structure.COMPRESSED, start)
+    order, new = rows_in_order(owners.cluster, owners.structure, position, snapshot, owners.index)
+    cluster, structure = owners.cluster[order][new], owners.structure[order][new]
+    start = np.flatnonzero(np.diff(cluster, prepend=NONE))
+    number = np.diff(start, append=len(cluster))
+    plain = np.logical_or.reduceat(structure != Structure.COMPRESSED, start)
     contested = (number > 1) & plain
-    return distinct[0, start][contested], number[contested]
+    return cluster[start][contested], number[contested]
 
 
 def first_guest_owners(owners: Owners, clusters: I64, width: int) -> I64:

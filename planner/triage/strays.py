@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among, rows_in_order
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables
@@ -169,7 +169,8 @@ def count_owners(report: Report, clusters: I64) -> I64:
     owners = report.owners
     others = np.flatnonzero(~np.isin(owners.structure, (Structure.REFTABLE, Structure.REFBLOCK)))
     columns = (owners.cluster, owners.structure, owners.l1_index, owners.l2_index)
-    one_each = np.unique(np.stack([column[others] for column in columns]), axis=1)[0]
+    order, new = rows_in_order(*(column[others] for column in columns))
+    one_each = owners.cluster[others][order][new]
     low, high = (np.searchsorted(one_each, clusters, side=side) for side in ("left", "right"))
     count: I64 = high - low
     return count
