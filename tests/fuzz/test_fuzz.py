@@ -209,9 +209,12 @@ def test_a_hundred_thousand_refcount_blocks_that_are_lost_are_not_asked_about_on
     tmp_path, monkeypatch
 ) -> None:
     asked, ask = [], ClusterIndex.slots_before
-    monkeypatch.setattr(
-        ClusterIndex, "slots_before", lambda *what: asked.append(what) or ask(*what)
-    )
+
+    def slots_before(index: ClusterIndex, cluster: int) -> int:
+        asked.append(cluster)
+        return ask(index, cluster)
+
+    monkeypatch.setattr(ClusterIndex, "slots_before", slots_before)
     path = tmp_path / "bomb.qcow2"
     make_bomb(5_100_017).write(path)
     with Image.open(str(path)) as image:
