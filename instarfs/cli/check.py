@@ -12,7 +12,7 @@ import click
 
 from instarfs.cli.complaints import Failure, complain, remark
 from instarfs.cli.grammar import ImageName, image_name, image_options
-from instarfs.cli.options import settle_option, undo_file_option
+from instarfs.cli.options import progress_option, quiet_option, settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import (
     DOMAIN_ERRORS,
@@ -64,8 +64,8 @@ _SELF_EVIDENT = ("clean", "unreadable")
 @undo_file_option
 @settle_option
 @click.option("--data", is_flag=True, help="Unpack every compressed cluster, too.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@quiet_option
+@progress_option
 @click.argument(
     "words", metavar="IMAGE...", type=click.Path(readable=False), nargs=-1, required=True
 )

@@ -6,7 +6,13 @@ import click
 
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.known import known, known_options, require_rescue
-from instarfs.cli.options import follow_option, share_option, snapshot_option
+from instarfs.cli.options import (
+    follow_option,
+    progress_option,
+    quiet_option,
+    share_option,
+    snapshot_option,
+)
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
@@ -26,8 +32,8 @@ from planner.progress import unless
     help="The disk as it would be after this repair, or a rescue; nothing else is written.",
 )
 @follow_option
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@progress_option
+@quiet_option
 @known_options
 @share_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))

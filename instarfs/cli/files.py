@@ -8,7 +8,7 @@ import click
 
 from instarfs.cli.complaints import remark
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import follow_option, share_option, snapshot_option
+from instarfs.cli.options import follow_option, progress_option, share_option, snapshot_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, ImageTorn
 from instarfs.guest.files import hit_files
@@ -27,7 +27,7 @@ from planner.triage.triage import Triage, triage_leaks
 @click.command(name="files")
 @snapshot_option
 @follow_option
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@progress_option
 @click.option("-q", "--quiet", is_flag=True, help="Only the list, without a word about it.")
 @share_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))

@@ -35,3 +35,7 @@ snapshot_option = click.option(
     metavar="N",
     help="The disk of this internal snapshot: its number in snapshots/ of a mount, or its name.",
 )
+
+progress_option = click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")

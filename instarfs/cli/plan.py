@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import share_option, undo_file_option
+from instarfs.cli.options import progress_option, share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.render.repair import plan_human, plan_json, refusal_json
 from instarfs.repair.planning import run_plan
@@ -21,7 +21,7 @@ from planner.repair.plan import RepairTier
     default="human",
     help="Text for a reader (the default), or JSON with every change.",
 )
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@progress_option
 @share_option
 @undo_file_option
 @click.argument("tier", type=click.Choice(TIERS))

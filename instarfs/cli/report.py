@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from instarfs.cli.grammar import ImageName
-from instarfs.cli.options import share_option, undo_file_option
+from instarfs.cli.options import progress_option, share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.errors import (
     DOMAIN_ERRORS,
@@ -41,7 +41,7 @@ from planner.triage.triage import Triage, triage_leaks
 
 
 @click.command(name="report")
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@progress_option
 @share_option
 @undo_file_option
 @click.option(

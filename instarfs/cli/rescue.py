@@ -13,7 +13,7 @@ import click
 from instarfs.cli import repairing
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.known import known, known_options
-from instarfs.cli.options import share_option, undo_file_option
+from instarfs.cli.options import progress_option, share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import RescueStopped
@@ -60,7 +60,7 @@ from planner.rescue.rescue import Rescue, rescue
     default="human",
     help="Text for a reader (the default), or JSON.",
 )
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@progress_option
 @share_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
 def command(

@@ -12,6 +12,7 @@ import click
 
 from instarfs.cli.complaints import NAME, remark
 from instarfs.cli.durations import Duration
+from instarfs.cli.options import quiet_option
 from instarfs.cli.sizes import Size
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import WORST_FIRST
@@ -116,7 +117,7 @@ class _ShardName(click.ParamType[Shard]):
     metavar="ADDRESS",
     help="Have the images checked by the Dask cluster of this scheduler, whose hosts see them too.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
+@quiet_option
 @click.argument("paths", metavar="PATH...", type=click.Path(readable=False), nargs=-1)
 def command(
     *,

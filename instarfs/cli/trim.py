@@ -5,14 +5,14 @@ from __future__ import annotations
 import click
 
 from instarfs.cli import repairing
-from instarfs.cli.options import undo_file_option
+from instarfs.cli.options import progress_option, quiet_option, undo_file_option
 from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human
 
 
 @click.command(name="trim")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit code tells.")
-@click.option("-p", "--progress", is_flag=True, help="Show progress on stderr.")
+@quiet_option
+@progress_option
 @click.option("--plan", "quote", metavar="ID", help="Trim also what may be left of a lost disk.")
 @undo_file_option
 @click.argument("path", metavar="IMAGE", type=click.Path(readable=False))
