@@ -242,6 +242,8 @@ def test_whoever_writes_later_gives_a_settled_one_another_time(step_ns: int) -> 
             if known.is_settled(1000 * S + looked_at):
                 assert generation(time(1000 * S + looked_at)) != known
                 break
+        else:
+            pytest.fail("it was never settled")
 
 
 def test_what_is_settled_is_one_state_and_what_is_not_is_always_another(

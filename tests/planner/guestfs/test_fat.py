@@ -17,7 +17,7 @@ from tests.images.guest_filled import FAT_VARIANTS, make_fat, plain_tree, run
 from tests.oracle.scene import FileSource
 from tests.planner.guestfs.fat_tools import clusters_of
 from tests.planner.guestfs.judges import require_fat
-from tests.planner.guestfs.walks import paths_of
+from tests.planner.guestfs.walks import paths_of, require_sound
 
 SEED = 7
 
@@ -183,16 +183,17 @@ def test_a_directory_in_itself_ends(images, opened) -> None:
     assert len(names) <= len(inode_of) + 1
 
 
-@pytest.mark.parametrize("size", [0, 1, 512, 5000, 70_000])
+@pytest.mark.parametrize("size", [0, 1, 512, 5000, 1 << 20])
 def test_a_short_source_is_no_file_system_or_one_cut_off(images, size, tmp_path, opened) -> None:
     with images("FAT16").open("rb") as file:
         (tmp_path / "short").write_bytes(file.read(size))
     with (tmp_path / "short").open("rb") as file:
         found = recognise(Holes(FileSource(file.fileno())))
+        assert (found is None) == (size < 65536)
         if found is not None:
-            assert found.notes
+            require_sound(found)
             paths_of(found)
-            list(found.free())
+            assert found.notes
 
 
 @pytest.mark.parametrize("variant", FAT_VARIANTS)
@@ -211,11 +212,8 @@ def test_garbage_in_place_of_structures_raises_nothing(images, opened, variant) 
             for start in rng.choice(places, 30)
         ]
         found = patched(whole, *patches)
-        for extents in found.extents():
-            assert (extents.start >= 0).all()
-            assert (extents.start + extents.length <= found.size).all()
+        require_sound(found)
         paths_of(found)
-        list(found.free())
 
 
 def test_the_fat_in_memory_is_what_the_disk_has(images, opened) -> None:

@@ -15,7 +15,7 @@ from tests.block_devices import require_loop_devices
 from tests.images.guest_files import make_tree
 from tests.images.guest_filled import NTFS_VARIANTS, fill_ntfs, make_ntfs, mounted_ntfs, run
 from tests.planner.guestfs.judges import ntfs_paths, plain, require_ntfs
-from tests.planner.guestfs.walks import blocks_of, holed, paths_of
+from tests.planner.guestfs.walks import blocks_of, holed, paths_of, require_sound
 
 SEED = 5
 
@@ -259,11 +259,11 @@ def test_names_whose_directory_was_used_anew_are_left_out(images) -> None:
 def test_a_short_source_is_no_file_system_or_one_cut_off(images, size) -> None:
     image, _ = images("ntfs")
     found = recognise(Holes(Bytes(image.read_bytes()[:size])))
+    assert (found is None) == (size < 512)
     if found is not None:
-        assert found.notes
+        require_sound(found)
         paths_of(found)
-        assert list(found.extents()) is not None
-        list(found.free())
+        assert found.notes
 
 
 def test_garbage_in_place_of_structures_raises_nothing(images) -> None:
@@ -281,8 +281,5 @@ def test_garbage_in_place_of_structures_raises_nothing(images) -> None:
                     data[at : at + 4] = rng.integers(0, 256, 4)
         found = recognise(Holes(Bytes(data.tobytes())))
         assert found is not None
-        for extents in found.extents():
-            assert (extents.start >= 0).all()
-            assert (extents.start + extents.length <= found.size).all()
+        require_sound(found)
         paths_of(found)
-        list(found.free())

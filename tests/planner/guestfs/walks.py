@@ -68,3 +68,24 @@ def free_blocks_of(filesystem: FileSystem, own: set[int]) -> set[int]:
 def owned_blocks(blocks: dict[int, set[tuple[int | str, int]]]) -> set[int]:
     """All blocks that somebody has, or the file system itself."""
     return {block for pairs in blocks.values() for _, block in pairs}
+
+
+def require_sound(filesystem: FileSystem) -> None:
+    """Ask it all that can be asked, whatever it is made of, and believe no place outside of it."""
+    assert filesystem.label is not None
+    for extents in filesystem.extents():
+        assert (extents.start >= 0).all()
+        assert (extents.length >= 0).all()
+        assert (extents.start + extents.length <= filesystem.size).all()
+    for spans in filesystem.free():
+        assert (spans.start + spans.length <= filesystem.size).all()
+    inodes = [np.array([filesystem.root])]
+    for names in filesystem.names():
+        inodes.append(names.child[:8])
+        for row in range(min(len(names), 8)):
+            names.name(row)
+    size = filesystem.size
+    starts = np.arange(0, size, max(1, size // 64), dtype=np.int64)
+    assert (filesystem.records(starts, np.ones_like(starts)).start >= 0).all()
+    filesystem.unlinked(np.concatenate(inodes))
+    assert all("\n" not in note for note in filesystem.notes)
