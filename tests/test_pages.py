@@ -60,9 +60,18 @@ def paths_of(page: str) -> list[str]:
     return [name for name in [*named, *folders] if name not in known]
 
 
-def exists(page: str, name: str) -> bool:
-    """Whether there is a *name*, seen from the page's folder or from the root."""
-    return (ROOT / page).parent.joinpath(name).exists() or (ROOT / name).exists()
+def located(page: str, name: str) -> Path | None:
+    """The path *name*, seen from the page's folder or from the root, if there is one."""
+    seen = ((ROOT / page).parent / name, ROOT / name)
+    return next((path for path in seen if path.exists()), None)
+
+
+def named_tests(page: str) -> list[tuple[str, str]]:
+    """(file, function) of each test that is named; without a file it is in the one before."""
+    named: list[tuple[str, str]] = []
+    for file, function in re.findall(r"`([\w/]+\.py)?::(test_\w+)`", text_of(page)):
+        named.append((file or named[-1][0], function))
+    return named
 
 
 def rooms_of(package: str) -> list[list[str]]:
@@ -87,12 +96,28 @@ def test_links_lead_somewhere(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_paths_that_are_named_exist(page: str) -> None:
-    assert [name for name in paths_of(page) if not exists(page, name)] == []
+    assert [name for name in paths_of(page) if located(page, name) is None] == []
 
 
 def test_paths_are_seen() -> None:
     assert {"planner/check/entry_rules.py", "tests/oracle"} <= set(paths_of("CONTRIBUTING.md"))
     assert sum(len(paths_of(page)) for page in PAGES) > 100
+
+
+@pytest.mark.parametrize(("page", "least"), [("tests/README.md", 15), ("SECURITY.md", 40)])
+def test_every_test_that_backs_a_promise_exists(page: str, least: int) -> None:
+    named = named_tests(page)
+    assert len(named) > least
+    for file, function in named:
+        path = located(page, file)
+        assert path is not None, file
+        assert f"def {function}(" in path.read_text(), function
+
+
+def test_every_folder_of_tests_is_in_their_table() -> None:
+    table = text_of("tests/README.md").split("| folder |", 1)[1].split("\n\n", 1)[0]
+    there = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert set(re.findall(r"`(\w+)/`", table)) == there
 
 
 @pytest.mark.parametrize("package", PACKAGES)

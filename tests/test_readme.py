@@ -66,22 +66,3 @@ def test_every_line_of_python_in_the_readme_prints_what_it_shows(
     printed: list[str] = []
     doctest.DocTestRunner().run(test, out=printed.append)
     assert not "".join(printed)
-
-
-def test_every_test_that_the_readme_of_the_tests_names_exists() -> None:
-    named = re.findall(r"`([\w/]+\.py)?::(test_\w+)`", (ROOT / "tests/README.md").read_text())
-    assert len(named) > 10
-    file = ""
-    for path, name in named:
-        file = path or file
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text()
-
-
-def test_every_test_that_backs_a_claim_about_security_exists() -> None:
-    named = re.findall(
-        r"`(tests/[\w/]+(?:\.py)?/?)(?:::(test_\w+))?`", (ROOT / "SECURITY.md").read_text()
-    )
-    assert len(named) > 30
-    for path, name in named:
-        assert (ROOT / path).exists(), path
-        assert not name or f"def {name}(" in (ROOT / path).read_text(), name
