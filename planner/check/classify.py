@@ -145,7 +145,7 @@ class Looker:
     def __init__(self, layout: Layout, snapshots: int, counted_end: int = 0) -> None:
         self._geometry = layout.geometry
         self._end, self._clusters = layout.file_size, layout.host_clusters
-        self._reach = max(self._end, counted_end << layout.geometry.cluster_bits)
+        self.reach = max(self._end, counted_end << layout.geometry.cluster_bits)
         # Without it nothing is lost with a table of zeros, which looks like refcounts as well.
         self._has_backing = bool(layout.header.backing_file_offset)
         self._max_refcount = MAX_REFCOUNT + snapshots
@@ -204,11 +204,11 @@ class Looker:
         geometry = self._geometry
         unusual = entries.L2_RESERVED | entries.L2_OFFSET & (geometry.cluster_size - 1)
         whole = (words & np.uint64(unusual)) == 0
-        whole &= entries.l2_offsets(words) < self._reach
+        whole &= entries.l2_offsets(words) < self.reach
         packed = (words & np.uint64(entries.COMPRESSED)) != 0
         if packed.any():
             start, length = entries.compressed_ranges(words, geometry)
-            whole = np.where(packed, start + length < self._reach + geometry.cluster_size, whole)
+            whole = np.where(packed, start + length < self.reach + geometry.cluster_size, whole)
         result: Mask = whole
         return result
 

@@ -29,6 +29,9 @@ clusters of 512 bytes. A rescue has it where a lost table may belong."""
 L2_OFFSET = 0x00FF_FFFF_FFFF_FE00
 L2_RESERVED = 0x3F00_0000_0000_01FE
 
+LEAST_PACKED_BITS = 62 - (21 - 8)
+"""Bits of where compressed data begins, with the largest clusters."""
+
 REFTABLE_OFFSET = 0xFFFF_FFFF_FFFF_FE00
 REFTABLE_RESERVED = 0x1FF
 

@@ -36,7 +36,7 @@ from planner.rescue.order import draft_header, in_order, then
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.scanned import Scanned
-from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
+from planner.rescue.snapshots import lost_l1_tables, may_have_lost_l1, plan_snapshots
 from planner.source import SECTOR, Source, present_bytes, read_tables
 from planner.triage.triage import Triage, triage_leaks
 
@@ -298,6 +298,10 @@ def _listed_again(
 ) -> _Listed | None:
     """The snapshots that the table lost; None where none are, or not without new damage."""
     can_grow, progress = means.can_grow, means.progress
+    if report.layout is None or not report.counters.leaks:
+        return None
+    if triage is None and not may_have_lost_l1(source, report, means.scanned):
+        return None
     step = plan_snapshots(source, report, triage=triage, can_grow=can_grow, progress=progress)
     if step is None:
         return None

@@ -13,7 +13,27 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.arrays import I64
+from planner.qcow2.header import CLUSTER_BITS
 from planner.source import SECTOR
+
+TABLES, CLAIMS = "tables", "claims"
+"""The scan of a whole file, of which no header is known: what may be part of a table, and what says
+something of itself."""
+
+MOST_CLUSTER = 1 << CLUSTER_BITS[-1]
+
+PIECE_BYTES = 64 << 10
+"""Of which it is told: no block of a file system is larger."""
+
+
+def whole_end(size: int) -> int:
+    """Where the scan of a file of *size* bytes has come to its end: no cluster reaches further."""
+    return -(-size // MOST_CLUSTER) * MOST_CLUSTER
+
+
+def reach_of(done: int) -> int:
+    """What leads so far may be an entry to a scan that ends at *done*; a power of two."""
+    return 1 << max(40, (2 * done).bit_length())
 
 
 def _none() -> I64:
@@ -61,6 +81,14 @@ class Scanned:
         """How far the scan of that *name* has come, of a file of *end* bytes in such pieces."""
         section = self.sections.get(name)
         return section if section is not None and section.fits(end, step) else Section()
+
+    def whole(self, size: int, end: int, reach: int) -> tuple[Section, Section] | None:
+        """What the scan of the whole file, of *size* bytes, tells of what lies before *end*: tables
+        that lead no further than *reach*, and claims. None where it has not come so far.
+        """
+        tables, claims = (self.known(name, size, SECTOR) for name in (TABLES, CLAIMS))
+        done = min(tables.done, claims.done)
+        return (tables, claims) if end <= done and reach <= reach_of(done) else None
 
     def keep(self, name: str, section: Callable[[], Section]) -> None:
         """The scan of that *name* has come further: *section* tells how far, when it is asked."""

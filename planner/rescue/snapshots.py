@@ -10,10 +10,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from planner.arrays import I64, distinct, is_among
 from planner.check.check import check_image
+from planner.check.classify import Looker
 from planner.check.report import Report
 from planner.errors import ReadFailed
-from planner.findings.kinds import FindingKind
+from planner.findings.kinds import FindingKind, Structure
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
@@ -29,8 +33,10 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import Plan, RescueTier, StageKind
 from planner.repair.scope import Scope
 from planner.repair.snapshot_table import NB_SNAPSHOTS_AT, complete_extra_data
+from planner.rescue.placing.tables import read_pieces, unused_clusters
+from planner.rescue.scanned import Scanned
 from planner.source import SECTOR, Source, nonzero_words
-from planner.triage.triage import Triage, triage_leaks
+from planner.triage.triage import Triage, looker_of, triage_leaks
 
 MADE_NAME = "rescued"
 """How a name begins that is made: where it was lost."""
@@ -69,6 +75,41 @@ def lost_l1_tables(geometry: Geometry, triage: Triage) -> Iterator[LostL1]:
         found = LostL1(each.offset, 1, each.snapshot)
     if found is not None:
         yield found
+
+
+def may_have_lost_l1(source: Source, report: Report, scanned: Scanned) -> bool:
+    """Whether a triage could find a lost L1 table, which takes a table that leads to another.
+
+    By what was *scanned*; it could where the whole file was not.
+    """
+    looker, bits = looker_of(source, report), report.geometry.cluster_bits
+    unused = unused_clusters(source, report)
+    unused = unused[unused < -(-source.size >> bits)]
+    end, reach = int(unused[-1] + 1) << bits if len(unused) else 0, looker.reach + (1 << bits)
+    whole = scanned.whole(source.size, end, reach)
+    if whole is None:
+        return True
+    likely = distinct(whole[0].again >> bits)
+    likely = _mostly_entries(source, report.geometry, looker, likely[is_among(likely, unused)])
+    regions = report.regions
+    known = regions.select(regions.structure == Structure.L2_TABLE).first(bits)
+    tables = distinct(np.concatenate((known, likely)))
+    for _, rows in read_pieces(source, likely << bits, report.geometry):
+        words = looker.table_words(rows)
+        targets = looker.targets(words, looker.plausible(words))
+        if is_among(distinct(targets.reshape(-1)), tables[tables > 0]).any():
+            return True
+    return False
+
+
+def _mostly_entries(source: Source, geometry: Geometry, looker: Looker, clusters: I64) -> I64:
+    """Of *clusters* those that may be tables: what is judged in pieces, by more than is asked."""
+    bad, filled = np.zeros((2, len(clusters)), dtype=np.int64)
+    for pieces, rows in read_pieces(source, clusters << geometry.cluster_bits, geometry):
+        parts, of = looker.parts(rows), np.searchsorted(clusters, pieces >> geometry.cluster_bits)
+        np.add.at(bad, of, parts.bad)
+        np.add.at(filled, of, parts.filled)
+    return clusters[(filled > 0) & (bad * 2 <= filled)]
 
 
 def plan_snapshots(

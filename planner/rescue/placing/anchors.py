@@ -29,6 +29,9 @@ from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted
 from planner.rescue.placing.votes import Evidence, Votes, without_rivals
 from planner.source import SECTOR
 
+MARK = b"\x55\xaa", 510
+"""Of a boot sector, and where it is."""
+
 MANY, OF_ONE, WINDOWS = 4096, 64, 4096
 """Superblocks that are looked at; those of one file system; places of it that are tried."""
 
@@ -42,7 +45,7 @@ def spot(piece: Piece) -> Iterator[Spotted]:
     at = piece.marked(b"LABELONE", 0)
     if len(at):
         yield Sort.LVM, at, little(flat, at + 8, 8), np.zeros(len(at), dtype=np.int64)
-    at = piece.marked(b"\x55\xaa", 510)
+    at = piece.marked(*MARK)
     if not len(at):
         return
     is_ntfs = _has(piece, at, 3, b"NTFS    ")

@@ -9,12 +9,11 @@ directory's first block names its inode, and no more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import numpy as np
 
-from planner.arrays import I64, U8, U32, distinct
-from planner.guestfs.checksums import CRC32C, crc, crc_table
+from planner.arrays import I64, U8, distinct
+from planner.guestfs.checksums import crc, crc_before
 from planner.guestfs.columns import big, little
 from planner.guestfs.ext.filesystem import Ext
 from planner.guestfs.ext.groups import read_bitmap_checksums
@@ -25,6 +24,9 @@ from planner.guestfs.protocol import NO_INODE, Extents, What
 from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted, uuid_half
 from planner.rescue.placing.sites import Site, pairs
 from planner.rescue.placing.votes import Evidence, Votes, without_rivals
+
+MARK = b"\x53\xef", 56
+"""Of a superblock, and where it is."""
 
 BLOCK_SIZES = (1024, 2048, 4096)
 TAIL = b"\0\0\0\0\x0c\0\0\xde"
@@ -58,7 +60,7 @@ def spot(piece: Piece) -> Iterator[Spotted]:
 
 
 def _superblocks(piece: Piece) -> Iterator[Spotted]:
-    at = piece.marked(b"\x53\xef", 56)
+    at = piece.marked(*MARK)
     if not len(at):
         return
     at = at[(at + SIZE <= len(piece.flat))]
@@ -98,7 +100,7 @@ def _begun(flat: U8, at: I64, size: int, length: int, sum_at: int) -> Iterator[S
     if len(at):
         stored = little(flat, at + sum_at, 4).astype(np.uint32)
         rows = np.lib.stride_tricks.sliding_window_view(flat, length)[at]
-        key = _backwards(stored, rows).astype(np.int64)
+        key = crc_before(stored, rows).astype(np.int64)
         yield Sort.EXT_BLOCK, at, key, np.full(len(at), size, dtype=np.int64)
 
 
@@ -116,28 +118,11 @@ def _records(piece: Piece) -> Iterator[Spotted]:
     rows = records[at].copy()
     stored = rows[:, [124, 125, 130, 131]].copy().view("<u4")[:, 0]
     rows[:, [124, 125, 130, 131]] = 0
-    begun = _backwards(stored.astype(np.uint32), rows)
-    number = _backwards(begun, rows[:, 100:104])
+    begun = crc_before(stored.astype(np.uint32), rows)
+    number = crc_before(begun, rows[:, 100:104])
     # What four bytes of a number would have begun with, were they zeros: xor of both.
-    number = _backwards(number, np.zeros((len(at), 4), dtype=np.uint8))
+    number = crc_before(number, np.zeros((len(at), 4), dtype=np.uint8))
     yield Sort.EXT_INODE, at * RECORD, number.astype(np.int64), begun.astype(np.int64)
-
-
-@cache
-def _inverse() -> U8:
-    """Which entry of the table of CRC-32C has which highest byte."""
-    inverse = np.zeros(256, dtype=np.uint8)
-    inverse[crc_table(CRC32C) >> 24] = np.arange(256, dtype=np.uint8)
-    return inverse
-
-
-def _backwards(value: U32, rows: U8) -> U32:
-    """What a CRC-32C was begun with that came out as *value* after each of *rows*."""
-    table, inverse = crc_table(CRC32C), _inverse()
-    for column in np.ascontiguousarray(rows.T)[::-1]:
-        index = inverse[value >> np.uint32(24)]
-        value = ((value ^ table[index]) << np.uint32(8)) | (index ^ column)
-    return value
 
 
 # ---- what that says of tables ----

@@ -1,4 +1,7 @@
-"""A pass over clusters that nothing leads to, or that wait: one that was stopped goes on."""
+"""A pass over clusters that nothing leads to, or that wait: one that was stopped goes on.
+
+Where the whole file was scanned before, nothing of them is read but what that has named.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import hashlib
 
 import numpy as np
 
-from planner.arrays import I64, distinct, is_among
+from planner.arrays import I64, distinct, expand_ranges, is_among
 from planner.progress import Meter
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, encode_header
 from planner.rescue.placing.claims import Collector
 from planner.rescue.placing.tables import Finder, read_pieces
-from planner.rescue.scanned import Scanned, Section
-from planner.source import Source
+from planner.rescue.scanned import PIECE_BYTES, Scanned, Section
+from planner.source import SECTOR, Source, present_tables, read_tables
+
+BEHIND_BYTES = 4096
+"""What a piece of a file says may go on so far behind it, where clusters are small."""
 
 
 class Pass:
@@ -33,6 +39,15 @@ class Pass:
 
         Of these only what is needed is read again.
         """
+        size = self._geometry.cluster_size
+        inside = clusters[clusters < -(-self._source.size // size)]
+        end = int(inside[-1] + 1) * size if len(inside) else 0
+        reach = self._finder.reach + size if self._finder is not None else 0
+        whole = scanned.whole(self._source.size, end, reach)
+        if whole is not None:
+            self._show_named(clusters, *whole)
+            meter.advance(len(clusters) * size)
+            return
         bits, name = self._geometry.cluster_bits, self._name(clusters)
         known = scanned.known(name, self._source.size, self._geometry.cluster_size)
         again = known.again[is_among(known.again >> bits, clusters)]
@@ -46,6 +61,29 @@ class Pass:
         behind = int(np.searchsorted(clusters, known.done >> bits))
         meter.advance(behind << bits)
         self._show(clusters[behind:] << bits, meter, scanned, name)
+
+    def _show_named(self, clusters: I64, tables: Section, claims: Section) -> None:
+        """Of *clusters* those that may be tables, and the pieces that claim something."""
+        bits = self._geometry.cluster_bits
+        if self._finder is not None:
+            likely = distinct(tables.again >> bits)
+            likely = likely[is_among(likely, clusters)]
+            for pieces, rows in read_pieces(self._source, likely << bits, self._geometry):
+                self._finder.look(pieces, rows)
+        size = min(PIECE_BYTES, self._geometry.cluster_size)
+        place = distinct(claims.again // PIECE_BYTES * PIECE_BYTES)
+        # Of small clusters those around it, too.
+        behind = BEHIND_BYTES if size < PIECE_BYTES else 0
+        number = expand_ranges(place // size, (place + PIECE_BYTES + behind - 1) // size)
+        shown = distinct(number) * size
+        shown = shown[is_among(shown >> bits, clusters)]
+        shown = shown[present_tables(self._source, shown, size, anyway=0)]
+        for part, rows in read_tables(self._source, shown, size):
+            self._collector.look(shown[part], rows)
+        if size >= 2 * SECTOR:
+            elsewhere = is_among(claims.ends >> bits, clusters)
+            elsewhere &= ~is_among(claims.ends // size * size, shown)
+            self._collector.add_ends(claims.ends[elsewhere], claims.filled[elsewhere])
 
     def _show(
         self, offsets: I64, meter: Meter, scanned: Scanned | None = None, name: str = ""

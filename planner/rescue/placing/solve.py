@@ -25,6 +25,9 @@ from planner.rescue.placing.votes import Evidence, Tally, Votes, tally
 MAX_ROUNDS = 64
 
 SPOTTERS = (anchors.spot, ext.spot, xfs.spot, ntfs.spot, fat.spot, content.spot)
+MARKS = (anchors.MARK, ext.MARK)
+"""What is looked at again wherever it stands: what it says depends on the size of clusters."""
+
 STRONG: tuple[Weigher, ...] = (ext.weigh, xfs.weigh, ntfs.weigh, fat.weigh, content.weigh)
 WEAK: tuple[Weigher, ...] = (pattern.weigh,)
 """Asked only where the others have nothing more to say."""

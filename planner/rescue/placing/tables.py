@@ -23,14 +23,12 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header
 from planner.qcow2.layout import Layout
 from planner.rescue.placing.grid import Grid, read_grid
+from planner.rescue.scanned import PIECE_BYTES
 from planner.source import Source, nonzero_words, present_pieces, read_tables
 from planner.triage.triage import looker_of
 
 NO_WINDOW, A_SNAPSHOTS = -1, -2
 """Instead of a window: it is not known; it is a snapshot's, and perhaps the disk's too."""
-
-PIECE_BYTES = 64 << 10
-"""No block of a file system is larger."""
 
 MAX_TABLES = 1 << 16
 """That are looked at, of an image: 32 TiB of the usual ones."""
@@ -222,6 +220,11 @@ class Finder:
     def look(self, pieces: I64, rows: U8) -> None:
         """Note what pieces of clusters, ascending, have of tables."""
         self._found.append((pieces, self._looker.parts(rows)))
+
+    @property
+    def reach(self) -> int:
+        """How far what is taken for an entry leads at most, bytes."""
+        return self._looker.reach
 
     @property
     def parts(self) -> int:

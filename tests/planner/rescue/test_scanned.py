@@ -89,8 +89,9 @@ def test_one_that_was_stopped_goes_on(losses: tuple[str, ...]) -> None:
     assert found.placements == at_once.placements
 
 
-def test_what_was_scanned_is_not_read_again() -> None:
-    data = without(large(), "l1")
+@pytest.mark.parametrize("losses", [("l1",), ("header", "l1")])
+def test_what_was_scanned_is_not_read_again(losses: tuple[str, ...]) -> None:
+    data = without(large(), *losses)
     first, scanned = Watched(data), Scanned()
     at_once = rescue(first, scanned=scanned)
     again = Watched(data)
