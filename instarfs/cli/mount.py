@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
 
 import click
 
@@ -25,9 +23,6 @@ from instarfs.mount.mountpoint import check_fuse, check_mountpoint
 from instarfs.mount.options import MountOptions
 from instarfs.repair.words import PREVIEWS
 from planner.errors import PlannerError
-
-if TYPE_CHECKING:
-    from instarfs.repair.run import Repairer
 
 
 @click.command(name="mount")
@@ -96,8 +91,7 @@ def command(
     with separated(opened, read_only=options.read_only):
         # Not before the forks: what is loaded by then the broker keeps in its memory, too; numpy
         # starts threads, and a fork takes only the calling one along.
-        serve, make_repairer = _what_serves()
-        repairer = partial(make_repairer, keep_undo=keep_undo)
+        serve = _what_serves()
         try:
             code = serve(
                 opened,
@@ -105,7 +99,6 @@ def command(
                 options,
                 ready,
                 follow=follow,
-                make_repairer=repairer,
                 keeps_undo=keep_undo,
                 preview=options.preview,
                 knows=knows,
@@ -115,8 +108,8 @@ def command(
     sys.exit(code)
 
 
-def _what_serves() -> tuple[Callable[..., int], type[Repairer]]:
-    """`serve` and `Repairer`, imported only now: their absence is a message, not a crash.
+def _what_serves() -> Callable[..., int]:
+    """`serve`, imported only now: that it cannot be is a message, not a crash.
 
     Raises:
         FuseNotInstalled: what only a mount needs is not there.
@@ -129,5 +122,4 @@ def _what_serves() -> tuple[Callable[..., int], type[Repairer]]:
                 raise
             raise FuseNotInstalled(str(error)) from error
         from instarfs.daemon.serve import serve  # noqa: PLC0415
-        from instarfs.repair.run import Repairer  # noqa: PLC0415
-    return serve, Repairer
+    return serve

@@ -41,12 +41,13 @@ class Service:
     """What is served: the handlers, and how to end whatever they are computing.
 
     ``confine`` is called once the mount is there, before the first of them: what the process may
-    do from then on.
+    do from then on. ``load``, in a thread, once the mount answers: what it has not needed so far.
     """
 
     operations: Operations
     cancel: Callable[[], None]
     confine: Callable[[], None] = lambda: None
+    load: Callable[[], None] = lambda: None
 
 
 def run(
@@ -158,6 +159,10 @@ async def _announce(
         stop()
     else:
         log.info("mounted")
+        try:
+            await trio.to_thread.run_sync(service.load)
+        except Exception:
+            log.exception("not all of instarfs could be loaded")
 
 
 @contextlib.contextmanager

@@ -5,36 +5,58 @@ Everything about the order in which a mount comes about lives here, and nothing 
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from instarfs import render
 from instarfs.daemon import process as daemon
 from instarfs.daemon.confinement import Confinement
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.image import locks, memory
 from instarfs.image.file import Image, end_readers
-from instarfs.image.preview import PreviewImage
-from instarfs.inspect.inspector import Check, inspecting
-from instarfs.inspect.repair_queue import MakeRepairer
+from instarfs.inspect.inspector import inspecting
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
-from instarfs.render.rescue import Asked, Rescued
 from instarfs.repair.interrupted import pending
 from instarfs.repair.known import Known
-from instarfs.repair.preview import preview_of
-from instarfs.repair.run import Repairer
-from planner.check.check import check_image
 from planner.errors import HeaderCutOff, ImageError, NotQcow2
+from planner.progress import Progress
 from planner.qcow2.layout import Layout
 from planner.repair.plan import RescueTier
 
+if TYPE_CHECKING:
+    from instarfs.image.preview import PreviewImage
+    from instarfs.inspect.repair_queue import MakeRepairer
+    from instarfs.inspect.values import Check
+    from instarfs.render.rescue import Rescued
+    from instarfs.repair.run import Repairer
+
 log = logging.getLogger(__name__)
+
+_LATE = (
+    "instarfs.inspect.work",
+    "instarfs.inspect.repair_queue",
+    "instarfs.inspect.leaked_tables",
+    "instarfs.repair.run",
+    "planner.check.wire",
+    *(f"{render.__name__}.{name}" for name in render.__all__),
+)
+"""What checks, repairs and shows: loaded once the mount answers, or by who is faster, and not when
+it is first used. By then the package may have been replaced, and no two versions are to meet.
+"""
+
+_SWITCH_SECONDS = 0.0005
+"""By default a thread that computes lets another one go on after ten times as long."""
 
 
 def serve(
@@ -44,8 +66,8 @@ def serve(
     ready: Callable[[], None],
     *,
     follow: Follow | None = None,
-    check: Check = check_image,
-    make_repairer: MakeRepairer = Repairer,
+    check: Check | None = None,
+    make_repairer: MakeRepairer | None = None,
     keeps_undo: bool = True,
     preview: str | None = None,
     knows: Known | None = None,
@@ -53,10 +75,10 @@ def serve(
     """Mount *image* on *directory* and serve it until the end: the exit code.
 
     What the image needs of its directory from then on must come from an `instarfs.daemon.broker`:
-    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does. *preview*:
-    what is laid over it: a tier, or a rescue by what somebody *knows*. *ready* is called once the
-    mount answers. Raises before that, with nothing mounted, when the image is not qcow2, or cannot
-    be read, or the tier refuses, or mounting fails.
+    this process may no longer. *keeps_undo*: whether what *make_repairer* makes does, which by
+    default is a `Repairer`. *preview*: what is laid over it: a tier, or a rescue by what somebody
+    *knows*. *ready* is called once the mount answers. Raises before that, with nothing mounted,
+    when the image is not qcow2, or cannot be read, or the tier refuses, or mounting fails.
     """
     plan, rescued = None, None
     if preview != RescueTier.RESCUE:
@@ -80,7 +102,11 @@ def serve(
     @asynccontextmanager
     async def make_service() -> AsyncIterator[daemon.Service]:
         async with inspecting(
-            image, follow=follow, check=check, bound=memory.limit, make_repairer=make_repairer
+            image,
+            follow=follow,
+            check=check,
+            bound=memory.limit,
+            make_repairer=make_repairer or partial(_repairer, keep_undo=keeps_undo),
         ) as inspector:
             root = tree.build_tree(
                 inspector,
@@ -96,9 +122,27 @@ def serve(
                 Ownership(os.getuid(), os.getgid(), for_others=options.for_others),
                 {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
             )
-            yield daemon.Service(operations, inspector.cancel, confine)
+            yield daemon.Service(operations, inspector.cancel, confine, load_late)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
+
+
+def load_late() -> None:
+    """In a thread beside the event loop, which is to wait for it no longer than it must."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        for name in _LATE:
+            importlib.import_module(name)
+    finally:
+        sys.setswitchinterval(interval)
+    gc.freeze()  # never to be looked through for garbage
+
+
+def _repairer(image: Image, *, progress: Progress, keep_undo: bool) -> Repairer:
+    from instarfs.repair.run import Repairer  # noqa: PLC0415
+
+    return Repairer(image, progress=progress, keep_undo=keep_undo)
 
 
 def _previewed(image: Image, word: str, knows: Known) -> tuple[PreviewImage, Rescued | None]:
@@ -106,6 +150,9 @@ def _previewed(image: Image, word: str, knows: Known) -> tuple[PreviewImage, Res
 
     Raises as `preview_of` does, and `ImageInUse`.
     """
+    from instarfs.render.rescue import Asked, Rescued  # noqa: PLC0415
+    from instarfs.repair.preview import preview_of  # noqa: PLC0415
+
     with memory.limited(image), locks.held(image.fileno(), image.path):
         preview = preview_of(image, word, knows=knows)
     if preview.rescue is None:

@@ -9,15 +9,13 @@ appear the tree's.
 
 from __future__ import annotations
 
-import logging
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol, TypeVar, TypeVarTuple
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -29,127 +27,47 @@ from instarfs.errors import (
     ReadCancelled,
 )
 from instarfs.guest.allocated import AllocatedBytes
-from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest, Part, Place, size_of
 from instarfs.guest.reader import GuestReader
-from instarfs.image import locks
 from instarfs.image.file import FileSource, Generation, Image
-from instarfs.image.surroundings import Gone, Surroundings
-from instarfs.inspect.repair_queue import MakeRepairer, Repairs
-from instarfs.inspect.shared_value import (
-    Changed,
-    Edition,
-    Value,
-    Workshop,
-    room_for_values,
-    while_wanted,
-)
+from instarfs.inspect.shared_value import Changed, Edition, Value, Workshop, room_for_values
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.subject import Subject
 from instarfs.inspect.tidying import Tidier
-from instarfs.repair.checking import LiveCheck, run_check
-from instarfs.repair.looking import look_around
-from instarfs.repair.outcome import Pending, RepairOutcome
-from instarfs.repair.planning import of_one_moment, propose_for
-from instarfs.repair.run import Repairer
-from instarfs.repair.writing import missing
-from planner.check.check import check_image
-from planner.check.report import Report
+from instarfs.inspect.values import (
+    Bitmaps,
+    Briefing,
+    Check,
+    Checkup,
+    Description,
+    GuestByte,
+    Leaks,
+)
+from planner.arrays import GuestOffset, HostOffset
 from planner.errors import ImageError, PlannerError, RepairError, as_value
 from planner.guestfs.files import FilesUnknown, HitFiles
-from planner.progress import Progress
 from planner.qcow2.contents import Contents, bare_header
-from planner.qcow2.header import Header
 from planner.qcow2.snapshots import Snapshot
 from planner.repair.plan import RepairTier
-from planner.repair.tiers import Proposal, tiers_for
-from planner.source import Source
-from planner.triage.beside import Beside, look_beside
-from planner.triage.triage import Triage, triage_leaks
-from planner.views.bitmap_state import BitmapStates, read_bitmap_states
-from planner.views.host_map import Atlas, draw_atlas
-from planner.views.table_view import read_l1_page
+
+if TYPE_CHECKING:  # what a mount loads once it answers
+    from instarfs.inspect.repair_queue import MakeRepairer, Repairs
+    from instarfs.inspect.work import Work
+    from planner.check.report import Report
+    from planner.repair.tiers import Proposal
+    from planner.triage.triage import Triage
+    from planner.views.explain import HostExplanation
+    from planner.views.host_map import Atlas
+    from planner.views.table_view import L2Page
 
 T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
 
 KEPT_LOOKS = 8
 """L2 tables and explanations: of large clusters each has 4 MiB."""
 
 MAX_LOOKING = 16
 """Threads that look, at a time: those left to a disk that does not answer are not to be all."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What an image says of itself; where that makes no sense, why, and the header as it stands.
-
-    Sizes in bytes, from the file system.
-    """
-
-    contents: Contents | ImageError
-    header: Header | None
-    file_size: int
-    allocated_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Bitmaps:
-    """The persistent bitmaps, or why nothing is known of them.
-
-    ``is_written``: a program has the image open for writing, and uses those that are in use.
-    """
-
-    states: BitmapStates | ImageError
-    is_written: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Checkup:
-    """The check of an image, and what is known of its repairs.
-
-    ``repaired``: the repair that left the image as it was checked. ``pending``: one that was
-    interrupted and comes first. ``gone``: that the file has no name any more.
-    """
-
-    report: Report
-    repaired: RepairOutcome | None = None
-    pending: Pending | None = None
-    gone: Gone | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Leaks:
-    """What a check found leaked, and what that looks like."""
-
-    report: Report
-    triage: Triage
-
-
-@dataclass(frozen=True, slots=True)
-class Briefing:
-    """A check, and what follows from it: all that a person needs who has to decide.
-
-    ``proposals``: of each tier, or why there is none; empty where there is nothing to repair, or
-    nobody knows. ``surroundings``: what is around the image, to make files there; ``beside``: what
-    the check did without. ``files``: those of the guest that are hit.
-    """
-
-    checkup: Checkup
-    triage: Triage | InstarfsError
-    proposals: dict[RepairTier, Proposal | InstarfsError | PlannerError]
-    surroundings: Surroundings
-    beside: Beside
-    files: HitFiles | FilesUnknown | None = None
-
-
-class Check(Protocol):
-    """`planner.check.check.check_image`, or what stands in for it in a test."""
-
-    def __call__(self, source: Source, *, progress: Progress) -> Report: ...
 
 
 def _unbounded(_source: FileSource) -> None:
@@ -162,7 +80,7 @@ class Inspector:
     A checkup stays good until the image is written to, replaced under its path, or opened or closed
     by a writer; so do what its `leaks` look like, a proposal, which is the refusal where a tier
     refuses, the `briefing` that joins them, and the atlas, which is the error where there is none.
-    A description lasts until one of the first two. ``repairs``: what changes the image. ``reader``:
+    A description lasts until one of the first two. ``reader``:
     its guest's bytes, and ``guest`` the state of one moment, or why there is none. *nursery*: where
     all of it is computed; see `inspecting`. *bound* gives this process as much memory as a check
     of a source may take.
@@ -174,12 +92,12 @@ class Inspector:
         nursery: trio.Nursery,
         *,
         follow: Follow | None = None,
-        check: Check = check_image,
+        check: Check | None = None,
         bound: Callable[[FileSource], None] = _unbounded,
-        make_repairer: MakeRepairer = Repairer,
+        make_repairer: MakeRepairer | None = None,
     ) -> None:
         subject = self.subject = Subject(image)
-        self._check, self._bound = check, bound
+        self._check, self._bound, self._make_repairer = check, bound, make_repairer
         self._stages = Stages()
         self._workshop = Workshop(nursery, subject.moment)
         self._tidier = Tidier(nursery)
@@ -189,7 +107,6 @@ class Inspector:
         self._looks: deque[Value[Any]] = deque()
         self._checked: tuple[Generation, Edition[Checkup]] | None = None
         self._looked_into: tuple[Generation, Leaks] | None = None
-        self.repairs = Repairs(subject.to_repair, subject.sharing, make_repairer)
         self.reader = GuestReader(
             subject.look, follow or Follow(), attend=subject.attend, ask=subject.ask
         )
@@ -208,9 +125,18 @@ class Inspector:
         self.files = self.files_of(Place(Part.DISK), is_kept=True)
         self.atlas = self._value(subject.checked_state, self._draw_atlas)
         self.bitmaps = self._value(subject.checked_state, self._read_bitmaps)
-        self.l1_page = self.look(read_l1_page, is_kept=True)
+        self.l1_page = self.look(lambda source: self._work().read_l1_page(source), is_kept=True)
         subject.when_replaced(self.reader.forget)
         subject.when_replaced(self.guest.forget)
+
+    @cached_property
+    def repairs(self) -> Repairs:
+        """What changes the image."""
+        from instarfs.inspect.repair_queue import Repairs  # noqa: PLC0415
+        from instarfs.repair.run import Repairer  # noqa: PLC0415
+
+        make_repairer = self._make_repairer or Repairer
+        return Repairs(self.subject.to_repair, self.subject.sharing, make_repairer)
 
     def last_check(self) -> Edition[Checkup] | None:
         """The checkup that was made last, while nothing shows that the image has changed since.
@@ -302,18 +228,30 @@ class Inspector:
         )
         return value
 
-    def look_at_guest(self, at: Callable[[FileSource, Guest | ImageError], T]) -> Value[T]:
-        """As `look`, beside a check, of what *at* sees in the guest too; it raises nothing."""
+    def l2_page(self, number: int) -> Value[L2Page | ImageError]:
+        """The L2 table that this entry of the active L1 table leads to; kept as by `look`."""
+        return self.look(lambda source: self._work().read_l2_page(source, number))
+
+    def host_byte(self, offset: HostOffset) -> Value[HostExplanation | ImageError]:
+        """What a byte of the image file is used for, beside a check; kept as by `look`."""
+        return self.look(
+            lambda source: self._work().explain_host(source, offset), beside_check=True
+        )
+
+    def guest_byte(self, offset: GuestOffset) -> Value[GuestByte]:
+        """Where a byte of the guest's disk is, beside a check; kept as by `look`."""
 
         def key() -> Hashable:
             checkup = self.checkup.peek()
             return self.reader.state(), checkup and weakref.ref(checkup)
 
-        async def compute(_changed: Changed) -> T:
+        async def compute(_changed: Changed) -> GuestByte:
             self._keep_look(looked)
-            guest = (await self.guest.get()).value
+            source, guest = self.subject.source(), (await self.guest.get()).value
             return await trio.to_thread.run_sync(
-                at, self.subject.source(), guest, abandon_on_cancel=True, limiter=self._looking
+                lambda: self._work().explain_guest(source, guest, offset),
+                abandon_on_cancel=True,
+                limiter=self._looking,
             )
 
         looked = self._value(key, compute, self.reader.refresh)
@@ -340,12 +278,17 @@ class Inspector:
         if len(self._looks) > KEPT_LOOKS:
             self._looks.popleft().forget()
 
-    async def _in_thread(self, work: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Await *work* in a thread; what that took beyond what it returns is given back later."""
+    async def _in_thread(self, do: Callable[[Work], T]) -> T:
+        """Await it in a thread; what that took beyond what it returns is given back later."""
         try:
-            return await trio.to_thread.run_sync(work, *arguments)
+            return await trio.to_thread.run_sync(lambda: do(self._work()))
         finally:
             self._tidier.soon()
+
+    def _work(self) -> Work:
+        from instarfs.inspect.work import Work  # noqa: PLC0415
+
+        return Work(self._stages, self.subject.sharing, self._check, self._bound)
 
     # ---- the values: each awaits those it needs, and then one thread ----
 
@@ -361,7 +304,7 @@ class Inspector:
 
     async def _check_up(self, _changed: Changed) -> Checkup:
         image = self.subject.image
-        before, checkup = await self._in_thread(self._check_now, image)
+        before, checkup = await self._in_thread(lambda work: work.check(image))
         self.subject.reviewed(image)
         if checkup.report.changed:
             self._checked = None
@@ -370,31 +313,13 @@ class Inspector:
             self._checked = before, Edition(checkup)
         return checkup
 
-    def _check_now(self, image: Image) -> tuple[Generation, Checkup]:
-        gone = image.gone()
-        if gone is not None:
-            log.warning("%s", missing(image))
-        with self._stages.running("opening"), self.subject.sharing.reading(image) as is_kept:
-            self._bound(image.source())  # anew: it may have grown since
-            checked = run_check(
-                image,
-                partial(self._check, progress=while_wanted(self._stages.tell)),
-                is_written=lambda: not is_kept,
-                live=LiveCheck(again=partial(check_image, progress=while_wanted()), pause=_pause),
-            )
-        return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
-
     async def _look_into_leaks(self, changed: Changed) -> Leaks:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
         before = self.subject.generation()
-        triage = await self._in_thread(self._triage, image, report)
+        triage = await self._in_thread(lambda work: work.triage(image, report))
         self._looked_into = None if changed() else (before, Leaks(report, triage))
         return Leaks(_torn(report) if changed() else report, triage)
-
-    def _triage(self, image: Image, report: Report) -> Triage:
-        with self._stages.running("opening"), self.subject.sharing.reading(image):
-            return triage_leaks(image.source(), report, progress=while_wanted(self._stages.tell))
 
     async def _find_files(self, place: Place) -> HitFiles | FilesUnknown:
         image, report = self.subject.image, (await self.checkup.get()).value.report
@@ -404,18 +329,7 @@ class Inspector:
         guest = (await self.guest.get()).value
         if isinstance(guest, ImageError):
             return FilesUnknown(str(guest))
-        return await self._in_thread(self._search, image, guest, place, report, triage)
-
-    def _search(
-        self,
-        image: Image,
-        guest: Guest,
-        place: Place,
-        report: Report,
-        triage: Triage | InstarfsError,
-    ) -> HitFiles | FilesUnknown:
-        with self.subject.sharing.reading(image):
-            return hit_files(guest, place, report, triage, while_wanted(self._stages.tell))
+        return await self._in_thread(lambda work: work.search(image, guest, place, report, triage))
 
     async def _brief(self, changed: Changed) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
@@ -423,12 +337,12 @@ class Inspector:
             checkup = (await self.checkup.get()).value
             triage = await self._triage_or_error()
             guest = (await self.guest.get()).value if checkup.report.layout else None
-            around, beside = await trio.to_thread.run_sync(
-                _look_around, self.subject.image, checkup.report, guest
+            around, beside = await self._in_thread(
+                lambda work: work.look_around(self.subject.image, checkup.report, guest)
             )
             files = None if checkup.report.error else (await self.files.get()).value
             briefing = Briefing(checkup, triage, {}, around, beside, files)
-            for tier in tiers_for(checkup.report):
+            for tier in self._work().tiers_for(checkup.report):
                 briefing.proposals[tier] = await self._proposal_or_error(tier)
         if changed():
             torn = replace(checkup, report=_torn(checkup.report))
@@ -458,35 +372,22 @@ class Inspector:
             if checkup.pending is not None:
                 return RepairError(checkup.pending.sentence)
             triage = (await self.leaks.get()).value.triage
-            proposal = await self._in_thread(self._plan, image, checkup.report, tier, triage)
-        return of_one_moment(proposal, checkup.report, changed, "read again")
-
-    def _plan(
-        self, image: Image, report: Report, tier: RepairTier, triage: Triage
-    ) -> Proposal | RepairError:
-        def tell(stage: str, done: int, total: int) -> None:
-            self._stages.tell(f"plan {tier} {stage}", done, total)
-
-        with self.subject.sharing.reading(image):
-            return propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
+            proposal = await self._in_thread(
+                lambda work: work.plan(image, checkup.report, tier, triage)
+            )
+        return self._work().of_one_moment(proposal, checkup.report, changed, "read again")
 
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
-        atlas = await self._in_thread(self._draw, image, report)
+        atlas = await self._in_thread(lambda work: work.draw(image, report))
         if isinstance(atlas, ImageError):
             return atlas
         return replace(atlas, torn=atlas.torn or changed())
 
-    def _draw(self, image: Image, report: Report) -> Atlas | ImageError:
-        try:
-            with self._stages.running("drawing"):
-                return draw_atlas(image.source(), report, while_wanted())
-        except ImageError as error:
-            return as_value(error)
-
     async def _read_bitmaps(self, _changed: Changed) -> Bitmaps:
-        return await trio.to_thread.run_sync(_read_bitmaps, self.subject.image)
+        image = self.subject.image
+        return await self._in_thread(lambda work: work.read_bitmaps(image))
 
 
 @asynccontextmanager
@@ -494,20 +395,15 @@ async def inspecting(
     image: Image,
     *,
     follow: Follow | None = None,
-    check: Check = check_image,
+    check: Check | None = None,
     bound: Callable[[FileSource], None] = _unbounded,
-    make_repairer: MakeRepairer = Repairer,
+    make_repairer: MakeRepairer | None = None,
 ) -> AsyncIterator[Inspector]:
     """An inspector of *image*; whatever it computes ends with the block."""
     async with room_for_values() as nursery:
         yield Inspector(
             image, nursery, follow=follow, check=check, bound=bound, make_repairer=make_repairer
         )
-
-
-def _pause(seconds: float) -> None:
-    while_wanted()("", 0, 0)
-    time.sleep(seconds)
 
 
 def _describe(image: Image) -> Description:
@@ -518,24 +414,6 @@ def _describe(image: Image) -> Description:
     except ImageError as error:
         contents = as_value(error)
     return Description(contents, bare_header(source), source.size, image.allocated_size())
-
-
-def _look_around(
-    image: Image, report: Report, guest: Guest | ImageError | None
-) -> tuple[Surroundings, Beside]:
-    around = look_around(image)
-    if report.layout is None or not isinstance(guest, Guest):
-        return around, Beside()
-    return around, look_beside(image.source(), report.layout, guest.members)
-
-
-def _read_bitmaps(image: Image) -> Bitmaps:
-    states: BitmapStates | ImageError
-    try:
-        states = read_bitmap_states(image.source(), while_wanted())
-    except ImageError as error:
-        states = as_value(error)
-    return Bitmaps(states, locks.is_written(image.fileno()))
 
 
 def _torn(report: Report) -> Report:

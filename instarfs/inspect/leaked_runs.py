@@ -10,18 +10,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import trio
 
 from instarfs.inspect.shared_value import Edition
 from planner.arrays import I64, distinct
-from planner.check.report import Report
 from planner.findings.kinds import FindingKind
 from planner.source import Source, read_bytes
-from planner.triage.triage import adjacent
-from planner.triage.uncounted import uncounted_clusters
+
+if TYPE_CHECKING:
+    from planner.check.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,9 @@ def _no_runs() -> tuple[I64, I64]:
 
 def _runs_of(report: Report, source: Source) -> tuple[I64, I64]:
     """Offset and length of every run, bytes, ascending."""
+    from planner.triage.triage import adjacent  # noqa: PLC0415 - after a check, which has it
+    from planner.triage.uncounted import uncounted_clusters  # noqa: PLC0415
+
     if report.layout is None or report.mismatches is None:
         return _no_runs()
     bits, end = report.geometry.cluster_bits, report.layout.file_size

@@ -13,7 +13,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -23,14 +23,15 @@ from instarfs.image.file import FileSource, Generation, Image, Signature, WouldB
 from instarfs.image.rwlock import Sharing
 from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.asking import Asker
-from instarfs.inspect.repair_queue import last_repair
 from instarfs.repair.interrupted import pending
-from instarfs.repair.journal import State, Summary
 from instarfs.repair.looking import look_around
-from instarfs.repair.outcome import Pending
 from planner.qcow2.contents import bare_header
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.header import SIGNED_MAX
+
+if TYPE_CHECKING:
+    from instarfs.repair.journal import Summary
+    from instarfs.repair.outcome import Pending
 
 T = TypeVar("T")
 
@@ -214,10 +215,14 @@ class Subject:
 
     def last_repair(self) -> Summary | Exception | None:
         """What its undo file says of itself, or why that cannot be known; None where none is."""
+        from instarfs.inspect.repair_queue import last_repair  # noqa: PLC0415
+
         return self.ask(partial(last_repair, self.image))
 
     def is_touched(self, last: Summary) -> bool:
         """Whether others may have written to the image after the *last* repair, by its times."""
+        from instarfs.repair.journal import State  # noqa: PLC0415
+
         if self.image.is_device or last.status.state is not State.APPLIED:
             return False
         return last.status.mtime_ns != self.generation().mtime_ns

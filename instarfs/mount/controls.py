@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
+from instarfs import render
 from instarfs.errors import DOMAIN_ERRORS, NoSuchCommand, RepairNotOffered, RepairRunning
 from instarfs.inspect.inspector import Inspector
 from instarfs.mount.nodes import ControlFile
-from instarfs.render.repair import outcome_line, stale_sentence
-from instarfs.repair.journal import State, Summary
-from instarfs.repair.outcome import RepairOutcome
 from instarfs.text import printable
 from planner.errors import as_value
 from planner.repair.plan import ID_LENGTH, SHORTEST_QUOTE, RepairTier
+
+if TYPE_CHECKING:
+    from instarfs.inspect.repair_queue import Repairs
+    from instarfs.repair.outcome import RepairOutcome
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +31,8 @@ _TIER = re.compile(
 )
 _TIER_GRAMMAR = "`leaks` or `all`, or a tier with the id of a plan"
 
-_UNDO_LINES = {
-    State.APPLYING: "a repair was interrupted: write `undo` to take it back",
-    State.APPLIED: "write `undo` to take the last repair back",
-}
+_INTERRUPTED_LINE = "a repair was interrupted: write `undo` to take it back"
+_UNDO_LINE = "write `undo` to take the last repair back"
 _SEALED_LINE = "nothing to take back: the last repair was made with --no-undo\n"
 _TRIM_LINE = (
     "write `trim` to give the disk space of all free clusters back, if a fresh check is clean;"
@@ -74,8 +75,12 @@ class Controls:
     """The control files of one mount."""
 
     def __init__(self, inspector: Inspector, *, read_only: bool) -> None:
-        self._repairs, self._subject = inspector.repairs, inspector.subject
+        self._inspector, self._subject = inspector, inspector.subject
         self._read_only = read_only
+
+    @property
+    def _repairs(self) -> Repairs:
+        return self._inspector.repairs
 
     def tier_file(self) -> ControlFile:
         """``repair/tier``"""
@@ -101,7 +106,7 @@ class Controls:
                 log.info("%s: nothing was begun: %s", _shortened(command.strip()), error)
                 raise
             # Not another await: when the mount ends, this is all that there is still time for.
-            log.info("%s: %s", _shortened(command.strip()), outcome_line(outcome))
+            log.info("%s: %s", _shortened(command.strip()), render.repair.outcome_line(outcome))
             if outcome.error is not None:
                 raise outcome.error.with_traceback(None)  # or it grows each time
 
@@ -137,6 +142,8 @@ class Controls:
         return (" ".join(f"[{w}]" if w == current else w for w in words) + "\n").encode()
 
     def _show_undo(self) -> bytes:
+        from instarfs.repair.journal import State, Summary  # noqa: PLC0415
+
         if self._repairs.is_running:
             return b"a repair is running\n"
         last = self._subject.last_repair()
@@ -144,7 +151,8 @@ class Controls:
             return b"nothing to take back\n"
         if not isinstance(last, Summary):
             return f"{printable(str(last))}\n".encode()
-        if last.status.state not in _UNDO_LINES:
+        lines = {State.APPLYING: _INTERRUPTED_LINE, State.APPLIED: _UNDO_LINE}
+        if last.status.state not in lines:
             return _SEALED_LINE.encode()
         plan = f" (tier {last.tier}, plan {last.plan_id})"
         more = last.status.depth - 1
@@ -152,5 +160,5 @@ class Controls:
         if self._subject.is_touched(last):
             rest = ", if it still fits: the image may have been written to after it"
         elif last.stale_count:
-            rest = f"; {stale_sentence(last.stale_count)}"
-        return f"{_UNDO_LINES[last.status.state]}{plan}{rest}\n".encode()
+            rest = f"; {render.repair.stale_sentence(last.stale_count)}"
+        return f"{lines[last.status.state]}{plan}{rest}\n".encode()

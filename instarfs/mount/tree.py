@@ -10,16 +10,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
-from instarfs.guest.files import owner_of
+from instarfs import render
 from instarfs.guest.guest import Guest, Part, Place
 from instarfs.image.file import WouldBlock
-from instarfs.inspect.inspector import Briefing, Checkup, Description, Inspector
+from instarfs.inspect.inspector import Inspector
 from instarfs.inspect.leaked_runs import LostRuns
-from instarfs.inspect.leaked_tables import LostTables
-from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
 from instarfs.mount.mountpoint import DAEMON_FILE, identity
@@ -36,31 +35,21 @@ from instarfs.mount.nodes import (
     Node,
 )
 from instarfs.mount.operations import Facts
-from instarfs.render import bitmaps as render_bitmaps
-from instarfs.render import check as render_check
-from instarfs.render import clusters as render_clusters
-from instarfs.render import explain as render_explain
-from instarfs.render import files as render_files
-from instarfs.render import findings as render_findings
-from instarfs.render import guest_map as render_guest_map
-from instarfs.render import info as render_info
-from instarfs.render import map as render_map
-from instarfs.render import repair as render_repair
-from instarfs.render import tables as render_tables
-from instarfs.render import triage as render_triage
-from instarfs.render.aftermath import Aftermath, Mounted
-from instarfs.render.report import report_txt
-from instarfs.render.rescue import Rescued
+from instarfs.render.limits import LISTED_RUNS
 from instarfs.text import printable
 from planner.arrays import GuestOffset, HostOffset
-from planner.check.report import Report
-from planner.errors import ImageError, RepairError, as_value
-from planner.guestfs.files import FilesUnknown, HitFiles
-from planner.repair.plan import Plan, RepairTier
-from planner.repair.tiers import Proposal
-from planner.source import Source, read_present
-from planner.views.explain import GuestExplanation, explain_guest, explain_host
-from planner.views.table_view import read_l2_page
+from planner.errors import ImageError, RepairError
+from planner.repair.plan import RepairTier
+from planner.source import read_present
+
+if TYPE_CHECKING:  # what a mount loads once it answers
+    from instarfs.inspect.leaked_tables import LostTables
+    from instarfs.inspect.values import Briefing, Checkup, Description
+    from instarfs.render.aftermath import Mounted
+    from instarfs.render.rescue import Rescued
+    from planner.check.report import Report
+    from planner.repair.plan import Plan
+    from planner.repair.tiers import Proposal
 
 _NUMBER = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 
@@ -94,7 +83,10 @@ def build_tree(
     whether its repairs can be taken back. *preview*: the plan that is laid over the image; then
     there is nothing to repair it with. *rescued*: what there is to say of it, if it is a rescue.
     """
-    advised = Mounted(mountpoint, not read_only, keeps_undo, preview)
+
+    def mounted() -> Mounted:
+        return render.aftermath.Mounted(mountpoint, not read_only, keeps_undo, preview)
+
     controls = Controls(inspector, read_only=read_only)
     entries = [
         _image_file(inspector),
@@ -102,7 +94,7 @@ def build_tree(
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
-        *_check_files(inspector, advised),
+        *_check_files(inspector, mounted),
         *_lost_files(inspector),
         *(_rescue_files(inspector, rescued) if rescued is not None else ()),
         *(_repair_files(inspector, controls) if preview is None else ()),
@@ -259,13 +251,13 @@ def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], 
     def info() -> File:
         return GeneratedFile(
             inspector.description,
-            lambda it: render_info.snapshot_json(it.contents, index),
+            lambda it: render.info.snapshot_json(it.contents, index),
             is_brief=True,
         )
 
     def hit() -> File:
         found = inspector.files_of(Place(Part.SNAPSHOT, index))
-        return GeneratedFile(found, render_files.files_tsv)
+        return GeneratedFile(found, lambda it: render.files.files_tsv(it))
 
     makers: dict[str, Callable[[], File]] = {
         "info.json": info,
@@ -282,22 +274,22 @@ def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], 
 
 def _image_files(inspector: Inspector) -> list[_Entry]:
     def info(description: Description) -> bytes | Iterator[bytes]:
-        known = render_info.ImageFacts(
+        known = render.info.ImageFacts(
             inspector.subject.path, description.file_size, description.allocated_size
         )
         if isinstance(description.contents, ImageError):
-            return render_info.info_error_json(description.contents, known)
-        return render_info.mounted_info_json(description.contents, known)
+            return render.info.info_error_json(description.contents, known)
+        return render.info.mounted_info_json(description.contents, known)
 
     def header(description: Description) -> bytes:
         if isinstance(description.contents, ImageError):
-            return render_info.header_error_json(description.contents, description.header)
-        return render_info.header_json(description.contents.layout)
+            return render.info.header_error_json(description.contents, description.header)
+        return render.info.header_json(description.contents.layout)
 
     def chain(guest: Guest | ImageError) -> bytes:
         if isinstance(guest, ImageError):
-            return render_info.error_json(guest)
-        return render_guest_map.chain_json(guest.members)
+            return render.info.error_json(guest)
+        return render.guest_map.chain_json(guest.members)
 
     return [
         _Entry(
@@ -325,14 +317,14 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
             "persistent bitmaps: what is dirty in each, and what is wrong with it",
             GeneratedFile(
                 inspector.bitmaps,
-                lambda it: render_bitmaps.bitmaps_json(it.states, is_written=it.is_written),
+                lambda it: render.bitmaps.bitmaps_json(it.states, is_written=it.is_written),
             ),
         ),
         _Entry(
             "image/map.svg",
             "a picture of the host file: what each part is used for, leaks, damage",
             GeneratedFile(
-                inspector.atlas, lambda atlas: render_map.map_svg(atlas, inspector.subject.path)
+                inspector.atlas, lambda atlas: render.map.map_svg(atlas, inspector.subject.path)
             ),
         ),
     ]
@@ -340,14 +332,14 @@ def _image_files(inspector: Inspector) -> list[_Entry]:
 
 def _map(guest: Guest | ImageError) -> bytes | Iterator[bytes]:
     if isinstance(guest, ImageError):
-        return render_info.error_json(guest)
-    return render_guest_map.map_json(guest.extents(), guest.members)
+        return render.info.error_json(guest)
+    return render.guest_map.map_json(guest.extents(), guest.members)
 
 
 def _map_length(guest: Guest | ImageError) -> int:
     if isinstance(guest, ImageError):
-        return len(render_info.error_json(guest))
-    return render_guest_map.map_json_length(guest.extents(), guest.members)
+        return len(render.info.error_json(guest))
+    return render.guest_map.map_json_length(guest.extents(), guest.members)
 
 
 # ---- tables/ ----
@@ -370,7 +362,7 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "tables/l1.tsv",
             "the active L1 table: where its L2 tables are, and what is wrong with its entries",
-            GeneratedFile(inspector.l1_page, render_tables.l1_tsv),
+            GeneratedFile(inspector.l1_page, lambda it: render.tables.l1_tsv(it)),
         ),
         _Entry(
             "tables/l2",
@@ -381,14 +373,13 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "tables/clusters.tsv",
             "every run of the host file: its owner, refcount, references, what was found there",
-            GeneratedFile(inspector.atlas, render_clusters.clusters_tsv),
+            GeneratedFile(inspector.atlas, lambda it: render.clusters.clusters_tsv(it)),
         ),
     ]
 
 
 def _l2_file(inspector: Inspector, number: int) -> File:
-    page = inspector.look(lambda source: read_l2_page(source, number))
-    return GeneratedFile(page, render_tables.l2_tsv)
+    return GeneratedFile(inspector.l2_page(number), lambda it: render.tables.l2_tsv(it))
 
 
 def _number(text: str) -> int | None:
@@ -412,19 +403,18 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
         if number is None:
             return None
         offset = HostOffset(number)
-        value = inspector.look(
-            lambda source: explain_host(source, offset, while_wanted()), beside_check=True
+        return GeneratedFile(
+            inspector.host_byte(offset), lambda it: render.explain.host_txt(it, offset, report())
         )
-        return GeneratedFile(value, lambda it: render_explain.host_txt(it, offset, report()))
 
     async def guest(name: str) -> Node | None:
         number = _number(name)
         if number is None:
             return None
         offset = GuestOffset(number)
-        value = inspector.look_at_guest(partial(_explain_guest, offset))
         return GeneratedFile(
-            value, lambda it: render_explain.guest_txt(it.way, offset, report(), it.owner)
+            inspector.guest_byte(offset),
+            lambda it: render.explain.guest_txt(it.way, offset, report(), it.owner),
         )
 
     return [
@@ -443,41 +433,23 @@ def _explain_files(inspector: Inspector) -> list[_Entry]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _GuestByte:
-    """The way to a byte of the guest's disk, and whose it is there, where there is a way."""
-
-    way: GuestExplanation | ImageError
-    owner: HitFiles | FilesUnknown | None = None
-
-
-def _explain_guest(offset: GuestOffset, source: Source, guest: Guest | ImageError) -> _GuestByte:
-    try:
-        way = explain_guest(source, offset, while_wanted())
-    except ImageError as error:
-        return _GuestByte(as_value(error))
-    if isinstance(guest, ImageError):
-        return _GuestByte(way)
-    return _GuestByte(way, owner_of(guest, offset, while_wanted()))
-
-
 # ---- check/ ----
 
 
-def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
+def _check_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[_Entry]:
     def report(it: Briefing) -> bytes:
         checkup = it.checkup
-        known = Aftermath(
+        known = render.aftermath.Aftermath(
             it.triage,
             it.proposals,
             checkup.pending,
-            mounted,
+            mounted(),
             it.surroundings,
             it.beside,
             checkup.gone,
             it.files,
         )
-        return report_txt(checkup.report, inspector.subject.path, known)
+        return render.report.report_txt(checkup.report, inspector.subject.path, known)
 
     def progress() -> bytes:
         return f"{inspector.progress()}\n".encode()
@@ -487,7 +459,7 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
         _Entry(
             "check/files.tsv",
             "which files of the guest are hit: a row a piece of one, or of free space",
-            GeneratedFile(inspector.files, render_files.files_tsv),
+            GeneratedFile(inspector.files, lambda it: render.files.files_tsv(it)),
         ),
         _Entry(
             "check/report.txt",
@@ -502,25 +474,25 @@ def _check_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
     ]
 
 
-def _result_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
+def _result_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[_Entry]:
     """What the check alone has found, as `qemu-img check` says it and finding by finding."""
 
     def entry(
         name: str,
         what: str,
-        render: Callable[[Checkup], bytes | Iterable[bytes]],
+        show: Callable[[Checkup], bytes | Iterable[bytes]],
         length: Callable[[Checkup], int] | None = None,
     ) -> _Entry:
-        return _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, render, length))
+        return _Entry(f"check/{name}", what, GeneratedFile(inspector.checkup, show, length))
 
     def result(it: Checkup) -> bytes:
-        return render_check.result_json(
+        return render.check.result_json(
             it.report,
             inspector.subject.path,
             it.repaired,
             it.pending,
             gone=it.gone,
-            preview=mounted.preview,
+            preview=mounted().preview,
         )
 
     return [
@@ -532,28 +504,28 @@ def _result_files(inspector: Inspector, mounted: Mounted) -> list[_Entry]:
         entry(
             "result.bin",
             "the same as a CheckResult, 80 bytes",
-            lambda it: render_check.result_bin(it.report, it.repaired),
+            lambda it: render.check.result_bin(it.report, it.repaired),
         ),
         entry(
             "leaks",
             "clusters that are counted as used and that nothing refers to",
-            lambda it: render_check.leaks_tsv(it.report),
+            lambda it: render.check.leaks_tsv(it.report),
         ),
         entry(
             "corruptions",
             "what is, or may become, wrong data",
-            lambda it: render_check.corruptions_tsv(it.report),
+            lambda it: render.check.corruptions_tsv(it.report),
         ),
         entry(
             "refcounts",
             "reference counts that differ from the references",
-            lambda it: render_check.refcounts_tsv(it.report),
+            lambda it: render.check.refcounts_tsv(it.report),
         ),
         entry(
             "findings.jsonl",
             "all findings, one JSON object a line",
-            lambda it: render_findings.findings_jsonl(it.report),
-            lambda it: render_findings.findings_jsonl_length(it.report),
+            lambda it: render.findings.findings_jsonl(it.report),
+            lambda it: render.findings.findings_jsonl_length(it.report),
         ),
     ]
 
@@ -565,7 +537,7 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
     runs = LostRuns(inspector.last_check, inspector.subject.source)
 
     async def listed() -> Sequence[str]:
-        return [str(offset) for offset in await runs.offsets(render_triage.LISTED_RUNS)]
+        return [str(offset) for offset in await runs.offsets(LISTED_RUNS)]
 
     async def make(name: str) -> Node | None:
         offset = _offset(name)
@@ -576,14 +548,14 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
 
     triage = GeneratedFile(
         inspector.leaks,
-        lambda it: render_triage.triage_json(it.triage, it.report, inspector.subject.path),
+        lambda it: render.triage.triage_json(it.triage, it.report, inspector.subject.path),
     )
     return [
         _Entry("lost/triage.json", "what the leaked clusters look like, and what looks lost", None),
         _Entry(
             "lost",
             "the bytes of a run of leaked clusters, by its host offset, once a check has run;"
-            f" a listing shows the first {render_triage.LISTED_RUNS}",
+            f" a listing shows the first {LISTED_RUNS}",
             MadeDirectory(
                 make,
                 listed,
@@ -612,23 +584,28 @@ def _lost_files(inspector: Inspector) -> list[_Entry]:
 
 def _lost_tables(inspector: Inspector) -> dict[str, Node]:
     """The directories of what lost tables lead to, one for each kind of table."""
-    tables = LostTables(inspector.last_leaks)
+
+    def tables() -> LostTables:
+        from instarfs.inspect.leaked_tables import LostTables  # noqa: PLC0415
+
+        return LostTables(inspector.last_leaks)
 
     async def l2_table(name: str) -> Node | None:
-        place = tables.l2_table(_offset(name.removesuffix(".raw")) if name.endswith(".raw") else -1)
+        offset = _offset(name.removesuffix(".raw")) if name.endswith(".raw") else -1
+        place = tables().l2_table(offset)
         return None if place is None else _lost_disk(inspector, place)
 
     async def l2_tables() -> Sequence[str]:
-        return [f"{offset}.raw" for offset in tables.l2_tables(render_triage.LISTED_RUNS)]
+        return [f"{offset}.raw" for offset in tables().l2_tables(LISTED_RUNS)]
 
     async def snapshot(name: str) -> Node | None:
-        place = tables.snapshot(_offset(name))
+        place = tables().snapshot(_offset(name))
         if place is None:
             return None
         return FixedDirectory({"disk.raw": _lost_disk(inspector, place)})
 
     async def snapshots() -> Sequence[str]:
-        return [str(offset) for offset in tables.snapshots(render_triage.LISTED_RUNS)]
+        return [str(offset) for offset in tables().snapshots(LISTED_RUNS)]
 
     return {
         "l2": MadeDirectory(l2_table, l2_tables),
@@ -686,12 +663,12 @@ def _rescue_files(inspector: Inspector, rescued: Rescued) -> list[_Entry]:
 def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
     def plan(tier: RepairTier, proposal: Proposal | RepairError) -> bytes | Iterator[bytes]:
         if isinstance(proposal, RepairError):
-            return render_repair.refusal_json(proposal, tier, inspector.subject.path)
-        return render_repair.plan_json(proposal, inspector.subject.path)
+            return render.repair.refusal_json(proposal, tier, inspector.subject.path)
+        return render.repair.plan_json(proposal, inspector.subject.path)
 
     def result() -> bytes:
         outcome, pending = inspector.repairs.outcome, inspector.subject.pending()
-        return render_repair.outcome_json(outcome, inspector.subject.path, pending)
+        return render.repair.outcome_json(outcome, inspector.subject.path, pending)
 
     def progress() -> bytes:
         return f"{inspector.repair_progress()}\n".encode()
@@ -798,5 +775,5 @@ def _readme(image: str, entries: list[_Entry], preview: Plan | None) -> bytes:
     values = {"image": printable(image), "files": files}
     if preview is None:
         return _README.format(**values).encode()
-    values |= {"tier": preview.tier, "plan": preview.id, "how": render_repair.quoting(preview)}
+    values |= {"tier": preview.tier, "plan": preview.id, "how": render.repair.quoting(preview)}
     return _README_OF_PREVIEW.format(**values).encode()

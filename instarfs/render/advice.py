@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from instarfs.image.surroundings import COPY, FOLDER, LOST, RAW, Room
 from instarfs.render.aftermath import Aftermath, Mounted
-from instarfs.render.triage import LISTED_RUNS
+from instarfs.render.limits import LISTED_RUNS
 from instarfs.text import shell_path
 from planner.check.reopened import is_mended_when_opened
 from planner.check.report import EXIT_CODES, Report

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from instarfs.render.limits import LISTED_RUNS
 from instarfs.text import json_bytes, printable
 from planner.arrays import I64
 from planner.check.classify import Look
@@ -20,9 +21,6 @@ from planner.qcow2.names import brief_name, decode_name
 from planner.qcow2.snapshots import Snapshot
 from planner.triage.l1_holes import Place
 from planner.triage.triage import Suspect, Triage, adjacent, looks_of, names_of
-
-LISTED_RUNS = 1000
-"""Leaked runs that are listed, in ``lost/`` and in its JSON; any other can be opened by name."""
 
 LISTED_TABLES = 10
 """Former tables that a text for reading lists."""

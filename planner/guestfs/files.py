@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 from planner.arrays import I32, I64, U8, Mask
 from planner.guestfs.paths import Paths
 from planner.guestfs.protocol import NO_INODE, What
-from planner.guestfs.volumes.find import Layout, Volume
+
+if TYPE_CHECKING:  # every file system
+    from planner.guestfs.volumes.find import Layout, Volume
 
 MAX_HITS = 1 << 20
 """Rows that are kept; of more it is only said that there are more."""

@@ -1,4 +1,4 @@
-"""Mounts a tree without an image, whose files fail in every way: fake_tree.py DIR"""
+"""A tree without an image, whose files fail in every way: fake_tree.py DIR [fails-to-load]"""
 
 import itertools
 import os
@@ -68,5 +68,6 @@ log_to_stderr()
 operations = Operations(
     ROOT, lambda: Facts(size=0, mtime_ns=0), Ownership(os.getuid(), os.getgid())
 )
-service = daemon.Service(operations, cancel=lambda: None)
+load = fail if "fails-to-load" in sys.argv[2:] else lambda: None
+service = daemon.Service(operations, cancel=lambda: None, load=load)
 sys.exit(daemon.run(lambda: nullcontext(service), sys.argv[1], set(), ready=nobody_waits))

@@ -16,7 +16,7 @@ from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
 from instarfs.errors import ImageReadFailed
 from instarfs.image.file import Image
-from instarfs.mount import tree
+from instarfs.inspect import work
 from instarfs.mount.options import MountOptions
 from planner.arrays import HostOffset
 from planner.check.check import check_image
@@ -52,7 +52,7 @@ def explain(source: Source, offset: HostOffset, progress: Progress) -> HostExpla
     return explain_host(source, offset, progress)
 
 
-vars(tree)["explain_host"] = explain
+vars(work)["explain_host"] = explain
 log_to_stderr()
 image = Image.open(IMAGE)
 with broker.separated(image):

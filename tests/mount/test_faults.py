@@ -21,6 +21,7 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
         sys.executable,
         Path(__file__).with_name("fake_tree.py"),
         directory,
+        "fails-to-load",
     ]
     with mounted(command, Path(os.devnull), directory) as it:
         it.unexpected = ("the mount ended",)
@@ -48,6 +49,12 @@ def test_what_is_not_has_one(fake: Mount) -> None:
         fake.read("bug")
     assert "unexpected error in open" in fake.log
     assert "ZeroDivisionError: a bug" in fake.log
+
+
+def test_what_is_loaded_once_it_answers_may_fail(fake: Mount) -> None:
+    until(lambda: "not all of instarfs could be loaded" in fake.log, "it was tried")
+    assert fake.log.index("mounted") < fake.log.index("not all of instarfs could be loaded")
+    assert fake.read("good") == "content"
 
 
 def test_what_takes_too_much_memory_says_so(fake: Mount) -> None:

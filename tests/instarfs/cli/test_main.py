@@ -1,5 +1,6 @@
 """instarfs.cli.main: what it loads, and how a command line ends that goes wrong."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from instarfs.cli.main import COMMANDS
 from tests.images.builder import ImageBuilder
 
 INSTARFS = (sys.executable, "-m", "instarfs")
+PROJECT = Path(__file__).resolve().parents[3]
 HEAVY = ("numpy", "construct", "trio", "pyfuse3", "rich")
 
 
@@ -80,17 +82,67 @@ def test_help_loads_no_command() -> None:
     assert not loaded & {*(f"instarfs.cli.{name}" for name in COMMANDS), *HEAVY}
 
 
-def test_what_serves_a_mount_loads_nothing_that_no_mount_needs() -> None:
-    """It stays in the memory of every mount, and takes time until it answers."""
-    program = "import sys, instarfs.daemon.serve; print(*sys.modules)"
-    loaded = subprocess.run(
+@pytest.fixture(scope="module")
+def serving() -> list[dict[str, str]]:
+    """The modules of a mount, each with its file: of what serves it, and of what it loads late."""
+    program = """
+import json, sys
+from instarfs.daemon.serve import load_late
+files = lambda: {name: str(getattr(it, "__file__", "")) for name, it in [*sys.modules.items()]}
+first = files()
+load_late()
+print(json.dumps([first, {name: file for name, file in files().items() if name not in first}]))
+"""
+    done = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert "instarfs.render.map" in loaded
+    )
+    modules: list[dict[str, str]] = json.loads(done.stdout)
+    return modules
+
+
+def test_a_mount_loads_nothing_that_no_mount_needs(serving: list[dict[str, str]]) -> None:
+    """It stays in the memory of every mount."""
+    loaded = {*serving[0], *serving[1]}
     assert not {name.partition(".")[0] for name in loaded} & {"http", "xml", "html", "asyncio"}
     unwanted = {"urllib.request", "instarfs.guest.export", "instarfs.scan", "rich"}
     unwanted |= {"planner.rescue.rescue", "planner.rescue.headers", "planner.rescue.placing"}
-    assert not set(loaded) & unwanted
+    assert not loaded & unwanted
+
+
+def test_a_mount_answers_before_what_checks_and_repairs_is_loaded(
+    serving: list[dict[str, str]],
+) -> None:
+    late = {"planner.check", "planner.triage", "planner.repair.tiers", "planner.views"}
+    late |= {"planner.guestfs.known", "instarfs.repair.run", "instarfs.render.report"}
+    assert not late & serving[0].keys()
+    assert late <= serving[1].keys()
+
+
+def test_what_is_loaded_late_is_what_a_confined_process_can_load(
+    serving: list[dict[str, str]],
+) -> None:
+    """No library can be mapped by then, neither of ours nor of others."""
+    assert {Path(file).suffix for file in serving[1].values()} == {".py"}
+
+
+def test_nothing_is_left_that_a_mount_would_load_when_it_is_first_used(
+    serving: list[dict[str, str]],
+) -> None:
+    """The package may have been replaced by then. What is left other commands use, or a preview."""
+    here = {
+        ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
+        for room in ("instarfs/inspect", "instarfs/mount", "instarfs/render", "planner")
+        for path in (PROJECT / room).rglob("*.py")
+    }
+    left = {name for name in here if name not in serving[0] | serving[1]}
+    assert {
+        name for name in left if not name.startswith(("planner.rescue", "instarfs.render.schemas"))
+    } == {
+        "instarfs.render.rescue",
+        "instarfs.render.scan",
+        "planner.check.compressed",
+        "planner.guest.mapfile",
+    }
 
 
 def test_version() -> None:

@@ -23,9 +23,10 @@ from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.image.locks import Access, Permission, held
 from instarfs.inspect import shared_value
-from instarfs.inspect.inspector import KEPT_LOOKS, MAX_LOOKING, Inspector, Leaks, inspecting
+from instarfs.inspect.inspector import KEPT_LOOKS, MAX_LOOKING, Inspector, inspecting
 from instarfs.inspect.shared_value import Changed, Value, room_for_values
 from instarfs.inspect.stages import IDLE
+from instarfs.inspect.values import Leaks
 from instarfs.repair.outcome import RepairOutcome, Status
 from planner.check.report import Report
 from planner.errors import NotQcow2, RepairError

@@ -1,0 +1,156 @@
+"""What an inspector has done in threads: checks, triage, plans, pictures, searches of a disk.
+
+Each function takes what it is about and returns a value. When one is called, and what becomes of
+the value where the image changed meanwhile, is `instarfs.inspect.inspector`'s business, which loads
+this when the first one is wanted: it is most of the planner, and a mount answers before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from instarfs.errors import InstarfsError
+from instarfs.guest.files import hit_files, owner_of
+from instarfs.guest.guest import Guest, Place
+from instarfs.image import locks
+from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.rwlock import Sharing
+from instarfs.image.surroundings import Surroundings
+from instarfs.inspect.shared_value import while_wanted
+from instarfs.inspect.stages import Stages
+from instarfs.inspect.values import Bitmaps, Check, Checkup, GuestByte
+from instarfs.repair.checking import LiveCheck, run_check
+from instarfs.repair.looking import look_around
+from instarfs.repair.planning import of_one_moment, propose_for
+from instarfs.repair.writing import missing
+from planner.arrays import GuestOffset, HostOffset
+from planner.check.check import check_image
+from planner.check.report import Report
+from planner.errors import ImageError, RepairError, as_value
+from planner.guestfs.files import FilesUnknown, HitFiles
+from planner.repair.plan import RepairTier
+from planner.repair.tiers import Proposal, tiers_for
+from planner.source import Source
+from planner.triage.beside import Beside, look_beside
+from planner.triage.triage import Triage, triage_leaks
+from planner.views.bitmap_state import BitmapStates, read_bitmap_states
+from planner.views.explain import HostExplanation, explain_guest, explain_host
+from planner.views.host_map import Atlas, draw_atlas
+from planner.views.table_view import read_l1_page, read_l2_page
+
+log = logging.getLogger(__name__)
+
+
+class Work:
+    """It tells *stages* how far it is, and keeps a repair of this process out by *sharing*."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        sharing: Sharing,
+        check: Check | None,
+        bound: Callable[[FileSource], None],
+    ) -> None:
+        """*check*: in place of `check_image`. *bound*: as for an inspector."""
+        self._stages, self._sharing = stages, sharing
+        self._check, self._bound = check or check_image, bound
+
+    def check(self, image: Image) -> tuple[Generation, Checkup]:
+        """A check, and what the image was before it."""
+        gone = image.gone()
+        if gone is not None:
+            log.warning("%s", missing(image))
+        with self._stages.running("opening"), self._sharing.reading(image) as is_kept:
+            self._bound(image.source())  # anew: it may have grown since
+            checked = run_check(
+                image,
+                partial(self._check, progress=while_wanted(self._stages.tell)),
+                is_written=lambda: not is_kept,
+                live=LiveCheck(again=partial(check_image, progress=while_wanted()), pause=_pause),
+            )
+        return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
+
+    def triage(self, image: Image, report: Report) -> Triage:
+        """What the leaked clusters of a check look like."""
+        with self._stages.running("opening"), self._sharing.reading(image):
+            return triage_leaks(image.source(), report, progress=while_wanted(self._stages.tell))
+
+    def search(
+        self,
+        image: Image,
+        guest: Guest,
+        place: Place,
+        report: Report,
+        triage: Triage | InstarfsError,
+    ) -> HitFiles | FilesUnknown:
+        """The files of the disk at *place* that are hit by what a check found."""
+        with self._sharing.reading(image):
+            return hit_files(guest, place, report, triage, while_wanted(self._stages.tell))
+
+    def plan(
+        self, image: Image, report: Report, tier: RepairTier, triage: Triage
+    ) -> Proposal | RepairError:
+        """What a repair would do, or why the tier refuses."""
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self._stages.tell(f"plan {tier} {stage}", done, total)
+
+        with self._sharing.reading(image):
+            return propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
+
+    def draw(self, image: Image, report: Report) -> Atlas | ImageError:
+        """The map of the host file; why there is none."""
+        try:
+            with self._stages.running("drawing"):
+                return draw_atlas(image.source(), report, while_wanted())
+        except ImageError as error:
+            return as_value(error)
+
+    tiers_for = staticmethod(tiers_for)
+    of_one_moment = staticmethod(of_one_moment)
+    read_l1_page = staticmethod(read_l1_page)
+    read_l2_page = staticmethod(read_l2_page)
+
+    @staticmethod
+    def look_around(
+        image: Image, report: Report, guest: Guest | ImageError | None
+    ) -> tuple[Surroundings, Beside]:
+        """What is around the image, and what the check did without."""
+        around = look_around(image)
+        if report.layout is None or not isinstance(guest, Guest):
+            return around, Beside()
+        return around, look_beside(image.source(), report.layout, guest.members)
+
+    @staticmethod
+    def explain_host(source: Source, offset: HostOffset) -> HostExplanation:
+        """What a byte of the image file is used for."""
+        return explain_host(source, offset, while_wanted())
+
+    @staticmethod
+    def explain_guest(source: Source, guest: Guest | ImageError, offset: GuestOffset) -> GuestByte:
+        """Where a byte of the guest's disk is, and whose."""
+        try:
+            way = explain_guest(source, offset, while_wanted())
+        except ImageError as error:
+            return GuestByte(as_value(error))
+        if isinstance(guest, ImageError):
+            return GuestByte(way)
+        return GuestByte(way, owner_of(guest, offset, while_wanted()))
+
+    @staticmethod
+    def read_bitmaps(image: Image) -> Bitmaps:
+        """The persistent bitmaps."""
+        states: BitmapStates | ImageError
+        try:
+            states = read_bitmap_states(image.source(), while_wanted())
+        except ImageError as error:
+            states = as_value(error)
+        return Bitmaps(states, locks.is_written(image.fileno()))
+
+
+def _pause(seconds: float) -> None:
+    while_wanted()("", 0, 0)
+    time.sleep(seconds)
