@@ -1,8 +1,9 @@
 """L1 and L2 entries whose right value the entry itself determines.
 
-A misaligned entry that reads as zeros becomes plain zero, as QEMU makes it; COPIED goes from
-compressed entries; reserved bits go where nothing else is wrong with what the entry points at: they
-come last, when refcounts say what they should, and flags are drafted that do.
+A misaligned entry that reads as zeros becomes plain zero, as QEMU makes it: what it referred to is
+free then, so that this comes first, and a check after it. COPIED goes from compressed entries, and
+what they refer to stays the same. Reserved bits go where nothing else is wrong with what the entry
+points at: they come last, when refcounts say what they should, and flags are drafted that do.
 """
 
 from __future__ import annotations
@@ -24,11 +25,30 @@ _OWNERS_WEIGHED = 64
 """Owners of a cluster that are looked at; one with more is not written to."""
 
 
-def correct_entries(scope: Scope) -> None:
-    """Draft every entry that can be corrected; the others stay and stay named."""
-    # Its cluster becomes free, which refcounts that must not be written could not say.
-    if not scope.refcounts_must_stay:
-        _make_plain_zero(scope)
+def make_plain_zero(scope: Scope) -> None:
+    """Take the cluster from entries that read as zeros; fix_l2_entry_by_zero in QEMU.
+
+    It becomes free, which refcounts that must not be written could not say: then they stay.
+    """
+    if scope.refcounts_must_stay:
+        return
+    for tables in marked_tables(scope, FindingKind.ZERO_MISALIGNED):
+        chosen = tables.without_contested()
+        shared = tables.select(~chosen.marks)
+        if shared.marks.any():
+            chosen = tables.select(chosen.marks | _shared_with_zeros_alone(shared))
+        at = chosen.marks
+        if scope.geometry.extended_l2:
+            bitmap = chosen.bitmaps[at].astype(np.uint64)
+            zero = (bitmap | bitmap << np.uint64(32)) & np.uint64(entries.SUBCLUSTERS_ZERO)
+            chosen.words[at], chosen.bitmaps[at] = 0, zero
+        else:
+            chosen.words[at] = entries.ZERO
+        chosen.draft()
+
+
+def clear_copied_of_compressed(scope: Scope) -> None:
+    """Draft compressed entries without the COPIED flag, which none has."""
     for tables in marked_tables(scope, FindingKind.COMPRESSED_COPIED):
         chosen = tables.without_contested()
         _correct(chosen)
@@ -61,23 +81,6 @@ def _correct(tables: MarkedTables) -> None:
     """Make the marked entries what the rule that they break expects."""
     found = tables.words[tables.marks].astype(np.uint64)
     tables.words[tables.marks] = expected(tables.kind, found)
-
-
-def _make_plain_zero(scope: Scope) -> None:
-    """Take the cluster from entries that read as zeros; fix_l2_entry_by_zero in QEMU."""
-    for tables in marked_tables(scope, FindingKind.ZERO_MISALIGNED):
-        chosen = tables.without_contested()
-        shared = tables.select(~chosen.marks)
-        if shared.marks.any():
-            chosen = tables.select(chosen.marks | _shared_with_zeros_alone(shared))
-        at = chosen.marks
-        if scope.geometry.extended_l2:
-            bitmap = chosen.bitmaps[at].astype(np.uint64)
-            zero = (bitmap | bitmap << np.uint64(32)) & np.uint64(entries.SUBCLUSTERS_ZERO)
-            chosen.words[at], chosen.bitmaps[at] = 0, zero
-        else:
-            chosen.words[at] = entries.ZERO
-        chosen.draft()
 
 
 def _shared_with_zeros_alone(tables: MarkedTables) -> Mask:

@@ -27,7 +27,11 @@ from planner.repair.copied import (
     update_copied_flags_for_l1,
 )
 from planner.repair.draft import Draft
-from planner.repair.entries import clear_reserved_bits, correct_entries
+from planner.repair.entries import (
+    clear_copied_of_compressed,
+    clear_reserved_bits,
+    make_plain_zero,
+)
 from planner.repair.plan import DETERMINED, Plan, RepairTier, StageKind
 from planner.repair.proof import require_proof
 from planner.repair.put_back import put_back_blocks
@@ -416,7 +420,7 @@ def _begin_all(scope: Scope, means: Means) -> _Begun:
     if has_no_snapshots(scope):  # what seems to be their table lies over all that follows
         rewrite_snapshot_table(scope)
         scope = checked_anew(scope, means)
-    correct_entries(scope)
+    make_plain_zero(scope)
     scope = checked_anew(scope, means)
     if scope.may_write_header:
         rewrite_snapshot_table(scope)
@@ -433,6 +437,7 @@ def _begin_all(scope: Scope, means: Means) -> _Begun:
         if scope.report is not before:
             stay = union(stay, shown)
             stay = stay[is_among(stay, leaked_clusters(scope.report))]
+    clear_copied_of_compressed(scope)  # of which nothing that refcounts say depends
     return _Begun(scope, triage, stay, uncounted_to_keep(scope.report, triage), shown)
 
 

@@ -115,6 +115,18 @@ def test_flags_and_reserved_bits_are_proven_by_one_check(monkeypatch) -> None:
     assert counts(proposal) == {}
 
 
+def test_a_flag_of_a_compressed_entry_is_proven_with_the_refcounts(monkeypatch) -> None:
+    made = fill(builder())
+    made.write_compressed(3, b"x")
+    image = made.build()
+    image.set_bits(image.l2_at(3), COPIED)
+    image.set_refcount(image.host_offset(1) // SIZE, 0)
+    number, proposal = checks_of(image, monkeypatch)
+    assert number == 1
+    assert Kind.COMPRESSED_COPIED in {edit.kind for edit in proposal.plan.edits}
+    assert counts(proposal) == {}
+
+
 def test_reserved_bits_stay_where_the_target_is_lost() -> None:
     image = plain()
     image.set_word(image.l1_at(1), len(image.data) + 9 * SIZE | RESERVED)
