@@ -46,12 +46,34 @@ def expand_ranges(first: I64, last: I64) -> I64:
 
 def join_ranges(start: I64, end: I64) -> tuple[I64, I64]:
     """Ranges start[i]..end[i]-1 in any order as ascending ones that neither overlap nor touch."""
-    order = np.argsort(start, kind="stable")
-    start, end = start[order], np.maximum.accumulate(end[order])
-    new = np.ones(len(start), dtype=np.bool_)
-    new[1:] = start[1:] > end[:-1]
-    first = np.flatnonzero(new)
-    return start[first], end[np.append(first[1:], len(start))[: len(first)] - 1]
+    return join_bounds(np.sort(start, kind="stable"), np.sort(end, kind="stable"))
+
+
+def join_bounds(starts: I64, ends: I64) -> tuple[I64, I64]:
+    """`join_ranges` of the ranges that have these bounds, the starts and the ends in order.
+
+    Whichever belong together: where as many have ended as had begun before the next begins, none of
+    them reaches further.
+    """
+    new = np.ones(len(starts), dtype=np.bool_)
+    np.greater(starts[1:], ends[:-1], out=new[1:])
+    if new.all():
+        return starts, ends
+    return starts[new], ends[np.append(new[1:], True)]
+
+
+def without_ranges(whole: tuple[I64, I64], part: tuple[I64, I64]) -> tuple[I64, I64]:
+    """What is left of ranges, as `join_ranges` gives them, without others that lie within them.
+
+    Every bound is one of what is left, but where both have one.
+    """
+    bounds = np.sort(np.concatenate((*whole, *part)), kind="stable")
+    alone = np.ones(len(bounds), dtype=np.bool_)
+    differs = bounds[1:] != bounds[:-1]
+    alone[1:] = differs
+    alone[:-1] &= differs
+    left = bounds[alone]
+    return left[::2], left[1::2]
 
 
 _SEARCHED = 1 << 18
@@ -84,7 +106,7 @@ def distinct(values: I64) -> I64:
     longer than to check a small image. Most columns are in order by then.
     """
     is_ascending = (values[1:] >= values[:-1]).all()
-    return without_repeats(values if is_ascending else np.sort(values))
+    return without_repeats(values if is_ascending else np.sort(values, kind="stable"))
 
 
 def distinct_columns(columns: I64) -> tuple[I64, I64]:
@@ -92,13 +114,10 @@ def distinct_columns(columns: I64) -> tuple[I64, I64]:
 
     As np.unique gives them along an axis, which takes three times as long to sort whole columns.
     """
-    order = np.lexsort(columns[::-1])
-    ordered = columns[:, order]
-    first = np.ones(len(order), dtype=np.bool_)
-    first[1:] = (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)
-    which = np.empty(len(order), dtype=np.int64)
-    which[order] = np.cumsum(first) - 1
-    return ordered[:, first], which
+    order, new = rows_in_order(*columns)
+    which = np.empty(columns.shape[1], dtype=np.int64)
+    which[order] = np.cumsum(new) - 1
+    return columns[:, order][:, new], which
 
 
 def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:

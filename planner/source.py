@@ -315,7 +315,7 @@ def _may_hold_data(source: Source, start: I64, end: I64) -> Mask:
         hit = np.flatnonzero(low < high)
         present[expand_ranges(low[hit], high[hit] - 1)] = True
         index = max(int(low[-1]), int(high[-1]))
-        number = min(2 * number, MAX_EXTENTS) if len(hit) * 4 >= len(extents) else 1
+        number = min(2 * number, MAX_EXTENTS) if len(hit) * 16 >= len(extents) else 1
     return present
 
 

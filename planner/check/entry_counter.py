@@ -30,7 +30,9 @@ class EntryCounter:
     def count_tables(self, batch: Batch, words: U64, bitmaps: U64 | None) -> None:
         """Count the entries of whole tables, uint64 (tables, entries)."""
         flat = words.reshape(-1)
-        if bitmaps is None:
+        if bitmaps is None and np.count_nonzero(flat) == flat.size:
+            self.count_entries(batch, np.arange(flat.size), flat)
+        elif bitmaps is None:
             positions = np.flatnonzero(flat)
             self.count_entries(batch, positions, flat[positions])
         else:

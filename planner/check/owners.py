@@ -162,9 +162,12 @@ class OwnersFinder:
         parts = [list(each) for each in zip(*self._rows, strict=True)]
         self._rows = []
         columns = [np.concatenate(parts.pop(0)) for _ in range(len(parts))]
-        order, _ = rows_in_order(*columns[:5])
+        # Those of one structure mostly came one after the other.
+        order = np.lexsort((columns[1].astype(np.uint8), columns[0]))
+        columns = [columns.pop(0)[order] for _ in range(len(columns))]
+        within, _ = rows_in_order(*columns[:5])
         cluster, structure, snapshot, l1_index, l2_index, index = (
-            columns.pop(0)[order] for _ in range(len(columns))
+            columns.pop(0)[within] for _ in range(len(columns))
         )
         return Owners(
             cluster,
@@ -205,8 +208,10 @@ def first_guest_owners(owners: Owners, clusters: I64, width: int) -> I64:
     """
     result = np.full(len(clusters), NONE)
     guest = np.flatnonzero(np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED)))
-    owned, first = np.unique(owners.cluster[guest], return_index=True)
-    _, here, there = np.intersect1d(clusters, owned, assume_unique=True, return_indices=True)
-    at = guest[first[there]]
-    result[here] = owners.l1_index[at] * width + owners.l2_index[at]
+    owned = owners.cluster[guest]
+    first = np.searchsorted(owned, clusters)
+    known = first < len(owned)
+    known[known] = owned[first[known]] == clusters[known]
+    at = guest[first[known]]
+    result[known] = owners.l1_index[at] * width + owners.l2_index[at]
     return result

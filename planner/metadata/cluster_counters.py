@@ -44,7 +44,7 @@ class ClusterIndex:
             known = slots < self.slots
             known[known] = self.keys[slots[known]] == clusters[known]
             clusters = slots
-        return np.where(known, clusters, 0), known
+        return clusters * known, known
 
     def slots_before(self, cluster: int) -> Slot:
         """How many slots belong to clusters below *cluster*."""
@@ -123,14 +123,13 @@ class Tally:
             return cls(slots, nothing, nothing)
         # Of a table that is damaged here and there most go on one after the other: those need not
         # be sorted, if only the others are in disorder.
-        start = np.flatnonzero(np.append(True, step != 1))
+        start = np.append(0, np.flatnonzero(step != 1) + 1)
         length = np.diff(start, append=len(slots))
-        goes_on = np.repeat(length >= RUN, length)
-        single = slots[goes_on]
-        if len(single) * 2 > len(slots) and (np.diff(single) > 0).all():
-            slots = slots[~goes_on]
-        else:
-            single = nothing
+        is_run = length >= RUN
+        first, number, single = slots[start[is_run]], length[is_run], nothing
+        if number.sum() * 2 > len(slots) and (first[1:] >= first[:-1] + number[:-1]).all():
+            goes_on = np.repeat(is_run, length)
+            single, slots = slots[goes_on], slots[~goes_on]
         # Half the width sorts in half the time.
         narrow = slots.astype(np.uint32) if int(slots.max(initial=0)) < 1 << 32 else slots
         ordered: npt.NDArray[np.integer[Any]] = np.sort(narrow)

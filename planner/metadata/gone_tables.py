@@ -81,7 +81,7 @@ class GoneTables:
     def _gone_and_filled(self, rows: U8) -> tuple[Mask, I64]:
         step = self.geometry.l2_entry_size // 8
         words = rows.view(">u8").reshape(len(rows), -1, SECTOR // 8)[:, :, ::step]
-        filled = np.count_nonzero(words, axis=2)
+        filled = np.count_nonzero(words.view(np.uint64), axis=2)
         # Most words are entries beyond doubt: only the others are decoded.
         at = np.flatnonzero(self._in_doubt(rows.view(np.uint64)[:, ::step]))
         some = words.reshape(-1)[at].astype(np.uint64)

@@ -259,5 +259,5 @@ def equal_rows(one: U8, other: U8) -> Mask:
     equal: Mask = np.empty(len(one), dtype=np.bool_)
     for start in range(0, len(one), COMPARED_SECTORS):
         part = slice(start, start + COMPARED_SECTORS)
-        equal[part] = (one[part] == other[part]).all(axis=1)
+        equal[part] = (one[part].view(np.uint64) == other[part].view(np.uint64)).all(axis=1)
     return equal

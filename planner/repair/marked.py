@@ -43,8 +43,13 @@ class MarkedTables:
 
     def host_offsets(self) -> I64:
         """Of the marked entries, in the file, (marked entries,)."""
-        table, inside = np.nonzero(self.marks)
-        return self.offset[table] + inside * self.scope.geometry.l2_entry_size
+        return self._host_offsets(np.flatnonzero(self.marks))
+
+    def _host_offsets(self, at: I64) -> I64:
+        """The same of entries at flat positions in ``marks``."""
+        table, inside = np.divmod(at, self.marks.shape[1])
+        host: I64 = self.offset[table] + inside * self.scope.geometry.l2_entry_size
+        return host
 
     def without_contested(self) -> MarkedTables:
         """Without the marks in clusters with two owners that are no tables alike."""
@@ -78,8 +83,7 @@ class MarkedTables:
         at = np.flatnonzero(self.marks)
         start = np.flatnonzero((np.diff(at, prepend=-2) != 1) | (at % width == 0))
         count = np.diff(start, append=len(at))
-        first = self.host_offsets()[start]
-        places = first, count * step, count
+        places = self._host_offsets(at[start]), count * step, count
         self.scope.explain_runs(StageKind.CORRECT, Structure.L2_TABLE, self.kind, places)
 
 
@@ -103,6 +107,8 @@ def _drop(marks: Mask, offsets: I64, gone: Findings, entry_size: int) -> None:
     size = marks.shape[1] * entry_size
     row = np.searchsorted(offsets, gone.host_offset, side="right") - 1
     inside = np.flatnonzero((row >= 0) & (gone.host_offset < offsets[row] + size))
+    if not len(inside):
+        return
     row, start = row[inside], (gone.host_offset[inside] - offsets[row[inside]]) // entry_size
     change = np.zeros(marks.size + 1, dtype=np.int64)
     first = row * marks.shape[1] + start

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, is_among, is_any_of
+from planner.arrays import I64, U64, Mask, distinct, is_among, is_any_of, without_repeats
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
@@ -272,7 +272,7 @@ class _L2Words:
                     rows[part].view(">u8").reshape(-1, words)
                     for rows in (stage.before, stage.after)
                 ]
-                changed = np.flatnonzero((both[0] != both[1]).any(axis=1))
+                changed = without_repeats(np.flatnonzero(both[0] != both[1]) // words)
                 before, after = (
                     meaning(each[changed].astype(np.uint64).reshape(-1)) for each in both
                 )

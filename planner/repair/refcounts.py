@@ -166,6 +166,8 @@ class _Corrector:
         bits = 1 << self._order
         for each in self._kinds:
             runs = np.flatnonzero(kind[starts] == each)
+            if not len(runs):
+                continue
             first = index[starts[runs]] * bits
             last = first + lengths[runs] * bits - 1
             places = (offset + first // 8, last // 8 - first // 8 + 1, lengths[runs])

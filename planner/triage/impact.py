@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, Mask, distinct, is_among, is_any_of, merged
+from planner.arrays import I64, Mask, distinct, is_among, is_any_of, join_bounds, without_ranges
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.triage.losses import Losses
@@ -78,6 +78,10 @@ class Ranges:
         start, length = self.start[:limit], (self.end - self.start)[:limit]
         return zip(start.tolist(), length.tolist(), strict=True)
 
+    def without(self, part: Ranges) -> Ranges:
+        """The same without *part*, which lies inside; no two of either touch."""
+        return Ranges(*without_ranges((self.start, self.end), (part.start, part.end)))
+
 
 @dataclass(frozen=True, slots=True)
 class Impact:
@@ -104,7 +108,7 @@ class Impact:
             parts = [worse, self.ranges[harm], *more.get(harm, [])]
             bounds = np.concatenate([np.stack((part.start, part.end)) for part in parts], axis=1)
             upto = _merged(bounds, self.size)
-            ranges[harm] = _without(upto, worse)
+            ranges[harm] = upto.without(worse)
             worse = upto
         return Impact(self.size, ranges, self.is_whole)
 
@@ -120,13 +124,13 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None =
     if snapshot != ACTIVE and report.snapshots[snapshot].disk_size is not None:
         size = report.snapshots[snapshot].disk_size or 0
     worse = _merged(np.zeros((2, 0), dtype=np.int64), size)
-    ranges = {}
+    ranges, low = {}, _low(report)
     for harm in Harm:
         upto = _merged(
             np.concatenate(
                 [
                     *_of_findings(report, harm, snapshot),
-                    _of_owners(report, harm, snapshot, losses.astray),
+                    _of_owners(report, harm, snapshot, losses.astray, low),
                     _of_strays(report, harm, snapshot, losses.strays),
                     _of_l1_table(report, harm, snapshot, size),
                     _of_whole_disk(report, harm, size, misread=losses.misread),
@@ -136,11 +140,10 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None =
             ),
             size,
         )
-        ranges[harm] = _without(upto, worse)
+        ranges[harm] = upto.without(worse)
         worse = upto
-    low = sum(report.totals.get(kind, 0) for kind in _OF_CLUSTERS)
-    looked_up = len(_low(report))
-    is_whole = report.complete and not report.owners.truncated and looked_up == low
+    all_low = sum(report.totals.get(kind, 0) for kind in _OF_CLUSTERS)
+    is_whole = report.complete and not report.owners.truncated and len(low) == all_low
     is_whole &= not report.geometry.external_data
     return Impact(size, ranges, is_whole)
 
@@ -188,15 +191,15 @@ def _of_whole_disk(report: Report, harm: Harm, size: int, *, misread: bool) -> I
     return np.array([[0], [size]] if everything else [[], []], dtype=np.int64)
 
 
-def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64) -> I64:
-    """Those of the owners of clusters that are used twice, or are *astray*, or counted too low."""
+def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64, low: I64) -> I64:
+    """Owners of clusters that are used twice, or are *astray*, or are counted too *low*."""
     none = np.zeros((2, 0), dtype=np.int64)
     if report.layout is None or harm is Harm.LOST:
         return none
     owners, geometry = report.owners, report.geometry
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS).host_offset
     doubtful = np.concatenate((contested >> geometry.cluster_bits, astray))
-    clusters = doubtful if harm is Harm.SUSPECT else _low(report)
+    clusters = doubtful if harm is Harm.SUSPECT else low
     mine: Mask = is_any_of(owners.cluster, clusters) & (owners.snapshot == snapshot)
     guest = mine & np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
     tables = mine & (owners.structure == Structure.L2_TABLE)
@@ -232,33 +235,9 @@ def _merged(bounds: I64, size: int) -> Ranges:
 
     Works in *bounds*: of millions of findings there may be as many ranges.
     """
-    start, end = np.clip(bounds, 0, size, out=bounds)
-    if (start >= end).any() or (start[1:] < start[:-1]).any():
-        order = np.argsort(start, kind="stable")
-        order = order[(end > start)[order]]
-        start, end = start[order], end[order]
-    np.maximum.accumulate(end, out=end)
-    new = np.ones(len(start), dtype=np.bool_)
-    new[1:] = start[1:] > end[:-1]
-    if new.all():
-        return Ranges(start, end)
-    return Ranges(start[new], end[np.append(new[1:], True)])
-
-
-def _without(whole: Ranges, part: Ranges) -> Ranges:
-    """*whole* without *part*, which lies inside it."""
-    if not len(part):
-        return whole
-    # Every bound of the part cuts the whole; the pieces between two cuts are in one or the other.
-    cuts = merged(whole.start, whole.end, part.start, part.end)
-    low, high = cuts[:-1], cuts[1:]
-    inside = _contains(whole, low) & ~_contains(part, low)
-    return _merged(np.stack((low[inside], high[inside])), int(cuts[-1]) if len(cuts) else 0)
-
-
-def _contains(ranges: Ranges, values: I64) -> Mask:
-    if not len(ranges):
-        return np.zeros(len(values), dtype=np.bool_)
-    at = np.searchsorted(ranges.start, values, side="right") - 1
-    inside: Mask = (at >= 0) & (values < ranges.end[np.maximum(at, 0)])
-    return inside
+    np.clip(bounds, 0, size, out=bounds)
+    is_empty = bounds[0] >= bounds[1]
+    if is_empty.any():
+        bounds = bounds[:, ~is_empty]
+    bounds.sort(axis=1, kind="stable")
+    return Ranges(*join_bounds(*bounds))

@@ -4,7 +4,14 @@ import random
 
 import numpy as np
 
-from planner.arrays import distinct_columns, is_among, is_any_of, join_ranges, merged
+from planner.arrays import (
+    distinct_columns,
+    is_among,
+    is_any_of,
+    join_ranges,
+    merged,
+    without_ranges,
+)
 
 
 def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
@@ -18,6 +25,19 @@ def test_joined_ranges_hold_the_same_numbers_and_do_not_touch() -> None:
         before = {n for a, b in zip(start.tolist(), end.tolist(), strict=True) for n in range(a, b)}
         after = {n for a, b in zip(low.tolist(), high.tolist(), strict=True) for n in range(a, b)}
         assert after == before
+
+
+def test_ranges_without_those_that_lie_within_them_hold_the_other_numbers() -> None:
+    rng = random.Random(2)
+    for count in range(40):
+        start = np.array([rng.randrange(60) for _ in range(count)], dtype=np.int64)
+        end = start + np.array([rng.randint(2, 9) for _ in range(count)], dtype=np.int64)
+        whole, part = join_ranges(start, end), join_ranges(start[::2], end[::2] - 1)
+        low, high = without_ranges(whole, part)
+        assert (low < high).all()
+        assert (low[1:] > high[:-1]).all()
+        numbers = [set(np.concatenate([*map(np.arange, *each), []])) for each in (whole, part)]
+        assert set(np.concatenate([*map(np.arange, low, high), []])) == numbers[0] - numbers[1]
 
 
 def test_what_is_among_others_is_told_as_numpy_does(seed: int, cases: int) -> None:

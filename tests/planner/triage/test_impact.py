@@ -12,7 +12,7 @@ from planner.arrays import I64
 from planner.check.check import check_image
 from planner.findings.kinds import ACTIVE
 from planner.qcow2 import entries
-from planner.triage.impact import Harm, Impact, _merged, _without, guest_impact
+from planner.triage.impact import Harm, Impact, _merged, guest_impact
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.damage import DAMAGES
 from tests.images.sample import sample
@@ -163,7 +163,7 @@ def bounds_of(rows: list[tuple[int, int]]) -> I64:
 def test_ranges_are_the_bytes_that_they_were(one, other, size) -> None:
     part = _merged(bounds_of(one), size)
     whole = _merged(np.concatenate((bounds_of(one), bounds_of(other)), axis=1), size)
-    rest = _without(whole, part)
+    rest = whole.without(part)
     for some, expected in (
         (part, bytes_of(bounds_of(one), size)),
         (rest, bytes_of(bounds_of(other), size) - bytes_of(bounds_of(one), size)),
