@@ -1,5 +1,6 @@
 """From `instarfs mount` to the end of its process, in the background as users run it."""
 
+import itertools
 import json
 import os
 import resource
@@ -262,6 +263,28 @@ def test_what_is_no_mount_of_ours_is_not_unmounted(tmp_path: Path) -> None:
 def test_two_mounts_of_one_image(mount: MakeMount, image: Path) -> None:
     first, second = mount(image), mount(image)
     assert first.read("check/result.json") == second.read("check/result.json")
+
+
+ARENA = 64 << 20
+"""What glibc sets aside for an arena of a thread's, at a multiple of as much."""
+
+
+def test_the_threads_of_a_mount_have_no_memory_each_for_itself(
+    mount: MakeMount, image: Path
+) -> None:
+    """What one of them has freed the next takes, and no check gets its memory anew."""
+    it = mount(image)
+    it.read("check/report.txt")
+    (it / "disk.raw").read_bytes()
+    lines = Path(f"/proc/{it.process.pid}/maps").read_text().splitlines()
+    places = [tuple(int(each, 16) for each in line.split()[0].split("-")) for line in lines]
+    halves = itertools.pairwise(zip(places, (line.split()[1] for line in lines), strict=True))
+    arenas = [
+        low
+        for ((low, middle), mode), ((begin, end), rest) in halves
+        if (mode, rest, middle, end - low, low % ARENA) == ("rw-p", "---p", begin, ARENA, 0)
+    ]
+    assert not arenas
 
 
 def test_a_copy_of_the_image_may_be_unmounted_from_anywhere(
