@@ -7,12 +7,11 @@ its loss would not show any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, is_any_of, without_repeats
+from planner.arrays import I64, Mask, expand_ranges, is_any_of, without_repeats
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.errors import ParseFailed
@@ -21,7 +20,7 @@ from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import READABLE_END, Source, read_bytes
+from planner.source import READABLE_END, Source, read_bytes, read_tables
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
 
@@ -34,6 +33,8 @@ _ENTRIES_READ = 64
 _AGREEING_OF = 8
 """A refcount block says of one cluster in so many, or more, what the census counts."""
 
+_REFCOUNTS_A_BATCH = 1 << 15
+
 _BLOCKS_READ = 1 << 14
 """Refcount blocks with a wrong refcount that are looked into."""
 
@@ -45,30 +46,33 @@ def refcounts_are_shared(source: Source, report: Report) -> bool:
     """
     if report.layout is None or report.mismatches is None:
         return len(report.findings.of(FindingKind.MULTIPLE_OWNERS)) > 0
-    return next(_shared(source, report, report.layout, report.mismatches), None) is not None
+    return len(_shared(source, report, report.layout, report.mismatches)) > 0
 
 
 def shared_refcounts(source: Source, report: Report) -> I64:
     """The clusters in which they are, ascending."""
     if report.layout is None or report.mismatches is None:
         return np.zeros(0, dtype=np.int64)
-    return np.array([*_shared(source, report, report.layout, report.mismatches)], dtype=np.int64)
+    return _shared(source, report, report.layout, report.mismatches)
 
 
-def _shared(
-    source: Source, report: Report, layout: Layout, mismatches: Mismatches
-) -> Iterator[int]:
+def _shared(source: Source, report: Report, layout: Layout, mismatches: Mismatches) -> I64:
     contested = report.findings.of(FindingKind.MULTIPLE_OWNERS)
     claims, bits = _Claims(source, report, layout, mismatches), report.geometry.cluster_bits
-    of_refcounts = np.isin(report.owners.structure, list(_OWN))
-    claimed = without_repeats(report.owners.cluster[of_refcounts])
-    for cluster in claimed[is_any_of(claimed, contested.host_offset >> bits)].tolist():
-        owners = report.owners.of(cluster, limit=_OWNERS_WEIGHED)
-        own = [owner for owner in owners if owner.structure in _OWN]
-        others = (owner for owner in owners if owner.structure not in _OWN)
-        is_claimed = bool(own) and any(map(claims.is_real, others))
-        if is_claimed and any(claims.may_hold(cluster, owner) for owner in own):
-            yield cluster
+    owners = report.owners
+    of_refcounts = np.isin(owners.structure, list(_OWN))
+    claimed = without_repeats(owners.cluster[of_refcounts])
+    claimed = claimed[is_any_of(claimed, contested.host_offset >> bits)]
+    # Of each of these clusters the first owners: who of them are refcounts, and who are others.
+    low, high = (np.searchsorted(owners.cluster, claimed, side=side) for side in ("left", "right"))
+    high = np.minimum(high, low + _OWNERS_WEIGHED)
+    rows, number = expand_ranges(low, high - 1), np.repeat(np.arange(len(claimed)), high - low)
+    own = of_refcounts[rows]
+    held = np.zeros((2, len(claimed)), dtype=np.bool_)
+    held[0, number[~own][claims.are_real(rows[~own])]] = True
+    asked = own & held[0, number]
+    held[1, number[asked][claims.may_hold(rows[asked])]] = True
+    return claimed[held.all(axis=0)]
 
 
 def blocks_that_are_none(source: Source, report: Report) -> I64:
@@ -103,11 +107,17 @@ class _Claims:
         self._layout, self._mismatches = layout, mismatches
         self._geometry = layout.geometry
 
-    def is_real(self, owner: Owner) -> bool:
-        """Whether an owner has anything where it leads."""
-        if owner.structure is not Structure.DATA:
-            return True
-        return place_of_entry(self._source, self._report, owner) not in self._zeros
+    def are_real(self, rows: I64) -> Mask:
+        """Which of the owners at *rows* of the report's have anything where they lead."""
+        owners = self._report.owners
+        real: Mask = np.ones(len(rows), dtype=np.bool_)
+        if self._zeros:
+            for at in np.flatnonzero(owners.structure[rows] == Structure.DATA).tolist():
+                row = int(rows[at])
+                (owner,) = owners.select(np.array([row])).of(int(owners.cluster[row]))
+                place = place_of_entry(self._source, self._report, owner)
+                real[at] = place not in self._zeros
+        return real
 
     @cached_property
     def _zeros(self) -> frozenset[int]:
@@ -117,14 +127,21 @@ class _Claims:
         found = self._report.entries.of(FindingKind.ZERO_MISALIGNED)
         return frozenset(found.host_offset.tolist())
 
-    def may_hold(self, cluster: int, owner: Owner) -> bool:
-        """Whether *cluster* may be the refcount block, or in the table, that *owner* says it is."""
-        if owner.structure is Structure.REFTABLE:
-            return cluster < self._end_of_table
-        entry = self._layout.header.refcount_table_offset + 8 * owner.index
-        if entry >> self._geometry.cluster_bits >= self._end_of_table:
-            return False
-        return self._may_be_block(cluster << self._geometry.cluster_bits, owner.index)
+    def may_hold(self, rows: I64) -> Mask:
+        """Whose clusters, of the owners at *rows* of the report's, may be the refcount blocks, or
+        in the table, that these say they are.
+        """
+        owners, bits = self._report.owners, self._geometry.cluster_bits
+        if not len(rows):
+            return np.zeros(0, dtype=np.bool_)
+        cluster, index = owners.cluster[rows], owners.index[rows]
+        may: Mask = cluster < self._end_of_table
+        blocks = np.flatnonzero(owners.structure[rows] != Structure.REFTABLE)
+        entry = self._layout.header.refcount_table_offset + 8 * index[blocks]
+        may[blocks] = entry >> bits < self._end_of_table
+        blocks = blocks[may[blocks]]
+        may[blocks] = self._may_be_blocks(cluster[blocks] << bits, index[blocks])
+        return may
 
     @cached_property
     def _end_of_table(self) -> int:
@@ -134,51 +151,71 @@ class _Claims:
         if not len(table.offset):
             return READABLE_END  # It reaches past the end of the file, and was not counted.
         first, end = int(table.first(bits).min()), int(table.last(bits).max()) + 1
-        answers = [self._is_table(cluster) for cluster in range(first, end)]
-        if False not in answers:
+        is_empty, is_table = self._look_at_table(np.arange(first, end))
+        wrong = np.flatnonzero(~is_empty & ~is_table)
+        if not len(wrong):
             return end
         # Its length is wrong: it goes no further than there is something in it.
-        return first + next(at for at, answer in enumerate(answers) if not answer)
+        return first + int(np.flatnonzero(~is_table)[0])
 
-    def _is_table(self, cluster: int) -> bool | None:
-        """Whether *cluster* looks like its part of the refcount table; None where it is empty."""
-        size = self._geometry.cluster_size
-        within = cluster * size - self._layout.header.refcount_table_offset
-        raw = read_bytes(self._source, cluster * size, size)
-        words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
-        used = np.flatnonzero(words)
-        if not len(used):
-            return None if within else False  # The header, at least, has a refcount.
-        offset = words[used] & np.uint64(entries.REFTABLE_OFFSET)
-        sound = (words[used] & np.uint64(entries.REFTABLE_RESERVED)) == 0
-        sound &= offset % np.uint64(size) == 0
-        sound &= offset < np.uint64(self._layout.file_size)
-        if np.count_nonzero(sound) * 2 < len(used):
-            return False
-        blocks = used[sound][:_ENTRIES_READ] + within // 8
-        places = offset[sound][:_ENTRIES_READ].astype(np.int64)
-        pairs = zip(places.tolist(), blocks.tolist(), strict=True)
-        return any(self._may_be_block(place, block) for place, block in pairs)
+    def _look_at_table(self, clusters: I64) -> tuple[Mask, Mask]:
+        """Which of the *clusters* of the refcount table are empty, and which look like its part.
 
-    def _may_be_block(self, offset: int, block: int) -> bool:
-        """Whether what lies at *offset* may be the refcount block of that index.
+        The first of them holds a refcount of the header, at least.
+        """
+        size, base = self._geometry.cluster_size, self._layout.header.refcount_table_offset
+        is_empty, is_table = np.zeros((2, len(clusters)), dtype=np.bool_)
+        of, block, place = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        for part, rows in read_tables(self._source, clusters * size, size):
+            words = entries.decode_words(rows)
+            offset = words & np.uint64(entries.REFTABLE_OFFSET)
+            sound = (words != 0) & ((words & np.uint64(entries.REFTABLE_RESERVED)) == 0)
+            sound &= offset % np.uint64(size) == 0
+            sound &= offset < np.uint64(self._layout.file_size)
+            used = np.count_nonzero(words, axis=1)
+            is_empty[part] = (used == 0) & (clusters[part] * size > base)
+            sound &= (np.count_nonzero(sound, axis=1) * 2 >= used)[:, None]
+            sound &= np.cumsum(sound, axis=1, dtype=np.int32) <= _ENTRIES_READ
+            row, entry = np.nonzero(sound)
+            of = np.append(of, part.start + row)
+            block = np.append(block, (clusters[part.start + row] * size - base) // 8 + entry)
+            place = np.append(place, offset[row, entry].astype(np.int64))
+        # Of a table that is one mostly the first of its blocks is.
+        is_first = np.diff(of, prepend=-1) != 0
+        for some in (is_first, ~is_first):
+            asked = np.flatnonzero(some & ~is_table[of])
+            is_table[of[asked][self._may_be_blocks(place[asked], block[asked])]] = True
+        return is_empty, is_table
+
+    def _may_be_blocks(self, offsets: I64, blocks: I64) -> Mask:
+        """Whether what lies at each of *offsets* may be the refcount block of that index.
 
         It goes by the clusters that are in use: others may leak. Behind the end of a file that is
         whole there are none, and no refcounts.
         """
+        result: Mask = np.zeros(len(blocks), dtype=np.bool_)
         index, per_block = self._mismatches.index, self._geometry.refblock_entries
-        size, first = self._geometry.cluster_size, block * per_block
-        raw = np.frombuffer(read_bytes(self._source, offset, size), dtype=np.uint8)
-        stored = unpack_refcounts(raw.reshape(1, -1), self._geometry.refcount_order)[0]
-        slots = np.arange(index.slots_before(first), index.slots_before(first + per_block))
-        counted = self._mismatches.counted[slots]
-        inside = index.clusters_of(slots[counted != 0]) - first
-        agreeing = int(np.count_nonzero(stored[inside] == counted[counted != 0]))
-        used = len(inside)
-        if not self._is_cut:
-            behind = max(0, self._layout.host_clusters + 1 - first)
-            used += int(np.count_nonzero(stored[behind:]))
-        return agreeing * _AGREEING_OF >= used
+        size, order = self._geometry.cluster_size, self._geometry.refcount_order
+        first = blocks * per_block
+        low, high = index.count_before(first), index.count_before(first + per_block)
+        # As many refcounts at a time as fit into a cache.
+        batch = _REFCOUNTS_A_BATCH << order >> 3
+        for part, rows in read_tables(self._source, offsets, size, batch):
+            stored = unpack_refcounts(rows, order)
+            slots = expand_ranges(low[part], high[part] - 1)
+            row = np.repeat(np.arange(len(rows)), high[part] - low[part])
+            counted = self._mismatches.counted[slots]
+            used = counted != 0
+            slots, row, counted = slots[used], row[used], counted[used]
+            agree = stored[row, index.clusters_of(slots) - first[part][row]] == counted
+            agreeing = np.bincount(row[agree], minlength=len(rows))
+            in_use = np.bincount(row, minlength=len(rows))
+            if not self._is_cut:
+                behind = np.maximum(0, self._layout.host_clusters + 1 - first[part])
+                for at in np.flatnonzero(behind < per_block).tolist():
+                    in_use[at] += np.count_nonzero(stored[at, behind[at] :])
+            result[part] = agreeing * _AGREEING_OF >= in_use
+        return result
 
     @cached_property
     def _is_cut(self) -> bool:
@@ -197,6 +234,5 @@ class _Claims:
         sound = table.blocks()
         known, at, _ = np.intersect1d(table.index[sound], wrong, return_indices=True)
         places = table.offset[sound[at]][:_BLOCKS_READ]
-        pairs = zip(places.tolist(), known.tolist(), strict=False)
-        none = [block for place, block in pairs if not self._may_be_block(place, block)]
-        return np.concatenate((np.array(none, dtype=np.int64), known[_BLOCKS_READ:]))
+        few = known[:_BLOCKS_READ]
+        return np.concatenate((few[~self._may_be_blocks(places, few)], known[_BLOCKS_READ:]))

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from planner.arrays import I64, Mask, is_among
-from planner.check.claims import refcounts_are_shared
+from planner.check.claims import refcounts_are_shared, shared_refcounts
 from planner.check.entry_findings import EntryFindings
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
@@ -202,10 +202,17 @@ class Scope:
     def _end_of_used(self) -> int:
         return max(self.formerly_used, self.mismatches.first_unused())
 
-    @cached_property
+    @property
     def refcounts_are_shared(self) -> bool:
         """Whether something else lies where refcounts are, or may be."""
-        return refcounts_are_shared(self.source, self.report)
+        if self.report.layout is None or self.report.mismatches is None:
+            return refcounts_are_shared(self.source, self.report)
+        return len(self.shared_refcounts) > 0
+
+    @cached_property
+    def shared_refcounts(self) -> I64:
+        """The clusters in which something else lies, or may, where refcounts are; ascending."""
+        return shared_refcounts(self.source, self.report)
 
     @property
     def refcounts_must_stay(self) -> bool:

@@ -12,7 +12,6 @@ import numpy as np
 
 from planner.arrays import I64, is_among, union
 from planner.check.check import check_image
-from planner.check.claims import shared_refcounts
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
@@ -327,8 +326,7 @@ def _no_longer_shared(before: Scope, after: Scope) -> Shares:
     if not before.refcounts_are_shared:
         return Shares()
     shares = shared_by(before.report).without(shared_by(after.report).clusters)
-    shared = shared_refcounts(before.source, before.report)
-    return shares.select(np.flatnonzero(is_among(shares.owners.cluster, shared)))
+    return shares.select(np.flatnonzero(is_among(shares.owners.cluster, before.shared_refcounts)))
 
 
 def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Means) -> Scope:

@@ -91,6 +91,9 @@ TABLE_BYTES_A_CHECK = 4 << 20
 CLUSTERS_A_CHECK = 1 << 20
 """So is one that counts so many."""
 
+LEAKS_A_CHECK = 16 << 10
+"""As long as a check takes it to look for lost snapshots among so many leaked clusters, or less."""
+
 MAX_LUKS = 64
 """Runs of leaked clusters that are looked at for a LUKS header: QEMU makes it first."""
 
@@ -174,7 +177,7 @@ class _Search:
     def __init__(self, source: Source, assumed: Mapping[str, int]) -> None:
         self._source, self._assumed = source, assumed
         self.present = present_bytes(source)
-        self._left = SMALL_CHECKS + self.present // BYTES_A_CHECK
+        self._left = self._most = SMALL_CHECKS + self.present // BYTES_A_CHECK
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None
         self.with_snapshots: WithSnapshots | None = None
@@ -472,6 +475,10 @@ class _Search:
         # One that can be read is not changed to please what more is listed.
         stands = any(not each.changed and not each.score[0] for each in found.hypotheses)
         if self.is_settled or stands or len(likely) < 2:
+            return
+        leaks = sum(each.counters.leaks for each in likely.values())
+        if leaks > self._most * LEAKS_A_CHECK:
+            self._left = 0
             return
         left = {
             key: counted
