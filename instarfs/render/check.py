@@ -168,6 +168,15 @@ def keyed_counters(counters: CheckCounters) -> dict[str, int]:
     }
 
 
+def counters_phrase(counters: CheckCounters) -> str:
+    """What is wrong, in three numbers."""
+    return (
+        f"{plural(counters.corruptions, 'corruption')},"
+        f" {plural(counters.leaks, 'leaked cluster')},"
+        f" {plural(counters.check_errors, 'check error')}"
+    )
+
+
 def _error_value(error: ImageError) -> dict[str, object]:
     return {"field": error.field, "value": error.value, "message": printable(str(error))}
 

@@ -16,6 +16,7 @@ from instarfs.render.aftermath import Aftermath, Proposals
 from instarfs.render.check import (
     LISTED,
     VERDICTS,
+    counters_phrase,
     cut_off_lines,
     fact,
     snapshot_name,
@@ -156,11 +157,7 @@ def _verdict(report: Report, filename: str, known: Aftermath) -> list[str]:
     counters = report.counters
     return [
         *lines,
-        (
-            f"{plural(counters.corruptions, 'corruption')},"
-            f" {plural(counters.leaks, 'leaked cluster')},"
-            f" {plural(counters.check_errors, 'check error')}."
-        ),
+        f"{counters_phrase(counters)}.",
         (
             f"{counters.allocated_clusters} of {counters.total_clusters} guest clusters are"
             f" allocated; the last used cluster ends at offset {counters.image_end_offset}."

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from instarfs.render.check import counters_phrase
 from instarfs.repair.known import Known
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
@@ -204,9 +205,14 @@ def _of_header(found: Found, best: Hypothesis, filename: str) -> list[str]:
     ]
     if best.extensions_end is not None:
         lines.append(f"  extensions: what stands at {best.extensions_end} makes no sense -> none")
-    lines += ["", "Why that is believed:", f"  under it the check finds {_score(best)}"]
+    lines += [
+        "",
+        "Why that is believed:",
+        f"  under it the check finds {counters_phrase(best.counters)}",
+    ]
     if found.rival is not None:
-        lines.append(f"  the next best leads to other tables, and leaves {_score(found.rival)}")
+        leaves = counters_phrase(found.rival.counters)
+        lines.append(f"  the next best leads to other tables, and leaves {leaves}")
     if found.with_snapshots is not None:
         mine, rival = found.with_snapshots.best, found.with_snapshots.rival
         lines.append(f"  with the snapshots that were lost listed again, {_left(mine)}")
@@ -315,15 +321,6 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, bytes):
         return value.hex() or "none"
     return f"{value:#x}" if name == "magic" or name.endswith("_features") else str(value)
-
-
-def _score(hypothesis: Hypothesis) -> str:
-    counters = hypothesis.counters
-    return (
-        f"{plural(counters.corruptions, 'corruption')},"
-        f" {plural(counters.leaks, 'leaked cluster')},"
-        f" {plural(counters.check_errors, 'check error')}"
-    )
 
 
 def _left(left: Left) -> str:

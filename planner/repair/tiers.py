@@ -603,12 +603,8 @@ def _reason(tier: RepairTier, kind: FindingKind, after: Report, triage: Triage) 
         (tier is RepairTier.SPLIT and kind is FindingKind.MULTIPLE_OWNERS, _NOT_SPLIT),
         (bool(info.left), info.left),
         (
-            tier.is_chosen and bool(info.tier),
+            tier not in {RepairTier.ALL, info.tier} and bool(info.tier),
             f"the tier `{tier}` leaves it; `{info.tier}` looks at this",
-        ),
-        (
-            tier is RepairTier.LEAKS and not is_leak,
-            "the tier `leaks` only lowers refcounts; `all` looks at this",
         ),
         (
             is_leak and not after.complete,

@@ -132,6 +132,10 @@ def test_what_is_found_is_mended_or_named(name, tier) -> None:
     assert answer.found == answer.planned + answer.left_count
     named = {left.kind: left.count for left in answer.left}
     assert all(left.reason for left in answer.left)
+    for left in answer.left:
+        mends = KINDS[left.kind].tier
+        if mends not in {None, tier} and tier is not RepairTier.ALL:
+            assert left.reason == f"the tier `{tier}` leaves it; `{mends}` looks at this"
     for kind, number in after.counts().items():
         if KINDS[kind].tier or KINDS[kind].severity > Severity.NOTICE:
             assert named[kind] == number
