@@ -55,8 +55,9 @@ _FUTEXES, _FUTEX_FLAGS = (0, 1, 3, 4, 5, 9, 10), 128 | 256
 _THREAD = (0x3D0F00, 0x7D0F00)
 # asm-generic/mman-common.h: DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, GUARD_INSTALL, GUARD_REMOVE
 _ADVICE = (4, 8, 14, 15, 102, 103)
-# asm-generic/mman.h: ANONYMOUS, and LOCKED, HUGETLB
-_ANONYMOUS, _KIND_OF_MEMORY = 0x20, 0x20 | 0x2000 | 0x40000
+# asm-generic/mman.h: PRIVATE, ANONYMOUS; and of what there is besides MAP_TYPE, GROWSDOWN, LOCKED,
+# HUGETLB
+_OF_ITS_OWN, _KIND_OF_MEMORY = 0x02 | 0x20, 0x0F | 0x20 | 0x100 | 0x2000 | 0x40000
 # asm-generic/ioctls.h: what isatty asks, in two ways; FIOCLEX
 _IOCTLS = (0x5401, 0x802C542A, 0x5451)
 # linux/falloc.h: PUNCH_HOLE | KEEP_SIZE
@@ -78,8 +79,9 @@ _OWN_MEMORY = (Only(0, (0,)), Only(1, (resource.RLIMIT_DATA,)))
 _TO_RUN = (
     # Memory: of no file, and never executable.
     _call("brk", 12, 214),
-    # Nor of the huge pages that a host sets aside for its virtual machines, nor kept from swap.
-    _call("mmap", 9, 222, Only(2, (0,), mmap.PROT_EXEC), Only(3, (_ANONYMOUS,), _KIND_OF_MEMORY)),
+    # Nor of the huge pages that a host sets aside for its virtual machines, nor kept from swap, nor
+    # what its limit does not count: shared, or a stack.
+    _call("mmap", 9, 222, Only(2, (0,), mmap.PROT_EXEC), Only(3, (_OF_ITS_OWN,), _KIND_OF_MEMORY)),
     _call("mprotect", 10, 226, Only(2, (0,), mmap.PROT_EXEC)),
     _call("mremap", 25, 216),
     _call("munmap", 11, 215),
@@ -164,10 +166,9 @@ _OF_DAEMON = (
         ),
     ),
     _call("ioctl", 16, 29, Only(1, _IOCTLS)),
-    # /dev/fuse: requests are read and answered. libfuse tries a pipe for them, and gives it up.
+    # /dev/fuse: requests are read and answered.
     _call("write", 1, 64),
     _call("writev", 20, 66),
-    _call("pipe2", 293, 59, Only(1, (0,), ANY_BIT & ~(os.O_CLOEXEC | os.O_NONBLOCK))),
     # Waiting: for the kernel, for the broker, for the helper that unmounts.
     _call("poll", 7, None),
     _call("ppoll", 271, 73),
@@ -227,7 +228,7 @@ def _abort(pid: int) -> tuple[Call, ...]:
 EXPECTED: tuple[tuple[Call, int], ...] = (
     # glibc starts a thread with clone then; what it wants of this one is behind a pointer.
     (_call("clone3", 435, 435), errno.ENOSYS),
-    # libfuse would read requests through a pipe, were it large enough.
-    (_call("fcntl", 72, 25, Only(1, (fcntl.F_SETPIPE_SZ,))), errno.EPERM),
+    # libfuse would read requests through a pipe.
+    (_call("pipe2", 293, 59), errno.EPERM),
 )
 """What libraries try, do without, and what is not worth a line in the log: and its errno."""

@@ -34,7 +34,7 @@ from typing import Self
 
 from instarfs.daemon import calls, seccomp
 from instarfs.errors import reason_of
-from instarfs.image.file import BLOCK_STATISTICS, Image
+from instarfs.image.file import Image, block_statistics
 from instarfs.image.linux import (
     allow_beneath,
     create_ruleset,
@@ -113,9 +113,8 @@ class Confinement:
         """Of what serves the mount. *followed*: directories with files that the image may name."""
         confinement = cls(_TO_LOOK, calls.of_daemon)
         if image.is_device:
-            device = os.fstat(image.fileno()).st_rdev
-            name = f"{os.major(device)}:{os.minor(device)}"
-            confinement._keep(str(BLOCK_STATISTICS / name), Right.READ_FILE)
+            statistics = block_statistics(os.fstat(image.fileno()).st_rdev)
+            confinement._keep(str(statistics), Right.READ_FILE)
         for directory in followed:
             confinement._keep(directory, Right.READ_FILE)
         for directory in _libraries():

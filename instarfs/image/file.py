@@ -49,8 +49,11 @@ if TYPE_CHECKING:
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
-BLOCK_STATISTICS = Path("/sys/dev/block")
-"""Where the kernel counts what is written to each block device: its mtime says nothing."""
+
+def block_statistics(device: int) -> Path:
+    """Where the kernel counts what is written to a block device: its mtime says nothing."""
+    return Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
+
 
 _SECTORS_WRITTEN = 6
 
@@ -536,9 +539,8 @@ def _spot_of(undo_file: str) -> Spot:
 
 def _sectors_written(device: int) -> int:
     """Sectors written to a block device since it appeared; 0 where the kernel does not count."""
-    name = f"{os.major(device)}:{os.minor(device)}"
     try:
-        return int((BLOCK_STATISTICS / name / "stat").read_text().split()[_SECTORS_WRITTEN])
+        return int(block_statistics(device).read_text().split()[_SECTORS_WRITTEN])
     except (OSError, IndexError, ValueError):
         return 0
 

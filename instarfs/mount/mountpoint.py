@@ -139,7 +139,7 @@ def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
     """
     with contextlib.ExitStack() as stack:
         pidfd = None
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, OverflowError):
             pid, started = _claim_of(directory).decode().split()
             candidate = os.pidfd_open(int(pid))
             stack.callback(os.close, candidate)

@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from instarfs.daemon import broker
@@ -26,7 +27,7 @@ from instarfs.daemon.logs import log_to_stderr
 from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
 from instarfs.image.file import Image
-from instarfs.image.linux import openat2
+from instarfs.image.linux import is_mounted, openat2
 from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
@@ -105,6 +106,42 @@ def call_itself(name: bytes) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
+def have_a_stack_of_3_gibibytes() -> None:
+    """A page of its own, moved to where there is room: what is a stack counts to no limit here."""
+    (line,) = (it for it in Path("/proc/self/maps").read_text().splitlines() if "[stack]" in it)
+    lowest = int(line.partition("-")[0], 16)
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mremap.restype = ctypes.c_void_p
+    library.mremap.argtypes = (ctypes.c_void_p, *[ctypes.c_size_t] * 2, ctypes.c_int)
+    where = library.mremap(lowest, mmap.PAGESIZE, 3 << 30, 1)
+    if where == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    library.munmap(ctypes.c_void_p(where), ctypes.c_size_t(3 << 30))
+
+
+def fill_a_file_in_memory() -> None:
+    """That which is there for what libfuse says; and empty it again."""
+    fd = a_descriptor_of("/memfd:stderr")
+    size = os.fstat(fd).st_size
+    os.pwrite(fd, b"?", 3 << 30)
+    os.ftruncate(fd, size)
+
+
+def read_a_pipe_that_it_writes_to() -> None:
+    """As stderr may be one."""
+    fd = a_descriptor_of("pipe:")
+    open_and_close(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
+
+
+def a_descriptor_of(beginning: str) -> int:
+    for fd in range(64):
+        with suppress(OSError):
+            if str(Path(f"/proc/self/fd/{fd}").readlink()).startswith(beginning):
+                return fd
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
 def find_out_how_full_a_disk_is() -> None:
     fd = os.open("/usr", os.O_PATH)
     assert os.statvfs(fd).f_bfree >= 0
@@ -115,6 +152,8 @@ def have_an_undo_file_made() -> None:
     with UndoPlace.beside(image) as place:
         fd = place.make()
         os.write(fd, b"undo")
+        os.ftruncate(fd, 1 << 40)
+        os.ftruncate(fd, 0)
         os.close(fd)
         place.sync()
         place.remove()
@@ -208,14 +247,23 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "read-followed": FOLLOWED.read_bytes,
     "read-modules": Path(os.__file__).read_bytes,
     "read-what-its-parent-was-started-with": Path(f"/proc/{os.getppid()}/cmdline").read_bytes,
+    "read-what-is-mounted-for-its-parent": Path(f"/proc/{os.getppid()}/mountinfo").read_bytes,
+    "read-connections-of-its-parent": Path(f"/proc/{os.getppid()}/net/tcp").read_bytes,
+    "read-its-own-environment": Path("/proc/self/environ").read_bytes,
+    "what-is-said-of-any-file": lambda: is_mounted(os.open("/etc/passwd", os.O_PATH)),
+    "read-a-pipe-that-it-writes-to": read_a_pipe_that_it_writes_to,
     "look-at-any-file": lambda: Path("/etc/passwd").stat(),
     "may-it-write-any-file": lambda: os.access("/etc/passwd", os.W_OK),
     "where-any-link-leads": lambda: Path("/proc/self").readlink(),
     "how-full-any-disk-is": find_out_how_full_a_disk_is,
     "lock-followed": lambda: lock(os.open(FOLLOWED, os.O_RDONLY)),
-    "lock-image": lambda: lock(have_the_image_opened_for_writing()),
+    "lock-image": lambda: lock(image.hands.open(Opening.IMAGE, image.directory, image.name)),
+    "lock-a-module": lambda: lock(os.open(os.__file__, os.O_RDONLY)),
     "write-image": write_the_image,
-    "have-memory-that-could-be-shared": lambda: mmap.mmap(-1, 3 << 30).close(),
+    "have-memory-that-could-be-shared": lambda: mmap.mmap(-1, 4096).close(),
+    "have-a-stack-of-3-gibibytes": have_a_stack_of_3_gibibytes,
+    "fill-a-file-in-memory": fill_a_file_in_memory,
+    "have-a-pipe": os.pipe,
     "cut-what-is-its-stderr": lambda: os.ftruncate(2, os.fstat(2).st_size),
     "start-a-thread": lambda: threading.Thread(target=os.getpid).start(),
     "send-a-datagram": lambda: DATAGRAMS.sendto(b"from inside", LISTENER),

@@ -18,6 +18,7 @@ import pytest
 
 from instarfs.daemon.broker import CHANNELS
 from tests.mount.mounts import (
+    DEADLINE,
     INSTARFS,
     MakeMount,
     Mount,
@@ -27,9 +28,11 @@ from tests.mount.mounts import (
     mounted_type,
     settle,
     shell_as,
+    state_of,
     until,
 )
 from tests.mount.test_bad_disk import Disk, disk
+from tests.mount.test_waiting_for_itself import abort, number_of
 
 __all__ = ["disk"]  # a fixture
 
@@ -56,6 +59,8 @@ REFUSED = {
     "have-3-gibibytes": "ENOMEM",
     "read-memory-of-children": "EACCES",
     # by the filter of system calls
+    "have-memory-that-could-be-shared": "EPERM",
+    "have-a-pipe": "EPERM",
     "write-elsewhere": "EPERM",
     "write-its-own-memory": "EPERM",
     "write-followed": "EPERM",
@@ -102,6 +107,10 @@ REFUSED = {
 STILL_DONE = (
     "read-followed",
     "read-what-its-parent-was-started-with",
+    "read-what-is-mounted-for-its-parent",
+    "read-connections-of-its-parent",
+    "what-is-said-of-any-file",
+    "read-a-pipe-that-it-writes-to",
     "look-at-any-file",
     "may-it-write-any-file",
     "where-any-link-leads",
@@ -109,7 +118,8 @@ STILL_DONE = (
     "lock-followed",
     "lock-image",
     "write-image",
-    "have-memory-that-could-be-shared",
+    "have-a-stack-of-3-gibibytes",
+    "fill-a-file-in-memory",
     "cut-what-is-its-stderr",
     "start-a-thread",
     "send-a-datagram",
@@ -177,7 +187,8 @@ def test_from_inside_there_is_nothing_to_be_had(confined: Mount) -> None:
     assert {name: outcomes[name] for name in REFUSED} == REFUSED
     assert {name: outcomes[name] for name in STILL_DONE} == dict.fromkeys(STILL_DONE, "done")
     if confined.image.stat().st_uid == os.geteuid():  # whose modules they are
-        assert outcomes["read-modules"] == "done"
+        for name in ("read-modules", "lock-a-module", "read-its-own-environment"):
+            assert outcomes[name] == "done"
     assert outcomes["read-kernel-memory"] != "done"
     assert {path.name for path in confined.image.parent.iterdir()} == names
     assert confined.image.with_name("followed").joinpath("base").read_bytes() == b"base"
@@ -200,6 +211,29 @@ def test_no_link_and_no_program_that_a_daemon_shows_means_anything(
         with pytest.raises(PermissionError):
             subprocess.run([it / "README.txt"], check=False)
     assert target.read_text() == "precious\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root cuts off the mounts of others")
+def test_a_daemon_that_cannot_be_killed_is_cut_off(image: Path, tmp_path: Path) -> None:
+    """It waits in the kernel for its own reader, and that for it."""
+    directory = tmp_path / "mnt"
+    program = Path(__file__).with_name("unkillable.py")
+    with mounted([sys.executable, program, image, directory], image, directory) as it:
+        number, pid = number_of(directory), it.process.pid
+        with subprocess.Popen(["stat", it / "slow"], stderr=subprocess.DEVNULL) as reader:
+            try:
+                threads = Path(f"/proc/{pid}/task")
+                until(
+                    lambda: any(state_of(int(each.name)) == "D" for each in threads.iterdir()),
+                    "a thread waited in the kernel",
+                )
+                reader.kill()
+                it.process.kill()
+                until(lambda: state_of(pid) == "Z", "the others had ended")
+            finally:
+                abort(number)
+            assert reader.wait(DEADLINE) == -signal.SIGKILL
+        assert it.process.wait(DEADLINE) == -signal.SIGKILL
 
 
 def test_a_confined_daemon_repairs_takes_back_and_trims(confined: Mount) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from instarfs.daemon.seccomp import MACHINES
 from instarfs.image.linux import landlock_version
+from tests.block_devices import attached, require_loop_devices
 from tests.mount.mounts import environment
 
 PROGRAM = """
@@ -126,6 +127,43 @@ def test_without_landlock_that_is_said_once_and_all_goes_on(image: Path) -> None
     outcomes = confined(image, -1, "daemon")
     assert outcomes.pop(f"{SAID} this kernel has no") == "Landlock"
     assert set(outcomes.values()) == {"done"}
+
+
+OF_A_DEVICE = """
+import errno, os, sys
+from pathlib import Path
+from instarfs.daemon.confinement import Confinement
+from instarfs.image.file import Image
+
+image = Image.open(sys.argv[1])
+number = os.fstat(image.fileno()).st_rdev
+told = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+assert (told / "uevent").read_bytes()
+Confinement.of_daemon(image).enforce()
+image.generation()
+for name in ("stat", "uevent", "loop/backing_file"):
+    try:
+        (told / name).read_bytes()
+        print(name, "done")
+    except OSError as failed:
+        print(name, errno.errorcode[failed.errno])
+"""
+
+
+@pytest.mark.skipif(landlock_version() < 1, reason="this kernel has no Landlock")
+def test_of_a_block_device_a_daemon_reads_what_is_counted_of_it_alone(image: Path) -> None:
+    require_loop_devices()
+    image.write_bytes(bytes(1 << 20))
+    with attached(image) as device:
+        done = subprocess.run(
+            [sys.executable, "-c", OF_A_DEVICE, device],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment(),
+        )
+    said = ["stat done", "uevent EACCES", "loop/backing_file EACCES"]
+    assert (done.stdout.splitlines(), done.stderr) == (said, "")
 
 
 WITH_A_THREAD = """

@@ -214,6 +214,9 @@ NEVER: dict[str, Callable[[], object]] = {
     "personality": call(135, 92, 0xFFFFFFFF),
     "huge-pages": call(9, 222, 0, 2 << 20, mmap.PROT_READ, 0x22 | 0x40000, -1, 0),
     "memory-kept-from-swap": call(9, 222, 0, 4096, mmap.PROT_READ, 0x22 | 0x2000, -1, 0),
+    "memory-to-be-shared": call(9, 222, 0, 4096, mmap.PROT_READ, 0x21, -1, 0),
+    "memory-to-be-shared-for-sure": call(9, 222, 0, 4096, mmap.PROT_READ, 0x23, -1, 0),
+    "memory-as-a-stack": call(9, 222, 0, 4096, mmap.PROT_READ, 0x122, -1, 0),
     "poison-memory": call(28, 233, address, 0, 100),
     # other processes
     "signal": lambda: os.kill(stranger, 0),
@@ -291,6 +294,7 @@ NEVER: dict[str, Callable[[], object]] = {
     "lock-with-priority": call(202, 98, address, 6, 0, None, None, 0),
     "grow-a-pipe": lambda: fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096),
     "tell-a-terminal": call(16, 29, 2, 0x5412, NOTHING),
+    "pipe": os.pipe,
     "pipe-of-notifications": call(293, 59, NOTHING, os.O_EXCL),
     "event-descriptor": call(290, 19, 0, 0),
     "timer-descriptor": call(283, 85, 1, 0),

@@ -169,6 +169,18 @@ def test_only_a_file_of_the_owner_is_opened_in_the_place_of_an_image(
 
 
 @pytest.mark.parametrize("what", [Opening.UNDO, Opening.UNDO_TO_WRITE], ids=str)
+def test_a_hard_link_in_the_place_of_an_undo_file_is_the_file(
+    folder: Path, directory: int, what: Opening
+) -> None:
+    (folder / IMAGE).unlink()
+    (folder / IMAGE).hardlink_to(folder / NEIGHBOUR)
+    assert outcome(OwnHands(OWN), what, directory) == (
+        os.O_RDONLY if what is Opening.UNDO else os.O_RDWR,
+        (folder / NEIGHBOUR).read_bytes(),
+    )
+
+
+@pytest.mark.parametrize("what", [Opening.UNDO, Opening.UNDO_TO_WRITE], ids=str)
 @pytest.mark.parametrize("is_asked", [False, True], ids=["itself", "broker"])
 def test_what_can_be_no_undo_file_is_not_opened(
     folder: Path, directory: int, replacement: Replacement, what: Opening, is_asked: bool

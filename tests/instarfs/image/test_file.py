@@ -170,7 +170,8 @@ def test_a_block_device_is_as_large_as_its_end_and_counted_by_the_kernel(
     statistics = tmp_path / "7:3"
     statistics.mkdir()
     (statistics / "stat").write_text("  1 2 3 4 5 6 4711 8 9 10\n")
-    monkeypatch.setattr(image, "BLOCK_STATISTICS", tmp_path)
+    assert image.block_statistics(os.makedev(7, 3)) == Path("/sys/dev/block/7:3/stat")
+    monkeypatch.setattr(image, "block_statistics", lambda device: statistics / "stat")
 
     def as_device(status: os.stat_result) -> os.stat_result:
         values = list(status[:10])
