@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import Self
 from urllib.parse import quote_from_bytes
 
 from instarfs.errors import (
+    WORST_FIRST,
     StateFailed,
     StateInUse,
     StateMissing,
@@ -59,6 +60,41 @@ _COLUMNS = [
     "lasts",
     "program",
 ]
+
+# SQLite keeps anything in any column: what each may hold is looked at when it is read.
+_END_OF_TIME = 253_402_300_800.0
+"""The year 10,000, which no date is made of."""
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _END_OF_TIME
+
+
+_MAY_BE: dict[str, Callable[[object], bool]] = {
+    "path": lambda value: isinstance(value, bytes) and b"\0" not in value,
+    "bytes": lambda value: isinstance(value, bytes),
+    "text": lambda value: isinstance(value, str),
+    "number": _is_number,
+    "time": _is_time,
+    "time, or none": lambda value: value is None or _is_time(value),
+    "verdict": lambda value: value in (*VERDICTS, GONE),
+    "exit code": lambda value: _is_number(value) and value in WORST_FIRST,
+}
+_NOT_NUMBERS = {
+    "path": "path",
+    "header": "bytes",
+    "verdict": "verdict",
+    "exit_code": "exit code",
+    "as_of": "time",
+    "seconds": "time",
+    "error": "text",
+    "program": "text",
+}
+_KINDS = tuple(_NOT_NUMBERS.get(name, "number") for name in _COLUMNS)
 
 _SCHEMA = f"""
 CREATE TABLE images(
@@ -214,8 +250,9 @@ class State:
     def due(self) -> Iterator[Candidate]:
         """What was put off, what was seen longest ago first."""
         after: tuple[float, bytes] = (float("-inf"), b"")
+        kinds = ("time", "path", *["number"] * 6)
         query = "SELECT * FROM due WHERE (as_of, path) > (?, ?) ORDER BY as_of, path LIMIT 500"
-        while part := self._rows(query, after):
+        while part := self._rows(query, kinds, after):
             for as_of, path, device, inode, size, mtime_ns, ctime_ns, stored in part:
                 stamp = Stamp(_unsigned(inode), size, mtime_ns, ctime_ns)
                 yield Candidate(path, _unsigned(device), stamp, stored)
@@ -229,7 +266,7 @@ class State:
             " AND path NOT IN (SELECT path FROM met) ORDER BY path"
         )
         values = (root, inside, inside[:-1] + b"0")
-        yield from (path for (path,) in self._rows(query, values))
+        yield from (path for (path,) in self._rows(query, ["path"], values))
 
     def end(self, run: Run) -> None:
         """The scan is over."""
@@ -252,35 +289,38 @@ class State:
 
     def known(self, path: bytes) -> Known | None:
         """What is known of the image at *path*."""
-        found = self._rows(_SELECT_ONE, (path,))
+        found = self._rows(_SELECT_ONE, _KINDS, (path,))
         return Known(_row(found[0]), found[0][-1]) if found else None
 
     def rows(self, verdict: str) -> Iterator[Row]:
         """The images of a verdict, by path."""
         after = b""
-        while part := self._rows(_SELECT_SOME, (verdict, after)):
+        while part := self._rows(_SELECT_SOME, _KINDS, (verdict, after)):
             yield from map(_row, part)
             after = part[-1][0]
 
     def counts(self) -> dict[str, int]:
         """How many images there are of each verdict that there is, worst first."""
-        counts = dict(self._rows("SELECT verdict, COUNT(*) FROM images GROUP BY verdict"))
+        query = "SELECT verdict, COUNT(*) FROM images GROUP BY verdict"
+        counts = dict(self._rows(query, ["verdict", "number"]))
         return {verdict: counts[verdict] for verdict in VERDICTS if verdict in counts}
 
     def exit_codes(self) -> set[int]:
         """Those that there are of images."""
-        return {code for (code,) in self._rows("SELECT DISTINCT exit_code FROM images")}
+        query = "SELECT DISTINCT exit_code FROM images"
+        return {code for (code,) in self._rows(query, ["exit code"])}
 
     def oldest(self) -> float | None:
         """When the image was checked that was checked longest ago; None where there is none."""
-        ((oldest,),) = self._rows("SELECT MIN(as_of) FROM images")
+        ((oldest,),) = self._rows("SELECT MIN(as_of) FROM images", ["time, or none"])
         return None if oldest is None else float(oldest)
 
     def last_run(self) -> Run | None:
         """The last scan; it may be going on, or have been killed."""
         found = self._rows(
             "SELECT began, ended, checked, unchanged, skipped, bytes_read, complete FROM runs"
-            " ORDER BY run DESC LIMIT 1"
+            " ORDER BY run DESC LIMIT 1",
+            ["time", "time, or none", *["number"] * 5],
         )
         if not found:
             return None
@@ -293,26 +333,30 @@ class State:
             "SELECT path, before, verdict FROM history WHERE before IS NOT NULL"
             " AND run = (SELECT MAX(run) FROM runs) ORDER BY path"
         )
-        yield from (Change(*found) for found in self._rows(query))
+        kinds = ["path", "verdict", "verdict"]
+        yield from (Change(*found) for found in self._rows(query, kinds))
 
     def history(self, path: bytes) -> list[tuple[float, str]]:
         """The verdicts of an image, each since when it was given, oldest first."""
         query = "SELECT as_of, verdict FROM history WHERE path = ? ORDER BY run"
-        return list(self._rows(query, (path,)))
+        return list(self._rows(query, ["time", "verdict"], (path,)))
 
     def unseen(self) -> Iterator[Skipped]:
         """What the last scan could not look at."""
         query = (
             "SELECT path, reason FROM unseen WHERE run = (SELECT MAX(run) FROM runs) ORDER BY path"
         )
-        yield from (Skipped(path, reason, is_failure=True) for path, reason in self._rows(query))
+        found = self._rows(query, ["path", "text"])
+        yield from (Skipped(path, reason, is_failure=True) for path, reason in found)
 
     # ---- within ----
 
     def _note(self, path: bytes, as_of: float, verdict: str) -> None:
         """In the history, if the verdict is another than it was."""
         last = self._rows(
-            "SELECT verdict, run FROM history WHERE path = ? ORDER BY run DESC LIMIT 1", (path,)
+            "SELECT verdict, run FROM history WHERE path = ? ORDER BY run DESC LIMIT 1",
+            ["verdict", "number"],
+            (path,),
         )
         if last and last[0][0] == verdict:
             return
@@ -333,9 +377,15 @@ class State:
                 raise
             self._database.execute("COMMIT")
 
-    def _rows(self, query: str, values: Iterable[object] = ()) -> list[tuple]:  # type: ignore[type-arg]
+    def _rows(self, query: str, kinds: Sequence[str], values: Iterable[object] = ()) -> list[tuple]:  # type: ignore[type-arg]
+        """What *query* gives, whose columns are of these *kinds* (`_MAY_BE`)."""
         with _explained(self.name):
-            return self._database.execute(query, tuple(values)).fetchall()
+            found = self._database.execute(query, tuple(values)).fetchall()
+        tests = [_MAY_BE[kind] for kind in kinds]
+        for row in found:
+            if not all(may_be(value) for may_be, value in zip(tests, row, strict=True)):
+                raise StateFailed(self.name, "it is damaged")
+        return found
 
 
 _ALL = ", ".join(_COLUMNS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import sqlite3
 import stat
@@ -12,8 +14,9 @@ import pytest
 
 from instarfs.errors import StateFailed, StateInUse, StateMissing, StateTooNew
 from instarfs.scan.state import VERSION, State
-from instarfs.scan.values import Row, Skipped, Stamp
+from instarfs.scan.values import Row, Run, Skipped, Stamp
 from planner.check.report import CheckCounters
+from tests.images.poison import POISON
 
 STAMP = Stamp((1 << 64) - 1, 1 << 62, 3, 4)
 COUNTERS = CheckCounters(1, 2, 3, 4, 5, 6, 7, 8)
@@ -54,6 +57,72 @@ def test_a_row_comes_back_as_it_was(path: str) -> None:
         assert list(state.rows("corrupt")) == [known.row]
         assert state.counts() == {"corrupt": 1}
         assert state.oldest() == 1000.5
+
+
+TEXT = POISON.decode(errors="ignore")
+NO_BYTES: tuple[object, ...] = (TEXT, 7, None)
+NO_TEXT: tuple[object, ...] = (POISON,)
+NO_NUMBER: tuple[object, ...] = (TEXT, POISON, 1.5, math.inf)
+NO_TIME: tuple[object, ...] = (TEXT, POISON, math.inf, -math.inf, -1, 1 << 62)
+NO_VERDICT: tuple[object, ...] = (TEXT, POISON, 7, "")
+WRONG: dict[str, dict[str, tuple[object, ...]]] = {
+    "images": {
+        "path": (b"a\0b",),  # what is no BLOB comes before all that is, and is never read
+        "header": NO_BYTES,
+        **dict.fromkeys(("device", "inode", "size", "mtime_ns", "ctime_ns"), (*NO_NUMBER, None)),
+        **dict.fromkeys(("leaks", "bytes_read", "in_use", "in_motion", "lasts"), NO_NUMBER),
+        "verdict": NO_VERDICT,
+        "exit_code": (*NO_NUMBER, 5, -1),
+        **dict.fromkeys(("as_of", "seconds"), NO_TIME),
+        **dict.fromkeys(("error", "program"), NO_TEXT),
+    },
+    "history": {
+        "path": (*NO_BYTES[:2], b"a\0b"),
+        "as_of": NO_TIME,
+        **dict.fromkeys(("before", "verdict"), NO_VERDICT),
+    },
+    "runs": {
+        **dict.fromkeys(("began", "ended"), NO_TIME),
+        **dict.fromkeys(("checked", "unchanged", "skipped", "bytes_read", "complete"), NO_NUMBER),
+    },
+    "unseen": {"path": (*NO_BYTES[:2], b"a\0b"), "reason": NO_TEXT},
+}
+"""What no column of a state has, unless somebody put it there: SQLite keeps anything in any."""
+
+
+def read_all(state: State) -> None:
+    for verdict in state.counts():
+        list(state.rows(verdict))
+    state.known(ROW.path)
+    state.exit_codes()
+    state.oldest()
+    state.last_run()
+    list(state.changes())
+    state.history(ROW.path)
+    list(state.unseen())
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [(table, column) for table, columns in WRONG.items() for column in columns]
+)
+def test_what_it_does_not_hold_is_refused(path: str, table: str, column: str) -> None:
+    with State.open(path) as state:
+        for verdict in ("leaks", ROW.verdict):
+            state.begin("1", 1.0)
+            state.record(replace(ROW, verdict=verdict), "1")
+            state.skip(Skipped(b"unseen", "why", is_failure=True))
+            state.end(Run(1.0, 2.0, 3, 4, 5, 6, complete=True))
+    with State.read(path) as state:
+        read_all(state)
+    whole = Path(path).read_bytes()
+    for value in WRONG[table][column]:
+        Path(path).write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            last = "run = (SELECT MAX(run) FROM runs)" if table != "images" else "1"
+            database.execute(f"UPDATE {table} SET {column} = ? WHERE {last}", [value])  # noqa: S608
+            database.commit()
+        with State.read(path) as state, pytest.raises(StateFailed, match="it is damaged"):
+            read_all(state)
 
 
 def test_it_is_for_its_owner_alone(path: str) -> None:
