@@ -92,12 +92,12 @@ def _run(what_for: str | None) -> int:
     except DOMAIN_ERRORS as error:
         complain(str(error))
         return error.exit_code
+    except (click.Abort, KeyboardInterrupt):  # before what it is one of, a RuntimeError
+        return _INTERRUPTED_EXIT_CODE
     except (MemoryError, OSError, ImportError, SystemError, RuntimeError, OutOfTime) as error:
         shortage = shortage_of(error)
         if shortage is None:
             raise
         complain(shortage)
         return 1
-    except (click.Abort, KeyboardInterrupt):
-        return _INTERRUPTED_EXIT_CODE
     return int(result or 0)

@@ -290,6 +290,36 @@ def test_a_signal_that_is_ignored_stays_so(run_on_a_terminal) -> None:
     assert process.wait(20) == 0
 
 
+# ---- an interrupt while it works ----
+
+INTERRUPTED = """
+import os, signal, sys
+from instarfs.cli.start import main
+from instarfs.image.file import Image
+
+Image.open = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["instarfs", *{arguments!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [*SHARING, ("files",), ("rescue",), ("export",)], ids=" ".join)
+def test_an_interrupt_while_it_works_ends_it_without_a_word(
+    command: tuple[str, ...], image: Path
+) -> None:
+    out = [str(image.with_name("out"))] if command == ("export",) else []
+    program = INTERRUPTED.format(arguments=[*command, str(image), *out])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
 # ---- an interrupt while modules are loaded ----
 
 INTERRUPTED_AT = """
