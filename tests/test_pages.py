@@ -120,6 +120,28 @@ def test_every_folder_of_tests_is_in_their_table() -> None:
     assert set(re.findall(r"`(\w+)/`", table)) == there
 
 
+def names_of(page: str) -> list[tuple[str, str]]:
+    """(name, file) where a page says that what has the name is in the file."""
+    text, name, file = text_of(page), r"`@?([A-Za-z_]\w*)`", r"`((?:\w+/)*\w+\.py)`"
+    said = re.findall(rf"((?:{name}(?:, | and )?)+) in {file}", text)
+    pairs = [(one, path) for several, _, path in said for one in re.findall(name, several)]
+    return pairs + [(one, path) for path, one in re.findall(rf"{file} \({name}\)", text)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_names_are_where_they_are_said_to_be(page: str) -> None:
+    for name, file in names_of(page):
+        path = located(page, file)
+        assert path is not None, file
+        made = rf"^ *(?:async )?(?:def|class) {name}\b|^{name}\b[^\n]* = "
+        assert re.search(made, path.read_text(), re.MULTILINE), (name, file)
+
+
+def test_names_are_seen() -> None:
+    assert ("_STEPS", "planner/repair/tiers.py") in names_of("CONTRIBUTING.md")
+    assert sum(len(names_of(page)) for page in PAGES) > 10
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_and_folder_is_in_the_table_of_rooms(package: str) -> None:
     there = {path.parent.name for path in (ROOT / package).glob("*/*.py")}
