@@ -41,11 +41,12 @@ class Layered:
             buffer[:] = whole[offset - first : offset - first + len(buffer)]
             return
         self._source.read_into(offset, buffer)
-        rows = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, SECTOR)
         # Of sectors that several stages change, the last stage's content holds.
         for sectors, content in self._layers:
             inside = _between(sectors, offset, offset + length)
-            rows[sectors[inside] - offset // SECTOR] = content[inside]
+            if inside.start < inside.stop:
+                rows = np.frombuffer(buffer, dtype=np.uint8).reshape(-1, SECTOR)
+                rows[sectors[inside] - offset // SECTOR] = content[inside]
         if offset + length > self._size:
             buffer[max(0, self._size - offset) :] = bytes(min(length, offset + length - self._size))
 
@@ -66,7 +67,10 @@ class Overlay(Layered):
 
 def _between(sectors: I64, offset: int, end: int) -> slice:
     """Where in ascending *sectors* those stand that the bytes from *offset* to *end* touch."""
-    return slice(*np.searchsorted(sectors, [offset // SECTOR, -(-end // SECTOR)]).tolist())
+    low = int(sectors.searchsorted(offset // SECTOR))
+    if low == len(sectors) or sectors[low] * SECTOR >= end:  # most that is read is not touched
+        return slice(low, low)
+    return slice(low, int(sectors.searchsorted(-(-end // SECTOR))))
 
 
 def _runs(sectors: I64) -> tuple[I64, I64]:

@@ -164,9 +164,12 @@ class _Found:
     def look(self, pieces: I64, rows: U8) -> None:
         """Some *pieces* of the file, ascending, and their bytes."""
         self.done = int(pieces[-1]) + rows.shape[1]
-        filled = np.flatnonzero(rows.view(np.uint64).any(axis=1))
-        if len(filled) < len(rows):
-            pieces, rows = pieces[filled], rows[filled]
+        words = rows.view(np.uint64)
+        # Only what has no word at the beginning of a sector may be zeros all through.
+        empty = np.flatnonzero(~words[:, ::_WORDS].any(axis=1))
+        empty = empty[~words[empty].any(axis=1)]
+        if len(empty):
+            pieces, rows = np.delete(pieces, empty), np.delete(rows, empty, axis=0)
         if len(rows):
             self._tables.append(self.look_for_tables(pieces, rows))
             self._look_for_claims(pieces, rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -126,9 +127,7 @@ class Piece:
         """
         if step > self.cluster_size:
             return np.zeros(0, dtype=np.int64)
-        pairs = range(0, len(magic) - 1, 2)
-        first = max(pairs, key=lambda at: len(magic[at : at + 2].replace(b"\0", b"")))
-        pair = int.from_bytes(magic[first : first + 2], "little")
+        first, pair = _telling_pair(magic)
         at = np.flatnonzero(self._column(offset + first, step) == pair) * step
         for number, byte in enumerate(magic):
             if not len(at):
@@ -143,6 +142,14 @@ class Piece:
             column = np.ascontiguousarray(self.flat.view("<u2")[offset // 2 :: step // 2])
             self._columns[offset, step] = column
         return column
+
+
+@cache
+def _telling_pair(magic: bytes) -> tuple[int, int]:
+    """Two bytes of *magic* of which the fewest are zeros: where in it, and as a number."""
+    pairs = range(0, len(magic) - 1, 2)
+    first = max(pairs, key=lambda at: len(magic[at : at + 2].replace(b"\0", b"")))
+    return first, int.from_bytes(magic[first : first + 2], "little")
 
 
 Spotter = Callable[[Piece], Iterable[Spotted]]
