@@ -18,6 +18,7 @@ from planner.check.classify import Looker
 from planner.check.report import Report
 from planner.errors import ReadFailed
 from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.work_limits import LIMITS
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
@@ -35,7 +36,7 @@ from planner.repair.scope import Scope
 from planner.repair.snapshot_table import NB_SNAPSHOTS_AT, complete_extra_data
 from planner.rescue.placing.tables import read_pieces, unused_clusters
 from planner.rescue.scanned import Scanned
-from planner.source import SECTOR, Source, nonzero_words
+from planner.source import SECTOR, Source, nonzero_words, read_tables
 from planner.triage.triage import Triage, looker_of, triage_leaks
 
 MADE_NAME = "rescued"
@@ -78,9 +79,9 @@ def lost_l1_tables(geometry: Geometry, triage: Triage) -> Iterator[LostL1]:
 
 
 def may_have_lost_l1(source: Source, report: Report, scanned: Scanned) -> bool:
-    """Whether a triage could find a lost L1 table, which takes a table that leads to another.
+    """Whether a triage could find a lost L1 table: one that leads to tables for the most.
 
-    By what was *scanned*; it could where the whole file was not.
+    By what was *scanned*; it could where the whole file was not, or very much is like tables.
     """
     looker, bits = looker_of(source, report), report.geometry.cluster_bits
     unused = unused_clusters(source, report)
@@ -94,10 +95,14 @@ def may_have_lost_l1(source: Source, report: Report, scanned: Scanned) -> bool:
     regions = report.regions
     known = regions.select(regions.structure == Structure.L2_TABLE).first(bits)
     tables = distinct(np.concatenate((known, likely)))
-    for _, rows in read_pieces(source, likely << bits, report.geometry):
+    if len(likely) << bits > LIMITS.triaged_bytes:
+        return True
+    for _, rows in read_tables(source, likely << bits, 1 << bits):
         words = looker.table_words(rows)
-        targets = looker.targets(words, looker.plausible(words))
-        if is_among(distinct(targets.reshape(-1)), tables[tables > 0]).any():
+        targets = np.sort(looker.targets(words, looker.plausible(words)), axis=1)
+        is_new = np.diff(targets, axis=1, prepend=0) != 0
+        leads = is_among(targets.reshape(-1), tables).reshape(targets.shape) & is_new
+        if (2 * leads.sum(axis=1) > is_new.sum(axis=1)).any():
             return True
     return False
 
