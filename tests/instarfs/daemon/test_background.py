@@ -1,4 +1,5 @@
-"""The log of instarfs.daemon.background, by a process that may make no socket any more.
+"""instarfs.daemon.background: what is its caller's until a mount answers; and the log, by a process
+that may make no socket any more.
 
 What such a process gives up never comes back, so it is one of its own, and told what to log.
 """
@@ -116,3 +117,32 @@ def test_a_syslog_that_does_not_read_holds_nobody_up(address: Path, confined: Co
     with Listener(address):
         for _ in range(200):
             confined.log(40, r"line\n" * 20)
+
+
+IN_THE_BACKGROUND = """
+import os, sys
+from instarfs.image.file import Image
+from instarfs.daemon import background, confinement
+
+ready = background.to_background()
+confinement.Confinement.of_daemon(Image.open(sys.argv[1])).enforce()
+os.write(2, b"before")
+os.close(os.open("/proc/self/fd/2", os.O_RDONLY))
+ready()
+os.write(2, b"after")
+"""
+
+
+def test_until_it_has_answered_a_confined_process_has_the_stderr_of_its_caller(
+    tmp_path: Path,
+) -> None:
+    """And reads it, where that is a pipe; then no more."""
+    (tmp_path / "image").write_bytes(b"image")
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_BACKGROUND, tmp_path / "image"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert (done.stdout, done.stderr) == ("", "before")
