@@ -11,7 +11,7 @@ import jsonschema
 from jsonschema.exceptions import best_match
 from jsonschema.protocols import Validator
 
-from instarfs.render.schemas import name_for, schema
+from instarfs.render.schemas import schema
 
 _LARGE = 1 << 20
 """Of longer texts nothing is looked at: a validator in Python takes a minute for a million rows."""
@@ -23,6 +23,23 @@ _PRINTED = {"check": "check", "info": "info", "map": "map", "plan": "plan", "res
 @cache
 def validator(name: str) -> Validator:
     return jsonschema.Draft202012Validator(schema(name))
+
+
+def name_for(path: str) -> str | None:
+    """The name of the schema of a file of the tree; None where it is no JSON."""
+    if not path.endswith((".json", ".jsonl")):
+        return None
+    folder, _, file = path.rpartition("/")
+    if folder.startswith("snapshots/"):
+        return "snapshot"
+    if folder == "repair/plan":
+        return "plan"
+    return {
+        "check/result.json": "check",
+        "check/findings.jsonl": "finding",
+        "repair/result.json": "repair",
+        "rescue/plan.json": "rescue",
+    }.get(path, file.partition(".")[0])
 
 
 def require_valid(name: str, text: str) -> None:

@@ -43,20 +43,3 @@ def schema(name: str) -> Schema:
     """The JSON Schema of that name. Raises KeyError."""
     subject, make = _MAKERS[name]
     return {"$schema": _DIALECT, "$id": f"urn:instarfs:{name}", "title": subject, **make()}
-
-
-def name_for(path: str) -> str | None:
-    """The name of the schema of a file of the tree; None where it is no JSON."""
-    if not path.endswith((".json", ".jsonl")):
-        return None
-    folder, _, file = path.rpartition("/")
-    if folder.startswith("snapshots/"):
-        return "snapshot"
-    if folder == "repair/plan":
-        return "plan"
-    return {
-        "check/result.json": "check",
-        "check/findings.jsonl": "finding",
-        "repair/result.json": "repair",
-        "rescue/plan.json": "rescue",
-    }.get(path, file.partition(".")[0])

@@ -10,9 +10,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from instarfs.render.schemas import SUBJECTS, name_for, schema
+from instarfs.render.schemas import SUBJECTS, schema
 from tests.instarfs.cli.test_repair import Run, content, instarfs
-from tests.schemas import require_valid, require_valid_output
+from tests.schemas import name_for, require_valid, require_valid_output
 
 __all__ = ["instarfs"]  # a fixture
 
