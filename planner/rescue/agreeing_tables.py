@@ -35,8 +35,6 @@ MANY_BYTES, SAMPLE, SAMPLE_BYTES, SHARE = 16 << 20, 64, 4096, 8
 bytes of each: one in so many has to look like a table.
 """
 
-_WORD_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
-
 
 @dataclass(frozen=True, slots=True)
 class HeaderTables:
@@ -138,7 +136,7 @@ def find_reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[i
 
 def _leads_to_clusters(words: U64, bits: int) -> bool:
     """Whether they are offsets of clusters and nothing else, none of them twice."""
-    is_plain = ((words & np.uint64((1 << bits) - 1)) == 0) & (words <= _WORD_OFFSET)
+    is_plain = ((words & np.uint64((1 << bits) - 1)) == 0) & (words <= np.uint64(entries.L1_OFFSET))
     return bool(is_plain.all()) and len(np.unique(words)) == len(words)
 
 
@@ -150,7 +148,7 @@ def _l1_tables(source: Source, clusters: I64, bits: int) -> list[tuple[int, int]
         index, words = nonzero_words(source, cluster << bits, size // 8)
         if not len(words) or (words & np.uint64(1)).any():
             continue
-        leads = (words & _WORD_OFFSET) >> np.uint64(bits)
+        leads = entries.l1_offsets(words) >> bits
         to_tables = sum(target in known for target in leads.tolist())
         found.append((-to_tables, len(words), cluster << bits, int(index[-1]) + 1))
     return [(offset, used) for *_, offset, used in sorted(found)[:MAX_CANDIDATES]]
@@ -186,8 +184,8 @@ def _bounds(source: Source, bits: int, inside: int, low: int, high: int) -> tupl
     low, high = max(low, inside - room), min(high, inside + room)
     index, words = nonzero_words(source, low << bits, high - low << bits >> 3)
     at = low + (index >> bits - 3)
-    target = ((words & _WORD_OFFSET) >> np.uint64(bits)).astype(np.int64)
-    is_entry = ((words & ~_WORD_OFFSET & ~np.uint64(1 << 63)) == 0) & (
+    target = entries.l1_offsets(words) >> bits
+    is_entry = ((words & np.uint64(entries.L1_RESERVED)) == 0) & (
         (words & np.uint64((1 << bits) - 1)) == 0
     )
     behind = np.concatenate((target[is_entry & (target > at) & (target > inside)], [high]))
