@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.errors import WORST_FIRST
 from instarfs.scan.state import State
-from instarfs.scan.values import VERDICTS
+from instarfs.scan.values import ERROR, NOT_QCOW2, VERDICTS
 from planner.check.report import EXIT_CODES
 from tests.instarfs.repair.test_run import damaged, healthy
 from tests.mount.mounts import INSTARFS
@@ -191,5 +192,8 @@ def test_a_scan_that_is_stopped_says_how_far_it_came(number: int, tmp_path: Path
     assert {row["verdict"] for row in rows} == {"clean"}
 
 
-def test_there_is_a_place_for_every_verdict() -> None:
-    assert set(EXIT_CODES) <= set(VERDICTS)
+def test_there_is_a_place_for_every_verdict_worst_first() -> None:
+    codes = {**EXIT_CODES, ERROR: 1, NOT_QCOW2: 63}
+    assert set(VERDICTS) == set(codes)
+    places = [WORST_FIRST.index(codes[verdict]) for verdict in VERDICTS]
+    assert places == sorted(places)
