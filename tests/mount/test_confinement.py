@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -358,6 +359,34 @@ def test_a_broker_holds_the_directory_and_nothing_else(mount: MakeMount, image: 
     assert len(sockets) == CHANNELS
     assert sorted(set(opened) - set(sockets)) == sorted({"/dev/null", str(image.parent)})
     assert resource.prlimit(int(process.name), resource.RLIMIT_CORE) == (1, 1)
+
+
+def held_by_daemon(mount: Mount) -> Counter[str]:
+    """What it has open once it has answered, sockets and pipes under that name."""
+    until(lambda: "instarfs: mounted\n" in mount.log, "it said so")
+    links = Path(f"/proc/{mount.process.pid}/fd").iterdir()
+    names = [str(link.readlink()) for link in links]
+    return Counter(
+        "log" if name == str(mount.log_path) else name.partition(":[")[0] for name in names
+    )
+
+
+def test_a_daemon_holds_its_image_and_what_it_was_given_before(
+    mount: MakeMount, image: Path
+) -> None:
+    """With auto_unmount a socket more: fusermount3 unmounts when it is closed."""
+    plain = held_by_daemon(mount(image))
+    assert set(plain) == {
+        *("/dev/fuse", "/dev/null", "/memfd:stderr (deleted)", "anon_inode", "log"),
+        *("pipe", "socket", str(image), str(image.parent)),
+    }
+    assert plain["pipe"] == plain["log"] == plain[str(image)] == 1
+    it = mount(image, "-o", "auto_unmount")
+    held = held_by_daemon(it)
+    assert (held - plain, plain - held) == (Counter({"socket": 1}), Counter())
+    it.process.kill()
+    it.process.wait()
+    until(lambda: not it.is_mounted(), "it was unmounted")
 
 
 def test_whatever_the_umask_an_undo_file_is_its_owners(image: Path, tmp_path: Path) -> None:
