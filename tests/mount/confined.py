@@ -8,6 +8,7 @@ import codecs
 import ctypes
 import errno
 import fcntl
+import importlib
 import mmap
 import os
 import resource
@@ -292,7 +293,9 @@ def check(source: Source, *, progress: Progress) -> Report:
 log_to_stderr()
 image = Image.open(str(IMAGE))
 if UID:
-    codecs.lookup("ascii")  # which the user may not be able to read afterwards
+    # Which the user may not be able to read afterwards.
+    codecs.lookup("ascii")
+    importlib.import_module("planner.guestfs.search")
     os.setgroups([])
     os.setresgid(UID, UID, UID)
     os.setresuid(UID, UID, UID)
