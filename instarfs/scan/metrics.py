@@ -6,14 +6,19 @@ on, so of each what does not print is escaped, in a way that keeps any two apart
 
 from __future__ import annotations
 
+import contextlib
+import os
 from itertools import islice
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from instarfs.errors import MetricsFailed, reason_of
 from instarfs.scan.state import State
 from instarfs.scan.values import VERDICTS, path_text
 from instarfs.text import printable
+
+_NEW = ".instarfs-new"
 
 LISTED = 1000
 """Images that have a series of their own, the worst first: who collects them keeps every one."""
@@ -24,9 +29,17 @@ def write_metrics(path: str, state: State) -> None:
     registry = CollectorRegistry()
     _of_images(registry, state)
     _of_the_scan(registry, state)
+    # Not by `write_to_textfile`: what that leaves behind where it is killed has another name each
+    # time, and nobody removes it.
+    new = path + _NEW
     try:
-        write_to_textfile(path, registry)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(new, flags, 0o666), "wb") as file:
+            file.write(generate_latest(registry))
+        Path(new).replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            Path(new).unlink()
         raise MetricsFailed(path, reason_of(error)) from error
 
 

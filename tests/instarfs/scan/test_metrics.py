@@ -53,6 +53,22 @@ def written(path: Path, state: State) -> dict[tuple[str, ...], float]:
     }
 
 
+def test_what_a_scan_that_was_killed_left_is_cleared_away(tmp_path: Path, state: State) -> None:
+    path, left = tmp_path / "x.prom", tmp_path / "x.prom.instarfs-new"
+    left.write_bytes(b"half of it " * 10_000)
+    assert written(path, state)
+    assert list(tmp_path.iterdir()) == [path]
+    # Nor is anything written to where a link leads.
+    other = tmp_path / "other"
+    other.write_bytes(b"precious")
+    left.symlink_to(other)
+    with pytest.raises(MetricsFailed):
+        metrics.write_metrics(str(path), state)
+    assert other.read_bytes() == b"precious"
+    assert written(path, state)
+    assert not left.is_symlink()
+
+
 def test_it_has_each_verdict_and_each_image_that_is_not_clean(tmp_path: Path, state: State) -> None:
     found = written(tmp_path / "x.prom", state)
     assert {key[1] for key in found if key[0] == "instarfs_scan_images"} == set(VERDICTS)
