@@ -73,6 +73,16 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or str(error)) + hint
 
 
+def is_shortage(error: BaseException) -> bool:
+    """Whether there was no memory for something, or for the stack of a thread that was to do it.
+
+    Of the latter Python has no error of its own.
+    """
+    if isinstance(error, RuntimeError):
+        return "can't start new thread" in str(error)
+    return isinstance(error, MemoryError)
+
+
 # ---- the command ----
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import trio
 
+from instarfs.errors import is_shortage
 from instarfs.image import memory
 
 SOON_SECONDS = 0.05
@@ -36,6 +37,11 @@ class Tidier:
             await trio.sleep(SOON_SECONDS)
             self._is_wanted = False
             begin = trio.current_time()
-            await trio.to_thread.run_sync(memory.give_back)
+            try:
+                await trio.to_thread.run_sync(memory.give_back)
+            except (MemoryError, RuntimeError) as error:
+                if not is_shortage(error):
+                    raise
+                # There is no room for a thread: who asks next may have more.
             await trio.sleep(REST * (trio.current_time() - begin))
         self._is_running = False

@@ -40,7 +40,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from instarfs.errors import DOMAIN_ERRORS
+from instarfs.errors import DOMAIN_ERRORS, is_shortage
 from instarfs.mount.interrupts import is_interrupted
 from instarfs.mount.nodes import (
     ControlFile,
@@ -128,8 +128,8 @@ def _guarded(
 ) -> Callable[P, Coroutine[Any, Any, R]]:
     """Turn what *handler* raises into what pyfuse3 understands; any other exception ends a mount.
 
-    Domain errors carry their errno, and memory that is refused is ENOMEM. Anything else is a bug of
-    ours: logged, and EIO. Cancellation is neither, and passes.
+    Domain errors carry their errno, and memory or a thread that is refused is ENOMEM. Anything else
+    is a bug of ours: logged, and EIO. Cancellation is neither, and passes.
     """
 
     @functools.wraps(handler)
@@ -140,10 +140,11 @@ def _guarded(
             raise
         except DOMAIN_ERRORS as error:
             raise FUSEError(error.errno) from error
-        except MemoryError as error:
-            log.warning("not enough memory in %s", handler.__name__)
-            raise FUSEError(errno.ENOMEM) from error
         except Exception as error:
+            if is_shortage(error):
+                short = "memory" if isinstance(error, MemoryError) else "room for a thread"
+                log.warning("not enough %s in %s", short, handler.__name__)
+                raise FUSEError(errno.ENOMEM) from error
             log.exception("unexpected error in %s", handler.__name__)
             raise FUSEError(errno.EIO) from error
 
@@ -173,7 +174,12 @@ class _Dropper:
                 await self._some.wait()
                 self._some = trio.Event()
                 # Who waits for the end of the mount need not wait for who looks in a directory.
-                await trio.to_thread.run_sync(self._drop_all, abandon_on_cancel=True)
+                try:
+                    await trio.to_thread.run_sync(self._drop_all, abandon_on_cancel=True)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_shortage(error):
+                        raise
+                    # There is no room for a thread: they are dropped with those that come next.
         finally:
             self._is_over = True
 

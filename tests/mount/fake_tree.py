@@ -37,6 +37,10 @@ def take_too_much(_: str) -> NoReturn:
     raise MemoryError
 
 
+def start_no_thread(_: str) -> NoReturn:
+    raise RuntimeError("can't start new thread")
+
+
 async def fail_to_act(_: bytes) -> None:
     fail()
 
@@ -54,6 +58,7 @@ ROOT = FixedDirectory(
         "bug": GeneratedFile(Known(), fail),
         "error": GeneratedFile(Known(), fail_as_expected),
         "huge": GeneratedFile(Known(), take_too_much),
+        "threaded": GeneratedFile(Known(), start_no_thread),
         "text": GeneratedFile(Known(), str.upper),  # type: ignore[arg-type]
         "large": GeneratedFile(Known(), lambda _: bytes(range(256)) * 20_000),
         "endless": GeneratedFile(Known(), lambda _: itertools.repeat(b"and so on\n" * 1000)),

@@ -57,10 +57,11 @@ def test_what_is_loaded_once_it_answers_may_fail(fake: Mount) -> None:
     assert fake.read("good") == "content"
 
 
-def test_what_takes_too_much_memory_says_so(fake: Mount) -> None:
+@pytest.mark.parametrize(("name", "short"), [("huge", "memory"), ("threaded", "room for a thread")])
+def test_what_takes_too_much_memory_says_so(fake: Mount, name: str, short: str) -> None:
     with pytest.raises(OSError, match="Cannot allocate memory"):
-        fake.read("huge")
-    assert fake.log.endswith("not enough memory in open\n")
+        fake.read(name)
+    assert fake.log.endswith(f"not enough {short} in open\n")
     assert fake.read("good") == "content"
 
 

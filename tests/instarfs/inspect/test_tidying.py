@@ -37,3 +37,24 @@ async def test_it_is_done_once_for_all_who_ask_and_then_not_for_long(
         assert not times
     again = 2 * SOON_SECONDS + LONG + REST * LONG
     assert [time - begin for time in times] == pytest.approx([SOON_SECONDS, again])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+async def test_where_there_is_no_room_for_a_thread_it_is_left(
+    error: Exception, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing ends by it: what serves a mount runs beside."""
+    asked: list[object] = []
+
+    async def run_sync(work: object) -> None:
+        asked.append(work)
+        if len(asked) == 1:
+            raise error
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    async with trio.open_nursery() as nursery:
+        tidier = Tidier(nursery)
+        for _ in range(2):
+            tidier.soon()
+            await trio.sleep(2 * SOON_SECONDS)
+    assert asked == [memory.give_back] * 2

@@ -566,6 +566,31 @@ async def test_the_kernel_asks_again_what_a_made_name_stands_for_when_it_is_told
     assert of_file.attr_timeout == 0
 
 
+async def test_names_that_there_was_no_thread_to_drop_are_dropped_with_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped: list[bytes] = []
+    monkeypatch.setattr(pyfuse3, "invalidate_entry", lambda _, name: dropped.append(name))
+    dropper, asked, run_sync = module._Dropper(), trio.Event(), trio.to_thread.run_sync
+
+    async def refuse(*_: object, **__: object) -> None:
+        asked.set()
+        raise RuntimeError("can't start new thread")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(dropper.run)
+        with monkeypatch.context() as patch:
+            patch.setattr(trio.to_thread, "run_sync", refuse)
+            dropper(ROOT, FileNameT(b"one"))
+            await asked.wait()
+        assert trio.to_thread.run_sync is run_sync
+        dropper(ROOT, FileNameT(b"two"))
+        while len(dropped) < 2:
+            await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert dropped == [b"one", b"two"]
+
+
 async def test_no_name_is_dropped_once_there_is_no_mount_to_drop_it_from(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
