@@ -538,13 +538,14 @@ class _Disk:
             empty.append(wanted[part][is_empty])
             unsound.append(offsets[part][is_empty & filled.any(axis=1)])
             parted.append(wanted[part][self.traces.lacking(offsets[part], words, filled)])
-            mine = is_active[part]
+            other = ~is_active[part]
+            mine = is_active[part] if other.any() else slice(None)  # of all nothing is copied
             alone = strays.alone(words[mine], filled[mine], wrong[mine])
             doubtful.append(offsets[part][mine][alone])
             lone = wrong[mine] | (~filled[mine] & (words[mine] != 0))
             bits.append(strays.single_bits(offsets[part][mine], words[mine], lone))
             self._look_at(offsets[part][mine], rows[mine], filled[mine])
-            self._look_for_shared(tables.select(wanted[part][~mine]), words[~mine])
+            self._look_for_shared(tables.select(wanted[part][other]), words[other])
         self._unsound, self._doubtful = np.concatenate(unsound), np.concatenate(doubtful)
         self._strays, self._bits = strays, np.concatenate(bits, axis=1)
         zeros = distinct(np.concatenate(empty))

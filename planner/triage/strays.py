@@ -38,9 +38,8 @@ class Strays:
         bad = entries.COMPRESSED | entries.L2_RESERVED | self._unaligned | self._gone.beyond
         copied = np.uint64(entries.COPIED)
         # The disk's own are sound at a glance.
-        row, at = np.nonzero(filled & (words & (copied | np.uint64(bad)) != copied))
-        wrong: Mask = np.zeros_like(filled)
-        wrong[row, at] = self._are_wrong(words[row, at])
+        wrong: Mask = filled & (words & (copied | np.uint64(bad)) != copied)
+        wrong[wrong] = self._are_wrong(words[wrong])
         if bitmaps is not None:  # What is allocated is so in a cluster.
             allocated = (bitmaps & np.uint64(entries.SUBCLUSTERS_ALLOCATED)) != 0
             wrong |= allocated & (words == 0)
@@ -88,13 +87,13 @@ class Strays:
 
         The offset of the table, and the number of the entry in it; (2, n).
         """
-        row, at = np.nonzero(wrong)
-        chosen = words[row, at]
+        chosen = words[wrong]
         single = (chosen & ~np.uint64(entries.L2_OFFSET) | chosen & (chosen - np.uint64(1))) == 0
         single &= (chosen & np.uint64(self._unaligned)) == 0
         single &= chosen < np.uint64(self._gone.file_size)
         single |= chosen == np.uint64(entries.COPIED)
-        return np.stack((offsets[row[single]], at[single]))
+        row, at = np.divmod(np.flatnonzero(wrong)[single], words.shape[1])
+        return np.stack((offsets[row], at))
 
     def hidden_references(self) -> int:
         """How many references clusters have lost that stray entries make up for."""
