@@ -8,7 +8,7 @@ from instarfs.mount.mountpoint import unmount
 
 
 @click.command(name="umount")
-@click.argument("directory", metavar="DIR", type=click.Path(readable=False))
+@click.argument("directory", metavar="DIR", type=click.UNPROCESSED)  # click.Path would ask it
 def command(directory: str) -> None:
     """Unmount the image that is mounted on the directory DIR.
 

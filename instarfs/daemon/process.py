@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def run(
     (BrokenPipeError), the mount ends. Raises `MountFailed`.
     """
     _share_memory_among_threads()
+    threading.stack_size(_STACK)
     return trio.run(_serve, make_service, directory, options, ready)
 
 
@@ -74,6 +76,11 @@ def _share_memory_among_threads() -> None:
     64 MiB: of a check of 1 TiB a sixth was page faults. Other allocators are left alone.
     """
     limit_arenas(1)
+
+
+# Of the 8 MiB that a thread mostly gets for its stack all count to a limit on memory (ulimit -d),
+# and no thread here takes one of them.
+_STACK = 2 << 20
 
 
 async def _serve(

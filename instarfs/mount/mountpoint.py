@@ -77,6 +77,7 @@ _POLL_SECONDS = 0.02
 _END_SECONDS = 10.0
 
 _CLAIM_BYTES = 64
+_CLAIM_SECONDS = 5.0
 
 
 # ---- before mounting ----
@@ -140,7 +141,7 @@ def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
     with contextlib.ExitStack() as stack:
         pidfd = None
         with contextlib.suppress(OSError, ValueError, OverflowError):
-            pid, started = _claim_of(directory).decode().split()
+            pid, started = _claim_in_time(directory).decode().split()
             candidate = os.pidfd_open(int(pid))
             stack.callback(os.close, candidate)
             # In another PID namespace the number would be that of a stranger.
@@ -148,6 +149,32 @@ def _daemon_of(directory: str, mount: _Mount) -> Iterator[int | None]:
             if is_theirs and _start_time(int(pid)) == started and _serves(int(pid), mount):
                 pidfd = candidate
         yield pidfd
+
+
+def _claim_in_time(directory: str) -> bytes:
+    """What a mount says of the process behind it. Raises OSError, also where it does not answer.
+
+    A process of its own asks, for it can be killed where that one was stopped, and is not in the
+    way of unmounting then. Who has read the question and does not answer keeps it, for all to see.
+    """
+    answer, tell = os.pipe()
+    asking = os.fork()
+    if asking == 0:
+        with contextlib.suppress(OSError):
+            os.write(tell, _claim_of(directory))
+        os._exit(0)
+    os.close(tell)
+    try:
+        readable, _, _ = select.select([answer], [], [], _CLAIM_SECONDS)
+        if not readable:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        return os.read(answer, _CLAIM_BYTES)
+    finally:
+        os.close(answer)
+        os.kill(asking, signal.SIGKILL)
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        while os.waitpid(asking, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
 
 def _claim_of(directory: str) -> bytes:
@@ -201,7 +228,7 @@ def unmount(directory: str) -> None:
         raise NotMounted(directory) from error
     if mount is None or mount.filesystem != FILESYSTEM_TYPE:
         raise NotMounted(directory)
-    target = os.path.realpath(directory)
+    target = _real_path(directory)
     with _daemon_of(target, mount) as daemon:
         complaint = _try_to_unmount(target)
         if daemon is not None:
@@ -371,7 +398,20 @@ def _find_mount(directory: str) -> _Mount | None:
     From the kernel's list: a mount whose process died, or hangs, answers nothing itself. Raises
     `MountTableMissing`, and FileNotFoundError for a relative path where there is no directory.
     """
-    return _mount_at(os.path.realpath(directory))
+    return _mount_at(_real_path(directory))
+
+
+def _real_path(directory: str) -> str:
+    """*directory* without links; nothing is asked of what is mounted on it, which may not answer.
+
+    Raises as `_find_mount`.
+    """
+    parent, name = os.path.split(directory.rstrip("/"))
+    if name not in {"", ".", ".."}:
+        path = f"{os.path.realpath(parent).rstrip('/')}/{name}"
+        if _mount_at(path) is not None:
+            return path
+    return os.path.realpath(directory)
 
 
 def _mount_at(path: str) -> _Mount | None:

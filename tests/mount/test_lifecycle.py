@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.cli.main import main
 from instarfs.mount import mountpoint
 from tests.block_devices import attached, require_loop_devices
 from tests.mount.mounts import (
@@ -237,6 +238,25 @@ def test_a_loop_device_that_holds_a_mount_is_named_and_released(
         assert f": in use by {device}: unmount what is on it, then: {release};" in done.stderr
     done = instarfs("umount", directory)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_mount_whose_process_was_stopped_is_unmounted(
+    monkeypatch: pytest.MonkeyPatch, mount: MakeMount, image: Path
+) -> None:
+    """As by ^Z in the foreground: it answers nothing, and ends when it goes on."""
+    it = mount(image)
+    monkeypatch.setattr(mountpoint, "_CLAIM_SECONDS", 0.2)
+    it.process.send_signal(signal.SIGSTOP)
+    try:
+        command = ["instarfs", "umount", str(it.path)]
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code in (None, 0)
+        assert not it.is_mounted()
+    finally:
+        it.process.send_signal(signal.SIGCONT)
+    assert it.wait_for_end() == 0
 
 
 def test_a_dead_mount_is_named_and_cleared(image: Path, directory: Path) -> None:
