@@ -136,7 +136,24 @@ class Inspector:
         from instarfs.repair.run import Repairer  # noqa: PLC0415
 
         make_repairer = self._make_repairer or Repairer
-        return Repairs(self.subject.to_repair, self.subject.sharing, make_repairer)
+        to_repair, sharing = self.subject.to_repair, self.subject.sharing
+        return Repairs(to_repair, sharing, make_repairer, self._let_go)
+
+    def _let_go(self) -> None:
+        """Forget what follows from a check, which a repair makes out of date, and the check if it
+        is: beside a repair, which takes as much memory, all of it would be there twice.
+        """
+        derived: list[Value[Any]] = [self.leaks, self.briefing, self.files, self.atlas]
+        derived += [self.bitmaps, *self.proposals.values(), *self._looks]
+        for value in derived:
+            value.forget()
+        self._looks.clear()
+        if self.checkup.peek() is None:
+            self.checkup.forget()
+        if self.last_check() is None:
+            self._checked = None
+        if self.last_leaks() is None:
+            self._looked_into = None
 
     def last_check(self) -> Edition[Checkup] | None:
         """The checkup that was made last, while nothing shows that the image has changed since.

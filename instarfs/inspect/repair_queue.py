@@ -49,7 +49,8 @@ class MakeRepairer(Protocol):
 class Repairs:
     """Repairs, undoes and trims what *find_image* returns, one at a time.
 
-    *find_image* is called when a repair begins and may raise a domain error. ``outcome``: what came
+    *find_image* is called when a repair begins and may raise a domain error; *let_go* before and
+    after it, to give memory back that others hold. ``outcome``: what came
     of the last one, or of what was asked for since and not begun. ``applied``: the tier last
     applied, unless it was taken back.
     """
@@ -59,8 +60,10 @@ class Repairs:
         find_image: Callable[[], Image],
         sharing: Sharing,
         make_repairer: MakeRepairer = Repairer,
+        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self._find_image = find_image
+        self._let_go = let_go
         self._sharing = sharing
         self._make_repairer = make_repairer
         self._scope: trio.CancelScope | None = None
@@ -124,6 +127,7 @@ class Repairs:
         if self._scope is not None:
             raise RepairRunning(image.path)
         self._scope = trio.CancelScope()
+        self._let_go()
         try:
             # A thread that has begun is waited for, come what may, and its outcome returned: also
             # when the caller has been cancelled, which the thread is told.
@@ -131,6 +135,7 @@ class Repairs:
                 return await trio.to_thread.run_sync(self._work, image, job, asked)
         finally:
             self._scope, self._progress = None, IDLE
+            self._let_go()
         raise RepairCancelled(image.path)
 
     def _work(

@@ -14,7 +14,7 @@ from typing import Unpack
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, U64, Mask
 from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure, Where
@@ -34,7 +34,7 @@ from planner.qcow2.snapshots import (
     SnapshotTable,
     read_reachable_snapshots,
 )
-from planner.source import READABLE_END, Source, nonzero_words, present_tables
+from planner.source import READABLE_END, Source, present_tables, words_of_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,11 +307,7 @@ class _Surveyor:
             for number, each in enumerate(bitmaps)
         ]
         kept = followed_tables(tables, self._layout.file_size)
-        data = [self._locate_bitmap(*tables[at]) for at in np.flatnonzero(kept).tolist()]
-        if data:
-            owner, clusters = (np.concatenate(parts) for parts in zip(*data, strict=True))
-            size = self._geometry.cluster_size
-            self.regions.add_many(Structure.BITMAP_DATA, clusters, size, index=owner)
+        self._locate_tables([tables[at] for at in np.flatnonzero(kept).tolist()])
         if not kept.all():
             number, table_at, _ = tables[int(np.argmin(kept))]
             count = np.count_nonzero(~kept)
@@ -323,32 +319,56 @@ class _Surveyor:
                 index=number,
             )
 
-    def _locate_bitmap(self, number: int, offset: int, size: int) -> tuple[I64, I64]:
-        """Locate a bitmap's table: the clusters with its bits, each with the bitmap's number."""
-        nothing = np.zeros(0, dtype=np.int64)
-        self.regions.add(Structure.BITMAP_TABLE, offset, size * 8, index=number)
-        if offset + size * 8 > READABLE_END:
-            error = ImageError(f"table of bitmap {number}", offset, "past the end of any file")
-            self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
-            return nothing, nothing
-        position, word = nonzero_words(self._source, offset, size)
-        if not len(word):
-            return nothing, nothing
+    def _locate_tables(self, tables: list[tuple[int, int, int]]) -> None:
+        """Locate the tables of bitmaps (number, offset, entries) and the clusters with their bits.
+
+        There may be 65,535, all of them one: each place is read once.
+        """
+        for number, at, size in tables:
+            self.regions.add(Structure.BITMAP_TABLE, at, size * 8, index=number)
+        read = [each for each in tables if each[1] + each[2] * 8 <= READABLE_END]
+        position, word, which = self._words_of_all([each[1:] for each in read])
+        owner = np.array([each[0] for each in read], dtype=np.int64)[which]
+        place = np.array([each[1] for each in read], dtype=np.int64)[which] + position * 8
         bad = entries.bad_bitmap_entries(word, self._geometry)
         self._findings.add(
             FindingKind.BITMAP_ENTRY_INVALID,
             structure=Structure.BITMAP_TABLE,
-            host_offset=offset + position[bad] * 8,
-            index=number,
+            host_offset=place[bad],
+            index=owner[bad],
             found=word[bad],
         )
-        if bad.any():
-            first = int(word[bad][0])
-            error = ImageError(f"table of bitmap {number}", f"{first:#x}", "an invalid entry")
-            self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=offset, index=number)
-        data = (word[~bad] & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
-        data = data[data != 0]
-        return np.full(len(data), number), data
+        # Of each table that has one the first.
+        pairs = zip(owner[bad][::-1].tolist(), word[bad][::-1].tolist(), strict=True)
+        invalid = dict(pairs)
+        for number, at, size in tables:
+            field = f"table of bitmap {number}"
+            if at + size * 8 > READABLE_END:
+                error = ImageError(field, at, "past the end of any file")
+                self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
+            elif number in invalid:
+                error = ImageError(field, f"{invalid[number]:#x}", "an invalid entry")
+                self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=at, index=number)
+        data = (word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
+        some = ~bad & (data != 0)
+        if some.any():
+            size = self._geometry.cluster_size
+            self.regions.add_many(Structure.BITMAP_DATA, data[some], size, index=owner[some])
+
+    def _words_of_all(self, tables: list[tuple[int, int]]) -> tuple[I64, U64, I64]:
+        """The words that are not zero of *tables* (offset, entries), one after the other: their
+        positions, themselves, and which of the tables each is of.
+        """
+        which = {table: at for at, table in enumerate(dict.fromkeys(tables))}
+        found = words_of_tables(self._source, list(which))
+        parts = [found[which[table]] for table in tables]
+        nothing = np.zeros(0, dtype=np.int64)
+        lengths = np.array([len(word) for _, word in parts], dtype=np.int64)
+        return (
+            np.concatenate([nothing, *(position for position, _ in parts)]),
+            np.concatenate([nothing.astype(np.uint64), *(word for _, word in parts)]),
+            np.repeat(np.arange(len(parts)), lengths),
+        )
 
     def judge_reftable(self, reftable: Reftable) -> None:
         """What is wrong with refcount table entries in themselves."""

@@ -185,8 +185,10 @@ def test_placing_tables_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_
         keep_to_the_bounds(partial(rescue, image.source()))
 
 
-@pytest.mark.parametrize("number", [5_100_015, 6_000_007], ids=["L1 table", "leaks"])
-def test_a_rescue_costs_no_more_where_that_is_a_hole(number, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "number", [5_100_015, 6_000_007, 6_000_015], ids=["L1 in a hole", "leaks in holes", "bitmaps"]
+)
+def test_a_rescue_costs_no_more_where_there_are_millions(number, tmp_path) -> None:
     path = tmp_path / "bomb.qcow2"
     make_bomb(number).write(path)
     with Image.open(str(path)) as image:

@@ -1,8 +1,10 @@
 """The queue of repairs, and the inspector, around a repairer that is not one."""
 
 import errno
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector
 from instarfs.inspect.stages import IDLE
 from instarfs.repair.outcome import RepairOutcome, Status
+from planner.arrays import HostOffset
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, Cancelled, ParseFailed
@@ -142,6 +145,26 @@ async def test_an_outcome_stays_with_the_state_that_it_led_to(
     os.utime(path, ns=(OLD + 5, OLD + 5))
     assert (await checkup(inspector)).repaired is None
     assert repairs.outcome is repairer.outcome
+
+
+async def test_beside_a_repair_nothing_is_held_that_follows_from_the_check_before(
+    inspector: Inspector, repairer: FakeRepairer
+) -> None:
+    repairer.changes = False
+    with trio.fail_after(DEADLINE):
+        looked = inspector.host_byte(HostOffset(0))
+        values = (inspector.bitmaps, inspector.leaks, inspector.proposals[LEAKS], looked)
+        held = [weakref.ref(await value.get()) for value in values]
+        before = weakref.ref(await inspector.checkup.get())
+    await inspector.repairs.repair(LEAKS)
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+    # The image is as it was, and the check as good.
+    assert before() is inspector.checkup.peek() is not None
+    repairer.changes = True
+    await inspector.repairs.repair(LEAKS)
+    gc.collect()
+    assert before() is None
 
 
 @pytest.mark.parametrize("status", [Status.UNDONE, Status.INTERRUPTED])
