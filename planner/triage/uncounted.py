@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, distinct, join_ranges, without_repeats
+from planner.arrays import I64, distinct, is_among, join_ranges
 from planner.check.claims import blocks_that_are_none
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
@@ -71,18 +71,24 @@ def _lost_ranges(source: Source, report: Report) -> Iterator[tuple[int, int]]:
     first, end = (column * per_block for column in lost)
     yield from zip(first.tolist(), end.tolist(), strict=True)
     if report.totals.get(FindingKind.REFCOUNT_MISSING):
-        yield from _zero_runs(mismatches, per_block)
+        blocks = mismatches.blocks(per_block, FindingKind.REFCOUNT_MISSING)
+        # Those that are lost as a whole are among them already.
+        blocks = blocks[
+            np.searchsorted(lost[0], blocks, "right") == np.searchsorted(lost[1], blocks, "right")
+        ]
+        if len(blocks):
+            yield from _zero_runs(mismatches, per_block, blocks)
     if layout.header.dirty:  # where the file grew, nothing was counted yet
         yield mismatches.first_unused(), layout.host_clusters
 
 
-def _zero_runs(mismatches: Mismatches, per_block: int) -> Iterator[tuple[int, int]]:
-    """Runs of clusters of one block without a refcount, of which one at least should have some.
+def _zero_runs(mismatches: Mismatches, per_block: int, blocks: I64) -> Iterator[tuple[int, int]]:
+    """Runs of clusters of one of *blocks* without a refcount, where one at least should have some.
 
     A block that is an older copy of itself ends so, in the middle of a sector.
     """
     empty = mismatches.clusters(FindingKind.REFCOUNT_MISSING, len(mismatches.counted))
-    blocks = without_repeats(empty // per_block)
+    empty = empty[is_among(empty // per_block, blocks)]
     filled = [np.zeros(0, dtype=np.int64)]
     for low, high in mismatches.spans:
         for first in range(low, high, CHUNK):
