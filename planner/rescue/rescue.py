@@ -31,12 +31,13 @@ from planner.rescue.bare import Bare, find_bare
 from planner.rescue.disk_size import DiskSize, disk_size
 from planner.rescue.headers import find_headers, find_moved_l1, mapping_all
 from planner.rescue.hypotheses import Found, Hypothesis
+from planner.rescue.leaked_l1 import may_have_lost_l1
 from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.order import draft_header, in_order, then
 from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.scanned import Scanned
-from planner.rescue.snapshots import lost_l1_tables, may_have_lost_l1, plan_snapshots
+from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
 from planner.source import SECTOR, Source, present_bytes, read_tables
 from planner.triage.triage import Triage, triage_leaks
 
