@@ -381,12 +381,8 @@ def test_a_daemon_holds_its_image_and_what_it_was_given_before(
         *("pipe", "socket", str(image), str(image.parent)),
     }
     assert plain["pipe"] == plain["log"] == plain[str(image)] == 1
-    it = mount(image, "-o", "auto_unmount")
-    held = held_by_daemon(it)
+    held = held_by_daemon(mount(image, "-o", "auto_unmount"))
     assert (held - plain, plain - held) == (Counter({"socket": 1}), Counter())
-    it.process.kill()
-    it.process.wait()
-    until(lambda: not it.is_mounted(), "it was unmounted")
 
 
 def test_whatever_the_umask_an_undo_file_is_its_owners(image: Path, tmp_path: Path) -> None:
