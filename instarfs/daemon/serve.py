@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from instarfs.guest.follow import Follow
 from instarfs.image import locks, memory
 from instarfs.image.file import Image, end_readers
 from instarfs.inspect.inspector import inspecting
+from instarfs.inspect.stages import IDLE
 from instarfs.mount import mountpoint, tree
 from instarfs.mount.operations import Operations, Ownership
 from instarfs.mount.options import MountOptions
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FIRST = "instarfs.inspect.checker", f"{render.__name__}.check"
 _LATE = (
     "instarfs.inspect.work",
     "instarfs.inspect.repair_queue",
@@ -51,9 +54,13 @@ _LATE = (
     "planner.check.wire",
     *(f"{render.__name__}.{name}" for name in render.__all__),
 )
-"""What checks, repairs and shows: loaded once the mount answers, or by who is faster, and not when
-it is first used. By then the package may have been replaced, and no two versions are to meet.
+"""What checks, and then what else computes, repairs and shows: loaded once the mount answers, or by
+who is faster, and not when it is first used. By then the package may have been replaced, and no two
+versions are to meet.
 """
+
+_SOON_SECONDS, _PATIENCE_SECONDS = 0.2, 5.0
+"""After the answer: by then who mounted for a check has asked for it, and that comes first."""
 
 _SWITCH_SECONDS = 0.0005
 """By default a thread that computes lets another one go on after ten times as long."""
@@ -122,13 +129,23 @@ def serve(
                 Ownership(os.getuid(), os.getgid(), for_others=options.for_others),
                 {mountpoint.DAEMON_ATTRIBUTE: mountpoint.identity()},
             )
-            yield daemon.Service(operations, inspector.cancel, confine, load_late)
+            load = partial(load_late, lambda: inspector.progress() == IDLE)
+            yield daemon.Service(operations, inspector.cancel, confine, load)
 
     return daemon.run(make_service, directory, options.for_fuse(image.path), ready=ready)
 
 
-def load_late() -> None:
-    """In a thread beside the event loop, which is to wait for it no longer than it must."""
+def load_late(is_idle: Callable[[], bool] = lambda: True) -> None:
+    """In a thread beside the event loop, which is to wait for it no longer than it must.
+
+    Nor is who waits for a value; but for so long that the package is replaced nobody is waited for.
+    """
+    for name in _FIRST:
+        importlib.import_module(name)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    time.sleep(_SOON_SECONDS)
+    while not is_idle() and time.monotonic() < deadline:
+        time.sleep(_SOON_SECONDS)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:

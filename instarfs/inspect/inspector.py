@@ -155,6 +155,11 @@ class Inspector:
         if self.last_leaks() is None:
             self._looked_into = None
 
+    @property
+    def _has_repairs(self) -> bool:
+        """Whether there can have been one: what repairs is loaded by who asks for it first."""
+        return "repairs" in vars(self)
+
     def last_check(self) -> Edition[Checkup] | None:
         """The checkup that was made last, while nothing shows that the image has changed since.
 
@@ -295,17 +300,26 @@ class Inspector:
         if len(self._looks) > KEPT_LOOKS:
             self._looks.popleft().forget()
 
-    async def _in_thread(self, do: Callable[[Work], T]) -> T:
+    async def _working(self, do: Callable[[Work], T]) -> T:
+        return await self._in_thread(lambda: do(self._work()))
+
+    async def _in_thread(self, do: Callable[[], T]) -> T:
         """Await it in a thread; what that took beyond what it returns is given back later."""
         try:
-            return await trio.to_thread.run_sync(lambda: do(self._work()))
+            return await trio.to_thread.run_sync(do)
         finally:
             self._tidier.soon()
 
     def _work(self) -> Work:
         from instarfs.inspect.work import Work  # noqa: PLC0415
 
-        return Work(self._stages, self.subject.sharing, self._check, self._bound)
+        return Work(self._stages, self.subject.sharing)
+
+    def _check_now(self, image: Image) -> tuple[Generation, Checkup]:
+        from instarfs.inspect.checker import Checker  # noqa: PLC0415
+
+        checker = Checker(self._stages, self.subject.sharing, self._check, self._bound)
+        return checker.check(image)
 
     # ---- the values: each awaits those it needs, and then one thread ----
 
@@ -321,12 +335,13 @@ class Inspector:
 
     async def _check_up(self, _changed: Changed) -> Checkup:
         image = self.subject.image
-        before, checkup = await self._in_thread(lambda work: work.check(image))
+        before, checkup = await self._in_thread(lambda: self._check_now(image))
         self.subject.reviewed(image)
         if checkup.report.changed:
             self._checked = None
         else:
-            checkup = replace(checkup, repaired=self.repairs.standing(before))
+            if self._has_repairs:
+                checkup = replace(checkup, repaired=self.repairs.standing(before))
             self._checked = before, Edition(checkup)
         return checkup
 
@@ -334,7 +349,7 @@ class Inspector:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
         before = self.subject.generation()
-        triage = await self._in_thread(lambda work: work.triage(image, report))
+        triage = await self._working(lambda work: work.triage(image, report))
         self._looked_into = None if changed() else (before, Leaks(report, triage))
         return Leaks(_torn(report) if changed() else report, triage)
 
@@ -346,7 +361,7 @@ class Inspector:
         guest = (await self.guest.get()).value
         if isinstance(guest, ImageError):
             return FilesUnknown(str(guest))
-        return await self._in_thread(lambda work: work.search(image, guest, place, report, triage))
+        return await self._working(lambda work: work.search(image, guest, place, report, triage))
 
     async def _brief(self, changed: Changed) -> Briefing:
         """Plans are made only where something is to be repaired: each costs about a check."""
@@ -354,7 +369,7 @@ class Inspector:
             checkup = (await self.checkup.get()).value
             triage = await self._triage_or_error()
             guest = (await self.guest.get()).value if checkup.report.layout else None
-            around, beside = await self._in_thread(
+            around, beside = await self._working(
                 lambda work: work.look_around(self.subject.image, checkup.report, guest)
             )
             files = None if checkup.report.error else (await self.files.get()).value
@@ -389,7 +404,7 @@ class Inspector:
             if checkup.pending is not None:
                 return RepairError(checkup.pending.sentence)
             triage = (await self.leaks.get()).value.triage
-            proposal = await self._in_thread(
+            proposal = await self._working(
                 lambda work: work.plan(image, checkup.report, tier, triage)
             )
         return self._work().of_one_moment(proposal, checkup.report, changed, "read again")
@@ -397,14 +412,14 @@ class Inspector:
     async def _draw_atlas(self, changed: Changed) -> Atlas | ImageError:
         image = self.subject.image
         report = (await self.checkup.get()).value.report
-        atlas = await self._in_thread(lambda work: work.draw(image, report))
+        atlas = await self._working(lambda work: work.draw(image, report))
         if isinstance(atlas, ImageError):
             return atlas
         return replace(atlas, torn=atlas.torn or changed())
 
     async def _read_bitmaps(self, _changed: Changed) -> Bitmaps:
         image = self.subject.image
-        return await self._in_thread(lambda work: work.read_bitmaps(image))
+        return await self._working(lambda work: work.read_bitmaps(image))
 
 
 @asynccontextmanager

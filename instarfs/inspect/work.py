@@ -1,4 +1,4 @@
-"""What an inspector has done in threads: checks, triage, plans, pictures, searches of a disk.
+"""What an inspector has done in threads beside checks: triage, plans, pictures, searches.
 
 Each function takes what it is about and returns a value. When one is called, and what becomes of
 the value where the image changed meanwhile, is `instarfs.inspect.inspector`'s business, which loads
@@ -7,27 +7,19 @@ this when the first one is wanted: it is most of the planner, and a mount answer
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
-from functools import partial
-
 from instarfs.errors import InstarfsError
 from instarfs.guest.files import hit_files, owner_of
 from instarfs.guest.guest import Guest, Place
 from instarfs.image import locks
-from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.file import Image
 from instarfs.image.rwlock import Sharing
 from instarfs.image.surroundings import Surroundings
 from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.stages import Stages
-from instarfs.inspect.values import Bitmaps, Check, Checkup, GuestByte
-from instarfs.repair.checking import LiveCheck, run_check
+from instarfs.inspect.values import Bitmaps, GuestByte
 from instarfs.repair.looking import look_around
 from instarfs.repair.planning import of_one_moment, propose_for
-from instarfs.repair.writing import missing
 from planner.arrays import GuestOffset, HostOffset
-from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import ImageError, RepairError, as_value
 from planner.guestfs.files import FilesUnknown, HitFiles
@@ -41,37 +33,12 @@ from planner.views.explain import HostExplanation, explain_guest, explain_host
 from planner.views.host_map import Atlas, draw_atlas
 from planner.views.table_view import read_l1_page, read_l2_page
 
-log = logging.getLogger(__name__)
-
 
 class Work:
     """It tells *stages* how far it is, and keeps a repair of this process out by *sharing*."""
 
-    def __init__(
-        self,
-        stages: Stages,
-        sharing: Sharing,
-        check: Check | None,
-        bound: Callable[[FileSource], None],
-    ) -> None:
-        """*check*: in place of `check_image`. *bound*: as for an inspector."""
+    def __init__(self, stages: Stages, sharing: Sharing) -> None:
         self._stages, self._sharing = stages, sharing
-        self._check, self._bound = check or check_image, bound
-
-    def check(self, image: Image) -> tuple[Generation, Checkup]:
-        """A check, and what the image was before it."""
-        gone = image.gone()
-        if gone is not None:
-            log.warning("%s", missing(image))
-        with self._stages.running("opening"), self._sharing.reading(image) as is_kept:
-            self._bound(image.source())  # anew: it may have grown since
-            checked = run_check(
-                image,
-                partial(self._check, progress=while_wanted(self._stages.tell)),
-                is_written=lambda: not is_kept,
-                live=LiveCheck(again=partial(check_image, progress=while_wanted()), pause=_pause),
-            )
-        return checked.before, Checkup(checked.report, pending=checked.pending, gone=gone)
 
     def triage(self, image: Image, report: Report) -> Triage:
         """What the leaked clusters of a check look like."""
@@ -149,8 +116,3 @@ class Work:
         except ImageError as error:
             states = as_value(error)
         return Bitmaps(states, locks.is_written(image.fileno()))
-
-
-def _pause(seconds: float) -> None:
-    while_wanted()("", 0, 0)
-    time.sleep(seconds)
