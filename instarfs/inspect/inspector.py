@@ -80,10 +80,9 @@ class Inspector:
     A checkup stays good until the image is written to, replaced under its path, or opened or closed
     by a writer; so do what its `leaks` look like, a proposal, which is the refusal where a tier
     refuses, the `briefing` that joins them, and the atlas, which is the error where there is none.
-    A description lasts until one of the first two. ``reader``:
-    its guest's bytes, and ``guest`` the state of one moment, or why there is none. *nursery*: where
-    all of it is computed; see `inspecting`. *bound* gives this process as much memory as a check
-    of a source may take.
+    A description lasts until one of the first two. ``reader``: its guest's bytes, and ``guest`` the
+    state of one moment, or why there is none. *nursery*: where all of it is computed; see
+    `inspecting`. *bound* gives this process as much memory as a check of a source may take.
     """
 
     def __init__(

@@ -292,6 +292,20 @@ def test_a_signal_that_is_ignored_stays_so(run_on_a_terminal) -> None:
 
 # ---- an interrupt while it works ----
 
+
+def run_program(program: str, *, ignoring: bool = False) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, *ignoring* interrupts from its beginning or not."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring else None,
+    )
+
+
 INTERRUPTED = """
 import os, signal, sys
 from instarfs.cli.start import main
@@ -308,15 +322,7 @@ def test_an_interrupt_while_it_works_ends_it_without_a_word(
     command: tuple[str, ...], image: Path
 ) -> None:
     out = [str(image.with_name("out"))] if command == ("export",) else []
-    program = INTERRUPTED.format(arguments=[*command, str(image), *out])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=60,
-    )
+    done = run_program(INTERRUPTED.format(arguments=[*command, str(image), *out]))
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
@@ -343,13 +349,5 @@ main()
 def test_an_interrupt_while_modules_are_loaded_ends_it_silently(name: str, image: Path) -> None:
     program = INTERRUPTED_AT.format(name=name, image=str(image))
     for ignored in (False, True):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-            timeout=60,
-            preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
-        )
+        done = run_program(program, ignoring=ignored)
         assert (done.returncode, done.stderr) == (0 if ignored else -signal.SIGINT, "")

@@ -66,15 +66,20 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "here/image"
 
 
-def confined(image: Path, version: int, who: str) -> dict[str, str]:
-    other = image.parents[1] / "elsewhere/image"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, image, other, str(version), who],
+def run_program(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, which must succeed."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         check=True,
         capture_output=True,
         text=True,
         env=environment(),
     )
+
+
+def confined(image: Path, version: int, who: str) -> dict[str, str]:
+    other = image.parents[1] / "elsewhere/image"
+    done = run_program(PROGRAM, image, other, str(version), who)
     assert done.stderr == ""
     outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     assert outcomes.pop(f"{NOT_GIVEN_UP} Function not") == "implemented"
@@ -155,13 +160,7 @@ def test_of_a_block_device_a_daemon_reads_what_is_counted_of_it_alone(image: Pat
     require_loop_devices()
     image.write_bytes(bytes(1 << 20))
     with attached(image) as device:
-        done = subprocess.run(
-            [sys.executable, "-c", OF_A_DEVICE, device],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=environment(),
-        )
+        done = run_program(OF_A_DEVICE, device)
     said = ["stat done", "uevent EACCES", "loop/backing_file EACCES"]
     assert (done.stdout.splitlines(), done.stderr) == (said, "")
 
@@ -179,13 +178,7 @@ confinement.Confinement.of_daemon(Image.open(sys.argv[1])).enforce()
 
 
 def test_of_a_thread_that_was_there_before_it_is_said_that_it_keeps_everything(image: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_A_THREAD, image],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    done = run_program(WITH_A_THREAD, image)
     said = "not confined: other threads are not given up: they were there before\n"
     assert (done.stdout, done.stderr) == (said, "")
 
@@ -259,13 +252,7 @@ def test_a_broker_reaches_its_directory_and_what_is_below_and_reads_and_writes_n
     below, other = image.with_name("below"), image.parents[1] / "elsewhere/image"
     below.mkdir()
     (below / "neighbour").write_bytes(b"neighbour")
-    done = subprocess.run(
-        [sys.executable, "-c", AS_BROKER, image, other, who],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    done = run_program(AS_BROKER, image, other, who)
     outcomes = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     could = {name for name, outcome in outcomes.items() if outcome == "done"}
     assert could == (TO_READ if who == "reading broker" else TO_READ | TO_WRITE)
@@ -316,11 +303,5 @@ except OSError as failed:
 def test_system_calls_are_filtered_or_it_is_said_that_they_are_not(
     image: Path, kernel: str, said: list[str]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", OF_KERNELS, image, kernel],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
+    done = run_program(OF_KERNELS, image, kernel)
     assert (done.stdout.splitlines(), done.stderr) == (said, "")
