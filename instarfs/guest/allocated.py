@@ -56,7 +56,10 @@ class AllocatedBytes:
     """Of the disks of an image, as it is now."""
 
     def __init__(self, look: Callable[[], tuple[Image, Hashable]]) -> None:
-        """*look* gives the image and what changes when it does; it may raise a domain error."""
+        """*look* gives the image and what changes when it does; it may raise a domain error.
+
+        Asked in the event loop alone.
+        """
         self._look = look
         self._known: dict[Place, _Known] = {}
         self._passing: _Known | None = None
@@ -92,23 +95,27 @@ class AllocatedBytes:
 
     async def learn(self, place: Place) -> None:
         """Count exactly, for a while at least; what fails is told by whoever reads."""
-        with trio.move_on_after(PATIENCE):
-            await trio.to_thread.run_sync(
-                self._learn, place, abandon_on_cancel=True, limiter=self._limiter
-            )
-
-    def _learn(self, place: Place) -> None:
         try:
             image, state = self._look()
-            known = self._known.get(place)
-            if known is None or known.state != state:
-                of = partial(self._snapshots_of, state)
-                size = _count(image.source(), place, of, in_passing=False)
-                if len(self._known) >= MAX_KNOWN:
-                    self._known.clear()
-                self._known[place] = _Known(state, size)
+        except InstarfsError:
+            return
+        known = self._known.get(place)
+        if known is not None and known.state == state:
+            return
+        with trio.move_on_after(PATIENCE):
+            await trio.to_thread.run_sync(
+                self._learn, place, image, state, abandon_on_cancel=True, limiter=self._limiter
+            )
+
+    def _learn(self, place: Place, image: Image, state: Hashable) -> None:
+        of = partial(self._snapshots_of, state)
+        try:
+            size = _count(image.source(), place, of, in_passing=False)
         except (InstarfsError, PlannerError):
             return
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        self._known[place] = _Known(state, size)
 
     def _snapshots_of(self, state: Hashable, source: FileSource, layout: Layout) -> Snapshots:
         """Read once for all places: there may be 65,536 of them."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,20 @@ def test_an_image_that_changes_is_not_what_it_was(
     assert it.known(DISK) is None  # so soon nothing is known
     monkeypatch.setattr("instarfs.guest.allocated.REST", 0)
     assert it.known(DISK) == CLUSTER
+
+
+def test_the_image_is_looked_at_in_the_event_loop_alone(tmp_path: Path) -> None:
+    """Two threads that both see that it was replaced would open it twice."""
+    path = tmp_path / "image"
+    path.write_bytes(scattered(60).build().data)
+    image, looking = Image.open(str(path)), set[int]()
+
+    def look() -> tuple[Image, Hashable]:
+        looking.add(threading.get_ident())
+        return image, "state"
+
+    assert learn(AllocatedBytes(look)) == 60 * CLUSTER
+    assert looking == {threading.get_ident()}
 
 
 def test_of_what_makes_no_sense_nothing_is_known(tmp_path: Path) -> None:
