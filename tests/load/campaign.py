@@ -1,8 +1,9 @@
 """A mount under load: readers everywhere, while its image is repaired, taken back and replaced.
 
 One writer goes through a cycle of actions. Every read, through one open handle, must be what
-`tests.load.truth` knows of the file at that time, and no read may fail. Of the guest's disk each
-page must be as in a state on either side. How long it runs is decided by callers.
+`tests.load.truth` knows of the file at that time, and no read may fail. Of the guest's disk, and of
+the image itself, whoever has it open reads on in what is there by then: each page must be as in a
+state on either side. How long it runs is decided by callers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.images.builder import MIB
 from tests.load.truth import ACTIONS, DAMAGED, Truth, comparable, files_of, under_way
 from tests.mount.mounts import Mount, settle
 
@@ -28,6 +28,7 @@ HANDLES = 2000
 CHUNK = 1 << 16
 PAUSE = 0.3
 PAGE = 4096
+READ_IN_PARTS = ("disk.raw", "image.qcow2")
 STUCK_SECONDS = 90.0
 """So long no single read may take, on a machine that does a great deal beside."""
 
@@ -113,7 +114,9 @@ class Load:
         me = threading.get_ident()
         while not self._stop.is_set() and not self.wrong:
             name = rng.choice(names)
-            offset = rng.randrange(16 * MIB // PAGE) * PAGE if name.endswith("disk.raw") else None
+            offset = None
+            if name.endswith(READ_IN_PARTS):
+                offset = rng.randrange(self.truth.shortest(name) // PAGE) * PAGE
             before = self.truth.version
             self._since[me] = time.monotonic()
             content: bytes | OSError
@@ -139,7 +142,7 @@ class Load:
         if isinstance(content, OSError):
             problem = str(content)
         elif offset is not None:
-            right = self._is_of_disk(name, offset, content, before, after)
+            right = self._has_pages_of(name, offset, content, before, after)
             problem = "" if right else f"at {offset}"
         else:
             right = self.truth.explains(name, content, before, after)
@@ -148,12 +151,14 @@ class Load:
             during = [action.name for action in under_way(before, after)]
             self.wrong.append(f"{name}, version {before} to {after} {during}: {problem}")
 
-    def _is_of_disk(self, name: str, offset: int, content: bytes, before: int, after: int) -> bool:
-        """Whether each page is as in a state on either side."""
-        states = self.truth.around(before, after)
-        whole = [state[name][offset : offset + CHUNK] for state in states]
-        return len(content) == len(whole[0]) and all(
-            any(content[at : at + PAGE] == each[at : at + PAGE] for each in whole)
+    def _has_pages_of(
+        self, name: str, offset: int, content: bytes, before: int, after: int
+    ) -> bool:
+        """Whether each page is as in a state on either side, and as many are there as in one."""
+        states = self.truth.possible(before, after)
+        parts = [state[name][offset : offset + CHUNK] for state in states if name in state]
+        return len(content) in map(len, parts) and all(
+            any(content[at : at + PAGE] == part[at : at + PAGE] for part in parts)
             for at in range(0, len(content), PAGE)
         )
 

@@ -194,22 +194,26 @@ class Truth:
         """The files that are there in every state."""
         return sorted(set.intersection(*(set(state) for state in self.states)))
 
-    def around(self, before: int, after: int) -> list[Content]:
-        """The states that were true at some moment between two versions."""
+    def shortest(self, name: str) -> int:
+        """Bytes that a file has in every state."""
+        return min(len(state[name]) for state in self.states)
+
+    def possible(self, before: int, after: int) -> list[Content]:
+        """The states that were true, or may have been, at some moment between two versions."""
         numbers = range(before // 2, (after + 1) // 2 + 1)
-        return [self.states[(number - 1) % len(self.states)] for number in numbers]
+        around = [self.states[(number - 1) % len(self.states)] for number in numbers]
+        in_place = any(action.in_place for action in under_way(before, after))
+        return around + self.between if in_place else around
 
     def explains(self, name: str, content: bytes, before: int, after: int) -> bool:
         """Whether a file may say this to one who read it between two versions."""
         if name.endswith("progress"):
             return PROGRESS.fullmatch(content) is not None
         actions = list(under_way(before, after))
-        possible = self.around(before, after)
-        if any(action.in_place for action in actions):
-            possible += self.between
-            if name == "repair/undo" and content == b"a repair is running\n":
-                return True
-        if any(content == state[name] for state in possible):
+        is_running = any(action.in_place for action in actions)
+        if is_running and name == "repair/undo" and content == b"a repair is running\n":
+            return True
+        if any(content == state[name] for state in self.possible(before, after)):
             return True
         return bool(actions) and any(mark in content for mark in TORN.get(name, ()))
 
