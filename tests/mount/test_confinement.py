@@ -21,6 +21,7 @@ from instarfs.daemon.broker import CHANNELS
 from tests.mount.mounts import (
     DEADLINE,
     INSTARFS,
+    PROJECT,
     MakeMount,
     Mount,
     leak,
@@ -362,10 +363,24 @@ def test_a_broker_holds_the_directory_and_nothing_else(mount: MakeMount, image: 
 
 
 def held_by_daemon(mount: Mount) -> Counter[str]:
-    """What it has open once it has answered, sockets and pipes under that name."""
+    """What it has open once it has answered, sockets and pipes under that name.
+
+    What it loads by then, a thread opens one after the other.
+    """
     until(lambda: "instarfs: mounted\n" in mount.log, "it said so")
-    links = Path(f"/proc/{mount.process.pid}/fd").iterdir()
-    names = [str(link.readlink()) for link in links]
+    code = (str(PROJECT), sys.prefix, sys.base_prefix)
+    names: list[str] = []
+
+    def loads_nothing() -> bool:
+        names.clear()
+        try:
+            links = list(Path(f"/proc/{mount.process.pid}/fd").iterdir())
+            names.extend(str(link.readlink()) for link in links)
+        except FileNotFoundError:  # closed in between
+            return False
+        return not any(name.startswith(code) for name in names)
+
+    until(loads_nothing, "no module was being opened")
     return Counter(
         "log" if name == str(mount.log_path) else name.partition(":[")[0] for name in names
     )
