@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from instarfs.cli.complaints import Failure, complain, remark
+from instarfs.cli.complaints import Failure, complain, remark, remark_interrupted
 from instarfs.cli.grammar import ImageName, image_name, image_options
 from instarfs.cli.options import progress_option, quiet_option, settle_option, undo_file_option
 from instarfs.cli.progress import progress_bar
@@ -269,8 +269,7 @@ def _conclude_repair(
 
 
 def _show_checked(checked: _Checked, label: str = "") -> None:
-    if checked.left_over is not None:
-        remark(f"{label}NOTE {checked.left_over.sentence}")
+    remark_interrupted(checked.left_over, label)
     _show_check(checked.report, label)
     if checked.report.verdict != "torn" and checked.report.verdict not in _SELF_EVIDENT:
         path = shell_path(lasting_name(checked.name.path))

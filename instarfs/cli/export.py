@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from instarfs.cli.complaints import remark_interrupted
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.known import known, known_options, require_rescue
 from instarfs.cli.options import (
@@ -19,6 +20,7 @@ from instarfs.errors import DOMAIN_ERRORS, ExportIncomplete
 from instarfs.guest.export import Export, Outcome
 from instarfs.guest.follow import Follow
 from instarfs.guest.outfile import OutFile
+from instarfs.repair.interrupted import pending
 from instarfs.repair.words import PREVIEWS
 from instarfs.text import printable
 from planner.progress import unless
@@ -68,6 +70,8 @@ def command(
                 from instarfs.repair.preview import preview_of  # noqa: PLC0415 - all of repairs
 
                 shown = preview_of(image, preview, unless(stopped, tell), knows=knows).image
+            elif not quiet:
+                remark_interrupted(pending(image))
             export = Export(shown, follow, snapshot)
         except DOMAIN_ERRORS as error:
             raise name.failed(error) from error

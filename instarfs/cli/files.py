@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from instarfs.cli.complaints import remark
+from instarfs.cli.complaints import remark, remark_interrupted
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.options import follow_option, progress_option, share_option, snapshot_option
 from instarfs.cli.progress import progress_bar
@@ -51,6 +51,8 @@ def command(
     with name.opened() as image:
         with progress_bar(shown=progress) as tell:
             checked = run_check(image, lambda source: check_image(source, progress=tell))
+            if not quiet:
+                remark_interrupted(checked.pending)
             report = checked.report
             if report.error is not None:
                 raise name.failed(report.error)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import click
 
+from instarfs.cli.complaints import remark_interrupted
 from instarfs.cli.grammar import image_name, image_options
 from instarfs.errors import ImageUnreadable
 from instarfs.guest.chain import backing_files
@@ -14,10 +16,14 @@ from instarfs.guest.disk import Missing
 from instarfs.guest.follow import Follow
 from instarfs.image.file import Image
 from instarfs.render.info import ImageFacts, info_human, info_json, raw_human, raw_json
+from instarfs.repair.interrupted import pending
 from instarfs.text import json_array
 from planner.errors import ImageError
 from planner.guest.chain import Named, full_name
 from planner.qcow2.contents import Contents
+
+if TYPE_CHECKING:
+    from instarfs.repair.outcome import Pending
 
 
 @click.command(name="info")
@@ -57,7 +63,11 @@ def command(
     follow = Follow(directories) if backing_chain else None
     problems: list[ImageUnreadable] = []
     with name.opened() as image:
-        documents = _documents(name.path, image, follow, problems, as_json=output == "json")
+        left_over = pending(image)
+        remark_interrupted(left_over)
+        documents = _documents(
+            name.path, image, follow, problems, left_over, as_json=output == "json"
+        )
         for part in _joined(documents, as_json=output == "json", as_list=backing_chain):
             click.echo(part, nl=False)
     if problems:
@@ -69,12 +79,14 @@ def _documents(
     image: Image,
     follow: Follow | None,
     problems: list[ImageUnreadable],
+    left_over: Pending | None,
     *,
     as_json: bool,
 ) -> Iterator[Iterable[bytes]]:
     """What there is to say of the image, and with *follow* of each of its backing files.
 
-    *problems* gets an error for whatever could not be read.
+    *problems* gets an error for whatever could not be read. *left_over*: a repair of the image that
+    was interrupted.
     """
     contents = _contents(path, image)
     links: Iterator[tuple[Named, Image | Missing]] = iter(())
@@ -88,8 +100,12 @@ def _documents(
         reasons = [str(error) for _, error in contents.errors]
         reasons += [unread] if unread else []
         problems += [ImageUnreadable(path, reason) for reason in reasons]
-        render = info_json if as_json else info_human
-        yield render(contents, _facts(path, image), unread)
+        facts = _facts(path, image)
+        if as_json:
+            yield info_json(contents, facts, unread, left_over)
+        else:
+            yield info_human(contents, facts, unread)
+        left_over = None  # of those beneath it nothing is asked
         if named is None or not isinstance(below, Image):
             return
         path, image = os.fsdecode(full_name(os.fsencode(path), named.name)), below

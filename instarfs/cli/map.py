@@ -6,6 +6,7 @@ import os
 
 import click
 
+from instarfs.cli.complaints import remark_interrupted
 from instarfs.cli.grammar import image_name, image_options
 from instarfs.cli.options import follow_option
 from instarfs.cli.sizes import Size
@@ -13,6 +14,7 @@ from instarfs.errors import ImageUnreadable
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import LARGEST, Guest
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
+from instarfs.repair.interrupted import pending
 from planner.errors import ImageError
 
 
@@ -46,6 +48,7 @@ def command(  # noqa: PLR0917 - as on the command line
     name = image_name(word, image_format, image_opts=image_opts, force_share=force_share)
     path, follow = name.path, Follow(directories)
     with name.opened() as image:
+        remark_interrupted(pending(image))
         try:
             guest = Guest(image, follow)
         except ImageError as error:

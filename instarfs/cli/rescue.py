@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from instarfs.cli import repairing
+from instarfs.cli.complaints import remark_interrupted
 from instarfs.cli.grammar import ImageName
 from instarfs.cli.known import known, known_options
 from instarfs.cli.options import progress_option, share_option, undo_file_option
@@ -20,6 +21,7 @@ from instarfs.errors import RescueStopped
 from instarfs.image.directory import lasting_name
 from instarfs.render.repair import outcome_human, outcome_json
 from instarfs.render.rescue import Asked, rescue_json, rescue_txt
+from instarfs.repair.interrupted import pending
 from instarfs.repair.outcome import Status
 from instarfs.repair.rescue import write_copy
 from instarfs.repair.rescue_state import RescueState
@@ -99,6 +101,8 @@ def command(
         return
     with name.opened() as image, kept(state, path) as stopped, progress_bar(shown=progress) as bar:
         tell = unless(stopped, bar)
+        left_over = pending(image)
+        remark_interrupted(left_over)
         try:
             before = image.generation()
             found = find(image.source(), can_grow=not image.is_device, progress=tell)
@@ -109,7 +113,15 @@ def command(
         if out is not None and not found.plan.changes_nothing:
             write_copy(image, before, found.plan, out, tell)
         is_written = image.generation() != before
-    asked = Asked(path, knows, undo_file, is_written=is_written, free=free, state=state_file)
+    asked = Asked(
+        path,
+        knows,
+        undo_file,
+        is_written=is_written,
+        free=free,
+        state=state_file,
+        pending=left_over,
+    )
     if output == "json":
         click.echo(rescue_json(found, asked, out), nl=False)
     else:

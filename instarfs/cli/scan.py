@@ -18,6 +18,7 @@ from instarfs.cli.stopping import stoppable
 from instarfs.errors import WORST_FIRST
 from instarfs.render.scan import (
     change_line,
+    interrupted_text,
     report_text,
     row_line,
     run_line,
@@ -202,6 +203,8 @@ def _looking(
 
 def _teller(shown: str) -> Tell:
     def tell(what: Row | Skipped, unchanged: bool) -> None:
+        if shown and isinstance(what, Row) and what.interrupted:
+            remark(interrupted_text(what))
         if shown == "jsonl":
             line = skipped_line(what) if isinstance(what, Skipped) else row_line(what, unchanged)
             click.echo(line, nl=False)

@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntFlag
 from itertools import islice
+from typing import TYPE_CHECKING
 
+from instarfs.render.outcome import pending_value
 from instarfs.text import json_bytes, json_parts, printable, text_lines
 from planner.errors import ImageError
 from planner.guest.chain import full_name
@@ -41,6 +43,9 @@ from planner.qcow2.luks import SECTOR as LUKS_SECTOR
 from planner.qcow2.luks import KeySlot, LuksHeader, cipher_of
 from planner.qcow2.names import decode_name
 from planner.qcow2.snapshots import Snapshot
+
+if TYPE_CHECKING:  # a mount loads what a repair came to when it needs it
+    from instarfs.repair.outcome import Pending
 
 Json = dict[str, object]
 
@@ -64,11 +69,13 @@ class ImageFacts:
 # ---- qemu-img info ----
 
 
-def info(contents: Contents, facts: ImageFacts, unread: str = "") -> Json:
+def info(
+    contents: Contents, facts: ImageFacts, unread: str = "", pending: Pending | None = None
+) -> Json:
     """The value of `qemu-img info --output=json`, and ``errors`` where a part was not readable.
 
     Its snapshots and bitmaps are iterators: there may be 65,536 of each. *unread*: why nothing is
-    shown of its backing file, where that was asked for.
+    shown of its backing file, where that was asked for. *pending*: a repair that was interrupted.
     """
     layout = contents.layout
     return {
@@ -83,6 +90,7 @@ def info(contents: Contents, facts: ImageFacts, unread: str = "") -> Json:
         **({"encrypted": True} if layout.header.crypt_method else {}),
         "dirty-flag": layout.header.dirty,
         **({"backing-not-shown": unread} if unread else {}),
+        **({"interrupted-repair": pending_value(pending)} if pending else {}),
         **_errors(contents),
     }
 
@@ -200,9 +208,11 @@ def _key_slot(slot: KeySlot) -> Json:
     }
 
 
-def info_json(contents: Contents, facts: ImageFacts, unread: str = "") -> Iterator[bytes]:
+def info_json(
+    contents: Contents, facts: ImageFacts, unread: str = "", pending: Pending | None = None
+) -> Iterator[bytes]:
     """`info` as JSON, in parts."""
-    return json_parts(info(contents, facts, unread))
+    return json_parts(info(contents, facts, unread, pending))
 
 
 def raw_json(facts: ImageFacts) -> bytes:

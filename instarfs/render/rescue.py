@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from instarfs.render.check import counters_phrase
+from instarfs.render.outcome import pending_value
 from instarfs.repair.known import Known
 from instarfs.text import json_bytes, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
@@ -17,6 +18,7 @@ from planner.rescue.snapshots import MADE_NAME
 from planner.triage.triage import snapshot_phrase
 
 if TYPE_CHECKING:  # what searches and places is large, and a mount shows what was found before
+    from instarfs.repair.outcome import Pending
     from planner.rescue.hypotheses import Found, Hypothesis
     from planner.rescue.leftovers import Left
     from planner.rescue.placing.place import Placement
@@ -34,6 +36,7 @@ class Asked:
     """What a rescue was asked for: the image, and what whoever asked ``knows`` of it.
 
     ``is_written``: the image was written to meanwhile. ``state``: where it is kept how far it is.
+    ``pending``: a repair of it that was interrupted.
     """
 
     filename: str
@@ -42,6 +45,7 @@ class Asked:
     is_written: bool = False
     free: bool = False
     state: str | None = None
+    pending: Pending | None = None
 
     def command(self, how: str) -> str:
         """The command that does the same again, and with what it finds *how* says."""
@@ -82,12 +86,20 @@ def rescue_txt(rescue: Rescue, asked: Asked, out: str | None) -> str:
     if out is None:
         lines += ["", "Nothing has been written. To have the rebuilt image as a new file:"]
         lines.append(f"      {asked.command('-o RESCUED.qcow2')}")
-        lines.append("Or in the image itself, from which it can be taken back byte for byte:")
-        lines.append(f"      {asked.command(f'{asked.in_place} --plan {rescue.plan.id}')}")
+        lines += _how_in_place(rescue, asked)
     else:
         lines += ["", f"{shell_path(out)} is the rebuilt image; {name} is as it was. Look at it:"]
         lines.append(f"      instarfs report -- {shell_path(out)}")
     return text_lines(lines)
+
+
+def _how_in_place(rescue: Rescue, asked: Asked) -> list[str]:
+    if asked.pending is not None:  # taken back first, it is not what this was found in
+        return [f"In the image itself something else comes first: {asked.pending.sentence}"]
+    return [
+        "Or in the image itself, from which it can be taken back byte for byte:",
+        f"      {asked.command(f'{asked.in_place} --plan {rescue.plan.id}')}",
+    ]
 
 
 def _why_nothing(rescue: Rescue, asked: Asked, out: str | None) -> list[str]:
@@ -265,6 +277,7 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
     found, plan = rescue.headers, rescue.plan
     header = rescue.after.layout.header if rescue.after.layout else found.now
     is_written = out is not None and not plan.changes_nothing
+    unfinished = {"interrupted-repair": pending_value(asked.pending)} if asked.pending else {}
     return json_bytes(
         {
             "filename": asked.filename,
@@ -294,6 +307,7 @@ def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
             "left-out": list(rescue.left_out),
             "refused": rescue.refused,
             "written-to": out if is_written else None,
+            **unfinished,
         }
     )
 

@@ -47,6 +47,8 @@ def row_line(row: Row, unchanged: bool | None = None) -> str:
         value["unchanged"] = unchanged
     if row.error:
         value["error"] = row.error
+    if row.interrupted:
+        value["interrupted"] = row.interrupted
     return json_text(value) + "\n"
 
 
@@ -142,9 +144,16 @@ def _detail(row: Row) -> str:
     words = [plural(number, word) for number, word in numbers if number]
     if row.error:
         words.insert(0, row.error)
+    if row.interrupted:
+        words.append("a repair of it was interrupted")
     if row.in_use:
         words.append(f"in use, as of {moment(row.as_of)}")
     return f": {', '.join(words)}" if words else ""
+
+
+def interrupted_text(row: Row) -> str:
+    """That a repair of an image was interrupted, in a line."""
+    return printable(f"{path_text(row.path)}: NOTE {row.interrupted}")
 
 
 def skipped_text(skipped: Skipped) -> str:

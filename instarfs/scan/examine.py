@@ -89,7 +89,7 @@ def _check(candidate: Candidate, start: bytes, pace: Pace) -> Row:
 
 
 def _row(candidate: Candidate, start: bytes, checked: Checked, as_of: float, now_ns: int) -> Row:
-    report, before = checked.report, checked.before
+    report, before, left_over = checked.report, checked.before, checked.pending
     verdict, live = report.verdict, report.live
     if live is not None and live.as_of is not None:
         as_of = live.as_of
@@ -106,8 +106,13 @@ def _row(candidate: Candidate, start: bytes, checked: Checked, as_of: float, now
         confirmed=live.confirmed if live is not None else 0,
         in_motion=live.in_motion if live is not None else 0,
         error=str(report.error) if report.error is not None else "",
-        # A write after this moment gives another stamp, and one before it is in the verdict.
-        lasts=verdict not in PASSING and _tells(checked.image) and before.is_settled(now_ns),
+        # A write after this moment gives another stamp, and one before it is in the verdict. That
+        # an interrupted repair was taken back may leave no trace in the image.
+        lasts=verdict not in PASSING
+        and _tells(checked.image)
+        and before.is_settled(now_ns)
+        and left_over is None,
+        interrupted=left_over.sentence if left_over is not None else "",
     )
 
 

@@ -31,7 +31,7 @@ from instarfs.image.directory import MODE, kept_readable
 from instarfs.scan.values import GONE, VERDICTS, Candidate, Change, Row, Run, Skipped, Stamp
 from planner.check.report import CheckCounters
 
-VERSION = 1
+VERSION = 2
 APPLICATION = 0x69736673
 """In the file's header, so that no database of another program is taken for a state."""
 
@@ -58,6 +58,7 @@ _COLUMNS = [
     "in_motion",
     "error",
     "lasts",
+    "interrupted",
     "program",
 ]
 
@@ -92,6 +93,7 @@ _NOT_NUMBERS = {
     "as_of": "time",
     "seconds": "time",
     "error": "text",
+    "interrupted": "text",
     "program": "text",
 }
 _KINDS = tuple(_NOT_NUMBERS.get(name, "number") for name in _COLUMNS)
@@ -103,7 +105,8 @@ CREATE TABLE images(
     {", ".join(f"{name} INTEGER NOT NULL" for name in _COUNTERS)},
     as_of REAL NOT NULL, seconds REAL NOT NULL, bytes_read INTEGER NOT NULL,
     in_use INTEGER NOT NULL, confirmed INTEGER NOT NULL, in_motion INTEGER NOT NULL,
-    error TEXT NOT NULL, lasts INTEGER NOT NULL, program TEXT NOT NULL
+    error TEXT NOT NULL, lasts INTEGER NOT NULL, interrupted TEXT NOT NULL DEFAULT '',
+    program TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX images_by_verdict ON images(verdict) WHERE verdict != 'clean';
 CREATE TABLE history(
@@ -172,7 +175,8 @@ class State:
             raise StateMissing(path)
         with ExitStack() as held, _explained(path):
             database = held.enter_context(_connected(path, "mode=ro"))
-            _require_ours(path, database)
+            if _version(path, database) < VERSION:
+                raise StateFailed(path, "an earlier version wrote it: the next scan renews it")
             return cls(path, database, held.pop_all())
 
     @classmethod
@@ -413,6 +417,7 @@ def _values(row: Row, program: str) -> tuple[object, ...]:
         row.in_motion,
         _storable(row.error),
         row.lasts,
+        _storable(row.interrupted),
         program,
     )
 
@@ -436,6 +441,7 @@ def _row(found: tuple) -> Row:  # type: ignore[type-arg]
         in_motion=value["in_motion"],
         error=value["error"],
         lasts=bool(value["lasts"]),
+        interrupted=value["interrupted"],
     )
 
 
@@ -492,21 +498,30 @@ def _prepare(path: str, database: sqlite3.Connection) -> None:
     database.execute("BEGIN IMMEDIATE")
     ((tables,),) = database.execute("SELECT COUNT(*) FROM sqlite_schema").fetchall()
     if tables:
+        _bring_up(path, database)
         database.execute("COMMIT")
-        _require_ours(path, database)
         return
     for statement in _SCHEMA.split(";"):
         database.execute(statement)
     database.execute("COMMIT")
 
 
-def _require_ours(path: str, database: sqlite3.Connection) -> None:
+def _bring_up(path: str, database: sqlite3.Connection) -> None:
+    """Make a state of an earlier version one of this. Within a transaction."""
+    if _version(path, database) < VERSION:
+        database.execute("ALTER TABLE images ADD COLUMN interrupted TEXT NOT NULL DEFAULT ''")
+        database.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _version(path: str, database: sqlite3.Connection) -> int:
+    """Of the layout; not beyond this one. Raises `StateFailed`, `StateTooNew`."""
     ((application,),) = database.execute("PRAGMA application_id").fetchall()
     ((version,),) = database.execute("PRAGMA user_version").fetchall()
     if application != APPLICATION:
         raise StateFailed(path, "it is no state of a scan")
     if version > VERSION:
         raise StateTooNew(path, version)
+    return int(version)
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class Row:
     verdict says, in seconds since 1970. ``seconds``, ``bytes_read``: what the check took.
     ``error``: why there is none, without the path. ``in_use``, ``confirmed``, ``in_motion``: as of
     `planner.check.report.Live`. ``lasts``: whether the verdict holds for as long as the stamp does.
+    ``interrupted``: that a repair was, in a sentence.
     """
 
     path: bytes
@@ -106,6 +107,7 @@ class Row:
     in_motion: int = 0
     error: str = ""
     lasts: bool = False
+    interrupted: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instarfs.render.schemas.check import FILENAME, image_error
+from instarfs.render.schemas.check import FILENAME, image_error, interrupted_repair
 from instarfs.render.schemas.words import (
     Schema,
     array,
@@ -103,6 +103,7 @@ def _info() -> Schema:
             "snapshots": array("internal ones", record("one of them", snapshot_of_list(), _ICOUNT)),
             "encrypted": flag("whether its data is"),
             "backing-not-shown": text("why its backing file is not in the list"),
+            "interrupted-repair": interrupted_repair(),
             "errors": {
                 "type": "object",
                 "description": "parts that could not be read, and why",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from instarfs.render.schemas.check import EXIT_CODE, FILENAME, PLAN_ID, counters, verdict
+from instarfs.render.schemas.check import (
+    EXIT_CODE,
+    FILENAME,
+    PLAN_ID,
+    counters,
+    interrupted_repair,
+    verdict,
+)
 from instarfs.render.schemas.image import header_numbers
 from instarfs.render.schemas.words import (
     Schema,
@@ -62,6 +69,7 @@ def _image() -> Schema:
             **sometimes,
             "unchanged": flag("whether it was not read again"),
             "error": text("why it has no other verdict"),
+            "interrupted": text("that a repair of it was interrupted, and how to take that back"),
         },
     )
 
@@ -170,4 +178,5 @@ def rescue() -> Schema:
             "refused": maybe(text("why QEMU does not open the image as it would be")),
             "written-to": maybe(text("the rebuilt image")),
         },
+        {"interrupted-repair": interrupted_repair()},
     )

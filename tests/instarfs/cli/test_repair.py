@@ -427,6 +427,62 @@ def test_an_interrupted_repair_is_shown(instarfs: Run, interrupted: Path) -> Non
     assert interrupted.read_bytes() == half
 
 
+def _look(instarfs: Run, image: Path, command: str, *options: str) -> tuple[Ended, bytes]:
+    """What *command* says of *image*, and what it made of it if it makes a file."""
+    out = image.with_name("disk.raw")
+    ended = instarfs(command, *options, image, *([out] if command == "export" else []))
+    made = out.read_bytes() if command == "export" else b""
+    for path in (out, out.with_name("disk.raw.map")):
+        path.unlink(missing_ok=True)
+    return ended, made
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("info",), ""),
+        (("info", "--output=json"), "interrupted-repair"),
+        (("map",), ""),
+        (("map", "--output=json"), ""),
+        (("files",), ""),
+        (("rescue",), ""),
+        (("rescue", "--output=json"), "interrupted-repair"),
+        (("scan",), ""),
+        (("scan", "--output=jsonl"), "interrupted"),
+        (("export",), ""),
+    ],
+)
+def test_whatever_looks_says_in_a_line_that_a_repair_was_interrupted(
+    instarfs: Run, interrupted: Path, words: tuple[str, ...], key: str
+) -> None:
+    half = interrupted.read_bytes()
+    told, _ = _look(instarfs, interrupted, *words)
+    (note,) = [line for line in told.err.splitlines() if "was interrupted" in line]
+    assert "NOTE a repair (tier all, plan " in note
+    assert note.endswith(f"instarfs undo {shell_path(str(interrupted))}")
+    assert f'"{key}":' in told.out or not key
+    assert interrupted.read_bytes() == half
+
+
+@pytest.mark.parametrize("command", ["info", "map", "files", "export"])
+def test_what_is_shown_of_an_interrupted_repair_is_the_image_as_it_lies(
+    instarfs: Run, interrupted: Path, tmp_path: Path, command: str
+) -> None:
+    told, made = _look(instarfs, interrupted, command)
+    undo_file_of(interrupted).rename(tmp_path / "aside")
+    alone, alike = _look(instarfs, interrupted, command)
+    assert (told.code, told.out, made) == (alone.code, alone.out, alike)
+    assert told.err.splitlines()[1:] == alone.err.splitlines()
+
+
+@pytest.mark.parametrize("command", ["files", "export", "scan"])
+def test_who_wants_nothing_said_is_told_nothing_of_an_interrupted_repair(
+    instarfs: Run, interrupted: Path, command: str
+) -> None:
+    told, _ = _look(instarfs, interrupted, command, "-q")
+    assert "interrupted" not in told.err
+
+
 def test_a_report_leads_out_of_an_interrupted_repair(instarfs: Run, interrupted: Path) -> None:
     (block,) = blocks_of(instarfs("report", interrupted).out)
     assert "  # Take back the repair that was interrupted, then look again:" in block.lines

@@ -210,6 +210,21 @@ def test_one_that_was_interrupted_is_told_and_taken_back(lost: Path) -> None:
     assert lost.read_bytes() == LOST
 
 
+def test_found_in_what_an_interrupted_one_left_a_rescue_is_not_advised_in_place(
+    lost: Path,
+) -> None:
+    interrupted(lost)
+    told = run_here(["rescue", lost.name], lost.parent)
+    assert told.code == 0
+    (note,) = told.err.splitlines()
+    (out,) = commands_of(told.out)
+    assert " -o RESCUED.qcow2 " in out
+    assert told.out.endswith(f"In the image itself something else comes first: {note[5:]}\n")
+    found = json.loads(run_here(["rescue", "--output", "json", lost]).out)
+    assert found["interrupted-repair"]["tier"] == "rescue"
+    assert lost.read_bytes() == LOST
+
+
 def test_one_that_was_interrupted_is_taken_back_before_the_next(lost: Path) -> None:
     interrupted(lost)
     done = run_here(["rescue", "--in-place", "--plan", PLAN.id, lost])

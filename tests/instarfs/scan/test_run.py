@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import instarfs
+from instarfs.image.directory import SUFFIX
 from instarfs.scan.pool import Pool
 from instarfs.scan.state import State
 from instarfs.scan.values import GONE, NOT_QCOW2, Shard
@@ -195,6 +196,23 @@ def test_a_row_of_the_moment_is_asked_again(folder: Path, nursery: Nursery, stat
     scan(nursery, [folder], state)
     again = scan(nursery, [folder], state)
     assert set(again.rows) - again.unchanged == {os.fsencode(folder / "young")}
+
+
+def test_an_image_whose_repair_was_interrupted_is_asked_again(
+    folder: Path, nursery: Nursery, state: State
+) -> None:
+    """The undo file may go while the image stays as it is."""
+    disk, undo = folder / "disk", folder / f"disk{SUFFIX}"
+    undo.write_bytes(b"no undo file")
+    undo.chmod(0o600)
+    for _ in range(2):
+        told = scan(nursery, [folder], state)
+        assert f"{undo}: " in told.rows[os.fsencode(disk)].interrupted
+        assert os.fsencode(disk) not in told.unchanged
+    undo.unlink()
+    told = scan(nursery, [folder], state)
+    assert not told.rows[os.fsencode(disk)].interrupted
+    assert os.fsencode(disk) in scan(nursery, [folder], state).unchanged
 
 
 def test_new_images_come_first_and_then_the_oldest(

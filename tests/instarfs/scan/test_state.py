@@ -36,6 +36,7 @@ ROW = Row(
     in_motion=9,
     error="why \udcff",
     lasts=True,
+    interrupted="a repair of \udcff was",
 )
 
 
@@ -52,8 +53,8 @@ def test_a_row_comes_back_as_it_was(path: str) -> None:
         known = state.known(ROW.path)
         assert known is not None
         assert known.program == "1"
-        shown = "why \\udcff"
-        assert known.row == replace(ROW, error=shown)
+        shown, interrupted = "why \\udcff", "a repair of \\udcff was"
+        assert known.row == replace(ROW, error=shown, interrupted=interrupted)
         assert list(state.rows("corrupt")) == [known.row]
         assert state.counts() == {"corrupt": 1}
         assert state.oldest() == 1000.5
@@ -211,6 +212,23 @@ def test_one_of_a_newer_version_is_left_alone(path: str) -> None:
     for use in (State.open, State.read):
         with pytest.raises(StateTooNew):
             use(path)
+
+
+def test_one_of_the_version_before_is_renewed_by_the_next_scan(path: str) -> None:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        state.record(replace(ROW, error=""), "1")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE images DROP COLUMN interrupted")
+        database.execute("PRAGMA user_version = 1")
+    with pytest.raises(StateFailed, match="an earlier version wrote it: the next scan renews it"):
+        State.read(path)
+    with State.open(path):
+        pass
+    with State.read(path) as state:
+        known = state.known(ROW.path)
+        assert known is not None
+        assert known.row == replace(ROW, error="", interrupted="")
 
 
 def test_a_report_makes_no_state(path: str) -> None:
