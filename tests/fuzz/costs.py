@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import itertools
 import os
 import resource
 import select
@@ -25,7 +26,15 @@ from functools import partial
 from pathlib import Path
 
 from instarfs.cli import main as cli
-from tests.fuzz.guest_bombs import make_guest_bomb
+from tests.fuzz.bombs_beside import (
+    STATE,
+    UNDO,
+    make_chain,
+    make_rare_bomb,
+    make_with_state,
+    make_with_undo,
+)
+from tests.fuzz.guest_bombs import make_aliased_bomb, make_guest_bomb
 from tests.fuzz.holed import WITHOUT_A_HEADER, Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
@@ -33,15 +42,30 @@ from tests.images.bombs import BOMBS, Bomb
 COMMANDS = (
     "info",
     "info --output=json",
+    "info --backing-chain --follow=FOLDER",
     "check",
     "check --output=json",
     "check --data",
-    "check -U",
+    "check -U --settle=0",
+    "check -q IMAGE IMAGE",
     "report",
+    "report --follow=FOLDER",
+    "report --undo-file=UNDO",
     "files",
+    "files --follow=FOLDER",
+    "files --snapshot=0",
     "rescue",
-    "rescue --output=json -o",
+    "rescue --output=json -o OUT",
+    "rescue --free",
+    "rescue --in-place --plan=000000000000",
+    "rescue --header=IMAGE --assume=cluster_bits=16",
+    "rescue --state=STATE",
+    "then rescue --state=STATE",
     "scan --jobs=1",
+    "scan --jobs=1 --output=jsonl FOLDER",
+    "scan --jobs=1 --state=STATE --metrics=FOLDER/of.prom FOLDER",
+    "then scan --jobs=1 --state=STATE FOLDER",
+    "then scan --report --state=STATE",
     "plan leaks",
     "plan all",
     "plan --output=json all",
@@ -50,30 +74,67 @@ COMMANDS = (
     "plan snapshots",
     "map",
     "map --output=json",
-    "export -q",
+    "map --output=json --follow=FOLDER",
+    "map --output=json -s 1M -l 1T",
+    "export -q IMAGE OUT",
+    "export -q --follow=FOLDER IMAGE OUT",
+    "export -q --snapshot=0 IMAGE OUT",
+    "export -q --preview=all IMAGE OUT",
     "check -r leaks",
-    "undo",
+    "then undo",
     "check -r all",
-    "undo",
-    "trim",
+    "then undo",
+    "check -r split --plan=000000000000",
+    "check -r all --no-undo",
+    "then trim",
+    "trim --plan=000000000000",
+    "undo --undo-file=UNDO",
 )
+"""What is run, on an image each that nobody has touched, but where it begins with `then`. IMAGE
+stands at the end where it is not named, nor FOLDER."""
+
 BESIDE_UNDO = ("undo", "check -r leaks", "trim")
 """What looks at an undo file that is there: one that is long, a hole, and says nothing."""
 
 BRIEFLY = ("info --output=json", "check --data", "report", "files", "rescue", "map --output=json")
 
-STREAMED = ("files", "info --output=json", "map", "map --output=json", "plan --output=json all")
+STREAMED = ("files", "info --output=json", "map", "plan --output=json", "scan", "export")
 """What may print more than `READ_BYTES`: nobody reads on then, and it is to end."""
 
 WORDS = (
     ("repair/tier", "leaks"),
     ("repair/tier", "all"),
+    ("repair/tier", "split 000000000000"),
     ("repair/undo", "undo"),
     ("repair/trim", "trim"),
 )
 """What is written to the control files of a mount."""
 
-MOUNTS = ("mount", "mount --preview=leaks", "mount --preview=all", "mount --preview=rescue")
+MOUNTS = (
+    "mount",
+    "mount --follow=FOLDER -o allow_other,ro",
+    "mount --undo-file=UNDO",
+    "mount --preview=leaks",
+    "mount --preview=all",
+    "mount --preview=split",
+    "mount --preview=bitmaps",
+    "mount --preview=snapshots",
+    "mount --preview=rescue",
+)
+
+KINDS: dict[str, Callable[[int], Holed]] = {
+    "tables": make_bomb,
+    "guest": make_guest_bomb,
+    "aliased": make_aliased_bomb,
+    "rare": make_rare_bomb,
+    "chain": make_chain,
+    "undo": make_with_undo,
+    "state": make_with_state,
+}
+"""What makes the bomb of a seed, of each kind."""
+
+KEPT = Path(".fuzz/bombs")
+"""Where images are that cost too much."""
 
 READ_BYTES = 8 << 20
 AGAIN = 2
@@ -117,7 +178,7 @@ class Costs:
         self.begun = time.process_time() - before
         gc.freeze()
         self._image, self._log = folder / "image.qcow2", folder / "log"
-        self._mountpoint, self._out = folder / "mnt", folder / "out"
+        self._mountpoint = folder / "mnt"
         self._mountpoint.mkdir()
         self._briefly = briefly
         self._commands: tuple[str, ...] = BRIEFLY if briefly else COMMANDS
@@ -135,8 +196,7 @@ class Costs:
         for command in self._commands:
             cost = self._least(command, write)
             self._note(cost)
-            found = cost.beyond(streamed=command in STREAMED)
-            if found:
+            if found := cost.beyond(streamed=command.removeprefix("then ").startswith(STREAMED)):
                 yield command, found
         for command in self._beside_undo:
             self._anew(write)
@@ -150,8 +210,8 @@ class Costs:
 
     def _least(self, command: str, write: Callable[[Path], None]) -> Cost:
         """Processes that share a core make each other slower, now more and now less."""
-        if command == "undo":
-            return self._command(command)
+        if command.startswith("then "):
+            return self._command(command.removeprefix("then "))
         self._anew(write)
         cost = self._command(command)
         for _ in range(AGAIN):
@@ -186,7 +246,7 @@ class Costs:
         os.utime(self._image, (1e9, 1e9))
 
     def _plant_undo(self) -> None:
-        path = Path(f"{self._image}.instarfs-undo")
+        path = self._image.with_name(UNDO)
         path.touch(0o600)
         path.write_bytes(b"garbage")
         os.truncate(path, 1900 << 20)
@@ -210,11 +270,20 @@ class Costs:
             sys.excepthook(*sys.exc_info())
         os._exit(99)
 
+    def _arguments(self, command: str) -> list[str]:
+        words = command.split()
+        if not {"IMAGE", "FOLDER"} & set(words) and "--report" not in words:
+            words.append("IMAGE")
+        folder = self._image.parent
+        places = {"IMAGE": self._image, "OUT": folder / "out", "FOLDER": folder}
+        places |= {"STATE": folder / STATE, "UNDO": folder / UNDO}
+        for name, place in places.items():
+            words = [word.replace(name, str(place)) for word in words]
+        return words
+
     def _command(self, command: str) -> Cost:
         is_export = command.startswith("export")
-        out = [str(self._out)]
-        before, after = (out, []) if command.endswith(" -o") else ([], out if is_export else [])
-        arguments = [*command.split(), *before, str(self._image), *after]
+        arguments = self._arguments(command)
         reading, writing = os.pipe()
         pid = self._fork(arguments, writing, reading)
         os.close(writing)
@@ -245,11 +314,15 @@ class Costs:
     def _mounted(self, name: str) -> Iterator[tuple[str, str]]:
         """What costs too much of a mount: each file of it is read, as far as `READ_BYTES`."""
         null = os.open(os.devnull, os.O_WRONLY)
-        arguments = [*name.split(), "-f", str(self._image), str(self._mountpoint)]
+        arguments = [*self._arguments(name), "-f", str(self._mountpoint)]
         pid = self._fork(arguments, null)
         os.close(null)
         try:
             if self._is_up(pid):
+                seconds = _processor(pid) + self.begun
+                self._note(Cost(seconds, 0, 0))
+                if seconds > SECONDS:
+                    yield f"{name}: until it answers", f"{seconds:.1f} s"
                 for file, found in self._files(pid):
                     yield f"{name}: {file}", found
                 memory = _peak(pid)
@@ -386,8 +459,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first bomb")
     parser.add_argument("--bombs", type=int, default=1 << 62, help="no more than so many")
     parser.add_argument("--folder", type=Path, help="where images are written")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of this kind, and no other")
     parser.add_argument("--named", action="store_true", help="those with names, and no others")
-    parser.add_argument("--briefly", action="store_true", help="a few commands, and a mount")
+    parser.add_argument(
+        "--briefly", action="store_true", help="a few commands, and a mount; a kind a seed"
+    )
     parser.add_argument("--only", action="append", default=[], metavar="COMMAND", help="no other")
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="only these")
     arguments = parser.parse_args()
@@ -400,9 +476,12 @@ def main() -> int:
             if time.monotonic() > until or made >= arguments.bombs:
                 break
             made += 1
+            before = found
             for command, cost in costs.of(write):
                 found += 1
                 print(f"{name}: {command}: {cost}", flush=True)
+            if found > before:
+                _keep(name, write)
         print(
             f"{made} bombs, {costs.runs} runs: {found} findings; at most {costs.most_seconds:.2f} s"
             f" of processor, {costs.most_memory >> 20} MiB (to begin with {costs.begun:.2f} s)"
@@ -410,6 +489,14 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     return bool(found)
+
+
+def _keep(name: str, write: Callable[[Path], None]) -> None:
+    """Write it where it stays: what programs make of a guest's disk has another UUID each time."""
+    folder = KEPT / name.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write(folder / "image.qcow2")
 
 
 def _write_bomb(make: Bomb, to: Path) -> None:
@@ -429,11 +516,12 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[Path
         for name, made in WITHOUT_A_HEADER.items():
             yield name, made().write
         return
-    seed = arguments.seed
-    while True:
-        yield f"seed {seed}", make_bomb(seed).write
-        yield f"guest seed {seed}", make_guest_bomb(seed).write
-        seed += 1
+    for seed in itertools.count(arguments.seed):
+        kinds = arguments.kind or list(KINDS)
+        if arguments.briefly and not arguments.kind:
+            kinds = [kinds[(seed - 1) % len(kinds)]]
+        for kind in kinds:
+            yield f"{kind} {seed}", KINDS[kind](seed).write
 
 
 def copy_holed(path: Path, to: Path) -> None:

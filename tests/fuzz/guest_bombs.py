@@ -22,6 +22,9 @@ from tests.fuzz.holed import HEADER_LENGTH, LARGEST, Holed
 MOST_BLOCKS = 180
 """Of 4 KiB, that are there of a file system."""
 
+MOST_TEXT = 16
+"""Of 4 KiB, that are there of the metadata of LVM."""
+
 MOST_TABLES = 200
 """Of the second level."""
 
@@ -38,6 +41,17 @@ def make_guest_bomb(seed: int) -> Holed:
     if rng.random() < 0.4:
         blocks = _partitioned(rng, blocks)
     return _Laid(rng, blocks).image()
+
+
+def make_aliased_bomb(seed: int) -> Holed:
+    """One of whose file system the entries of directories, extents, inodes and blocks are the same
+    again and again, in volumes of any sort."""
+    rng = random.Random(f"aliased {seed}")
+    blocks = _filesystem(rng)
+    for _ in range(rng.choice((1, 2, 4, 16))):
+        blocks[rng.choice(list(blocks))] = _repeated(rng, rng.choice(list(blocks.values())))
+    around = rng.choice((None, None, _partitioned, _chained, _logical))
+    return _Laid(rng, around(rng, blocks) if around else blocks).image()
 
 
 def _filesystem(rng: random.Random) -> dict[int, bytes]:
@@ -63,7 +77,6 @@ def _filesystem(rng: random.Random) -> dict[int, bytes]:
 
 def _partitioned(rng: random.Random, blocks: dict[int, bytes]) -> dict[int, bytes]:
     """The same a mebibyte further, beneath a table with partitions that all begin there."""
-    shifted = {at + (1 << 20) // BLOCK: block for at, block in blocks.items()}
     count = rng.choice((1, 4, 128, 1024))
     step = rng.choice((0, 0, 1, 2048))
     last = rng.choice((1 << 21, 1 << 31, 1 << 34))
@@ -81,10 +94,69 @@ def _partitioned(rng: random.Random, blocks: dict[int, bytes]) -> dict[int, byte
     mbr = bytearray(SECTOR)
     mbr[446:462] = bytes([0, 0, 2, 0, 0xEE, 255, 255, 255]) + struct.pack("<II", 1, 0xFFFF_FFFF)
     mbr[510:] = b"\x55\xaa"
-    head = bytes(mbr) + header.ljust(SECTOR, b"\0") + bytes(table)
+    return _shifted(blocks, bytes(mbr) + header.ljust(SECTOR, b"\0") + bytes(table))
+
+
+def _repeated(rng: random.Random, block: bytes) -> bytes:
+    """*block*, from somewhere on full of the record that is there: as it is, or counting up."""
+    length = rng.choice((2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024))
+    filled = [at for at in range(0, BLOCK - length, length) if any(block[at : at + length])]
+    at = rng.choice(filled or [0])
+    records = np.frombuffer(block[at : at + length] * ((BLOCK - at) // length), dtype=np.uint8)
+    rows = records.reshape(-1, length).copy()
+    if rng.random() < 0.4:
+        width = rng.choice([width for width in (1, 2, 4, 8) if length % width == 0])
+        words = rows.view(rng.choice("<>") + f"u{width}")
+        words[:, rng.randrange(words.shape[1])] += np.arange(len(rows)).astype(words.dtype)
+    return (block[:at] + rows.tobytes()).ljust(BLOCK, b"\0")
+
+
+def _shifted(blocks: dict[int, bytes], head: bytes) -> dict[int, bytes]:
+    """*blocks* a mebibyte further, and *head* before them."""
+    shifted = {at + (1 << 20) // BLOCK: block for at, block in blocks.items()}
     for at in range(0, len(head), BLOCK):
         shifted[at // BLOCK] = head[at : at + BLOCK].ljust(BLOCK, b"\0")
     return shifted
+
+
+def _chained(rng: random.Random, blocks: dict[int, bytes]) -> dict[int, bytes]:
+    """Beneath logical partitions, each of whose tables leads to the next, or back."""
+    count, step = rng.choice((4, 255, 2040)), rng.choice((0, 1, 1))
+    head = bytearray()
+    for number in range(count + 1):
+        first = 2048 - number if number else 0
+        following = number + step if number else 1
+        table = struct.pack("<B3xB3xII", 0, 0x83, first or 2048, 1 << 31) if number else b""
+        table += struct.pack("<B3xB3xII", 0, 0x05, following - (number > 0), 2047)
+        head += bytes(446) + table.ljust(64, b"\0") + b"\x55\xaa"
+    return _shifted(blocks, bytes(head))
+
+
+def _logical(rng: random.Random, blocks: dict[int, bytes]) -> dict[int, bytes]:
+    """Beneath LVM: volumes of segments that are all of one place, or a text that makes no sense."""
+    mark = 'contents = "Text Format Volume Group"\n'
+    count = rng.choice((1, 4, 1000, 20_000))
+    stripes = ", ".join(['"p", 0'] * rng.choice((1, 1, 2, 64)))
+    segments = "".join(
+        f'segment{n} {{start_extent = {n} extent_count = 64 type = "striped" stripe_size = 8'
+        f" stripes = [{stripes}]}}\n"
+        for n in range(rng.choice((1, 1, 100)))
+    )
+    volumes = "".join(f"l{n} {{\n{segments}}}\n" for n in range(count // 1000 + 1))
+    group = (
+        f"{mark}vg {{ seqno = 1 extent_size = 8 physical_volumes {{ p {{ pe_start = 2048 }} }}\n"
+        f"logical_volumes {{\n{volumes}}} }}\n"
+    )
+    text = rng.choice((group, group, mark * count, mark + "#" * count, mark + "a {} " * count))
+    area = rng.choice((BLOCK, 1 << 16))
+    label = b"LABELONE" + struct.pack("<QII", 1, 0, 32) + b"LVM2 001" + b"u" * 32 + bytes(8)
+    label += bytes(16) + struct.pack("<QQ", area, 1 << 40) * rng.choice((0, 1, 1, 20))
+    header = bytes(4) + b" LVM2 x[5A%r0N*>" + struct.pack("<IQQ", 1, area, 1 << 40)
+    length = rng.choice((len(text), len(text), 4 << 20))
+    header += struct.pack("<QQII", SECTOR, length, 0, 0)
+    head = bytes(SECTOR) + label.ljust(SECTOR, b"\0")
+    head = head.ljust(area, b"\0") + header.ljust(SECTOR, b"\0") + text.encode()
+    return _shifted(blocks, head[: MOST_TEXT * BLOCK])
 
 
 class _Laid:

@@ -18,7 +18,7 @@ import numpy as np
 from planner.arrays import U64
 from planner.qcow2 import entries, extensions
 from planner.qcow2.bitmaps import AUTO, IN_USE, TYPE_DIRTY
-from planner.qcow2.header import MAGIC, Autoclear, Incompatible
+from planner.qcow2.header import MAGIC, V2_LENGTH, Autoclear, Incompatible
 from tests.fuzz.targets import FILE_BYTES
 
 BLOCK = 4096
@@ -37,10 +37,14 @@ CORNERS = (0, 1, 2, 3, 64, 1000, 8192, 32_768, 65_535, 65_536, 100_000)
 
 @dataclass
 class Holed:
-    """A file: what of it is there, the later over the earlier, and how long it is."""
+    """A file: what of it is there, the later over the earlier, and how long it is.
+
+    ``beside``: others in its folder, by their names.
+    """
 
     parts: list[tuple[int, bytes]] = field(default_factory=list)
     size: int = 0
+    beside: dict[str, Holed] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         with path.open("xb") as file:
@@ -48,6 +52,26 @@ class Holed:
                 file.seek(offset)
                 file.write(content)
             file.truncate(max(self.size, file.tell()))
+        path.chmod(0o600)
+        for name, other in self.beside.items():
+            other.write(path.with_name(name))
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a header says besides where its tables are."""
+
+    version: int = 3
+    crypt: int = 0
+    incompatible: int = 0
+    autoclear: int = 0
+    extensions: bytes = b""
+    backing: bytes = b""
+
+
+def extension(magic: int, data: bytes) -> bytes:
+    """One header extension."""
+    return struct.pack(">II", magic, len(data)) + data + bytes(-len(data) % 8)
 
 
 def refcount_blocks_in_holes(cluster_bits: int) -> Holed:
@@ -150,21 +174,21 @@ WITHOUT_A_HEADER: dict[str, Callable[[], Holed]] = {
 """Files of which the header is to be found."""
 
 
-def make_bomb(seed: int) -> Holed:
-    """The bomb of that number, always the same."""
-    return _Maker(random.Random(seed)).make()
+def make_bomb(seed: int, said: Said = Said(), room: int = ROOM) -> Holed:
+    """The bomb of that number, always the same, that occupies no more than *room*."""
+    return _Maker(random.Random(seed), said, room).make()
 
 
 class _Maker:
     """One bomb. What a table is to hold is made before it is known whether there is room."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, rng: random.Random, said: Said, room: int) -> None:
+        self._rng, self._said = rng, said
         self._bits = rng.choice((9, 9, 12, 14, 16, 16, 18, 21, 21))
         self._cluster = 1 << self._bits
         self._order = rng.choice((0, 0, 1, 3, 4, 4, 6))
         self._is_extended = self._bits >= 14 and rng.random() < 0.25
-        self._left = ROOM
+        self._left = room
         self._next = 4 * self._cluster
         self._file = Holed()
         self._targets = [0, self._cluster]
@@ -241,19 +265,23 @@ class _Maker:
             incompatible |= Incompatible.COMPRESSION
         if rng.random() < 0.1:
             incompatible |= Incompatible.CORRUPT
+        said = self._said
+        incompatible |= said.incompatible
         disk = self._fields.get("size", rng.choice((1 << 20, 1 << 30, 1 << 40)))
+        length = HEADER_LENGTH if said.version > 2 else V2_LENGTH
+        extra = said.extensions + self._extra + bytes(8)
         head = struct.pack(
             ">4sIQIIQIIQQIIQ",
-            *(MAGIC.to_bytes(4, "big"), 3, 0, 0),
-            *(self._bits, disk, get("crypt", 0), get("l1_size", 0), get("l1", 0)),
+            *(MAGIC.to_bytes(4, "big"), said.version),
+            *((length + len(extra) if said.backing else 0), len(said.backing)),
+            *(self._bits, disk, get("crypt", said.crypt), get("l1_size", 0), get("l1", 0)),
             *(get("reftable", 0), get("reftable_clusters", 0)),
             *(get("snapshot_count", 0), get("snapshots", 0)),
         )
-        head += struct.pack(
-            ">QQQII", incompatible, 0, get("autoclear", 0), self._order, HEADER_LENGTH
-        )
+        autoclear = get("autoclear", 0) | said.autoclear
+        head += struct.pack(">QQQII", incompatible, 0, autoclear, self._order, HEADER_LENGTH)
         head += bytes([incompatible & Incompatible.COMPRESSION and 1]) + bytes(7)
-        return head + self._extra + bytes(8)
+        return head[:length] + extra + said.backing
 
     def _refcounts(self) -> None:
         """A refcount table, and of one or many blocks what there is room for."""
@@ -281,7 +309,9 @@ class _Maker:
         rng = self._rng
         shift = 62 - (self._bits - 8)
         packed = self._place(2 * self._cluster)
-        self._put(packed, _deflated(min(self._cluster, 1 << 21)))
+        unpacked = min(self._cluster, 1 << 21)
+        is_zstd = self._said.incompatible & Incompatible.COMPRESSION
+        self._put(packed, _zstd(unpacked) if is_zstd else _deflated(unpacked))
         sectors = rng.choice((0, 1, (1 << (self._bits - 8)) - 1))
         kinds: tuple[Callable[[], int], ...] = (
             lambda: 0,
@@ -426,3 +456,12 @@ def _deflated(length: int) -> bytes:
     """So many zeros, as few bytes as deflate makes of them."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -12)
     return packer.compress(bytes(length)) + packer.flush()
+
+
+def _zstd(length: int) -> bytes:
+    """The same by zstd: a frame of blocks each of which is one byte again and again (RFC 8878)."""
+    most = 128 << 10
+    sizes = [min(most, length - at) for at in range(0, length, most)]
+    blocks = [(size << 3 | 2 | (at + most >= length)).to_bytes(3, "little") + b"\0"
+              for at, size in zip(range(0, length, most), sizes, strict=True)]  # fmt: skip
+    return b"\x28\xb5\x2f\xfd\0\x58" + b"".join(blocks)

@@ -33,6 +33,7 @@ from planner.rescue.rescue import rescue
 from planner.source import Bytes
 from planner.triage.triage import Triage, triage_leaks
 from tests.fuzz.bounds import run
+from tests.fuzz.costs import KINDS
 from tests.fuzz.guest_bombs import make_guest_bomb
 from tests.fuzz.holed import (
     WITHOUT_A_HEADER,
@@ -134,11 +135,20 @@ def test_a_whole_command_costs_no_more(tmp_path) -> None:
 
 
 def test_no_command_and_no_file_of_a_mount_costs_more(tmp_path, cases, seed) -> None:
-    """On a bomb with holes, another for each seed; more of them: `python -m tests.fuzz.costs`."""
+    """On a bomb, of another kind for each seed; more of them: `python -m tests.fuzz.costs`."""
     command = [sys.executable, "-m", "tests.fuzz.costs", "--briefly", "--folder", str(tmp_path)]
     command += ["--seed", str(seed), "--bombs", str(max(1, cases // CASES_A_BOMB))]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bomb_occupies_less_than_it_may(kind, tmp_path, seed) -> None:
+    KINDS[kind](seed).write(tmp_path / "image.qcow2")
+    assert (tmp_path / "image.qcow2").stat().st_blocks * 512 <= FILE_BYTES
+    beside = [path for path in tmp_path.iterdir() if path.name != "image.qcow2"]
+    assert sum(path.stat().st_blocks * 512 for path in beside) <= FILE_BYTES
+    assert bool(beside) == (kind in ("rare", "chain", "undo", "state"))
 
 
 @pytest.mark.parametrize("number", range(12))
