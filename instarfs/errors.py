@@ -720,6 +720,15 @@ class PutBackFailed(InstarfsError):
     wayout: str = "its undo file is kept: when the disk works again, run instarfs undo"
 
 
+class PutBackNoSpace(PutBackFailed):
+    """{path}: the repair ended early ({reason}), and putting the image back failed
+    ({put_back_reason}): it is half-repaired; do not use it; {wayout}
+    """
+
+    wayout = "its undo file is kept: make space (df), then run instarfs undo"
+    errno: ClassVar[int] = _errno.ENOSPC
+
+
 class TrimUnsupported(InstarfsError):
     """{path}: cannot be trimmed: {reason}"""
 

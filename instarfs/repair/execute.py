@@ -25,6 +25,7 @@ from instarfs.errors import (
     ImageReadFailed,
     InstarfsError,
     PutBackFailed,
+    PutBackNoSpace,
     RepairCancelled,
     RepairNoSpace,
     RepairUnproven,
@@ -213,7 +214,7 @@ def take_back(device: Device, plan: Plan) -> None:
     try:
         _undo_steps(device, plan, _steps(plan), _is_written)
     except OSError as error:
-        raise PutBackFailed(device.name, "a crash", reason_of(error)) from error
+        raise _put_back_error(device.name, "a crash", error) from error
 
 
 def require_remnant(device: Device, plan: Plan) -> None:
@@ -300,7 +301,7 @@ def _put_back_steps(
     try:
         _undo_steps(device, plan, steps, _differs_from_before)
     except OSError as error:
-        raise PutBackFailed(device.name, _why(cause), reason_of(error)) from cause
+        raise _put_back_error(device.name, _why(cause), error) from cause
 
 
 # Of these the sentence says that all was put back.
@@ -466,6 +467,11 @@ def _visible(rows: U8, sectors: I64, size: int) -> U8:
 def _not_expected(sectors: I64) -> str:
     more = f" (and {len(sectors) - 1} more)" if len(sectors) > 1 else ""
     return f"the sector at offset {int(sectors[0]) * SECTOR}{more} was changed by somebody else"
+
+
+def _put_back_error(path: str, reason: str, error: OSError) -> PutBackFailed:
+    kind = PutBackNoSpace if error.errno in NO_SPACE else PutBackFailed
+    return kind(path, reason, reason_of(error))
 
 
 def _write_error(path: str, error: OSError) -> InstarfsError:

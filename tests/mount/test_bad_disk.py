@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from instarfs.errors import UnmountFailed
+from instarfs.image.directory import SUFFIX
 from instarfs.mount import mountpoint
 from planner.guest.mapfile import BAD, parse_mapfile
+from planner.source import SECTOR
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.mount.mounts import DEADLINE, MakeMount, Mount, instarfs, mounted, settle, until
 
@@ -194,6 +196,46 @@ def test_an_undo_that_cannot_be_flushed_can_be_finished(disk: Disk, mount_of_dis
     assert "interrupted" in mount_of_disk.read("repair/undo")
     (mount_of_disk / "repair/undo").write_text("undo")
     assert disk.beneath.read_bytes() == original
+
+
+FULL: Fault = {"op": "write", "errno": errno.ENOSPC}
+FULL_IMAGE, FULL_UNDO = FULL | {"name": "image.qcow2"}, FULL | {"name": f"image.qcow2{SUFFIX}"}
+WORDS = [{"from": SECTOR, "to": 2 * SECTOR}, {"from": 2 * SECTOR, "to": 3 * SECTOR}]
+"""Where an undo file has its word, in turn."""
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [FULL_UNDO],
+        [FULL_IMAGE],
+        *([FULL_IMAGE, FULL_UNDO | word] for word in WORDS),  # one of them as it is put back
+    ],
+    ids=["undo-file", "image", "image-and-one-word", "image-and-the-other"],
+)
+def test_an_undo_on_a_full_disk_changes_nothing_and_goes_through_once_there_is_space(
+    disk: Disk, mount_of_disk: Mount, faults: list[Fault]
+) -> None:
+    original = disk.beneath.read_bytes()
+    (mount_of_disk / "repair/tier").write_text("leaks")
+    repaired = disk.beneath.read_bytes()
+    disk.fail(*faults)
+    for _ in range(2):  # the second may find that the first was interrupted
+        with (
+            (mount_of_disk / "repair/undo").open("wb", buffering=0) as control,
+            pytest.raises(OSError, match="No space left"),
+        ):
+            control.write(b"undo")
+        told = json.loads(mount_of_disk.read("repair/result.json"))
+        assert told["errno"] == "ENOSPC"
+        assert "No space left on device" in told["reason"]
+        assert "make space" in told["reason"]
+        assert told["reason"] in mount_of_disk.log
+        assert disk.beneath.read_bytes() == repaired
+    disk.fail()
+    (mount_of_disk / "repair/undo").write_text("undo")
+    assert disk.beneath.read_bytes() == original
+    assert list(disk.beneath.parent.glob("*undo*")) == []
 
 
 def test_a_file_that_is_cut_while_it_is_read(disk: Disk, mount_of_disk: Mount) -> None:

@@ -283,6 +283,29 @@ def test_where_putting_back_fails_the_error_says_so_and_the_plan_can_be_taken_ba
     assert bytes(device.content) == CONTENT
 
 
+def test_where_there_is_no_space_to_put_it_back_that_is_the_way_out() -> None:
+    plan = every_stage()
+    device, error = run(plan, fail=from_then_on(OPERATIONS - 2, ENOSPC))
+    for failed in (error, taken_back(device, plan)):
+        assert isinstance(failed, PutBackFailed)
+        assert failed.errno == errno.ENOSPC
+        assert str(failed).endswith(
+            "its undo file is kept: make space (df), then run instarfs undo"
+        )
+    device.fail = once(-1, EIO)
+    take_back(device, plan)
+    assert bytes(device.content) == CONTENT
+
+
+def taken_back(device: MemoryDevice, plan: Plan) -> BaseException | None:
+    """What taking *plan* back failed by."""
+    try:
+        take_back(device, plan)
+    except PutBackFailed as error:
+        return error
+    return None
+
+
 @pytest.mark.parametrize(
     ("cause", "words"),
     [
