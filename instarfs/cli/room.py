@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from types import FrameType
 from typing import NoReturn
 
@@ -29,6 +30,8 @@ SHORTAGES = {
     errno.ENOMEM: "there is not enough memory for that (ulimit -d, ulimit -v)",
     errno.EAGAIN: "no more processes or threads can be started (ulimit -u)",
 }
+_ALMOST_A_SECOND = 0.8
+
 NO_TIME = "there is not enough processor time for that (ulimit -t)"
 
 # What the dynamic linker says of a library that there is no room for,
@@ -71,6 +74,16 @@ def _be_told_of_the_end() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (hard - 1, hard))
     if signal.getsignal(signal.SIGXCPU) is signal.SIG_DFL:
         signal.signal(signal.SIGXCPU, _out_of_time)
+    if soft == hard == 1 and signal.getsignal(signal.SIGPROF) is signal.SIG_DFL:
+        # There is no second before it: limits are whole seconds, timers are not.
+        signal.signal(signal.SIGPROF, lambda _number, _frame: signal.raise_signal(signal.SIGXCPU))
+        _be_woken_in_time()
+        os.register_at_fork(after_in_child=_be_woken_in_time)
+
+
+def _be_woken_in_time() -> None:
+    """Shortly before a second of processor time is over. Of a process that is forked anew."""
+    signal.setitimer(signal.ITIMER_PROF, max(_ALMOST_A_SECOND - time.process_time(), 0.01))
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:

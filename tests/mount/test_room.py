@@ -7,6 +7,7 @@ all of them, and there are more rooms, and more values of each limit.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
@@ -230,10 +231,11 @@ start.main()
 """
 
 
-def test_processor_time(folder: Path) -> None:
+@pytest.mark.parametrize("seconds", [1, 2])
+def test_processor_time(seconds: int, folder: Path) -> None:
     """A limit that kills without a word is preceded by one that is told."""
     (folder / "x.qcow2").write_bytes(CONTENT)
-    done = start(limited("CPU", 2), folder, sys.executable, "-c", BUSY, "check", "x.qcow2")
+    done = start(limited("CPU", seconds), folder, sys.executable, "-c", BUSY, "check", "x.qcow2")
     assert (done.returncode, done.stderr.decode()) == (1, f"instarfs: {NO_TIME}\n")
 
 
@@ -243,6 +245,21 @@ def test_a_mount_without_processor_time_is_taken_off(folder: Path) -> None:
     assert start(Room(), folder, *INSTARFS, *COMMANDS["mount"]).returncode == 0
     os.kill(daemon_of(folder / "mnt"), signal.SIGXCPU)
     until(lambda: mounted_type(folder / "mnt") is None, "it was taken off")
+    until(lambda: not processes_of(folder), "all processes had ended")
+
+
+def test_a_mount_that_has_a_second_of_processor_time_is_taken_off(folder: Path) -> None:
+    image = folder / "x.qcow2"
+    image.write_bytes(CONTENT)
+    assert start(limited("CPU", 1), folder, *INSTARFS, *COMMANDS["mount"]).returncode == 0
+
+    def is_taken_off() -> bool:
+        os.utime(image)  # so that it is checked anew
+        with contextlib.suppress(OSError):
+            (folder / "mnt/check/report.txt").read_bytes()
+        return mounted_type(folder / "mnt") is None
+
+    until(is_taken_off, "it was taken off")
     until(lambda: not processes_of(folder), "all processes had ended")
 
 
