@@ -21,6 +21,9 @@ A_QUESTION, A_BATCH, AN_EXTENT = 15.0, 150.0, 0.5
 A_VOLUME, A_PIECE = 2000.0, 0.3
 """Of where data is; of one more volume that the same ranges are laid over."""
 
+A_LETTER = 0.5
+"""Of a text that is read word by word."""
+
 
 class WorkSpent(PlannerError):
     """As much was done as there was to be."""
@@ -57,3 +60,6 @@ class Work:
 
     def volume(self, pieces: int) -> None:
         self.take(A_VOLUME + A_PIECE * pieces)
+
+    def text(self, letters: int) -> None:
+        self.take(A_LETTER * letters)

@@ -185,7 +185,7 @@ def _physical(disk: _Disk, start: int, length: int) -> Physical | None:
     last = int(np.searchsorted(disk.start, start + length, side="left"))
     low, high = disk.start[first:last] - start, disk.end[first:last] - start
     holes = Holes(window, np.maximum(low, 0), np.minimum(high, length), disk.work)
-    return read_physical(holes, start)
+    return read_physical(holes, start, disk.work)
 
 
 def _add_logical(disk: _Disk, physical: Physical, start: int, name: str) -> None:

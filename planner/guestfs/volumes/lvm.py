@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.space import Segment
+from planner.guestfs.work import Work
 from planner.source import SECTOR, read_bytes
 
 LABEL, LABEL_TYPE = b"LABELONE", b"LVM2 001"
@@ -26,7 +27,7 @@ SEARCHED = 1 << 20
 """From the start of a physical volume: where its metadata lies, unless somebody chose."""
 
 _TOKEN = re.compile(
-    r"""\s*(?:\#[^\n]*\s*)*(?:
+    r"""\s*+(?:\#[^\n]*+\s*+)*+(?:
         (?P<text>"(?:[^"\\]|\\.)*")
       | (?P<number>-?\d+(?:\.\d+)?)
       | (?P<word>[A-Za-z0-9_+.][A-Za-z0-9_+.\-/]*)
@@ -59,10 +60,10 @@ class Physical:
     notes: list[str] = field(default_factory=list)
 
 
-def read_physical(source: Holes, base: int) -> Physical | None:
+def read_physical(source: Holes, base: int, work: Work) -> Physical | None:
     """The physical volume that *source* is, which begins at *base* of the disk; None: it is none.
 
-    Segments are in bytes of the disk.
+    Segments are in bytes of the disk. Reading its metadata is taken from *work*.
     """
     label = _label(source)
     text = _text(source, label)
@@ -72,6 +73,7 @@ def read_physical(source: Holes, base: int) -> Physical | None:
     if text is None:
         notes.append("its LVM metadata cannot be read: no logical volume is known")
         return Physical([(0, SEARCHED)], [], notes)
+    work.text(len(text))
     groups = {name: it for name, it in parse(text).items() if isinstance(it, dict)}
     name, group = next(iter(groups.items()), ("", Section()))
     here, start = _physical_here(group, label, source.size)
@@ -117,12 +119,14 @@ def _text(source: Holes, label: _Label | None) -> str | None:
     """The metadata: what an area points to, or else the newest that lies about."""
     areas = label.areas if label else []
     found = [text for offset, size in areas for text in _current(source, offset, size)]
-    if not found:
-        found = list(_old_texts(read_bytes(source, 0, min(SEARCHED, source.size))))
-        for offset, size in areas:
-            if 0 < offset < source.size:
-                found += _old_texts(read_bytes(source, offset, min(size, MAX_TEXT)))
-    return max(found, key=_sequence, default=None)
+    return max(found or _lying_about(source, areas), key=_sequence, default=None)
+
+
+def _lying_about(source: Holes, areas: list[tuple[int, int]]) -> Iterator[str]:
+    yield from _old_texts(read_bytes(source, 0, min(SEARCHED, source.size)))
+    for offset, size in areas:
+        if 0 < offset < source.size:
+            yield from _old_texts(read_bytes(source, offset, min(size, MAX_TEXT)))
 
 
 def _current(source: Holes, offset: int, size: int) -> Iterator[str]:
@@ -145,11 +149,8 @@ def _current(source: Holes, offset: int, size: int) -> Iterator[str]:
 
 def _old_texts(raw: bytes) -> Iterator[str]:
     """Every text that lies in *raw*: each change leaves the ones before where they are."""
-    for match in re.finditer(re.escape(TEXT_MARK), raw):
-        # It stands near the end of a text that begins with the name of the group, behind a zero.
-        start = raw.rfind(b"\0", 0, match.start()) + 1
-        end = raw.find(b"\0", match.start())
-        yield _decoded(raw[start : end if end >= 0 else len(raw)])
+    # The mark stands near the end of a text that begins with the name of the group, behind a zero.
+    yield from (_decoded(text) for text in raw.split(b"\0") if TEXT_MARK in text)
 
 
 def _decoded(raw: bytes) -> str:

@@ -1,6 +1,8 @@
 """Volumes: as sfdisk and LVM make them, and with the first copies of what describes them gone."""
 
 import subprocess
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import ENCRYPTED, Layout, find_volumes
-from planner.guestfs.volumes.lvm import parse
+from planner.guestfs.volumes.lvm import SEARCHED, TEXT_MARK, parse, read_physical
 from planner.guestfs.volumes.space import Segment, Space, linear
+from planner.guestfs.work import Work, WorkSpent
 from planner.source import Bytes, read_bytes
 from tests.block_devices import attached, require_loop_devices
 from tests.images.guest_files import make_disk, make_ext
@@ -223,6 +227,32 @@ def test_metadata_that_ends_in_the_middle_is_read_as_far_as_it_goes() -> None:
     }
     assert parse("{" * 100) == parse("{" * 8)
     assert parse("= = [") == {"": "="}
+
+
+def test_what_begins_many_comments_is_one() -> None:
+    before = time.process_time()
+    assert parse("a = 1 " + "#" * 26) == {"a": 1}
+    assert time.process_time() - before < 1.0
+    assert parse("#" * 100_000 + "\na = 1") == {"a": 1}
+
+
+def test_a_text_is_held_once_however_many_marks_are_in_it() -> None:
+    raw = TEXT_MARK * (SEARCHED // len(TEXT_MARK))
+    tracemalloc.start()
+    try:
+        assert find_volumes(Bytes(raw)).notes
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * SEARCHED
+
+
+def test_a_text_of_which_reading_takes_more_than_there_is_of_the_image_is_not_read() -> None:
+    raw = TEXT_MARK + b" a {}" * ((SEARCHED - 100) // 5)
+    physical = read_physical(Holes(Bytes(raw)), 0, Work())
+    assert physical is not None
+    with pytest.raises(WorkSpent):
+        read_physical(Holes(Bytes(raw)), 0, Work(0))
 
 
 def test_stripes_and_what_is_on_another_disk() -> None:
