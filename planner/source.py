@@ -324,15 +324,18 @@ def _count_reads(offsets: I64, table_bytes: int) -> int:
     return 1 + int(np.count_nonzero(np.diff(offsets) > table_bytes + GAP_BYTES))
 
 
-def present_pieces(source: Source, offsets: I64, table_bytes: int, piece: int) -> I64:
+def present_pieces(
+    source: Source, offsets: I64, table_bytes: int, piece: int, *, anyway: int | None = 0
+) -> I64:
     """Where the pieces are, of *piece* bytes each, that may hold anything but zeros.
 
     Of aligned tables at ascending *offsets*, each once. What is asked is where data begins and
     ends, so that of a table that is a hole to the greater part no more is named than there is.
+    *anyway*: as `present_tables` takes it; all pieces of so little are named.
     """
-    whole = offsets[present_tables(source, offsets, table_bytes, anyway=0)]
+    whole = offsets[present_tables(source, offsets, table_bytes, anyway=anyway)]
     pieces = (whole[:, None] + np.arange(0, table_bytes, piece)).reshape(-1)
-    return pieces[present_tables(source, pieces, piece, anyway=0)]
+    return pieces[present_tables(source, pieces, piece, anyway=anyway)]
 
 
 def read_tables(

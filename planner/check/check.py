@@ -388,15 +388,18 @@ class _Check:
             stopped=survey.stopped,
             luks_error=survey.luks_error,
             holds_compressed=census.compressed is not None,
-            cut_off=find_cut(self._source, self._layout, found),
         )
-        return concluded(self._with_lost_past_end(report))
+        if self._limits.past_end:
+            counted_end = self._stored.counted_end(self._layout.host_clusters)
+            cut_off = find_cut(self._source, self._layout, found, counted_end)
+            report = self._with_lost_past_end(replace(report, cut_off=cut_off), counted_end)
+        return concluded(report)
 
-    def _with_lost_past_end(self, report: Report) -> Report:
-        """With what refcounts alone show of a file that was cut off."""
+    def _with_lost_past_end(self, report: Report, end: int) -> Report:
+        """With what refcounts alone show of a file that was cut off; *end*: behind the last cluster
+        that they count past its end, 0 where there is none."""
         first, bits = self._layout.host_clusters, self._geometry.cluster_bits
-        end = 0 if self._is_partial else self._stored.counted_end(first)
-        lost = lost_past_end(self._source, report) if end else 0
+        lost = lost_past_end(self._source, report) if end and not self._is_partial else 0
         if not lost:
             return report
         more = FindingsBuilder()

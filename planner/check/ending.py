@@ -76,10 +76,13 @@ class Found:
     stored: StoredRefcounts
 
 
-def find_cut(source: Source, layout: Layout, found: Found) -> CutOff | None:
-    """Whether the file is cut off; None where nothing shows it."""
+def find_cut(source: Source, layout: Layout, found: Found, counted_end: int) -> CutOff | None:
+    """Whether the file is cut off; None where nothing shows it.
+
+    *counted_end*: behind the last cluster past the end that has a refcount; 0 where none has.
+    """
     # Up to the clusters that are counted; and to those whose refcounts are lost with the rest.
-    counted = found.stored.counted_end(layout.host_clusters) << layout.geometry.cluster_bits
+    counted = counted_end << layout.geometry.cluster_bits
     lost = _lost_refblocks(layout, found)
     believed = max(counted, lost.covered)
     ends = [

@@ -22,7 +22,7 @@ from planner.metadata.cluster_counters import (
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.qcow2.refcounts import pack_refcounts, unpack_refcounts
+from planner.qcow2.refcounts import pack_refcounts, read_refcount_in_block, unpack_refcounts
 from planner.source import (
     READABLE_END,
     Source,
@@ -176,35 +176,39 @@ class StoredRefcounts:
     def counted_end(self, clusters: int) -> int:
         """Behind the last cluster from *clusters* on that has a refcount; 0 where none has."""
         end, order = 0, self._layout.geometry.refcount_order
-        for first, blocks in self._raw_blocks_past(clusters, np.zeros(0, dtype=np.int64)):
-            some = np.flatnonzero(blocks.any(axis=1))
-            if len(some):
-                # No two count the same clusters, so that the last one decides.
-                last = int(some[np.argmax(first[some])])
-                used = np.flatnonzero(unpack_refcounts(blocks[last], order))
-                end = max(end, int(first[last]) + int(used[-1]) + 1)
+        for first, pieces in self._raw_pieces_past(clusters, np.zeros(0, dtype=np.int64)):
+            # No two count the same clusters, so that the last one decides.
+            last = int(np.argmax(first))
+            used = np.flatnonzero(unpack_refcounts(pieces[last], order))
+            end = max(end, int(first[last]) + int(used[-1]) + 1)
         return end if end > clusters else 0
 
-    def blocks_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, Counts]]:
-        """The blocks that count clusters from *clusters* on, in batches: the first cluster of each,
-        and its refcounts. One that several entries lead to stands where it reaches furthest, but
-        for those at host offsets *known*: these reach no further than the block of *clusters*.
+    def pieces_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, Counts]]:
+        """Of the blocks that count clusters from *clusters* on the pieces that are not all zeros,
+        in batches: the first cluster of each, and its refcounts. A block that several entries lead
+        to stands where it reaches furthest, but for those at host offsets *known*: these reach no
+        further than the block of *clusters*.
         """
-        for first, blocks in self._raw_blocks_past(clusters, known):
-            yield first, unpack_refcounts(blocks, self._layout.geometry.refcount_order)
+        for first, pieces in self._raw_pieces_past(clusters, known):
+            yield first, unpack_refcounts(pieces, self._layout.geometry.refcount_order)
 
-    def _raw_blocks_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, U8]]:
+    def _raw_pieces_past(self, clusters: int, known: I64) -> Iterator[tuple[I64, U8]]:
         table, per_block = self.reftable, self.entries_per_block
         which = table.blocks()
         which = which[table.index[which] >= clusters // per_block][::-1]
         is_known = np.isin(table.offset[which], known)
         which = which[~is_known | (table.index[which] == clusters // per_block)]
         # Of the entries that lead to one block, the last is the one that reaches furthest.
-        offsets, first = np.unique(table.offset[which], return_index=True)
-        present = present_tables(self._source, offsets, self._layout.geometry.cluster_size)
-        offsets, which = offsets[present], which[first[present]]
-        for part, rows in read_tables(self._source, offsets, self._layout.geometry.cluster_size):
-            yield table.index[which[part]] * per_block, rows
+        blocks, at = np.unique(table.offset[which], return_index=True)
+        which = which[at]
+        size, piece = self._layout.geometry.cluster_size, self._piece_bytes
+        offset = present_pieces(self._source, blocks, size, piece, anyway=None)
+        which = which[np.searchsorted(blocks, offset, side="right") - 1]
+        first = table.index[which] * per_block + offset % size // piece * self._piece_entries
+        for part, rows in read_tables(self._source, offset, piece):
+            some = np.flatnonzero(rows.view(np.uint64).any(axis=1))
+            if len(some):
+                yield first[part][some], rows[some]
 
     def set_pages(self, index: PagedIndex, page: I64, refcount: Counts) -> None:
         """Take over what `read_pages` found; every *page* has slots in *index*."""
@@ -269,17 +273,17 @@ class StoredRefcounts:
         at = np.searchsorted(self.reftable.index[readable], blocks)
         hit = np.flatnonzero(at < len(readable))
         hit = hit[self.reftable.index[readable[at[hit]]] == blocks[hit]]
-        size = self._layout.geometry.cluster_size
-        offsets, which = np.unique(self.reftable.offset[readable[at[hit]]], return_inverse=True)
-        present = present_tables(self._source, offsets, size)
-        order = self._layout.geometry.refcount_order
-        kept = np.flatnonzero(present)
-        for part, rows in read_tables(self._source, offsets[kept], size):
-            values = unpack_refcounts(rows, order)
-            row_of = np.full(len(offsets), -1)
+        order, piece = self._layout.geometry.refcount_order, self._piece_bytes
+        row, inside = np.divmod(clusters[hit] % self.entries_per_block, self._piece_entries)
+        offsets, which = np.unique(
+            self.reftable.offset[readable[at[hit]]] + row * piece, return_inverse=True
+        )
+        kept = np.flatnonzero(present_tables(self._source, offsets, piece))
+        row_of = np.full(len(offsets), -1)
+        for part, rows in read_tables(self._source, offsets[kept], piece):
             row_of[kept[part]] = np.arange(len(rows))
-            mine = hit[row_of[which] >= 0]
-            refcounts[mine] = values[
-                row_of[which[row_of[which] >= 0]], clusters[mine] % self.entries_per_block
-            ]
+            mine = np.flatnonzero(row_of[which] >= 0)
+            wanted = row_of[which[mine]] * self._piece_entries + inside[mine]
+            refcounts[hit[mine]] = read_refcount_in_block(rows.reshape(-1), wanted, order)
+            row_of[kept[part]] = -1
         return refcounts

@@ -25,9 +25,11 @@ class Limits:
     Of a check: up to ``dense_clusters``, or while the metadata is as large, one counter a cluster
     is cheap. For ``owned_low_clusters`` with too low a refcount their owners are looked up, and
     ``owners`` are kept; a report with more says that it does not list them all, and with 0 none
-    is looked for, nor which clusters have two that cannot both be right. Of tables with less
-    than ``version_entries``, comparing costs more than counting; versions of a table that differ in
-    more than one of ``version_share`` entries are counted one by one.
+    is looked for, nor which clusters have two that cannot both be right. Unless ``past_end``, what
+    is counted past the end of the file is not looked at, which is in none of the counters, and no
+    file is said to be cut off. Of tables with less than ``version_entries``, comparing costs more
+    than counting; versions of a table that differ in more than one of ``version_share`` entries are
+    counted one by one.
 
     Of triage: ``triaged_bytes`` of leaked clusters are looked into; of more, every nth cluster, and
     of ``screened`` the first sector, to find those like tables. ``former_tables`` are described one
@@ -40,6 +42,7 @@ class Limits:
     dense_clusters: int = 1 << 24
     owned_low_clusters: int = 1 << 12
     owners: int = 1 << 18
+    past_end: bool = True
     version_entries: int = 1 << 11
     version_share: int = 8
     triaged_bytes: int = 1 << 30

@@ -6,6 +6,8 @@ byte. Source: docs/interop/qcow2.txt, "Refcount block entry".
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from planner.arrays import I64, U8, Counts
@@ -24,10 +26,17 @@ def unpack_refcounts(blocks: U8, order: int) -> Counts:
         return wide.astype(wide.dtype.newbyteorder("="), copy=False)
     if order == 0:
         return np.unpackbits(blocks, axis=-1, bitorder="little")
+    # A word for each byte, of a refcount a byte: far faster than shifting each byte several times.
+    return _words_of_bytes(order)[blocks].view(np.uint8)
+
+
+@cache
+def _words_of_bytes(order: int) -> np.ndarray:
+    """For each value of a byte the refcounts in it, a byte each, as one word; *order* is 1 or 2."""
     width = 1 << order
     shifts = np.arange(0, 8, width, dtype=np.uint8)
-    fields = (blocks[..., None] >> shifts) & np.uint8((1 << width) - 1)
-    return fields.reshape(*blocks.shape[:-1], -1)
+    each = np.arange(256, dtype=np.uint8)[:, None] >> shifts & np.uint8((1 << width) - 1)
+    return np.ascontiguousarray(each).view(f"u{8 // width}").reshape(-1)
 
 
 def pack_refcounts(refcounts: Counts, order: int) -> U8:
@@ -45,5 +54,20 @@ def pack_refcounts(refcounts: Counts, order: int) -> U8:
 
 
 def read_refcount_in_block(block: U8, indices: I64, order: int) -> Counts:
-    """The refcounts at *indices* of one refcount block (uint8, one cluster)."""
-    return unpack_refcounts(block, order)[indices]
+    """The refcounts at *indices* of one refcount block (uint8, flat), or of several in a row.
+
+    No others are unpacked: a block of 2 MiB has 16 million.
+    """
+    if order in _WIDE:
+        wide = np.ascontiguousarray(block).view(_WIDE[order])[indices]
+        return wide.astype(wide.dtype.newbyteorder("="), copy=False)
+    bit = indices << order
+    found: Counts = block[bit >> 3] >> (bit & 7).astype(np.uint8)
+    return found & np.uint8((1 << (1 << order)) - 1)
+
+
+def counts_from(block: U8, first: int, order: int) -> bool:
+    """Whether any refcount of a block (uint8, flat) from number *first* on is not 0."""
+    byte, bit = divmod(first << order, 8)
+    rest = block[byte:]
+    return bool(len(rest) and (rest[0] >> bit or rest[1:].any()))

@@ -22,7 +22,7 @@ from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import MAGIC, MAX_REFCOUNT_ORDER, V3_LENGTH, Header, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
-from planner.qcow2.refcounts import unpack_refcounts
+from planner.qcow2.refcounts import counts_from, read_refcount_in_block
 from planner.qcow2.snapshots import MAX_SNAPSHOTS, read_snapshots
 from planner.rescue.scan import Sectors
 from planner.source import SECTOR, Source, nonzero_words, read_bytes, read_tables
@@ -126,11 +126,11 @@ def find_reftables(source: Source, clusters: I64, bits: int) -> Iterator[tuple[i
             continue
         block = np.frombuffer(read_bytes(source, int(words[0]), size), dtype=np.uint8)
         for order in range(MAX_REFCOUNT_ORDER + 1):
-            counts = unpack_refcounts(block, order)
             own = int(words[0]) >> bits
-            inside = [at for at in (0, cluster, own) if at < len(counts)]
+            inside = np.array([at for at in (0, cluster, own) if at < size << 3 >> order])
+            counts = read_refcount_in_block(block, inside, order)
             beyond = -(-source.size // size)
-            if all(counts[at] == 1 for at in inside) and not counts[beyond:].any():
+            if (counts == 1).all() and not counts_from(block, beyond, order):
                 yield cluster << bits, order
 
 

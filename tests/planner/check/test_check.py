@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
-from planner.findings.kinds import Finding
+from planner.findings.kinds import Finding, FindingKind
 from planner.metadata.work_limits import Limits
 from planner.progress import unless
 from planner.source import Bytes, Source
@@ -75,6 +75,21 @@ def test_sparse_counters_find_the_same(name) -> None:
     image = RULES[name]().image
     source = Sparse.of(bytes(image.data), len(image.data) + HUGE)
     assert answers(check_sparsely(source)) == answers(check_image(source))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_counted_past_the_end_is_in_no_counter(name) -> None:
+    source = RULES[name]().image.source
+    without = check_image(source, limits=Limits(past_end=False))
+    assert without.cut_off is None
+    whole = check_image(source)
+    assert without.counters == whole.counters
+    kinds = without.counts()
+    assert kinds == {
+        kind: number
+        for kind, number in whole.counts().items()
+        if kind is not FindingKind.LEAK_PAST_END
+    }
 
 
 def claiming(**fields: int) -> Image:

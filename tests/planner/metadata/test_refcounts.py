@@ -1,12 +1,14 @@
 """planner.metadata.refcounts: how many clusters are in use, against refcounts read one by one."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2.layout import Layout
+from planner.qcow2.refcounts import pack_refcounts
 from planner.source import Source
 from tests.images.builder import ImageBuilder
 from tests.planner.sources import Sparse
@@ -44,3 +46,72 @@ def test_blocks_in_holes_are_not_read() -> None:
     before = source.bytes_read
     assert refcounts.in_use(64 * 256) == 0
     assert source.bytes_read == before
+
+
+MIB = 1 << 20
+
+
+def with_blocks(cluster_bits: int, order: int, blocks: dict[int, np.ndarray]) -> Sparse:
+    """A file of a header, a refcount table, and these blocks by their index: refcounts, of which
+    pages of zeros are holes."""
+    made = ImageBuilder(cluster_bits=cluster_bits, refcount_order=order, size=MIB).build()
+    table = Layout.read(made.source).header.refcount_table_offset
+    data = dict(Sparse.of(bytes(made.data), 0, 4096).blocks)
+    words = np.zeros(512, dtype=">u8")
+    offset = -(-len(made.data) >> cluster_bits) << cluster_bits
+    for index, values in blocks.items():
+        words[index] = offset
+        block = pack_refcounts(values, order).tobytes()
+        pages = Sparse.of(block, 0, 4096).blocks
+        data |= {offset // 4096 + at: part for at, part in pages.items()}
+        offset += 1 << cluster_bits
+    page = data[table // 4096]
+    assert table % 4096 == 0
+    data[table // 4096] = words.tobytes() + page[4096:]
+    return Sparse(data, offset, 4096)
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_refcounts_past_the_end_are_those_of_the_blocks(order: int) -> None:
+    per_block = 65536 * 8 >> order
+    rng = np.random.default_rng(order)
+    values = {index: np.zeros(per_block, dtype=np.uint8) for index in (2, 3, 7)}
+    for block in values.values():
+        block[rng.integers(0, per_block, 5)] = 1
+    every = np.zeros(9 * per_block, dtype=np.uint8)
+    for index, block in values.items():
+        every[index * per_block :][:per_block] = block
+    refcounts = stored(with_blocks(16, order, values))
+    used = np.flatnonzero(every)
+    assert refcounts.counted_end(2 * per_block) == used[-1] + 1
+    assert refcounts.counted_end(int(used[-1]) + 1) == 0
+    found = np.concatenate(
+        [
+            (first[:, None] + np.arange(part.shape[1]))[part != 0]
+            for first, part in refcounts.pieces_past(2 * per_block, np.zeros(0, dtype=np.int64))
+        ]
+    )
+    assert np.array_equal(np.sort(found), used)
+    asked = np.concatenate((used, rng.integers(2 * per_block, len(every), 100), used + 1))
+    assert np.array_equal(refcounts.look_up(asked) != 0, every[asked] != 0)
+
+
+def test_of_large_blocks_no_more_is_unpacked_than_what_is_there() -> None:
+    per_block = (2 << 20) * 8
+    values = np.zeros(per_block, dtype=np.uint8)
+    values[[0, per_block // 2, -1]] = 1
+    source = with_blocks(21, 0, dict.fromkeys(range(1, 20), values))
+    refcounts = stored(source)
+    before = source.bytes_read
+    some = np.arange(1, 20) * per_block + per_block // 2
+    tracemalloc.start()
+    try:
+        assert refcounts.counted_end(per_block) == 20 * per_block
+        pieces = refcounts.pieces_past(per_block, np.zeros(0, dtype=np.int64))
+        assert sum(np.count_nonzero(part) for _, part in pieces) == 19 * 3
+        assert (refcounts.look_up(some) == 1).all()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * MIB
+    assert source.bytes_read - before < 4 * MIB

@@ -1,11 +1,19 @@
 """Refcount blocks: every width there and back, and the specification's bit order."""
 
+import tracemalloc
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.qcow2.refcounts import pack_refcounts, read_refcount_in_block, unpack_refcounts
+from planner.qcow2.refcounts import (
+    counts_from,
+    pack_refcounts,
+    read_refcount_in_block,
+    unpack_refcounts,
+)
 
 ORDERS = range(7)
 
@@ -88,3 +96,40 @@ def test_native_order_in_the_smallest_type(order, dtype) -> None:
 def test_single_refcounts_of_a_block(order, data, indices) -> None:
     found = read_refcount_in_block(blocks(data), np.array(indices, dtype=np.int64), order)
     assert found.tolist() == [stored_refcount(data, index, order) for index in indices]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(data=st.data())
+def test_whether_anything_is_counted_from_a_number_on(order, data) -> None:
+    count = 64 * 8 >> order
+    used = data.draw(st.integers(0, count - 1))
+    first = data.draw(st.integers(max(0, used - 2), used + 2) | st.integers(0, 2 * count))
+    values = np.zeros(count, dtype=np.uint64)
+    values[used] = 1
+    assert counts_from(pack_refcounts(values, order), first, order) == (used >= first)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """The most memory that *work* takes, in bytes."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_no_more_of_a_large_block_is_unpacked_than_is_asked_for(order) -> None:
+    block = np.ones(2 << 20, dtype=np.uint8)
+    last = (len(block) << 3 >> order) - 1
+    assert peak_of(lambda: read_refcount_in_block(block, np.array([0, last]), order)) < 1 << 16
+    assert peak_of(lambda: counts_from(block, last, order)) < 1 << 16
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_unpacking_takes_what_its_result_does(order) -> None:
+    block = np.ones(1 << 18, dtype=np.uint8)
+    unpack_refcounts(block, order)
+    result = unpack_refcounts(block, order).nbytes
+    assert peak_of(lambda: unpack_refcounts(block, order)) < 1.5 * result

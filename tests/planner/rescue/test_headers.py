@@ -17,7 +17,7 @@ from planner.qcow2.extensions import (
 )
 from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
 from planner.rescue.headers import find_headers, with_fields
-from planner.source import Bytes, nonzero_words
+from planner.source import Bytes, Patched, nonzero_words
 from tests.images.builder import MIB, ImageBuilder
 from tests.instarfs.repair.test_run import healthy
 
@@ -394,3 +394,32 @@ def test_an_empty_disk_has_a_header_too() -> None:
     data = bytes(ImageBuilder().build().data)
     found = find_headers(Bytes(without_header(data)))
     assert found.best is None or not any(found.best.score)
+
+
+class Noting(Patched):
+    """A source that notes where reads begin."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(Bytes(data), 0, b"")
+        self.reads: list[int] = []
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.reads.append(offset)
+        super().read_into(offset, buffer)
+
+
+def test_refcounts_of_clusters_past_the_end_are_not_read_for_a_score() -> None:
+    made = ImageBuilder(size=MIB)
+    made.write(0, b"guest")
+    blocks = made.place(b"\0\1" * (8 << 15))
+    image = made.build()
+    table = image.header.refcount_table_offset
+    for number in range(8):
+        image.set_word(table + 8 * (1 + number), blocks + (number << 16))
+        image.set_refcount((blocks >> 16) + number, 1)
+    image.data[:4] = bytes(4)
+    source = Noting(bytes(image.data))
+    best = find_headers(source).best
+    assert best is not None
+    assert best.changed == ("magic",)
+    assert not [at for at in source.reads if blocks <= at < blocks + (8 << 16)]
