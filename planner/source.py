@@ -263,7 +263,8 @@ def nonzero_words(source: Source, offset: int, count: int) -> tuple[I64, U64]:
 def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[tuple[I64, U64]]:
     """`nonzero_words` of each of *tables* (offset, count), in that order.
 
-    Thousands may lie in one hole: about that it is not asked for each of them.
+    Thousands may lie in one hole: about that it is not asked for each of them. Thousands may lie
+    next to each other, or over each other: what is there of such is read once.
     """
     found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64))] * len(tables)
     inside = [at for at, (offset, count) in enumerate(tables) if count and offset < source.size]
@@ -271,8 +272,30 @@ def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[t
     start = np.array([tables[at][0] for at in inside], dtype=np.int64)
     ends = (min(tables[at][0] + tables[at][1] * 8, source.size) for at in inside)
     end = np.fromiter(ends, dtype=np.int64, count=len(inside))
-    for at in np.flatnonzero(_may_hold_data(source, start, end)).tolist():
-        found[inside[at]] = nonzero_words(source, *tables[inside[at]])
+    present = np.flatnonzero(_may_hold_data(source, start, end))
+    for some in _neighbours(start, end, present):
+        base = int(start[some[0]])
+        index, words = nonzero_words(source, base, -((base - int(end[some].max())) // 8))
+        first = (start[some] - base) // 8
+        low = index.searchsorted(first).tolist()
+        high = index.searchsorted((end[some] - base + 7) // 8).tolist()
+        for number, at in enumerate(some.tolist()):
+            rows = slice(low[number], high[number])
+            found[inside[at]] = index[rows] - first[number], words[rows]
+    return found
+
+
+def _neighbours(start: I64, end: I64, which: I64) -> list[I64]:
+    """*which* of the ranges (they ascend by *start*) lie so near that they are read as one: some.
+
+    All words of such are words of each, so that none begins within a word of another.
+    """
+    found = []
+    for shift in range(8):
+        some = which[start[which] % 8 == shift]
+        reach = np.maximum.accumulate(end[some])
+        breaks = np.flatnonzero(start[some][1:] > reach[:-1] + GAP_BYTES) + 1
+        found += np.split(some, breaks) if len(some) else []
     return found
 
 

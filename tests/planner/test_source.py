@@ -225,14 +225,28 @@ def test_a_million_tables_in_a_hole_are_one_question(monkeypatch) -> None:
 
 @given(
     there=st.sets(st.integers(0, 60), max_size=12),
-    tables=st.lists(st.tuples(st.integers(0, 60 * 64), st.integers(0, 200)), max_size=12),
+    tables=st.lists(
+        st.tuples(st.integers(0, 60 * 64), st.sampled_from((0, 0, 1, 5)), st.integers(0, 200)),
+        max_size=12,
+    ),
+    size=st.sampled_from((48 << 9, (48 << 9) + 3)),
 )
-def test_the_words_of_many_tables_are_those_of_each(there, tables) -> None:
-    source = Sparse(dict.fromkeys(there, b"x"), size=48 << 9)
-    tables = [(offset * 8, count) for offset, count in tables]
+def test_the_words_of_many_tables_are_those_of_each(there, tables, size) -> None:
+    source = Sparse({at: b"x" + bytes(200) + b"y" * 311 for at in there}, size=size)
+    tables = [(offset * 8 + shift, count) for offset, shift, count in tables]
     for mine, (offset, count) in zip(words_of_tables(source, tables), tables, strict=True):
         for column, other in zip(mine, nonzero_words(source, offset, count), strict=True):
             assert column.tolist() == other.tolist()
+
+
+def test_neighbours_and_tables_over_each_other_are_read_once() -> None:
+    words = np.arange(1, 4097, dtype=">u8").tobytes()
+    source = Sparse.of(words, size=1 << 40)
+    tables = [(at * 8, count) for at in range(0, 4096, 4) for count in (3, 100)]
+    found = words_of_tables(source, tables[::-1])[::-1]
+    assert [index.tolist() for index, _ in found[:2]] == [[0, 1, 2], list(range(100))]
+    assert [word.tolist() for _, word in found[2:4]] == [[5, 6, 7], list(range(5, 105))]
+    assert source.bytes_read == len(words)
 
 
 def test_thousands_of_tables_in_a_hole_are_one_question_whatever_their_lengths() -> None:
