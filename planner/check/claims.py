@@ -20,7 +20,7 @@ from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import READABLE_END, Source, read_bytes, read_tables
+from planner.source import READABLE_END, Source, present_tables, read_bytes, read_tables
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
 
@@ -34,6 +34,8 @@ _AGREEING_OF = 8
 """A refcount block says of one cluster in so many, or more, what the census counts."""
 
 _REFCOUNTS_A_BATCH = 1 << 15
+
+_SLOTS_A_BATCH = 1 << 20
 
 _BLOCKS_READ = 1 << 14
 """Refcount blocks with a wrong refcount that are looked into."""
@@ -198,9 +200,15 @@ class _Claims:
         size, order = self._geometry.cluster_size, self._geometry.refcount_order
         first = blocks * per_block
         low, high = index.count_before(first), index.count_before(first + per_block)
+        in_file = np.argsort(offsets, kind="stable")
+        there = present_tables(self._source, offsets[in_file], size)
+        # What is a hole says of no cluster that it is in use.
+        holes, at = in_file[~there], in_file[there]
+        result[holes] = self._count_used(low[holes], high[holes]) == 0
+        first, low, high = first[at], low[at], high[at]
         # As many refcounts at a time as fit into a cache.
         batch = _REFCOUNTS_A_BATCH << order >> 3
-        for part, rows in read_tables(self._source, offsets, size, batch):
+        for part, rows in read_tables(self._source, offsets[at], size, batch):
             stored = unpack_refcounts(rows, order)
             slots = expand_ranges(low[part], high[part] - 1)
             row = np.repeat(np.arange(len(rows)), high[part] - low[part])
@@ -212,10 +220,20 @@ class _Claims:
             in_use = np.bincount(row, minlength=len(rows))
             if not self._is_cut:
                 behind = np.maximum(0, self._layout.host_clusters + 1 - first[part])
-                for at in np.flatnonzero(behind < per_block).tolist():
-                    in_use[at] += np.count_nonzero(stored[at, behind[at] :])
-            result[part] = agreeing * _AGREEING_OF >= in_use
+                for number in np.flatnonzero(behind < per_block).tolist():
+                    in_use[number] += np.count_nonzero(stored[number, behind[number] :])
+            result[at[part]] = agreeing * _AGREEING_OF >= in_use
         return result
+
+    def _count_used(self, low: I64, high: I64) -> I64:
+        """How many of the slots low[i] to high[i] - 1 have a reference, of many such ranges."""
+        used = np.zeros(len(low), dtype=np.int64)
+        for start in range(int(low.min(initial=0)), int(high.max(initial=0)), _SLOTS_A_BATCH):
+            some = self._mismatches.counted[start : start + _SLOTS_A_BATCH] != 0
+            before = np.append(0, np.cumsum(some))
+            used += before[np.clip(high - start, 0, len(some))]
+            used -= before[np.clip(low - start, 0, len(some))]
+        return used
 
     @cached_property
     def _is_cut(self) -> bool:

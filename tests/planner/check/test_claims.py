@@ -1,14 +1,17 @@
 """Which refcount blocks are none, by what lies in their place."""
 
 import random
+import struct
 
+import numpy as np
 import pytest
 
 from planner.check.check import check_image
-from planner.check.claims import blocks_that_are_none, refcounts_are_shared
+from planner.check.claims import blocks_that_are_none, refcounts_are_shared, shared_refcounts
 from planner.source import Bytes
 from tests.images.builder import Image
 from tests.images.corpus.rule import COPIED, SIZE, builder, fill, plain
+from tests.planner.sources import Sparse
 
 
 def none_of(image: Image) -> list[int]:
@@ -66,3 +69,43 @@ def test_only_what_holds_refcounts_is_shared() -> None:
     image = plain()
     image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
     assert refcounts_are_shared(image.source, check_image(image.source))
+
+
+def test_blocks_in_holes_are_not_read() -> None:
+    # Blocks that the guest has, too. What every second one would count is in use, and what the
+    # others would is not: those may be blocks.
+    count, cluster, covered = 1024, 512, 256 * 512
+    block = np.arange(count, dtype=np.int64)
+    place = np.where(block % 2, block * covered + covered // 2, (1 << 30) + block * cluster)
+    reftable, l1, l2 = cluster, 20 * cluster, 21 * cluster
+    place[0] = 40 * cluster
+    words = l2 + np.arange(count // 64) * cluster
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII8x",
+        *(
+            b"QFI\xfb",
+            3,
+            0,
+            0,
+            9,
+            count * cluster,
+            0,
+            len(words),
+            l1,
+            reftable,
+            count * 8 // cluster,
+        ),
+        *(0, 0, 0, 0, 0, 4, 112),
+    )
+    data = bytearray(41 * cluster)
+    data[: len(header)] = header
+    data[reftable : reftable + 8 * count] = place.astype(">u8").tobytes()
+    data[l1 : l1 + 8 * len(words)] = (words | COPIED - (1 << 64)).astype(">i8").tobytes()
+    data[l2 : l2 + 8 * count] = (place | COPIED - (1 << 64)).astype(">i8").tobytes()
+    data[40 * cluster :] = b"\0\1" * (cluster // 2)
+    source = Sparse.of(bytes(data), size=1 << 32)
+    report = check_image(source)
+    source.bytes_read = 0
+    shared = shared_refcounts(source, report)
+    assert shared.tolist() == (np.sort(place[::2]) // cluster).tolist()
+    assert source.bytes_read < count * cluster // 16
