@@ -25,7 +25,7 @@ MAX_ENTRIES = 16
 """Entries that are put back; where more are damaged, more is."""
 
 MAX_BYTES = 64 << 20
-"""Bytes of clusters that nothing refers to which are looked through, for each of them."""
+"""Bytes of clusters that nothing refers to which are looked through."""
 
 _DIFFERING_OF = 4
 """A refcount block says of one cluster in so many, or of fewer, something else than the census."""
@@ -45,8 +45,7 @@ def put_back_blocks(scope: Scope) -> None:
     # Its offset may be right: what it counts behind the end of the file tells what was there.
     reserved = table.index[table.reserved & (table.offset < scope.source.size)]
     words: list[int] = []
-    for block in wrong.tolist():
-        word = _word_for(scope, block, counted, free)
+    for block, word in zip(wrong.tolist(), _words_for(scope, wrong, counted, free), strict=True):
         if word is None or word in filter(None, words) or (not word and block in reserved):
             return
         words.append(word)
@@ -79,9 +78,11 @@ def _counted(scope: Scope, claimed: I64) -> Counts:
     """
     mismatches, regions, bits = scope.mismatches, scope.report.regions, scope.geometry.cluster_bits
     over = scope.report.findings.of(FindingKind.REFCOUNT_OVERFLOW)
-    counted = mismatches.counted.astype(np.uint64 if len(over) else mismatches.counted.dtype)
     slots, _ = mismatches.index.find(over.host_offset >> bits)
-    counted[slots] += over.count.astype(counted.dtype)
+    whole = mismatches.counted[slots] + over.count.astype(np.uint64)
+    width = np.min_scalar_type(int(whole.max(initial=0)))
+    counted = mismatches.counted.astype(np.promote_types(mismatches.counted.dtype, width))
+    counted[slots] = whole.astype(counted.dtype)
     blocks = regions.select(regions.structure == Structure.REFBLOCK).first(bits)
     slots, known = mismatches.index.find(blocks[np.isin(blocks, claimed >> bits)])
     np.subtract.at(counted, slots[known], counted.dtype.type(1))
@@ -102,32 +103,40 @@ def _free_clusters(scope: Scope, counted: Counts) -> I64:
     return np.concatenate(found)
 
 
-def _word_for(scope: Scope, block: int, counted: Counts, free: I64) -> int | None:
-    """What the entry of that *block* was; None where that cannot be told."""
-    geometry, expected = scope.geometry, _expected(scope, block, counted)
-    used, first = int(np.count_nonzero(expected)), block * geometry.refblock_entries
-    if not used:
-        return 0
-    found: list[int] = []
+def _words_for(scope: Scope, wrong: I64, counted: Counts, free: I64) -> list[int | None]:
+    """What the entries of *wrong* blocks were; None where that cannot be told."""
+    geometry, firsts = scope.geometry, wrong * scope.geometry.refblock_entries
+    expected = [_expected(scope, first, counted) for first in firsts.tolist()]
+    places: list[list[int]] = [[] for _ in expected]
     offsets = free << geometry.cluster_bits
+    if not any(len(place) for place, _ in expected):
+        offsets = offsets[:0]
     for part, rows in read_tables(scope.source, offsets, geometry.cluster_size):
         stored = unpack_refcounts(rows, geometry.refcount_order)
-        differing = np.count_nonzero(stored != expected.astype(stored.dtype), axis=1)
-        own = free[part] - first  # It counts itself, which nothing else does.
-        row = np.flatnonzero((own >= 0) & (own < len(expected)))
-        counts_itself = stored[row, own[row]] == 1
-        differing[row] += np.where(counts_itself, -1, used)
-        found += offsets[part][differing * _DIFFERING_OF <= used].tolist()
-    return found[0] if len(found) == 1 else None
+        filled = np.count_nonzero(stored, axis=1)
+        for (place, count), first, found in zip(expected, firsts.tolist(), places, strict=True):
+            used, there = len(place), stored[:, place]
+            differing = filled - np.count_nonzero(there, axis=1)
+            differing += np.count_nonzero(there != count, axis=1)
+            own = free[part] - first  # It counts itself, which nothing else does.
+            row = np.flatnonzero((own >= 0) & (own < geometry.refblock_entries))
+            counts_itself = stored[row, own[row]] == 1
+            differing[row] += np.where(counts_itself, -1, used)
+            found.extend(offsets[part][differing * _DIFFERING_OF <= used].tolist())
+    return [
+        (found[0] if len(found) == 1 else None) if len(place) else 0
+        for found, (place, _) in zip(places, expected, strict=True)
+    ]
 
 
-def _expected(scope: Scope, block: int, counted: Counts) -> Counts:
-    """The refcounts of a block as the census has them."""
+def _expected(scope: Scope, first: int, counted: Counts) -> tuple[I64, Counts]:
+    """The refcounts of the block that begins with the cluster *first* as the census has them: where
+    they are not 0, and how much.
+    """
     geometry, index = scope.geometry, scope.mismatches.index
-    first = block * geometry.refblock_entries
-    slots = np.arange(
-        index.slots_before(first), index.slots_before(first + geometry.refblock_entries)
+    low = index.slots_before(first)
+    slots = low + np.flatnonzero(
+        counted[low : index.slots_before(first + geometry.refblock_entries)]
     )
-    expected: Counts = np.zeros(geometry.refblock_entries, dtype=np.uint64)
-    expected[index.clusters_of(slots) - first] = counted[slots]
-    return np.minimum(expected, np.uint64(geometry.refcount_max))
+    count = np.minimum(counted[slots], np.uint64(geometry.refcount_max))
+    return index.clusters_of(slots) - first, count

@@ -1,6 +1,7 @@
 """Refcount table entries that are put back in an image that must not grow: which, and where not."""
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,18 +24,20 @@ CLUSTER = 4096
 WORD = 8
 
 
-def cut(**options: object) -> Image:
-    """Two L2 tables with data; one of its clusters ends the file, and is not whole."""
+def cut(clusters: int = 20, **options: object) -> Image:
+    """Two L2 tables with data, of so many clusters each; the last of the first one ends the file,
+    and is not whole.
+    """
     builder = ImageBuilder(**{"size": 8 * MIB, "cluster_bits": 12, **options})  # type: ignore[arg-type]
-    rng = random.Random(1)
+    rng, size = random.Random(1), builder.geometry.cluster_size
     for l1_index in range(2):
-        builder.write(l1_index * builder.geometry.l2_entries, rng.randbytes(20 * CLUSTER))
+        builder.write(l1_index * builder.geometry.l2_entries, rng.randbytes(clusters * size))
     image = builder.build()
-    old, new = image.host_offset(19), len(image.data)
-    image.data += image.data[old : old + CLUSTER]
-    image.set_word(image.l2_at(19), new | entries.COPIED)
+    old, new = image.host_offset(clusters - 1), len(image.data)
+    image.data += image.data[old : old + size]
+    image.set_word(image.l2_at(clusters - 1), new | entries.COPIED)
     for offset, count in ((old, 0), (new, 1)):
-        image.set_refcount(offset // CLUSTER, count)
+        image.set_refcount(offset // size, count)
     del image.data[-512:]
     return image
 
@@ -169,3 +172,18 @@ def test_where_the_file_may_grow_refcounts_are_made_anew() -> None:
     found = proposal(image)
     assert FindingKind.REFCOUNT_UNREADABLE not in found.after.counts()
     assert found.plan.size_after > found.plan.size_before
+
+
+def test_looking_for_large_blocks_of_bits_takes_a_byte_for_a_bit() -> None:
+    image = cut(2, cluster_bits=21, size=1 << 40, refcount_order=0)
+    whole = bytes(image.data)
+    flags_alone(image)
+    report, refcounts = check_image(image.source), 8 * image.geometry.cluster_size
+    tracemalloc.start()
+    try:
+        found = propose(image.source, report, RepairTier.ALL)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert read_bytes(Overlay(image.source, found.plan), 0, len(whole)) == whole
+    assert peak < 6 * refcounts
