@@ -262,6 +262,7 @@ def decode_record(read: Read, status: StateWord, name: str) -> tuple[Record, Sta
     start = status.top + SECTOR
     if length > MAX_BYTES or start + length + -length % SECTOR != status.end:
         raise UndoFileDamaged(name, "the undo file contradicts itself")
+    _require_sectors(read, start, header, name)
     body = memoryview(read(start, length))
     if len(body) != length:
         raise UndoFileDamaged(name, "the undo file is cut off")
@@ -269,7 +270,7 @@ def decode_record(read: Read, status: StateWord, name: str) -> tuple[Record, Sta
         raise UndoFileDamaged(name, "the undo file is damaged: its checksum is wrong")
     stages = tuple(_stages(body, header["sectors"]))
     plan = Plan(summary.tier, stages, header["size_before"], header["size_after"])
-    if plan.id != summary.plan_id or not _is_possible(plan):
+    if plan.id != summary.plan_id:
         raise UndoFileDamaged(name, "the undo file contradicts itself")
     identity = Identity(header["device"], header["inode"])
     record = Record(plan, header["head"], CheckCounters(*header["counters"]), identity)
@@ -364,15 +365,31 @@ def _stages(body: memoryview, lengths: list[int]) -> Iterator[Stage]:
             yield Stage(kind, sectors, rows[0], rows[1])
 
 
-def _is_possible(plan: Plan) -> bool:
-    """Whether every stage lies in the file, its sectors ascending."""
-    size = max(plan.size_before, plan.size_after)
-    return size <= MAX_FILE and all(
-        stage.sectors[0] >= 0
-        and int(stage.sectors[-1]) * SECTOR < size
-        and bool((np.diff(stage.sectors) > 0).all())
-        for stage in plan.stages
-    )
+def _require_sectors(read: Read, start: int, header: Container, name: str) -> None:
+    """Read only the sector numbers of the record whose body begins at *start*: every stage lies in
+    the file, its sectors ascending. Holes that are claimed to be gigabytes of a body do not.
+
+    Raises `UndoFileDamaged`, with *name*, and what *read* does.
+    """
+    size = max(header["size_before"], header["size_after"])
+    if size > MAX_FILE:
+        raise UndoFileDamaged(name, "the undo file contradicts itself")
+    for length in header["sectors"]:
+        last = -1
+        for at in range(0, length, _SECTORS_A_TIME):
+            count = min(_SECTORS_A_TIME, length - at)
+            raw = read(start + 8 * at, 8 * count)
+            if len(raw) != 8 * count:
+                raise UndoFileDamaged(name, "the undo file is cut off")
+            sectors = np.frombuffer(raw, "<i8")
+            is_ascending = sectors[0] > last and bool((sectors[1:] > sectors[:-1]).all())
+            last = int(sectors[-1])
+            if not is_ascending or last * SECTOR >= size:
+                raise UndoFileDamaged(name, "the undo file contradicts itself")
+        start += length * (8 + 2 * SECTOR)
+
+
+_SECTORS_A_TIME = 1 << 16
 
 
 # ---- the file ----

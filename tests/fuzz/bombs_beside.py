@@ -123,8 +123,8 @@ def _overlay(said: Said) -> Holed:
 def make_with_undo(seed: int) -> Holed:
     """With an undo file that says a great deal, of which nothing is there."""
     rng = random.Random(f"undo {seed}")
-    bomb = make_bomb(seed, room=ROOM // 2)
-    shown = rng.choice((1, 100, 50_000))
+    bomb = make_bomb(seed, room=ROOM // 8)
+    shown = rng.choice((1, 100, 100_000))
     rows = np.zeros((shown, SECTOR), dtype=np.uint8)
     stage = Stage(StageKind.CORRECT, np.arange(shown, dtype=np.int64), rows, rows)
     plan = Plan(RepairTier.LEAKS, (stage,), 1 << 40, 1 << 40)

@@ -838,6 +838,29 @@ def test_nor_of_one_that_claims_it(image: Path, place: UndoPlace) -> None:
         Journal.open(place)
 
 
+def test_nor_of_one_whose_sectors_are_a_hole(
+    image: Path, place: UndoPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, stages = 1 << 22, [0, 0, 0, 0, 1 << 22, 0]
+    header = dict(HEADER.parse(encoded(make_record())[BODY_AT:])) | {"sectors": stages}
+    built: bytes = HEADER.build(header)
+    word = StateWord(State.APPLIED, 1, BODY_AT, BODY_AT + SECTOR + count * (8 + 2 * SECTOR))
+    file = image.with_name(image.name + SUFFIX)
+    file.write_bytes(encode_front(word) + built + digest_of(built))
+    file.chmod(0o600)
+    os.truncate(file, word.end)
+    read, pread = [], os.pread
+
+    def watch(fd: int, length: int, offset: int) -> bytes:
+        read.append(length)
+        return pread(fd, min(length, 1 << 20), offset)
+
+    monkeypatch.setattr(os, "pread", watch)
+    with pytest.raises(UndoFileDamaged, match="contradicts itself"):
+        Journal.open(place)
+    assert sum(read) < 1 << 20
+
+
 def test_a_file_system_that_cannot_flush_a_directory(
     place: UndoPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
