@@ -13,7 +13,8 @@ from instarfs.cli.progress import progress_bar
 from instarfs.errors import DOMAIN_ERRORS, ImageReadFailed, ImageTorn
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.render.files import files_lines, files_tsv
 from instarfs.repair.checking import run_check

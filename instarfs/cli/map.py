@@ -12,7 +12,8 @@ from instarfs.cli.options import follow_option
 from instarfs.cli.sizes import Size
 from instarfs.errors import ImageUnreadable
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import LARGEST, Guest
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import LARGEST
 from instarfs.render.guest_map import MapIncomplete, map_human, map_json
 from instarfs.repair.interrupted import pending
 from planner.errors import ImageError

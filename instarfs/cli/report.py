@@ -22,7 +22,8 @@ from instarfs.errors import (
 )
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.image.surroundings import Surroundings
 from instarfs.render.aftermath import Aftermath

@@ -21,6 +21,7 @@ from instarfs import render
 from instarfs.daemon import process as daemon
 from instarfs.daemon.confinement import Confinement
 from instarfs.errors import ImageNotQcow2, ImageUnreadable
+from instarfs.guest import unpack  # noqa: F401 - by shared libraries: too late once confined
 from instarfs.guest.follow import Follow
 from instarfs.image import locks, memory
 from instarfs.image.file import Image, end_readers
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FIRST = "instarfs.inspect.checker", f"{render.__name__}.check"
+_FIRST = (
+    "planner.guest.allocation",
+    "instarfs.guest.guest",
+    "planner.qcow2.contents",
+    "instarfs.inspect.checker",
+    f"{render.__name__}.check",
+)
 _LATE = (
     "instarfs.inspect.work",
     "instarfs.inspect.repair_queue",
@@ -54,7 +61,7 @@ _LATE = (
     "planner.check.wire",
     *(f"{render.__name__}.{name}" for name in render.__all__),
 )
-"""What checks, and then what else computes, repairs and shows: loaded once the mount answers, or by
+"""What reads the disk and checks, then what else computes and shows: once the mount answers, or by
 who is faster, and not when it is first used. By then the package may have been replaced, and no two
 versions are to meet.
 """

@@ -13,22 +13,23 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
 from instarfs.errors import InstarfsError
-from instarfs.guest.guest import Part, Place, size_of
+from instarfs.guest.place import Part, Place, size_of
 from instarfs.image.file import FileSource, Image, WouldBlock
 from planner.errors import ImageError, PlannerError
-from planner.guest.allocation import allocation
-from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
-from planner.qcow2.snapshots import Snapshots, read_snapshots
 from planner.source import nonzero_words
 
-SnapshotsOf = Callable[[FileSource, Layout], Snapshots]
+if TYPE_CHECKING:  # what a mount loads once it answers
+    from planner.qcow2.snapshots import Snapshots
+
+SnapshotsOf = Callable[[FileSource, Layout], "Snapshots"]
 """The snapshots of an image; raises `ImageError`."""
 
 AT_ONCE_TABLES = 16
@@ -119,6 +120,8 @@ class AllocatedBytes:
 
     def _snapshots_of(self, state: Hashable, source: FileSource, layout: Layout) -> Snapshots:
         """Read once for all places: there may be 65,536 of them."""
+        from planner.qcow2.snapshots import read_snapshots  # noqa: PLC0415
+
         kept = self._snapshots
         if kept is None or kept[0] != state:
             table = read_snapshots(source, layout.header, layout.geometry)
@@ -128,6 +131,9 @@ class AllocatedBytes:
 
 def _count(source: FileSource, place: Place, of: SnapshotsOf, *, in_passing: bool) -> int:
     """*in_passing*: a bound is enough where more would be work. Raises as a source and a layout."""
+    from planner.guest.allocation import allocation  # noqa: PLC0415
+    from planner.qcow2 import entries  # noqa: PLC0415
+
     layout = Layout.read(source)
     geometry = layout.geometry
     offset, count, low, high = _extent(source, layout, place, of)

@@ -29,8 +29,9 @@ from instarfs.errors import (
 )
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place, disk_extents
+from instarfs.guest.guest import Guest, disk_extents
 from instarfs.guest.outfile import Origin, OutFile
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Generation, Image
 from planner.arrays import U8
 from planner.errors import Cancelled, ReadFailed

@@ -21,7 +21,8 @@ from instarfs.errors import (
     SnapshotMissing,
 )
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
-from instarfs.guest.guest import Guest, Part, Place, disk_extents, disk_stratum
+from instarfs.guest.guest import Guest, disk_extents, disk_stratum
+from instarfs.guest.place import Part, Place
 from planner.arrays import I64, Mask, join_ranges
 from planner.check.report import Report
 from planner.errors import ImageError, ReadFailed

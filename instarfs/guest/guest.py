@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import cached_property
 
 from instarfs.errors import (
@@ -21,11 +20,11 @@ from instarfs.errors import (
 from instarfs.guest.chain import Chain, open_chain
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
+from instarfs.guest.place import LARGEST, Part, Place, size_of
 from instarfs.image.file import Generation, Image, Signature
 from planner.errors import ImageError, ReadFailed
 from planner.guest.chain import Member, Role, full_name
 from planner.guest.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
-from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
 from planner.qcow2.snapshots import Snapshot, SnapshotTable, read_reachable_snapshots
@@ -35,33 +34,6 @@ MAX_FOUND = 8
 
 ROWS_OF_ANY, ROWS_OF_A_BYTE = 1 << 20, 2
 """Rows that a map may have: an L2 entry of 16 bytes makes up to 32 of them."""
-
-LARGEST = 1 << 61
-"""Bytes of a disk: what an L1 table of the largest size maps with the largest clusters."""
-
-
-class Part(StrEnum):
-    """What a guest has that can be read."""
-
-    DISK = "disk"
-    SNAPSHOT = "snapshot"
-    VMSTATE = "vmstate"
-    LOST_TABLE = "lost table"
-    LOST_SNAPSHOT = "lost snapshot"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One of the things to be read: the active disk, or what the snapshot at ``index`` kept.
-
-    Of what nothing leads to any more ``index`` is the host offset of its table: an L2 table, or an
-    L1 table of so many ``entries``, of a disk of ``size`` bytes.
-    """
-
-    part: Part
-    index: int = 0
-    entries: int = 0
-    size: int = 0
 
 
 class Guest:
@@ -261,20 +233,3 @@ def _has_preallocated_metadata(layer: Qcow2Layer) -> bool:
         if not beneath.strict:
             raise
         return True  # holes are looked for then, which is slow and does no harm
-
-
-def size_of(place: Place, snapshot: Snapshot, geometry: Geometry) -> int:
-    """Bytes of the disk or the machine state of a snapshot, of a disk in whole sectors.
-
-    Where the snapshot does not say, its disk is as large as the image's. Raises `ImageError` for
-    more than any disk has.
-    """
-    if place.part is Part.VMSTATE:
-        field, size = "vm_state_size", snapshot.vm_state_size
-    else:
-        known = snapshot.disk_size
-        size = (geometry.virtual_size if known is None else known) // SECTOR * SECTOR
-        field = "disk size of a snapshot"
-    if size > LARGEST:
-        raise ImageError(field, size, "larger than any disk can be")
-    return size

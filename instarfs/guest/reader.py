@@ -11,14 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from instarfs.errors import InstarfsError
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Place
+from instarfs.guest.place import Place
 from instarfs.image.file import Image, Signature, WouldBlock
+
+if TYPE_CHECKING:  # what a mount loads once it answers
+    from instarfs.guest.guest import Guest
 
 FRESH_SECONDS = 0.001
 """So long it is believed that the image is what it was: the kernel's clock ticks no faster."""
@@ -173,6 +176,8 @@ class GuestReader:
         return guest
 
     def _open_now(self, image: Image) -> tuple[Guest, Hashable]:
+        from instarfs.guest.guest import Guest  # noqa: PLC0415
+
         guest = Guest(image, self._follow)
         return guest, guest.state_beneath()
 

@@ -28,7 +28,7 @@ from instarfs.errors import (
 )
 from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place, size_of
+from instarfs.guest.place import Part, Place, size_of
 from instarfs.guest.reader import GuestReader
 from instarfs.image.file import FileSource, Generation, Image
 from instarfs.inspect.shared_value import Changed, Edition, Value, Workshop, room_for_values
@@ -46,15 +46,17 @@ from instarfs.inspect.values import (
 )
 from planner.arrays import GuestOffset, HostOffset
 from planner.errors import ImageError, PlannerError, RepairError, as_value
-from planner.guestfs.files import FilesUnknown, HitFiles
-from planner.qcow2.contents import Contents, bare_header
-from planner.qcow2.snapshots import Snapshot
+from planner.qcow2.header import bare_header
 from planner.repair.plan import RepairTier
 
 if TYPE_CHECKING:  # what a mount loads once it answers
+    from instarfs.guest.guest import Guest
     from instarfs.inspect.repair_queue import MakeRepairer, Repairs
     from instarfs.inspect.work import Work
     from planner.check.report import Report
+    from planner.guestfs.files import FilesUnknown, HitFiles
+    from planner.qcow2.contents import Contents
+    from planner.qcow2.snapshots import Snapshot
     from planner.repair.tiers import Proposal
     from planner.triage.triage import Triage
     from planner.views.explain import HostExplanation
@@ -174,21 +176,25 @@ class Inspector:
 
     def snapshots(self) -> Sequence[Snapshot]:
         """Those that the image had when it was last described. Computes nothing."""
-        contents = self._described.contents if self._described else None
-        return contents.snapshots if isinstance(contents, Contents) else ()
+        contents = self._contents()
+        return contents.snapshots if contents else ()
 
     def snapshot_size(self, place: Place) -> int:
         """Bytes of what is at *place*, which is of a snapshot; 0 where that makes no sense.
 
         Of a snapshot that is gone the last size: one who reads on is to hear of it.
         """
-        contents = self._described.contents if self._described else None
-        if isinstance(contents, Contents) and place.index < len(contents.snapshots):
+        contents = self._contents()
+        if contents and place.index < len(contents.snapshots):
             snapshot, geometry = contents.snapshots[place.index], contents.layout.geometry
             self._snapshot_sizes[place] = 0
             with suppress(ImageError):
                 self._snapshot_sizes[place] = size_of(place, snapshot, geometry)
         return self._snapshot_sizes.get(place, 0)
+
+    def _contents(self) -> Contents | None:
+        contents = self._described.contents if self._described else None
+        return None if isinstance(contents, ImageError) else contents
 
     def progress(self) -> str:
         """How far is what is being computed: a check, or what follows from it; or `IDLE`."""
@@ -238,8 +244,9 @@ class Inspector:
                 self._keep_look(value)
             with self._stages.running("opening"):
                 found = await self._find_files(place)
-            if changed() and isinstance(found, HitFiles):
-                return found.with_note("the image was written to meanwhile: look again")
+            if changed():
+                note = "the image was written to meanwhile: look again"
+                return self._work().with_note(found, note)
             return found
 
         value = self._value(
@@ -355,11 +362,11 @@ class Inspector:
     async def _find_files(self, place: Place) -> HitFiles | FilesUnknown:
         image, report = self.subject.image, (await self.checkup.get()).value.report
         if report.error is not None:
-            return FilesUnknown(str(report.error))
+            return self._work().unknown(report.error)
         triage = await self._triage_or_error()
         guest = (await self.guest.get()).value
         if isinstance(guest, ImageError):
-            return FilesUnknown(str(guest))
+            return self._work().unknown(guest)
         return await self._working(lambda work: work.search(image, guest, place, report, triage))
 
     async def _brief(self, changed: Changed) -> Briefing:
@@ -438,6 +445,8 @@ async def inspecting(
 
 
 def _describe(image: Image) -> Description:
+    from planner.qcow2.contents import Contents  # noqa: PLC0415
+
     source = image.source()
     contents: Contents | ImageError
     try:

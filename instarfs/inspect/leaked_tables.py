@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from instarfs.guest.guest import Part, Place
+from instarfs.guest.place import Part, Place
 from planner.arrays import I64
 from planner.check.classify import Look
 from planner.check.refcount_comparison import CHUNK

@@ -25,9 +25,8 @@ from instarfs.image.surroundings import Gone, Surroundings
 from instarfs.inspect.asking import Asker
 from instarfs.repair.interrupted import pending
 from instarfs.repair.looking import look_around
-from planner.qcow2.contents import bare_header
 from planner.qcow2.geometry import SECTOR
-from planner.qcow2.header import SIGNED_MAX
+from planner.qcow2.header import SIGNED_MAX, bare_header
 
 if TYPE_CHECKING:
     from instarfs.repair.journal import Summary

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from instarfs.errors import InstarfsError
 from instarfs.guest.files import hit_files, owner_of
-from instarfs.guest.guest import Guest, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Place
 from instarfs.image import locks
 from instarfs.image.file import Image
 from instarfs.image.rwlock import Sharing
@@ -56,6 +57,16 @@ class Work:
         """The files of the disk at *place* that are hit by what a check found."""
         with self._sharing.reading(image):
             return hit_files(guest, place, report, triage, while_wanted(self._stages.tell))
+
+    @staticmethod
+    def unknown(error: ImageError) -> FilesUnknown:
+        """That nobody can say which files are hit, because of *error*."""
+        return FilesUnknown(str(error))
+
+    @staticmethod
+    def with_note(found: HitFiles | FilesUnknown, note: str) -> HitFiles | FilesUnknown:
+        """The same, with one more thing to be said first, if there is anything to be said."""
+        return found.with_note(note) if isinstance(found, HitFiles) else found
 
     def plan(
         self, image: Image, report: Report, tier: RepairTier, triage: Triage

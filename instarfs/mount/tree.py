@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from instarfs import render
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import WouldBlock
 from instarfs.inspect.inspector import Inspector
 from instarfs.inspect.leaked_runs import LostRuns
@@ -43,6 +43,7 @@ from planner.repair.plan import RepairTier
 from planner.source import read_present
 
 if TYPE_CHECKING:  # what a mount loads once it answers
+    from instarfs.guest.guest import Guest
     from instarfs.inspect.leaked_tables import LostTables
     from instarfs.inspect.values import Briefing, Checkup, Description
     from instarfs.render.aftermath import Mounted

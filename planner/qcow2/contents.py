@@ -12,11 +12,10 @@ from typing import TypeVar
 
 from planner.errors import ImageError, as_value
 from planner.qcow2.bitmaps import Bitmap, read_bitmaps
-from planner.qcow2.header import MAGIC, V3_LENGTH, Header, decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import LuksHeader, read_luks
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
-from planner.source import Source, read_bytes
+from planner.source import Source
 
 _Part = TypeVar("_Part")
 
@@ -58,12 +57,3 @@ class Contents:
         if crypto := layout.extensions.crypto:
             luks = attempt("encrypt", lambda: read_luks(source, crypto))
         return cls(layout, table.snapshots, bitmaps or (), luks, tuple(errors))
-
-
-def bare_header(source: Source) -> Header | None:
-    """The fixed fields of a qcow2 header, sensible or not, zeros where the file ends before them.
-
-    For showing what stands where no layout could be read; None where not even the magic is there.
-    """
-    header = decode_header(read_bytes(source, 0, V3_LENGTH))
-    return header if header.magic == MAGIC else None

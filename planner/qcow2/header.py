@@ -179,6 +179,15 @@ def decode_header(raw: bytes) -> Header:
     return Header(**values, additional=raw[V3_LENGTH : max(V3_LENGTH, values["header_length"])])
 
 
+def bare_header(source: Source) -> Header | None:
+    """The fixed fields of a qcow2 header, sensible or not, zeros where the file ends before them.
+
+    For showing what stands where no layout could be read; None where not even the magic is there.
+    """
+    header = decode_header(read_bytes(source, 0, V3_LENGTH))
+    return header if header.magic == MAGIC else None
+
+
 def encode_header(header: Header) -> bytes:
     """The inverse of `decode_header`."""
     values = asdict(header)

@@ -24,7 +24,8 @@ import numpy as np
 from instarfs.errors import DOMAIN_ERRORS, UndoFileDamaged
 from instarfs.guest.compressed import look_at_packed
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.render import bitmaps as render_bitmaps
 from instarfs.render import check as render_check
@@ -52,10 +53,10 @@ from planner.guestfs.ntfs import filesystem as ntfs
 from planner.guestfs.reading import Holes
 from planner.guestfs.xfs import filesystem as xfs
 from planner.qcow2.bitmaps import read_bitmaps
-from planner.qcow2.contents import Contents, bare_header
+from planner.qcow2.contents import Contents
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.geometry import Geometry
-from planner.qcow2.header import decode_header
+from planner.qcow2.header import bare_header, decode_header
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import encode_luks
 from planner.qcow2.snapshots import read_reachable_snapshots, read_snapshots

@@ -17,7 +17,8 @@ import pytest
 
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image

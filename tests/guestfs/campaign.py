@@ -15,7 +15,8 @@ import numpy as np
 
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from planner.arrays import join_ranges
 from planner.check.check import check_image

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from planner.errors import ImageError, NotQcow2
 from planner.source import SECTOR

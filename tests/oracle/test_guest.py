@@ -20,7 +20,8 @@ import pytest
 from instarfs.errors import GuestEncrypted
 from instarfs.guest.disk import Disk
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.render.guest_map import map_json
 from planner.qcow2.snapshots import read_snapshots

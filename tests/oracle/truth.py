@@ -20,7 +20,8 @@ import numpy as np
 from instarfs.errors import InstarfsError
 from instarfs.guest.disk import Disk
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from planner.arrays import I64, Mask
 from planner.check.check import check_image

@@ -11,7 +11,8 @@ import pytest
 
 from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image import locks
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image

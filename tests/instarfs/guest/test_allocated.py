@@ -13,7 +13,8 @@ import trio
 from instarfs.errors import ImageMissing
 from instarfs.guest.allocated import AllocatedBytes
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from tests.images.builder import MIB, ImageBuilder
 

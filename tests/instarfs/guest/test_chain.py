@@ -9,7 +9,8 @@ import pytest
 
 from instarfs.errors import FollowImpossible, GuestElsewhere
 from instarfs.guest.follow import FILESYSTEM_TYPE, Follow, NotOpened, beside
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image, mount_id
 from planner.guest.chain import Member
 from tests.images.builder import ImageBuilder

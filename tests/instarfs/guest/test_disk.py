@@ -5,7 +5,8 @@ from pathlib import Path
 from instarfs.guest.disk import Qcow2Layer
 from instarfs.guest.files import DiskSource
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from planner.guestfs.work import Work
 from planner.source import SECTOR, read_around

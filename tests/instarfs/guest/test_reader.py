@@ -12,7 +12,7 @@ import trio
 
 from instarfs.errors import GuestDamaged, ImageMissing
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Part, Place
+from instarfs.guest.place import Part, Place
 from instarfs.guest.reader import GuestReader
 from instarfs.image.file import Image, mount_id
 from planner.errors import ImageError

@@ -18,7 +18,7 @@ import pytest
 import trio
 
 from instarfs.errors import ImageNotFollowed, ImageReadFailed, ReadCancelled
-from instarfs.guest.guest import Part, Place
+from instarfs.guest.place import Part, Place
 from instarfs.image import locks
 from instarfs.image.file import FileSource, Image
 from instarfs.image.locks import Access, Permission, held

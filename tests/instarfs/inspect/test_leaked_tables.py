@@ -9,7 +9,8 @@ import pytest
 
 from instarfs.errors import GuestDamaged, GuestElsewhere
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.file import Image
 from instarfs.inspect.leaked_tables import LostTables
 from planner.check.check import check_image

@@ -39,7 +39,8 @@ from pyfuse3 import EntryAttributes, FUSEError
 
 from instarfs.errors import DOMAIN_ERRORS
 from instarfs.guest.follow import Follow
-from instarfs.guest.guest import Guest, Part, Place
+from instarfs.guest.guest import Guest
+from instarfs.guest.place import Part, Place
 from instarfs.image.directory import SUFFIX
 from instarfs.image.file import Image
 from instarfs.inspect.inspector import Inspector

@@ -18,8 +18,8 @@ from instarfs.render.info import (
     size_text,
 )
 from planner.errors import ImageError
-from planner.qcow2.contents import Contents, bare_header
-from planner.qcow2.header import CRYPT_LUKS, Incompatible
+from planner.qcow2.contents import Contents
+from planner.qcow2.header import CRYPT_LUKS, Incompatible, bare_header
 from planner.qcow2.luks import encode_luks
 from tests.images.builder import Image, ImageBuilder
 from tests.images.luks_headers import REFUSED, luks_header

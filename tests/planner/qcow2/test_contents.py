@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from planner.errors import ImageError
-from planner.qcow2.contents import Contents, bare_header
-from planner.qcow2.header import CRYPT_LUKS, MAGIC
+from planner.qcow2.contents import Contents
+from planner.qcow2.header import CRYPT_LUKS, MAGIC, bare_header
 from planner.qcow2.luks import encode_luks
 from planner.source import Bytes
 from tests.images.builder import Image, ImageBuilder
