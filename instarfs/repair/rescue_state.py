@@ -16,8 +16,8 @@ import stat
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -25,16 +25,22 @@ from instarfs.errors import RescueStateFailed, reason_of
 from instarfs.image.directory import MODE, kept_readable
 from instarfs.image.file import Generation
 from instarfs.text import json_bytes
+from planner.arrays import I64
 from planner.rescue.scanned import Scanned, Section
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Digest
+
 MARK = b"instarfs rescue 1\n"
-MAX_BYTES, MAX_HEAD, MAX_SECTIONS = 1 << 30, 1 << 20, 256
+MAX_HEAD, MAX_SECTIONS = 1 << 20, 256
 SAVED_EVERY = 15.0
 """Seconds after which, at least, a scan that is killed goes on from."""
 
 _NEW = ".instarfs-new"
 _DIGEST = hashlib.sha256().digest_size
 _COLUMNS = ("again", "ends", "filled")
+_ASCENDING = ("again", "ends")
+_WORDS_A_TIME = 1 << 16
 
 
 @dataclass(slots=True)
@@ -103,15 +109,14 @@ class RescueState:
 
 def _read(path: str, identity: list[object]) -> dict[str, Section]:
     try:
-        raw = _content(path)
+        with _opened(path) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or file.read(len(MARK)) != MARK:
+                raise RescueStateFailed(path, "it is none")
+            of, sections = _decode(file)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise RescueStateFailed(path, reason_of(error)) from error
-    if raw is None or not raw.startswith(MARK):
-        raise RescueStateFailed(path, "it is none")
-    try:
-        of, sections = _decode(raw[len(MARK) :])
     except (ValueError, TypeError, RecursionError, KeyError) as error:
         raise RescueStateFailed(path, "it is damaged") from error
     if of[:1] != identity[:1]:
@@ -123,38 +128,66 @@ def _read(path: str, identity: list[object]) -> dict[str, Section]:
     return sections
 
 
-def _content(path: str) -> bytes | None:
-    """All of the file; None where it is no file, or too large for a state."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            return None
-        return file.read(MAX_BYTES)
+def _opened(path: str) -> BinaryIO:
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
-def _decode(raw: bytes) -> tuple[list[object], dict[str, Section]]:
-    """Of which image it is, and its sections. Raises `ValueError`, `TypeError`, `KeyError`."""
-    digest, rest = raw[:_DIGEST], raw[_DIGEST:]
-    if hashlib.sha256(rest).digest() != digest:
+def _decode(file: BinaryIO) -> tuple[list[object], dict[str, Section]]:
+    """Of which image it is, and its sections, from behind the mark on.
+
+    Whatever it claims, no more is held than half as much again as is there of it: it is refused
+    at the first hole in place of what ascends. Raises `ValueError`, `TypeError`, `KeyError`,
+    `OSError`.
+    """
+    digest, length = _exactly(file, _DIGEST), _exactly(file, 8)
+    whole = hashlib.sha256(length)
+    if int.from_bytes(length, "little") > MAX_HEAD:
         raise ValueError
-    length = int.from_bytes(rest[:8], "little")
-    if length > MAX_HEAD:
-        raise ValueError
-    head = json.loads(rest[8 : 8 + length])
+    raw = _exactly(file, int.from_bytes(length, "little"))
+    whole.update(raw)
+    head = json.loads(raw)
     scans = {str(name): [_number(each) for each in numbers] for name, *numbers in head["scans"]}
     if len(scans) > MAX_SECTIONS or any(len(each) != 1 + len(_COLUMNS) for each in scans.values()):
         raise ValueError
-    ends = list(accumulate((n for _, *counts in scans.values() for n in counts), initial=0))
-    columns = rest[8 + length :]
-    if len(columns) != ends[-1] * 8:
+    if any(ends != filled for _, _, ends, filled in scans.values()):
         raise ValueError
-    words = np.frombuffer(columns, dtype="<i8").astype(np.int64)
-    parts = iter([words[low:high] for low, high in pairwise(ends)])
+    if os.fstat(file.fileno()).st_size != file.tell() + 8 * sum(
+        count for _, *counts in scans.values() for count in counts
+    ):
+        raise ValueError
     sections = {
-        name: Section(done, *(next(parts) for _ in _COLUMNS)) for name, (done, *_) in scans.items()
+        name: Section(
+            done,
+            *(
+                _column(file, count, whole, ascends=column in _ASCENDING)
+                for column, count in zip(_COLUMNS, counts, strict=True)
+            ),
+        )
+        for name, (done, *counts) in scans.items()
     }
+    if whole.digest() != digest:
+        raise ValueError
     return list(head["image"]), sections
+
+
+def _column(file: BinaryIO, count: int, whole: Digest, *, ascends: bool) -> I64:
+    parts, last = [np.zeros(0, dtype=np.int64)], -1
+    for at in range(0, count, _WORDS_A_TIME):
+        raw = _exactly(file, 8 * min(_WORDS_A_TIME, count - at))
+        whole.update(raw)
+        words = np.frombuffer(raw, dtype="<i8").astype(np.int64)
+        if ascends and not (words[0] > last and bool((words[1:] > words[:-1]).all())):
+            raise ValueError
+        last = int(words[-1])
+        parts.append(words)
+    return np.concatenate(parts)
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    raw = file.read(length)
+    if len(raw) != length:
+        raise ValueError
+    return raw
 
 
 def _number(value: object) -> int:

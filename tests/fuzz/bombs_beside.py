@@ -7,7 +7,7 @@ together is less than `FILE_BYTES`, but for the disk at the end of a chain, whic
 
 from __future__ import annotations
 
-import os
+import json
 import random
 import struct
 from collections.abc import Callable
@@ -148,9 +148,13 @@ def make_with_state(seed: int) -> Holed:
     """With a state of a rescue, or of scans, that somebody made up."""
     rng = random.Random(f"state {seed}")
     bomb = make_bomb(seed, room=ROOM // 2)
+    count = 1 << rng.choice((10, 20, 27))
+    head = json.dumps({"image": [], "scans": [["tables", 0, count, 0, 0]]}).encode()
+    rest = len(head).to_bytes(8, "little") + head
+    rest += np.arange(min(count, 1 << 15), dtype="<i8").tobytes()
     states: tuple[Callable[[], Holed], ...] = (
         lambda: Holed([(0, MARK)], 1 << 30),
-        lambda: Holed([(0, MARK + bytes(32) + os.fsencode('{"scans": []}'))], 1 << 29),
+        lambda: Holed([(0, MARK + bytes(32) + rest)], len(MARK) + 40 + len(head) + 8 * count),
         lambda: Holed([(0, b"SQLite format 3\0")], 1 << 32),
         lambda: Holed(size=LARGEST),
     )

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,23 @@ def test_what_somebody_made_up_is_refused(lost: Path, head: object) -> None:
     path = lost.with_name("state")
     path.write_bytes(signed(head))
     must_be_refused(lost, path, "it is damaged")
+
+
+@pytest.mark.parametrize("counts", [(1 << 27, 0, 0), (0, 1 << 26, 1 << 26), (0, 0, 1 << 27)])
+def test_one_that_is_a_hole_is_refused_before_it_is_in_memory(
+    lost: Path, counts: tuple[int, int, int]
+) -> None:
+    path = lost.with_name("state")
+    path.write_bytes(signed({"image": [], "scans": [["tables", 0, *counts]]}))
+    os.truncate(path, path.stat().st_size + (1 << 30))
+    tracemalloc.start()
+    try:
+        with pytest.raises(RescueStateFailed, match="it is damaged"):
+            state_of(lost, path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20
 
 
 def test_what_is_no_state_is_left_alone(lost: Path) -> None:
