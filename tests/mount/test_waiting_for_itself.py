@@ -5,8 +5,10 @@ Whatever goes wrong here hangs processes for good: every mount is cut off by its
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from instarfs.image.directory import SUFFIX
 from tests.mount.mounts import (
     INSTARFS,
     MakeMount,
@@ -175,6 +178,41 @@ def test_its_own_mount_mounted_on_the_image(
         run("umount", image)
     require_answers(mount)
     end(mount)
+
+
+@contextlib.contextmanager
+def silent_file(path: Path) -> Iterator[None]:
+    """A file of a FUSE file system that answers nothing, mounted on that of *path*."""
+    library, device = ctypes.CDLL(None, use_errno=True), os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode={stat.S_IFREG:o},user_id=0,group_id=0"
+    try:
+        done = library.mount(b"silent", os.fsencode(path), b"fuse", 0, options.encode())
+        assert done == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            library.umount2(os.fsencode(path), 2)
+    finally:
+        os.close(device)  # which ends whoever waits
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file")
+@pytest.mark.parametrize("is_undo_file", [False, True])
+def test_a_file_that_answers_nothing_mounted_on_the_image_or_its_undo_file(
+    hangable: MakeMount, tmp_path: Path, end: Callable[[Mount], None], *, is_undo_file: bool
+) -> None:
+    image = make_image(tmp_path / "image", "1M")
+    undo = image.with_name(f"image{SUFFIX}")
+    mount = hangable(image, tmp_path / "mnt")
+    require_answers(mount)
+    if is_undo_file:
+        undo.touch()
+    with silent_file(undo if is_undo_file else image):
+        os.utime(tmp_path)
+        require_answers(mount, refused=() if is_undo_file else tuple(FILES[1:]))
+        with pytest.raises(OSError, match=r"Permission denied|Input/output error"):
+            (mount / "repair/tier").write_text("leaks")
+        end(mount)
 
 
 @contextlib.contextmanager
