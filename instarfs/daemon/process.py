@@ -7,6 +7,7 @@ it serves is handed to it; this file does not know what an image is.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -195,11 +196,17 @@ def _mounted(
                 pyfuse3.close()
 
 
+_SAID_BYTES = 4096
+
+
 @contextlib.contextmanager
 def _file_in_memory() -> Iterator[int]:
     """A descriptor of what can be written to. Once the process is confined none can be made."""
-    fd = os.memfd_create("stderr")
+    fd = os.memfd_create("stderr", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        # No larger: no limit on memory counts what is in it.
+        os.ftruncate(fd, _SAID_BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
         yield fd
     finally:
         os.close(fd)
@@ -211,7 +218,7 @@ def _captured_stderr(captured: int) -> Iterator[Callable[[], str]]:
     saved = os.dup(2)
 
     def said() -> str:
-        text = os.pread(captured, 4096, 0).decode(errors="replace")
+        text = os.pread(captured, _SAID_BYTES, 0).rstrip(b"\0").decode(errors="replace")
         return " ".join(text.split())
 
     try:

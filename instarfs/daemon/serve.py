@@ -111,6 +111,7 @@ def serve(
     def confine() -> None:
         end_readers()
         memory.limit(image.source(), for_good=True)
+        memory.limit_address_space()
         confinement.enforce()
 
     @asynccontextmanager

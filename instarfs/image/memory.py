@@ -12,6 +12,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 from instarfs.errors import NotEnoughMemory
 from instarfs.image.file import FileSource, Image
@@ -23,6 +24,10 @@ FOR_A_BYTE = 8
 
 _KEPT_BYTES, _KEPT_TOGETHER = 4 << 20, 64 << 20
 """Twice as large as the arrays of a batch are (`planner.source.BATCH_BYTES`), and some of them."""
+
+_SIZES = Path("/proc/self/statm")
+_SET_ASIDE = 256 << 20
+"""Address space that is no memory: what lies between stacks, and what allocators reserve."""
 
 _NO_STACK = "can't start new thread"
 """What Python makes of a thread that there is no memory for."""
@@ -39,6 +44,23 @@ def limit(source: FileSource, *, for_good: bool = False) -> None:
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most if for_good else hard))
+
+
+def limit_address_space() -> None:
+    """Let this process have no more than its limit on memory beside what it has mapped by now.
+
+    For good, and of any kind: stacks, and what nobody may touch, do not count to that limit. To be
+    called when that is set and all is loaded. Nothing is done where it is not known what is mapped.
+    """
+    try:
+        mapped = int(_SIZES.read_bytes().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:  # without /proc
+        return
+    memory, hard = (resource.getrlimit(it)[1] for it in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+    most = min(mapped + memory + _SET_ASIDE, (1 << 63) - 1)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from instarfs.daemon import broker
+from instarfs.daemon import broker, process
 from instarfs.daemon import serve as session
 from instarfs.daemon.background import nobody_waits
 from instarfs.daemon.logs import log_to_stderr
@@ -29,6 +29,7 @@ from instarfs.guest.follow import Follow
 from instarfs.image.directory import Opening
 from instarfs.image.file import Image
 from instarfs.image.linux import is_mounted, openat2
+from instarfs.mount import mountpoint
 from instarfs.mount.options import MountOptions
 from instarfs.repair.undo_place import UndoPlace
 from planner.check.check import check_image
@@ -160,6 +161,50 @@ def have_an_undo_file_made() -> None:
         place.remove()
 
 
+def fill_the_disk_with_an_undo_file() -> None:
+    with UndoPlace.beside(image) as place:
+        fd = place.make()
+        try:
+            fill_the_disk_with(fd)
+        finally:
+            os.close(fd)
+            place.remove()
+
+
+def fill_the_disk_with_the_image() -> None:
+    """And cut it again."""
+    fd = have_the_image_opened_for_writing()
+    fill_the_disk_with(fd)
+    os.close(fd)
+
+
+def fill_the_disk_with(fd: int) -> None:
+    """A little: nobody asks how much. *fd* is as long as it was afterwards."""
+    before, more = os.fstat(fd), 4 << 20
+    os.pwrite(fd, b"?" * more, before.st_size)
+    os.fsync(fd)
+    taken = os.fstat(fd).st_blocks - before.st_blocks
+    os.ftruncate(fd, before.st_size)
+    assert taken * 512 >= more
+
+
+class ReadAhead(mountpoint.ReadAhead):
+    """What chooses how far the kernel reads ahead of the mount, and is held until it answers."""
+
+    chosen = Path("/sys/class/bdi/0:0/read_ahead_kb")
+
+    def widen(self) -> None:
+        """After all attempts of a daemon that has answered nobody yet."""
+        type(self).chosen = Path(f"/proc/self/fd/{self._fd}").readlink()
+        try_all({**EARLY, "choose-how-far-is-read-ahead-early": self._choose})
+        super().widen()
+
+    def _choose(self) -> None:
+        if self._fd < 0:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        os.pwrite(self._fd, b"8\n", 0)
+
+
 def children() -> Iterator[int]:
     pid = os.getpid()
     return map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
@@ -273,12 +318,25 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "have-image-opened": lambda: image.reopen().close(),
     "have-image-opened-to-write": lambda: os.close(have_the_image_opened_for_writing()),
     "have-undo-file-made": have_an_undo_file_made,
+    "fill-the-disk-with-an-undo-file": fill_the_disk_with_an_undo_file,
+    "choose-how-far-is-read-ahead": lambda: open_and_close(ReadAhead.chosen, os.O_WRONLY),
 }
+
+
+EARLY: dict[str, Callable[[], object]] = {
+    "fill-the-disk-with-the-image": fill_the_disk_with_the_image,
+}
+"""What is tried before it answers: what comes after would find that the image was written to."""
 
 
 def check(source: Source, *, progress: Progress) -> Report:
     """`check_image`, after all attempts."""
-    for name, attempt in ATTEMPTS.items():
+    try_all(ATTEMPTS)
+    return check_image(source, progress=progress)
+
+
+def try_all(attempts: dict[str, Callable[[], object]]) -> None:
+    for name, attempt in attempts.items():
         try:
             attempt()
             outcome = "done"
@@ -287,9 +345,9 @@ def check(source: Source, *, progress: Progress) -> Report:
         except MemoryError:
             outcome = "ENOMEM"
         session.log.info("%s %s", name, outcome)
-    return check_image(source, progress=progress)
 
 
+vars(process)["ReadAhead"] = ReadAhead
 log_to_stderr()
 image = Image.open(str(IMAGE))
 if UID:

@@ -207,12 +207,15 @@ attempts = {
     "open-to-write": opening(below / "neighbour", os.O_RDWR),
     "empty": opening(below / "neighbour", os.O_RDONLY | os.O_TRUNC),
     "make-below": opening(below / "new", MAKE),
+    "make-a-thousand": lambda: [opening(below / f"{n}", MAKE)() for n in range(1000)],
     "make-set-user-id": opening(below / "program", MAKE, 0o4755),
     "make-without-a-name": opening(below, os.O_RDWR | os.O_TMPFILE, 0o600),
     "open-to-list": opening(below, os.O_RDONLY | os.O_DIRECTORY),
     "remove-below": lambda: os.unlink("below/neighbour", dir_fd=listed),
     "read": lambda: os.pread(writable, 1, 0),
     "write": lambda: os.pwrite(writable, b"", 0),
+    "lengthen": lambda: os.ftruncate(writable, 1 << 20),
+    "set-space-aside": lambda: os.posix_fallocate(writable, 0, 1 << 20),
     "list": lambda: os.listdir(listed),
     "open-elsewhere": opening(other, os.O_RDONLY),
     "open-a-device-for-neither": opening("/dev/null", os.O_ACCMODE),
@@ -239,7 +242,7 @@ os.wait()
 """
 TO_READ = {"open", "open-neighbour", "look-elsewhere"}
 TO_WRITE = {
-    "open-to-write", "make-below", "open-to-list", "remove-below",
+    "open-to-write", "make-below", "make-a-thousand", "open-to-list", "remove-below",
 }  # fmt: skip
 
 
