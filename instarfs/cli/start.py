@@ -1,25 +1,29 @@
-"""Where the command begins, and where it ends."""
+"""Where the command begins, and where it ends.
+
+Importing this loads next to nothing: until `main` is called a ^C ends in a traceback of Python's.
+"""
 
 from __future__ import annotations
 
 import signal
 
-from instarfs import require_own_planner
 from instarfs.cli.loading import Kept, Loading
-from instarfs.cli.room import end, end_if_short, settle
 
 
 def main() -> None:
     """Run the command line of this process. Never returns."""
-    settle()
-    try:
-        with Kept(), Loading():
-            _require_own_planner()
-            from instarfs.cli.main import main as run  # noqa: PLC0415
-            from instarfs.cli.stopping import PROCESS  # noqa: PLC0415
-    except BaseException as error:
-        end_if_short(error)
-        raise
+    with Loading():
+        from instarfs.cli.room import end_if_short, settle  # noqa: PLC0415
+
+        settle()
+        try:
+            with Kept():
+                _require_own_planner()
+                from instarfs.cli.main import main as run  # noqa: PLC0415
+                from instarfs.cli.stopping import PROCESS  # noqa: PLC0415
+        except BaseException as error:
+            end_if_short(error)
+            raise
     try:
         run(PROCESS)
     finally:
@@ -29,9 +33,12 @@ def main() -> None:
 
 
 def _require_own_planner() -> None:
+    from instarfs import require_own_planner  # noqa: PLC0415
+
     try:
         require_own_planner()
     except ImportError as error:
+        from instarfs.cli.room import end  # noqa: PLC0415
         from instarfs.text import printable  # noqa: PLC0415
 
         end(printable(str(error)))

@@ -1,4 +1,4 @@
-"""instarfs.cli.start: signals that come after a command has done its work."""
+"""instarfs.cli.start: signals that come before a command begins, and after it has done its work."""
 
 from __future__ import annotations
 
@@ -62,3 +62,28 @@ def test_what_was_done_is_what_the_exit_code_says(
     assert (done.returncode, done.stderr) == (0, "")
     assert "To take it back: instarfs undo" in done.stdout
     assert image.read_bytes() != content(*LEAKY)
+
+
+AS_IT_IS_LOADED = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("module", ["instarfs.cli.room", "click", "instarfs.cli.check"])
+def test_who_is_interrupted_while_a_command_is_loaded_ends_without_a_word(module: str) -> None:
+    done = run(AS_IT_IS_LOADED.format(module=module), "check", "image")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_before_a_command_begins_next_to_nothing_is_loaded() -> None:
+    """Until then nobody but Python knows what to do when it is interrupted."""
+    load = "import re, signal, sys; had = {*sys.modules}; import instarfs.cli.start as it\n"
+    done = run(load + "print(*sorted({*sys.modules} - had)); sys.exit()\n")
+    assert {*done.stdout.split()} - {"__future__", "gc"} == {
+        *("instarfs", "instarfs.cli", "instarfs.cli.loading", "instarfs.cli.start")
+    }
