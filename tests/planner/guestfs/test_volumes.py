@@ -247,6 +247,22 @@ def test_a_text_is_held_once_however_many_marks_are_in_it() -> None:
     assert peak < 8 * SEARCHED
 
 
+def test_looking_for_texts_among_zeros_takes_what_is_looked_at() -> None:
+    raw = bytearray(SEARCHED)
+    for at, seqno in ((4000, 1), (8000, 2)):
+        text = b"group { seqno = %d } %s" % (seqno, TEXT_MARK * 2)
+        raw[at : at + len(text)] = text
+    source = Holes(Bytes(bytes(raw)))
+    tracemalloc.start()
+    try:
+        physical = read_physical(source, 0, Work())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert physical is not None
+    assert peak < 4 * SEARCHED
+
+
 def test_a_text_of_which_reading_takes_more_than_there_is_of_the_image_is_not_read() -> None:
     raw = TEXT_MARK + b" a {}" * ((SEARCHED - 100) // 5)
     physical = read_physical(Holes(Bytes(raw)), 0, Work())
