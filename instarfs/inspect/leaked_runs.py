@@ -17,7 +17,6 @@ import trio
 
 from instarfs.inspect.shared_value import Edition
 from planner.arrays import I64, distinct
-from planner.findings.kinds import FindingKind
 from planner.source import Source, read_bytes
 
 if TYPE_CHECKING:
@@ -87,7 +86,8 @@ def _no_runs() -> tuple[I64, I64]:
 
 def _runs_of(report: Report, source: Source) -> tuple[I64, I64]:
     """Offset and length of every run, bytes, ascending."""
-    from planner.triage.triage import adjacent  # noqa: PLC0415 - after a check, which has it
+    from planner.findings.kinds import FindingKind  # noqa: PLC0415 - after a check, which has it
+    from planner.triage.triage import adjacent  # noqa: PLC0415
     from planner.triage.uncounted import uncounted_clusters  # noqa: PLC0415
 
     if report.layout is None or report.mismatches is None:

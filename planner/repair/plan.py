@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from functools import cached_property
 from itertools import islice
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from planner.arrays import I64, U8
-from planner.findings.kinds import FindingKind, Structure
 from planner.source import SECTOR
+
+if TYPE_CHECKING:  # a mount that answers has seen none of them
+    from planner.findings.kinds import FindingKind, Structure
 
 MAX_EDITS = 1 << 16
 """Edits that a plan lists one by one; it counts all of them."""

@@ -114,7 +114,8 @@ def test_a_mount_answers_before_what_reads_checks_and_repairs_is_loaded(
 ) -> None:
     late = {"instarfs.guest.guest", "planner.guest", "planner.guestfs", "planner.qcow2.contents"}
     late |= {"planner.check", "planner.triage", "planner.repair.tiers", "planner.views"}
-    late |= {"planner.guestfs.known", "instarfs.repair.run", "instarfs.render.report"}
+    late |= {"planner.guestfs.known", "planner.findings", "instarfs.repair.run"}
+    late |= {"instarfs.render.report"}
     assert not late & serving[0].keys()
     assert late <= serving[1].keys()
 
