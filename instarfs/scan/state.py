@@ -521,6 +521,13 @@ def _version(path: str, database: sqlite3.Connection) -> int:
         raise StateFailed(path, "it is no state of a scan")
     if version > VERSION:
         raise StateTooNew(path, version)
+    # A view may have rows without an end, and a trigger do anything. It is the text that counts.
+    foreign = database.execute(
+        "SELECT 1 FROM sqlite_schema WHERE sql NOT LIKE 'CREATE TABLE %'"
+        " AND sql NOT LIKE 'CREATE INDEX %' LIMIT 1"
+    )
+    if foreign.fetchall():
+        raise StateFailed(path, "it is damaged")
     return int(version)
 
 

@@ -203,6 +203,26 @@ def test_what_is_no_state_is_told_in_a_line_and_left_alone(make, tmp_path: Path)
         assert path.read_bytes() == before
 
 
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c"
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        f"ALTER TABLE images RENAME TO before; CREATE VIEW images AS {ENDLESS}",
+        "CREATE TRIGGER t AFTER INSERT ON runs BEGIN DELETE FROM images; END",
+    ],
+    ids=["view", "trigger"],
+)
+def test_one_with_more_in_it_than_tables_is_refused(path: str, statements: str) -> None:
+    State.open(path).__exit__(None, None, None)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(statements)
+    for opened in (State.open, State.read):
+        with pytest.raises(StateFailed, match="it is damaged"):
+            opened(path)
+
+
 def test_one_of_a_newer_version_is_left_alone(path: str) -> None:
     with State.open(path):
         pass
