@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Counts, Mask, is_among
-from planner.check.refcount_comparison import Mismatches
-from planner.metadata.refcounts import Reftable
+from planner.arrays import I64, U64, Mask, distinct, is_among
+from planner.check.refcount_comparison import CHUNK, Mismatches
+from planner.metadata.refcounts import PIECE_BYTES, Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import Source, read_tables
+from planner.source import Source, present_pieces, read_tables
 
 MAX_OLD_TABLES = 256
 """Leaked clusters that are weighed."""
@@ -27,6 +27,12 @@ _COUNTED_OF = 2
 """Of the clusters that are in use it counts one in so many, or more: it is not that much older."""
 
 
+_REFCOUNTS, _TIMES = 1 << 24, 2
+"""So many refcounts of old blocks are weighed, at most, and those of all clusters so often: when a
+table was left for a longer one, both of them counted what there was.
+"""
+
+
 class OldRefcounts:
     """Tells them among the *leaked* clusters, ascending, of an image."""
 
@@ -34,6 +40,7 @@ class OldRefcounts:
         self._source, self._leaked, self._mismatches = source, leaked, mismatches
         self._layout, self._geometry = layout, layout.geometry
         self._table = Reftable(source, layout)
+        self._left = _REFCOUNTS + _TIMES * mismatches.index.slots
 
     def find(self, candidates: I64) -> tuple[I64, I64]:
         """Those of the leaked clusters *candidates*, ascending, that are parts of an old table; and
@@ -75,7 +82,7 @@ class OldRefcounts:
             return None
         if len(words) == 1 and is_current.all() and not moved:
             return None
-        if not self._are_blocks(index[~is_current] + first, blocks).all():
+        if not self._are_blocks(index[~is_current] + first, blocks):
             return None
         return blocks
 
@@ -88,28 +95,49 @@ class OldRefcounts:
         same: Mask = (table.index[at] == index) & (table.offset[at] == places)
         return same
 
-    def _are_blocks(self, index: I64, blocks: I64) -> Mask:
-        """Which clusters may have been the refcount blocks of these indices."""
-        sound = np.zeros(len(blocks), dtype=np.bool_)
-        per_block = self._geometry.refblock_entries
+    def _are_blocks(self, index: I64, blocks: I64) -> bool:
+        """Whether all these clusters may have been the refcount blocks of these indices.
+
+        A table leads to each block once, and none is all zeros. What is there of them is looked at
+        in pieces, of a file that is a few refcounts and many holes no more than that.
+        """
         order = np.argsort(blocks, kind="stable")
         places = blocks[order] << self._geometry.cluster_bits
-        for part, rows in read_tables(self._source, places, self._geometry.cluster_size):
-            refcounts = unpack_refcounts(rows, self._geometry.refcount_order)
-            for at, row in zip(order[part].tolist(), refcounts, strict=True):
-                sound[at] = self._is_block(int(index[at]) * per_block, row)
-        return sound
+        if not np.diff(places).all():
+            return False
+        size = self._geometry.cluster_size
+        piece = min(size, PIECE_BYTES)
+        offset = present_pieces(self._source, places, size, piece)
+        which = np.searchsorted(places, offset, side="right") - 1
+        self._left -= len(offset) * (piece << 3 >> self._geometry.refcount_order)
+        if self._left < 0 or len(distinct(which)) < len(places):
+            return False
+        first = index[order] * self._geometry.refblock_entries
+        return self._may_count(first, which, offset - places[which], offset)
 
-    def _is_block(self, first: int, refcounts: Counts) -> bool:
-        """Whether those may be *refcounts* of the clusters from *first* on, as they once were."""
-        mismatches, index = self._mismatches, self._mismatches.index
-        slots = np.arange(index.slots_before(first), index.slots_before(first + len(refcounts)))
-        clusters = index.clusters_of(slots)
-        has = refcounts[clusters - first] != 0
-        is_used = mismatches.counted[slots] != 0
-        is_known = is_used | (mismatches.stored[slots] != 0) | is_among(clusters, self._leaked)
-        count = int(np.count_nonzero(refcounts))
-        unknown = count - int(np.count_nonzero(has & is_known))
-        both = int(np.count_nonzero(has & is_used))
-        is_recent = count > 0 and both * _COUNTED_OF >= int(np.count_nonzero(is_used))
-        return is_recent and unknown * _KNOWN_OF <= count
+    def _may_count(self, first: I64, which: I64, inside: I64, offset: I64) -> bool:
+        """Whether blocks may have counted the clusters from *first* on, one a block, as they once
+        were. Their pieces: *which* block, how far *inside* it, and at which *offset* of the file.
+        """
+        order, mismatches = self._geometry.refcount_order, self._mismatches
+        count, unknown, both = (np.zeros(len(first), dtype=np.int64) for _ in range(3))
+        piece = min(self._geometry.cluster_size, PIECE_BYTES)
+        for part, rows in read_tables(self._source, offset, piece, CHUNK << order >> 3):
+            row, at = np.nonzero(unpack_refcounts(rows, order))
+            block = which[part][row]
+            cluster = first[block] + (inside[part][row] << 3 >> order) + at
+            slots, has_slot = mismatches.index.find(cluster)
+            is_used, is_known = np.zeros((2, len(cluster)), dtype=np.bool_)
+            is_used[has_slot] = mismatches.counted[slots[has_slot]] != 0
+            is_known[has_slot] = mismatches.stored[slots[has_slot]] != 0
+            is_known |= is_used | is_among(cluster, self._leaked)
+            count += np.bincount(block, minlength=len(first))
+            unknown += np.bincount(block[~is_known], minlength=len(first))
+            both += np.bincount(block[is_used], minlength=len(first))
+        used = np.zeros(len(first), dtype=np.int64)
+        ends = first + self._geometry.refblock_entries
+        low, high = (mismatches.index.count_before(at).tolist() for at in (first, ends))
+        for number, slots_of in enumerate(map(slice, low, high)):
+            used[number] = np.count_nonzero(mismatches.counted[slots_of])
+        is_recent = (count > 0) & (both * _COUNTED_OF >= used)
+        return bool((is_recent & (unknown * _KNOWN_OF <= count)).all())

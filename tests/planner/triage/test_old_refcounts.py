@@ -1,6 +1,7 @@
 """Refcount tables and blocks that were left for newer ones are waste, and nobody's data."""
 
 import random
+import struct
 
 import pytest
 
@@ -11,6 +12,7 @@ from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.triage.triage import Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
+from tests.planner.sources import Sparse
 
 SIZE = 1 << 12
 ORDERS = (0, 1, 2, 4, 6)
@@ -32,6 +34,14 @@ def with_old_refcounts(order: int, *, old_block: bool) -> tuple[Image, int, int]
         image.data[block : block + SIZE] = image.data[start : start + SIZE]
     image.set_word(table, block if old_block else start)
     return image, table, block
+
+
+def bytes_read_of_leaks(image: Image) -> int:
+    """How much a look at what leaks reads, the check apart."""
+    report = check_image(image.source)
+    source = Sparse.of(bytes(image.data), len(image.data))
+    triage_leaks(source, report)
+    return source.bytes_read
 
 
 def triage(image: Image) -> Triage:
@@ -99,3 +109,44 @@ def test_a_disk_may_hold_an_image_that_begins_as_this_one_does() -> None:
     image.change_header(refcount_table_offset=first)
     assert first < table
     assert triage(image).losses.missing == SIZE
+
+
+def leaked_tables_to_the_same_blocks(tables: int, blocks: int) -> Image:
+    """No two tables lead to a block at the same index. The blocks lie behind the header, and the
+    tables behind them.
+    """
+    size = 1 << 16
+    builder = ImageBuilder(size=8 * MIB, refcount_order=0)
+    places = [builder.place(b"\x01" * size) for _ in range(blocks)]
+    leaked = [builder.place(bytes(size)) for _ in range(tables)]
+    image = builder.build()
+    for number, table in enumerate(leaked):
+        for index, place in enumerate(places):
+            image.set_word(table + 8 * (1 + number * blocks + index), place)
+    for place in (*places, *leaked):
+        image.set_refcount(place // size, 1)
+    return image
+
+
+def test_a_block_that_a_table_leads_to_again_and_again_is_read_once() -> None:
+    image = leaked_tables_to_the_same_blocks(1, 1)
+    image.data[2 << 16 : 3 << 16] = struct.pack(">Q", 1 << 16) * 8192
+    assert Look.REFTABLE not in triage(image).looks()
+    assert bytes_read_of_leaks(image) < len(image.data) + MIB
+
+
+def test_blocks_that_many_tables_lead_to_are_weighed_a_few_times() -> None:
+    image = leaked_tables_to_the_same_blocks(40, 8)
+    assert Look.REFTABLE not in triage(image).looks()
+    assert bytes_read_of_leaks(image) < len(image.data) + 8 * MIB
+
+
+def test_blocks_that_are_holes_are_not_read() -> None:
+    image, table, _ = with_old_refcounts(0, old_block=False)
+    first = len(image.data) // SIZE
+    image.data += bytes(SIZE // 8 * SIZE)
+    for index in range(SIZE // 8):
+        image.set_word(table + 8 * index, (first + index) * SIZE)
+        image.set_refcount(first + index, 1)
+    assert Look.REFTABLE not in triage(image).looks()
+    assert bytes_read_of_leaks(image) < len(image.data) + 100 * SIZE
