@@ -12,6 +12,7 @@ import functools
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -168,13 +169,15 @@ class Qcow2Layer:
         is asked for is kept: the rest of it is likely to be next.
         """
         size = self.mapping.geometry.cluster_size
-        raw = self._stored(runs, which) if wait else {}
+        places = {at: (int(runs.host[at]), int(runs.stored[at])) for at in which}
+        known = {at: self._unpacked.get(place) for at, place in places.items()}
+        unknown = [at for at, cluster in known.items() if cluster is None]
+        raw = self._stored(runs, unknown) if wait else {}
 
         def unpack_each(some: range) -> None:
             for at in some:
-                guest, place = int(runs.guest[at]), (int(runs.host[at]), int(runs.stored[at]))
+                guest, place, cluster = int(runs.guest[at]), places[at], known[at]
                 start, stop = max(guest, position), min(guest + size, position + len(view))
-                cluster = self._unpacked.get(place)
                 if cluster is None:
                     if not wait:
                         raise WouldBlock
@@ -195,7 +198,7 @@ class Qcow2Layer:
             for _ in _unpackers().map(unpack_each, shares):
                 pass
 
-    def _stored(self, runs: Runs, which: range) -> dict[int, memoryview]:
+    def _stored(self, runs: Runs, which: Iterable[int]) -> dict[int, memoryview]:
         """The stored bytes of compressed clusters, neighbours fetched in one read."""
         source, found = self.file.source(), {}
         order = sorted(which, key=lambda at: int(runs.host[at]))

@@ -15,7 +15,7 @@ from tests.images.builder import ImageBuilder
 CLUSTER = 1 << 16
 
 
-def test_what_does_not_unpack_is_tried_once_in_however_many_parts_it_is_read(
+def test_what_does_not_unpack_is_read_and_tried_once_in_however_many_parts_it_is_read(
     tmp_path: Path,
 ) -> None:
     builder = ImageBuilder(cluster_bits=16, size=1 << 29)
@@ -28,6 +28,10 @@ def test_what_does_not_unpack_is_tried_once_in_however_many_parts_it_is_read(
     with Image.open(str(path)) as image:
         disk = Guest(image, Follow(())).find(Place(Part.DISK))
         assert isinstance(disk.layer, Qcow2Layer)
+        read: list[int] = []
+        image.meter = read.append
         unread = read_around(DiskSource(disk, Work()), 0, memoryview(bytearray(CLUSTER)))
         assert unread == [(start, start + SECTOR) for start in range(0, CLUSTER, SECTOR)]
         assert disk.layer.unpacked_bytes == CLUSTER
+        # What it is stored in, at most a cluster, and the tables that lead there.
+        assert sum(read) <= 3 * CLUSTER
