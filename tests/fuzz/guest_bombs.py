@@ -148,7 +148,7 @@ def _logical(rng: random.Random, blocks: dict[int, bytes]) -> dict[int, bytes]:
         f"logical_volumes {{\n{volumes}}} }}\n"
     )
     text = rng.choice((group, group, mark * count, mark + "#" * count, mark + "a {} " * count))
-    area = rng.choice((BLOCK, 1 << 16))
+    area = rng.choice((BLOCK, 2 * BLOCK))
     label = b"LABELONE" + struct.pack("<QII", 1, 0, 32) + b"LVM2 001" + b"u" * 32 + bytes(8)
     label += bytes(16) + struct.pack("<QQ", area, 1 << 40) * rng.choice((0, 1, 1, 20))
     header = bytes(4) + b" LVM2 x[5A%r0N*>" + struct.pack("<IQQ", 1, area, 1 << 40)

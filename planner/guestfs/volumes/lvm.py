@@ -160,7 +160,7 @@ def _old_texts(raw: bytes) -> Iterator[str]:
 
 
 def _decoded(raw: bytes) -> str:
-    return raw.split(b"\0")[0].decode("utf-8", "replace")
+    return raw.partition(b"\0")[0].decode("utf-8", "replace")
 
 
 def _sequence(text: str) -> int:

@@ -1,5 +1,6 @@
 """Volumes: as sfdisk and LVM make them, and with the first copies of what describes them gone."""
 
+import struct
 import subprocess
 import time
 import tracemalloc
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import ENCRYPTED, Layout, find_volumes
-from planner.guestfs.volumes.lvm import SEARCHED, TEXT_MARK, parse, read_physical
+from planner.guestfs.volumes.lvm import (
+    AREA_MAGIC,
+    MAX_TEXT,
+    SEARCHED,
+    TEXT_MARK,
+    parse,
+    read_physical,
+)
 from planner.guestfs.volumes.space import Segment, Space, linear
 from planner.guestfs.work import Work, WorkSpent
 from planner.source import Bytes, read_bytes
@@ -261,6 +269,24 @@ def test_looking_for_texts_among_zeros_takes_what_is_looked_at() -> None:
         tracemalloc.stop()
     assert physical is not None
     assert peak < 4 * SEARCHED
+
+
+def test_zeros_behind_a_text_are_none_of_it() -> None:
+    label = b"LABELONE" + struct.pack("<QII", 1, 0, 32) + b"LVM2 001" + bytes(56)
+    label += struct.pack("<QQ", 1024, 1 << 40)
+    header = bytes(4) + AREA_MAGIC + struct.pack("<IQQQQ", 1, 1024, 1 << 40, 512, MAX_TEXT)
+    text = TEXT_MARK + b" group { physical_volumes { } }"
+    raw = bytes(512) + label.ljust(512, b"\0") + header.ljust(512, b"\0") + text
+    disk = Holes(Bytes(raw.ljust(1536 + MAX_TEXT, b"\0")))
+    tracemalloc.start()
+    try:
+        physical = read_physical(disk, 0, Work(0))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert physical is not None
+    assert "does not name it" in physical.notes[0]
+    assert peak < 4 * MAX_TEXT
 
 
 def test_a_text_of_which_reading_takes_more_than_there_is_of_the_image_is_not_read() -> None:
