@@ -44,7 +44,8 @@ def to_background() -> Callable[[], None]:
 
 def _wait_for(child: int, reader: int) -> NoReturn:
     if os.read(reader, 1):
-        sys.exit(0)
+        # At once: nothing is held back that was to be written, and to take Python down takes long.
+        os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     sys.exit(code if code >= 0 else 128 - code)
 
