@@ -109,7 +109,9 @@ class DiskSource:
 
     def _look(self, position: int) -> _Found:
         start = self._disk.start
-        rows = next(extents(self._stratum, start + position, start + self.size), None)
+        rows = next(
+            extents(self._stratum, start + position, start + self.size, self._work.entries), None
+        )
         if rows is None:  # behind the end of what the disk lies in
             return _Found(position, self.size, *_nothing())
         self._work.extents(len(rows))
@@ -214,7 +216,7 @@ def _impact(disk: Disk, report: Report, triage: Triage, snapshot: int, work: Wor
     beyond = np.array([[_file_end(report)], [_NOWHERE]], dtype=np.int64)
     lost: list[Ranges] = []
     suspect: list[Ranges] = []
-    for rows in _watched(disk_extents(disk, 0, disk.size), work):
+    for rows in _watched(disk_extents(disk, 0, disk.size, work.entries), work):
         lost.append(_ranges(disk, rows, (rows.flaw != Flaw.NONE) & (rows.flaw != UNKNOWN)))
         here = np.flatnonzero((rows.offset != NO_HOST) & (rows.depth == 0) & rows.data)
         host, guest = rows.offset[here], rows.start[here] - disk.start
@@ -252,7 +254,8 @@ def _unmapped(disk: Disk, places: Ranges, work: Work) -> Ranges:
     found = [Ranges(*_nothing())]
     stratum, shift = disk_stratum(disk), disk.start
     for start, length in places.first(len(places)):
-        for rows in _watched(extents(stratum, shift + start, shift + start + length), work):
+        low, high = shift + start, shift + start + length
+        for rows in _watched(extents(stratum, low, high, work.entries), work):
             part = _ranges(disk, rows, ~rows.data & (rows.flaw == Flaw.NONE))
             found.append(
                 Ranges(np.maximum(part.start, start), np.minimum(part.end, start + length))
@@ -267,7 +270,7 @@ def _elsewhere(disk: Disk, work: Work) -> Ranges:
     return _joined(
         [
             _ranges(disk, rows, rows.flaw == UNKNOWN)
-            for rows in _watched(disk_extents(disk, 0, disk.size), work)
+            for rows in _watched(disk_extents(disk, 0, disk.size, work.entries), work)
         ]
     )
 

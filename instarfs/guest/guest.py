@@ -25,6 +25,7 @@ from instarfs.image.file import Generation, Image, Signature
 from planner.errors import ImageError, ReadFailed
 from planner.guest.chain import Member, Role, full_name
 from planner.guest.extents import UNKNOWN, Extents, Stratum, extents, has_preallocated_metadata
+from planner.guest.mapping import Reading, read_freely
 from planner.qcow2.header import CRYPT_NAMES, CRYPT_NONE
 from planner.qcow2.layout import MAX_L1_BYTES, Layout, check_table
 from planner.qcow2.snapshots import Snapshot, SnapshotTable, read_reachable_snapshots
@@ -191,9 +192,14 @@ class Guest:
             raise GuestEncrypted(self._image.path, CRYPT_NAMES[method])
 
 
-def disk_extents(disk: Disk, offset: int, end: int) -> Iterator[Extents]:
-    """The map of a part of *disk*, whatever it is of; rows start where its layer has them."""
-    return extents(disk_stratum(disk), disk.start + offset, disk.start + end)
+def disk_extents(
+    disk: Disk, offset: int, end: int, reading: Reading = read_freely
+) -> Iterator[Extents]:
+    """The map of a part of *disk*, whatever it is of; rows start where its layer has them.
+
+    *reading*: see `planner.guest.extents.extents`.
+    """
+    return extents(disk_stratum(disk), disk.start + offset, disk.start + end, reading)
 
 
 def disk_stratum(disk: Disk) -> Stratum:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.arrays import I32, I64, U8, Mask, distinct, expand_ranges, is_any_of
-from planner.guest.mapping import Mapping, RunKind, Runs
+from planner.guest.mapping import Mapping, Reading, RunKind, Runs, read_freely
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2.entries import NO_HOST
 from planner.qcow2.layout import Layout, sector_end
@@ -131,13 +131,16 @@ class Extents:
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
 
 
-def extents(stratum: Stratum, offset: int, end: int) -> Iterator[Extents]:
+def extents(
+    stratum: Stratum, offset: int, end: int, reading: Reading = read_freely
+) -> Iterator[Extents]:
     """The map of *offset* to *end* of the uppermost disk of a chain, in batches, as long as it is.
 
-    Each batch is joined, and with the ones before and after it too.
+    Each batch is joined, and with the ones before and after it too. *reading*: is told how many
+    entries are about to be read, and may raise.
     """
     held: Extents | None = None
-    for batch in _extents_of(stratum, offset, min(end, stratum.size), 0):
+    for batch in _extents_of(stratum, offset, min(end, stratum.size), 0, reading):
         rows = (batch if held is None else Extents.concatenate([held, batch])).joined()
         if len(rows) > 1:
             yield rows.select(slice(0, -1))
@@ -146,13 +149,17 @@ def extents(stratum: Stratum, offset: int, end: int) -> Iterator[Extents]:
         yield held
 
 
-def _extents_of(stratum: Stratum, offset: int, end: int, depth: int) -> Iterator[Extents]:
+def _extents_of(
+    stratum: Stratum, offset: int, end: int, depth: int, reading: Reading
+) -> Iterator[Extents]:
     if offset >= end:
         return
     if stratum.mapping is None:
         yield from _raw_extents(stratum, offset, end, depth)
         return
-    for rows in _rows_of_all(stratum, stratum.mapping.walk(offset, end, packed=True), depth):
+    for rows in _rows_of_all(
+        stratum, stratum.mapping.walk(offset, end, packed=True, reading=reading), depth
+    ):
         missing = ~rows.present
         beneath = stratum.backing
         if not missing.any() or beneath is None:
@@ -166,10 +173,12 @@ def _extents_of(stratum: Stratum, offset: int, end: int, depth: int) -> Iterator
                 flaw=np.where(missing, UNKNOWN, rows.flaw).astype(np.uint8),
             )
         else:
-            yield from _through(rows, missing, beneath, depth)
+            yield from _through(rows, missing, beneath, depth, reading)
 
 
-def _through(rows: Extents, missing: Mask, beneath: Stratum, depth: int) -> Iterator[Extents]:
+def _through(
+    rows: Extents, missing: Mask, beneath: Stratum, depth: int, reading: Reading
+) -> Iterator[Extents]:
     """*rows* with what *beneath* has in place of the *missing* ones, as far as that reaches."""
     holes = np.flatnonzero(missing)
     low = int(rows.start[holes[0]])
@@ -179,11 +188,11 @@ def _through(rows: Extents, missing: Mask, beneath: Stratum, depth: int) -> Iter
         yield rows
         return
     if len(rows) == 1:  # so large a hole that what is beneath comes in batches
-        yield from _extents_of(beneath, low, high, depth + 1)
+        yield from _extents_of(beneath, low, high, depth + 1, reading)
         if high < end:
             yield rows.split(np.array([high]), end)
         return
-    under = Extents.concatenate(list(_extents_of(beneath, low, high, depth + 1)))
+    under = Extents.concatenate(list(_extents_of(beneath, low, high, depth + 1, reading)))
     # Where the disk beneath ends, the hole is one of the disk above.
     starts = distinct(np.concatenate((rows.start, under.start, [min(high, end - 1)])))
     above, below = rows.split(starts, end), under.split(np.maximum(starts, low), high)

@@ -34,6 +34,13 @@ _WALK_WINDOW = 1 << 16
 _WALK_WINDOW_EXTENDED = 1 << 11
 """L2 entries that are decoded at a time: for a read, and for a walk."""
 
+Reading = Callable[[int], None]
+"""Is told how many L2 entries are about to be read, and may raise."""
+
+
+def read_freely(_entries: int) -> None:
+    """Whoever counts nothing."""
+
 
 class RunKind(IntEnum):
     """What a run of guest bytes is read from."""
@@ -378,18 +385,21 @@ class Mapping:
             self._kept[number] = runs
         return runs
 
-    def walk(self, offset: int, end: int, *, packed: bool = False) -> Iterator[Runs]:
+    def walk(
+        self, offset: int, end: int, *, packed: bool = False, reading: Reading = read_freely
+    ) -> Iterator[Runs]:
         """All runs from guest offset *offset* to *end*, in joined batches, for one who wants all.
 
         What leads to no table, or to one in a hole, costs nothing; a table that several L1 entries
-        lead to is read once. *packed*: as of `Runs.joined`.
+        lead to is read once. *packed*: as of `Runs.joined`. *reading*: is told how many entries
+        are about to be read, and may raise.
         """
         if self._is_gone:
             yield self._gone_runs(offset, end)
             return
         by_table = self._is_by_table(offset, end)
         walk, position = self._walk_tables if by_table else self._walk_windows, offset
-        for low, runs in walk(offset, end, packed):
+        for low, runs in walk(offset, end, packed, reading):
             if position < low:
                 yield self._lifeless(position, low)
             yield runs
@@ -406,15 +416,20 @@ class Mapping:
         tables = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
         return len(tables) <= 2 * len(self._numbers_in_use(offset, end, window))
 
-    def _walk_windows(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
+    def _walk_windows(
+        self, offset: int, end: int, packed: bool, reading: Reading
+    ) -> Iterator[tuple[int, Runs]]:
         """Where tables are in use, the runs, and where they begin."""
         size = self._walk_window << self.geometry.cluster_bits
         for number in self._numbers_in_use(offset, end, size).tolist():
             low, high = max(offset, number * size), min(end, (number + 1) * size)
+            reading(self._walk_window)
             runs = self._decode(self._source, number * self._walk_window, self._walk_window)
             yield low, runs.joined(packed=packed).cut(low, high)
 
-    def _walk_tables(self, offset: int, end: int, packed: bool) -> Iterator[tuple[int, Runs]]:
+    def _walk_tables(
+        self, offset: int, end: int, packed: bool, reading: Reading
+    ) -> Iterator[tuple[int, Runs]]:
         """The same table by table; one that repeats is decoded once."""
         size = self.geometry.l2_coverage
         numbers = self._numbers_in_use(offset, end, size)
@@ -425,14 +440,16 @@ class Mapping:
         kept = _Kept()
         starts, lengths = numbers[first].tolist(), np.diff(first, append=len(numbers)).tolist()
         for start, length, table in zip(starts, lengths, tables[first].tolist(), strict=True):
-            runs = self._whole_table(kept, start, table, packed)
+            runs = self._whole_table(kept, start, table, packed, reading)
             count = max(1, self._walk_window // len(runs))
             for number in range(start, start + length, count):
                 times = min(count, start + length - number)
                 low, high = max(offset, number * size), min(end, (number + times) * size)
                 yield low, runs.repeated(number * size, size, times).cut(low, high)
 
-    def _whole_table(self, kept: _Kept, number: int, offset: int, packed: bool) -> Runs:
+    def _whole_table(
+        self, kept: _Kept, number: int, offset: int, packed: bool, reading: Reading
+    ) -> Runs:
         """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
 
         *kept*: by offset those that were decoded before, and may come again.
@@ -446,6 +463,7 @@ class Mapping:
         parts = []
         for first, is_held in zip((number * per_table + at).tolist(), held.tolist(), strict=True):
             if is_held:
+                reading(count)
                 parts.append(self._decode(self._source, first, count).joined(packed=packed))
             else:
                 low, high = first << geometry.cluster_bits, (first + count) << geometry.cluster_bits

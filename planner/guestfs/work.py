@@ -17,7 +17,7 @@ FOR_A_BYTE = 0.02
 A_READ, A_BYTE = 25.0, 0.01
 """What is read is looked at, too."""
 
-A_QUESTION, A_BATCH, AN_EXTENT = 15.0, 150.0, 0.5
+A_QUESTION, A_BATCH, AN_EXTENT, AN_ENTRY = 15.0, 150.0, 0.5, 0.02
 A_VOLUME, A_PIECE = 2000.0, 0.3
 """Of where data is; of one more volume that the same ranges are laid over."""
 
@@ -57,6 +57,10 @@ class Work:
 
     def extents(self, rows: int) -> None:
         self.take(A_BATCH + AN_EXTENT * rows)
+
+    def entries(self, count: int) -> None:
+        """Of L2 tables, however few extents they make together."""
+        self.take(AN_ENTRY * count)
 
     def volume(self, pieces: int) -> None:
         self.take(A_VOLUME + A_PIECE * pieces)

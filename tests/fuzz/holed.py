@@ -122,6 +122,20 @@ def one_table_for_all() -> Holed:
     return Holed([(0, _with_l1(21, len(words))), (1 << 21, words.tobytes())], 1 << 40)
 
 
+def one_table_of_a_data_file() -> Holed:
+    """An L1 table each entry of which leads to the same L2 table, which means something else at
+    each of them: the data is in another file."""
+    count, table = 98_304, 1 << 32
+    named = extension(extensions.DATA_FILE, b"data") + bytes(8)
+    header = bytearray(_with_l1(16, count))
+    header[24:32] = (count << 29).to_bytes(8, "big")
+    header[72:80] = int(Incompatible.DATA_FILE).to_bytes(8, "big")
+    l1 = np.full(count, COPIED | table, dtype=">u8")
+    l2 = np.uint64(COPIED) | np.arange(8192, dtype=np.uint64) << np.uint64(16)
+    parts = [(0, bytes(header) + named), (1 << 16, l1.tobytes())]
+    return Holed([*parts, (table, l2.astype(">u8").tobytes())], 1 << 33)
+
+
 def tables_of_a_page(*, are_lost: bool) -> Holed:
     """Tables of 2 MiB, of each of which a page is there, and an L1 table that leads to them or is
     empty."""

@@ -41,6 +41,7 @@ from tests.fuzz.holed import (
     leaks_in_holes,
     make_bomb,
     one_table_for_all,
+    one_table_of_a_data_file,
     refcount_blocks_in_holes,
     tables_of_a_page,
     tables_that_are_holes,
@@ -161,10 +162,17 @@ def test_the_check_of_a_file_of_holes_costs_no_more(number, tmp_path) -> None:
         keep_to_the_bounds(lambda: assert_answered(check_image(source)))
 
 
-@pytest.mark.parametrize("number", [2, 5, 6, 20, 31, 38])
-def test_whose_the_damage_is_costs_no_more_on_a_disk_that_is_made_for_it(number, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(make_guest_bomb, number) for number in (2, 5, 6, 20, 31, 38)),
+        one_table_of_a_data_file,
+    ],
+    ids=["2", "5", "6", "20", "31", "38", "data file"],
+)
+def test_whose_the_damage_is_costs_no_more_on_a_disk_that_is_made_for_it(make, tmp_path) -> None:
     path = tmp_path / "bomb.qcow2"
-    make_guest_bomb(number).write(path)
+    make().write(path)
     with Image.open(str(path)) as image:
         report = check_image(image.source())
         assert_answered(report)

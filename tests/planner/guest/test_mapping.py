@@ -355,6 +355,25 @@ def test_a_table_at_many_places_is_read_once() -> None:
     assert rows.joined(packed=True).length.tolist() == [10_000 * geometry.l2_coverage]
 
 
+@pytest.mark.parametrize(("is_external", "times"), [(False, 1), (True, 64)])
+def test_a_walk_tells_how_many_entries_it_reads_before_it_does(
+    is_external: bool, times: int
+) -> None:
+    geometry = Geometry(3, 16, 4, 0, external_data=is_external)
+    table = np.full(geometry.l2_entries, 1 << 30, dtype=">u8").tobytes()
+    source = Bytes(bytes(1 << 16) + table + np.full(64, 1 << 16, dtype=">u8").tobytes())
+    mapping, told = Mapping(source, geometry, 2 << 16, 64), list[int]()
+    whole = 64 * geometry.l2_coverage
+    assert list(mapping.walk(0, whole, reading=told.append))
+    assert sum(told) == times * geometry.l2_entries
+
+    def refuse(_entries: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        list(mapping.walk(0, whole, reading=refuse))
+
+
 @pytest.mark.usefixtures("any_table_is_one")
 def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
     geometry, count = Geometry(3, 21, 4, 0), 1 << 18
