@@ -242,9 +242,23 @@ class ClusterCounts:
         top = int(self.values[slots].max(initial=0)) + amount
         while top > self._limit:
             width = _WIDTHS[[np.dtype(w) for w in _WIDTHS].index(self.values.dtype) + 1]
-            self.values = self.values.astype(width)
+            self.values = _widened(self.values, width)
             self._limit = int(np.iinfo(width).max)
         self._bound = max(self._bound, top)
+
+
+_WIDENED = 1 << 16
+"""Numbers that are copied at a time."""
+
+
+def _widened(values: Counts, width: type[np.unsignedinteger]) -> Counts:
+    """*values* in that dtype; of zeros, which most are in a file of holes, nothing is written."""
+    wide: Counts = np.zeros(len(values), dtype=width)
+    for start in range(0, len(values), _WIDENED):
+        part = slice(start, start + _WIDENED)
+        if values[part].any():
+            wide[part] = values[part]
+    return wide
 
 
 def fill_rows(values: Counts, rows: I64, part: Counts) -> Counts:

@@ -1,6 +1,8 @@
 """Counters that widen: against sums that never run out of room, and in every way of adding."""
 
+import resource
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given
@@ -93,6 +95,21 @@ def test_counters_are_one_byte_wide_while_that_is_enough() -> None:
     for slot in range(1000):
         found.add_run(Slot(slot), 1, 1)
     assert found.values.dtype == np.uint8
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_counters_that_widen_take_memory_where_something_is_counted() -> None:
+    found = ClusterCounts(1 << 28)
+    before = resident_bytes()
+    found.add(np.array([5, (1 << 28) - 1]).repeat(300), 1)
+    assert resident_bytes() - before < 64 << 20
+    assert found.values.dtype == np.uint16
+    assert found.values[[5, 6, -1]].tolist() == [300, 0, 300]
 
 
 @given(values=st.lists(st.integers(-(1 << 63), (1 << 63) - 1), max_size=20))
