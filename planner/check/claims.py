@@ -195,6 +195,17 @@ class _Claims:
         It goes by the clusters that are in use: others may leak. Behind the end of a file that is
         whole there are none, and no refcounts.
         """
+        per_block = self._geometry.refblock_entries
+        low, high = self._mismatches.index.count_before(np.stack((blocks, blocks + 1)) * per_block)
+        # Of a block none of the clusters of which is in the file it is the same at each index.
+        behind = np.maximum(0, self._layout.host_clusters + 1 - blocks * per_block)
+        asked = np.stack((offsets, np.where(low < high, blocks, -1), behind * (not self._is_cut)))
+        _, first, which = np.unique(asked, axis=1, return_index=True, return_inverse=True)
+        result: Mask = self._are_blocks(offsets[first], blocks[first])[which.reshape(-1)]
+        return result
+
+    def _are_blocks(self, offsets: I64, blocks: I64) -> Mask:
+        """The same of each by itself."""
         result: Mask = np.zeros(len(blocks), dtype=np.bool_)
         index, per_block = self._mismatches.index, self._geometry.refblock_entries
         size, order = self._geometry.cluster_size, self._geometry.refcount_order

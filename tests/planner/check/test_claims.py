@@ -109,3 +109,16 @@ def test_blocks_in_holes_are_not_read() -> None:
     shared = shared_refcounts(source, report)
     assert shared.tolist() == (np.sort(place[::2]) // cluster).tolist()
     assert source.bytes_read < count * cluster // 16
+
+
+def test_a_block_that_many_entries_lead_to_is_read_once_for_what_the_file_has_not() -> None:
+    image = plain()
+    block = image.refblock(0)
+    for index in range(1, SIZE // 8):
+        image.set_word(image.reftable_at(index), block)
+    image.set_word(image.l2_at(1), block | COPIED)
+    source = Sparse.of(bytes(image.data), len(image.data))
+    report = check_image(source)
+    source.bytes_read = 0
+    assert shared_refcounts(source, report).tolist() == [block // SIZE]
+    assert source.bytes_read < 16 * SIZE
