@@ -109,7 +109,22 @@ class StoredRefcounts:
         them only, and the others count as unreadable: otherwise one block would stand for as many
         clusters as a table claims.
         """
-        found, refcounts = [np.zeros(0, dtype=np.int64)], [np.zeros((0, _PAGE), dtype=np.uint8)]
+        found = list(self._used_pages(clusters, meter))
+        page = np.concatenate([np.zeros(0, dtype=np.int64), *(page for page, _ in found)])
+        refcount: Counts = np.concatenate(
+            [np.zeros((0, _PAGE), dtype=np.uint8), *(refcount for _, refcount in found)]
+        )
+        del found  # There may be as much as the image has: so not three times, in order too.
+        order = np.argsort(page)
+        order = order[page[order] << PAGE_BITS < clusters]
+        if not np.array_equal(order, np.arange(len(page))):
+            page, refcount = page[order], refcount[order]
+        if len(page):
+            refcount[-1, max(0, clusters - (int(page[-1]) << PAGE_BITS)) :] = 0
+        return page, refcount
+
+    def _used_pages(self, clusters: int, meter: Meter) -> Iterator[tuple[I64, Counts]]:
+        """The same pages in file order, in batches, and a few of clusters behind those."""
         pages_a_piece = self._piece_entries >> PAGE_BITS
         first, offset = self._pieces(-(-clusters // self.entries_per_block))
         for part, rows in read_tables(self._source, offset, self._piece_bytes):
@@ -117,16 +132,8 @@ class StoredRefcounts:
             values = values.reshape(-1, _PAGE)
             used = np.flatnonzero(values.any(axis=1))
             row, inside = np.divmod(used, pages_a_piece)
-            found.append((first[part][row] >> PAGE_BITS) + inside)
-            refcounts.append(values[used])
+            yield (first[part][row] >> PAGE_BITS) + inside, values[used]
             meter.advance(rows.size)
-        page, refcount = np.concatenate(found), np.concatenate(refcounts)
-        order = np.argsort(page)
-        order = order[page[order] << PAGE_BITS < clusters]
-        page, refcount = page[order], refcount[order]
-        if len(page):
-            refcount[-1, max(0, clusters - (int(page[-1]) << PAGE_BITS)) :] = 0
-        return page, refcount
 
     @property
     def _piece_bytes(self) -> int:
@@ -215,7 +222,8 @@ class StoredRefcounts:
         self.index = index
         values: Counts = np.zeros((index.slots >> PAGE_BITS, _PAGE), dtype=refcount.dtype)
         values[index.slots_of(page << PAGE_BITS) >> PAGE_BITS] = refcount
-        self.values = NearOne.of(values.reshape(-1))
+        np.bitwise_xor(values, 1, out=values)  # as `beside_one` does, in its place
+        self.values = NearOne(values.reshape(-1))
 
     def _are_ones(self, blocks: U8) -> Mask:
         """Of which blocks, uint8 (blocks, bytes), all refcounts are 1."""

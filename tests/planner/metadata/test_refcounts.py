@@ -6,7 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from planner.metadata.cluster_counters import PagedIndex
 from planner.metadata.refcounts import Reftable, StoredRefcounts
+from planner.progress import Meter, tell_nobody
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import pack_refcounts
 from planner.source import Source
@@ -115,3 +117,18 @@ def test_of_large_blocks_no_more_is_unpacked_than_what_is_there() -> None:
         tracemalloc.stop()
     assert peak < 8 * MIB
     assert source.bytes_read - before < 4 * MIB
+
+
+def test_pages_are_read_into_no_third_copy() -> None:
+    count = 8 << 21
+    bits = np.random.default_rng(1).integers(0, 2, count, dtype=np.uint8)
+    refcounts = stored(with_blocks(21, 0, {1: bits}))
+    tracemalloc.start()
+    try:
+        page, refcount = refcounts.read_pages(2 * count, Meter(tell_nobody, "refcounts", 1))
+        refcounts.set_pages(PagedIndex(2 * count, page), page, refcount)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(refcounts.values[:], bits)
+    assert peak < 3 * count
