@@ -100,7 +100,8 @@ def _aftermath(checked: Checked, follow: Follow, tell: Progress) -> Aftermath:
                 raise RepairError(interrupted.sentence)
             if isinstance(triage, InstarfsError):
                 raise triage
-            proposals[tier] = plan_checked(checked, tier, triage=triage, progress=tell)
+            found = plan_checked(checked, tier, triage=triage, progress=tell)
+            proposals[tier] = found.in_brief()
         except DOMAIN_ERRORS as error:
             proposals[tier] = as_value(error)
     beside, files = Beside(), None

@@ -77,7 +77,8 @@ class Work:
             self._stages.tell(f"plan {tier} {stage}", done, total)
 
         with self._sharing.reading(image):
-            return propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
+            found = propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
+            return found if isinstance(found, RepairError) else found.in_brief()
 
     def draw(self, image: Image, report: Report) -> Atlas | ImageError:
         """The map of the host file; why there is none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.check.ending import CutOff
 from planner.check.entry_findings import EntryFindings
@@ -148,6 +148,10 @@ class Report:
         """The same, one object a row."""
         for batch in self.batches(*kinds):
             yield from batch.rows()
+
+    def in_brief(self) -> Report:
+        """The same verdict, counters and counts, without what has a number for each cluster."""
+        return replace(self, mismatches=None, owners=no_owners(), regions=no_regions())
 
     @property
     def geometry(self) -> Geometry:

@@ -95,6 +95,10 @@ class Proposal:
     notes: tuple[str, ...] = ()
     gives_up: bool = False
 
+    def in_brief(self) -> Proposal:
+        """The same to who shows it: of the check after it no more is held than what it came to."""
+        return replace(self, after=self.after.in_brief())
+
     @property
     def suspects(self) -> tuple[Suspect, ...]:
         """Leaked clusters that look like something lost."""

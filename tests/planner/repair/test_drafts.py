@@ -812,3 +812,18 @@ def test_a_block_that_many_entries_lead_to_in_refcounts_of_a_bit_is_taken_apart(
     proposal = settled(image)
     assert counts(proposal) == {}
     assert {edit.kind for edit in proposal.plan.edits} == {Kind.REFCOUNT_OVERFLOW}
+
+
+def test_a_proposal_in_brief_says_the_same_and_holds_no_number_for_each_cluster() -> None:
+    image = fill(builder()).build()
+    image.set_refcount(image.host_offset(2) // SIZE, 0)
+    image.set_word(image.l2_at(3), image.host_offset(5) | COPIED)
+    found = propose(image.source, check_image(image.source), RepairTier.ALL)
+    brief = found.in_brief()
+    assert found.after.mismatches is not None
+    assert brief.after.mismatches is None
+    assert brief.plan is found.plan
+    assert brief.after.verdict == found.after.verdict
+    assert tiers.same_outcome(brief.after, found.after)
+    for name in ("planned", "left_count", "complete", "needs_quote", "warnings", "counters"):
+        assert getattr(brief, name) == getattr(found, name)
