@@ -35,7 +35,7 @@ EXTREMES = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 1 << 16, 1 << 20, 1 << 31, (1 <
 
 
 def make_guest_bomb(seed: int) -> Holed:
-    """The bomb of that number, always the same."""
+    """The bomb of that number; what mkfs chooses, UUIDs and times, is another in each process."""
     rng = random.Random(seed)
     blocks = _filesystem(rng)
     if rng.random() < 0.4:
