@@ -20,10 +20,18 @@ if TYPE_CHECKING:
 def pending(image: Image) -> Pending | None:
     """The interrupted repair of *image*, if there is one. Changes nothing.
 
-    None while somebody writes to the image: then a repair may be under way.
+    None while somebody writes to the image: then a repair may be under way, of which the undo file
+    says the same as of one that was interrupted.
     """
     if locks.is_written(image.fileno()):
         return None
+    found = _look(image)
+    # One may have begun since, or have begun and ended.
+    is_over = found is None or locks.is_written(image.fileno()) or _look(image) != found
+    return None if is_over else found
+
+
+def _look(image: Image) -> Pending | None:
     try:
         place = UndoPlace.of(image)
     except OSError:

@@ -1169,6 +1169,42 @@ def test_a_repair_under_way_is_not_an_interrupted_one(box: Sandbox) -> None:
     assert set(seen) == {None}
 
 
+def begun(box: Sandbox) -> None:
+    """Have its undo file say what it does while a repair is under way, and when one was left so."""
+    box.put(damaged("leaked-clusters"))
+    failed = box.repair(LEAKS, device=failing(from_then_on(1, EIO)))
+    assert failed.status is Status.INTERRUPTED
+
+
+def test_a_repair_that_begins_as_its_undo_file_is_looked_at_is_no_interrupted_one(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(box)
+    is_written = iter((False, True))
+    monkeypatch.setattr(locks, "is_written", lambda _: next(is_written))
+    with box.open() as image:
+        assert pending(image) is None
+
+
+def test_nor_is_one_that_has_ended_by_then(box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(box)
+    asked: list[int] = []
+
+    def is_written(fd: int) -> bool:
+        asked.append(fd)
+        if len(asked) == 2:
+            with monkeypatch.context() as real:
+                real.setattr(locks, "is_written", whole)
+                assert box.undo().error is None
+        return False
+
+    whole = locks.is_written
+    monkeypatch.setattr(locks, "is_written", is_written)
+    with box.open() as image:
+        assert pending(image) is None
+    assert len(asked) == 2
+
+
 def test_a_damaged_undo_file_is_shown_and_so_is_one_that_may_not_be_read(
     box: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
