@@ -21,11 +21,12 @@ from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure, Where
 from planner.metadata.mapping_tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, RegionsBuilder, join_regions, make_regions
-from planner.metadata.work_limits import followed, followed_tables
+from planner.metadata.work_limits import MAX_LUKS_BYTES, followed, followed_tables
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import read_bitmaps
+from planner.qcow2.extensions import CryptoPointer
 from planner.qcow2.header import AUTOCLEAR_AT, SIGNED_MAX
-from planner.qcow2.layout import MAX_L1_BYTES, Layout
+from planner.qcow2.layout import MAX_L1_BYTES, Layout, sector_end
 from planner.qcow2.luks import gone_key_slots, luks_error, luks_length
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
@@ -258,14 +259,14 @@ class _Surveyor:
         crypto = self._layout.extensions.crypto
         if crypto is None:
             return
-        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
-        if crypto.length <= SIGNED_MAX:
-            self.regions.add(Structure.LUKS, crypto.offset, crypto.length)
         where: Where = {
             "structure": Structure.LUKS,
             "host_offset": min(crypto.offset, SIGNED_MAX),
             "length": self._geometry.cluster_size,
         }
+        # QEMU takes the length as signed, and counts nothing for one that comes out negative.
+        if crypto.length <= SIGNED_MAX:
+            self.regions.add(Structure.LUKS, crypto.offset, self._followed_luks(crypto, where))
         length = np.uint64(crypto.length)
         self.luks_error = luks_error(self._source, crypto)
         if self.luks_error is not None:
@@ -285,6 +286,18 @@ class _Surveyor:
             self._findings.add(
                 FindingKind.LUKS_HEADER_LENGTH, found=length, expected=needed, **where
             )
+
+    def _followed_luks(self, crypto: CryptoPointer, where: Where) -> int:
+        """How much of what the LUKS header claims is counted, in bytes: not terabytes of holes.
+
+        A claim that reaches past the end of the file stays whole: it is told, and nothing counted.
+        """
+        reach = sector_end(self._layout.file_size) + self._geometry.cluster_size
+        if crypto.length <= MAX_LUKS_BYTES or crypto.offset + crypto.length >= reach:
+            return crypto.length
+        problem = f"over {MAX_LUKS_BYTES >> 20} MiB: the rest is not counted"
+        self._stop(ImageError("crypto header length", crypto.length, problem), **where)
+        return MAX_LUKS_BYTES
 
     def _locate_bitmaps(self) -> None:
         pointer = self._layout.extensions.bitmaps

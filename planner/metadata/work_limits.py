@@ -58,6 +58,8 @@ LIMITS = Limits()
 MAX_TABLE_BYTES = 1 << 30
 """Tables that may lie in holes have no more together: 2^27 entries."""
 
+MAX_LUKS_BYTES = 64 << 20
+"""Of a LUKS header no more is counted: one of eight long keys has 2 MiB."""
 
 MAX_SHARED_BYTES = 2 << 20
 """So much of them lies over others, and one more table: 2^18 entries are read again, and its.

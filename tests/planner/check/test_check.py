@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import Cancelled
-from planner.findings.kinds import Finding, FindingKind
-from planner.metadata.work_limits import Limits
+from planner.findings.kinds import Finding, FindingKind, Structure
+from planner.metadata.work_limits import MAX_LUKS_BYTES, Limits
 from planner.progress import unless
+from planner.qcow2.extensions import CRYPTO_HEADER
+from planner.qcow2.layout import Layout
 from planner.source import Bytes, Source
-from tests.images.builder import Image
+from tests.images.builder import Image, ImageBuilder
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import builder, fill, plain
+from tests.images.luks_headers import luks_bytes
 from tests.images.table_damage import IMAGES, damaged, words_for
 from tests.planner.answers import answers
 from tests.planner.sources import Sparse
@@ -136,6 +139,40 @@ def test_what_a_sparse_file_claims_costs_nothing(fields, size) -> None:
     source = Sparse.of(bytes(claiming(**fields).data), size)
     assert peak_of(source) < 64 * MIB
     assert source.bytes_read < 64 * MIB
+
+
+def with_luks_of(length: int) -> Image:
+    """A disk in small clusters, the LUKS header of which is said to be so long."""
+    image = ImageBuilder(cluster_bits=9, crypt_method=2, luks_header=luks_bytes()).build()
+    extensions = Layout.read(image.source).extensions.all
+    at = next(each.offset for each in extensions if each.magic == CRYPTO_HEADER)
+    image.set_word(at + 8, length)
+    return image
+
+
+def test_of_a_luks_header_that_claims_holes_no_more_is_counted_than_one_can_have() -> None:
+    image = with_luks_of(1 << 40)
+    source = Sparse.of(bytes(image.data), 1 << 41)
+    assert peak_of(source) < 64 * MIB
+    report = check_image(source)
+    assert (report.verdict, report.complete) == ("incomplete", False)
+    assert any("crypto header length" in str(error) for error in report.stopped)
+    luks = report.regions.structure == Structure.LUKS
+    assert report.regions.size[luks].tolist() == [MAX_LUKS_BYTES]
+
+
+@pytest.mark.parametrize(("length", "size"), [(MAX_LUKS_BYTES, 1 << 41), (1 << 40, 1 << 40)])
+def test_a_luks_header_that_is_no_longer_or_ends_past_the_file_is_told_as_it_is(
+    length: int, size: int
+) -> None:
+    """QEMU counts nothing of what reaches a cluster or more past the end."""
+    report = check_image(Sparse.of(bytes(with_luks_of(length).data), size))
+    assert not report.stopped
+    luks = report.regions.structure == Structure.LUKS
+    past = [row.length for row in report.rows(FindingKind.PAST_END)]
+    assert (report.regions.size[luks].tolist(), past) == (
+        ([length], []) if length < size else ([], [length])
+    )
 
 
 def test_as_many_snapshots_as_can_be_claimed_cost_few_reads() -> None:
