@@ -374,7 +374,11 @@ def _table_files(inspector: Inspector) -> list[_Entry]:
         _Entry(
             "tables/clusters.tsv",
             "every run of the host file: its owner, refcount, references, what was found there",
-            GeneratedFile(inspector.atlas, lambda it: render.clusters.clusters_tsv(it)),
+            GeneratedFile(
+                inspector.atlas,
+                lambda it: render.clusters.clusters_tsv(it),
+                lambda it: render.clusters.clusters_tsv_length(it),
+            ),
         ),
     ]
 
@@ -511,16 +515,19 @@ def _result_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[
             "leaks",
             "clusters that are counted as used and that nothing refers to",
             lambda it: render.check.leaks_tsv(it.report),
+            lambda it: render.check.leaks_tsv_length(it.report),
         ),
         entry(
             "corruptions",
             "what is, or may become, wrong data",
             lambda it: render.check.corruptions_tsv(it.report),
+            lambda it: render.check.corruptions_tsv_length(it.report),
         ),
         entry(
             "refcounts",
             "reference counts that differ from the references",
             lambda it: render.check.refcounts_tsv(it.report),
+            lambda it: render.check.refcounts_tsv_length(it.report),
         ),
         entry(
             "findings.jsonl",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 
 import numpy as np
 
-from instarfs.render.columns import decimals, either, labels, remark, same, tsv, tsv_lines
-from planner.arrays import U8, U64
+from instarfs.render import columns, lengths
+from instarfs.render.columns import Cells, T, remark, tsv
 from planner.errors import ImageError
 from planner.findings.kinds import BATCH_ROWS, FindingKind
 from planner.views.host_map import Atlas, Runs, kinds_in, owner_label
@@ -27,8 +28,20 @@ def clusters_tsv(atlas: Atlas | ImageError) -> Iterator[bytes]:
     """
     if isinstance(atlas, ImageError):
         return tsv(HEADER, [remark(str(atlas))])
-    torn = [remark(TORN)] if atlas.torn else []
-    return tsv(HEADER, chain(torn, map(_lines, _batches(atlas))))
+    lines = map(columns.content, map(partial(_rows, columns), _batches(atlas)))
+    return tsv(HEADER, chain(_remarks(atlas), lines))
+
+
+def clusters_tsv_length(atlas: Atlas | ImageError) -> int:
+    """How many bytes `clusters_tsv` gives, in a fraction of the time."""
+    if isinstance(atlas, ImageError):
+        return sum(map(len, clusters_tsv(atlas)))
+    lines = map(lengths.content, map(partial(_rows, lengths), _batches(atlas)))
+    return lengths.tsv(HEADER, chain(map(len, _remarks(atlas)), lines))
+
+
+def _remarks(atlas: Atlas) -> list[bytes]:
+    return [remark(TORN)] if atlas.torn else []
 
 
 def findings_label(findings: int) -> str:
@@ -43,18 +56,15 @@ def _batches(atlas: Atlas) -> Iterator[Runs]:
             yield runs.select(slice(start, start + BATCH_ROWS))
 
 
-def _lines(runs: Runs) -> bytes:
+def _rows(cells: Cells[T], runs: Runs) -> T:
     uses, owner = np.unique(runs.uses, return_inverse=True)
     kinds, finding = np.unique(runs.findings, return_inverse=True)
-    return tsv_lines(
-        decimals(runs.offset),
-        decimals(runs.length),
-        labels([owner_label(bits) for bits in uses.tolist()], owner),
-        _refcounts(runs.refcount, runs.findings),
-        decimals(runs.references),
-        labels([findings_label(bits) for bits in kinds.tolist()], finding),
+    unreadable = (runs.findings & _UNREADABLE) != 0
+    return cells.tabbed(
+        cells.decimals(runs.offset),
+        cells.decimals(runs.length),
+        cells.labels([owner_label(bits) for bits in uses.tolist()], owner),
+        cells.either(unreadable, cells.same(b"-"), cells.decimals(runs.refcount)),
+        cells.decimals(runs.references),
+        cells.labels([findings_label(bits) for bits in kinds.tolist()], finding),
     )
-
-
-def _refcounts(refcount: U64, findings: U64) -> U8:
-    return either((findings & _UNREADABLE) != 0, same(b"-"), decimals(refcount))

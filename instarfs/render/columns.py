@@ -7,6 +7,7 @@ different lengths stand side by side, and a line is what is left when the NULs a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,22 @@ _DIGITS: U8 = (np.arange(10_000)[:, None] // _PLACES % 10 + ord("0")).astype(np.
 _HEX: U8 = np.frombuffer(b"".join(b"%02x" % n for n in range(256)), np.uint8).reshape(-1, 2)
 
 _Integers = npt.NDArray[np.integer]
+
+T = TypeVar("T")
+
+
+class Cells(Protocol[T]):
+    """What makes columns: this module, and `instarfs.render.lengths`, which makes their lengths."""
+
+    def same(self, content: bytes) -> T: ...
+    def decimals(self, values: _Integers) -> T: ...
+    def hexadecimals(self, values: U64) -> T: ...
+    def labels(self, names: Sequence[str], which: _Integers | Mask) -> T: ...
+    def either(self, which: Mask, one: T, other: T) -> T: ...
+    def beside(self, *columns: T) -> T: ...
+    def tabbed(self, *columns: T) -> T: ...
+    def interleaved(self, parts: Sequence[tuple[I64, T]]) -> T: ...
+    def gathered(self, cells: T, rows: I64, places: I64, count: int) -> T: ...
 
 
 def same(content: bytes) -> U8:
@@ -68,6 +85,12 @@ def beside(*columns: U8) -> U8:
     return np.concatenate(whole, axis=1)
 
 
+def tabbed(*columns: U8) -> U8:
+    """The same, with a tab between each two cells of a row."""
+    tab = same(b"\t")
+    return beside(*[part for column in columns for part in (tab, column)][1:])
+
+
 def interleaved(parts: Sequence[tuple[I64, U8]]) -> U8:
     """One column out of parts of it, each with the positions of its cells, ascending."""
     if len(parts) == 1:
@@ -96,8 +119,7 @@ def content(column: U8) -> bytes:
 
 def tsv_lines(*columns: U8) -> bytes:
     """The rows of *columns*, with tabs between the cells, each ended as a line."""
-    tab = same(b"\t")
-    return content(beside(*[part for column in columns for part in (tab, column)][1:]))
+    return content(tabbed(*columns))
 
 
 def tsv(header: Sequence[str], parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -9,13 +9,12 @@ pattern is filled with are cells, or their lengths where nothing is wanted but h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 import numpy as np
-import numpy.typing as npt
 
 from instarfs.render import columns, lengths
 from instarfs.render.check import (
@@ -25,8 +24,9 @@ from instarfs.render.check import (
     owner_value,
     snapshot_name,
 )
+from instarfs.render.columns import Cells, T
 from instarfs.text import json_text
-from planner.arrays import I64, U64, GuestOffset, HostOffset, Mask
+from planner.arrays import I64, GuestOffset, HostOffset, Mask
 from planner.check.report import Report
 from planner.findings.kinds import (
     NONE,
@@ -47,20 +47,6 @@ FEW = 16
 OWNERS_AT_ONCE = 1 << 14
 """Owners in a part, as if all findings in it had as many as the one that has most."""
 
-T = TypeVar("T")
-
-
-class Cells(Protocol[T]):
-    """`instarfs.render.columns`, and what has functions of the same names."""
-
-    def same(self, content: bytes) -> T: ...
-    def decimals(self, values: npt.NDArray[np.integer]) -> T: ...
-    def hexadecimals(self, values: U64) -> T: ...
-    def labels(self, names: Sequence[str], which: npt.NDArray[np.integer] | Mask) -> T: ...
-    def beside(self, *columns: T) -> T: ...
-    def interleaved(self, parts: Sequence[tuple[I64, T]]) -> T: ...
-    def gathered(self, cells: T, rows: I64, places: I64, count: int) -> T: ...
-
 
 def findings_jsonl(report: Report) -> Iterator[bytes]:
     """One JSON object a finding, worst first; in parts."""
@@ -69,9 +55,7 @@ def findings_jsonl(report: Report) -> Iterator[bytes]:
 
 def findings_jsonl_length(report: Report) -> int:
     """How many bytes `findings_jsonl` gives, in a fraction of the time."""
-    newline = lengths.same(b"\n")
-    parts = _Lines(report, lengths).parts()
-    return sum(int(lengths.beside(part, newline).sum()) for part in parts)
+    return sum(map(lengths.content, _Lines(report, lengths).parts()))
 
 
 # ---- shapes ----

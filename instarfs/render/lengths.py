@@ -1,11 +1,11 @@
 """How long the cells of `instarfs.render.columns` are, without the cells: int64, one a row.
 
-The functions are named as there, and take the same.
+The functions are named as there, and take the same; what is text there is one number here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +40,20 @@ def labels(names: Sequence[str], which: _Integers | Mask) -> I64:
     return np.array([len(name) for name in names], dtype=np.int64)[which.astype(np.intp)]
 
 
+def either(which: Mask, one: I64, other: I64) -> I64:
+    """Of the cells of *one* in the rows where *which* is true, of *other* in the others."""
+    return np.where(which, one, other)
+
+
 def beside(*columns: I64) -> I64:
     """Of the rows of *columns* together."""
     found: I64 = np.sum(np.stack(np.broadcast_arrays(*columns)), axis=0)
     return found
+
+
+def tabbed(*columns: I64) -> I64:
+    """The same, with a tab between each two cells of a row."""
+    return beside(*columns) + (len(columns) - 1)
 
 
 def interleaved(parts: Sequence[tuple[I64, I64]]) -> I64:
@@ -59,3 +69,13 @@ def gathered(cells: I64, rows: I64, places: I64, count: int) -> I64:  # noqa: AR
     column = np.zeros(count, dtype=np.int64)
     np.add.at(column, rows, cells)
     return column
+
+
+def content(column: I64) -> int:
+    """Of the cells of a column, each ended as a line."""
+    return int(column.sum()) + len(column)
+
+
+def tsv(header: Sequence[str], parts: Iterable[int]) -> int:
+    """Of a table, by the lengths of its *parts*."""
+    return len("#\n") + sum(map(len, header)) + len(header) - 1 + sum(parts)

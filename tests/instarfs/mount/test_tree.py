@@ -12,8 +12,11 @@ import trio
 from instarfs.errors import ReadCancelled
 from instarfs.image.file import FileSource, Image
 from instarfs.inspect.inspector import inspecting
-from instarfs.mount.nodes import Directory, File, Node
+from instarfs.mount.nodes import SHARED_BYTES, Directory, File, Node
 from instarfs.mount.tree import build_tree
+from instarfs.render import columns
+from planner.arrays import U8
+from tests.fuzz.holed import leaks_in_holes
 from tests.images.bombs import BOMBS
 from tests.images.sample import sample
 
@@ -54,6 +57,29 @@ async def open_file(root: Directory, path: str) -> None:
     node = await find(root, path)
     assert isinstance(node, File)
     await node.open()
+
+
+@pytest.mark.parametrize("name", ["check/leaks", "check/refcounts", "tables/clusters.tsv"])
+async def test_of_a_long_list_the_beginning_is_made_when_it_is_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def noted(column: U8) -> bytes:
+        text = content(column)
+        made.append(len(text))
+        return text
+
+    content = columns.content
+    monkeypatch.setattr(columns, "content", noted)
+    path = tmp_path / "image.qcow2"
+    leaks_in_holes(b"\x55", 2).write(path)
+    async with inspecting(Image.open(str(path))) as inspector:
+        node = await find(build_tree(inspector), name)
+        assert isinstance(node, File)
+        handle = await node.open()
+        assert handle.size() > 2 * SHARED_BYTES > sum(made)
+        assert await handle.read(handle.size() - 1, 2) == b"\n"
 
 
 @pytest.mark.parametrize(

@@ -104,11 +104,13 @@ def test_every_list_has_a_line_for_each_of_its_findings(name: str) -> None:
         corruption(f) for f in found if KINDS[f.kind].severity in CORRUPT
     ]
     assert_listed(report)
+    assert_measured(report)
 
 
 def test_an_unreadable_header_gives_empty_lists() -> None:
     report = check_image(plain().source.__class__(b"QFI\xfb" + bytes(200)))
     assert report.error is not None
+    assert_measured(report)
     assert rows_of(render.leaks_tsv(report)) == rows_of(render.corruptions_tsv(report)) == []
     assert list(findings_jsonl(report)) == []
 
@@ -171,6 +173,19 @@ def test_every_finding_has_its_owners_whoever_they_are(most: int) -> None:
     assert_listed(
         replace(report, findings=builder.build(), totals={}, owners=owners, snapshots=snapshots)
     )
+
+
+MEASURED: list[tuple[Callable[[Report], Iterator[bytes]], Callable[[Report], int]]] = [
+    (render.leaks_tsv, render.leaks_tsv_length),
+    (render.refcounts_tsv, render.refcounts_tsv_length),
+    (render.corruptions_tsv, render.corruptions_tsv_length),
+]
+
+
+def assert_measured(report: Report) -> None:
+    """The tables are as long as they are said to be."""
+    for make, measure in MEASURED:
+        assert measure(report) == sum(map(len, make(report)))
 
 
 def assert_listed(report: Report) -> None:
