@@ -410,8 +410,7 @@ class Mapping:
     def _is_by_table(self, offset: int, end: int) -> bool:
         """Whether to walk table by table: where they repeat, or stand far from each other."""
         if self._repeats:
-            # With an external data file an entry means something else at every place that it has.
-            return not self.geometry.external_data
+            return True
         window = self._walk_window << self.geometry.cluster_bits
         tables = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
         return len(tables) <= 2 * len(self._numbers_in_use(offset, end, window))
@@ -430,22 +429,56 @@ class Mapping:
     def _walk_tables(
         self, offset: int, end: int, packed: bool, reading: Reading
     ) -> Iterator[tuple[int, Runs]]:
-        """The same table by table; one that repeats is decoded once."""
+        """The same table by table; one that repeats is decoded once, and where it is at home."""
         size = self.geometry.l2_coverage
         numbers = self._numbers_in_use(offset, end, size)
         tables = self._offset[np.searchsorted(self._index, numbers)]
         breaks = np.ones(len(numbers), dtype=np.bool_)
         breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
+        at_home = self._at_home(numbers, tables, reading)
+        breaks[1:] |= at_home[1:] | at_home[:-1]
         first = np.flatnonzero(breaks)
         kept = _Kept()
-        starts, lengths = numbers[first].tolist(), np.diff(first, append=len(numbers)).tolist()
-        for start, length, table in zip(starts, lengths, tables[first].tolist(), strict=True):
-            runs = self._whole_table(kept, start, table, packed, reading)
+        columns = numbers[first], np.diff(first, append=len(numbers)), tables[first], at_home[first]
+        for start, length, table, alone in zip(*(each.tolist() for each in columns), strict=True):
+            runs = self._whole_table(_Kept() if alone else kept, start, table, packed, reading)
             count = max(1, self._walk_window // len(runs))
             for number in range(start, start + length, count):
                 times = min(count, start + length - number)
                 low, high = max(offset, number * size), min(end, (number + times) * size)
                 yield low, runs.repeated(number * size, size, times).cut(low, high)
+
+    def _at_home(self, numbers: I64, tables: I64, reading: Reading) -> Mask:
+        """At which L1 indices *numbers* an entry of the table there, at *tables*, is in its place.
+
+        Only with an external data file an entry has one. Wherever else such a table stands, what it
+        maps is damaged in one and the same way.
+        """
+        at_home = np.zeros(len(numbers), dtype=np.bool_)
+        if not self.geometry.external_data:
+            return at_home
+        offsets, first, times = np.unique(tables, return_index=True, return_counts=True)
+        again = times > 1
+        for offset, number in zip(offsets[again].tolist(), numbers[first[again]], strict=True):
+            homes = self._homes(int(number), offset, reading)
+            at = np.minimum(np.searchsorted(numbers, homes), len(numbers) - 1)
+            at_home[at[(numbers[at] == homes) & (tables[at] == offset)]] = True
+        return at_home
+
+    def _homes(self, number: int, offset: int, reading: Reading) -> I64:
+        """The L1 indices, ascending, at one of which each entry of the table at *offset* is in its
+        place in the data file, if it can be; *number*: an index where that table stands."""
+        geometry, found = self.geometry, list[I64]()
+        at, held, count = self._parts_of(offset)
+        for first in at[held].tolist():
+            reading(count)
+            words, _ = self._read_words(self._source, number * geometry.l2_entries + first, count)
+            words = words[:: geometry.l2_entry_size // 8]
+            entry = L2Entries(geometry, words, entries.bitmaps_of(words, None))
+            guest = np.arange(first, first + count, dtype=np.int64) << geometry.cluster_bits
+            homes, rest = np.divmod(entry.offset - guest, geometry.l2_coverage)
+            found.append(homes[entry.has_cluster & (rest == 0)])
+        return distinct(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
 
     def _whole_table(
         self, kept: _Kept, number: int, offset: int, packed: bool, reading: Reading
@@ -456,12 +489,10 @@ class Mapping:
         """
         if offset in kept.tables:
             return kept.tables[offset]
-        geometry, per_table = self.geometry, self.geometry.l2_entries
-        count = min(per_table, self._walk_window)
-        at = np.arange(0, per_table, count)
-        held = self._parts_in_use(offset + at * geometry.l2_entry_size, count)
-        parts = []
-        for first, is_held in zip((number * per_table + at).tolist(), held.tolist(), strict=True):
+        geometry, parts = self.geometry, list[Runs]()
+        at, held, count = self._parts_of(offset)
+        at += number * geometry.l2_entries
+        for first, is_held in zip(at.tolist(), held.tolist(), strict=True):
             if is_held:
                 reading(count)
                 parts.append(self._decode(self._source, first, count).joined(packed=packed))
@@ -473,6 +504,13 @@ class Mapping:
         if offset in self._repeats:
             kept.keep(offset, runs)
         return runs
+
+    def _parts_of(self, offset: int) -> tuple[I64, Mask, int]:
+        """The first entries of the parts in which the table at *offset* is gone through, which of
+        them may say anything, and how many entries each has."""
+        count = min(self.geometry.l2_entries, self._walk_window)
+        at = np.arange(0, self.geometry.l2_entries, count, dtype=np.int64)
+        return at, self._parts_in_use(offset + at * self.geometry.l2_entry_size, count), count
 
     @cached_property
     def _in_use(self) -> Mask:

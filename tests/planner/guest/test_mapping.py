@@ -355,10 +355,11 @@ def test_a_table_at_many_places_is_read_once() -> None:
     assert rows.joined(packed=True).length.tolist() == [10_000 * geometry.l2_coverage]
 
 
-@pytest.mark.parametrize(("is_external", "times"), [(False, 1), (True, 64)])
+@pytest.mark.parametrize(("is_external", "times"), [(False, 1), (True, 3)])
 def test_a_walk_tells_how_many_entries_it_reads_before_it_does(
     is_external: bool, times: int
 ) -> None:
+    """With an external data file: for where its entries belong, there, and anywhere else."""
     geometry = Geometry(3, 16, 4, 0, external_data=is_external)
     table = np.full(geometry.l2_entries, 1 << 30, dtype=">u8").tobytes()
     source = Bytes(bytes(1 << 16) + table + np.full(64, 1 << 16, dtype=">u8").tobytes())
@@ -372,6 +373,36 @@ def test_a_walk_tells_how_many_entries_it_reads_before_it_does(
 
     with pytest.raises(InterruptedError):
         list(mapping.walk(0, whole, reading=refuse))
+
+
+@pytest.mark.parametrize(("bits", "is_extended"), [(9, False), (14, False), (14, True)])
+def test_a_table_of_a_data_file_is_read_anew_only_where_an_entry_is_in_its_place(
+    bits: int, is_extended: bool
+) -> None:
+    geometry, count = Geometry(3, bits, 4, 0, is_extended, external_data=True), 30
+    # Entries that are in their place at one index each, one of them zeros, and one that nowhere is.
+    places = {0: 0, 3: 3, 7: 20, 9: 29}
+    words = np.zeros((geometry.l2_entries, geometry.l2_entry_size // 8), dtype=">u8")
+    for entry, number in places.items():
+        at = (number * geometry.l2_entries + entry) << bits
+        words[entry] = (at | COPIED, 0xFFFF_FFFF)[: words.shape[1]]
+    words[3, 0] |= 0 if is_extended else 1
+    words[20] = (1 << 50 | COPIED, 0xFFFF_FFFF)[: words.shape[1]]
+    start = 2 << 16
+    data = bytes(1 << 16) + words.tobytes()
+    l1 = np.full(count, 1 << 16, dtype=">u8").tobytes()
+    mapping = Mapping(Bytes(data.ljust(start, b"\0") + l1), geometry, start, count)
+    end, told = count * geometry.l2_coverage, list[int]()
+    walked = Runs.concatenate(list(mapping.walk(0, end, reading=told.append)))
+    read = mapping.runs(0, end)
+    for name in ("guest", "length", "kind", "host", "stored", "flaw"):
+        assert getattr(walked.joined(), name).tolist() == getattr(read.joined(), name).tolist()
+    assert sum(told) == (2 + len(places)) * geometry.l2_entries
+    # From the middle of one on, and where it stands once.
+    low, high = geometry.l2_coverage * 3 // 2, geometry.l2_coverage * 4
+    for until in (high, geometry.l2_coverage * 2):
+        part = Runs.concatenate(list(mapping.walk(low, until))).joined()
+        assert part.host.tolist() == mapping.runs(low, until).joined().host.tolist()
 
 
 @pytest.mark.usefixtures("any_table_is_one")
