@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from instarfs.inspect.shared_value import Edition
-from planner.arrays import I64, distinct
+from planner.arrays import I64, Counts, distinct
 from planner.source import Source, read_bytes
 
 if TYPE_CHECKING:
@@ -39,27 +39,75 @@ class _Checked(Protocol):
 C = TypeVar("C", bound=_Checked)
 
 
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """All runs, ascending. Of millions each takes as few bytes as its numbers do.
+
+    ``first``, ``count``: its first cluster, and how many they are. ``end``: of the file, bytes.
+    """
+
+    first: Counts
+    count: Counts
+    cluster_bits: int
+    end: int
+
+    @classmethod
+    def of(cls, report: Report, source: Source) -> _Runs:
+        """Those that *report* is about."""
+        from planner.findings.kinds import FindingKind  # noqa: PLC0415 - a check has it by then
+        from planner.triage.triage import adjacent  # noqa: PLC0415
+        from planner.triage.uncounted import uncounted_clusters  # noqa: PLC0415
+
+        if report.layout is None or report.mismatches is None:
+            return _NO_RUNS
+        clusters = report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
+        uncounted = uncounted_clusters(source, report)
+        if len(uncounted):
+            clusters = distinct(np.concatenate((clusters, uncounted)))
+        first, count = map(_narrowed, adjacent(clusters))
+        return cls(first, count, report.geometry.cluster_bits, report.layout.file_size)
+
+    def offsets(self, limit: int) -> list[int]:
+        """Of the first runs, at most *limit*."""
+        listed: list[int] = (self.first[:limit].astype(np.int64) << self.cluster_bits).tolist()
+        return listed
+
+    def find(self, offset: int) -> LostRun | None:
+        """The run that begins at *offset*."""
+        cluster = offset >> self.cluster_bits
+        if not len(self.first) or cluster > int(self.first[-1]):
+            return None
+        at = int(np.searchsorted(self.first, self.first.dtype.type(cluster)))
+        if int(self.first[at]) << self.cluster_bits != offset:
+            return None
+        length = int(self.count[at]) << self.cluster_bits
+        return LostRun(offset, max(0, min(length, self.end - offset)))
+
+
+_NO_RUNS = _Runs(np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.uint8), 0, 0)
+
+
+def _narrowed(numbers: I64) -> Counts:
+    """*numbers*, none below 0, in the narrowest dtype that holds them."""
+    narrow: Counts = numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))
+    return narrow
+
+
 class LostRuns(Generic[C]):
     """Looks runs up in the check that *peek* returns, and reads them from what *source* returns."""
 
     def __init__(self, peek: Callable[[], Edition[C] | None], source: Callable[[], Source]) -> None:
         self._peek, self._source = peek, source
-        self._known: weakref.WeakKeyDictionary[Edition[C], tuple[I64, I64]]
+        self._known: weakref.WeakKeyDictionary[Edition[C], _Runs]
         self._known = weakref.WeakKeyDictionary()
 
     async def offsets(self, limit: int) -> list[int]:
         """Of the first runs, at most *limit*, ascending."""
-        offset, _ = await self._runs()
-        listed: list[int] = offset[:limit].tolist()
-        return listed
+        return (await self._runs()).offsets(limit)
 
     async def find(self, offset: int) -> LostRun | None:
         """The run that begins at *offset*."""
-        offsets, lengths = await self._runs()
-        at = int(np.searchsorted(offsets, offset)) if offset < 1 << 63 else len(offsets)
-        if at == len(offsets) or offsets[at] != offset:
-            return None
-        return LostRun(offset, int(lengths[at]))
+        return (await self._runs()).find(offset)
 
     async def read(self, run: LostRun, offset: int, size: int) -> bytes:
         """Bytes of a run from *offset* on, fewer than *size* only at its end."""
@@ -68,32 +116,13 @@ class LostRuns(Generic[C]):
             read_bytes, self._source(), run.offset + offset, size, abandon_on_cancel=True
         )
 
-    async def _runs(self) -> tuple[I64, I64]:
+    async def _runs(self) -> _Runs:
         edition = self._peek()
         if edition is None:
-            return _no_runs()
+            return _NO_RUNS
         if edition not in self._known:
             # Millions of clusters take a while.
             self._known[edition] = await trio.to_thread.run_sync(
-                _runs_of, edition.value.report, self._source(), abandon_on_cancel=True
+                _Runs.of, edition.value.report, self._source(), abandon_on_cancel=True
             )
         return self._known[edition]
-
-
-def _no_runs() -> tuple[I64, I64]:
-    return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-
-
-def _runs_of(report: Report, source: Source) -> tuple[I64, I64]:
-    """Offset and length of every run, bytes, ascending."""
-    from planner.findings.kinds import FindingKind  # noqa: PLC0415 - after a check, which has it
-    from planner.triage.triage import adjacent  # noqa: PLC0415
-    from planner.triage.uncounted import uncounted_clusters  # noqa: PLC0415
-
-    if report.layout is None or report.mismatches is None:
-        return _no_runs()
-    bits, end = report.geometry.cluster_bits, report.layout.file_size
-    leaked = report.mismatches.clusters(FindingKind.LEAK, report.counters.leaks)
-    every = distinct(np.concatenate((leaked, uncounted_clusters(source, report))))
-    first, count = adjacent(every)
-    return first << bits, np.clip(end - (first << bits), 0, count << bits)

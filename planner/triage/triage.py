@@ -233,8 +233,12 @@ def _count_each(values: U8, most: int) -> list[int]:
 
 def adjacent(clusters: I64) -> tuple[I64, I64]:
     """Ascending clusters as runs of neighbours: the first of each, and how many they are."""
-    starts = np.flatnonzero(np.diff(clusters, prepend=-2) != 1)
-    return clusters[starts], np.diff(starts, append=len(clusters))
+    begins = np.ones(len(clusters) + 1, dtype=np.bool_)
+    np.not_equal(np.diff(clusters), 1, out=begins[1:-1])
+    first, count = clusters[begins[:-1]], clusters[begins[1:]]
+    count -= first
+    count += 1
+    return first, count
 
 
 def triage_leaks(
@@ -257,10 +261,9 @@ def triage_leaks(
     if ignored is not None and len(ignored):
         counted = counted[~is_among(counted, ignored)]
     uncounted = uncounted_clusters(_Watched(source, progress, 0), report)
-    leaked = np.concatenate((counted, uncounted)) if len(uncounted) else counted
+    leaked = np.sort(np.concatenate((counted, uncounted))) if len(uncounted) else counted
     if not len(leaked):
         return Triage(losses=find_shared(source, report))
-    leaked.sort()
     most = min(len(leaked) * report.geometry.cluster_size, limits.triaged_bytes)
     watched = _Watched(source, progress, most)
     looker = looker_of(watched, report)
