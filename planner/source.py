@@ -272,7 +272,14 @@ def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[t
     start = np.array([tables[at][0] for at in inside], dtype=np.int64)
     ends = (min(tables[at][0] + tables[at][1] * 8, source.size) for at in inside)
     end = np.fromiter(ends, dtype=np.int64, count=len(inside))
-    present = np.flatnonzero(_may_hold_data(source, start, end))
+    reach = np.maximum.accumulate(end)
+    may_hold = _may_hold_data(
+        source,
+        start,
+        int(end.max(initial=0)),
+        lambda at: np.searchsorted(reach, at, side="right"),
+    )
+    present = np.flatnonzero(may_hold)
     for some in _neighbours(start, end, present):
         base = int(start[some[0]])
         index, words = nonzero_words(source, base, -((base - int(end[some].max())) // 8))
@@ -316,23 +323,31 @@ def present_tables(
         count <= READS_ANYWAY or _count_reads(offsets, table_bytes) <= READS_ANYWAY
     ):
         return np.ones(count, dtype=np.bool_)
-    return _may_hold_data(source, offsets, offsets + table_bytes)
+    # Where they end is not written down: of millions that takes as much as they do.
+    return _may_hold_data(
+        source,
+        offsets,
+        int(offsets[-1]) + table_bytes,
+        lambda at: np.searchsorted(offsets, at - table_bytes, side="right"),
+    )
 
 
-def _may_hold_data(source: Source, start: I64, end: I64) -> Mask:
-    """Which of the ranges have anything but a hole; they ascend by *start*."""
+def _may_hold_data(source: Source, start: I64, end: int, ended: Callable[[I64], I64]) -> Mask:
+    """Which of the ranges have anything but a hole; they ascend by *start*, the last ends at *end*.
+
+    *ended*: of offsets, how many of the first ranges end there or before.
+    """
     count = len(start)
     present = np.zeros(count, dtype=np.bool_)
-    reach = np.maximum.accumulate(end)
     index, number = 0, 1
     while index < count:
         position = int(start[index])
-        some = source.data_extents(position, int(reach[-1]) - position)
+        some = source.data_extents(position, end - position)
         extents = np.array(list(itertools.islice(some, number)), dtype=np.int64).reshape(-1, 2)
         if not len(extents):
             break
         # Of ranges that are not equally long, some that end before an extent are taken with it.
-        low = np.searchsorted(reach, extents[:, 0], side="right")
+        low = ended(extents[:, 0])
         high = np.searchsorted(start, extents[:, 1], side="left")
         low = np.maximum(low, index)
         hit = np.flatnonzero(low < high)

@@ -207,7 +207,9 @@ def _ground(source: Source, before: Report, means: _Means) -> _Ground:
         # With a header under which something is found there is nothing wrong but that.
         headers = Found(header, [Hypothesis(header, b"", before.counters, ())])
         as_it_is = _Ground(before, nothing, source, before, headers)
-        ground = as_it_is if moved else _listing(source, as_it_is, means, triage)
+        ground = as_it_is if moved else _with_snapshots(source, as_it_is, means, triage)
+        del triage  # Of millions of leaks it takes as much as the tables that are looked for.
+        ground = ground if moved else _placing(ground, means)
         found = ground.snapshots or ground.tables is not None
         is_stopped = set(before.counts()) - {FindingKind.LEAK} <= _STOPS and before.stopped
         if found or (is_stopped and not moved):
@@ -258,20 +260,19 @@ def _leaks_of(source: Source, report: Report, means: _Means) -> Triage | None:
     return triage_leaks(source, report, progress=means.progress)
 
 
-def _listing(
-    source: Source, ground: _Ground, means: _Means, triage: Triage | None = None
-) -> _Ground:
-    """*ground* with the snapshots that its table lost, and the tables without a place.
+def _listing(source: Source, ground: _Ground, means: _Means) -> _Ground:
+    """*ground* with the snapshots that its table lost, and the tables without a place."""
+    return _placing(_with_snapshots(source, ground, means), means)
 
-    *triage*: of its leaks, where that is known.
-    """
-    ground = _with_snapshots(source, ground, means, triage)
+
+def _placing(ground: _Ground, means: _Means) -> _Ground:
     return replace(ground, tables=_tables_under(ground.image, ground.report, means))
 
 
 def _with_snapshots(
     source: Source, ground: _Ground, means: _Means, triage: Triage | None = None
 ) -> _Ground:
+    """*ground* with the snapshots that its table lost. *triage*: of its leaks, if it is known."""
     listed = _listed_again(ground.image, ground.report, means, triage)
     if listed is None:
         return ground

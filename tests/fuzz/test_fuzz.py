@@ -297,7 +297,9 @@ def test_refcount_blocks_in_holes_are_not_counted_as_clusters(cluster_bits, tmp_
 
 
 LEAK_BYTES, LEAKS_BYTES = 24, 24 << 20
-"""What looking at a leaked cluster and a plan that frees it may take of memory, and any number."""
+"""What looking at a leaked cluster, a plan that frees it, and a rescue may take of memory, and any
+number.
+"""
 
 
 def test_leaks_by_the_million_are_looked_at_and_planned_in_bounded_memory(tmp_path) -> None:
@@ -317,3 +319,18 @@ def test_leaks_by_the_million_are_looked_at_and_planned_in_bounded_memory(tmp_pa
         finally:
             tracemalloc.stop()
     assert peak < LEAK_BYTES * report.counters.leaks + LEAKS_BYTES
+
+
+def test_a_rescue_takes_bounded_memory_where_millions_of_clusters_leak(tmp_path) -> None:
+    path, blocks = tmp_path / "bomb.qcow2", 4
+    leaks_in_holes(b"\xff", blocks).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        tracemalloc.start()
+        try:
+            with pytest.raises(PlannerError):
+                rescue(source)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < LEAK_BYTES * (blocks << 19) + LEAKS_BYTES

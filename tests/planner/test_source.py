@@ -1,5 +1,6 @@
 """Reading tables from a source: batches, holes, ends, and reads that many tables share."""
 
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,6 +222,18 @@ def test_a_million_tables_in_a_hole_are_one_question(monkeypatch) -> None:
     source = Sparse({}, size=1 << 62)
     assert not present_tables(source, np.arange(1 << 20, dtype=np.int64) << 16, 1 << 16).any()
     assert len(source.asked) == 1
+
+
+def test_of_a_million_tables_no_more_is_made_than_which_are_there() -> None:
+    offsets = np.arange(1 << 20, dtype=np.int64) << 16
+    source = Sparse({0: b"x", 5 << 7: b"x"}, size=1 << 62)
+    tracemalloc.start()
+    try:
+        assert np.flatnonzero(present_tables(source, offsets, 1 << 16)).tolist() == [0, 5]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(offsets)
 
 
 @given(

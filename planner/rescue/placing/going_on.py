@@ -40,8 +40,8 @@ class Pass:
         Of these only what is needed is read again.
         """
         size = self._geometry.cluster_size
-        inside = clusters[clusters < -(-self._source.size // size)]
-        end = int(inside[-1] + 1) * size if len(inside) else 0
+        inside = int(np.searchsorted(clusters, -(-self._source.size // size)))
+        end = int(clusters[inside - 1] + 1) * size if inside else 0
         reach = self._finder.reach + size if self._finder is not None else 0
         whole = scanned.whole(self._source.size, end, reach)
         if whole is not None:
