@@ -322,6 +322,8 @@ class Mapping:
         self._index, self._offset = index[leads], offset[leads]
         misaligned = self._offset & (geometry.cluster_size - 1) != 0
         self._flaw = np.where(misaligned, Flaw.L2_MISALIGNED, Flaw.NONE).astype(np.uint8)
+        # By L1 index; none where nothing is lost.
+        self._lost: Mask = np.zeros(0, dtype=np.bool_)
         if self._salvaged is not None:
             self._note_lost(self._salvaged, l1_offset, l1_size)
         extended = geometry.extended_l2
@@ -332,17 +334,17 @@ class Mapping:
         self._kept: dict[int, Runs] = {}
 
     def _note_lost(self, source: Salvaged, l1_offset: int, l1_size: int) -> None:
-        """Give a flaw to L2 tables past the end of the file, and to L1 entries that are lost."""
+        """Give a flaw to L2 tables past the end of the file; note which L1 entries are lost.
+
+        These are a mask, however many the header claims: among the others they would take 17 bytes
+        each, and several times as much while they are put in order.
+        """
         self._flaw[(self._offset >= source.size) & (self._flaw == Flaw.NONE)] = Flaw.TABLE_LOST
-        lost = np.flatnonzero(source.lost_words(l1_offset, l1_size))
-        kept = ~np.isin(self._index, lost)
-        index = np.concatenate((self._index[kept], lost))
-        order = np.argsort(index, kind="stable")
-        nowhere = np.zeros(len(lost), dtype=np.int64)
-        self._index = index[order]
-        self._offset = np.concatenate((self._offset[kept], nowhere))[order]
-        flaws = np.full(len(lost), Flaw.TABLE_LOST, dtype=np.uint8)
-        self._flaw = np.concatenate((self._flaw[kept], flaws))[order]
+        lost = source.lost_words(l1_offset, l1_size)
+        if lost.any():
+            kept = ~lost[self._index]
+            self._index, self._offset = self._index[kept], self._offset[kept]
+            self._flaw, self._lost = self._flaw[kept], lost
 
     def marked(self, offset: int, end: int) -> Mapping:
         """The same, but that what a table maps which was overwritten is DAMAGED, for who walks from
@@ -605,16 +607,14 @@ class Mapping:
     def _lifeless(self, low: int, high: int) -> Runs:
         """The runs from guest offset *low* to *high*, where no table is in use."""
         coverage = self.geometry.l2_coverage
-        at, to = np.searchsorted(self._index, [low // coverage, -(-high // coverage)])
-        index, flaw = self._index[at:to], self._flaw[at:to]
-        index, flaw = index[flaw != Flaw.NONE], flaw[flaw != Flaw.NONE]
-        if not len(index):
+        first, last, flaw = self._flawed(low // coverage, -(-high // coverage))
+        if not len(first):
             return Runs.unallocated(low, high)
-        start = index * coverage
-        bounds = distinct(np.concatenate(([low], start, start + coverage)))
+        start, stop = first * coverage, last * coverage
+        bounds = distinct(np.concatenate(([low], start, stop)))
         bounds = bounds[(bounds >= low) & (bounds < high)]
         before = np.searchsorted(start, bounds, side="right") - 1
-        flawed = (before >= 0) & (bounds < start[before] + coverage)
+        flawed = (before >= 0) & (bounds < stop[before])
         return Runs(
             guest=bounds,
             length=np.diff(bounds, append=high),
@@ -623,6 +623,19 @@ class Mapping:
             stored=np.zeros(len(bounds), dtype=np.int64),
             flaw=np.where(flawed, flaw[before], Flaw.NONE).astype(np.uint8),
         ).joined()
+
+    def _flawed(self, low: int, high: int) -> tuple[I64, I64, U8]:
+        """L1 entries from *low* to *high* that lead to nothing that can be read: the first ones,
+        those behind the last, and the `Flaw`, of stretches; those that are lost, together."""
+        at, to = np.searchsorted(self._index, [low, high])
+        which = at + np.flatnonzero(self._flaw[at:to])
+        lost = self._lost[low:high]
+        edges = low + np.flatnonzero(np.diff(lost, prepend=False, append=False))
+        first = np.concatenate((self._index[which], edges[0::2]))
+        last = np.concatenate((self._index[which] + 1, edges[1::2]))
+        flaws = np.full(len(edges) // 2, Flaw.TABLE_LOST, dtype=np.uint8)
+        order = np.argsort(first, kind="stable")
+        return first[order], last[order], np.concatenate((self._flaw[which], flaws))[order]
 
     def _decode(self, source: Source, first: int, count: int) -> Runs:
         """The runs of *count* guest clusters from cluster *first* on."""
@@ -643,6 +656,8 @@ class Mapping:
         index, offset, flaw = self._index[at:to] - low, self._offset[at:to], self._flaw[at:to]
         flaws = np.zeros(high - low, dtype=np.uint8)
         flaws[index] = flaw
+        lost = self._lost[low:high]
+        flaws[: len(lost)][lost] = Flaw.TABLE_LOST
         index, offset = index[flaw == Flaw.NONE], offset[flaw == Flaw.NONE]
         if high - low == 1:  # a part of one table
             raw = np.zeros(count * width, dtype=">u8")

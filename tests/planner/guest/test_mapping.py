@@ -1,6 +1,7 @@
 """Runs of guest bytes from random tables, against the specification read entry by entry."""
 
 import random
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -419,6 +420,26 @@ def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
     strict = Mapping(Sparse.of(l1, 1 << 25, 1 << 16), geometry, 0, count, data_end=0)
     runs = Runs.concatenate(list(strict.walk(0, size)))
     assert set(runs.flaw.tolist()) == {Flaw.L2_MISALIGNED, Flaw.TABLE_LOST}
+
+
+def test_an_l1_table_past_the_end_of_the_file_takes_little_memory_whatever_it_claims() -> None:
+    geometry, count = Geometry(3, 12, 4, 0), 1 << 22
+    # A word of it is there, and leads to a table in a hole.
+    start = (1 << 16) - 8
+    source = Bytes(bytes(start) + (1 << 12).to_bytes(8, "big"))
+    tracemalloc.start()
+    try:
+        mapping = Mapping(source, geometry, start, count, data_end=source.size)
+        runs = Runs.concatenate(list(mapping.walk(0, count * geometry.l2_coverage)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert runs.length.tolist() == [
+        geometry.l2_coverage,
+        (count - 1) * geometry.l2_coverage,
+    ]
+    assert runs.flaw.tolist() == [Flaw.NONE, Flaw.TABLE_LOST]
+    assert peak < 32 << 20
 
 
 def walked(mapping: Mapping, size: int) -> tuple[Runs, int]:
