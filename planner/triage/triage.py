@@ -234,7 +234,9 @@ def _count_each(values: U8, most: int) -> list[int]:
 def adjacent(clusters: I64) -> tuple[I64, I64]:
     """Ascending clusters as runs of neighbours: the first of each, and how many they are."""
     begins = np.ones(len(clusters) + 1, dtype=np.bool_)
-    np.not_equal(np.diff(clusters), 1, out=begins[1:-1])
+    for start in range(0, len(clusters) - 1, CHUNK):
+        some = clusters[start : start + CHUNK + 1]
+        np.not_equal(np.diff(some), 1, out=begins[start + 1 : start + len(some)])
     first, count = clusters[begins[:-1]], clusters[begins[1:]]
     count -= first
     count += 1
