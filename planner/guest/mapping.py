@@ -411,11 +411,17 @@ class Mapping:
 
     def _is_by_table(self, offset: int, end: int) -> bool:
         """Whether to walk table by table: where they repeat, or stand far from each other."""
-        if self._repeats:
+        external = self.geometry.external_data
+        if self._repeats and not external:
             return True
         window = self._walk_window << self.geometry.cluster_bits
-        tables = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
-        return len(tables) <= 2 * len(self._numbers_in_use(offset, end, window))
+        numbers = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
+        steps = len(numbers)
+        if external:
+            # As many as there are of one table in a row are one step.
+            tables = self._offset[np.searchsorted(self._index, numbers)]
+            steps -= int(np.count_nonzero((np.diff(numbers) == 1) & (np.diff(tables) == 0)))
+        return steps <= 2 * len(self._numbers_in_use(offset, end, window))
 
     def _walk_windows(
         self, offset: int, end: int, packed: bool, reading: Reading

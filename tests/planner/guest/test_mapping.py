@@ -406,6 +406,17 @@ def test_a_table_of_a_data_file_is_read_anew_only_where_an_entry_is_in_its_place
         assert part.host.tolist() == mapping.runs(low, until).joined().host.tolist()
 
 
+def test_small_tables_of_a_data_file_that_take_turns_are_read_many_at_a_time() -> None:
+    geometry, count = Geometry(3, 9, 4, 0, external_data=True), 4096
+    tables = np.full(2 * geometry.l2_entries, (1 << 50) | COPIED, dtype=">u8").tobytes()
+    l1 = np.resize(np.array([512, 1024], dtype=">u8"), count).tobytes()
+    source = Bytes((bytes(512) + tables).ljust(2048, b"\0") + l1)
+    mapping, told = Mapping(source, geometry, 2048, count), list[int]()
+    assert list(mapping.walk(0, count * geometry.l2_coverage, reading=told.append))
+    assert sum(told) == count * geometry.l2_entries
+    assert len(told) <= 4
+
+
 @pytest.mark.usefixtures("any_table_is_one")
 def test_tables_in_holes_and_out_of_place_are_not_gone_through() -> None:
     geometry, count = Geometry(3, 21, 4, 0), 1 << 18
