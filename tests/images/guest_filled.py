@@ -6,10 +6,13 @@ import contextlib
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.block_devices import attached
+
+_TRIES, _PAUSE = 100, 0.1
 
 XFS_SIZE = 320 << 20
 """mkfs.xfs makes none below 300 MB."""
@@ -182,10 +185,21 @@ BTRFS_VARIANTS = {
 
 
 def make_btrfs(image: Path, tree: Path, options: Sequence[str]) -> None:
-    """A btrfs with the files of *tree*, made by mkfs.btrfs."""
+    """A btrfs with the files of *tree*, made by mkfs.btrfs.
+
+    It looks at the source of whatever is mounted, also by others, and gives up where nobody serves
+    that any more.
+    """
     with image.open("wb") as file:
         file.truncate(160 << 20)
-    run("mkfs.btrfs", "-q", "-f", "-L", "a label", "--rootdir", tree, *options, image)
+    command: list[str | Path]
+    command = ["mkfs.btrfs", "-q", "-f", "-L", "a label", "--rootdir", tree, *options, image]
+    for _ in range(_TRIES):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "cannot check mount status" not in done.stderr:
+            break
+        time.sleep(_PAUSE)
+    assert done.returncode == 0, done.stderr
 
 
 def age_btrfs(folder: Path, seed: int) -> None:
