@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.block_devices import attached
 
-_TRIES, _PAUSE = 100, 0.1
+_TRIES, _PAUSE = 300, 0.1
 
 XFS_SIZE = 320 << 20
 """mkfs.xfs makes none below 300 MB."""
@@ -74,6 +74,16 @@ def mounted(image: Path, *options: str) -> Iterator[Path]:
         yield folder
     finally:
         run("umount", folder)
+        _wait_until_written(image)
+
+
+def _wait_until_written(image: Path) -> None:
+    """A mount namespace that was made meanwhile has it mounted, too, for as long as it is there."""
+    for _ in range(_TRIES):
+        if not run("losetup", "--associated", image):
+            return
+        time.sleep(_PAUSE)
+    raise AssertionError(f"{image} is still mounted somewhere")
 
 
 def age(folder: Path, seed: int, rounds: int = 3, attribute_size: int = 900) -> None:
