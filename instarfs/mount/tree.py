@@ -741,7 +741,7 @@ Only writing to repair/tier, repair/undo or repair/trim changes the image. Nothi
 before it is opened: whoever opens a file in check/ first has the whole image checked, which may
 take a while; every other file answers meanwhile. check/report.txt also plans the repairs, where
 there is anything to repair. When the image changes, the files show its new state the next time
-they are opened; who has one open reads on in the old one.
+they are opened; who has one open reads on in the old one, of disk.raw and image.qcow2 in the new.
 
 {_OF_FILES}
 If a program writes to the image while it is checked, the check is of a moment between its
