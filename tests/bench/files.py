@@ -126,8 +126,8 @@ def enter(_samples: Samples) -> Iterator[Mapping[str, Side]]:
             assert text.count("\tdata\n") == len(blocks)
 
         yield {
-            OURS: Side(files, turns=3),
-            DEBUGFS: Side(partial(ask_debugfs, disk, blocks), turns=1),
+            OURS: Side(files),
+            DEBUGFS: Side(partial(ask_debugfs, disk, blocks)),
         }
 
 

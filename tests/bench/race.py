@@ -81,7 +81,11 @@ class Race:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One row, measured: medians in seconds. ``ratio``: ours by the peer's, wall time."""
+    """One row, measured: medians in seconds. ``ratio``: ours by the peer's, wall time.
+
+    ``least_ratio``, ``most_ratio``: of one turn, our time in it by the peer's in the same turn, or
+    by its median where it took fewer.
+    """
 
     race: str
     work: str
@@ -92,6 +96,8 @@ class Result:
     ours_cpu: float
     peer_cpu: float
     ratio: float
+    least_ratio: float
+    most_ratio: float
     cpu_ratio: float
     target: str
     met: bool | None
@@ -149,6 +155,8 @@ def _compare(
         target, met = f"{row.at_most:.3g}", our[WALL] <= row.at_most * its[WALL]
     elif row.more is not None:
         target, met = f"+{row.more * 1000:g} ms", our[WALL] <= its[WALL] + row.more
+    beside = [turn[WALL] for turn in peer] if len(peer) == len(ours) else [its[WALL]] * len(ours)
+    ratios = [turn[WALL] / other for turn, other in zip(ours, beside, strict=True)]
     return Result(
         race=race.name,
         work=row.work,
@@ -159,6 +167,8 @@ def _compare(
         ours_cpu=our[CPU],
         peer_cpu=its[CPU],
         ratio=our[WALL] / its[WALL],
+        least_ratio=min(ratios),
+        most_ratio=max(ratios),
         cpu_ratio=our[CPU] / its[CPU] if its[CPU] else 0.0,
         target=target,
         met=met,
@@ -168,16 +178,19 @@ def _compare(
 
 
 HEADLINE = (
-    f"{'work':<58}{'ours':>10}{'peer':>10}{'ratio':>9}{'target':>9}{'':>5}{'cpu':>8}  peer is"
+    f"{'work':<58}{'ours':>10}{'peer':>10}{'ratio':>9}{'its turns':>16}{'target':>9}"
+    f"{'':>5}{'cpu':>8}  peer is"
 )
 
 
 def table_line(result: Result) -> str:
     """One row of the table. ``cpu`` is the ratio of the processor times."""
+    spread = f"{result.least_ratio:.3g}-{result.most_ratio:.3g}"
     mark = {True: "ok", False: "MISS", None: ""}[result.met]
     return (
         f"{result.work:<58}{_seconds(result.ours_wall):>10}{_seconds(result.peer_wall):>10}"
-        f"{result.ratio:>9.4g}{result.target:>9}{mark:>5}{result.cpu_ratio:>8.3g}  {result.peer}"
+        f"{result.ratio:>9.4g}{spread:>16}{result.target:>9}{mark:>5}{result.cpu_ratio:>8.3g}"
+        f"  {result.peer}"
     )
 
 
