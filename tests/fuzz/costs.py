@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import gc
 import importlib
 import itertools
 import os
+import re
 import resource
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,93 +37,24 @@ from tests.fuzz.bombs_beside import (
     make_with_state,
     make_with_undo,
 )
+from tests.fuzz.commands import (
+    AFTER_WORDS,
+    ASKED_FOR,
+    BESIDE_UNDO,
+    BRIEFLY,
+    COMMANDS,
+    MOUNTS,
+    STREAMED,
+    TIER,
+    WITHOUT_IMAGE,
+    WORDS,
+    asking,
+    chains,
+)
 from tests.fuzz.guest_bombs import make_aliased_bomb, make_guest_bomb
 from tests.fuzz.holed import WITHOUT_A_HEADER, Holed, make_bomb
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
-
-COMMANDS = (
-    "info",
-    "info --output=json",
-    "info --backing-chain --follow=FOLDER",
-    "check",
-    "check --output=json",
-    "check --data",
-    "check -U --settle=0",
-    "check -q IMAGE IMAGE",
-    "report",
-    "report --follow=FOLDER",
-    "report --undo-file=UNDO",
-    "files",
-    "files --follow=FOLDER",
-    "files --snapshot=0",
-    "rescue",
-    "rescue --output=json -o OUT",
-    "rescue --free",
-    "rescue --in-place --plan=000000000000",
-    "rescue --header=IMAGE --assume=cluster_bits=16",
-    "rescue --state=STATE",
-    "then rescue --state=STATE",
-    "scan --jobs=1",
-    "scan --jobs=1 --output=jsonl FOLDER",
-    "scan --jobs=1 --state=STATE --metrics=FOLDER/of.prom FOLDER",
-    "then scan --jobs=1 --state=STATE FOLDER",
-    "then scan --report --state=STATE",
-    "plan leaks",
-    "plan all",
-    "plan --output=json all",
-    "plan split",
-    "plan bitmaps",
-    "plan snapshots",
-    "map",
-    "map --output=json",
-    "map --output=json --follow=FOLDER",
-    "map --output=json -s 1M -l 1T",
-    "export -q IMAGE OUT",
-    "export -q --follow=FOLDER IMAGE OUT",
-    "export -q --snapshot=0 IMAGE OUT",
-    "export -q --preview=all IMAGE OUT",
-    "check -r leaks",
-    "then undo",
-    "check -r all",
-    "then undo",
-    "check -r split --plan=000000000000",
-    "check -r all --no-undo",
-    "then trim",
-    "trim --plan=000000000000",
-    "undo --undo-file=UNDO",
-)
-"""What is run, on an image each that nobody has touched, but where it begins with `then`. IMAGE
-stands at the end where it is not named, nor FOLDER."""
-
-BESIDE_UNDO = ("undo", "check -r leaks", "trim")
-"""What looks at an undo file that is there: one that is long, a hole, and says nothing."""
-
-BRIEFLY = ("info --output=json", "check --data", "report", "files", "rescue", "map --output=json")
-
-STREAMED = ("files", "info --output=json", "map", "plan --output=json", "scan", "export")
-"""What may print more than `READ_BYTES`: nobody reads on then, and it is to end."""
-
-WORDS = (
-    ("repair/tier", "leaks"),
-    ("repair/tier", "all"),
-    ("repair/tier", "split 000000000000"),
-    ("repair/undo", "undo"),
-    ("repair/trim", "trim"),
-)
-"""What is written to the control files of a mount."""
-
-MOUNTS = (
-    "mount",
-    "mount --follow=FOLDER -o allow_other,ro",
-    "mount --undo-file=UNDO",
-    "mount --preview=leaks",
-    "mount --preview=all",
-    "mount --preview=split",
-    "mount --preview=bitmaps",
-    "mount --preview=snapshots",
-    "mount --preview=rescue",
-)
 
 KINDS: dict[str, Callable[[int], Holed]] = {
     "tables": make_bomb,
@@ -137,6 +71,12 @@ KEPT = Path(".fuzz/bombs")
 """Where images are that cost too much."""
 
 READ_BYTES = 8 << 20
+HEAD_BYTES = 1 << 16
+"""At the beginning of a plan, in which its id is."""
+
+MANY = 12
+"""Names in a directory of a mount; of more a few are read."""
+
 AGAIN = 2
 """So often what costs too much is run again, before it is said: the least is what counts."""
 
@@ -172,6 +112,11 @@ class Costs:
     """Runs commands in *folder*, where images may be large and have holes."""
 
     def __init__(self, folder: Path, *, briefly: bool = False, only: Sequence[str] = ()) -> None:
+        """*only*: patterns of the commands that are run, and what they follow with them."""
+
+        def chosen(command: str) -> bool:
+            return any(fnmatch.fnmatchcase(command, pattern) for pattern in only)
+
         before = time.process_time()
         for module in (*(f"cli.{name}" for name in cli.COMMANDS), "mount.tree", "render.report"):
             importlib.import_module(f"instarfs.{module}")
@@ -181,23 +126,24 @@ class Costs:
         self._mountpoint = folder / "mnt"
         self._mountpoint.mkdir()
         self._briefly = briefly
-        self._commands: tuple[str, ...] = BRIEFLY if briefly else COMMANDS
-        self._mounts: tuple[str, ...] = MOUNTS[:1] if briefly else MOUNTS
+        self._chains = list(chains(BRIEFLY if briefly else COMMANDS))
+        self._mounts: Sequence[str] = MOUNTS[:1] if briefly else MOUNTS
         if only:
-            self._commands, self._mounts = (
-                tuple(command for command in among if command in only)
-                for among in (self._commands, self._mounts)
-            )
+            self._chains = [chain for chain in self._chains if any(map(chosen, chain))]
+            self._mounts = [mount for mount in self._mounts if chosen(mount)]
         self._beside_undo = () if briefly or only else BESIDE_UNDO
         self.runs, self.most_seconds, self.most_memory = 0, 0.0, 0
 
     def of(self, write: Callable[[Path], None]) -> Iterator[tuple[str, str]]:
         """What costs too much of the image that *write* writes: the command, and how much."""
-        for command in self._commands:
-            cost = self._least(command, write)
-            self._note(cost)
-            if found := cost.beyond(streamed=command.removeprefix("then ").startswith(STREAMED)):
-                yield command, found
+        for chain in self._chains:
+            self._anew(write)
+            for number, command in enumerate(chain):
+                cost = self._least(chain[: number + 1], write)
+                self._note(cost)
+                if found := cost.beyond(streamed=command.startswith(STREAMED)):
+                    yield ", then ".join(chain[: number + 1]), found
+            self._unmount()
         for command in self._beside_undo:
             self._anew(write)
             self._plant_undo()
@@ -208,16 +154,18 @@ class Costs:
         for mount in self._mounts:
             yield from self._least_mounted(mount, write)
 
-    def _least(self, command: str, write: Callable[[Path], None]) -> Cost:
-        """Processes that share a core make each other slower, now more and now less."""
-        if command.startswith("then "):
-            return self._command(command.removeprefix("then "))
-        self._anew(write)
-        cost = self._command(command)
+    def _least(self, chain: Sequence[str], write: Callable[[Path], None]) -> Cost:
+        """Of the last of *chain*, those before which have been run.
+
+        Processes that share a core make each other slower, now more and now less.
+        """
+        cost = self._command(chain[-1])
         for _ in range(AGAIN):
             if cost.seconds > SECONDS:
+                self._unmount()
                 self._anew(write)
-                cost = min(cost, self._command(command), key=lambda it: it.seconds)
+                *_, again = map(self._command, chain)
+                cost = min(cost, again, key=lambda it: it.seconds)
         return cost
 
     def _least_mounted(
@@ -272,14 +220,33 @@ class Costs:
 
     def _arguments(self, command: str) -> list[str]:
         words = command.split()
-        if not {"IMAGE", "FOLDER"} & set(words) and "--report" not in words:
+        operands = [word for word in words[1:] if not word.startswith("-")]
+        is_named = any("IMAGE" in word or "FOLDER" in word for word in operands)
+        if not is_named and not command.startswith(WITHOUT_IMAGE):
             words.append("IMAGE")
         folder = self._image.parent
         places = {"IMAGE": self._image, "OUT": folder / "out", "FOLDER": folder}
-        places |= {"STATE": folder / STATE, "UNDO": folder / UNDO}
+        places |= {"STATE": folder / STATE, "UNDO": folder / UNDO, "MNT": self._mountpoint}
+        if "--plan=PLAN" in words:
+            words[words.index("--plan=PLAN")] = f"--plan={self._plan(' '.join(asking(words)))}"
         for name, place in places.items():
             words = [word.replace(name, str(place)) for word in words]
         return words
+
+    def _plan(self, command: str) -> str:
+        """The id of the plan that *command* tells of; zeros: of none."""
+        reading, writing = os.pipe()
+        pid = self._fork(self._arguments(command), writing, reading)
+        os.close(writing)
+        _, _, head = _read(reading, HUNG)
+        os.close(reading)
+        _wait(pid, HUNG)
+        return _plan_id(head + self._log.read_bytes())
+
+    def _unmount(self) -> None:
+        """Let nothing that a chain has left mounted hide the folder."""
+        if self._mountpoint.is_mount():
+            subprocess.run(["fusermount3", "-uz", self._mountpoint], check=False)
 
     def _command(self, command: str) -> Cost:
         is_export = command.startswith("export")
@@ -287,7 +254,7 @@ class Costs:
         reading, writing = os.pipe()
         pid = self._fork(arguments, writing, reading)
         os.close(writing)
-        printed, is_late = _read(reading, EXPORTED if is_export else HUNG)
+        printed, is_late, _ = _read(reading, EXPORTED if is_export else HUNG)
         os.close(reading)
         if is_export and is_late:
             os.kill(pid, signal.SIGTERM)
@@ -298,6 +265,8 @@ class Costs:
             wrong = "did not end"
         elif code not in (0, 1, 2, 3, 63, 143) and not (is_export and code == -signal.SIGTERM):
             wrong = wrong or f"exit code {code}"
+        elif command.startswith("umount") and self._mountpoint.is_mount():
+            wrong = "still mounted"
         wrong = wrong or self._traceback()
         seconds = used.ru_utime + used.ru_stime
         seconds = 0 if is_export else seconds + self.begun
@@ -317,26 +286,32 @@ class Costs:
         arguments = [*self._arguments(name), "-f", str(self._mountpoint)]
         pid = self._fork(arguments, null)
         os.close(null)
+        is_up = False
         try:
-            if self._is_up(pid):
-                seconds = _processor(pid) + self.begun
-                self._note(Cost(seconds, 0, 0))
-                if seconds > SECONDS:
-                    yield f"{name}: until it answers", f"{seconds:.1f} s"
-                for file, found in self._files(pid):
+            if is_up := self._is_up(pid):
+                daemon = _Daemon(pid)
+                yield from self._beyond(f"{name}: until it answers", self.begun + daemon.seconds())
+                for file, found in self._files(daemon):
                     yield f"{name}: {file}", found
-                memory = _peak(pid)
-                self._note(Cost(0, memory, 0))
-                if memory > MEMORY:
-                    yield name, f"{memory >> 20} MiB"
+                yield from self._beyond(name, 0, daemon.peak())
         finally:
             os.kill(pid, signal.SIGTERM)
-            _, _, ended = _wait(pid)
+            _, used, ended = _wait(pid)
             if not ended:
                 yield name, "did not end"
+        if not is_up:
+            seconds = self.begun + used.ru_utime + used.ru_stime
+            yield from self._beyond(f"{name}: until it failed", seconds, used.ru_maxrss << 10)
         wrong = self._traceback()
         if wrong:
             yield name, wrong
+
+    def _beyond(self, what: str, seconds: float, memory: int = 0) -> Iterator[tuple[str, str]]:
+        """Note what something cost, and say so if it was too much."""
+        cost = Cost(seconds, memory, 0)
+        self._note(cost)
+        if found := cost.beyond(streamed=True):
+            yield what, found
 
     def _is_up(self, pid: int) -> bool:
         until = time.monotonic() + HUNG
@@ -349,81 +324,118 @@ class Costs:
             time.sleep(0.005)
         return True
 
-    def _files(self, pid: int) -> Iterator[tuple[str, str]]:
-        for path in _walk(self._mountpoint):
-            before = _processor(pid)
-            seen = _read_apart(path)
-            seconds = _processor(pid) - before
-            self._note(Cost(seconds, 0, 0))
-            if seconds > SECONDS:
-                yield str(path.relative_to(self._mountpoint)), f"{seconds:.1f} s"
-            if not seen:
-                yield str(path.relative_to(self._mountpoint)), "hung"
+    def _files(self, daemon: _Daemon) -> Iterator[tuple[str, str]]:
+        answers = yield from self._read_all(daemon, walk(self._mountpoint))
+        if answers and not self._briefly and os.access(self._mountpoint / TIER, os.W_OK):
+            yield from self._obeyed(daemon)
+
+    def _read_all(
+        self, daemon: _Daemon, paths: Iterable[Path]
+    ) -> Generator[tuple[str, str], None, bool]:
+        """What costs too much of these files; returns whether the mount still answers."""
+        for path in paths:
+            before, name = daemon.seconds(), str(path.relative_to(self._mountpoint))
+            is_done = _apart(partial(_read_file, path))
+            yield from self._beyond(name, daemon.seconds() - before)
+            if is_done is None:
+                yield name, "hung"
+                return False
+        return True
+
+    def _obeyed(self, daemon: _Daemon) -> Iterator[tuple[str, str]]:
+        """What costs too much of the words for control files, and of what is read after them."""
+        for name, template in WORDS:
+            word = template.replace("PLAN", self._shown_plan(template.split()[0]))
+            what, before = f"{template} > {name}", daemon.seconds()
+            is_done = _apart(partial((self._mountpoint / name).write_text, word))
+            yield from self._beyond(what, daemon.seconds() - before)
+            if is_done is None:
+                yield what, "hung"
                 return
-        if self._briefly:
-            return
-        for name, word in WORDS:
-            before = _processor(pid)
-            _write_apart(self._mountpoint / name, word)
-            seconds = _processor(pid) - before
-            if seconds > SECONDS:
-                yield f"{word} > {name}", f"{seconds:.1f} s"
+            is_repaired = is_done and name == TIER
+            after = walk(self._mountpoint) if is_repaired else self._after_words()
+            for file, found in self._read_all(daemon, after):
+                yield f"{what}, then {file}", found
+
+    def _after_words(self) -> Iterator[Path]:
+        yield from map(self._mountpoint.joinpath, AFTER_WORDS)
+
+    def _shown_plan(self, tier: str) -> str:
+        head, plan = b"", self._mountpoint / f"repair/plan/{tier}.json"
+        with contextlib.suppress(OSError), plan.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        return _plan_id(head)
 
 
-def _apart(work: Callable[[], None]) -> bool:
-    """Do it in a process that may hang: whether it came back."""
+class _Daemon:
+    """The processes of a mount: the one that was started, and those that it has."""
+
+    def __init__(self, pid: int) -> None:
+        parents = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                parents[int(stat.parent.name)] = int(_stat(stat)[1])
+        self._pids = [pid, *(child for child, parent in parents.items() if parent == pid)]
+
+    def seconds(self) -> float:
+        """Of processor that they have used."""
+        return sum(map(_processor, self._pids))
+
+    def peak(self) -> int:
+        """Bytes of memory that one of them had at most."""
+        return max(map(_peak, self._pids))
+
+
+def _apart(work: Callable[[], object]) -> bool | None:
+    """Do it in a process that may hang: whether it could be done; None if it hung."""
     pid = os.fork()
     if not pid:
         with contextlib.suppress(BaseException):  # errors are answers
             work()
-        os._exit(0)
-    return _wait(pid, HUNG)[2]
+            os._exit(0)
+        os._exit(1)
+    status, _, ended = _wait(pid, HUNG)
+    return status == 0 if ended else None
 
 
-def _read_apart(path: Path) -> bool:
-    def read() -> None:
-        with path.open("rb", buffering=0) as file:
-            left = READ_BYTES
-            while left > 0 and (part := file.read(1 << 17)):
-                left -= len(part)
-
-    return _apart(read)
+def _read_file(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        left = READ_BYTES
+        while left > 0 and (part := file.read(1 << 17)):
+            left -= len(part)
 
 
-def _write_apart(path: Path, word: str) -> None:
-    def write() -> None:
-        path.write_text(word)
-
-    _apart(write)
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Every file, of a long directory a few; what only opens by name, too."""
+def walk(root: Path) -> Iterator[Path]:
+    """Every file of a mount, of a long directory a few; what only opens by name, too."""
     for folder, names, files in os.walk(root):
-        if Path(folder).name == "explain":
-            for number in ("0", "65536", str(1 << 40), str((1 << 64) - 1)):
-                yield from (Path(folder) / side / number for side in ("host", "guest"))
-            names.clear()
         for listed in (names, files):
             listed.sort()
-            if len(listed) > 12:
+            if len(listed) > MANY:
                 listed[:] = [*listed[:2], listed[len(listed) // 2], listed[-1]]
-        yield from (Path(folder) / name for name in files)
+        asked = ASKED_FOR.get(str(Path(folder).relative_to(root)), ())
+        yield from (Path(folder) / name for name in (*files, *asked))
 
 
-def _read(descriptor: int, seconds: float) -> tuple[int, bool]:
-    """Read to the end, as far as `READ_BYTES`: how many bytes, and whether time was up."""
-    count, until = 0, time.monotonic() + seconds
+def _plan_id(text: bytes) -> str:
+    """Of the plan that it tells of; zeros: of none."""
+    found = re.search(rb'(?:"plan-id": "|--plan )([0-9a-f]{12})', text)
+    return found[1].decode() if found else "0" * 12
+
+
+def _read(descriptor: int, seconds: float) -> tuple[int, bool, bytes]:
+    """Read to the end, as far as `READ_BYTES`: how many bytes, whether time was up, the first."""
+    count, head, until = 0, b"", time.monotonic() + seconds
     while count < READ_BYTES:
         left = until - time.monotonic()
         if left <= 0:
-            return count, True
+            return count, True, head
         if select.select([descriptor], [], [], left)[0]:
             part = os.read(descriptor, 1 << 16)
             if not part:
                 break
             count += len(part)
-    return count, False
+            head += part if len(head) < HEAD_BYTES else b""
+    return count, False, head
 
 
 def _wait(pid: int, seconds: float = 10.0) -> tuple[int, resource.struct_rusage, bool]:
@@ -442,8 +454,13 @@ def _wait(pid: int, seconds: float = 10.0) -> tuple[int, resource.struct_rusage,
 
 def _processor(pid: int) -> float:
     """Seconds that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = _stat(Path(f"/proc/{pid}/stat"))
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(path: Path) -> list[str]:
+    """What the kernel says of a process, from its state on: proc(5)."""
+    return path.read_text().rpartition(")")[2].split()
 
 
 def _peak(pid: int) -> int:
@@ -464,7 +481,13 @@ def main() -> int:
     parser.add_argument(
         "--briefly", action="store_true", help="a few commands, and a mount; a kind a seed"
     )
-    parser.add_argument("--only", action="append", default=[], metavar="COMMAND", help="no other")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="no other than these, which may be patterns",
+    )
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="only these")
     arguments = parser.parse_args()
     found = 0

@@ -1,7 +1,9 @@
 """Everyday programs on a mount: they read it as they would any folder."""
 
+import contextlib
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import pytest
 
 from instarfs.mount import mountpoint
 from planner.check.wire import CheckResult
-from tests.mount.mounts import MakeMount, Mount, daemon_of, instarfs, make_image, run
+from tests.fuzz.commands import TIER, WORDS
+from tests.fuzz.costs import walk
+from tests.mount.mounts import MakeMount, Mount, daemon_of, instarfs, make_image, run, settle
 
 FILES = [
     "README.txt",
@@ -303,3 +307,43 @@ def test_read_only(mount: MakeMount, image: Path) -> None:
     with pytest.raises(OSError, match="Read-only file system"):
         (fixed / "repair/tier").open("w")
     assert fixed.read("check/leaks").startswith("#")
+
+
+def without_its_last_snapshot(path: Path) -> Path:
+    """An image with a snapshot, and tables of another, which its table has lost."""
+    make_image(path)
+    for name in ("one", "two"):
+        run("qemu-io", "-c", "write -P 0x62 0 1M", path)
+        run("qemu-img", "snapshot", "-c", name, path)
+    run("qemu-io", "-c", "write -P 0x63 0 1M", path)
+    with path.open("r+b") as file:
+        file.seek(60)
+        file.write((1).to_bytes(4, "big"))  # nb_snapshots
+    settle(path)
+    return path
+
+
+def test_what_measures_a_mount_reads_every_file_of_it(mount: MakeMount, tmp_path: Path) -> None:
+    image, read = without_its_last_snapshot(tmp_path / "image.qcow2"), set()
+    mounts = [mount(image), mount(image, "--preview", "rescue")]
+    for it in mounts:
+        for path in walk(it.path):
+            with path.open("rb") as file:
+                file.read(1 << 16)
+            read.add(str(path.relative_to(it.path)))
+    assert mountpoint.DAEMON_FILE in read
+    for it in mounts:
+        for name in re.findall(r"^    (\w\S*)  ", it.read("README.txt"), re.MULTILINE):
+            what = re.escape(name).replace("OFFSET", "[0-9]+").replace("N", "[0-9]+")
+            what += "disk.raw" if name.endswith("/") else ""
+            assert any(re.fullmatch(what, path) for path in read), name
+
+
+def test_what_measures_a_mount_writes_to_every_control_file(shared: Mount) -> None:
+    controls = set()
+    for path in walk(shared.path):
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY))
+            controls.add(str(path.relative_to(shared.path)))
+    assert TIER in controls
+    assert controls == {name for name, _ in WORDS}
