@@ -21,10 +21,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from instarfs.errors import (
+    ImageDeleted,
     ImageForbidden,
     ImageIsDirectory,
     ImageIsNoFile,
     ImageMissing,
+    ImageMoved,
     ImageNotFollowed,
     ImageOpenFailed,
     ImageReadFailed,
@@ -469,6 +471,14 @@ class Image:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def missing(image: Image) -> InstarfsError:
+    """Why there is no file under the path of *image*, which was opened under it."""
+    gone = image.gone()
+    if gone is None:
+        return ImageMissing(image.path)
+    return ImageDeleted(image.path) if gone.is_deleted else ImageMoved(image.path)
 
 
 def _close_all(*descriptors: int) -> None:

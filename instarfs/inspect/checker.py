@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.file import FileSource, Generation, Image, missing
 from instarfs.image.rwlock import Sharing
 from instarfs.inspect.shared_value import while_wanted
 from instarfs.inspect.stages import Stages
 from instarfs.inspect.values import Check, Checkup
 from instarfs.repair.checking import LiveCheck, run_check
-from instarfs.repair.writing import missing
 from planner.check.check import check_image
 
 log = logging.getLogger(__name__)

@@ -95,6 +95,7 @@ def build_tree(
         *_image_files(inspector),
         *_table_files(inspector),
         *_explain_files(inspector),
+        *_result_files(inspector, preview),
         *_check_files(inspector, mounted),
         *_lost_files(inspector),
         *(_rescue_files(inspector, rescued) if rescued is not None else ()),
@@ -460,7 +461,6 @@ def _check_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[_
         return f"{inspector.progress()}\n".encode()
 
     return [
-        *_result_files(inspector, mounted),
         _Entry(
             "check/files.tsv",
             "which files of the guest are hit: a row a piece of one, or of free space",
@@ -479,7 +479,7 @@ def _check_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[_
     ]
 
 
-def _result_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[_Entry]:
+def _result_files(inspector: Inspector, preview: Plan | None) -> list[_Entry]:
     """What the check alone has found, as `qemu-img check` says it and finding by finding."""
 
     def entry(
@@ -497,7 +497,7 @@ def _result_files(inspector: Inspector, mounted: Callable[[], Mounted]) -> list[
             it.repaired,
             it.pending,
             gone=it.gone,
-            preview=mounted().preview,
+            preview=preview,
         )
 
     return [

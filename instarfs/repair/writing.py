@@ -15,14 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from instarfs.errors import (
     ImageChanged,
-    ImageDeleted,
-    ImageMissing,
-    ImageMoved,
     ImageOpenFailed,
     ImageReadFailed,
     ImageReadOnly,
     ImageReplaced,
-    InstarfsError,
     UndoEmpty,
     UndoFileDamaged,
     UndoFileElsewhere,
@@ -36,7 +32,7 @@ from instarfs.errors import (
 )
 from instarfs.image import locks
 from instarfs.image.directory import SUFFIX
-from instarfs.image.file import Image
+from instarfs.image.file import Image, missing
 from instarfs.repair.execute import Device, holds_start, require_remnant, require_start, take_back
 from instarfs.repair.journal import Journal, Record, State, digest_of
 from instarfs.repair.undo_place import UndoPlace
@@ -365,14 +361,6 @@ def _open_for_writing(image: Image) -> int:
         os.close(fd)
         raise ImageReplaced(image.path)
     return fd
-
-
-def missing(image: Image) -> InstarfsError:
-    """Why there is no file under the path of *image*, which was opened under it."""
-    gone = image.gone()
-    if gone is None:
-        return ImageMissing(image.path)
-    return ImageDeleted(image.path) if gone.is_deleted else ImageMoved(image.path)
 
 
 def _place_of(image: Image) -> UndoPlace | None:

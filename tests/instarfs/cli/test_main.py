@@ -120,6 +120,35 @@ def test_a_mount_answers_before_what_reads_checks_and_repairs_is_loaded(
     assert late <= serving[1].keys()
 
 
+BEYOND_A_CHECK = {
+    "instarfs.guest.guest",
+    "instarfs.repair.journal",
+    "instarfs.repair.outcome",
+    "planner.repair.tiers",
+    "planner.triage",
+}
+
+
+def test_the_first_check_of_a_mount_loads_nothing_of_the_guest_and_of_repairs(plain: Path) -> None:
+    program = """
+import sys, trio
+from instarfs.daemon.serve import inspecting, tree
+from instarfs.image.file import Image
+
+async def check():
+    async with inspecting(Image.open(sys.argv[1])) as inspector:
+        directory = await tree.build_tree(inspector).child("check")
+        await (await directory.child("result.json")).open()
+
+trio.run(check)
+print(*sys.modules)
+"""
+    command = [sys.executable, "-c", program, str(plain)]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert {"instarfs.inspect.checker", "instarfs.render.check"} <= set(loaded)
+    assert not BEYOND_A_CHECK & set(loaded)
+
+
 def test_what_is_loaded_late_is_what_a_confined_process_can_load(
     serving: list[dict[str, str]],
 ) -> None:
