@@ -46,13 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FIRST = (
-    "planner.guest.allocation",
-    "instarfs.guest.guest",
-    "planner.qcow2.contents",
-    "instarfs.inspect.checker",
-    f"{render.__name__}.check",
-)
+_CHECKS = ("instarfs.inspect.checker", f"{render.__name__}.check")
+_READS = ("planner.guest.allocation", "instarfs.guest.guest", "planner.qcow2.contents")
 _LATE = (
     "instarfs.inspect.work",
     "instarfs.inspect.repair_queue",
@@ -61,12 +56,12 @@ _LATE = (
     "planner.check.wire",
     *(f"{render.__name__}.{name}" for name in render.__all__),
 )
-"""What reads the disk and checks, then what else computes and shows: once the mount answers, or by
-who is faster, and not when it is first used. By then the package may have been replaced, and no two
-versions are to meet.
+"""What checks, what reads the disk, then what else computes and shows: once the mount answers, or
+by who is faster, and not when it is first used. By then the package may have been replaced, and no
+two versions are to meet.
 """
 
-_SOON_SECONDS, _PATIENCE_SECONDS = 0.2, 5.0
+_SOON_SECONDS, _PATIENCE_SECONDS, _POLL_SECONDS = 0.2, 5.0, 0.01
 """After the answer: by then who mounted for a check has asked for it, and that comes first."""
 
 _SWITCH_SECONDS = 0.0005
@@ -148,17 +143,22 @@ def load_late(is_idle: Callable[[], bool] = lambda: True) -> None:
 
     Nor is who waits for a value; but for so long that the package is replaced nobody is waited for.
     """
-    for name in _FIRST:
-        importlib.import_module(name)
     deadline = time.monotonic() + _PATIENCE_SECONDS
+
+    def load(*names: str) -> None:
+        for name in names:
+            while not is_idle() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+            importlib.import_module(name)
+
+    for name in _CHECKS:
+        importlib.import_module(name)
+    load(*_READS)
     time.sleep(_SOON_SECONDS)
-    while not is_idle() and time.monotonic() < deadline:
-        time.sleep(_SOON_SECONDS)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        for name in _LATE:
-            importlib.import_module(name)
+        load(*_LATE)
     finally:
         sys.setswitchinterval(interval)
     gc.freeze()  # never to be looked through for garbage

@@ -149,6 +149,28 @@ print(*sys.modules)
     assert not BEYOND_A_CHECK & set(loaded)
 
 
+def test_while_a_mount_checks_it_loads_nothing_else() -> None:
+    program = """
+import sys
+from instarfs.daemon.serve import load_late
+looks = []
+def is_idle():
+    looks.append(set(sys.modules))
+    return len(looks) > 3
+load_late(is_idle)
+print(*looks[0])
+print(*looks[3] - looks[0])
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    before, meanwhile, after = (set(line.split()) for line in done.stdout.splitlines())
+    assert {"instarfs.inspect.checker", "instarfs.render.check"} <= before
+    assert not BEYOND_A_CHECK & (before | meanwhile)
+    assert after >= BEYOND_A_CHECK
+
+
 def test_what_is_loaded_late_is_what_a_confined_process_can_load(
     serving: list[dict[str, str]],
 ) -> None:
