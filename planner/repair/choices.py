@@ -19,6 +19,7 @@ from planner.findings.wording import plural
 from planner.qcow2.names import quoted
 from planner.repair.bitmaps import NAMED, STRUCTURES, drop_bitmaps
 from planner.repair.copied import update_copied_flags_for_l1
+from planner.repair.flags import COPIED, foresee_flags
 from planner.repair.plan import RepairTier, StageKind
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import (
@@ -94,17 +95,22 @@ def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
     _require_all_owners(before)
     _require_header_without_refcounts(before)
     room = room_for_copies(scope.source)
+    moved = []
     for structure in (Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA):
         size = scope.draft.size
-        shares = shares.joined(part_owners(scope, structure, room))
+        moved.append(part_owners(scope, structure, room))
         room -= max(0, scope.draft.size - size)
         scope = checked_anew(scope, means)
+    shares = shares.joined(*moved)
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
     _draft_parted_refcounts(scope, union(stay, was), uncounted_to_keep(scope.report, triage))
     scope = checked_anew(scope, means)
     if not scope.draft.is_empty:
+        revision = scope.draft.revision
         update_copied_flags_for_l1(scope)
+        mends_any = scope.draft.revision != revision
+        foresee_flags(scope, before, COPIED if mends_any else frozenset())
         scope = checked_anew(scope, means)
     shares = shares.without(shared_by(scope.report).clusters).with_refcounts_anew()
     return Drafted(scope, triage, shares, _of_split(shares, triage))
@@ -166,6 +172,7 @@ def draft_bitmaps(scope: Scope, means: Means, stay: I64) -> Drafted:
     notes = drop_bitmaps(scope)
     if not notes:
         return Drafted(scope, triage)
+    foresee_flags(scope, before, COPIED | _BITMAP_KINDS | {FindingKind.CHECK_STOPPED})
     scope = checked_anew(scope, means)
     require_writable_header(scope)
     # Where a table could not be read, it may refer to what nothing else does.
@@ -198,6 +205,7 @@ def draft_snapshots(scope: Scope, means: Means, stay: I64) -> Drafted:
     notes = drop_snapshot_entries(scope)
     if not notes:
         return _with_entries_behind(scope, means) or Drafted(scope, triage)
+    foresee_flags(scope, before, frozenset({FindingKind.CHECK_STOPPED}))
     scope = checked_anew(scope, means)
     require_writable_header(scope)
     if scope.draft.size != scope.draft.source.size:  # the new table has to be counted

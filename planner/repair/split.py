@@ -75,16 +75,17 @@ class Shares:
         """The clusters, ascending, each once."""
         return distinct(self.owners.cluster)
 
-    def joined(self, later: Shares) -> Shares:
-        """Both, each owner once: where it is in the end."""
+    def joined(self, *later: Shares) -> Shares:
+        """All of them, each owner once: where it is in the end."""
         names = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
-        both = [
-            np.concatenate([getattr(each.owners, name).astype(np.int64) for each in (self, later)])
+        every = (self, *later)
+        columns = [
+            np.concatenate([getattr(each.owners, name).astype(np.int64) for each in every])
             for name in names
         ]
-        keys, which = distinct_columns(np.stack(both))
+        keys, which = distinct_columns(np.stack(columns))
         new = np.full(keys.shape[1], NONE)
-        np.maximum.at(new, which, np.concatenate((self.new, later.new)))
+        np.maximum.at(new, which, np.concatenate([each.new for each in every]))
         cluster, structure, *rest = keys
         return Shares(Owners(cluster, structure.astype(np.uint8), *rest), new)
 

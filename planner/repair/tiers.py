@@ -14,10 +14,9 @@ from planner.arrays import I64, is_among, union
 from planner.check.check import check_image
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
-from planner.findings.kinds import KINDS, FindingKind, Severity, Structure
+from planner.findings.kinds import KINDS, FindingKind, Severity
 from planner.findings.wording import plural
 from planner.progress import Progress, tell_nobody
-from planner.qcow2.header import FEATURES_AT, Header, Incompatible
 from planner.repair.autoclear import clear_unknown_autoclear
 from planner.repair.choices import CHOICES, choices_for, is_promise_kept
 from planner.repair.copied import (
@@ -31,7 +30,8 @@ from planner.repair.entries import (
     clear_reserved_bits,
     make_plain_zero,
 )
-from planner.repair.plan import DETERMINED, Plan, RepairTier, StageKind
+from planner.repair.flags import foresee_flags, settle_flags
+from planner.repair.plan import DETERMINED, Plan, RepairTier
 from planner.repair.proof import require_proof
 from planner.repair.put_back import put_back_blocks
 from planner.repair.refcounts import (
@@ -50,13 +50,16 @@ from planner.repair.steps import (
     leaked_clusters,
     uncounted_to_keep,
 )
-from planner.source import Source, read_bytes
+from planner.source import Source
 from planner.triage.triage import Suspect, Triage, triage_leaks
 
 TABLES_NAMED = 3
 """Tables that look lost that a refusal names."""
 
 _GIVEN_UP = "with the rest mended nothing speaks for what leaks any more, so that it is freed"
+
+_MENDED = frozenset(kind for kind, info in KINDS.items() if info.tier)
+"""What `all` mends."""
 
 MAX_DRAFTS = 4
 """Drafts of a plan: what one shows not to work, the next leaves alone."""
@@ -227,7 +230,7 @@ def propose(
     drafted = _draft_tier(source, report, tier, means)
     scope, triage = drafted.scope, drafted.triage
     if tier is RepairTier.ALL or (tier.is_chosen and not scope.draft.is_empty):
-        _settle_flags(scope, report)
+        settle_flags(scope, report)
     clear_unknown_autoclear(scope)
     plan, after = scope.draft.plan(tier), checked_anew(scope, means).report
     spared = union(drafted.kept, triage.uncounted)
@@ -469,9 +472,7 @@ def _settle_all(begun: _Begun, before: Report, stay: I64) -> Scope:
     scope = begun.forked()
     stay = union(stay, begun.stay)
     draft_refcounts(scope, stay, begun.kept)
-    if not scope.draft.is_empty:
-        # Often the next check is the proof then: nothing is left, or what nothing mends.
-        _draft_flags(scope, before, clean=not _stays_damaged(scope.report))
+    foresee_flags(scope, before, _MENDED)
     return scope
 
 
@@ -479,12 +480,6 @@ def _follow_all(scope: Scope, _before: Report, means: Means) -> Scope:
     update_copied_flags_for_l1(scope)
     clear_reserved_bits(scope)
     return checked_anew(scope, means)
-
-
-def _stays_damaged(report: Report) -> bool:
-    """Whether something is wrong that no tier mends."""
-    wrong = (KINDS[kind] for kind in report.counts())
-    return any(info.severity > Severity.LEAK and not info.tier for info in wrong)
 
 
 def _is_cut(scope: Scope, before: Report) -> bool:
@@ -532,55 +527,6 @@ def _require_plain_header(scope: Scope) -> None:
             "export the disk",
             FindingKind.MULTIPLE_OWNERS.label,
         )
-
-
-def _settle_flags(scope: Scope, before: Report) -> None:
-    """Draft the corrupt and dirty bits as the outcome has them, and say why they go."""
-    if before.layout is None or not _has_flags(scope):
-        return
-    draft = scope.draft
-    clean = not any(KINDS[kind].severity > Severity.LEAK for kind in scope.report.counts())
-    final = _final_bits(before.layout.header, clean=clean)
-    drafted = int.from_bytes(read_bytes(scope.drafted, FEATURES_AT, 8), "big")
-    if drafted != final or not draft.has(StageKind.GUARD):  # else they were drafted, and checked
-        for stage in (StageKind.GUARD, StageKind.RELEASE):
-            draft.withdraw(stage)
-        _draft_flags(scope, before, clean=clean)
-    if not clean:
-        return
-    bits = before.layout.header.incompatible_features
-    for kind, bit in (
-        (FindingKind.CORRUPT_BIT, Incompatible.CORRUPT),
-        (FindingKind.DIRTY_BIT, Incompatible.DIRTY),
-    ):
-        if bits & bit:
-            place = [(FEATURES_AT, 8, 1)]
-            scope.explain(StageKind.RELEASE, Structure.HEADER, kind, place)
-
-
-def _has_flags(scope: Scope) -> bool:
-    """Whether there are a corrupt and a dirty bit, where they may be written."""
-    return scope.layout.header.version >= 3 and scope.may_write_header
-
-
-def _draft_flags(scope: Scope, before: Report, *, clean: bool) -> None:
-    """Put the corrupt bit around what is drafted; clear both bits for a *clean* outcome."""
-    if before.layout is None or not _has_flags(scope):
-        return
-    draft, bits = scope.draft, before.layout.header.incompatible_features
-    final = _final_bits(before.layout.header, clean=clean)
-    if not draft.is_empty:
-        guarded = bits | int(Incompatible.CORRUPT)
-        draft.write(StageKind.GUARD, FEATURES_AT, guarded.to_bytes(8, "big"))
-    elif final == bits:
-        return
-    draft.write(StageKind.RELEASE, FEATURES_AT, final.to_bytes(8, "big"))
-
-
-def _final_bits(header: Header, *, clean: bool) -> int:
-    """The incompatible features as a repair leaves them."""
-    bits = header.incompatible_features
-    return bits & ~int(Incompatible.DIRTY | Incompatible.CORRUPT) if clean else bits
 
 
 def _left(tier: RepairTier, after: Report, triage: Triage) -> tuple[Left, ...]:

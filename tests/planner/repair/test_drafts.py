@@ -33,7 +33,9 @@ def counts(proposal: Proposal) -> dict[Kind, int]:
     return proposal.after.counts()
 
 
-def checks_of(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Proposal]:
+def checks_of(
+    image: Image, monkeypatch: pytest.MonkeyPatch, tier: RepairTier = RepairTier.ALL
+) -> tuple[int, Proposal]:
     """How many checks it takes to plan the repair of an image, and the proposal."""
     source = Bytes(bytes(image.data))
     report, checked = check_image(source), []
@@ -43,7 +45,7 @@ def checks_of(image: Image, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Propo
         return check_image(image, **options)
 
     monkeypatch.setattr(tiers, "check_image", check)
-    proposal = propose(source, report, RepairTier.ALL)
+    proposal = propose(source, report, tier)
     # Whatever was checked before: the last check, the proof, is of all that the plan writes.
     outcome = Overlay(source, proposal.plan)
     assert checked[-1] == read_bytes(outcome, 0, outcome.size)
@@ -113,6 +115,41 @@ def test_flags_and_reserved_bits_are_proven_by_one_check(monkeypatch) -> None:
     number, proposal = checks_of(image, monkeypatch)
     assert number == 2
     assert counts(proposal) == {}
+
+
+def test_a_split_is_proven_by_the_check_of_the_flags_that_follow(monkeypatch) -> None:
+    """One check of the copies, one of the refcounts, one of the flags: the third is the proof."""
+    image = plain()
+    image.set_word(72, 1)
+    image.set_word(image.l2_at(5), image.host_offset(1) | COPIED)
+    number, proposal = checks_of(image, monkeypatch, RepairTier.SPLIT)
+    assert number == 3
+    assert counts(proposal).keys() <= {Kind.LEAK}
+
+
+def with_bitmap() -> Image:
+    made = fill(builder())
+    made.add_bitmap("one", {0, 1})
+    return made.build()
+
+
+def test_dropped_bitmaps_are_proven_by_the_check_of_what_is_freed(monkeypatch) -> None:
+    image = with_bitmap()
+    image.set_word(72, 1)
+    image.set_bits(image.bitmaps[0].bitmap_table_offset, RESERVED)
+    number, proposal = checks_of(image, monkeypatch, RepairTier.BITMAPS)
+    assert number == 2
+    assert counts(proposal).keys() <= {Kind.LEAK}
+
+
+def test_a_choice_that_leaves_damage_behind_foresees_it(monkeypatch) -> None:
+    image = with_bitmap()
+    image.set_word(72, 1)
+    image.set_bits(image.bitmaps[0].bitmap_table_offset, RESERVED)
+    image.set_word(image.l2_at(2), image.host_offset(2) + 512 | COPIED)
+    number, proposal = checks_of(image, monkeypatch, RepairTier.BITMAPS)
+    assert number == 2
+    assert Kind.DIRTY_BIT in counts(proposal)
 
 
 def test_a_flag_of_a_compressed_entry_is_proven_with_the_refcounts(monkeypatch) -> None:
