@@ -135,6 +135,12 @@ class Parts:
         return result
 
 
+def filled_columns(words: U64) -> U64:
+    """Rows of *words* without the columns that hold zeros alone, where that leaves much fewer."""
+    filled = np.flatnonzero(words.any(axis=0))
+    return words[:, filled] if 2 * len(filled) < words.shape[1] else words
+
+
 class Looker:
     """Judges clusters of an image of that *layout*, with so many *snapshots*.
 
@@ -246,7 +252,7 @@ class Looker:
         zeros[at] = False
         at = at[likely]
         if len(at):
-            words = self.table_words(rows[at])
+            words = filled_columns(self.table_words(rows[at]))
             plausible = self.plausible(words)
             bad[at] = np.count_nonzero(~plausible, axis=1)
             filled[at] = np.count_nonzero(words, axis=1)

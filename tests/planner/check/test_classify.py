@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from planner.arrays import U8
+from planner.arrays import U8, U64, Mask
 from planner.check.check import check_image
-from planner.check.classify import MAX_REFCOUNT, Look
+from planner.check.classify import MAX_REFCOUNT, SAMPLED_WORDS, Look, Looker
 from planner.check.signatures import NAMES
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
@@ -92,6 +92,21 @@ def test_a_table_leads_into_the_file() -> None:
         table_with(image, outside | entries.COPIED),
         table_with(image, entries.ZERO, entries.COPIED | entries.ZERO),
     ) == [Look.L2_TABLE, Look.DATA, Look.DATA]
+
+
+def test_of_a_table_that_is_mostly_zeros_only_what_is_filled_is_weighed(monkeypatch) -> None:
+    image, weighed = build(cluster_bits=21), []
+
+    def plausible(self: Looker, words: U64) -> Mask:
+        weighed.append(words.size)
+        return whole(self, words)
+
+    whole = Looker.plausible
+    monkeypatch.setattr(Looker, "plausible", plausible)
+    word = entries.COPIED | 5 * image.cluster_size
+    table = bytes(image.cluster_size // 2) + word.to_bytes(8, "big") * 3
+    assert looks(image, table, cluster_at(image, image.l2_table(0))) == [Look.L2_TABLE] * 2
+    assert max(weighed) <= 2 * SAMPLED_WORDS
 
 
 def test_a_table_may_be_overwritten_in_part() -> None:
