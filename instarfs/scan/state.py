@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,13 +31,24 @@ from instarfs.errors import (
 from instarfs.image.directory import MODE, kept_readable
 from instarfs.scan.values import GONE, VERDICTS, Candidate, Change, Row, Run, Skipped, Stamp
 from planner.check.report import CheckCounters
+from planner.source import SECTOR
 
 VERSION = 2
 APPLICATION = 0x69736673
 """In the file's header, so that no database of another program is taken for a state."""
 
 _BUSY_SECONDS = 10.0
+
+# SQLite believes a file: its pages may lead to each other, so that there are rows without end, or
+# one that is as long as it says.
+_ROW_BYTES = 1 << 17
+"""Of a row, at most; what a scan records is names, of which two may be in an error, escaped."""
+_STEPS_A_CALL = 10_000
+_STEPS = 100_000
+"""Of SQLite's machine, that a statement may take, and one more for each byte that there is."""
+
 _WORD = 1 << 64
+_DAMAGED = "it is damaged"
 
 _COUNTERS = [field.name for field in dataclasses.fields(CheckCounters)]
 _COLUMNS = [
@@ -126,6 +138,21 @@ CREATE TABLE unseen(
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
+
+
+def _squeezed(statement: str) -> str:
+    """What SQLite keeps of a statement, however its lines were broken."""
+    return "".join(statement.split())
+
+
+_INTERRUPTED = "interrupted TEXT NOT NULL DEFAULT ''"
+_LAYOUT = {_squeezed(statement) for statement in _SCHEMA.split(";")}
+# As version 1 made it, and as it is once it was brought up: with the new column last.
+(_IMAGES,) = (it for it in _LAYOUT if it.startswith("CREATETABLEimages"))
+_IMAGES_1 = _IMAGES.replace(f"{_squeezed(_INTERRUPTED)},", "")
+_IMAGES_2 = _IMAGES_1.replace(")WITHOUT", f",{_squeezed(_INTERRUPTED)})WITHOUT")
+_LAYOUT |= {_IMAGES_1, _IMAGES_2}
+
 # Of one scan: what it has met, and what it has put off.
 _TEMPORARY = """
 CREATE TEMP TABLE met(path BLOB PRIMARY KEY) WITHOUT ROWID;
@@ -222,11 +249,11 @@ class State:
 
     def meet(self, path: bytes, device: int, was: int) -> None:
         """The image at *path* is there, and what is known of it holds; it *was* on that device."""
-        with _explained(self.name):
-            self._database.execute("INSERT OR IGNORE INTO met VALUES (?)", (path,))
+        with self._asking() as database:
+            database.execute("INSERT OR IGNORE INTO met VALUES (?)", (path,))
             if device != was:
                 values = (_signed(device), path)
-                self._database.execute("UPDATE images SET device = ? WHERE path = ?", values)
+                database.execute("UPDATE images SET device = ? WHERE path = ?", values)
 
     def forget(self, path: bytes, verdict: str | None, now: float) -> None:
         """There is no image at *path* any more; the history says *verdict*, if there was one."""
@@ -246,10 +273,8 @@ class State:
         stamp = candidate.stamp
         words = (candidate.device, stamp.inode, stamp.size, stamp.mtime_ns, stamp.ctime_ns)
         values = (as_of, candidate.path, *map(_signed, words), candidate.stored)
-        with _explained(self.name):
-            self._database.execute(
-                "INSERT OR REPLACE INTO due VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
-            )
+        with self._asking() as database:
+            database.execute("INSERT OR REPLACE INTO due VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
     def due(self) -> Iterator[Candidate]:
         """What was put off, what was seen longest ago first."""
@@ -267,10 +292,10 @@ class State:
         inside = root.rstrip(b"/") + b"/"
         query = (
             "SELECT path FROM images WHERE (path = ? OR (path > ? AND path < ?))"
-            " AND path NOT IN (SELECT path FROM met) ORDER BY path"
+            " AND path NOT IN (SELECT path FROM met)"
         )
         values = (root, inside, inside[:-1] + b"0")
-        yield from (path for (path,) in self._rows(query, ["path"], values))
+        yield from (path for (path,) in self._by_path(query, ["path"], values))
 
     def end(self, run: Run) -> None:
         """The scan is over."""
@@ -298,10 +323,7 @@ class State:
 
     def rows(self, verdict: str) -> Iterator[Row]:
         """The images of a verdict, by path."""
-        after = b""
-        while part := self._rows(_SELECT_SOME, _KINDS, (verdict, after)):
-            yield from map(_row, part)
-            after = part[-1][0]
+        yield from map(_row, self._by_path(_SELECT + "verdict = ?", _KINDS, (verdict,)))
 
     def counts(self) -> dict[str, int]:
         """How many images there are of each verdict that there is, worst first."""
@@ -335,10 +357,10 @@ class State:
         """What the last scan found to be otherwise than it was."""
         query = (
             "SELECT path, before, verdict FROM history WHERE before IS NOT NULL"
-            " AND run = (SELECT MAX(run) FROM runs) ORDER BY path"
+            " AND run = (SELECT MAX(run) FROM runs)"
         )
         kinds = ["path", "verdict", "verdict"]
-        yield from (Change(*found) for found in self._rows(query, kinds))
+        yield from (Change(*found) for found in self._by_path(query, kinds))
 
     def history(self, path: bytes) -> list[tuple[float, str]]:
         """The verdicts of an image, each since when it was given, oldest first."""
@@ -347,10 +369,8 @@ class State:
 
     def unseen(self) -> Iterator[Skipped]:
         """What the last scan could not look at."""
-        query = (
-            "SELECT path, reason FROM unseen WHERE run = (SELECT MAX(run) FROM runs) ORDER BY path"
-        )
-        found = self._rows(query, ["path", "text"])
+        query = "SELECT path, reason FROM unseen WHERE run = (SELECT MAX(run) FROM runs)"
+        found = self._by_path(query, ["path", "text"])
         yield from (Skipped(path, reason, is_failure=True) for path, reason in found)
 
     # ---- within ----
@@ -371,31 +391,51 @@ class State:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction."""
-        with _explained(self.name):
-            self._database.execute("BEGIN IMMEDIATE")
+        with self._asking() as database:
+            database.execute("BEGIN IMMEDIATE")
             try:
-                yield self._database
+                yield database
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
-                    self._database.execute("ROLLBACK")
+                    database.execute("ROLLBACK")
                 raise
-            self._database.execute("COMMIT")
+            database.execute("COMMIT")
+
+    @contextmanager
+    def _asking(self) -> Iterator[sqlite3.Connection]:
+        """Statements that together do no more than there is to do."""
+        with _explained(self.name):
+            _bound(self._database, self.name)
+            yield self._database
+
+    def _by_path(
+        self, query: str, kinds: Sequence[str], values: Iterable[object] = ()
+    ) -> Iterator[tuple]:  # type: ignore[type-arg]
+        """What *query* gives, the first column of which is a path, in the order of these."""
+        after: object = float("-inf")  # before all that SQLite may hold, paths or not
+        query += " AND path > ? ORDER BY path LIMIT 500"
+        while part := self._rows(query, kinds, (*values, after)):
+            for row in part:
+                # Pages that lead to each other have the same again.
+                if isinstance(after, bytes) and row[0] <= after:
+                    raise StateFailed(self.name, _DAMAGED)
+                after = row[0]
+                yield row
 
     def _rows(self, query: str, kinds: Sequence[str], values: Iterable[object] = ()) -> list[tuple]:  # type: ignore[type-arg]
         """What *query* gives, whose columns are of these *kinds* (`_MAY_BE`)."""
-        with _explained(self.name):
-            found = self._database.execute(query, tuple(values)).fetchall()
+        with self._asking() as database:
+            found = database.execute(query, tuple(values)).fetchall()
         tests = [_MAY_BE[kind] for kind in kinds]
         for row in found:
             if not all(may_be(value) for may_be, value in zip(tests, row, strict=True)):
-                raise StateFailed(self.name, "it is damaged")
+                raise StateFailed(self.name, _DAMAGED)
         return found
 
 
 _ALL = ", ".join(_COLUMNS)
 _SELECT = f"SELECT {_ALL} FROM images WHERE "  # noqa: S608 - names of columns
 _SELECT_ONE = _SELECT + "path = ?"
-_SELECT_SOME = _SELECT + "verdict = ? AND path > ? ORDER BY path LIMIT 500"
 _UPSERT = f"INSERT OR REPLACE INTO images({_ALL}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
 
@@ -490,7 +530,29 @@ def _connected(path: str, mode: str = "mode=rw") -> Iterator[sqlite3.Connection]
     with contextlib.closing(
         sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
     ) as database:
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _ROW_BYTES)
+        _bound(database, path)
         yield database
+
+
+def _bound(database: sqlite3.Connection, path: str) -> None:
+    """Have the next statements end that do more than what there is of a state gives them to do."""
+    calls = itertools.count(1)
+
+    def is_too_much() -> bool:
+        return next(calls) * _STEPS_A_CALL > _STEPS + _occupied(path)
+
+    if path:
+        database.set_progress_handler(is_too_much, _STEPS_A_CALL)
+
+
+def _occupied(path: str) -> int:
+    """Bytes that there are of a state, its log with it."""
+    found = 0
+    for name in (path, f"{path}-wal"):
+        with contextlib.suppress(OSError):
+            found += os.stat(name).st_blocks * SECTOR  # noqa: PTH116
+    return found
 
 
 def _prepare(path: str, database: sqlite3.Connection) -> None:
@@ -509,7 +571,7 @@ def _prepare(path: str, database: sqlite3.Connection) -> None:
 def _bring_up(path: str, database: sqlite3.Connection) -> None:
     """Make a state of an earlier version one of this. Within a transaction."""
     if _version(path, database) < VERSION:
-        database.execute("ALTER TABLE images ADD COLUMN interrupted TEXT NOT NULL DEFAULT ''")
+        database.execute(f"ALTER TABLE images ADD COLUMN {_INTERRUPTED}")
         database.execute(f"PRAGMA user_version = {VERSION}")
 
 
@@ -521,13 +583,10 @@ def _version(path: str, database: sqlite3.Connection) -> int:
         raise StateFailed(path, "it is no state of a scan")
     if version > VERSION:
         raise StateTooNew(path, version)
-    # A view may have rows without an end, and a trigger do anything. It is the text that counts.
-    foreign = database.execute(
-        "SELECT 1 FROM sqlite_schema WHERE sql NOT LIKE 'CREATE TABLE %'"
-        " AND sql NOT LIKE 'CREATE INDEX %' LIMIT 1"
-    )
-    if foreign.fetchall():
-        raise StateFailed(path, "it is damaged")
+    # A view may have rows without an end, a trigger do anything, and a column be computed.
+    statements = database.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
+    if any(_squeezed(statement) not in _LAYOUT for (statement,) in statements):
+        raise StateFailed(path, _DAMAGED)
     return int(version)
 
 
@@ -540,4 +599,6 @@ def _explained(path: str) -> Iterator[None]:
         number = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if number in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StateInUse(path) from error
+        if number in (sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_TOOBIG):
+            raise StateFailed(path, _DAMAGED) from error
         raise StateFailed(path, str(error)) from error

@@ -35,6 +35,7 @@ from planner.repair.plan import Plan, RepairTier, Stage, StageKind
 from planner.source import SECTOR
 from tests.fuzz.guest_bombs import EXTREMES, make_guest_bomb
 from tests.fuzz.holed import HEADER_LENGTH, LARGEST, ROOM, Holed, Said, extension, make_bomb
+from tests.fuzz.scan_states import make_state
 from tests.images.luks_headers import luks_bytes
 
 UNDO = "image.qcow2.instarfs-undo"
@@ -159,4 +160,11 @@ def make_with_state(seed: int) -> Holed:
         lambda: Holed(size=LARGEST),
     )
     bomb.beside[STATE] = rng.choice(states)()
+    return bomb
+
+
+def make_with_scans(seed: int) -> Holed:
+    """With a state of scans that is one, but for what somebody has put there."""
+    bomb = make_bomb(seed, room=ROOM // 8)
+    bomb.beside[STATE] = Holed([(0, make_state(random.Random(f"scans {seed}")))])
     return bomb

@@ -34,6 +34,7 @@ from tests.fuzz.bombs_beside import (
     UNDO,
     make_chain,
     make_rare_bomb,
+    make_with_scans,
     make_with_state,
     make_with_undo,
 )
@@ -64,6 +65,7 @@ KINDS: dict[str, Callable[[int], Holed]] = {
     "chain": make_chain,
     "undo": make_with_undo,
     "state": make_with_state,
+    "scans": make_with_scans,
 }
 """What makes the bomb of a seed, of each kind."""
 

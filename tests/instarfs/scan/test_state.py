@@ -16,6 +16,7 @@ from instarfs.errors import StateFailed, StateInUse, StateMissing, StateTooNew
 from instarfs.scan.state import VERSION, State
 from instarfs.scan.values import Row, Run, Skipped, Stamp
 from planner.check.report import CheckCounters
+from tests.fuzz.scan_states import DEEPEST, FOREIGN, SCHEMA, alias, lengthen
 from tests.images.poison import POISON
 
 STAMP = Stamp((1 << 64) - 1, 1 << 62, 3, 4)
@@ -68,7 +69,7 @@ NO_TIME: tuple[object, ...] = (TEXT, POISON, math.inf, -math.inf, -1, 1 << 62)
 NO_VERDICT: tuple[object, ...] = (TEXT, POISON, 7, "")
 WRONG: dict[str, dict[str, tuple[object, ...]]] = {
     "images": {
-        "path": (b"a\0b",),  # what is no BLOB comes before all that is, and is never read
+        "path": (*NO_BYTES[:2], b"a\0b"),
         "header": NO_BYTES,
         **dict.fromkeys(("device", "inode", "size", "mtime_ns", "ctime_ns"), (*NO_NUMBER, None)),
         **dict.fromkeys(("leaks", "bytes_read", "in_use", "in_motion", "lasts"), NO_NUMBER),
@@ -203,17 +204,7 @@ def test_what_is_no_state_is_told_in_a_line_and_left_alone(make, tmp_path: Path)
         assert path.read_bytes() == before
 
 
-ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c"
-
-
-@pytest.mark.parametrize(
-    "statements",
-    [
-        f"ALTER TABLE images RENAME TO before; CREATE VIEW images AS {ENDLESS}",
-        "CREATE TRIGGER t AFTER INSERT ON runs BEGIN DELETE FROM images; END",
-    ],
-    ids=["view", "trigger"],
-)
+@pytest.mark.parametrize("statements", FOREIGN)
 def test_one_with_more_in_it_than_tables_is_refused(path: str, statements: str) -> None:
     State.open(path).__exit__(None, None, None)
     with contextlib.closing(sqlite3.connect(path)) as database:
@@ -221,6 +212,40 @@ def test_one_with_more_in_it_than_tables_is_refused(path: str, statements: str) 
     for opened in (State.open, State.read):
         with pytest.raises(StateFailed, match="it is damaged"):
             opened(path)
+
+
+def full(path: str) -> Path:
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        for number in range(300):
+            state.record(replace(ROW, path=b"/%d" % number), "1")
+            state.record(replace(ROW, path=b"/%d" % number, verdict="leaks"), "1")
+            state.skip(Skipped(b"/%d" % number, "why", is_failure=True))
+    return Path(path)
+
+
+@pytest.mark.parametrize("name", ["images", "history_by_run", "unseen", SCHEMA])
+@pytest.mark.parametrize("levels", [1, DEEPEST])
+def test_one_whose_pages_lead_to_each_other_is_refused(path: str, name: str, levels: int) -> None:
+    alias(full(path), name, levels)
+    with pytest.raises(StateFailed), State.read(path) as state:
+        read_all(state)
+
+
+def test_one_with_a_row_that_is_longer_than_any_is_refused(path: str) -> None:
+    lengthen(full(path), "images", 100_000_000)
+    with pytest.raises(StateFailed, match="it is damaged"), State.read(path) as state:
+        read_all(state)
+
+
+def test_the_longest_names_that_there_can_be_are_kept(path: str) -> None:
+    name = b"/" + b"\xff" * 4094
+    told = f"{os.fsdecode(name)}: not what {os.fsdecode(name)} was"
+    row = replace(ROW, path=name, error=told, interrupted=told)
+    with State.open(path) as state:
+        state.begin("1", 1.0)
+        state.record(row, "1")
+        read_all(state)
 
 
 def test_one_of_a_newer_version_is_left_alone(path: str) -> None:
