@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct
+from planner.arrays import I64, U8, U64, Mask, distinct, expand_ranges
 from planner.metadata.gone_tables import GoneTables
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType, L2Entries
@@ -174,12 +174,6 @@ class Runs:
         first = np.flatnonzero(breaks)
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
 
-    def repeated(self, start: int, step: int, times: int) -> Runs:
-        """The same as often as that from guest offset *start* on, *step* bytes after each other."""
-        starts = start + np.arange(times, dtype=np.int64) * step
-        guest = (starts[:, None] + self.guest).reshape(-1)
-        return replace(self.select(np.tile(np.arange(len(self)), times)), guest=guest)
-
     def without_lost(self, end: int) -> Runs:
         """The same, of which data past host offset *end* is not there: it is DAMAGED."""
         data = self.kind == RunKind.DATA
@@ -208,30 +202,53 @@ class Runs:
         low = int(np.searchsorted(self.guest, offset, side="right")) - 1
         high = int(np.searchsorted(self.guest, end, side="left"))
         part = self.select(slice(max(0, low), high))
-        guest = np.maximum(part.guest, offset)
-        skipped = guest - part.guest
-        moves = (part.host != NO_HOST) & (part.kind != RunKind.COMPRESSED)
-        return replace(
-            part,
-            guest=guest,
-            length=np.minimum(part.guest + part.length, end) - guest,
-            host=part.host + np.where(moves, skipped, 0),
+        return part.narrowed(
+            np.maximum(part.guest, offset), np.minimum(part.guest + part.length, end)
         )
+
+    def over(self, beneath: Runs) -> Runs:
+        """The same, and between them what *beneath* has there.
+
+        Either may have gaps; *beneath* begins no later.
+        """
+        free = np.concatenate((beneath.guest[:1], self.guest + self.length))
+        until = np.append(self.guest, beneath.guest[-1] + beneath.length[-1])
+        starts = distinct(np.concatenate((beneath.guest, free)))
+        below = beneath.select(np.searchsorted(beneath.guest, starts, side="right") - 1)
+        ends = np.minimum(
+            below.guest + below.length, until[np.searchsorted(free, starts, side="right") - 1]
+        )
+        shown = starts < ends
+        both = Runs.concatenate([self, below.select(shown).narrowed(starts[shown], ends[shown])])
+        return both.select(np.argsort(both.guest, kind="stable"))
+
+    def narrowed(self, guest: I64, end: I64) -> Runs:
+        """Of each row what is from *guest* to *end*."""
+        moves = (self.host != NO_HOST) & (self.kind != RunKind.COMPRESSED)
+        host = self.host + np.where(moves, guest - self.guest, 0)
+        return replace(self, guest=guest, length=end - guest, host=host)
 
 
 def runs_of_entries(
-    guest: I64, words: U64, bitmaps: U64 | None, geometry: Geometry, table_flaw: U8
+    guest: I64,
+    words: U64,
+    bitmaps: U64 | None,
+    geometry: Geometry,
+    table_flaw: U8,
+    *,
+    nowhere: bool = False,
 ) -> Runs:
-    """The runs of guest clusters that lie one after the other, a run a cluster or subcluster.
+    """The runs of guest clusters, a run a cluster or subcluster.
 
     *guest*: their offsets. *words*, *bitmaps*: their L2 entries (uint64); *bitmaps* only with
     extended L2. *table_flaw*: `Flaw` of what leads to them, NONE where their words are what is in
-    the image. All of shape (clusters,).
+    the image. All of shape (clusters,). *nowhere*: with an external data file none of them is in
+    its place there, whatever *guest* is.
     """
     entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
     flaw = np.zeros(len(words), dtype=np.uint8)
     if geometry.external_data:
-        flaw[entry.has_cluster & (entry.offset != guest)] = Flaw.NOT_IN_PLACE
+        flaw[entry.has_cluster & (nowhere | (entry.offset != guest))] = Flaw.NOT_IN_PLACE
     for each, is_so in _FLAWS:
         flaw[is_so(entry)] = each
     np.copyto(flaw, table_flaw, where=table_flaw != Flaw.NONE)
@@ -282,6 +299,29 @@ class _Kept:
             self.tables.clear()
             self._runs = len(runs) + _OF_A_TABLE
         self.tables[offset] = runs
+
+
+def _laid(places: Sequence[tuple[int, int, Runs]], size: int, in_place: Runs | None) -> Runs:
+    """The runs of tables where they stand, ascending, with gaps where no table is.
+
+    *places*: L1 index, how many of them in a row, and the runs as if they stood at index 0. *size*:
+    guest bytes of a table. *in_place*: what is to be seen over them, in all of the disk.
+    """
+    tables = {id(runs): runs for _, _, runs in places}
+    which = {key: at for at, key in enumerate(tables)}
+    rows = np.array([len(runs) for runs in tables.values()])
+    number = np.array([number for number, _, _ in places])
+    times = np.array([times for _, times, _ in places])
+    table = np.repeat([which[id(runs)] for _, _, runs in places], times)
+    number = expand_ranges(number, number + times - 1)
+    last = np.cumsum(rows)[table]
+    rows = rows[table]
+    runs = Runs.concatenate(list(tables.values())).select(expand_ranges(last - rows, last - 1))
+    runs = replace(runs, guest=runs.guest + np.repeat(number * size, rows))
+    if in_place is None:
+        return runs
+    low, high = np.searchsorted(in_place.guest, [number[0] * size, (number[-1] + 1) * size])
+    return in_place.select(slice(low, high)).over(runs) if low < high else runs
 
 
 class Mapping:
@@ -399,119 +439,133 @@ class Mapping:
         if self._is_gone:
             yield self._gone_runs(offset, end)
             return
-        by_table = self._is_by_table(offset, end)
-        walk, position = self._walk_tables if by_table else self._walk_windows, offset
-        for low, runs in walk(offset, end, packed, reading):
-            if position < low:
-                yield self._lifeless(position, low)
-            yield runs
-            position = int(runs.guest[-1] + runs.length[-1])
+        walk, position = self._walk_windows, offset
+        if self._is_by_table(offset, end):
+            walk = self._walk_tables
+        for each in walk(offset, end, packed, reading):
+            runs = each.cut(offset, end)
+            stop = int(runs.guest[-1] + runs.length[-1])
+            if int(runs.length.sum()) < stop - position:
+                runs = runs.over(self._lifeless(position, stop))
+            yield runs.joined(packed=packed)
+            position = stop
         if position < end:
             yield self._lifeless(position, end)
 
     def _is_by_table(self, offset: int, end: int) -> bool:
         """Whether to walk table by table: where they repeat, or stand far from each other."""
-        external = self.geometry.external_data
-        if self._repeats and not external:
+        if self._repeats:
             return True
         window = self._walk_window << self.geometry.cluster_bits
-        numbers = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
-        steps = len(numbers)
-        if external:
-            # As many as there are of one table in a row are one step.
-            tables = self._offset[np.searchsorted(self._index, numbers)]
-            steps -= int(np.count_nonzero((np.diff(numbers) == 1) & (np.diff(tables) == 0)))
-        return steps <= 2 * len(self._numbers_in_use(offset, end, window))
+        tables = len(self._numbers_in_use(offset, end, self.geometry.l2_coverage))
+        return tables <= 2 * len(self._numbers_in_use(offset, end, window))
 
     def _walk_windows(
         self, offset: int, end: int, packed: bool, reading: Reading
-    ) -> Iterator[tuple[int, Runs]]:
-        """Where tables are in use, the runs, and where they begin."""
+    ) -> Iterator[Runs]:
+        """The runs where tables are in use, ascending; they may begin before, and end behind."""
         size = self._walk_window << self.geometry.cluster_bits
         for number in self._numbers_in_use(offset, end, size).tolist():
-            low, high = max(offset, number * size), min(end, (number + 1) * size)
             reading(self._walk_window)
             runs = self._decode(self._source, number * self._walk_window, self._walk_window)
-            yield low, runs.joined(packed=packed).cut(low, high)
+            yield runs.joined(packed=packed)
 
-    def _walk_tables(
-        self, offset: int, end: int, packed: bool, reading: Reading
-    ) -> Iterator[tuple[int, Runs]]:
-        """The same table by table; one that repeats is decoded once, and where it is at home."""
+    def _walk_tables(self, offset: int, end: int, packed: bool, reading: Reading) -> Iterator[Runs]:
+        """The same table by table; one that repeats is decoded once."""
         size = self.geometry.l2_coverage
         numbers = self._numbers_in_use(offset, end, size)
         tables = self._offset[np.searchsorted(self._index, numbers)]
+        offsets, times = np.unique(tables, return_counts=True)
+        again = frozenset(offsets[times > 1].tolist())
+        in_place = self._in_place(numbers, tables, again, reading)
         breaks = np.ones(len(numbers), dtype=np.bool_)
         breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
-        at_home = self._at_home(numbers, tables, reading)
-        breaks[1:] |= at_home[1:] | at_home[:-1]
         first = np.flatnonzero(breaks)
-        kept = _Kept()
-        columns = numbers[first], np.diff(first, append=len(numbers)), tables[first], at_home[first]
-        for start, length, table, alone in zip(*(each.tolist() for each in columns), strict=True):
-            runs = self._whole_table(_Kept() if alone else kept, start, table, packed, reading)
+        columns = numbers[first], np.diff(first, append=len(numbers)), tables[first]
+        kept, laid = _Kept(), list[tuple[int, int, Runs]]()
+        rows = 0
+        for start, length, table in zip(*(each.tolist() for each in columns), strict=True):
+            runs = kept.tables.get(table)
+            if runs is None:
+                runs = self._whole_table(start, table, packed, reading, nowhere=table in again)
+                if table in again:
+                    kept.keep(table, runs)
             count = max(1, self._walk_window // len(runs))
             for number in range(start, start + length, count):
-                times = min(count, start + length - number)
-                low, high = max(offset, number * size), min(end, (number + times) * size)
-                yield low, runs.repeated(number * size, size, times).cut(low, high)
+                laid.append((number, min(count, start + length - number), runs))
+                rows += laid[-1][1] * len(runs)
+                if rows >= self._walk_window:
+                    yield _laid(laid, size, in_place)
+                    laid.clear()
+                    rows = 0
+        if laid:
+            yield _laid(laid, size, in_place)
 
-    def _at_home(self, numbers: I64, tables: I64, reading: Reading) -> Mask:
-        """At which L1 indices *numbers* an entry of the table there, at *tables*, is in its place.
+    def _in_place(
+        self, numbers: I64, tables: I64, again: frozenset[int], reading: Reading
+    ) -> Runs | None:
+        """The rows of entries that are in their place in the data file, of the tables *again* that
+        stand at several L1 indices: each can be at one of them. Ascending, with gaps.
 
-        Only with an external data file an entry has one. Wherever else such a table stands, what it
-        maps is damaged in one and the same way.
+        *tables*: where the tables of L1 indices *numbers* are. None: without such a file no entry
+        has a place, nor has any if there are none. Wherever else such a table stands, what it maps
+        is damaged in one and the same way.
         """
-        at_home = np.zeros(len(numbers), dtype=np.bool_)
         if not self.geometry.external_data:
-            return at_home
-        offsets, first, times = np.unique(tables, return_index=True, return_counts=True)
-        again = times > 1
-        for offset, number in zip(offsets[again].tolist(), numbers[first[again]], strict=True):
-            homes = self._homes(int(number), offset, reading)
-            at = np.minimum(np.searchsorted(numbers, homes), len(numbers) - 1)
-            at_home[at[(numbers[at] == homes) & (tables[at] == offset)]] = True
-        return at_home
+            return None
+        found = list[Runs]()
+        for offset in again:
+            found += self._homes(numbers, tables, offset, reading)
+        if not found:
+            return None
+        rows = Runs.concatenate(found)
+        return rows.select(np.argsort(rows.guest, kind="stable"))
 
-    def _homes(self, number: int, offset: int, reading: Reading) -> I64:
-        """The L1 indices, ascending, at one of which each entry of the table at *offset* is in its
-        place in the data file, if it can be; *number*: an index where that table stands."""
-        geometry, found = self.geometry, list[I64]()
+    def _homes(self, numbers: I64, tables: I64, offset: int, reading: Reading) -> Iterator[Runs]:
+        """The same of the table at *offset*."""
+        geometry = self.geometry
+        number = int(numbers[np.argmax(tables == offset)])
         at, held, count = self._parts_of(offset)
         for first in at[held].tolist():
             reading(count)
-            words, _ = self._read_words(self._source, number * geometry.l2_entries + first, count)
-            words = words[:: geometry.l2_entry_size // 8]
-            entry = L2Entries(geometry, words, entries.bitmaps_of(words, None))
+            words, flaws = self._read_words(
+                self._source, number * geometry.l2_entries + first, count
+            )
+            words, bitmaps = self._split(words)
+            entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
             guest = np.arange(first, first + count, dtype=np.int64) << geometry.cluster_bits
             homes, rest = np.divmod(entry.offset - guest, geometry.l2_coverage)
-            found.append(homes[entry.has_cluster & (rest == 0)])
-        return distinct(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+            at = np.minimum(np.searchsorted(numbers, homes), len(numbers) - 1)
+            there = (numbers[at] == homes) & (tables[at] == offset) & (rest == 0)
+            there &= entry.has_cluster & (flaws == Flaw.NONE)
+            if there.any():
+                yield self._runs_of(
+                    (homes * geometry.l2_coverage + guest)[there],
+                    words[there],
+                    None if bitmaps is None else bitmaps[there],
+                    flaws[there],
+                )
 
     def _whole_table(
-        self, kept: _Kept, number: int, offset: int, packed: bool, reading: Reading
+        self, number: int, offset: int, packed: bool, reading: Reading, *, nowhere: bool
     ) -> Runs:
         """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
 
-        *kept*: by offset those that were decoded before, and may come again.
+        *nowhere*: as of `runs_of_entries`.
         """
-        if offset in kept.tables:
-            return kept.tables[offset]
         geometry, parts = self.geometry, list[Runs]()
         at, held, count = self._parts_of(offset)
         at += number * geometry.l2_entries
         for first, is_held in zip(at.tolist(), held.tolist(), strict=True):
             if is_held:
                 reading(count)
-                parts.append(self._decode(self._source, first, count).joined(packed=packed))
+                runs = self._decode(self._source, first, count, nowhere=nowhere)
+                parts.append(runs.joined(packed=packed))
             else:
                 low, high = first << geometry.cluster_bits, (first + count) << geometry.cluster_bits
                 parts.append(Runs.unallocated(low, high))
         runs = Runs.concatenate(parts).joined(packed=packed)
-        runs = replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
-        if offset in self._repeats:
-            kept.keep(offset, runs)
-        return runs
+        return replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
 
     def _parts_of(self, offset: int) -> tuple[I64, Mask, int]:
         """The first entries of the parts in which the table at *offset* is gone through, which of
@@ -643,14 +697,21 @@ class Mapping:
         order = np.argsort(first, kind="stable")
         return first[order], last[order], np.concatenate((self._flaw[which], flaws))[order]
 
-    def _decode(self, source: Source, first: int, count: int) -> Runs:
+    def _decode(self, source: Source, first: int, count: int, *, nowhere: bool = False) -> Runs:
         """The runs of *count* guest clusters from cluster *first* on."""
         words, flaws = self._read_words(source, first, count)
-        bitmaps = None
-        if self.geometry.extended_l2:
-            words, bitmaps = words[0::2], words[1::2]
         guest = np.arange(first, first + count, dtype=np.int64) << self.geometry.cluster_bits
-        runs = runs_of_entries(guest, words, bitmaps, self.geometry, flaws)
+        return self._runs_of(guest, *self._split(words), flaws, nowhere=nowhere)
+
+    def _split(self, words: U64) -> tuple[U64, U64 | None]:
+        """L2 entries, and their bitmaps where they have any."""
+        return (words[0::2], words[1::2]) if self.geometry.extended_l2 else (words, None)
+
+    def _runs_of(
+        self, guest: I64, words: U64, bitmaps: U64 | None, flaws: U8, *, nowhere: bool = False
+    ) -> Runs:
+        """As `runs_of_entries`, but that what is past the end of the data file is lost."""
+        runs = runs_of_entries(guest, words, bitmaps, self.geometry, flaws, nowhere=nowhere)
         return runs if self._data_end is None else runs.without_lost(self._data_end)
 
     def _read_words(self, source: Source, first: int, count: int) -> tuple[U64, U8]:
