@@ -54,6 +54,7 @@ from tests.fuzz.commands import (
 )
 from tests.fuzz.guest_bombs import make_aliased_bomb, make_guest_bomb
 from tests.fuzz.holed import WITHOUT_A_HEADER, Holed, make_bomb
+from tests.fuzz.table_bombs import make_blocks, make_turns
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
 
@@ -66,6 +67,8 @@ KINDS: dict[str, Callable[[int], Holed]] = {
     "undo": make_with_undo,
     "state": make_with_state,
     "scans": make_with_scans,
+    "turns": make_turns,
+    "blocks": make_blocks,
 }
 """What makes the bomb of a seed, of each kind."""
 

@@ -51,7 +51,7 @@ def make_state(rng: random.Random) -> bytes:
         if kind == "foreign":
             with contextlib.closing(sqlite3.connect(path)) as database:
                 database.executescript(rng.choice(FOREIGN))
-        name = rng.choice(sorted(_roots(path)))
+        name = rng.choice(sorted(_roots(path).keys() - {SCHEMA}))
         if kind == "schema" or kind.startswith("aliased"):
             alias(path, SCHEMA if kind == "schema" else name, rng.choice((1, 2, 3, DEEPEST)))
         if kind.endswith("long"):

@@ -150,7 +150,7 @@ def test_a_bomb_occupies_less_than_it_may(kind, tmp_path, seed) -> None:
     assert (tmp_path / "image.qcow2").stat().st_blocks * 512 <= FILE_BYTES
     beside = [path for path in tmp_path.iterdir() if path.name != "image.qcow2"]
     assert sum(path.stat().st_blocks * 512 for path in beside) <= FILE_BYTES
-    assert bool(beside) == (kind in ("rare", "chain", "undo", "state", "scans"))
+    assert bool(beside) == (kind in ("rare", "chain", "undo", "state", "scans", "turns"))
 
 
 @pytest.mark.parametrize("number", range(12))
