@@ -64,8 +64,10 @@ _IOCTLS = (0x5401, 0x802C542A, 0x5451)
 _PUNCH = 0x3
 # linux/prctl.h: PR_SET_NAME, PR_SET_VMA (a name, too)
 _NAMES = (15, 0x53564D41)
-# linux/fcntl.h: AT_EMPTY_PATH | AT_STATX_DONT_SYNC
-_STATX_FLAGS = 0x1000 | 0x4000
+# linux/fcntl.h: AT_EMPTY_PATH | AT_STATX_DONT_SYNC; AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT and that
+_STATX_FLAGS, _STATX_NAME_FLAGS = 0x1000 | 0x4000, 0x100 | 0x800 | 0x4000
+# linux/stat.h: STATX_BASIC_STATS
+_STATX_ALL = 0x7FF
 _O_TMPFILE = os.O_TMPFILE & ~os.O_DIRECTORY
 
 _READING = Only(2, (os.O_RDONLY,), os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | _O_TMPFILE)
@@ -133,6 +135,8 @@ _OF_DAEMON = (
     # Reading: the image, what is followed, modules, /proc. What may be opened Landlock says.
     _call("openat", 257, 56, _READING),
     _call("read", 0, 63),
+    # What stands under the image's name, for each answer; nobody is asked.
+    _call("statx", 332, 291, Only(2, (_STATX_NAME_FLAGS,)), Only(3, (_STATX_ALL,))),
     _call("pread64", 17, 67),
     _call("preadv", 295, 69),
     _call("preadv2", 327, 286),

@@ -42,7 +42,7 @@ from instarfs.image.directory import (
     behind_links,
     lasting_name,
 )
-from instarfs.image.linux import look_at, open_looked_at
+from instarfs.image.linux import identity_at, look_at, open_looked_at
 from instarfs.image.mount_table import MOUNT_TABLE, mounts_in
 from instarfs.image.surroundings import Gone
 
@@ -406,6 +406,11 @@ class Image:
         if self._is_device:
             return None
         try:
+            if self._is_named and self.answers_at_once:
+                across, spot = self.origin.is_mount, self.spot
+                identity = identity_at(spot.directory, spot.name, across=across)
+                if identity is not None:
+                    return identity
             status = self._look() if self._is_named else os.fstat(self._fd)
         except OSError:
             return None

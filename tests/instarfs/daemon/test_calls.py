@@ -24,7 +24,7 @@ pytestmark = known
 
 OF_DAEMON = {
     "read", "write-at", "flush", "flush-data", "cut-image", "punch", "lock", "limit-itself",
-    "leave-session", "may-it-write", "what-file-system",
+    "leave-session", "may-it-write", "what-file-system", "look-at-image",
 }  # fmt: skip
 FOR_SOME = {
     "daemon": OF_DAEMON,

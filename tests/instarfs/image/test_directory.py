@@ -29,7 +29,7 @@ from instarfs.image.directory import (
     exists,
 )
 from instarfs.image.file import Image
-from instarfs.image.linux import is_mounted, look, look_at
+from instarfs.image.linux import identity_at, is_mounted, look, look_at
 from instarfs.repair.run import Repairer
 from planner.repair.plan import RepairTier
 from tests.instarfs.daemon.test_broker import attended
@@ -312,10 +312,31 @@ def test_what_is_mounted_on_a_name_is_not_entered(name: str) -> None:
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
             look_at(root, name)
+        with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+            identity_at(root, name)
         os.close(look(root, name, across=True))
+        assert identity_at(root, name, across=True) == identity(look_at(root, name, across=True))
         assert exists(root, name)
     finally:
         os.close(root)
+
+
+# ---- what stands under a name, at one look ----
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
+
+
+def test_one_look_tells_what_two_would(folder: Path, directory: int) -> None:
+    os.utime(folder / IMAGE, ns=(1, -1_500_000_000))
+    (folder / "link").symlink_to(IMAGE)
+    for name in (IMAGE, "link"):
+        assert identity_at(directory, name) == identity(look_at(directory, name)), name
+    assert identity_at(directory, "link") != identity_at(directory, IMAGE)
+    with pytest.raises(FileNotFoundError):
+        identity_at(directory, "nothing")
 
 
 # ---- what is not there ----
@@ -331,6 +352,7 @@ def test_a_kernel_that_does_not_tell_what_is_mounted(
 
     monkeypatch.setattr("instarfs.image.linux._statx", refuse)
     assert is_mounted(directory) is None
+    assert identity_at(directory, IMAGE) is None
     assert outcome(OwnHands(OWN), Opening.IMAGE, directory) == (os.O_RDONLY, b"image")
     (folder / IMAGE).unlink()
     (folder / IMAGE).symlink_to(NEIGHBOUR)
