@@ -119,6 +119,8 @@ def _unbroken(escape: re.Match[str]) -> str:
 
 def json_bytes(value: Mapping[str, object]) -> bytes:
     """*value* as ASCII JSON, indented as by QEMU, one newline at the end."""
+    if value and not any(isinstance(item, list | tuple | dict) for item in value.values()):
+        return f"{{\n    {_valid(_ENCODE_LINES(value)[1:-1])}\n}}\n".encode("ascii")
     return (json_text(value, indent=4) + "\n").encode("ascii")
 
 
@@ -137,8 +139,9 @@ def json_array(documents: Iterable[bytes | Iterable[bytes]]) -> Iterator[bytes]:
 
 OBJECTS_A_PART = 1000
 
-# Encodes an object as a line each of its values, eight spaces from the edge. Indentation proper is
-# done by json in Python, and takes ten times as long.
+# Encode an object as a line each of its values, four spaces from the edge, and eight from it.
+# Indentation proper is done by json in Python, and takes ten times as long.
+_ENCODE_LINES = json.JSONEncoder(separators=(",\n    ", ": ")).encode
 _ENCODE = json.JSONEncoder(separators=(",\n            ", ": ")).encode
 
 

@@ -106,6 +106,24 @@ def test_an_array_of_documents(values: list[dict[str, object]], rng: random.Rand
     assert b"".join(json_array(map(cut, whole))) == text
 
 
+FLAT = st.text() | st.integers() | st.booleans() | st.none()
+
+
+@given(st.dictionaries(st.text(), FLAT | st.lists(FLAT) | st.dictionaries(st.text(), FLAT)))
+def test_an_object_is_indented_as_json_does_it(value: dict[str, object]) -> None:
+    assert json_bytes(value) == (json_text(value, indent=4) + "\n").encode()
+
+
+def test_an_object_of_nothing_but_single_values_is_not_indented_in_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That takes most of the time that a mount needs for a small file."""
+    value: dict[str, object] = {"name": "n\x7f", "size": 1, "icount": None}
+    expected = (json_text(value, indent=4) + "\n").encode()
+    monkeypatch.delattr(json.encoder, "_make_iterencode")
+    assert json_bytes(value) == expected
+
+
 @given(st.lists(st.dictionaries(st.text(), st.text() | st.integers() | st.none(), min_size=1)))
 def test_parts_are_the_same_json(objects: list[dict[str, object]]) -> None:
     value = {"first": {"a": [1, {"b": "\n"}], "c": []}, "list": objects, "last": None}
