@@ -331,6 +331,12 @@ class GuestEncrypted(InstarfsError):
     errno: ClassVar[int] = _errno.EACCES
 
 
+class FileOutdated(InstarfsError):
+    """the image has changed, and another content stands under that name by now"""
+
+    errno: ClassVar[int] = _errno.ESTALE
+
+
 class SnapshotMissing(InstarfsError):
     """{path}: there is no snapshot {index} any more"""
 

@@ -1,11 +1,12 @@
-"""What stands in a mounted tree: directories, and four kinds of file.
+"""What stands in a mounted tree: directories, and five kinds of file.
 
 A directory's names are fixed, or follow from a computed value, or are made as they are asked for. A
 generated file is rendered from a computed value when it is opened: programs that copy files take no
-byte more than the size that an open one has. A live file shows what is true at the moment; a
+byte more than the size that an open one has. A fixed file is one that was rendered when its name
+was looked up, and another content is another file. A live file shows what is true at the moment; a
 control file is a live file that may be written to; a data file is read at any offset, and the
-kernel keeps what it has read. A node knows neither its name nor its inode number, and nothing here
-knows of FUSE or of images.
+kernel keeps what it has read, as of a fixed file. A node knows neither its name nor its inode
+number, and nothing here knows of FUSE or of images.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
+from instarfs.errors import FileOutdated
 from instarfs.inspect.shared_value import Edition
 
 T = TypeVar("T")
@@ -30,6 +32,9 @@ SHARED_BYTES = 4 << 20
 
 KEPT_BYTES = 64 << 10
 """Of a generated file that is no longer than this: held while its edition is the current one."""
+
+FIXED_BYTES = 4 << 10
+"""Of a fixed file: so much is held for as long as the kernel knows its name. It is one page."""
 
 BEHIND_BYTES = 1 << 20
 """Of a streamed file: so much is held behind where it was read last."""
@@ -74,6 +79,10 @@ class File(ABC):
         """
         return None
 
+    def opened(self) -> Handle | None:
+        """What `open` gives, where nothing has to be waited for; else None."""
+        return None
+
     @abstractmethod
     async def open(self) -> Handle:
         """Open it, and first compute what it shows. May raise a domain error."""
@@ -86,7 +95,7 @@ class Directory(ABC):
     """How many of the names are directories, as far as that is known without looking."""
 
     is_fixed = False
-    """Whether a name, once it stands for a node, always does."""
+    """Whether a name, once it stands for a node, always does, unless that is a fixed file."""
 
     name_seconds = 0.0
     """Where it is not: so long the kernel may go by what a name stood for, and not ask."""
@@ -128,17 +137,24 @@ class FixedDirectory(Directory):
 class DeferredDirectory(Directory):
     """The same children always, files all of them, each made when somebody looks at it.
 
-    *makers*: what makes each, by name; asked for when somebody first looks into the directory.
+    *makers*: what makes each, by name; asked for when somebody first looks into the directory. What
+    is brief stands for one file after another. *name_seconds*: as of any directory.
     """
 
     is_fixed = True
 
-    def __init__(self, makers: Callable[[], Mapping[str, Callable[[], File]]]) -> None:
+    def __init__(
+        self,
+        makers: Callable[[], Mapping[str, Callable[[], File | Brief]]],
+        *,
+        name_seconds: float = 0.0,
+    ) -> None:
         self._find_makers = makers
-        self._made: dict[str, File] = {}
+        self.name_seconds = name_seconds
+        self._made: dict[str, File | Brief] = {}
 
     @cached_property
-    def _makers(self) -> Mapping[str, Callable[[], File]]:
+    def _makers(self) -> Mapping[str, Callable[[], File | Brief]]:
         return self._find_makers()
 
     async def names(self) -> Sequence[str]:
@@ -150,7 +166,8 @@ class DeferredDirectory(Directory):
             return None
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made = self._made[name]
+        return made if isinstance(made, File) else await made.file()
 
 
 class MadeDirectory(Directory):
@@ -198,8 +215,7 @@ class GeneratedFile(File, Generic[T]):
     *render* runs in a worker thread, for it may take seconds where there are millions of findings.
     It returns the content, or its parts one after the other: then only the first `SHARED_BYTES` are
     kept, once for all handles of one edition; what follows is counted, and made anew as it is read.
-    *measure*, where there is one, counts all of it in less time than it takes to make. *is_brief*:
-    it is made in less time than it takes to ask a thread for it, in the event loop.
+    *measure*, where there is one, counts all of it in less time than it takes to make.
     """
 
     def __init__(
@@ -207,13 +223,10 @@ class GeneratedFile(File, Generic[T]):
         value: Value[T],
         render: Callable[[T], bytes | Iterable[bytes]],
         measure: Callable[[T], int] | None = None,
-        *,
-        is_brief: bool = False,
     ) -> None:
         self._value = value
         self._render = render
         self._measure = measure
-        self._is_brief = is_brief
         self._lock = trio.Lock()
         # Weak, both: the edition so as not to outlive its image, the content so that megabytes
         # of text are there only while somebody has the file open.
@@ -242,9 +255,6 @@ class GeneratedFile(File, Generic[T]):
         return _GeneratedHandle(snapshot)
 
     async def _made_of(self, edition: Edition[T]) -> tuple[bytes, int]:
-        if self._is_brief:
-            content = b"".join(self._parts(edition))
-            return content, len(content)
         known = self._size if self._is_rendered(edition) else None
         return await trio.to_thread.run_sync(self._begin, edition, known, abandon_on_cancel=True)
 
@@ -276,6 +286,89 @@ class GeneratedFile(File, Generic[T]):
 
     def _is_rendered(self, edition: Edition[T]) -> bool:
         return self._edition is not None and self._edition() is edition
+
+
+class Brief(Protocol):
+    """What stands for one file after another: see `BriefContent`."""
+
+    async def file(self) -> File:
+        """The one that it stands for now. May raise a domain error."""
+
+
+class BriefContent(Generic[T]):
+    """A value, rendered by *render* in less time than it takes to ask a thread for it.
+
+    It stands for a `FixedFile`, and for another one where the value gives another content; but what
+    is longer than `FIXED_BYTES` is generated each time that it is opened.
+    """
+
+    __slots__ = ("_edition", "_file", "_render", "_value")
+
+    def __init__(self, value: Value[T], render: Callable[[T], bytes]) -> None:
+        self._value, self._render = value, render
+        self._edition: weakref.ref[Edition[T]] | None = None
+        self._file: File | None = None
+
+    async def file(self) -> File:
+        """The one that it stands for now. May raise a domain error."""
+        edition = await self._value.get()
+        if self._file is None or not self._shows(edition):
+            self._file = self._file_of(self._render(edition.value))
+            self._edition = weakref.ref(edition)
+        return self._file
+
+    def peek(self) -> File | None:
+        """The same, where nothing has to be waited for; else None."""
+        edition = self._value.peek()
+        return self._file if edition is not None and self._shows(edition) else None
+
+    def _shows(self, edition: Edition[T]) -> bool:
+        return self._edition is not None and self._edition() is edition
+
+    def _file_of(self, content: bytes) -> File:
+        known = self._file
+        if len(content) > FIXED_BYTES:
+            is_long = isinstance(known, GeneratedFile)
+            return known if known and is_long else GeneratedFile(self._value, self._render)
+        # As it was before it was looked at again: an image that is young is for each that asks.
+        if isinstance(known, FixedFile) and known.content == content:
+            return known
+        return FixedFile(content, self)
+
+
+class FixedFile(File):
+    """The same bytes always, for as long as *brief* stands for it, or somebody has it open."""
+
+    __slots__ = ("__weakref__", "_brief", "content")
+
+    def __init__(self, content: bytes, brief: BriefContent[Any]) -> None:
+        self.content, self._brief = content, brief
+
+    def size(self) -> int:
+        return len(self.content)
+
+    def opened(self) -> Handle | None:
+        return _FixedHandle(self.content) if self._brief.peek() is self else None
+
+    async def open(self) -> Handle:
+        """Raises `FileOutdated` where its name stands for another by now."""
+        if await self._brief.file() is not self:
+            raise FileOutdated
+        return _FixedHandle(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class _FixedHandle:
+    content: bytes
+
+    def size(self) -> int:
+        return len(self.content)
+
+    def ready(self, offset: int, size: int) -> bytes:
+        return self.content[offset : offset + size]
+
+    async def read(self, offset: int, size: int) -> bytes:
+        return self.ready(offset, size)
 
 
 class DeferredFile(File):

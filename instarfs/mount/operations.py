@@ -49,6 +49,7 @@ from instarfs.mount.nodes import (
     Directory,
     File,
     FixedDirectory,
+    FixedFile,
     Handle,
     Node,
 )
@@ -73,6 +74,9 @@ _DROPPED_TOGETHER = 256
 # The kernel asks for the attributes before each read that it answers from its cache, and drops the
 # cache where size or time are others. As often as a file system's clock ticks will do.
 _DATA_ATTR_TIMEOUT = 0.01
+
+# Its size never changes: of its times the last ones may be shown for so long.
+_FIXED_ATTR_TIMEOUT = 1.0
 
 # Times in nanoseconds that a file may be shown with while its own says nothing; no two in a row are
 # the same, and it stays the same second.
@@ -287,9 +291,10 @@ class Operations(pyfuse3.Operations):
 
     def _number(self, node: Node) -> int:
         """The inode number of *node*: the same for as long as the node lives."""
-        if node not in self._numbers:
-            self._numbers[node] = next(self._next_inode)
-        return self._numbers[node]
+        number = self._numbers.get(node)
+        if number is None:
+            number = self._numbers[node] = next(self._next_inode)
+        return number
 
     def _remember(self, node: Node) -> None:
         """Count a reference that the kernel now holds."""
@@ -334,9 +339,10 @@ class Operations(pyfuse3.Operations):
         facts = facts or self._facts()
         entry = EntryAttributes()
         entry.st_ino = self._number(node)
-        entry.attr_timeout = _DATA_ATTR_TIMEOUT if isinstance(node, DataFile) else _ATTR_TIMEOUT
+        entry.attr_timeout = _attr_timeout(node)
         if within is not None:
-            entry.entry_timeout = _ENTRY_TIMEOUT if within.is_fixed else within.name_seconds
+            is_fixed = within.is_fixed and not isinstance(node, FixedFile)
+            entry.entry_timeout = _ENTRY_TIMEOUT if is_fixed else within.name_seconds
             if isinstance(node, Directory):
                 entry.attr_timeout = within.name_seconds
         entry.st_mode = self._ownership.mode(node)
@@ -485,12 +491,14 @@ class Operations(pyfuse3.Operations):
                 raise _read_only()
             node.begin_writing()
         # Also with O_NONBLOCK, which `tar` opens files with, and reads all of them.
-        handle = await self._open_for(ctx.pid, node)
+        handle = node.opened() or await self._open_for(ctx.pid, node)
         number = next(self._next_handle)
         opened = _Opened(node, handle, ctx.pid)
         self._files[number] = self._open.setdefault(node, {})[number] = opened
         if isinstance(node, DataFile):
             return FileInfo(fh=number, direct_io=False, keep_cache=node.may_keep_cache())
+        if isinstance(node, FixedFile):
+            return FileInfo(fh=number, direct_io=False, keep_cache=True)
         # Past the page cache, which all handles share: each shows what it was opened with.
         return FileInfo(fh=number, direct_io=True, keep_cache=False)
 
@@ -583,6 +591,12 @@ class Operations(pyfuse3.Operations):
 
     setxattr = removexattr = _refused
     create = mknod = mkdir = symlink = link = rename = unlink = rmdir = _refused
+
+
+def _attr_timeout(node: Node) -> float:
+    if isinstance(node, DataFile):
+        return _DATA_ATTR_TIMEOUT
+    return _FIXED_ATTR_TIMEOUT if isinstance(node, FixedFile) else _ATTR_TIMEOUT
 
 
 def _read_only() -> FUSEError:

@@ -23,6 +23,8 @@ from instarfs.inspect.subject import Subject
 from instarfs.mount.controls import Controls
 from instarfs.mount.mountpoint import DAEMON_FILE, identity
 from instarfs.mount.nodes import (
+    Brief,
+    BriefContent,
     DataFile,
     DeferredDirectory,
     DeferredFile,
@@ -240,28 +242,27 @@ def _known_snapshot(inspector: Inspector, name: str) -> Directory | None:
         return None
 
     # Listing them makes a node of each, which is to be a small one.
-    return DeferredDirectory(partial(_snapshot_files, inspector, index))
+    makers = partial(_snapshot_files, inspector, index)
+    return DeferredDirectory(makers, name_seconds=_SNAPSHOT_NAME_SECONDS)
 
 
-def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], File]]:
+def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], File | Brief]]:
     """What makes each of the files of a snapshot: of very many only some are ever looked at."""
 
     def data(part: Part) -> File:
         place = Place(part, index)
         return _data_file(inspector, place, partial(inspector.snapshot_size, place))
 
-    def info() -> File:
-        return GeneratedFile(
-            inspector.description,
-            lambda it: render.info.snapshot_json(it.contents, index),
-            is_brief=True,
+    def info() -> Brief:
+        return BriefContent(
+            inspector.description, lambda it: render.info.snapshot_json(it.contents, index)
         )
 
     def hit() -> File:
         found = inspector.files_of(Place(Part.SNAPSHOT, index))
         return GeneratedFile(found, lambda it: render.files.files_tsv(it))
 
-    makers: dict[str, Callable[[], File]] = {
+    makers: dict[str, Callable[[], File | Brief]] = {
         "info.json": info,
         "disk.raw": partial(data, Part.SNAPSHOT),
         "files.tsv": hit,

@@ -204,6 +204,36 @@ def test_snapshots_come_and_go(mount: MakeMount, image: Path) -> None:
             held.read(10)
 
 
+def test_what_is_said_of_a_snapshot_follows_the_image_at_once(
+    mount: MakeMount, image: Path
+) -> None:
+    """Though the kernel goes by the name, the size and what it has read of it for a second."""
+    run("qemu-img", "snapshot", "-c", "x", image)
+    info = mount(image) / "snapshots/0/info.json"
+    before, name = info.read_bytes(), "x"
+    for length in (2, 9, 4, 4):
+        assert info.stat().st_size == len(before)
+        with info.open("rb", buffering=0) as held:
+            run("qemu-img", "snapshot", "-d", name, image)
+            name = "x" * length
+            run("qemu-img", "snapshot", "-c", name, image)
+            with info.open("rb") as opened:
+                size, after = os.fstat(opened.fileno()).st_size, opened.read()
+            assert size == len(after)
+            assert json.loads(after)["name"] == name
+            assert held.read() == before
+            assert os.fstat(held.fileno()).st_size == len(before)
+        before = after
+
+
+def test_a_listing_knows_how_long_it_is_what_is_said_of_a_snapshot(
+    mount: MakeMount, image: Path
+) -> None:
+    run("qemu-img", "snapshot", "-c", "one", image)
+    info = mount(image) / "snapshots/0/info.json"
+    assert info.stat().st_size == len(info.read_bytes()) > 0
+
+
 def test_an_encrypted_disk_is_not_read(mount: MakeMount, tmp_path: Path) -> None:
     builder = ImageBuilder(size=MIB, crypt_method=1)
     builder.write(0, b"cipher text")

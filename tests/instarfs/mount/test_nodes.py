@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 import pytest
 import trio
 
+from instarfs.errors import FileOutdated
 from instarfs.inspect.shared_value import Edition
 from instarfs.mount import nodes
 from instarfs.mount.nodes import (
+    BriefContent,
     ControlFile,
     DataFile,
     DeferredDirectory,
     DeferredFile,
     File,
     FixedDirectory,
+    FixedFile,
     GeneratedFile,
     LiveFile,
     MadeDirectory,
@@ -329,23 +332,91 @@ async def test_a_deferred_directory_makes_a_file_when_it_is_looked_at() -> None:
     assert (len(asked), len(made)) == (1, 1)
 
 
-async def test_a_brief_file_is_made_without_asking_a_thread() -> None:
+# ---- what is brief ----
+
+
+async def brief_file(value: FakeValue, render: Callable[[str], bytes] = str.encode) -> FixedFile:
+    file = await BriefContent(value, render).file()
+    assert isinstance(file, FixedFile)
+    return file
+
+
+async def test_a_brief_file_is_made_when_it_is_looked_up_without_asking_a_thread(
+    value: FakeValue,
+) -> None:
     """Of tens of thousands of them a thread each takes most of the time."""
     threads = []
 
-    def render(content: str) -> bytes:
+    def render(text: str) -> bytes:
         threads.append(threading.current_thread())
-        return content.encode()
+        return text.encode()
 
-    for is_brief in (True, False):
-        value = FakeValue("content")
-        file = GeneratedFile(value, render, is_brief=is_brief)
-        handle = await file.open()
-        assert (await handle.read(0, 100), handle.size()) == (b"content", file.size())
-        assert await (await file.open()).read(0, 100) == b"content"
-    brief, *others = [each is threading.current_thread() for each in threads]
-    assert brief
-    assert others == [False]
+    file = await brief_file(value, render)
+    assert file.size() == 10
+    handle = file.opened()
+    assert handle is not None
+    assert (handle.size(), handle.ready(0, 4), handle.ready(4, 100)) == (10, b"0123", b"456789")
+    assert await handle.read(9, 100) == b"9"
+    assert threads == [threading.current_thread()]
+
+
+async def test_another_content_is_another_file_and_the_same_is_the_same(value: FakeValue) -> None:
+    brief = BriefContent(value, str.encode)
+    early = await brief.file()
+    held = await early.open()
+    value.replace("0123456789")  # as of an image that was written to a moment ago
+    assert await brief.file() is early
+    value.replace("abcdef")
+    assert early.opened() is None  # that is to be computed, and may have to be waited for
+    with pytest.raises(FileOutdated):
+        await early.open()
+    late = await brief.file()
+    assert late is not early
+    assert early.opened() is None
+    assert await (await late.open()).read(0, 100) == b"abcdef"
+    assert (early.size(), await held.read(0, 100)) == (10, b"0123456789")
+
+
+async def test_of_a_brief_file_that_is_looked_at_again_nothing_is_waited_for(
+    value: FakeValue,
+) -> None:
+    file = await brief_file(value)
+    value.known = False
+    assert file.opened() is None
+    assert await (await file.open()).read(0, 100) == b"0123456789"
+    assert file.opened() is not None
+
+
+async def test_what_is_not_brief_after_all_is_not_held() -> None:
+    value = FakeValue("x" * (nodes.FIXED_BYTES + 1))
+    brief = BriefContent(value, str.encode)
+    long = await brief.file()
+    assert isinstance(long, GeneratedFile)
+    assert await (await long.open()).read(0, 1 << 20) == value.edition.value.encode()
+    value.replace("y" * (nodes.FIXED_BYTES + 2))
+    assert await brief.file() is long
+    value.replace("z" * nodes.FIXED_BYTES)
+    assert isinstance(await brief.file(), FixedFile)
+
+
+async def test_no_brief_file_holds_the_value_that_it_was_made_of(value: FakeValue) -> None:
+    file, edition = await brief_file(value), weakref.ref(value.edition)
+    value.replace("other")
+    gc.collect()
+    assert edition() is None
+    assert file.size() == 10
+
+
+async def test_a_directory_shows_what_is_brief_as_it_is_now(value: FakeValue) -> None:
+    brief = BriefContent(value, str.encode)
+    directory = DeferredDirectory(lambda: {"info": lambda: brief})
+    early = await directory.child("info")
+    assert early is await directory.child("info") is await brief.file()
+    value.replace("other")
+    late = await directory.child("info")
+    assert isinstance(late, FixedFile)
+    assert late is not early
+    assert late.content == b"other"
 
 
 async def test_a_made_directory_lists_what_it_is_told_to() -> None:

@@ -17,8 +17,10 @@ from instarfs.errors import ImageReadFailed, RepairCancelled, RepairNotOffered, 
 from instarfs.inspect.shared_value import Edition
 from instarfs.mount import operations as module
 from instarfs.mount.nodes import (
+    BriefContent,
     ControlFile,
     DataFile,
+    DeferredDirectory,
     Directory,
     FixedDirectory,
     GeneratedFile,
@@ -544,6 +546,34 @@ async def test_of_names_that_are_made_the_kernel_is_to_hold_no_more_than_so_many
     oldest_first = [name.encode() for name in names[1:] if name not in {"7", "9"}]
     assert dropped == oldest_first[: len(dropped)]
     assert module.KEPT_NAMES // 2 < len(names) - 2 - len(dropped) <= module.KEPT_NAMES
+
+
+async def test_of_a_fixed_file_the_kernel_keeps_what_it_was_told_and_has_read() -> None:
+    """Of tens of thousands of them each question less counts; its name is asked for again."""
+    value = Value()
+    value.peek = lambda: value.edition  # type: ignore[method-assign]
+    content = BriefContent(value, bytes)
+    operations = Operations(
+        DeferredDirectory(lambda: {"info": lambda: content}, name_seconds=1.5),
+        lambda: Facts(size=1, mtime_ns=1),
+        Ownership(uid=1000, gid=100),
+    )
+    entry = await operations.lookup(ROOT, b"info", caller())
+    assert (entry.st_size, entry.entry_timeout) == (7, 1.5)
+    assert entry.attr_timeout > 0
+    assert (await operations.getattr(entry.st_ino, caller())).attr_timeout > 0
+    info = await operations.open(entry.st_ino, os.O_RDONLY, caller())
+    assert not info.direct_io
+    assert info.keep_cache
+    assert await operations.read(info.fh, 0, 4096) == b"content"
+    assert await errno_of(operations.open(entry.st_ino, os.O_RDWR, caller())) == errno.EROFS
+    # Whoever opens it by its name is led to the next one by the kernel, which asks anew then.
+    value.edition = Edition(b"another one")
+    assert await errno_of(operations.open(entry.st_ino, os.O_RDONLY, caller())) == errno.ESTALE
+    another = await operations.lookup(ROOT, b"info", caller())
+    assert another.st_ino != entry.st_ino
+    assert another.st_size == 11
+    assert await operations.read(info.fh, 0, 4096) == b"content"
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.5])
