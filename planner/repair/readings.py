@@ -10,13 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U64, distinct_columns
+from planner.arrays import I64, U64, Mask, distinct_columns
 from planner.check.report import Report
 from planner.findings.kinds import Structure
 from planner.metadata.mapping_tables import L1Entries, read_l1_tables
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
-from planner.source import Source, read_tables
+from planner.source import Source, present_tables, read_tables
+
+PIECE_BYTES = 1 << 16
+"""Of large tables so much is compared at a time, where anything is."""
 
 
 def differing_entry(
@@ -57,13 +60,29 @@ def _l1_entries(source: Source, report: Report) -> L1Entries:
 def _differences(sources: tuple[Source, Source], pairs: I64, geometry: Geometry) -> Iterator[str]:
     """The pairs of L2 tables (host offsets before, after) of which an entry reads otherwise."""
     size = geometry.cluster_size
-    for part, rows in read_tables(sources[0], pairs[0], size):
+    piece = min(size, PIECE_BYTES)
+    pairs = pairs[:, _is_any_there(sources, pairs, size)]
+    if piece < size:
+        pairs = (pairs[:, :, None] + np.arange(0, size, piece)).reshape(2, -1)
+        pairs = pairs[:, _is_any_there(sources, pairs, piece)]
+    for part, rows in read_tables(sources[0], pairs[0], piece):
         before = rows.copy()
-        for inner, after in read_tables(sources[1], pairs[1][part], size):
+        for inner, after in read_tables(sources[1], pairs[1][part], piece):
             one = before[inner].view(">u8").astype(np.uint64)
             other = after.view(">u8").astype(np.uint64)
             if not _reads_alike(sources, one, other, geometry):
-                yield f"an entry of the L2 table at {int(pairs[0][part][inner][0])} or behind it"
+                where = int(pairs[0][part][inner][0]) // size * size
+                yield f"an entry of the L2 table at {where} or behind it"
+
+
+def _is_any_there(sources: tuple[Source, Source], pairs: I64, size: int) -> Mask:
+    """Of which pairs of places, *size* bytes long, either may be more than a hole: two holes say
+    the same, and there may be gigabytes of them."""
+    found = np.zeros(pairs.shape[1], dtype=np.bool_)
+    for source, offsets in zip(sources, pairs, strict=True):
+        order = np.argsort(offsets, kind="stable")
+        found[order] |= present_tables(source, offsets[order], size)
+    return found
 
 
 def _reads_alike(sources: tuple[Source, Source], one: U64, other: U64, geometry: Geometry) -> bool:
