@@ -27,6 +27,7 @@ from planner.rescue.scanned import (
     CLAIMS,
     PIECE_BYTES,
     TABLES,
+    Said,
     Scanned,
     Section,
     reach_of,
@@ -113,7 +114,8 @@ def find_tables(
     for part, rows in read_tables(source, found.again, SECTOR):
         found.look_for_tables(found.again[part], rows)
     meter.advance(_present(source, found.done))
-    for pieces in _pieces(source, found.done // PIECE_BYTES * PIECE_BYTES):
+    start = found.done // PIECE_BYTES * PIECE_BYTES
+    for pieces in _pieces(source, start):
         for part, rows in read_tables(source, pieces, PIECE_BYTES, SCAN_BYTES):
             found.look(pieces[part], rows)
             for name, section in zip(_NAMES, found.sections, strict=True):
@@ -123,6 +125,7 @@ def find_tables(
     for name, section in zip(_NAMES, found.sections, strict=True):
         scanned.keep(name, section)
     scanned.gathered()
+    scanned.said = found.said(start)
     return found.sectors()
 
 
@@ -160,6 +163,8 @@ class _Found:
         self._tables, self._claims = [tables.again], [claims.again]
         self._ends, self._filled = [claims.ends], [claims.filled]
         self._room = MAX_CLAIMS - len(claims.ends)
+        self._said: list[tuple[U8, I64, I64, I64]] = []
+        self._room_to_say = MAX_CLAIMS
 
     def look(self, pieces: I64, rows: U8) -> None:
         """Some *pieces* of the file, ascending, and their bytes."""
@@ -196,6 +201,7 @@ class _Found:
         collector = Collector(SPOTTERS, rows.shape[1].bit_length() - 1)
         collector.look(pieces, rows)
         claims, ends, filled = collector.since(0)
+        self._note_said(collector)
         piece = Piece(rows.reshape(-1), rows.shape[1])
         marked = np.concatenate([piece.marked(*mark) for mark in MARKS]) // SECTOR
         found = np.concatenate((claims, _places(pieces, marked, rows.shape[1])))
@@ -205,6 +211,25 @@ class _Found:
             self._ends.append(ends[: self._room])
             self._filled.append(filled[: self._room])
             self._room -= len(ends)
+
+    def _note_said(self, collector: Collector) -> None:
+        some = collector.others()
+        self._room_to_say -= sum(len(part[0]) for part in some)
+        if self._room_to_say < 0:
+            self._said = []
+        elif some:
+            sort, place, key, aux = map(np.concatenate, zip(*some, strict=True))
+            self._said.append((sort, place, key, aux))
+
+    def said(self, start: int) -> Said | None:
+        """What was heard, of all from *start* on; None: it was more than is kept."""
+        if self._room_to_say < 0:
+            return None
+        none = np.zeros(0, dtype=np.int64)
+        columns = zip((none.astype(np.uint8), none, none, none), *self._said, strict=True)
+        sort, place, key, aux = map(np.concatenate, columns)
+        self._said = []
+        return Said(start, sort, place, key, aux)
 
     def sectors(self) -> Sectors:
         """All of them."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.arrays import I64
+from planner.arrays import I64, U8, Mask
 from planner.qcow2.header import CLUSTER_BITS
 from planner.source import SECTOR
 
@@ -69,12 +69,37 @@ def _ascend(offset: I64, end: int, step: int) -> bool:
     return inside and bool((offset[1:] > offset[:-1]).all() and (offset % step == 0).all())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Said:
+    """What pieces of a file say of themselves, as this process has read them, from ``start`` on.
+
+    A claim a row, as `planner.rescue.placing.claims` has them, but for sectors that end in zeros:
+    uint8, and int64 thrice.
+    """
+
+    start: int
+    sort: U8
+    place: I64
+    key: I64
+    aux: I64
+
+    def select(self, which: Mask) -> Said:
+        """Some of the rows."""
+        return Said(
+            self.start, self.sort[which], self.place[which], self.key[which], self.aux[which]
+        )
+
+
 @dataclass(slots=True)
 class Scanned:
-    """Scans by their names. ``note``: is called whenever one has come further."""
+    """Scans by their names. ``note``: is called whenever one has come further. ``said``: what the
+    scan of the whole file heard; None: that was too much to be kept, or it did not come to its end.
+    It is of this process alone: from who kept something elsewhere only places are taken.
+    """
 
     sections: dict[str, Section] = field(default_factory=dict)
     note: Callable[[], None] = lambda: None
+    said: Said | None = None
     _running: dict[str, Callable[[], Section]] = field(default_factory=dict)
 
     def known(self, name: str, end: int, step: int) -> Section:

@@ -185,11 +185,19 @@ class Collector:
             np.concatenate((none, *key)),
         )
 
+    def others(self) -> list[tuple[U8, I64, I64, I64]]:
+        """All but sectors that end in zeros: sort, place, key and aux, some at a time."""
+        return [part for part in self._parts if len(part[0]) and part[0][0] != Sort.END]
+
+    def add(self, sort: U8, place: I64, key: I64, aux: I64) -> None:
+        """What another has collected, by `others`."""
+        self._parts.append((sort, place, key, aux))
+        self._count += len(place)
+
     def add_ends(self, place: I64, filled: I64) -> None:
         """Sectors that end in zeros, as `since` told them."""
         sort = np.full(len(place), Sort.END, dtype=np.uint8)
-        self._parts.append((sort, place, filled, np.zeros_like(place)))
-        self._count += len(place)
+        self.add(sort, place, filled, np.zeros_like(place))
 
     def look(self, pieces: I64, rows: U8) -> None:
         """Collect from some *pieces* of clusters, of which these are the offsets in the file."""

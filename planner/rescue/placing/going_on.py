@@ -15,7 +15,7 @@ from planner.qcow2.geometry import Geometry
 from planner.qcow2.header import Header, encode_header
 from planner.rescue.placing.claims import Collector
 from planner.rescue.placing.tables import Finder, read_pieces
-from planner.rescue.scanned import PIECE_BYTES, Scanned, Section
+from planner.rescue.scanned import PIECE_BYTES, Said, Scanned, Section
 from planner.source import SECTOR, Source, present_tables, read_tables
 
 BEHIND_BYTES = 4096
@@ -45,7 +45,7 @@ class Pass:
         reach = self._finder.reach + size if self._finder is not None else 0
         whole = scanned.whole(self._source.size, end, reach)
         if whole is not None:
-            self._show_named(clusters, *whole)
+            self._show_named(clusters, *whole, scanned.said)
             meter.advance(len(clusters) * size)
             return
         bits, name = self._geometry.cluster_bits, self._name(clusters)
@@ -62,8 +62,13 @@ class Pass:
         meter.advance(behind << bits)
         self._show(clusters[behind:] << bits, meter, scanned, name)
 
-    def _show_named(self, clusters: I64, tables: Section, claims: Section) -> None:
-        """Of *clusters* those that may be tables, and the pieces that claim something."""
+    def _show_named(
+        self, clusters: I64, tables: Section, claims: Section, said: Said | None
+    ) -> None:
+        """Of *clusters* those that may be tables, and the pieces that claim something.
+
+        What these *said* when they were scanned they would say again, unless clusters are smaller.
+        """
         bits = self._geometry.cluster_bits
         if self._finder is not None:
             likely = distinct(tables.again >> bits)
@@ -72,6 +77,10 @@ class Pass:
                 self._finder.look(pieces, rows)
         size = min(PIECE_BYTES, self._geometry.cluster_size)
         place = distinct(claims.again // PIECE_BYTES * PIECE_BYTES)
+        if said is not None and size == PIECE_BYTES:
+            place = place[place < said.start]
+            mine = said.select(is_among(said.place >> bits, clusters))
+            self._collector.add(mine.sort, mine.place, mine.key, mine.aux)
         # Of small clusters those around it, too.
         behind = BEHIND_BYTES if size < PIECE_BYTES else 0
         number = expand_ranges(place // size, (place + PIECE_BYTES + behind - 1) // size)

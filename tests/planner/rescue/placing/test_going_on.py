@@ -13,6 +13,7 @@ import pytest
 
 from planner.arrays import I64
 from planner.check.check import check_image
+from planner.errors import Cancelled
 from planner.progress import Meter
 from planner.rescue.placing.claims import Collector
 from planner.rescue.placing.going_on import Pass
@@ -23,6 +24,7 @@ from planner.rescue.scanned import Scanned
 from planner.source import Bytes
 from tests.images.guest_files import make_ext, make_tree
 from tests.planner.rescue.placing.test_place import MIB
+from tests.planner.rescue.test_scanned import Watched, stop_after
 
 SHAPES = {
     "512 bytes": "cluster_size=512",
@@ -73,8 +75,8 @@ def seen(data: bytes, clusters: I64, scanned: Scanned) -> tuple[object, int]:
     return (tables.tolist(), has_l1, claims), told
 
 
-def must_be_alike(data: bytes, clusters: I64) -> None:
-    scanned = Scanned()
+def must_be_alike(data: bytes, clusters: I64, scanned: Scanned | None = None) -> None:
+    scanned = scanned or Scanned()
     find_tables(Bytes(data), scanned=scanned)
     named, told = seen(data, clusters, scanned)
     looked_for, _ = seen(data, clusters, Scanned())
@@ -100,6 +102,32 @@ def test_it_sees_no_more_than_it_was_asked_about(shape: str) -> None:
     count = len(data) >> check_image(Bytes(data)).geometry.cluster_bits
     # Clusters in a row, of which some are left out.
     must_be_alike(data, np.flatnonzero(rng.random(count) < 0.9))
+
+
+@pytest.mark.parametrize("shape", ["64 KiB", "2 MiB"])
+def test_what_clusters_said_to_the_scan_is_not_read_again(shape: str) -> None:
+    data = image(SHAPES[shape])
+    source, scanned = Watched(data), Scanned()
+    find_tables(source, scanned=scanned)
+    at_once = source.read
+    layout = check_image(Bytes(data)).layout
+    assert layout is not None
+    collector = Collector(SPOTTERS, layout.header.cluster_bits)
+    clusters = np.arange(len(data) >> layout.header.cluster_bits)
+    Pass(source, layout.header, collector).look(clusters, scanned, Meter())
+    assert collector.others()
+    assert source.read == at_once
+
+
+@pytest.mark.parametrize("shape", ["4 KiB", "64 KiB", "2 MiB"])
+def test_a_pass_after_a_scan_in_two_parts_sees_all_of_it(shape: str) -> None:
+    data, begun = image(SHAPES[shape]), Scanned()
+    with pytest.raises(Cancelled):
+        find_tables(Bytes(data), Meter(stop_after(0), "scan", len(data)), begun)
+    known = begun.gathered()
+    assert 0 < min(each.done for each in known.values()) < len(data)
+    size = check_image(Bytes(data)).geometry.cluster_size
+    must_be_alike(data, np.arange(len(data) // size), Scanned(known))
 
 
 @pytest.mark.parametrize("shape", ["4 KiB", "64 KiB", "2 MiB", "extended"])
