@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, U8, Mask
 from planner.errors import ReadFailed
 from planner.guestfs.work import Work
 from planner.rescue.placing.grid import NOWHERE, PACKED
 from planner.rescue.placing.tables import NO_WINDOW, Tables
-from planner.source import Source
+from planner.source import Salvaged, Source, read_tables
 
 
 class Board:
@@ -140,6 +140,22 @@ class Board:
         except ReadFailed:
             return bytes(length)
         return bytes(buffer)
+
+    def rows_of(self, tables: I64, inside: int, length: int) -> U8:
+        """`bytes_of` of each of *tables*; (tables, length)."""
+        rows = np.zeros((len(tables), length), dtype=np.uint8)
+        bits = self.geometry.cluster_bits
+        within = inside % (1 << bits)
+        if within + length > 1 << bits:  # of several clusters, each of which may be anywhere
+            for row, table in zip(rows, tables.tolist(), strict=True):
+                row[:] = np.frombuffer(self.bytes_of(table, inside, length), dtype=np.uint8)
+            return rows
+        host = self.tables.grid.of_each(tables, inside >> bits)
+        at = np.argsort(host, kind="stable")
+        at = at[host[at] > 0]
+        for part, some in read_tables(Salvaged(self._source), (host[at] << bits) + within, length):
+            rows[at[part]] = some
+        return rows
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
         """What is allocated, in the windows that have a table."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U8, distinct
-from planner.guestfs.checksums import crc, crc_before
+from planner.arrays import I64, U8, distinct, is_among
+from planner.guestfs.checksums import crc, crc_before, crc_of_long
 from planner.guestfs.columns import big, little
 from planner.guestfs.ext.filesystem import Ext
 from planner.guestfs.ext.groups import read_bitmap_checksums
@@ -21,9 +21,11 @@ from planner.guestfs.ext.inodes import walk_inodes
 from planner.guestfs.ext.superblock import SIZE, is_sound
 from planner.guestfs.inodes import TYPE_MASK, TYPES
 from planner.guestfs.protocol import NO_INODE, Extents, What
+from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Piece, Sort, Spotted, uuid_half
 from planner.rescue.placing.sites import Site, pairs
 from planner.rescue.placing.votes import Evidence, Votes, without_rivals
+from planner.source import BATCH_BYTES
 
 MARK = b"\x53\xef", 56
 """Of a superblock, and where it is."""
@@ -280,29 +282,52 @@ def _bitmaps(site: Site, filesystem: Ext) -> Votes:
     disk = site.to_disk(offset)
     missing = (disk >= 0) & board.are_vacant(disk // coverage)
     inside = disk % coverage
-    table, window, place = [], [], []
-    waiting, bits = board.waiting, board.geometry.cluster_bits
-    for where in np.unique(inside[missing]).tolist()[:MAX_BITMAPS]:
-        mine = np.flatnonzero(missing & (inside == where))
-        there = waiting[board.tables.grid.leads(waiting, where >> bits)]
-        for size in np.unique(length[mine]).tolist():
-            some = mine[length[mine] == size]
-            rows = np.frombuffer(
-                b"".join(board.bytes_of(each, where, size) for each in there.tolist()), np.uint8
-            ).reshape(-1, size)
-            filled = np.logical_or.reduce(rows, axis=1)
-            value = crc(rows, filesystem.superblock.checksum_seed).astype(np.int64)
-            value &= (1 << width) - 1
-            hit = np.equal.outer(value, wanted[some])
-            row, column = np.nonzero(hit & filled.reshape(-1, 1))
-            table.append(there[row])
-            window.append((disk[some] // coverage)[column])
-            place.append(np.full(len(row), where, dtype=np.int64))
-    if not table:
-        none = np.zeros(0, dtype=np.int64)
-        return Votes(Evidence.CHECKSUM, none, none, none)
+    places = distinct(inside[missing])[:MAX_BITMAPS]
+    missing &= is_among(inside, places)
+    seed, mask = filesystem.superblock.checksum_seed, (1 << width) - 1
+    none = np.zeros(0, dtype=np.int64)
+    table, window, place = [none], [none], [none]
+    for size in distinct(length[missing]).tolist():
+        mine = np.flatnonzero(missing & (length == size))
+        # What is to be where, as one number.
+        key = np.searchsorted(places, inside[mine]) << 32 | wanted[mine]
+        mine = mine[np.argsort(key, kind="stable")]
+        key.sort()
+        for tables, where, rows in _blocks_at(board, distinct(inside[mine]), size):
+            value = crc_of_long(rows, seed).astype(np.int64) & mask
+            row, at = pairs(np.searchsorted(places, where) << 32 | value, key)
+            table.append(tables[row])
+            window.append(disk[mine[at]] // coverage)
+            place.append(where[row])
     columns = (np.concatenate(each) for each in (table, window, place))
     return without_rivals(Votes(Evidence.CHECKSUM, *columns))
+
+
+def _blocks_at(board: Board, places: I64, size: int) -> Iterator[tuple[I64, I64, U8]]:
+    """What is *size* bytes long at *places* within the windows of tables that wait, but zeros.
+
+    The tables, the places, and the bytes, (n, size): some at a time.
+    """
+    waiting, bits = board.waiting, board.geometry.cluster_bits
+    most, found, count = max(1, BATCH_BYTES // size), [], 0
+    for where in places.tolist():
+        there = waiting[board.tables.grid.leads(waiting, where >> bits)]
+        for start in range(0, len(there), most):
+            some = there[start : start + most]
+            rows = board.rows_of(some, where, size)
+            filled = np.flatnonzero(rows.any(axis=1))
+            found.append((some[filled], np.full(len(filled), where), rows[filled]))
+            count += len(filled)
+            if count >= most:
+                yield _joined(found)
+                found, count = [], 0
+    if count:
+        yield _joined(found)
+
+
+def _joined(found: list[tuple[I64, I64, U8]]) -> tuple[I64, I64, U8]:
+    tables, places, rows = map(np.concatenate, zip(*found, strict=True))
+    return tables, places, rows
 
 
 MAX_BITMAPS = 256

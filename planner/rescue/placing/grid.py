@@ -74,14 +74,20 @@ class Grid:
         at = int(self.key.searchsorted(key))
         return int(self.clusters[at, column]) if at < len(self.key) and self.key[at] == key else 0
 
+    def of_each(self, tables: I64, entry: int) -> I64:
+        """Where that entry of each of *tables* leads, as ``clusters`` says, int64."""
+        size = self.clusters.shape[1]
+        if not len(self.key):
+            return np.full(len(tables), NOWHERE, dtype=np.int64)
+        key = self.row[tables] * self._pages + entry // size
+        at = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
+        result: I64 = self.clusters[at, entry % size].astype(np.int64)
+        result[self.key[at] != key] = NOWHERE
+        return result
+
     def leads(self, tables: I64, entry: int) -> Mask:
         """Which of *tables* lead to a cluster at that entry."""
-        size = self.clusters.shape[1]
-        result: Mask = np.zeros(len(tables), dtype=np.bool_)
-        if len(self.key):
-            key = self.row[tables] * self._pages + entry // size
-            at = np.minimum(np.searchsorted(self.key, key), len(self.key) - 1)
-            result = (self.key[at] == key) & (self.clusters[at, entry % size] > 0)
+        result: Mask = self.of_each(tables, entry) > 0
         return result
 
     def used(self, tables: I64) -> Mask:
