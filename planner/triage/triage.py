@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
 
 import numpy as np
@@ -241,6 +241,10 @@ def adjacent(clusters: I64) -> tuple[I64, I64]:
     count -= first
     count += 1
     return first, count
+
+
+_REFERENCES = replace(LIMITS, owners=0, past_end=False)
+"""Of a check that is asked for nothing but what is referred to."""
 
 
 def triage_leaks(
@@ -549,7 +553,8 @@ class _Describer:
             if layout.header.version < 3 or not features & bit:
                 continue
             without = (features & ~bit).to_bytes(8, "big")
-            other = check_image(Patched(self._source, FEATURES_AT, without)).mismatches
+            image = Patched(self._source, FEATURES_AT, without)
+            other = check_image(image, limits=_REFERENCES).mismatches
             if other is None:
                 continue
             explained = np.count_nonzero(other.count_references(data))
