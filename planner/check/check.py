@@ -106,7 +106,7 @@ class _Check:
         self._count_refblocks(census, clusters)
         self._clip(census)
         mismatches = self._compare(census, clusters)
-        self._judge_l1()
+        judge_l1_tables(self._survey, self._stored, self._findings)
         self._look_beyond_disk()
         judge_cut_regions(self._regions, self._layout, self._findings)
         totals = mismatches.totals()
@@ -181,7 +181,7 @@ class _Check:
         for slot, end in zip(*(column.tolist() for column in joined), strict=True):
             contested[slot + np.flatnonzero(census.holds_data(slice(slot, end)))] = True
         contested[index.slots_of(overlapping_clusters(regions, bits))] = True
-        shared = self._survey.tables.offset[_at_several_places(self._survey)] >> bits
+        shared = self._survey.tables.offset[self._survey.repeats] >> bits
         slots, known = index.find(shared)
         contested[slots[known]] = True
         return contested
@@ -270,28 +270,6 @@ class _Check:
             census.references.values,
             tuple(zip(start.tolist(), end.tolist(), strict=True)),
         )
-
-    def _judge_l1(self) -> None:
-        """What is wrong with L1 entries in themselves."""
-        l1, coverage = self._survey.l1, self._geometry.l2_coverage
-        columns = L1Columns(self._layout, self._stored, l1.word)
-        for rule in L1_RULES:
-            if rule.structure is not Structure.L1_TABLE:
-                continue  # Where tables lie has been told with the regions.
-            wrong = rule.breaks(columns)
-            at = np.flatnonzero(wrong & l1.active if rule.kind is FindingKind.L1_COPIED else wrong)
-            found = rule.found(columns)[at]
-            self._findings.add(
-                rule.kind,
-                structure=rule.structure,
-                host_offset=l1.host_offset[at],
-                snapshot=l1.snapshot[at],
-                l1_index=l1.l1_index[at],
-                guest_offset=l1.l1_index[at] * coverage,
-                guest_length=coverage,
-                found=found,
-                expected=expected(rule.kind, found),
-            )
 
     def _look_beyond_disk(self) -> None:
         """What the active L1 table maps where the disk has ended, other than a machine's state.
@@ -412,6 +390,34 @@ class _Check:
         return replace(report, findings=report.findings.joined(more.build()))
 
 
+def judge_l1_tables(
+    survey: Survey, stored: StoredRefcounts, findings: FindingsBuilder, *kinds: FindingKind
+) -> None:
+    """Add what is wrong with L1 entries in themselves to *findings*; of these *kinds*, or of any.
+
+    *stored*: what COPIED flags are compared with.
+    """
+    l1, coverage = survey.l1, survey.layout.geometry.l2_coverage
+    columns = L1Columns(survey.layout, stored, l1.word)
+    for rule in L1_RULES:
+        if rule.structure is not Structure.L1_TABLE or (kinds and rule.kind not in kinds):
+            continue  # Where tables lie has been told with the regions.
+        wrong = rule.breaks(columns)
+        at = np.flatnonzero(wrong & l1.active if rule.kind is FindingKind.L1_COPIED else wrong)
+        found = rule.found(columns)[at]
+        findings.add(
+            rule.kind,
+            structure=rule.structure,
+            host_offset=l1.host_offset[at],
+            snapshot=l1.snapshot[at],
+            l1_index=l1.l1_index[at],
+            guest_offset=l1.l1_index[at] * coverage,
+            guest_length=coverage,
+            found=found,
+            expected=expected(rule.kind, found),
+        )
+
+
 def concluded(report: Report) -> Report:
     """*report* with all that follows from its findings, whatever it has said of that before."""
     counts = report.counts()
@@ -479,14 +485,6 @@ def _hide_references(report: Report) -> tuple[FindingKind, ...]:
     if cut & {Structure.L1_TABLE, Structure.L2_TABLE, Structure.SNAPSHOT_TABLE, *_BITMAP_TABLES}:
         hiding.append(FindingKind.CUT_OFF)
     return tuple(hiding)
-
-
-def _at_several_places(survey: Survey) -> Mask:
-    """L2 tables that stand at more than one index of the L1 tables."""
-    tables, l1 = survey.tables, survey.l1
-    result = np.zeros(len(tables), dtype=np.bool_)
-    result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
-    return result
 
 
 def _rank_among_equals(values: I64) -> np.ndarray:

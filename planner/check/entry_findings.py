@@ -168,6 +168,15 @@ class EntryFindings:
             counts[key[0]] += _total(key[0], held[key], self.tables, self.geometry)
         return replace(self, _held={key: held[key] for key in sorted(held)}, _counts=counts)
 
+    def with_flags(self, flags: EntryFindings) -> EntryFindings:
+        """The same with the wrong COPIED flags of *flags*, of the same tables, for its own."""
+        kind = FindingKind.L2_COPIED
+        held = {key: mine for key, mine in self._held.items() if key[0] is not kind}
+        held |= flags._held
+        counts = {each: number for each, number in self._counts.items() if each is not kind}
+        counts |= flags._counts
+        return replace(flags, _held={key: held[key] for key in sorted(held)}, _counts=counts)
+
     def groups(self) -> list[tuple[FindingKind, Structure]]:
         """Of which kinds, and about what, there are findings."""
         return list(self._held)

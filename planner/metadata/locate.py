@@ -64,6 +64,14 @@ class Survey:
         """All metadata inside the file."""
         return join_regions(self.regions, self.refblocks)
 
+    @property
+    def repeats(self) -> Mask:
+        """L2 tables that stand at more than one index of the L1 tables, shape of ``tables``."""
+        tables, l1 = self.tables, self.l1
+        result: Mask = np.zeros(len(tables), dtype=np.bool_)
+        result[tables.l1_position[tables.l1_index[tables.l1_position] != l1.l1_index]] = True
+        return result
+
 
 def take_survey(source: Source, layout: Layout, findings: FindingsBuilder) -> Survey:
     """Locate everything. What is wrong with it is added to *findings*."""

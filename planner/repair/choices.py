@@ -45,6 +45,7 @@ from planner.repair.steps import (
     Drafted,
     Means,
     checked_anew,
+    checked_for_flags,
     draft_refcounts,
     leaked_clusters,
     require_writable_header,
@@ -105,7 +106,7 @@ def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
     _draft_parted_refcounts(scope, union(stay, was), uncounted_to_keep(scope.report, triage))
-    scope = checked_anew(scope, means)
+    scope = checked_for_flags(replace(scope, refcounts_alone=True), means)
     if not scope.draft.is_empty:
         revision = scope.draft.revision
         update_copied_flags_for_l1(scope)

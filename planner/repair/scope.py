@@ -42,7 +42,8 @@ class Scope:
     """One step of planning: *source* is the image after all steps before, *report* its check.
 
     ``revision``: that of the draft which *source* shows. ``formerly_used``: all clusters that an
-    earlier step found in use lie below it.
+    earlier step found in use lie below it. ``refcounts_alone``: all that this step has drafted is
+    refcounts, what the header says of itself, and what no other finding depends on.
     """
 
     draft: Draft
@@ -50,6 +51,7 @@ class Scope:
     report: Report
     revision: int = 0
     formerly_used: int = 0
+    refcounts_alone: bool = False
 
     def after(self, image: Source, report: Report) -> Scope:
         """The next step: *image* with everything that was drafted by now, and its check."""

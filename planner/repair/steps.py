@@ -6,7 +6,7 @@ Each planner sees the image as the steps before leave it, checked anew.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from planner.check.classify import Look
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
+from planner.repair.plan import StageKind
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import correct_refcounts_in_refblocks, must_rebuild
 from planner.repair.scope import Scope
@@ -28,9 +29,11 @@ class Means:
     """How an image is looked at while a repair of it is drafted, and whether it may grow.
 
     ``check``: of all L2 tables, or only of those at some host offsets, see `check_image`.
+    ``again``: of refcounts and flags alone, see `check_refcounts_again`.
     """
 
     check: Callable[[Source, I64 | None], Report]
+    again: Callable[[Source, Report], Report | None]
     triage: Callable[[Scope, I64], Triage]
     can_grow: bool
 
@@ -59,6 +62,31 @@ def checked_anew(scope: Scope, means: Means) -> Scope:
         return scope
     image = scope.draft.overlay()
     return scope.after(image, means.check(image, None))
+
+
+def checked_for_flags(scope: Scope, means: Means) -> Scope:
+    """As `checked_anew` for who corrects the flags that follow refcounts, and then checks anew.
+
+    Where it is refcounts alone that were drafted, and a flag most likely follows, the check is one
+    of these. As no other it proves nothing: to `checked_anew` nothing was checked.
+    """
+    is_enough = scope.refcounts_alone and not scope.draft.has(StageKind.SWITCH)
+    if scope.draft.revision == scope.revision or not is_enough or not _flags_follow(scope.report):
+        return checked_anew(scope, means)
+    image = scope.draft.overlay()
+    report = means.again(image, scope.report)
+    if report is None:
+        return checked_anew(scope, means)
+    return replace(scope, source=image, report=report, refcounts_alone=False)
+
+
+def _flags_follow(report: Report) -> bool:
+    """Whether flags are most likely wrong once refcounts are right: not those that only seem so,
+    since a refcount is missing.
+    """
+    counts = report.counts()
+    wrong = sum(counts.get(kind, 0) for kind in (FindingKind.L1_COPIED, FindingKind.L2_COPIED))
+    return FindingKind.REFCOUNT_LOW in counts or wrong > counts.get(FindingKind.REFCOUNT_MISSING, 0)
 
 
 def uncounted_to_keep(report: Report, triage: Triage) -> I64:

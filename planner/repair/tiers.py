@@ -12,6 +12,7 @@ import numpy as np
 
 from planner.arrays import I64, is_among, union
 from planner.check.check import check_image
+from planner.check.refcounts_again import check_refcounts_again
 from planner.check.report import RepairCounters, Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import KINDS, FindingKind, Severity
@@ -46,6 +47,7 @@ from planner.repair.steps import (
     Drafted,
     Means,
     checked_anew,
+    checked_for_flags,
     draft_refcounts,
     leaked_clusters,
     uncounted_to_keep,
@@ -226,7 +228,11 @@ def propose(
         return found
 
     _require_sound_basis(report)
-    means = Means(check, look, can_grow)
+
+    def again(image: Source, last: Report) -> Report | None:
+        return check_refcounts_again(image, last, progress=progress)
+
+    means = Means(check, again, look, can_grow)
     drafted = _draft_tier(source, report, tier, means)
     scope, triage = drafted.scope, drafted.triage
     if tier is RepairTier.ALL or (tier.is_chosen and not scope.draft.is_empty):
@@ -347,7 +353,7 @@ def _draft_determined(begun: _Begun, report: Report, tier: RepairTier, means: Me
         scope = settle(begun, report, stay)
         more = union(stay, stuck_targets(report, scope, means.check))
         if len(more) == len(stay) or not left:
-            scope = follow(checked_anew(scope, means), report, means)
+            scope = follow(checked_for_flags(scope, means), report, means)
             more = union(stay, unfollowed_targets(report, scope))
         if len(more) == len(stay) or not left:
             return scope
@@ -392,7 +398,7 @@ def _settle_leaks(begun: _Begun, before: Report, stay: I64) -> Scope:
     scope = begun.forked()
     if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
-    return scope
+    return replace(scope, refcounts_alone=True)
 
 
 def _follow_leaks(scope: Scope, _before: Report, means: Means) -> Scope:
@@ -470,10 +476,12 @@ def _leaked_since(scope: Scope, before: Report, shown: I64) -> I64:
 
 def _settle_all(begun: _Begun, before: Report, stay: I64) -> Scope:
     scope = begun.forked()
-    stay = union(stay, begun.stay)
-    draft_refcounts(scope, stay, begun.kept)
+    # Flags of compressed entries change nothing but what a table looks like that is gone.
+    is_alone = scope.draft.revision == scope.revision
+    is_alone |= FindingKind.TABLE_OVERWRITTEN not in scope.report.counts()
+    draft_refcounts(scope, union(stay, begun.stay), begun.kept)
     foresee_flags(scope, before, _MENDED)
-    return scope
+    return replace(scope, refcounts_alone=is_alone)
 
 
 def _follow_all(scope: Scope, _before: Report, means: Means) -> Scope:

@@ -62,13 +62,13 @@ def test_refcounts_that_are_all_take_one_check_which_is_the_proof(monkeypatch) -
 
 
 def test_what_nothing_mends_is_known_to_stay_and_costs_no_further_check(monkeypatch) -> None:
-    """One check of the refcounts, one of the COPIED flag that follows: the second is the proof."""
+    """Of the COPIED flag that follows the refcounts one is, which is the proof."""
     image = plain()
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     image.set_word(72, 1)
     image.set_word(image.l2_at(2), image.host_offset(2) + 512 | COPIED)
     number, proposal = checks_of(image, monkeypatch)
-    assert number == 2
+    assert number == 1
     assert Kind.DIRTY_BIT in counts(proposal)
     assert counts(proposal)[Kind.DATA_MISALIGNED] == 1
 
@@ -77,11 +77,10 @@ def test_bits_are_drafted_anew_where_the_outcome_is_not_clean_after_all(monkeypa
     image = plain()
     image.set_refcount(image.host_offset(1) // SIZE, 0)
     image.set_word(72, 1)
-    image.set_word(image.l2_at(2), image.host_offset(1) + 512 | COPIED)
+    image.set_word(image.l2_at(3), RESERVED)  # of which nobody knows what it was
     number, proposal = checks_of(image, monkeypatch)
     assert number > 1
-    assert Kind.DIRTY_BIT in counts(proposal)
-    assert Kind.DATA_MISALIGNED in counts(proposal)
+    assert counts(proposal).keys() == {Kind.DIRTY_BIT, Kind.L2_ENTRY_RESERVED}
 
 
 def test_reserved_bits_go_with_the_first_repair_where_the_refcount_is_wrong_too() -> None:
@@ -150,6 +149,17 @@ def test_a_choice_that_leaves_damage_behind_foresees_it(monkeypatch) -> None:
     number, proposal = checks_of(image, monkeypatch, RepairTier.BITMAPS)
     assert number == 2
     assert Kind.DIRTY_BIT in counts(proposal)
+
+
+def test_where_flags_follow_refcounts_the_only_whole_check_is_the_proof(monkeypatch) -> None:
+    """Of two entries that lead to one cluster both flags have to go, once it is counted twice."""
+    image = plain()
+    image.set_word(72, 1)
+    image.set_word(image.l2_at(5), image.host_offset(1) | COPIED)
+    number, proposal = checks_of(image, monkeypatch)
+    assert number == 1
+    assert {StageKind.PREPARE, StageKind.CORRECT} <= {each.kind for each in proposal.plan.stages}
+    assert counts(proposal).keys() == {Kind.MULTIPLE_OWNERS, Kind.DIRTY_BIT, Kind.LEAK}
 
 
 def test_a_flag_of_a_compressed_entry_is_proven_with_the_refcounts(monkeypatch) -> None:
