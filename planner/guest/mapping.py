@@ -34,6 +34,9 @@ _WALK_WINDOW = 1 << 16
 _WALK_WINDOW_EXTENDED = 1 << 11
 """L2 entries that are decoded at a time: for a read, and for a walk."""
 
+MAX_LAID = 1 << 16
+"""So many runs of tables are laid out at a time, and one table more."""
+
 Reading = Callable[[int], None]
 """Is told how many L2 entries are about to be read, and may raise."""
 
@@ -320,7 +323,8 @@ def _laid(places: Sequence[tuple[int, int, Runs]], size: int, in_place: Runs | N
     runs = replace(runs, guest=runs.guest + np.repeat(number * size, rows))
     if in_place is None:
         return runs
-    low, high = np.searchsorted(in_place.guest, [number[0] * size, (number[-1] + 1) * size])
+    ends = [runs.guest[0], runs.guest[-1] + runs.length[-1]]
+    low, high = np.searchsorted(in_place.guest, ends)
     return in_place.select(slice(low, high)).over(runs) if low < high else runs
 
 
@@ -471,7 +475,7 @@ class Mapping:
             yield runs.joined(packed=packed)
 
     def _walk_tables(self, offset: int, end: int, packed: bool, reading: Reading) -> Iterator[Runs]:
-        """The same table by table; one that repeats is decoded once."""
+        """The same table by table; one that repeats is decoded once, unless it has very many."""
         size = self.geometry.l2_coverage
         numbers = self._numbers_in_use(offset, end, size)
         tables = self._offset[np.searchsorted(self._index, numbers)]
@@ -481,25 +485,41 @@ class Mapping:
         breaks = np.ones(len(numbers), dtype=np.bool_)
         breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
         first = np.flatnonzero(breaks)
+        laid, rows = list[tuple[int, int, Runs]](), 0
         columns = numbers[first], np.diff(first, append=len(numbers)), tables[first]
-        kept, laid = _Kept(), list[tuple[int, int, Runs]]()
-        rows = 0
-        for start, length, table in zip(*(each.tolist() for each in columns), strict=True):
-            runs = kept.tables.get(table)
-            if runs is None:
-                runs = self._whole_table(start, table, packed, reading, nowhere=table in again)
-                if table in again:
-                    kept.keep(table, runs)
-            count = max(1, self._walk_window // len(runs))
-            for number in range(start, start + length, count):
-                laid.append((number, min(count, start + length - number), runs))
-                rows += laid[-1][1] * len(runs)
-                if rows >= self._walk_window:
-                    yield _laid(laid, size, in_place)
-                    laid.clear()
-                    rows = 0
+        for place in self._places(columns, again, packed, reading):
+            laid.append(place)
+            rows += place[1] * len(place[2])
+            if rows >= MAX_LAID:
+                yield _laid(laid, size, in_place)
+                laid, rows = [], 0
         if laid:
             yield _laid(laid, size, in_place)
+
+    def _places(
+        self, columns: tuple[I64, I64, I64], again: frozenset[int], packed: bool, reading: Reading
+    ) -> Iterator[tuple[int, int, Runs]]:
+        """What `_laid` lays out, ascending; of a table with very many runs a part at a time.
+
+        *columns*: L1 indices, how many in a row, and the table that is there. *again*: tables that
+        stand at several.
+        """
+        kept = _Kept()
+        for start, length, table in zip(*(each.tolist() for each in columns), strict=True):
+            nowhere = table in again
+            runs = kept.tables.get(table)
+            if runs is None:
+                runs = self._whole_table(start, table, packed, reading, nowhere=nowhere)
+                if table in again:
+                    kept.keep(table, runs)
+            if not len(runs):
+                for number in range(start, start + length):
+                    for part in self._parts(start, table, packed, reading, nowhere=nowhere):
+                        yield number, 1, part
+                continue
+            count = max(1, MAX_LAID // len(runs))
+            for number in range(start, start + length, count):
+                yield number, min(count, start + length - number), runs
 
     def _in_place(
         self, numbers: I64, tables: I64, again: frozenset[int], reading: Reading
@@ -551,21 +571,35 @@ class Mapping:
     ) -> Runs:
         """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
 
+        An empty answer where there are more than `MAX_LAID`: to decode such a table anew each time
+        takes no longer than to do anything with its runs, and memory for a part of it.
         *nowhere*: as of `runs_of_entries`.
         """
-        geometry, parts = self.geometry, list[Runs]()
+        parts, rows = list[Runs](), 0
+        for part in self._parts(number, offset, packed, reading, nowhere=nowhere):
+            parts.append(part)
+            rows += len(part)
+            if rows > MAX_LAID:
+                return part.select(slice(0, 0))
+        return Runs.concatenate(parts).joined(packed=packed)
+
+    def _parts(
+        self, number: int, offset: int, packed: bool, reading: Reading, *, nowhere: bool
+    ) -> Iterator[Runs]:
+        """The same a part at a time, however many there are."""
+        geometry = self.geometry
         at, held, count = self._parts_of(offset)
+        home = number * geometry.l2_coverage
         at += number * geometry.l2_entries
         for first, is_held in zip(at.tolist(), held.tolist(), strict=True):
             if is_held:
                 reading(count)
                 runs = self._decode(self._source, first, count, nowhere=nowhere)
-                parts.append(runs.joined(packed=packed))
+                runs = runs.joined(packed=packed)
             else:
                 low, high = first << geometry.cluster_bits, (first + count) << geometry.cluster_bits
-                parts.append(Runs.unallocated(low, high))
-        runs = Runs.concatenate(parts).joined(packed=packed)
-        return replace(runs, guest=runs.guest - number * self.geometry.l2_coverage)
+                runs = Runs.unallocated(low, high)
+            yield replace(runs, guest=runs.guest - home)
 
     def _parts_of(self, offset: int) -> tuple[I64, Mask, int]:
         """The first entries of the parts in which the table at *offset* is gone through, which of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from planner.errors import ReadFailed
-from planner.guest.mapping import FLAW_SENTENCES, Flaw, Mapping, RunKind, Runs
+from planner.guest.mapping import FLAW_SENTENCES, MAX_LAID, Flaw, Mapping, RunKind, Runs
 from planner.qcow2.entries import COMPRESSED, COPIED, NO_HOST
 from planner.qcow2.geometry import Geometry
 from planner.source import Bytes, Source
@@ -427,6 +427,28 @@ def test_tables_that_take_turns_are_laid_out_many_at_a_time(
     shown, read = parts[0].cut(low, high).joined(), mapping.runs(low, high).joined()
     assert shown.guest.tolist() == read.guest.tolist()
     assert shown.flaw.tolist() == read.flaw.tolist()
+
+
+@pytest.mark.parametrize("is_external", [False, True])
+def test_of_a_table_with_very_many_runs_a_part_is_in_memory(is_external: bool) -> None:
+    geometry = Geometry(3, 21, 4, 0, extended_l2=True, external_data=is_external)
+    words = np.zeros((1 << 15, 2), dtype=np.uint64)
+    # Zeros and nothing in turn, and entries of data that are in their place at the second of three.
+    words[:, 1] = 0x5555_5555 << 32
+    words[5::97, 0] = (COPIED | (1 << 36)) + (np.arange(5, 1 << 15, 97) << 21).astype(np.uint64)
+    words[5::97, 1] = 0x5555_5555
+    l1 = np.full(3, 1 << 21, dtype=">u8").tobytes()
+    blocks = {512 + at: part for at, part in enumerate(np.split(words.astype(">u8"), 128))}
+    table = {at: part.tobytes() for at, part in blocks.items()}
+    mapping = Mapping(Sparse(table | {0: l1}, 1 << 30, 4096), geometry, 0, 3)
+    parts = list(mapping.walk(0, 3 * geometry.l2_coverage))
+    assert max(len(part) for part in parts) <= 2 * MAX_LAID
+    walked = Runs.concatenate(parts).joined()
+    assert walked.length.sum() == 3 * geometry.l2_coverage
+    low = geometry.l2_coverage - (3 << 30)
+    shown, read = walked.cut(low, low + (6 << 30)), mapping.runs(low, low + (6 << 30)).joined()
+    for name in ("guest", "length", "kind", "host", "flaw"):
+        assert getattr(shown, name).tolist() == getattr(read, name).tolist()
 
 
 @pytest.mark.parametrize("seed", range(30))
