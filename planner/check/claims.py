@@ -11,16 +11,24 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, Mask, expand_ranges, is_any_of, without_repeats
+from planner.arrays import (
+    I64,
+    Mask,
+    distinct,
+    expand_ranges,
+    is_among,
+    is_any_of,
+    without_repeats,
+)
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.errors import ParseFailed
-from planner.findings.kinds import ACTIVE, FindingKind, Owner, Structure
+from planner.findings.kinds import ACTIVE, FindingKind, Owners, Structure
 from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import READABLE_END, Source, present_tables, read_bytes, read_tables
+from planner.source import READABLE_END, Source, present_tables, read_tables
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
 
@@ -85,18 +93,23 @@ def blocks_that_are_none(source: Source, report: Report) -> I64:
     return claims.blocks_that_are_none()
 
 
-def place_of_entry(source: Source, report: Report, owner: Owner) -> int:
-    """Where in the file the L2 entry is by which *owner*, a guest cluster, has what it has.
+def places_of_entries(source: Source, report: Report, owners: Owners) -> I64:
+    """Where in the file the L2 entries are by which *owners*, guest clusters, have what they have.
 
     Several snapshots may have one entry in common.
     """
     if report.layout is None:
         raise ParseFailed(str(report.error))
-    header, of_snapshot = report.layout.header, owner.snapshot != ACTIVE
-    table = report.snapshots[owner.snapshot] if of_snapshot else header
-    word = read_bytes(source, table.l1_table_offset + 8 * owner.l1_index, 8)
-    l2_offset = int.from_bytes(word, "big") & entries.L1_OFFSET
-    return l2_offset + owner.l2_index * report.geometry.l2_entry_size
+    header, snapshots = report.layout.header, report.snapshots
+    number, which = np.unique(owners.snapshot, return_inverse=True)
+    tables = [header if each == ACTIVE else snapshots[each] for each in number.tolist()]
+    table = np.array([each.l1_table_offset for each in tables], dtype=np.int64)
+    at = table[which] + 8 * owners.l1_index
+    asked = distinct(at)
+    l2_offset = np.empty(len(asked), dtype=np.int64)
+    for part, rows in read_tables(source, asked, 8):
+        l2_offset[part] = entries.l1_offsets(entries.decode_words(rows)[:, 0])
+    return l2_offset[np.searchsorted(asked, at)] + owners.l2_index * report.geometry.l2_entry_size
 
 
 class _Claims:
@@ -113,21 +126,18 @@ class _Claims:
         """Which of the owners at *rows* of the report's have anything where they lead."""
         owners = self._report.owners
         real: Mask = np.ones(len(rows), dtype=np.bool_)
-        if self._zeros:
-            for at in np.flatnonzero(owners.structure[rows] == Structure.DATA).tolist():
-                row = int(rows[at])
-                (owner,) = owners.select(np.array([row])).of(int(owners.cluster[row]))
-                place = place_of_entry(self._source, self._report, owner)
-                real[at] = place not in self._zeros
+        if len(self._zeros):
+            data = np.flatnonzero(owners.structure[rows] == Structure.DATA)
+            place = places_of_entries(self._source, self._report, owners.select(rows[data]))
+            real[data] = ~is_among(place, self._zeros)
         return real
 
     @cached_property
-    def _zeros(self) -> frozenset[int]:
-        """Where the entries are that read as zeros."""
+    def _zeros(self) -> I64:
+        """Where the entries are that read as zeros, ascending."""
         if self._report.entries is None:
-            return frozenset()
-        found = self._report.entries.of(FindingKind.ZERO_MISALIGNED)
-        return frozenset(found.host_offset.tolist())
+            return np.zeros(0, dtype=np.int64)
+        return distinct(self._report.entries.of(FindingKind.ZERO_MISALIGNED).host_offset)
 
     def may_hold(self, rows: I64) -> Mask:
         """Whose clusters, of the owners at *rows* of the report's, may be the refcount blocks, or

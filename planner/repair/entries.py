@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, is_among
-from planner.check.claims import place_of_entry
+from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among
+from planner.check.claims import places_of_entries
 from planner.check.entry_rules import expected
-from planner.findings.kinds import FindingKind, Owner, Structure
+from planner.findings.kinds import FindingKind, Owners, Structure
 from planner.qcow2 import entries
 from planner.repair.marked import MarkedTables, marked_tables
 from planner.repair.scope import Scope
@@ -93,26 +93,33 @@ def _shared_with_zeros_alone(tables: MarkedTables) -> Mask:
     if FindingKind.PAST_END in scope.report.counts():
         marks[:] = False
         return marks
-    zeros = frozenset(scope.entries.of(tables.kind).host_offset.tolist())
-
-    def is_real(owner: Owner) -> bool:
-        is_data = owner.structure is Structure.DATA
-        return not is_data or place_of_entry(scope.source, scope.report, owner) not in zeros
-
-    def is_alone(cluster: int) -> bool:
-        owners = scope.report.owners.of(cluster, limit=_OWNERS_WEIGHED)
-        # Snapshots that have the table in common are one owner of it.
-        real = {
-            each if each.structure is not Structure.L2_TABLE else (each.structure, each.l1_index)
-            for each in owners
-            if is_real(each)
-        }
-        return len(owners) < _OWNERS_WEIGHED and len(real) == 1
-
-    clusters = tables.host_offsets() >> scope.geometry.cluster_bits
-    alone = {cluster: is_alone(cluster) for cluster in np.unique(clusters).tolist()}
-    marks[marks] = [alone[cluster] for cluster in clusters.tolist()]
+    places = tables.host_offsets() >> scope.geometry.cluster_bits
+    clusters, owners = distinct(places), scope.report.owners
+    low, high = (np.searchsorted(owners.cluster, clusters, side=side) for side in ("left", "right"))
+    few = high - low < _OWNERS_WEIGHED
+    low, high = low[few], high[few]
+    rows, number = expand_ranges(low, high - 1), np.repeat(np.flatnonzero(few), high - low)
+    zeros = distinct(scope.entries.of(tables.kind).host_offset)
+    real = owners.structure[rows] != Structure.DATA
+    data = owners.select(rows[~real])
+    real[~real] = ~is_among(places_of_entries(scope.source, scope.report, data), zeros)
+    alone = _are_one_owner(owners.select(rows[real]), number[real], len(clusters))
+    marks[marks] = alone[np.searchsorted(clusters, places)]
     return marks
+
+
+def _are_one_owner(owners: Owners, number: I64, count: int) -> Mask:
+    """Which of *count* groups of *owners* is one: the group of each is its *number*, ascending."""
+    first = np.searchsorted(number, number)
+    # Snapshots that have the table in common are one owner of it.
+    is_same = owners.structure == owners.structure[first]
+    is_same &= owners.l1_index == owners.l1_index[first]
+    for column in (owners.snapshot, owners.l2_index, owners.index):
+        is_same &= (column == column[first]) | (owners.structure == Structure.L2_TABLE)
+    one: Mask = np.zeros(count, dtype=np.bool_)
+    one[number] = True
+    one[number[~is_same]] = False
+    return one
 
 
 def _is_otherwise_right(tables: MarkedTables, others: I64) -> Mask:

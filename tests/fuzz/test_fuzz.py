@@ -19,7 +19,7 @@ from instarfs.guest.files import hit_files
 from instarfs.guest.follow import Follow
 from instarfs.guest.guest import Guest
 from instarfs.guest.place import Part, Place
-from instarfs.image.file import Image
+from instarfs.image.file import FileSource, Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image
 from planner.check.past_end import references_past_end
@@ -47,6 +47,7 @@ from tests.fuzz.holed import (
     tables_that_are_holes,
 )
 from tests.fuzz.mutations import mutate_words
+from tests.fuzz.table_bombs import make_blocks
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
 from tests.images.bombs import BOMBS
 from tests.mount.mounts import INSTARFS, environment
@@ -245,6 +246,27 @@ def test_a_hundred_thousand_refcount_blocks_that_are_lost_are_not_asked_about_on
         assert report.counts()[FindingKind.REFCOUNT_UNREADABLE] > 100_000
         references_past_end(source, report)
     assert len(asked) < 1000
+
+
+def test_entries_that_read_as_zeros_and_lead_to_refcounts_are_not_looked_up_one_by_one(
+    tmp_path, monkeypatch
+) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_blocks(7).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+        assert report.counts()[FindingKind.ZERO_MISALIGNED] > 100_000
+        reads, read_into = [], FileSource.read_into
+
+        def counted(it: FileSource, offset: int, buffer: memoryview) -> None:
+            reads.append(offset)
+            read_into(it, offset, buffer)
+
+        monkeypatch.setattr(FileSource, "read_into", counted)
+        with contextlib.suppress(RepairError):
+            propose(source, report, RepairTier.ALL)
+    assert len(reads) < 10_000
 
 
 def test_a_header_is_looked_for_where_an_l1_table_would_be_all_holes(tmp_path) -> None:
