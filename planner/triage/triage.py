@@ -30,7 +30,15 @@ from planner.qcow2.header import FEATURES_AT, Incompatible
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
-from planner.source import SECTOR, Patched, Source, nonzero_words, present_tables, read_tables
+from planner.source import (
+    BATCH_BYTES,
+    SECTOR,
+    Patched,
+    Source,
+    nonzero_words,
+    present_tables,
+    read_tables,
+)
 from planner.triage.astray import astray_tables
 from planner.triage.bitmaps import bitmap_clusters, bitmaps_of, lost_bitmap_clusters
 from planner.triage.l1_holes import Gaps, Place, PlaceKind, read_gaps
@@ -52,6 +60,9 @@ MAX_LOST_L1 = 256
 
 MAX_REFERENCES = 1 << 31
 """A refcount above says nothing."""
+
+SCREENED_BYTES = 1 << 19
+"""Of first sectors that are read at a time, a request each: what takes longer ends too late."""
 
 PLACES_NAMED = 4
 """Runs of L1 entries that are named as where a lost table may have stood."""
@@ -315,7 +326,18 @@ class _Watched:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.source.read_into(offset, buffer)
-        self.done += buffer.nbytes
+        self._advance(buffer.nbytes)
+
+    def read_tables(
+        self, offsets: I64, size: int, batch_bytes: int = BATCH_BYTES
+    ) -> Iterator[tuple[slice, U8]]:
+        """As of any source, ahead where that can be done; it is told of what has come."""
+        for part, rows in read_tables(self.source, offsets, size, batch_bytes):
+            self._advance(rows.nbytes)
+            yield part, rows
+
+    def _advance(self, count: int) -> None:
+        self.done += count
         self.progress("leaks", min(self.done, self.most), self.most)
 
     def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
@@ -323,7 +345,7 @@ class _Watched:
 
 
 def _look(
-    source: Source,
+    source: _Watched,
     report: Report,
     mismatches: Mismatches,
     leaked: I64,
@@ -348,20 +370,20 @@ def _look(
     at = np.concatenate(present)
     offsets = leaked[at] << geometry.cluster_bits
     chosen = _choose(source, offsets, size, looker, limits)
-    for part, rows in read_tables(source, offsets[chosen], size):
+    for part, rows in source.read_tables(offsets[chosen], size):
         which = at[chosen[part]]
         look[which], signature[which] = looker.look(rows)
     return look, signature
 
 
-def _choose(source: Source, offsets: I64, size: int, looker: Looker, limits: Limits) -> I64:
+def _choose(source: _Watched, offsets: I64, size: int, looker: Looker, limits: Limits) -> I64:
     """Positions of the clusters to read: all, or every nth and those that begin like tables."""
     if len(offsets) * size <= limits.triaged_bytes:
         return np.arange(len(offsets))
     room = limits.triaged_bytes // size // 2
     screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // limits.screened))]
     likely = np.zeros(len(screened), dtype=np.bool_)
-    for part, sectors in read_tables(source, offsets[screened], SECTOR):
+    for part, sectors in source.read_tables(offsets[screened], SECTOR, SCREENED_BYTES):
         likely[part] = looker.may_be_tables(sectors)
     tables = screened[likely]
     tables = tables[:: max(1, -(-len(tables) // room))]

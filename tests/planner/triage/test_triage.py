@@ -1,7 +1,9 @@
 """What is lost among the leaks, and what is only waste."""
 
 import random
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from planner.check.classify import Look
 from planner.findings.kinds import ACTIVE, NONE
 from planner.metadata.work_limits import LIMITS, Limits
 from planner.qcow2 import entries
+from planner.source import read_bytes
 from planner.triage.l1_holes import Place, PlaceKind
 from planner.triage.triage import Suspect, Triage, triage_leaks
 from tests.images.builder import MIB, Image, ImageBuilder
 from tests.images.damage import DAMAGES
 from tests.images.sample import sample
+from tests.planner.test_source import Shared
 
 
 def damaged(*names: str) -> Image:
@@ -292,6 +296,33 @@ def test_says_how_much_of_it_was_read() -> None:
     assert set(totals) - {0} == {report.counters.leaks * image.cluster_size}  # 0: not known yet
     assert list(done) == sorted(done)
     assert 0 < done[-1] <= totals[-1]
+
+
+class Watched(Shared):
+    """Notes which threads read it."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        READERS.add(threading.get_ident())
+        super().read_into(offset, buffer)
+
+
+READERS: set[int] = set()
+
+
+def test_other_threads_read_ahead_what_leaked_and_who_asked_is_told() -> None:
+    builder = ImageBuilder(size=8 * MIB, cluster_bits=12)
+    builder.write(0, random.Random(1).randbytes(5 * MIB))
+    image = builder.build()
+    for l1_index in range(3):
+        image.set_word(image.l1_at(l1_index), 0)
+    report = check_image(image.source)
+    told: set[int] = set()
+    READERS.clear()
+    with ThreadPoolExecutor(2) as executor:
+        source = Watched(read_bytes(image.source, 0, image.source.size), executor)
+        found = triage_leaks(source, report, progress=lambda *_: told.add(threading.get_ident()))
+    assert READERS > {threading.get_ident()} == told
+    assert found.looks() == triage(image).looks()
 
 
 def test_lost_tables_and_what_they_map_are_counted() -> None:
