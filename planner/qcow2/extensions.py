@@ -47,6 +47,7 @@ BITMAPS_POINTER = Struct(
     "bitmap_directory_size" / Int64ub,
     "bitmap_directory_offset" / Int64ub,
 )
+_CRYPTO, _BITMAPS = Fixed(CRYPTO_POINTER), Fixed(BITMAPS_POINTER)
 FEATURE_NAME = Struct("type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
 FEATURE_NAME_TABLE = GreedyRange(FEATURE_NAME)
 
@@ -133,22 +134,23 @@ def decode_extensions(raw: bytes, start: int, room: int) -> tuple[Extension, ...
     return tuple(found)
 
 
-def refusable(raw: bytes, room: int) -> list[int]:
-    """Where in an area the extensions begin that `read_extensions` may refuse, ascending."""
-    return [
-        position - EXTENSION_BYTES
-        for position, magic, length in _walk(raw, room)
-        if magic in (BACKING_FORMAT, CRYPTO_HEADER, BITMAPS) or length > room - position
-    ]
+def refusable(raw: bytes, room: int) -> tuple[list[int], int]:
+    """Where in an area the extensions begin that `read_extensions` may refuse, ascending; and how
+    many there are in all."""
+    found, count = list[int](), 0
+    for position, magic, length in _walk(raw, room):
+        count += 1
+        if magic in (BACKING_FORMAT, CRYPTO_HEADER, BITMAPS) or length > room - position:
+            found.append(position - EXTENSION_BYTES)
+    return found, count
 
 
 def _walk(raw: bytes, room: int) -> Iterator[tuple[int, int, int]]:
     """(where its data begins, type, length), up to the end marker or one that does not fit."""
-    position, magic = 0, -1
+    position, magic, end = 0, -1, len(raw)
+    padded = raw + bytes(EXTENSION_BYTES)
     while position < room and magic != END:
-        raw_entry = raw[position : position + EXTENSION_BYTES]
-        entry = _FIXED.parse(raw_entry.ljust(EXTENSION_BYTES, b"\0"))
-        magic, length = entry.magic, entry.length
+        magic, length = _FIXED.values(padded, position) if position < end else (END, 0)
         position += EXTENSION_BYTES
         yield position, magic, length
         position += (length + 7) & ~7
@@ -196,7 +198,7 @@ def decode_crypto(data: bytes, header: Header) -> CryptoPointer:
         raise ImageError("crypto header extension", "present", "the image does not use LUKS")
     if len(data) != CRYPTO_POINTER.sizeof():
         raise ImageError("crypto header extension", len(data), "its length must be 16")
-    entry = CRYPTO_POINTER.parse(data)
+    entry = _CRYPTO.parse(data)
     if entry.offset % (1 << header.cluster_bits):
         raise ImageError("crypto header offset", entry.offset, "not a multiple of the cluster size")
     return CryptoPointer(entry.offset, entry.length)
@@ -209,7 +211,7 @@ def decode_bitmaps(data: bytes, header: Header) -> BitmapsPointer:
     """
     if len(data) != BITMAPS_POINTER.sizeof():
         raise ImageError("bitmaps extension", len(data), "its length must be 24")
-    entry = BITMAPS_POINTER.parse(data)
+    entry = _BITMAPS.parse(data)
     pointer = BitmapsPointer(
         entry.nb_bitmaps, entry.bitmap_directory_size, entry.bitmap_directory_offset
     )

@@ -91,6 +91,9 @@ TABLE_BYTES_A_CHECK = 4 << 20
 CLUSTERS_A_CHECK = 1 << 20
 """So is one that counts so many."""
 
+EXTENSIONS_A_CHECK = 1000
+"""So is one behind whose header so many extensions are read, several times."""
+
 LEAKS_A_CHECK = 16 << 10
 """As long as a check takes it to look for lost snapshots among so many leaked clusters, or less."""
 
@@ -252,7 +255,9 @@ class _Search:
         whole = fields + read_bytes(self._source, 0, size)[len(fields) :]
         start = min(max(len(fields), header.header_length), size)
         room = max((header.backing_file_offset or size) - start, 0)
-        ends = [start + at for at in refusable(whole[start:][:room], room)[-MAX_CANDIDATES:]]
+        ends, count = refusable(whole[start:][:room], room)
+        self._left -= count // EXTENSIONS_A_CHECK
+        ends = [start + at for at in ends[-MAX_CANDIDATES:]]
         ended = [(end, whole[:end] + bytes(EXTENSION_BYTES)) for end in reversed(ends)]
         may_be = [(None, fields), *ended]
         yield from [each for each in may_be if self._extends(header, each[1])][:1]

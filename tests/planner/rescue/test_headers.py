@@ -14,6 +14,7 @@ from planner.qcow2.extensions import (
     CRYPTO_HEADER,
     FEATURE_NAMES,
     read_extensions,
+    refusable,
 )
 from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
 from planner.rescue.headers import find_headers, with_fields
@@ -193,6 +194,25 @@ def test_of_extensions_those_stay_that_make_sense(
     left = read_extensions(best.laid_over(source), best.header).all
     assert [(each.magic, each.data) for each in left] == extensions[:kept]
     assert not any(best.score)
+
+
+def test_an_area_full_of_extensions_is_not_read_for_hundreds_of_hypotheses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = ((0x1234, b""),) * 100_000
+    data = bytes(ImageBuilder(cluster_bits=21, size=MIB, more_extensions=many).build().data)
+    reads = list[int]()
+
+    def counted(raw: bytes, room: int) -> tuple[list[int], int]:
+        found = refusable(raw, room)
+        reads.append(found[1])
+        return found
+
+    monkeypatch.setattr("planner.rescue.headers.refusable", counted)
+    best = find_headers(Bytes(data)).best
+    assert best is not None
+    assert best.changed == ()
+    assert sum(reads) <= 300_000
 
 
 @pytest.mark.parametrize("length", [104, 112])
