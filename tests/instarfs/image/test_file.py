@@ -270,6 +270,26 @@ def test_a_replaced_image_is_noticed_and_reopened(path: Path) -> None:
             assert not again.is_replaced()
 
 
+def test_a_signature_is_that_of_the_generation_at_a_single_look(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for with every answer of a mount."""
+    looked: list[str] = []
+
+    def look_at(directory: int, name: str, *, across: bool) -> os.stat_result:
+        looked.append(name)
+        return os.stat(name, dir_fd=directory)
+
+    monkeypatch.setattr(image, "look_at", look_at)
+    for at_once in (True, False):
+        with Image.open(str(path)) as it:
+            looked.clear()
+            vars(it)["answers_at_once"] = at_once
+            assert it.signature() == it.generation().signature()
+            # A server has to be asked, which a look that asks nobody would not do.
+            assert bool(looked) == (not at_once)
+
+
 def test_a_deleted_image_stays_what_it_is(path: Path) -> None:
     with Image.open(str(path)) as opened:
         path.unlink()
