@@ -27,7 +27,7 @@ from planner.findings.kinds import ACTIVE, FindingKind, Owners, Structure
 from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.qcow2.refcounts import unpack_refcounts
+from planner.qcow2.refcounts import count_from, read_refcount_in_block
 from planner.source import READABLE_END, Source, present_tables, read_tables
 
 _OWN = {Structure.REFTABLE, Structure.REFBLOCK}
@@ -230,19 +230,19 @@ class _Claims:
         # As many refcounts at a time as fit into a cache.
         batch = _REFCOUNTS_A_BATCH << order >> 3
         for part, rows in read_tables(self._source, offsets[at], size, batch):
-            stored = unpack_refcounts(rows, order)
             slots = expand_ranges(low[part], high[part] - 1)
             row = np.repeat(np.arange(len(rows)), high[part] - low[part])
             counted = self._mismatches.counted[slots]
             used = counted != 0
             slots, row, counted = slots[used], row[used], counted[used]
-            agree = stored[row, index.clusters_of(slots) - first[part][row]] == counted
+            asked = row * per_block + index.clusters_of(slots) - first[part][row]
+            agree = read_refcount_in_block(rows.reshape(-1), asked, order) == counted
             agreeing = np.bincount(row[agree], minlength=len(rows))
             in_use = np.bincount(row, minlength=len(rows))
             if not self._is_cut:
                 behind = np.maximum(0, self._layout.host_clusters + 1 - first[part])
                 for number in np.flatnonzero(behind < per_block).tolist():
-                    in_use[number] += np.count_nonzero(stored[number, behind[number] :])
+                    in_use[number] += count_from(rows[number], int(behind[number]), order)
             result[at[part]] = agreeing * _AGREEING_OF >= in_use
         return result
 

@@ -66,6 +66,24 @@ def read_refcount_in_block(block: U8, indices: I64, order: int) -> Counts:
     return found & np.uint8((1 << (1 << order)) - 1)
 
 
+def count_from(block: U8, first: int, order: int) -> int:
+    """How many refcounts of a block (uint8, flat) from number *first* on are not 0."""
+    if order in _WIDE:
+        return int(np.count_nonzero(np.ascontiguousarray(block).view(_WIDE[order])[first:]))
+    byte, before = divmod(first, 8 >> order)
+    rest = block[byte:]
+    used = int(_used_in_bytes(order)[rest[rest != 0]].sum(dtype=np.int64))
+    return used - int(np.count_nonzero(unpack_refcounts(block[byte : byte + 1], order)[:before]))
+
+
+@cache
+def _used_in_bytes(order: int) -> U8:
+    """How many of the refcounts in each value of a byte are not 0; *order* is 0 to 2."""
+    each = unpack_refcounts(np.arange(256, dtype=np.uint8)[:, None], order)
+    used: U8 = np.count_nonzero(each, axis=1).astype(np.uint8)
+    return used
+
+
 def counts_from(block: U8, first: int, order: int) -> bool:
     """Whether any refcount of a block (uint8, flat) from number *first* on is not 0."""
     byte, bit = divmod(first << order, 8)

@@ -22,6 +22,7 @@ from instarfs.guest.place import Part, Place
 from instarfs.image.file import FileSource, Image
 from instarfs.render.files import files_tsv
 from planner.check.check import check_image
+from planner.check.claims import refcounts_are_shared
 from planner.check.past_end import references_past_end
 from planner.check.report import Report
 from planner.errors import PlannerError, RepairError
@@ -246,6 +247,24 @@ def test_a_hundred_thousand_refcount_blocks_that_are_lost_are_not_asked_about_on
         assert report.counts()[FindingKind.REFCOUNT_UNREADABLE] > 100_000
         references_past_end(source, report)
     assert len(asked) < 1000
+
+
+def test_of_refcount_blocks_of_16_million_refcounts_no_more_are_unpacked_than_asked_for(
+    tmp_path,
+) -> None:
+    path = tmp_path / "bomb.qcow2"
+    make_blocks(11_000_102).write(path)
+    with Image.open(str(path)) as image:
+        source = image.source()
+        report = check_image(source)
+        assert report.geometry.refblock_entries == 1 << 24
+        tracemalloc.start()
+        try:
+            assert refcounts_are_shared(source, report)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 32 << 20
 
 
 def test_entries_that_read_as_zeros_and_lead_to_refcounts_are_not_looked_up_one_by_one(

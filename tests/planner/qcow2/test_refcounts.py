@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.qcow2.refcounts import (
+    count_from,
     counts_from,
     pack_refcounts,
     read_refcount_in_block,
@@ -107,6 +108,17 @@ def test_whether_anything_is_counted_from_a_number_on(order, data) -> None:
     values = np.zeros(count, dtype=np.uint64)
     values[used] = 1
     assert counts_from(pack_refcounts(values, order), first, order) == (used >= first)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(data=st.data())
+def test_those_from_some_number_on_are_counted(order: int, data: st.DataObject) -> None:
+    count = 512 >> order
+    block = blocks(data.draw(st.binary(min_size=64, max_size=64)))
+    first = data.draw(st.integers(0, count))
+    assert count_from(block, first, order) == np.count_nonzero(
+        unpack_refcounts(block, order)[first:]
+    )
 
 
 def peak_of(work: Callable[[], object]) -> int:
