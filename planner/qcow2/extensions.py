@@ -196,7 +196,7 @@ def decode_crypto(data: bytes, header: Header) -> CryptoPointer:
     """The pointer to the LUKS header. Raises `ImageError`."""
     if header.crypt_method != CRYPT_LUKS:
         raise ImageError("crypto header extension", "present", "the image does not use LUKS")
-    if len(data) != CRYPTO_POINTER.sizeof():
+    if len(data) != _CRYPTO.dtype.itemsize:
         raise ImageError("crypto header extension", len(data), "its length must be 16")
     entry = _CRYPTO.parse(data)
     if entry.offset % (1 << header.cluster_bits):
@@ -209,7 +209,7 @@ def decode_bitmaps(data: bytes, header: Header) -> BitmapsPointer:
 
     Raises `ImageError`; beyond the length, QEMU judges it only where the autoclear bit is set.
     """
-    if len(data) != BITMAPS_POINTER.sizeof():
+    if len(data) != _BITMAPS.dtype.itemsize:
         raise ImageError("bitmaps extension", len(data), "its length must be 24")
     entry = _BITMAPS.parse(data)
     pointer = BitmapsPointer(

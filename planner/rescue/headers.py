@@ -260,7 +260,7 @@ class _Search:
         ends = [start + at for at in ends[-MAX_CANDIDATES:]]
         ended = [(end, whole[:end] + bytes(EXTENSION_BYTES)) for end in reversed(ends)]
         may_be = [(None, fields), *ended]
-        yield from [each for each in may_be if self._extends(header, each[1])][:1]
+        yield from itertools.islice((it for it in may_be if self._extends(header, it[1])), 1)
         if any(whole[len(fields) :]):
             yield len(fields), fields + bytes(size - len(fields))
 
