@@ -23,10 +23,15 @@ COVERAGE = 512 * MIB
 DISK = Place(Part.DISK)
 
 
-@pytest.fixture
-def allocated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AllocatedBytes]:
-    """Of what is built, on a disk that is in memory."""
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count that is waited for ends, however busy the machine is."""
     monkeypatch.setattr("instarfs.guest.allocated.PATIENCE", 60)
+
+
+@pytest.fixture
+def allocated(tmp_path: Path) -> Callable[..., AllocatedBytes]:
+    """Of what is built, on a disk that is in memory."""
     numbers = itertools.count()
 
     def write(builder: ImageBuilder) -> AllocatedBytes:
