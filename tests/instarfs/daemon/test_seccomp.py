@@ -212,5 +212,15 @@ def test_numbers_are_those_of_the_kernels_headers(machine: Machine) -> None:
 
 @every_table
 def test_no_call_is_allowed_by_two_lines(table: Sequence[Call]) -> None:
-    names = [call.name for call in table]
-    assert len(names) == len(set(names))
+    """Where one of two lines of a name sets no condition, those of the other say nothing."""
+    for one, other in itertools.combinations(table, 2):
+        assert one.name != other.name or exclude_each_other(one, other), one.name
+
+
+def exclude_each_other(one: Call, other: Call) -> bool:
+    """Whether there is an argument that cannot be what both say."""
+    return any(
+        (its.argument, its.mask) == (others.argument, others.mask)
+        and not set(its.values) & set(others.values)
+        for its, others in itertools.product(one.only, other.only)
+    )
