@@ -14,6 +14,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,8 +196,13 @@ class Qcow2Layer:
         else:
             share = -(-len(which) // _processors())
             shares = [which[at : at + share] for at in range(0, len(which), share)]
-            for _ in _unpackers().map(unpack_each, shares):
-                pass
+            others = [_unpackers().submit(unpack_each, each) for each in shares[1:]]
+            try:
+                unpack_each(shares[0])
+            finally:
+                wait_for(others)
+            for other in others:
+                other.result()
 
     def _stored(self, runs: Runs, which: Iterable[int]) -> dict[int, memoryview]:
         """The stored bytes of compressed clusters, neighbours fetched in one read."""
