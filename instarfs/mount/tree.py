@@ -723,9 +723,10 @@ def _repair_files(inspector: Inspector, controls: Controls) -> list[_Entry]:
 # ---- README.txt ----
 
 _OF_FILES = """\
-Until a file has been opened once, its size is shown as 0. Programs that copy files (cp, tar,
-rsync) open them, and copy them whole, with the bytes of disk.raw and image.qcow2. Have the image
-checked first, or lost/ has nothing to copy yet. What they copy belongs to who made the copy.
+Until a file has been opened once, its size is shown as 0 (but for info.json of a snapshot).
+Programs that copy files (cp, tar, rsync) open them, and copy them whole, with the bytes of disk.raw
+and image.qcow2. Have the image checked first, or lost/ has nothing to copy yet. What they copy
+belongs to who made the copy.
 
 {files}
 
