@@ -88,6 +88,16 @@ def daemon_of(directory: Path) -> int:
     return int((directory / DAEMON_FILE).read_text().split()[0])
 
 
+def descriptors_of(pid: int) -> Iterator[tuple[str, str]]:
+    """The number of each open file of a process, and what it is open on.
+
+    A mount goes on loading modules after it answers: what it closes meanwhile is left out.
+    """
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield link.name, str(link.readlink())
+
+
 def mounted_type(directory: Path) -> str | None:
     """The type of the topmost mount on *directory*."""
     found = None

@@ -24,6 +24,7 @@ from tests.mount.mounts import (
     MakeMount,
     Mount,
     daemon_of,
+    descriptors_of,
     environment,
     instarfs,
     make_image,
@@ -65,8 +66,9 @@ def test_no_mount_can_have_the_process_of_another_or_a_stranger_signalled(
         "its own": (one / mountpoint.DAEMON_FILE).read_bytes(),
         "a stranger": mountpoint.identity(),
     }
-    descriptors = Path(f"/proc/{other.process.pid}/fdinfo").iterdir()
-    if any("fuse_connection:" in path.read_text() for path in descriptors):  # older kernels do not
+    told = Path(f"/proc/{other.process.pid}/fdinfo")
+    fuse = next(fd for fd, name in descriptors_of(other.process.pid) if name == "/dev/fuse")
+    if "fuse_connection:" in (told / fuse).read_text():  # older kernels do not say it
         claims["another"] = (other / mountpoint.DAEMON_FILE).read_bytes()
     believed = set()
     for whose, claim in claims.items():
@@ -136,11 +138,11 @@ def test_of_the_descriptors_of_its_caller_none_is_left(
         until(lambda: mounted_type(directory) is not None, "it was mounted")
         assert '"clean"' in (directory / "check/result.json").read_text()
         daemon = daemon_of(directory)
-        helpers = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+        told = Path(f"/proc/{daemon}/task/{daemon}/children").read_text()
+        helpers = [int(pid) for pid in told.split()]
         assert len(helpers) == 2
         for process in (daemon, *helpers):
-            descriptors = Path(f"/proc/{process}/fd")
-            opened = {it.name: str(it.readlink()) for it in descriptors.iterdir()}
+            opened = dict(descriptors_of(process))
             assert opened["0"] == os.devnull or opened["0"].startswith("pipe:")
             assert opened["1"] == os.devnull
             assert str(secret) not in opened.values()
