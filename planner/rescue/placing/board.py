@@ -17,6 +17,12 @@ from planner.rescue.placing.grid import NOWHERE, PACKED
 from planner.rescue.placing.tables import NO_WINDOW, Tables
 from planner.source import Salvaged, Source, read_tables
 
+ENTRIES_A_TIME = 1 << 14
+"""Of tables that are looked through together, if there are so many in more than one."""
+
+WINDOWS_A_TIME = 1 << 14
+"""That are asked for a table together."""
+
 
 class Board:
     """Tables that have a window, and those that wait for one. Grows with `place`.
@@ -161,20 +167,26 @@ class Board:
         """What is allocated, in the windows that have a table."""
         self.work.ask()
         end = min(offset + length, self._size)
-        first, last = offset // self.coverage, max(0, end - 1) // self.coverage
-        for window in range(first, min(last + 1, len(self._next_of))):
-            table = int(self._next_of[window]) - 1
-            if table >= 0:
-                yield from self._extents(table, window * self.coverage, offset, end)
+        first, last = offset // self.coverage, min(-(-end // self.coverage), len(self._next_of))
+        many = max(1, ENTRIES_A_TIME // self.geometry.l2_entries)
+        while first < last and offset < end:
+            step = min(WINDOWS_A_TIME, last - first)
+            windows = first + np.flatnonzero(self._next_of[first : first + step])
+            for at in range(0, len(windows), many):
+                yield from self._extents(windows[at : at + many], offset, end)
+            first += step
 
-    def _extents(self, table: int, start: int, low: int, high: int) -> Iterator[tuple[int, int]]:
-        bits = self.geometry.cluster_bits
-        first = max(0, low - start) >> bits
-        end = max(first, min(self.geometry.l2_entries, -(-(high - start) >> bits)))
-        row = self.tables.grid.cut(table, first, end)
-        there = np.zeros(len(row) + 2, dtype=np.int8)
-        there[1:-1] = (row > 0) | (row == PACKED)
-        steps = np.diff(there)
-        begins, ends = np.flatnonzero(steps == 1) + first, np.flatnonzero(steps == -1) + first
-        for begin, stop in zip(begins.tolist(), ends.tolist(), strict=True):
-            yield max(low, start + (begin << bits)), min(high, start + (stop << bits))
+    def _extents(self, windows: I64, low: int, high: int) -> Iterator[tuple[int, int]]:
+        """Of *windows*, which have tables, as far as it lies between *low* and *high*."""
+        bits, start = self.geometry.cluster_bits, windows * self.coverage
+        first = np.maximum(low - start, 0) >> bits
+        end = np.minimum(-(-(high - start) >> bits), self.geometry.l2_entries)
+        tables = self._next_of[windows].astype(np.int64) - 1
+        at, entry = self.tables.grid.allocated(tables, first, end)
+        begins = np.ones(len(at) + 1, dtype=np.bool_)
+        begins[1:-1] = (np.diff(at) != 0) | (np.diff(entry) != 1)
+        ones = np.flatnonzero(begins)
+        where = start[at] + (entry << bits)
+        begin = np.maximum(where[ones[:-1]], low).tolist()
+        stop = np.minimum(where[ones[1:] - 1] + (1 << bits), high).tolist()
+        yield from zip(begin, stop, strict=True)

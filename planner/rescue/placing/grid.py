@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, Mask, distinct
+from planner.arrays import I32, I64, Mask, distinct, expand_ranges
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
@@ -66,6 +66,21 @@ class Grid:
         here = slice(*np.searchsorted(self.key, (begin + low, begin + high)))
         result[self.key[here] - begin - low] = self.clusters[here]
         return result.reshape(-1)[first - low * size : end - low * size]
+
+    def allocated(self, tables: I64, first: I64, end: I64) -> tuple[I64, I64]:
+        """Which entries *first* to *end* of each of *tables* lead to a cluster, or compressed data.
+
+        Returns the position among *tables* and the number of the entry, ascending.
+        """
+        size, begin = self.clusters.shape[1], self.row[tables] * self._pages
+        low = np.searchsorted(self.key, begin + first // size)
+        high = np.searchsorted(self.key, begin - (-end // size))
+        page, of = expand_ranges(low, high - 1), np.repeat(np.arange(len(tables)), high - low)
+        clusters = self.clusters[page]
+        at, column = np.nonzero((clusters > 0) | (clusters == PACKED))
+        of, entry = of[at], (self.key[page] % self._pages * size)[at] + column
+        wanted = (entry >= first[of]) & (entry < end[of])
+        return of[wanted], entry[wanted]
 
     def at(self, table: int, entry: int) -> int:
         """Where one entry of a table leads."""

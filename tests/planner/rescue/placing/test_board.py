@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from planner.arrays import I64
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.rescue.placing import ext
-from planner.rescue.placing.board import Board
-from planner.rescue.placing.grid import read_grid
+from planner.rescue.placing.board import ENTRIES_A_TIME, Board
+from planner.rescue.placing.grid import PACKED, Grid, read_grid
 from planner.rescue.placing.tables import NO_WINDOW, Tables
 from planner.source import Bytes
 from tests.planner.rescue.placing.test_grid import GEOMETRIES
@@ -54,6 +55,56 @@ def test_what_many_tables_map_is_what_each_of_them_maps(
             filled += int(np.count_nonzero(rows.any(axis=1)))
     assert filled
     assert board.rows_of(some[:0], 0, size).shape == (0, size)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["small", "usual", "extended"])
+def test_what_is_allocated_is_what_each_entry_says(geometry: Geometry, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    board, _ = made_board(geometry, rng, has_backing=False)
+    size = geometry.cluster_size
+    for window in rng.permutation(TABLES)[:6].tolist():
+        board.place(int(rng.integers(0, TABLES)), window)
+    end = TABLES * geometry.l2_coverage
+    for _ in range(20):
+        low, high = sorted(rng.integers(0, end, 2).tolist())
+        assert list(board.data_extents(low, high - low)) == extents_by_entry(board, low, high, size)
+    assert list(board.data_extents(0, end)) == extents_by_entry(board, 0, end, size)
+    assert list(board.data_extents(1 << 41, 5)) == []
+
+
+def extents_by_entry(board: Board, low: int, high: int, size: int) -> list[tuple[int, int]]:
+    """Runs of entries of one table that lead to a cluster, or compressed data."""
+    found: list[tuple[int, int]] = []
+    for window in range(TABLES):
+        start, here = window * board.coverage, len(found)
+        if board._next_of[window] == 0:
+            continue
+        leads = board.tables.grid.cut(int(board._next_of[window]) - 1, 0, board.coverage // size)
+        for entry in np.flatnonzero((leads > 0) | (leads == PACKED)).tolist():
+            begin, end = max(low, start + entry * size), min(high, start + (entry + 1) * size)
+            if begin >= end:
+                continue
+            if len(found) > here and found[-1][1] == begin:
+                begin = found.pop()[0]
+            found.append((begin, end))
+    return found
+
+
+def test_what_is_allocated_is_told_of_many_small_tables_at_a_time(monkeypatch) -> None:
+    geometry, count, calls = GEOMETRIES[0], 5000, []
+    words = np.full(geometry.l2_entries, 1 << geometry.cluster_bits, dtype=">u8")
+    offset, window = np.zeros(count, dtype=np.int64), np.arange(count)
+    data = Bytes(words.tobytes() * 2)
+    tables = Tables(geometry, offset, read_grid(data, offset, geometry), window, count)
+    board, allocated = Board(data, tables, count * geometry.l2_coverage), Grid.allocated
+
+    def counted(*asked) -> tuple[I64, I64]:
+        calls.append(asked)
+        return allocated(*asked)
+
+    monkeypatch.setattr(Grid, "allocated", counted)
+    assert len(list(board.data_extents(0, board.size))) == count
+    assert len(calls) == -(-count * geometry.l2_entries // ENTRIES_A_TIME)
 
 
 @pytest.mark.parametrize("together", [5, 1 << 12])
