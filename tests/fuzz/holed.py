@@ -59,9 +59,12 @@ class Holed:
 
 @dataclass(frozen=True)
 class Said:
-    """What a header says besides where its tables are."""
+    """What a header says besides where its tables are. None: what `make_bomb` chooses."""
 
     version: int = 3
+    cluster_bits: int | None = None
+    refcount_order: int | None = None
+    header_length: int = HEADER_LENGTH
     crypt: int = 0
     incompatible: int = 0
     autoclear: int = 0
@@ -190,17 +193,19 @@ WITHOUT_A_HEADER: dict[str, Callable[[], Holed]] = {
 
 def make_bomb(seed: int, said: Said = Said(), room: int = ROOM) -> Holed:
     """The bomb of that number, always the same, that occupies no more than *room*."""
-    return _Maker(random.Random(seed), said, room).make()
+    return Maker(random.Random(seed), said, room).make()
 
 
-class _Maker:
+class Maker:
     """One bomb. What a table is to hold is made before it is known whether there is room."""
 
     def __init__(self, rng: random.Random, said: Said, room: int) -> None:
         self._rng, self._said = rng, said
-        self._bits = rng.choice((9, 9, 12, 14, 16, 16, 18, 21, 21))
+        bits = rng.choice((9, 9, 12, 14, 16, 16, 18, 21, 21))
+        order = rng.choice((0, 0, 1, 3, 4, 4, 6))
+        self._bits = bits if said.cluster_bits is None else said.cluster_bits
         self._cluster = 1 << self._bits
-        self._order = rng.choice((0, 0, 1, 3, 4, 4, 6))
+        self._order = order if said.refcount_order is None else said.refcount_order
         self._is_extended = self._bits >= 14 and rng.random() < 0.25
         self._left = room
         self._next = 4 * self._cluster
@@ -217,7 +222,7 @@ class _Maker:
         self._extra = b""
         for step in steps[:chosen]:
             step()
-        self._file.parts.append((0, self._header()))
+        self._file.parts += self._header()
         end = max(at + len(part) for at, part in self._file.parts)
         self._file.size = max(self._file.size, end)
         return self._file
@@ -268,7 +273,7 @@ class _Maker:
 
     # ---- what ----
 
-    def _header(self) -> bytes:
+    def _header(self) -> list[tuple[int, bytes]]:
         get = self._fields.get
         rng, incompatible = self._rng, 0
         if self._is_extended:
@@ -281,8 +286,9 @@ class _Maker:
             incompatible |= Incompatible.CORRUPT
         said = self._said
         incompatible |= said.incompatible
-        disk = self._fields.get("size", rng.choice((1 << 20, 1 << 30, 1 << 40)))
-        length = HEADER_LENGTH if said.version > 2 else V2_LENGTH
+        # Without tables of a guest most are of a disk of no bytes: others are refused at once.
+        disk = self._fields.get("size", rng.choice((0, 0, 1 << 40)))
+        length = said.header_length if said.version > 2 else V2_LENGTH
         extra = said.extensions + self._extra + bytes(8)
         head = struct.pack(
             ">4sIQIIQIIQQIIQ",
@@ -293,9 +299,9 @@ class _Maker:
             *(get("snapshot_count", 0), get("snapshots", 0)),
         )
         autoclear = get("autoclear", 0) | said.autoclear
-        head += struct.pack(">QQQII", incompatible, 0, autoclear, self._order, HEADER_LENGTH)
+        head += struct.pack(">QQQII", incompatible, 0, autoclear, self._order, said.header_length)
         head += bytes([incompatible & Incompatible.COMPRESSION and 1]) + bytes(7)
-        return head[:length] + extra + said.backing
+        return [(0, head[:length]), (length, extra + said.backing)]
 
     def _refcounts(self) -> None:
         """A refcount table, and of one or many blocks what there is room for."""

@@ -47,6 +47,7 @@ from tests.fuzz.holed import (
     tables_of_a_page,
     tables_that_are_holes,
 )
+from tests.fuzz.limit_bombs import make_limits
 from tests.fuzz.mutations import mutate_words
 from tests.fuzz.table_bombs import make_blocks
 from tests.fuzz.targets import FILE_BYTES, MEMORY, SECONDS, TARGETS, Target
@@ -152,7 +153,17 @@ def test_a_bomb_occupies_less_than_it_may(kind, tmp_path, seed) -> None:
     assert (tmp_path / "image.qcow2").stat().st_blocks * 512 <= FILE_BYTES
     beside = [path for path in tmp_path.iterdir() if path.name != "image.qcow2"]
     assert sum(path.stat().st_blocks * 512 for path in beside) <= FILE_BYTES
-    assert bool(beside) == (kind in ("rare", "chain", "undo", "state", "scans", "turns"))
+    assert bool(beside) == (kind in ("rare", "chain", "undo", "state", "scans", "turns", "limits"))
+
+
+def test_bombs_are_of_every_width() -> None:
+    heads = [dict(make_limits(number).parts)[0] for number in range(150)]
+    assert {head[23] for head in heads} == set(range(9, 22))  # bits of a cluster
+    version_3 = [head for head in heads if head[7] == 3]
+    assert {head[99] for head in version_3} == set(range(7))  # order of refcounts
+    lengths = {int.from_bytes(head[100:104], "big") for head in version_3}
+    assert min(lengths) == 104
+    assert max(lengths) > 1 << 20
 
 
 @pytest.mark.parametrize("number", range(12))
