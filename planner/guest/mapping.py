@@ -34,6 +34,11 @@ _WALK_WINDOW = 1 << 16
 _WALK_WINDOW_EXTENDED = 1 << 11
 """L2 entries that are decoded at a time: for a read, and for a walk."""
 
+_WALK_PIECE = 1 << 13
+"""Entries of a table that are left out together where they are a hole: to ask is as much as to
+decode fewer.
+"""
+
 MAX_LAID = 1 << 16
 """So many runs of tables are laid out at a time, and one table more."""
 
@@ -545,8 +550,8 @@ class Mapping:
         """The same of the table at *offset*."""
         geometry = self.geometry
         number = int(numbers[np.argmax(tables == offset)])
-        at, held, count = self._parts_of(offset)
-        for first in at[held].tolist():
+        at, held, counts = self._parts_of(offset)
+        for first, count in zip(at[held].tolist(), counts[held].tolist(), strict=True):
             reading(count)
             words, flaws = self._read_words(
                 self._source, number * geometry.l2_entries + first, count
@@ -588,10 +593,11 @@ class Mapping:
     ) -> Iterator[Runs]:
         """The same a part at a time, however many there are."""
         geometry = self.geometry
-        at, held, count = self._parts_of(offset)
+        at, held, counts = self._parts_of(offset)
         home = number * geometry.l2_coverage
         at += number * geometry.l2_entries
-        for first, is_held in zip(at.tolist(), held.tolist(), strict=True):
+        columns = at.tolist(), held.tolist(), counts.tolist()
+        for first, is_held, count in zip(*columns, strict=True):
             if is_held:
                 reading(count)
                 runs = self._decode(self._source, first, count, nowhere=nowhere)
@@ -601,12 +607,17 @@ class Mapping:
                 runs = Runs.unallocated(low, high)
             yield replace(runs, guest=runs.guest - home)
 
-    def _parts_of(self, offset: int) -> tuple[I64, Mask, int]:
+    def _parts_of(self, offset: int) -> tuple[I64, Mask, I64]:
         """The first entries of the parts in which the table at *offset* is gone through, which of
         them may say anything, and how many entries each has."""
-        count = min(self.geometry.l2_entries, self._walk_window)
-        at = np.arange(0, self.geometry.l2_entries, count, dtype=np.int64)
-        return at, self._parts_in_use(offset + at * self.geometry.l2_entry_size, count), count
+        count = self.geometry.l2_entries
+        piece, longest = min(count, _WALK_PIECE, self._walk_window), min(count, self._walk_window)
+        at = np.arange(0, count, piece, dtype=np.int64)
+        held = self._parts_in_use(offset + at * self.geometry.l2_entry_size, piece)
+        begins = at % longest == 0
+        begins[1:] |= held[1:] != held[:-1]
+        first = at[begins]
+        return first, held[begins], np.diff(first, append=count)
 
     @cached_property
     def _in_use(self) -> Mask:

@@ -429,6 +429,28 @@ def test_tables_that_take_turns_are_laid_out_many_at_a_time(
     assert shown.flaw.tolist() == read.flaw.tolist()
 
 
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_of_a_table_no_more_is_decoded_than_lies_around_what_is_there(is_extended: bool) -> None:
+    geometry, table = Geometry(3, 21, 4, 0, extended_l2=is_extended), 1 << 21
+    size = 4096
+    words = np.full((size // geometry.l2_entry_size, geometry.l2_entry_size // 8), 1 << 32 - 21)
+    words = words.astype(np.uint64) + np.arange(len(words), dtype=np.uint64)[:, None]
+    words[:, 0] <<= np.uint64(21)
+    pages = [3, 15, 16, 300, 511]
+    blocks = {(table // size) + page: words.astype(">u8").tobytes() for page in pages}
+    l1 = np.array([table, 0, table], dtype=">u8").tobytes()
+    mapping, told = Mapping(Sparse(blocks | {0: l1}, 1 << 33, size), geometry, 0, 3), list[int]()
+    end = 3 * geometry.l2_coverage
+    walked = Runs.concatenate(list(mapping.walk(0, end, reading=told.append))).joined()
+    assert sum(told) <= len(pages) << 13
+    near = [page * len(words) << 21 for page in pages]
+    for low in (0, *near, *(2 * geometry.l2_coverage + at for at in near)):
+        high = min(end, low + (2 * len(words) << 21))
+        shown, read = walked.cut(low, high), mapping.runs(low, high).joined()
+        for name in ("guest", "length", "kind", "host", "flaw"):
+            assert getattr(shown, name).tolist() == getattr(read, name).tolist()
+
+
 @pytest.mark.parametrize("is_external", [False, True])
 def test_of_a_table_with_very_many_runs_a_part_is_in_memory(is_external: bool) -> None:
     geometry = Geometry(3, 21, 4, 0, extended_l2=True, external_data=is_external)
