@@ -492,7 +492,7 @@ class Mapping:
         first = np.flatnonzero(breaks)
         laid, rows = list[tuple[int, int, Runs]](), 0
         columns = numbers[first], np.diff(first, append=len(numbers)), tables[first]
-        for place in self._places(columns, again, packed, reading):
+        for place in self._places(columns, again, (offset, end), packed, reading):
             laid.append(place)
             rows += place[1] * len(place[2])
             if rows >= MAX_LAID:
@@ -502,14 +502,20 @@ class Mapping:
             yield _laid(laid, size, in_place)
 
     def _places(
-        self, columns: tuple[I64, I64, I64], again: frozenset[int], packed: bool, reading: Reading
+        self,
+        columns: tuple[I64, I64, I64],
+        again: frozenset[int],
+        wanted: tuple[int, int],
+        packed: bool,
+        reading: Reading,
     ) -> Iterator[tuple[int, int, Runs]]:
         """What `_laid` lays out, ascending; of a table with very many runs a part at a time.
 
         *columns*: L1 indices, how many in a row, and the table that is there. *again*: tables that
-        stand at several.
+        stand at several. *wanted*: from which guest offset to which; of tables with very many runs
+        no part that is outside.
         """
-        kept = _Kept()
+        kept, size = _Kept(), self.geometry.l2_coverage
         for start, length, table in zip(*(each.tolist() for each in columns), strict=True):
             nowhere = table in again
             runs = kept.tables.get(table)
@@ -519,8 +525,11 @@ class Mapping:
                     kept.keep(table, runs)
             if not len(runs):
                 for number in range(start, start + length):
-                    for part in self._parts(start, table, packed, reading, nowhere=nowhere):
-                        yield number, 1, part
+                    low, high = (each - number * size for each in wanted)
+                    parts = self._parts(
+                        start, table, packed, reading, nowhere=nowhere, low=low, high=high
+                    )
+                    yield from ((number, 1, part) for part in parts)
                 continue
             count = max(1, MAX_LAID // len(runs))
             for number in range(start, start + length, count):
@@ -589,12 +598,25 @@ class Mapping:
         return Runs.concatenate(parts).joined(packed=packed)
 
     def _parts(
-        self, number: int, offset: int, packed: bool, reading: Reading, *, nowhere: bool
+        self,
+        number: int,
+        offset: int,
+        packed: bool,
+        reading: Reading,
+        *,
+        nowhere: bool,
+        low: int = 0,
+        high: int | None = None,
     ) -> Iterator[Runs]:
-        """The same a part at a time, however many there are."""
+        """The same a part at a time, however many there are; of those that have anything of what
+        is from *low* to *high*."""
         geometry = self.geometry
         at, held, counts = self._parts_of(offset)
         home = number * geometry.l2_coverage
+        inside = at + counts > low >> geometry.cluster_bits
+        if high is not None:
+            inside &= at << geometry.cluster_bits < high
+        at, held, counts = at[inside], held[inside], counts[inside]
         at += number * geometry.l2_entries
         columns = at.tolist(), held.tolist(), counts.tolist()
         for first, is_held, count in zip(*columns, strict=True):
@@ -603,8 +625,11 @@ class Mapping:
                 runs = self._decode(self._source, first, count, nowhere=nowhere)
                 runs = runs.joined(packed=packed)
             else:
-                low, high = first << geometry.cluster_bits, (first + count) << geometry.cluster_bits
-                runs = Runs.unallocated(low, high)
+                begin, end = (
+                    first << geometry.cluster_bits,
+                    (first + count) << geometry.cluster_bits,
+                )
+                runs = Runs.unallocated(begin, end)
             yield replace(runs, guest=runs.guest - home)
 
     def _parts_of(self, offset: int) -> tuple[I64, Mask, I64]:

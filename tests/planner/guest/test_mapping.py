@@ -471,6 +471,19 @@ def test_of_a_table_with_very_many_runs_a_part_is_in_memory(is_external: bool) -
     shown, read = walked.cut(low, low + (6 << 30)), mapping.runs(low, low + (6 << 30)).joined()
     for name in ("guest", "length", "kind", "host", "flaw"):
         assert getattr(shown, name).tolist() == getattr(read, name).tolist()
+    # From the middle of it on, and to the middle.
+    for begin in (low, geometry.l2_coverage + (9 << 30) + 4096):
+        told = list[int]()
+        within = list(mapping.walk(begin, begin + (6 << 30), reading=told.append))
+        assert all((part.length > 0).all() for part in within)
+        shown, read = (
+            Runs.concatenate(within).joined(),
+            mapping.runs(begin, begin + (6 << 30)).joined(),
+        )
+        for name in ("guest", "length", "kind", "host", "flaw"):
+            assert getattr(shown, name).tolist() == getattr(read, name).tolist()
+        if not is_external:  # each table is begun to see that it has very many
+            assert sum(told) <= (4 + 2 * 2) << 11
 
 
 @pytest.mark.parametrize("seed", range(30))
