@@ -55,7 +55,7 @@ from tests.fuzz.commands import (
 from tests.fuzz.guest_bombs import make_aliased_bomb, make_guest_bomb
 from tests.fuzz.holed import WITHOUT_A_HEADER, Holed, make_bomb
 from tests.fuzz.limit_bombs import make_limits
-from tests.fuzz.table_bombs import make_blocks, make_turns
+from tests.fuzz.table_bombs import make_blocks, make_subclusters, make_turns
 from tests.fuzz.targets import MEMORY, SECONDS
 from tests.images.bombs import BOMBS, Bomb
 
@@ -70,6 +70,7 @@ KINDS: dict[str, Callable[[int], Holed]] = {
     "scans": make_with_scans,
     "turns": make_turns,
     "blocks": make_blocks,
+    "subclusters": make_subclusters,
     "limits": make_limits,
 }
 """What makes the bomb of a seed, of each kind."""

@@ -129,3 +129,27 @@ def make_blocks(seed: int) -> Holed:
     header.size = min(header.l1_size * (cluster // 8) << bits, 1 << 60)
     parts.append((0, header.encoded()))
     return Holed(parts, rng.choice((l2 + 1 << bits, 1 << 36, 1 << 40, LARGEST)))
+
+
+def make_subclusters(seed: int) -> Holed:
+    """One or two large tables of extended entries that many L1 entries lead to."""
+    rng = random.Random(f"subclusters {seed}")
+    bits = rng.choice((16, 18, 21, 21, 21))
+    cluster, each = 1 << bits, (1 << bits) // 16
+    header = _Header(bits, incompatible=Incompatible.EXTENDED_L2)
+    tables, header.l1, header.l1_size = rng.choice((1, 2)), cluster, rng.choice((2, 12, 64, 1000))
+    header.size = header.l1_size * each << bits
+    count = min(each, (ROOM - 16 * BLOCK) // 16 // tables)
+    first, parts = 3, [(0, header.encoded())]
+    for number in range(tables):
+        words = np.zeros((count, 2), dtype=np.uint64)
+        at = np.uint64(first + tables) + np.arange(count, dtype=np.uint64) * np.uint64(
+            rng.choice((0, 1))
+        )
+        words[:, 0] = np.uint64(COPIED) | at << np.uint64(bits)
+        words[:, 1] = rng.choice((0x5555_5555, 0xAAAA_AAAA, 0x5555_5555 << 32, 0x0F0F_0F0F))
+        parts.append((first + number << bits, words.astype(">u8").tobytes()))
+    ways = np.arange(first, first + tables, dtype=np.uint64) << np.uint64(bits)
+    l1 = np.uint64(COPIED) | np.resize(ways, header.l1_size)
+    parts.append((header.l1, l1.astype(">u8").tobytes()))
+    return Holed(parts, rng.choice((first + tables + 8 << bits, 1 << 36, LARGEST)))
