@@ -21,6 +21,9 @@ from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_EXTRA_DATA
 from planner.source import SECTOR
 
+HOLE = 4096
+"""Of a file with holes a file system leaves out so many bytes at a time, or a multiple."""
+
 SAMPLED_WORDS = 64
 """Words of a cluster that show whether it is worth a closer look."""
 
@@ -141,6 +144,27 @@ def filled_columns(words: U64) -> U64:
     return words[:, filled] if 2 * len(filled) < words.shape[1] else words
 
 
+def filled_blocks(rows: U8) -> tuple[I64, int]:
+    """Which blocks hold more than zeros in any of *rows*, and how many bytes a block is.
+
+    *rows*: uint8 (n, bytes), where the bytes are a power of two.
+    """
+    size = min(HOLE, rows.shape[1])
+    blocks = rows.view(np.uint64).reshape(len(rows), -1, size // 8)
+    return np.flatnonzero(np.bitwise_or.reduce(blocks, axis=2).any(axis=0)), size
+
+
+def without_holes(rows: U8) -> U8:
+    """*rows* without the blocks that are zeros in all of them, where that leaves much fewer.
+
+    Entries keep their subcluster bitmaps.
+    """
+    filled, size = filled_blocks(rows)
+    if 2 * len(filled) * size >= rows.shape[1]:
+        return rows
+    return rows.reshape(len(rows), -1, size)[:, filled].reshape(len(rows), -1)
+
+
 class Looker:
     """Judges clusters of an image of that *layout*, with so many *snapshots*.
 
@@ -252,13 +276,14 @@ class Looker:
         zeros[at] = False
         at = at[likely]
         if len(at):
-            words = filled_columns(self.table_words(rows[at]))
+            rows = without_holes(rows if len(at) == count else rows[at])
+            words = filled_columns(self.table_words(rows))
             plausible = self.plausible(words)
             bad[at] = np.count_nonzero(~plausible, axis=1)
             filled[at] = np.count_nonzero(words, axis=1)
             points[at] = self.targets(words, plausible).any(axis=1)
             if self._has_backing:
-                zeros[at] = self._say_zeros(rows[at])
+                zeros[at] = self._say_zeros(rows)
         return Parts(bad, filled, points, zeros)
 
     def _say_zeros(self, rows: U8) -> Mask:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, is_among
+from planner.arrays import I64, U8, U64, Mask, distinct, is_among
+from planner.check.classify import filled_blocks
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.metadata.refcounts import PIECE_BYTES, Reftable
 from planner.qcow2 import entries
@@ -33,6 +34,14 @@ table was left for a longer one, both of them counted what there was.
 """
 
 
+def _filled_words(row: U8) -> tuple[I64, U64]:
+    """Which words of a cluster, uint8 (1, bytes), are more than zeros, and these."""
+    filled, size = filled_blocks(row)
+    there = entries.decode_words(row.reshape(-1, size)[filled])
+    block, at = np.nonzero(there)
+    return filled[block] * (size // 8) + at, there[block, at]
+
+
 class OldRefcounts:
     """Tells them among the *leaked* clusters, ascending, of an image."""
 
@@ -51,25 +60,23 @@ class OldRefcounts:
         tables, blocks = [candidates[:0]], [candidates[:0]]
         before, base = -2, 0
         for part, rows in read_tables(self._source, chosen << bits, self._geometry.cluster_size):
-            for cluster, words in zip(
-                chosen[part].tolist(), entries.decode_words(rows), strict=True
-            ):
+            for at, cluster in enumerate(chosen[part].tolist()):
                 first = base + per_cluster if cluster == before + 1 else 0
-                found = self._blocks_of(cluster, words, first)
+                found = self._blocks_of(cluster, rows[at : at + 1], first)
                 if found is not None:
                     tables.append(np.array([cluster], dtype=np.int64))
                     blocks.append(found)
                     before, base = cluster, first
         return np.concatenate(tables), np.unique(np.concatenate(blocks))
 
-    def _blocks_of(self, cluster: int, words: U64, first: int) -> I64 | None:
-        """The leaked blocks that *words* lead to, entries from *first* on; None if it is no table.
+    def _blocks_of(self, cluster: int, row: U8, first: int) -> I64 | None:
+        """The leaked blocks that the words of *row* lead to, entries from *first* on; None if it is
+        no table.
 
         One word that is that of the table in use proves nothing: a disk may hold an image. But a
         table that was left for a later one is in use nowhere else.
         """
-        index = np.flatnonzero(words)
-        words = words[index]
+        index, words = _filled_words(row)
         misaligned = np.uint64(~entries.REFTABLE_OFFSET & (1 << 64) - 1)
         misaligned |= np.uint64(entries.REFTABLE_OFFSET & (self._geometry.cluster_size - 1))
         if not len(words) or (words & misaligned).any():

@@ -15,7 +15,7 @@ import numpy as np
 
 from planner.arrays import I32, I64, U8, U32, U64, Mask, distinct, is_among, is_any_of
 from planner.check.check import check_image
-from planner.check.classify import Look, Looker, filled_columns
+from planner.check.classify import Look, Looker, filled_columns, without_holes
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
 from planner.check.signatures import NAMES
@@ -599,7 +599,7 @@ class _Describer:
         offsets = self._leaked[at] << self._geometry.cluster_bits
         for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
             # Columns of nothing but zeros count for nothing: most of tables that are mostly holes.
-            words = filled_columns(self._looker.table_words(rows))
+            words = filled_columns(self._looker.table_words(without_holes(rows)))
             filled, plausible = words != 0, self._looker.plausible(words)
             is_own = self._looker.are_own(words, plausible)
             copied[part] = is_own.any(axis=1)

@@ -109,6 +109,22 @@ def test_of_a_table_that_is_mostly_zeros_only_what_is_filled_is_weighed(monkeypa
     assert max(weighed) <= 2 * SAMPLED_WORDS
 
 
+def test_of_a_table_that_is_mostly_holes_what_is_there_is_decoded(monkeypatch) -> None:
+    image = build(cluster_bits=21, backing_file=b"below")
+    looker = looker_of(image.source, check_image(image.source))
+    decoded, whole = [], entries.decode_words
+
+    def decode_words(rows):
+        decoded.append(rows.nbytes)
+        return whole(rows)
+
+    monkeypatch.setattr(entries, "decode_words", decode_words)
+    inside = (image.host_clusters - 1) * image.cluster_size
+    rows = rows_of(image, table_with(image, *[inside | entries.COPIED] * 512))
+    assert looker.look(rows)[0].tolist() == [Look.L2_TABLE]
+    assert sum(decoded) <= 16 << 10
+
+
 def test_a_table_may_be_overwritten_in_part() -> None:
     image = build()
     inside = (image.host_clusters - 1) * image.cluster_size
