@@ -305,13 +305,19 @@ def _total(kind: FindingKind, held: _Held, tables: L2Tables, geometry: Geometry)
 
 def _joined(parts: _Parts) -> _Held:
     """In order; column by column, so that little is there twice."""
+    at = sorted(range(len(parts.position)), key=lambda part: parts.position[part][:1].sum())
     columns: list[npt.NDArray[Any]] = []
     for column in (parts.position, parts.length, parts.found):
-        columns.append(np.concatenate(column) if column else np.zeros(0, dtype=np.uint32))
+        pieces = [column[part] for part in at] if column else [np.zeros(0, dtype=np.uint32)]
+        columns.append(np.concatenate(pieces))
         column.clear()
+        del pieces
+    position = columns[0]
+    if not (position[1:] > position[:-1]).all():
+        # Of batch after batch in order each: so many runs are merged, not sorted anew.
+        order = np.argsort(position, kind="stable")
+        del position
+        for number in range(len(columns)):
+            columns[number] = columns[number][order] if len(columns[number]) else columns[number]
     position, length, found = columns
-    held = _Held(position, length if len(length) else None, found)
-    if (position[1:] > position[:-1]).all():
-        return held
-    # Of batch after batch in order each: so many runs are merged, not sorted anew.
-    return held.select(np.argsort(position, kind="stable"))
+    return _Held(position, length if len(length) else None, found)

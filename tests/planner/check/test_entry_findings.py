@@ -11,7 +11,7 @@ from instarfs.image.file import Image
 from instarfs.render.check import corruptions_tsv
 from instarfs.render.findings import findings_jsonl
 from planner.check.check import check_image
-from planner.check.entry_findings import EntryFindings
+from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Structure
 from planner.repair.plan import RepairTier
@@ -100,3 +100,20 @@ def test_each_way_to_ask_gives_the_same_findings(name: str) -> None:
     elsewhere = np.array([0, report.geometry.cluster_size * 1000])
     assert not entries.marks(FindingKind.L2_COPIED, elsewhere).any()
     assert not len(entries.at(1))
+
+
+def test_tables_that_come_in_another_order_are_put_in_theirs_in_little_memory(monkeypatch) -> None:
+    """Batch by batch, not entry by entry."""
+    report = check_image(RULES["l2_reserved_bits"]().image.source)
+    entries = entries_of(report)
+    builder = EntryFindingsBuilder(entries.geometry, entries.tables, 0)
+    width = entries.geometry.l2_entries
+    table = len(entries.tables) - 1
+    number = width // 4
+    parts = [np.arange(start, start + number) for start in range(0, width, number)]
+    for part in parts[::-1]:
+        builder.add(FindingKind.L2_ENTRY_RESERVED, table * width + part, part.astype(np.uint64))
+    monkeypatch.setattr(np, "argsort", lambda *_, **__: pytest.fail("each entry is sorted"))
+    found = builder.build().of(FindingKind.L2_ENTRY_RESERVED)
+    assert found.l2_index.tolist() == list(range(width))
+    assert found.found.tolist() == list(range(width))
