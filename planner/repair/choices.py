@@ -7,7 +7,9 @@ sentences what it comes to, and is done only where its plan's id is quoted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -49,9 +51,15 @@ from planner.repair.steps import (
     draft_refcounts,
     leaked_clusters,
     require_writable_header,
+    to_check_anew,
     uncounted_to_keep,
 )
 from planner.triage.triage import Triage
+
+Settle = Callable[[I64], Drafted]
+"""The rest of a draft, which may be asked for several times: given clusters that keep their
+refcounts.
+"""
 
 _BITMAP_KINDS = {
     FindingKind.BITMAP_DIRECTORY_INVALID,
@@ -88,11 +96,12 @@ def is_promise_kept(tier: RepairTier, after: Report) -> bool:
 # ---- split ----
 
 
-def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
-    """A cluster of its own for each owner, refcounts and flags that say so."""
+def begin_split(scope: Scope, means: Means) -> Settle:
+    """A cluster of its own for each owner; then refcounts and flags that say so."""
     before, shares = scope.report, shared_by(scope.report)
     if not len(shares.clusters):
-        return Drafted(scope, means.triage(scope, stay[:0]))
+        drafted = Drafted(scope, means.triage(scope, np.zeros(0, dtype=np.int64)))
+        return lambda _: drafted
     _require_all_owners(before)
     _require_header_without_refcounts(before)
     room = room_for_copies(scope.source)
@@ -102,18 +111,26 @@ def draft_split(scope: Scope, means: Means, stay: I64) -> Drafted:
         moved.append(part_owners(scope, structure, room))
         room -= max(0, scope.draft.size - size)
         scope = checked_anew(scope, means)
-    shares = shares.joined(*moved)
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
-    _draft_parted_refcounts(scope, union(stay, was), uncounted_to_keep(scope.report, triage))
+    parted = Drafted(scope, triage, shares.joined(*moved))
+    return partial(_settle_split, before, parted, means)
+
+
+def _settle_split(before: Report, parted: Drafted, means: Means, stay: I64) -> Drafted:
+    scope, triage = parted.scope.forked(), parted.triage
+    kept = uncounted_to_keep(scope.report, triage)
+    _draft_parted_refcounts(scope, union(stay, leaked_clusters(before)), kept)
     scope = checked_for_flags(replace(scope, refcounts_alone=True), means)
     if not scope.draft.is_empty:
         revision = scope.draft.revision
         update_copied_flags_for_l1(scope)
         mends_any = scope.draft.revision != revision
         foresee_flags(scope, before, COPIED if mends_any else frozenset())
-        scope = checked_anew(scope, means)
-    shares = shares.without(shared_by(scope.report).clusters).with_refcounts_anew()
+        check = to_check_anew(scope, means)
+        del scope
+        scope = check()
+    shares = parted.shares.without(shared_by(scope.report).clusters).with_refcounts_anew()
     return Drafted(scope, triage, shares, _of_split(shares, triage))
 
 
@@ -167,22 +184,28 @@ def _of_split(shares: Shares, triage: Triage) -> tuple[str, ...]:
 # ---- bitmaps ----
 
 
-def draft_bitmaps(scope: Scope, means: Means, stay: I64) -> Drafted:
-    """Without the bitmaps that stop QEMU or a backup; what only they referred to is freed."""
-    before, triage = scope.report, means.triage(scope, stay[:0])
+def begin_bitmaps(scope: Scope, means: Means) -> Settle:
+    """Without the bitmaps that stop QEMU or a backup; then what only they referred to is freed."""
+    before, triage = scope.report, means.triage(scope, np.zeros(0, dtype=np.int64))
     notes = drop_bitmaps(scope)
+    drafted = Drafted(scope, triage, notes=tuple(notes))
     if not notes:
-        return Drafted(scope, triage)
+        return lambda _: drafted
     foresee_flags(scope, before, COPIED | _BITMAP_KINDS | {FindingKind.CHECK_STOPPED})
     scope = checked_anew(scope, means)
     require_writable_header(scope)
+    return partial(_settle_bitmaps, before, replace(drafted, scope=scope), means)
+
+
+def _settle_bitmaps(before: Report, dropped: Drafted, means: Means, stay: I64) -> Drafted:
+    scope = dropped.scope.forked()
     # Where a table could not be read, it may refer to what nothing else does.
     if scope.report.complete:
         reclaim_leaks_in_refblocks(scope, union(stay, leaked_clusters(before)))
         scope = checked_anew(scope, means)
         update_copied_flags_for_l1(scope, settled=True)
         scope = checked_anew(scope, means)
-    return _dropped(before, Drafted(scope, triage, notes=tuple(notes)))
+    return _dropped(before, replace(dropped, scope=scope))
 
 
 def _dropped(before: Report, drafted: Drafted) -> Drafted:
@@ -200,20 +223,27 @@ def _dropped(before: Report, drafted: Drafted) -> Drafted:
 # ---- snapshots ----
 
 
-def draft_snapshots(scope: Scope, means: Means, stay: I64) -> Drafted:
+def begin_snapshots(scope: Scope, means: Means) -> Settle:
     """A snapshot table of the entries that there are; nothing is freed."""
-    before, triage = scope.report, means.triage(scope, stay[:0])
+    before, triage = scope.report, means.triage(scope, np.zeros(0, dtype=np.int64))
     notes = drop_snapshot_entries(scope)
     if not notes:
-        return _with_entries_behind(scope, means) or Drafted(scope, triage)
+        drafted = _with_entries_behind(scope, means) or Drafted(scope, triage)
+        return lambda _: drafted
     foresee_flags(scope, before, frozenset({FindingKind.CHECK_STOPPED}))
     scope = checked_anew(scope, means)
     require_writable_header(scope)
+    cut = Drafted(scope, triage, notes=tuple(notes))
+    return partial(_settle_snapshots, before, cut, means)
+
+
+def _settle_snapshots(before: Report, cut: Drafted, means: Means, stay: I64) -> Drafted:
+    scope = cut.scope.forked()
     if scope.draft.size != scope.draft.source.size:  # the new table has to be counted
         leaked = union(stay, leaked_clusters(scope.report))
-        draft_refcounts(scope, leaked, triage.uncounted)
+        draft_refcounts(scope, leaked, cut.triage.uncounted)
         scope = checked_anew(scope, means)
-    return _dropped(before, Drafted(scope, triage, notes=tuple(notes)))
+    return _dropped(before, replace(cut, scope=scope))
 
 
 def _with_entries_behind(scope: Scope, means: Means) -> Drafted | None:
@@ -238,8 +268,8 @@ def _with_entries_behind(scope: Scope, means: Means) -> Drafted | None:
 
 
 CHOICES = {
-    RepairTier.SPLIT: draft_split,
-    RepairTier.BITMAPS: draft_bitmaps,
-    RepairTier.SNAPSHOTS: draft_snapshots,
+    RepairTier.SPLIT: begin_split,
+    RepairTier.BITMAPS: begin_bitmaps,
+    RepairTier.SNAPSHOTS: begin_snapshots,
 }
-"""How each of them is drafted; the last argument: clusters that keep their refcounts."""
+"""How the draft of each of them begins, once, however often the rest of it is asked for."""

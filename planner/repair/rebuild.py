@@ -12,7 +12,15 @@ import struct
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Counts, distinct, expand_ranges, without_repeats
+from planner.arrays import (
+    I64,
+    U8,
+    U64,
+    Counts,
+    distinct,
+    expand_ranges,
+    without_repeats,
+)
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
@@ -22,6 +30,9 @@ from planner.qcow2.refcounts import pack_refcounts
 from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
 from planner.source import READABLE_END
+
+FILLED = 1 << 18
+"""Refcounts of new blocks that are filled in at a time, or those of a block that has more."""
 
 REFTABLE_OFFSET_AT = 48
 """Where the header holds refcount_table_offset, and after it refcount_table_clusters."""
@@ -181,19 +192,26 @@ def _draft_blocks(
     So have those in *kept*.
     """
     index, per_block = scope.mismatches.index, scope.geometry.refblock_entries
-    batch = max(1, (8 << 20) // (per_block * 8))
+    batch = max(1, FILLED // per_block)
     for low in range(0, len(blocks), batch):
         part = blocks[low : low + batch]
-        values = np.zeros((len(part), per_block), dtype=refcounts.dtype)
-        for row, block in zip(values, part.tolist(), strict=True):
-            first, end = block * per_block, (block + 1) * per_block
-            slots = slice(index.slots_before(first), index.slots_before(end))
-            inside = index.clusters_of(np.arange(slots.start, slots.stop)) - first
-            row[inside] = refcounts[slots]
-            row[kept[slice(*np.searchsorted(kept, (first, end)))] - first] = 1
-            row[max(new.start - first, 0) : max(new.stop - first, 0)] = 1
-        rows: U8 = pack_refcounts(values, scope.geometry.refcount_order)
+        values = np.zeros(len(part) * per_block, dtype=refcounts.dtype)
+        bounds = index.count_before(np.stack((part, part + 1)) * per_block)
+        slots = expand_ranges(bounds[0], bounds[1] - 1)
+        values[_places(index.clusters_of(slots), part, per_block)] = refcounts[slots]
+        first, end = int(part[0]) * per_block, (int(part[-1]) + 1) * per_block
+        own = np.arange(max(new.start, first), min(new.stop, end))
+        # There is a block for each of them.
+        for ones in (kept[slice(*np.searchsorted(kept, (first, end)))], own):
+            values[_places(ones, part, per_block)] = 1
+        rows: U8 = pack_refcounts(values.reshape(len(part), -1), scope.geometry.refcount_order)
         scope.draft.write_tables(StageKind.PREPARE, offsets[low : low + batch], rows)
+
+
+def _places(clusters: I64, blocks: I64, per_block: int) -> I64:
+    """Where the refcounts of *clusters* are when those of *blocks* stand one after the other."""
+    block = clusters // per_block
+    return np.searchsorted(blocks, block) * per_block + clusters - block * per_block
 
 
 def _explain(scope: Scope, offsets: I64, table_offset: int, table_bytes: int) -> None:

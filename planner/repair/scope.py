@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -53,9 +53,9 @@ class Scope:
     formerly_used: int = 0
     refcounts_alone: bool = False
 
-    def after(self, image: Source, report: Report) -> Scope:
-        """The next step: *image* with everything that was drafted by now, and its check."""
-        return Scope(self.draft, image, report, self.draft.revision, self._end_of_used)
+    def forked(self) -> Scope:
+        """The same, with a draft to go on with on its own."""
+        return replace(self, draft=self.draft.fork())
 
     @property
     def drafted(self) -> Source:
@@ -155,8 +155,8 @@ class Scope:
         """
         if self.draft.can_grow:
             end = -(-self.draft.size // self.geometry.cluster_size)
-            return max(end, self._end_of_used)
-        return self._end_of_used + self.filled_behind
+            return max(end, self.end_of_used)
+        return self.end_of_used + self.filled_behind
 
     @property
     def filled_behind(self) -> int:
@@ -164,7 +164,7 @@ class Scope:
 
         0 where that cannot be told, since very much is.
         """
-        first, size = self._end_of_used, self.geometry.cluster_size
+        first, size = self.end_of_used, self.geometry.cluster_size
         behind = np.frombuffer(read_present(self.source, first * size, LOOKED_AHEAD), np.uint8)
         if not len(behind):
             return 0
@@ -201,7 +201,8 @@ class Scope:
         return offset if self.make_room(offset + clusters * size) else None
 
     @property
-    def _end_of_used(self) -> int:
+    def end_of_used(self) -> int:
+        """Behind all clusters that are used, or were at an earlier step."""
         return max(self.formerly_used, self.mismatches.first_unused())
 
     @property

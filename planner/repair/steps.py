@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from planner.check.classify import Look
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption
 from planner.findings.kinds import FindingKind, Structure
+from planner.repair.draft import Draft
 from planner.repair.plan import StageKind
 from planner.repair.rebuild import rebuild_refcount_structure
 from planner.repair.refcounts import correct_refcounts_in_refblocks, must_rebuild
@@ -58,10 +60,25 @@ class Drafted:
 
 def checked_anew(scope: Scope, means: Means) -> Scope:
     """The scope after what was drafted; the same where nothing was added."""
+    return to_check_anew(scope, means)()
+
+
+def to_check_anew(scope: Scope, means: Means) -> Callable[[], Scope]:
+    """`checked_anew`, to be asked for once nobody holds the scope any more: its report is as large
+    as the one that is made then.
+    """
     if scope.draft.revision == scope.revision:
-        return scope
-    image = scope.draft.overlay()
-    return scope.after(image, means.check(image, None))
+        return partial(_same, scope)
+    return partial(_checked, scope.draft, scope.end_of_used, means)
+
+
+def _same(scope: Scope) -> Scope:
+    return scope
+
+
+def _checked(draft: Draft, formerly_used: int, means: Means) -> Scope:
+    image = draft.overlay()
+    return Scope(draft, image, means.check(image, None), draft.revision, formerly_used)
 
 
 def checked_for_flags(scope: Scope, means: Means) -> Scope:

@@ -283,10 +283,6 @@ class _Begun:
     kept: I64
     shown: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
-    def forked(self) -> Scope:
-        """The scope, with a draft to go on with."""
-        return replace(self.scope, draft=self.scope.draft.fork())
-
 
 def _draft_tier(source: Source, report: Report, tier: RepairTier, means: Means) -> Drafted:
     """A tier's draft, repeated without the refcounts that COPIED flags could not follow.
@@ -375,15 +371,15 @@ def _speaks_still(begun: _Begun, scope: Scope, means: Means) -> bool:
 
 def _draft_choice(first: Scope, tier: RepairTier, means: Means) -> Drafted:
     """The draft of a tier that a person chooses, repeated like the others."""
-    draft, stay = CHOICES[tier], np.zeros(0, dtype=np.int64)
+    settle, stay = CHOICES[tier](first, means), np.zeros(0, dtype=np.int64)
     for _ in range(MAX_DRAFTS - 1):
-        drafted = draft(replace(first, draft=first.draft.fork()), means, stay)
+        drafted = settle(stay)
         more = union(stay, unfollowed_targets(first.report, drafted.scope))
         if len(more) == len(stay):
             return drafted
         stay = more
         del drafted
-    return draft(first, means, stay)
+    return settle(stay)
 
 
 def _begin_leaks(scope: Scope, means: Means) -> _Begun:
@@ -395,7 +391,7 @@ def _begin_leaks(scope: Scope, means: Means) -> _Begun:
 
 
 def _settle_leaks(begun: _Begun, before: Report, stay: I64) -> Scope:
-    scope = begun.forked()
+    scope = begun.scope.forked()
     if before.counters.leaks:
         reclaim_leaks_in_refblocks(scope, stay)
     return replace(scope, refcounts_alone=True)
@@ -475,7 +471,7 @@ def _leaked_since(scope: Scope, before: Report, shown: I64) -> I64:
 
 
 def _settle_all(begun: _Begun, before: Report, stay: I64) -> Scope:
-    scope = begun.forked()
+    scope = begun.scope.forked()
     # Flags of compressed entries change nothing but what a table looks like that is gone.
     is_alone = scope.draft.revision == scope.revision
     is_alone |= FindingKind.TABLE_OVERWRITTEN not in scope.report.counts()

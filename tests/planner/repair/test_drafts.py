@@ -1,16 +1,25 @@
 """Damage where one correction stands in the way of another: what is mended, what stays."""
 
+import gc
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from planner.check.check import check_image
+from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, ParseFailed, UnsupportedRepair
 from planner.findings.kinds import FindingKind as Kind
+from planner.findings.kinds import Structure
+from planner.metadata.cluster_counters import ClusterIndex
 from planner.qcow2 import entries
 from planner.qcow2.header import Autoclear, read_header
-from planner.repair import scope, tiers
+from planner.repair import choices, rebuild, scope, tiers
+from planner.repair.draft import Draft
 from planner.repair.overlay import Overlay
 from planner.repair.plan import DETERMINED, RepairTier, StageKind
 from planner.repair.scope import Scope
+from planner.repair.split import part_owners
 from planner.repair.tiers import Proposal, propose
 from planner.source import Bytes, read_bytes
 from tests.images.builder import Image, ImageBuilder
@@ -124,6 +133,72 @@ def test_a_split_is_proven_by_the_check_of_the_flags_that_follow(monkeypatch) ->
     number, proposal = checks_of(image, monkeypatch, RepairTier.SPLIT)
     assert number == 3
     assert counts(proposal).keys() <= {Kind.LEAK}
+
+
+def test_a_choice_whose_refcounts_are_drafted_twice_begins_once(monkeypatch) -> None:
+    """The copies of a split do not depend on which refcounts have to stay."""
+    image = plain()
+    image.set_word(image.l2_at(5), image.host_offset(1) | COPIED)
+    stays = iter((np.array([image.host_offset(2) // SIZE]), np.zeros(0, dtype=np.int64)))
+    monkeypatch.setattr(tiers, "unfollowed_targets", lambda *_: next(stays))
+    parted = []
+
+    def part(scope, structure, room):
+        parted.append(structure)
+        return part_owners(scope, structure, room)
+
+    monkeypatch.setattr(choices, "part_owners", part)
+    number, proposal = checks_of(image, monkeypatch, RepairTier.SPLIT)
+    assert not list(stays)
+    assert parted == [Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA]
+    assert number == 1 + 2 * 2
+    assert counts(proposal).keys() <= {Kind.LEAK}
+
+
+def test_a_split_holds_no_report_that_its_last_check_replaces(monkeypatch) -> None:
+    """Each may be of millions of findings: there are those of the image, and of its copies."""
+    image = plain()
+    image.set_word(image.l2_at(5), image.host_offset(1) | COPIED)
+    report, alive = check_image(image.source), []
+
+    def check(source, **options):
+        gc.collect()
+        alive.append(sum(isinstance(each, Report) for each in gc.get_objects()) - others)
+        return check_image(source, **options)
+
+    monkeypatch.setattr(tiers, "check_image", check)
+    others = sum(isinstance(each, Report) for each in gc.get_objects()) - 1
+    propose(image.source, report, RepairTier.SPLIT)
+    assert alive[-1] == 2
+
+
+def test_new_refcounts_are_filled_many_blocks_at_a_time(monkeypatch) -> None:
+    asked = []
+
+    class Index(ClusterIndex):
+        def count_before(self, clusters):
+            asked.append(len(clusters))
+            return super().count_before(clusters)
+
+    image = plain()
+    source, used = image.source, check_image(image.source)
+    first = Scope(Draft(source), source, used)
+    wanted = np.arange(1 << 12, dtype=np.uint16)
+    per_block = used.geometry.refblock_entries
+    clusters = np.arange(len(wanted)) * per_block // 2 + 3
+    blocks = np.arange(len(wanted) // 2)
+    index = Index(int(clusters[-1]) + 1, clusters)
+    monkeypatch.setattr(Scope, "mismatches", SimpleNamespace(index=index))
+    first.make_room((1 + len(blocks)) * SIZE)
+    offsets, kept = (1 + blocks) * SIZE, np.array([2 * per_block + 1])
+    new = range(5 * per_block - 1, 5 * per_block + 1)
+    rebuild._draft_blocks(first, wanted, kept, blocks, offsets, new=new)
+    assert len(asked) == len(blocks) * per_block // rebuild.FILLED
+    drafted = read_bytes(first.draft.overlay(), SIZE, len(blocks) * SIZE)
+    expected = np.zeros(len(blocks) * per_block, dtype=">u2")
+    expected[clusters] = wanted
+    expected[[*kept, *new]] = 1
+    assert drafted == expected.tobytes()
 
 
 def with_bitmap() -> Image:
