@@ -150,6 +150,13 @@ def find_out_how_full_a_disk_is() -> None:
     os.close(fd)
 
 
+def have_followed_flushed() -> None:
+    """Which it may only read."""
+    fd = os.open(FOLLOWED, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def have_an_undo_file_made() -> None:
     with UndoPlace.beside(image) as place:
         fd = place.make()
@@ -169,6 +176,16 @@ def fill_the_disk_with_an_undo_file() -> None:
         finally:
             os.close(fd)
             place.remove()
+
+
+def fill_the_disk_with_what_has_no_name() -> None:
+    """An undo file that was removed, and that it has open."""
+    with UndoPlace.beside(image) as place:
+        fd = place.make()
+        place.remove()
+    assert os.fstat(fd).st_nlink == 0
+    fill_the_disk_with(fd)
+    os.close(fd)
 
 
 def fill_the_disk_with_the_image() -> None:
@@ -319,6 +336,8 @@ ATTEMPTS: dict[str, Callable[[], object]] = {
     "have-image-opened-to-write": lambda: os.close(have_the_image_opened_for_writing()),
     "have-undo-file-made": have_an_undo_file_made,
     "fill-the-disk-with-an-undo-file": fill_the_disk_with_an_undo_file,
+    "fill-the-disk-with-what-has-no-name": fill_the_disk_with_what_has_no_name,
+    "have-followed-flushed": have_followed_flushed,
     "choose-how-far-is-read-ahead": lambda: open_and_close(ReadAhead.chosen, os.O_WRONLY),
 }
 

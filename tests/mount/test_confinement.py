@@ -133,6 +133,8 @@ STILL_DONE = (
     "have-image-opened-to-write",
     "have-undo-file-made",
     "fill-the-disk-with-an-undo-file",
+    "fill-the-disk-with-what-has-no-name",
+    "have-followed-flushed",
     "fill-the-disk-with-the-image",
 )
 """What SECURITY.md says that a daemon which was taken over can do."""
