@@ -376,6 +376,20 @@ def present_pieces(
     return pieces[present_tables(source, pieces, piece, anyway=anyway)]
 
 
+def pieces_of_tables(source: Source, offsets: I64, table_bytes: int, piece: int) -> tuple[I64, I64]:
+    """As `present_pieces`, but of tables that may lie over each other: of each piece the number of
+    its table among *offsets*, ascending, and where in it the piece begins.
+    """
+    tables = np.flatnonzero(present_tables(source, offsets, table_bytes, anyway=0))
+    inside = np.arange(0, table_bytes, piece)
+    table, inside = np.repeat(tables, len(inside)), np.tile(inside, len(tables))
+    place = offsets[table] + inside
+    order = np.argsort(place, kind="stable")
+    held = order[present_tables(source, place[order], piece, anyway=0)]
+    held.sort()
+    return table[held], inside[held]
+
+
 def read_tables(
     source: Source, offsets: I64, table_bytes: int, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[tuple[slice, U8]]:

@@ -19,11 +19,11 @@ from planner.check.report import Report
 from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, FindingKind, Structure
-from planner.metadata.mapping_tables import L2Tables
+from planner.metadata.mapping_tables import L2Tables, TableParts
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.geometry import SECTOR, Geometry
-from planner.source import Source, present_tables, read_tables
+from planner.source import Source, present_tables
 
 SPAN_BYTES = 1 << 20
 """Ranges that lie near to each other are read together, about so much at a time."""
@@ -162,12 +162,15 @@ def _walk(source: Source, report: Report, meter: Meter) -> Iterator[tuple[I64, I
     tables, size = report.entries.tables, geometry.cluster_size
     which = np.flatnonzero(tables.offset % size == 0)
     which = which[present_tables(source, tables.offset[which], size)]
-    for part, rows in read_tables(source, tables.offset[which], size):
+    parts = TableParts.of(source, tables.offset[which], size)
+    for part, rows in parts.read(source):
         words, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-        row, column = np.nonzero(words & np.uint64(entries.COMPRESSED))
-        position = which[part][row] * geometry.l2_entries + column
+        words = words.reshape(-1)
+        at = np.flatnonzero(words & np.uint64(entries.COMPRESSED))
+        table, inside = np.divmod(parts.positions(part, at, geometry), geometry.l2_entries)
+        position = which[table] * geometry.l2_entries + inside
         seen = _within_disk(tables, geometry, position)
-        yield position[seen], _keys(words[row, column][seen], geometry)
+        yield position[seen], _keys(words[at][seen], geometry)
         meter.advance(rows.size)
 
 

@@ -7,6 +7,8 @@ counts when an entry is damaged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, expand_ranges
@@ -27,18 +29,28 @@ class EntryCounter:
         self._geometry, self._width = census.layout.geometry, census.layout.geometry.l2_entries
         self._unusual = unusual_bits(self._geometry)
 
-    def count_tables(self, batch: Batch, words: U64, bitmaps: U64 | None) -> None:
-        """Count the entries of whole tables, uint64 (tables, entries)."""
+    def count_tables(
+        self,
+        batch: Batch,
+        words: U64,
+        bitmaps: U64 | None,
+        to_positions: Callable[[I64], I64] = lambda flat: flat,
+    ) -> None:
+        """Count the entries of whole tables, uint64 (tables, entries).
+
+        Or of parts of tables, where *to_positions* gives, of flat positions in these, those in the
+        tables of *batch*; of a table all parts together, for what its neighbours are is judged.
+        """
         flat = words.reshape(-1)
         if bitmaps is None and np.count_nonzero(flat) == flat.size:
-            self.count_entries(batch, np.arange(flat.size), flat)
+            self.count_entries(batch, to_positions(np.arange(flat.size)), flat)
         elif bitmaps is None:
-            positions = np.flatnonzero(flat)
-            self.count_entries(batch, positions, flat[positions])
+            at = np.flatnonzero(flat)
+            self.count_entries(batch, to_positions(at), flat[at])
         else:
             bitmap = bitmaps.reshape(-1)
-            positions = np.flatnonzero(flat | bitmap)
-            self.count_entries(batch, positions, flat[positions], bitmap[positions])
+            at = np.flatnonzero(flat | bitmap)
+            self.count_entries(batch, to_positions(at), flat[at], bitmap[at])
 
     def count_entries(
         self, batch: Batch, positions: I64, words: U64, bitmaps: U64 | None = None

@@ -19,7 +19,7 @@ from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables, little_is_left
 from planner.metadata.locate import Survey
-from planner.metadata.mapping_tables import L2Tables
+from planner.metadata.mapping_tables import L2Tables, TableParts
 from planner.progress import Meter
 from planner.qcow2.layout import Layout
 from planner.source import SECTOR, Source, read_tables
@@ -60,12 +60,22 @@ def find_overwritten(
     size, tables = layout.geometry.cluster_size, found.tables
     signs = [found.tables_with(kind) for kind in _SIGNS]
     offsets = distinct(np.concatenate([*signs, np.zeros(0, dtype=np.int64)]))
-    offsets = offsets[offsets % size == 0]
+    offsets = _with_gone_sectors(source, layout, offsets[offsets % size == 0])
     for part, rows in read_tables(source, offsets, size):
         runs = _overwritten_runs(rows, layout, looker)
         at = np.searchsorted(tables.offset, offsets[part][runs.row])
         _report_runs(layout, tables, at, runs, findings)
         meter.advance(0)
+
+
+def _with_gone_sectors(source: Source, layout: Layout, offsets: I64) -> I64:
+    """Which of *offsets* are to be read whole: not those of which parts show that none is gone."""
+    parts = TableParts.of(source, offsets, layout.geometry.cluster_size)
+    if parts.size == layout.geometry.cluster_size:
+        return offsets
+    tables = GoneTables(layout.geometry, layout.file_size)
+    some = [parts.table[part][tables.counts(rows)[0] > 0] for part, rows in parts.read(source)]
+    return offsets[distinct(np.concatenate([*some, np.zeros(0, dtype=np.int64)]))]
 
 
 def find_overwritten_l1(

@@ -13,6 +13,7 @@ many is one finding), so tables may be read in the order in which they lie in th
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from planner.check.census import Census
 from planner.check.entry_counter import EntryCounter
 from planner.check.plain_counter import PlainCounter, has_plain_bitmaps
 from planner.check.versions import VersionCounter
-from planner.metadata.mapping_tables import Batch, clusters_of_entries
+from planner.metadata.mapping_tables import Batch, TableParts, clusters_of_entries
 from planner.metadata.refcounts import StoredRefcounts
 from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter
@@ -77,13 +78,33 @@ class _Walk:
         self._map_siblings(siblings)
 
     def _count_tables(self, which: I64) -> None:
-        """Count tables one by one."""
+        """Count tables one by one; of those that are holes for the most part what is there."""
         for group in self._tables.classes(which):
             offsets = self._tables.offset[group.ids]
+            parts = TableParts.of(self._source, offsets, self._geometry.cluster_size)
+            if parts.size < self._geometry.cluster_size:
+                self._count_parts(group, parts)
+                continue
             for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
                 batch = replace(group, ids=group.ids[part])
                 self._count_batch(batch, entries.decode_words(rows))
                 self._meter.advance(rows.size)
+
+    def _count_parts(self, batch: Batch, parts: TableParts) -> None:
+        """Count the entries of *parts* of the tables of *batch*, where few are more than zeros."""
+        size, told = self._geometry.cluster_size, 0
+        for part, rows in parts.read(self._source):
+            words, bitmaps = entries.split_entries(
+                entries.decode_words(rows), self._geometry.extended_l2
+            )
+            self._single.count_tables(batch, words, bitmaps, partial(self._at, parts, part))
+            done = int(parts.table[part][-1]) + 1
+            self._meter.advance((done - told) * size)
+            told = done
+        self._meter.advance((len(parts.offsets) - told) * size)
+
+    def _at(self, parts: TableParts, part: slice, flat: I64) -> I64:
+        return parts.positions(part, flat, self._geometry)
 
     def _count_batch(self, batch: Batch, words: U64) -> None:
         """Count by the fastest way that holds for these tables."""

@@ -6,16 +6,22 @@ would walk it. Source: docs/interop/qcow2.txt, "Cluster mapping"; check_refcount
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.arrays import I32, I64, U8, U64, Mask, distinct_columns, expand_ranges
 from planner.findings.kinds import ACTIVE
+from planner.metadata.refcounts import PIECE_BYTES
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
+from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.source import Source, words_of_tables
+from planner.source import BATCH_BYTES, Source, pieces_of_tables, read_parts, words_of_tables
+
+LARGE_TABLE = 1 << 18
+"""Of a table of so many bytes it is asked what is there of it, before it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,50 @@ def distinct_l2_tables(l1: L1Entries, copied: Mask) -> L2Tables:
         sibling=crowd[slot] > 1 if len(offset) else np.zeros(0, dtype=np.bool_),
         l1_position=inverse,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TableParts:
+    """The parts of L2 tables that may say anything: whole tables, or of large ones that are holes
+    for the most part the pieces that are there.
+
+    ``table``: numbers among those at ``offsets``, ascending. ``inside``: where each part begins in
+    its table, bytes. ``size``: of a part, bytes.
+    """
+
+    offsets: I64
+    table: I64
+    inside: I64
+    size: int
+
+    @classmethod
+    def of(cls, source: Source, offsets: I64, table_bytes: int) -> TableParts:
+        """Of the tables at ascending *offsets*, of *table_bytes* each."""
+        if table_bytes >= LARGE_TABLE and len(offsets):
+            table, inside = pieces_of_tables(source, offsets, table_bytes, PIECE_BYTES)
+            if 2 * len(table) * PIECE_BYTES <= len(offsets) * table_bytes:
+                return cls(offsets, table, inside, PIECE_BYTES)
+        return cls(offsets, np.arange(len(offsets)), np.zeros_like(offsets), table_bytes)
+
+    def read(self, source: Source) -> Iterator[tuple[slice, U8]]:
+        """Which of the parts, and their bytes, uint8 (parts, size), until the next; those of one
+        table together."""
+        ends = np.append(np.flatnonzero(np.diff(self.table)) + 1, len(self.table))
+        batches, start, most = list[slice](), 0, max(1, BATCH_BYTES // self.size)
+        while start < len(self.table):
+            first, next_one = np.searchsorted(ends, (start, start + most), side="right")
+            end = int(ends[max(first, next_one - 1)])
+            batches.append(slice(start, end))
+            start = end
+        return read_parts(source, self.offsets[self.table] + self.inside, self.size, batches)
+
+    def positions(self, part: slice, flat: I64, geometry: Geometry) -> I64:
+        """*flat* positions of entries in the parts *part*, as positions in the tables."""
+        row, within = np.divmod(flat, self.size // geometry.l2_entry_size)
+        first = self.table[part] * geometry.l2_entries
+        first += self.inside[part] // geometry.l2_entry_size
+        result: I64 = first[row] + within
+        return result
 
 
 def referenced_clusters(rows: U8, layout: Layout) -> I64:

@@ -5,13 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.check.check import check_image
+from planner.check.compressed import find_packed
 from planner.findings.kinds import FindingKind
+from planner.metadata import mapping_tables
 from planner.metadata.work_limits import LIMITS, Limits
+from planner.progress import Meter
 from planner.qcow2 import entries
-from tests.images.builder import Image
+from planner.source import read_bytes
+from tests.images.builder import Image, ImageBuilder
 from tests.images.table_damage import IMAGES, damage_to_tables, l2_tables
 from tests.planner.answers import answers
 from tests.planner.check.naive import check_naively
+from tests.planner.sources import Sparse
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -19,6 +24,35 @@ from tests.planner.check.naive import check_naively
 def test_runs_and_single_entries_count_alike(name, data):
     source = data.draw(damage_to_tables(IMAGES[name])).applied(IMAGES[name])
     assert answers(check_image(source)) == answers(check_naively(source))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@given(data=st.data())
+def test_parts_and_whole_tables_count_alike(name, data):
+    source = data.draw(damage_to_tables(IMAGES[name])).applied(IMAGES[name])
+    content = read_bytes(source, 0, source.size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapping_tables, "LARGE_TABLE", 0)
+        patch.setattr(mapping_tables, "PIECE_BYTES", 512)
+        found = answers(check_image(Sparse.of(content, len(content))))
+    assert found == answers(check_naively(source))
+
+
+def test_of_large_tables_no_more_is_read_than_is_there():
+    tables = 10
+    builder = ImageBuilder(cluster_bits=21, size=tables << 39)
+    for number in range(tables):
+        builder.write(number << 18, b"a")
+    image = builder.build()
+    for number in range(tables):  # so that each is looked at again
+        image.set_word(image.l2_at(number << 18) + 8, entries.COMPRESSED | 1 << 48)
+    source = Sparse.of(bytes(image.data), len(image.data), 4096)
+    report = check_image(source)
+    assert report.counts()[FindingKind.PAST_END] == tables
+    assert source.bytes_read < tables << 20  # half of the tables, and refcounts are among it
+    before = source.bytes_read
+    assert len(find_packed(source, report, Meter())) == 1
+    assert source.bytes_read - before == tables * 4096
 
 
 @pytest.mark.parametrize("name", ["rich", "filled", "versioned"])
