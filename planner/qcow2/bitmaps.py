@@ -6,6 +6,7 @@ check_dir_entry.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,9 @@ MAX_TABLE_ENTRIES = 0x800_0000
 MAX_BITMAP_BYTES = 0x2000_0000
 MAX_NAME = 1023
 
+WINDOW_BYTES = 1 << 18
+"""Of a directory, so much is read at a time."""
+
 ENTRY = Struct(
     "bitmap_table_offset" / Int64ub,
     "bitmap_table_size" / Int32ub,
@@ -44,7 +48,10 @@ _FIXED = Fixed(ENTRY)
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """One entry of the bitmap directory; ``offset`` is where it stands in the file, bytes."""
+    """One entry of the bitmap directory; ``offset`` is where it stands in the file, bytes.
+
+    Of extra data only the size is kept: nobody knows what it would mean.
+    """
 
     offset: int
     bitmap_table_offset: int
@@ -52,7 +59,7 @@ class Bitmap:
     flags: int
     type: int
     granularity_bits: int
-    extra_data: bytes
+    extra_data_size: int
     name: bytes
 
     @property
@@ -62,7 +69,9 @@ class Bitmap:
 
 
 def encode_bitmap(bitmap: Bitmap) -> bytes:
-    """One directory entry, padded to eight bytes: the inverse of decoding."""
+    """One directory entry, padded to eight bytes: the inverse of decoding, but for zeros in the
+    place of extra data.
+    """
     raw: bytes = ENTRY.build(
         {
             "bitmap_table_offset": bitmap.bitmap_table_offset,
@@ -71,10 +80,10 @@ def encode_bitmap(bitmap: Bitmap) -> bytes:
             "type": bitmap.type,
             "granularity_bits": bitmap.granularity_bits,
             "name_size": len(bitmap.name),
-            "extra_data_size": len(bitmap.extra_data),
+            "extra_data_size": bitmap.extra_data_size,
         }
     )
-    raw += bitmap.extra_data + bitmap.name
+    raw += bytes(bitmap.extra_data_size) + bitmap.name
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
 
 
@@ -104,7 +113,7 @@ def read_bitmaps(source: Source, pointer: BitmapsPointer, geometry: Geometry) ->
     """The bitmap directory. Raises `ImageError` for the first thing that QEMU refuses."""
     found: list[Bitmap] = []
     rules = _Rules(geometry)
-    for bitmap in _decode_directory(_read_directory(source, pointer, geometry), pointer):
+    for bitmap in _entries(_Directory.of(source, pointer, geometry), pointer):
         refusal = rules.refusal(bitmap)
         if refusal is not None:
             raise refusal.of(bitmap)
@@ -117,74 +126,114 @@ def list_bitmaps(
 ) -> tuple[Listed, ImageError | None]:
     """All that can be made out of the bitmap directory, and what ends it too early, if anything."""
     try:
-        directory = _read_directory(source, pointer, geometry)
+        directory = _Directory.of(source, pointer, geometry)
     except ImageError as error:
         return [], as_value(error)
-    listed, broken = _list_directory(directory, pointer, geometry)
+    known = _known(directory.digest(), pointer, geometry)
+    if not known:
+        known.append(_list(directory, pointer, geometry))
+    listed, broken = known[0]
     return list(listed), broken
 
 
+_Found = tuple[tuple[tuple[Bitmap, Refusal | None], ...], ImageError | None]
+
+
 @lru_cache(maxsize=1)
-def _list_directory(
-    directory: bytes, pointer: BitmapsPointer, geometry: Geometry
-) -> tuple[tuple[tuple[Bitmap, Refusal | None], ...], ImageError | None]:
-    """The same of its bytes. Several ask, one after the other, and there may be 65,535 of them."""
+def _known(_digest: bytes, _pointer: BitmapsPointer, _geometry: Geometry) -> list[_Found]:
+    """What was listed of a directory, if it was. Several ask, one after the other, and there may be
+    65,535 bitmaps.
+    """
+    return []
+
+
+def _list(directory: _Directory, pointer: BitmapsPointer, geometry: Geometry) -> _Found:
     listed: Listed = []
     rules = _Rules(geometry)
     try:
-        for bitmap in _decode_directory(directory, pointer):
+        for bitmap in _entries(directory, pointer):
             listed.append((bitmap, rules.refusal(bitmap)))
     except ImageError as error:
         return tuple(listed), as_value(error)
     return tuple(listed), None
 
 
-def _read_directory(source: Source, pointer: BitmapsPointer, geometry: Geometry) -> bytes:
-    """Its bytes. Raises `ImageError` where it cannot be one."""
-    start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
-    if not size:
-        raise ImageError("bitmap_directory_size", size, "a directory cannot be empty")
-    if start + size > source.size + geometry.cluster_size:
-        # Zeros past the end of the file are no valid entry: refuse before reading so many.
-        raise ImageError(
-            "bitmap_directory_offset", start, "the directory runs past the end of the file"
-        )
-    return read_bytes(source, start, size)
+class _Directory:
+    """The bytes of a directory. It may claim 64 MiB, and be a hole: a window of it is held."""
+
+    def __init__(self, source: Source, start: int, size: int) -> None:
+        self._source, self.start, self.size = source, start, size
+        self._window, self._window_at = b"", 0
+
+    @classmethod
+    def of(cls, source: Source, pointer: BitmapsPointer, geometry: Geometry) -> _Directory:
+        """Raises `ImageError` where it cannot be one."""
+        start, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+        if not size:
+            raise ImageError("bitmap_directory_size", size, "a directory cannot be empty")
+        if start + size > source.size + geometry.cluster_size:
+            # Zeros past the end of the file are no valid entry: refuse before reading so many.
+            raise ImageError(
+                "bitmap_directory_offset", start, "the directory runs past the end of the file"
+            )
+        return cls(source, start, size)
+
+    def window(self, position: int, length: int) -> tuple[bytes, int]:
+        """Some of its bytes, and where among them those from *position* on are: *length*, or as
+        many as there are.
+        """
+        length = min(length, self.size - position)
+        if not self._window_at <= position <= self._window_at + len(self._window) - length:
+            some = min(max(length, WINDOW_BYTES), self.size - position)
+            self._window = read_bytes(self._source, self.start + position, some)
+            self._window_at = position
+        return self._window, position - self._window_at
+
+    def digest(self) -> bytes:
+        """Another for other bytes."""
+        found = hashlib.blake2b()
+        for low, high in self._source.data_extents(self.start, self.size):
+            for at in range(low, high, WINDOW_BYTES):
+                content = read_bytes(self._source, at, min(high - at, WINDOW_BYTES))
+                found.update(b"%d %d " % (at, len(content)))
+                found.update(content)
+        return found.digest()
 
 
-def _decode_directory(directory: bytes, pointer: BitmapsPointer) -> Iterator[Bitmap]:
+def _entries(directory: _Directory, pointer: BitmapsPointer) -> Iterator[Bitmap]:
     """The entries, whatever they say. Raises `ImageError` where it goes wrong."""
-    start, number, position = pointer.bitmap_directory_offset, 0, 0
-    while position < len(directory):
+    number, position = 0, 0
+    while position < directory.size:
         if number == pointer.nb_bitmaps:
             raise ImageError("nb_bitmaps", pointer.nb_bitmaps, "the bitmap directory lists more")
-        bitmap, position = _decode_entry(directory, position, start)
+        bitmap, position = _decode_entry(directory, position)
         yield bitmap
         number += 1
     if number != pointer.nb_bitmaps:
         raise ImageError("nb_bitmaps", pointer.nb_bitmaps, f"the directory lists {number}")
 
 
-def _decode_entry(directory: bytes, position: int, start: int) -> tuple[Bitmap, int]:
+def _decode_entry(directory: _Directory, position: int) -> tuple[Bitmap, int]:
     """The entry at *position*, and where the next one begins."""
-    if position + ENTRY_BYTES > len(directory):
-        raise _cut_off(start + position)
-    table_at, entries, flags, kind, bits, name_size, extra_size = _FIXED.values(directory, position)
-    extra = position + ENTRY_BYTES
-    name = extra + extra_size
-    end = name + name_size
-    following = position + ((end - position + 7) & ~7)
-    if following > len(directory):
-        raise _cut_off(start + position)
+    start = directory.start + position
+    if position + ENTRY_BYTES > directory.size:
+        raise _cut_off(start)
+    raw, at = directory.window(position, ENTRY_BYTES + MAX_NAME)
+    table_at, entries, flags, kind, bits, name_size, extra_size = _FIXED.values(raw, at)
+    name = position + ENTRY_BYTES + extra_size
+    following = position + ((ENTRY_BYTES + extra_size + name_size + 7) & ~7)
+    if following > directory.size:
+        raise _cut_off(start)
+    raw, at = directory.window(name, name_size)
     bitmap = Bitmap(
-        offset=start + position,
+        offset=start,
         bitmap_table_offset=table_at,
         bitmap_table_size=entries,
         flags=flags,
         type=kind,
         granularity_bits=bits,
-        extra_data=directory[extra:name],
-        name=directory[name:end],
+        extra_data_size=extra_size,
+        name=raw[at : at + name_size],
     )
     return bitmap, following
 
@@ -218,7 +267,7 @@ class _Rules:
             bitmap.granularity_bits,
         )
         for broken, field, value, problem in (
-            (bitmap.extra_data, "extra_data_size", len(bitmap.extra_data), "not supported"),
+            (bitmap.extra_data_size, "extra_data_size", bitmap.extra_data_size, "not supported"),
             (not 0 < entries <= MAX_TABLE_ENTRIES, "bitmap_table_size", entries, "out of bounds"),
             (
                 at == 0 or at % self._cluster_size,

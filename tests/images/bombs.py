@@ -62,7 +62,7 @@ def with_snapshots(image: Image, number: int, l1_offset: int, l1_size: int, step
 def with_bitmaps(image: Image, number: int, offset: int, size: int, step: int = 0) -> Image:
     """*number* bitmaps with tables of *size* entries, *step* bytes apart."""
     directory = b"".join(
-        encode_bitmap(Bitmap(0, offset + step * n, size, IN_USE, TYPE_DIRTY, 9, b"", b""))
+        encode_bitmap(Bitmap(0, offset + step * n, size, IN_USE, TYPE_DIRTY, 9, 0, b""))
         for n in range(number)
     )
     at = append(image, directory)

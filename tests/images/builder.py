@@ -232,7 +232,7 @@ class ImageBuilder:
         size = self.geometry.cluster_size
         parts = [bytes(content[at : at + size]) for at in range(0, len(content), size)]
         table = [self._keep(part) if any(part) else 0 for part in parts]
-        bitmap = Bitmap(0, 0, len(table), 0, TYPE_DIRTY, granularity_bits, b"", name.encode())
+        bitmap = Bitmap(0, 0, len(table), 0, TYPE_DIRTY, granularity_bits, 0, name.encode())
         self.bitmaps.append((bitmap, table))
 
     def _placed(self, cluster: int, content: bytes, word: int, subclusters: int) -> Slot:

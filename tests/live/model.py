@@ -634,7 +634,7 @@ class Program:
         directory = b""
         for it in self.bitmaps:
             length = len(it.table_words)
-            record = Bitmap(0, it.table_offset, length, 0, TYPE_DIRTY, 31, b"", it.name)
+            record = Bitmap(0, it.table_offset, length, 0, TYPE_DIRTY, 31, 0, it.name)
             directory += encode_bitmap(record)
         new = self._take_clusters(-(-len(directory) // self.cluster))
         self._put(new, directory)

@@ -323,7 +323,7 @@ def test_each_table_that_is_gone_is_named_with_what_lies_there() -> None:
 
 
 def test_bitmaps_that_no_backup_can_rely_on() -> None:
-    bitmap = Bitmap(0, 0, 1, IN_USE, TYPE_DIRTY, 16, b"", b"backup\n")
+    bitmap = Bitmap(0, 0, 1, IN_USE, TYPE_DIRTY, 16, 0, b"backup\n")
     text = beside(Beside(unsaved=(bitmap,) * (LISTED_BITMAPS + 2)))
     assert "must begin anew, with the whole disk:\n  'backup\\n' (granularity 65536)\n" in text
     assert "  ... and 2 more: image/bitmaps.json\n" in text

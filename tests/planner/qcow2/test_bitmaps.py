@@ -1,5 +1,7 @@
 """The bitmap directory: entries there and back, and each thing that QEMU refuses in one."""
 
+import tracemalloc
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -8,13 +10,14 @@ from hypothesis import strategies as st
 
 from planner.errors import ImageError
 from planner.qcow2 import bitmaps
-from planner.qcow2.bitmaps import IN_USE, Bitmap, encode_bitmap, read_bitmaps
+from planner.qcow2.bitmaps import IN_USE, Bitmap, encode_bitmap, list_bitmaps, read_bitmaps
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.geometry import Geometry
 from planner.source import Bytes
 from tests.images.builder import ImageBuilder
 from tests.planner.answers import refusal
 
+FIELDS = [field.name for field in bitmaps.ENTRY.subcons]
 GEOMETRY = Geometry(3, 16, 4, 1 << 30)
 GOOD = Bitmap(
     offset=0,
@@ -23,7 +26,7 @@ GOOD = Bitmap(
     flags=0,
     type=1,
     granularity_bits=16,
-    extra_data=b"",
+    extra_data_size=0,
     name=b"backup",
 )
 names = st.binary(max_size=40)
@@ -83,8 +86,48 @@ def test_bitmaps_of_an_image() -> None:
     assert image.data[data : data + 512] == b"\x01" + bytes(510) + b"\x80"
 
 
+class Hole:
+    """A directory that begins with *raw*, and goes on as a hole of 64 MiB."""
+
+    size = 64 << 20
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        Bytes(self._raw).read_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterable[tuple[int, int]]:
+        return Bytes(self._raw).data_extents(offset, length)
+
+
+@pytest.mark.parametrize("extra", [0, 60 << 20], ids=["many", "one with extra data"])
+def test_a_directory_in_a_hole_takes_no_more_memory_than_its_entries(extra: int) -> None:
+    raw = encode_bitmap(GOOD) + bitmaps.ENTRY.build(
+        {**dict.fromkeys(FIELDS, 0), "extra_data_size": extra}
+    )
+    source, pointer = Hole(raw), BitmapsPointer(3, Hole.size, 0)
+    tracemalloc.start()
+    try:
+        listed, error = list_bitmaps(source, pointer, GEOMETRY)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [bitmap.extra_data_size for bitmap, _ in listed] == [0, extra, 0]
+    assert error is not None
+    assert "lists more" in str(error)
+    assert peak < 2 << 20
+
+
+def test_a_directory_that_was_edited_is_listed_anew() -> None:
+    one, other = (encode_bitmap(replace(GOOD, name=name)) for name in (b"one", b"other"))
+    for raw, name in ((one, b"one"), (other, b"other"), (one, b"one")):
+        listed, _ = list_bitmaps(Bytes(raw), BitmapsPointer(1, len(raw), 0), GEOMETRY)
+        assert [bitmap.name for bitmap, _ in listed] == [name]
+
+
 RULES = {
-    "extra data": ({"extra_data": b"x"}, "extra_data_size"),
+    "extra data": ({"extra_data_size": 1}, "extra_data_size"),
     "table without entries": ({"bitmap_table_size": 0}, "bitmap_table_size"),
     "table with too many entries": ({"bitmap_table_size": 0x800_0001}, "bitmap_table_size"),
     "table nowhere": ({"bitmap_table_offset": 0}, "bitmap_table_offset"),
