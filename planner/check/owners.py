@@ -17,7 +17,7 @@ from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
-from planner.source import Source, present_pieces, read_tables
+from planner.source import Source, pieces_of_tables, read_tables
 
 PIECE_BYTES = 64 << 10
 """Of large tables what is there is read in such pieces."""
@@ -82,12 +82,11 @@ class OwnersFinder:
     def add_entries(self, source: Source, which: I64, meter: Meter) -> None:
         """Owners that are guest clusters, from the L2 tables at positions *which*."""
         size, offsets = self._geometry.cluster_size, self._tables.offset[which]
-        piece, pieces = min(PIECE_BYTES, size), offsets
+        piece, table, inside = min(PIECE_BYTES, size), np.arange(len(which)), np.zeros_like(offsets)
         if piece < size and len(offsets):
-            pieces = present_pieces(source, offsets, size, piece)
-        table = np.searchsorted(offsets, pieces, side="right") - 1
-        first = (pieces - offsets[table]) // self._geometry.l2_entry_size
-        for part, rows in read_tables(source, pieces, piece):
+            table, inside = pieces_of_tables(source, offsets, size, piece)
+        first = inside // self._geometry.l2_entry_size
+        for part, rows in read_tables(source, offsets[table] + inside, piece):
             if self.truncated:
                 return
             words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)

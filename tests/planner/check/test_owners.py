@@ -9,7 +9,7 @@ from planner.findings.kinds import ACTIVE, NONE, NOWHERE, FindingKind, Owner, St
 from planner.metadata.work_limits import Limits
 from planner.qcow2.entries import COPIED
 from planner.qcow2.layout import Layout
-from tests.images.builder import Image
+from tests.images.builder import Image, ImageBuilder
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import SIZE, builder, fill, plain, with_snapshot
 from tests.images.luks_headers import luks_bytes
@@ -190,3 +190,17 @@ def test_many_snapshots_of_one_disk_are_not_contested() -> None:
         made.take_snapshot(str(number))
         made.write(number % 3, bytes([number]))
     assert list(check_image(made.build().source).rows()) == []
+
+
+def test_an_entry_in_two_tables_that_lie_over_each_other_is_of_both() -> None:
+    made = ImageBuilder(cluster_bits=18, size=2 << 33)
+    made.write(0, b"shared")
+    image = made.build()
+    table, word = image.l2_table(0), image.word(image.l2_at(0))
+    image.set_word(image.header.l1_table_offset + 8, (table + 8192) | COPIED)
+    image.set_word(table + (80 << 10), word)
+    owners = check_image(image.source).owners.of(image.host_offset(0) >> 18)
+    assert [(owner.l1_index, owner.l2_index) for owner in owners] == [
+        *((0, 0), (0, (80 << 10) // 8)),
+        (1, (72 << 10) // 8),
+    ]
