@@ -97,14 +97,12 @@ class _Walk:
             words, bitmaps = entries.split_entries(
                 entries.decode_words(rows), self._geometry.extended_l2
             )
-            self._single.count_tables(batch, words, bitmaps, partial(self._at, parts, part))
+            to_positions = partial(parts.positions, part, geometry=self._geometry)
+            self._single.count_tables(batch, words, bitmaps, to_positions)
             done = int(parts.table[part][-1]) + 1
             self._meter.advance((done - told) * size)
             told = done
         self._meter.advance((len(parts.offsets) - told) * size)
-
-    def _at(self, parts: TableParts, part: slice, flat: I64) -> I64:
-        return parts.positions(part, flat, self._geometry)
 
     def _count_batch(self, batch: Batch, words: U64) -> None:
         """Count by the fastest way that holds for these tables."""

@@ -12,15 +12,7 @@ import struct
 
 import numpy as np
 
-from planner.arrays import (
-    I64,
-    U8,
-    U64,
-    Counts,
-    distinct,
-    expand_ranges,
-    without_repeats,
-)
+from planner.arrays import I64, U8, U64, Counts, distinct, expand_ranges, without_repeats
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair

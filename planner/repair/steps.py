@@ -68,12 +68,8 @@ def to_check_anew(scope: Scope, means: Means) -> Callable[[], Scope]:
     as the one that is made then.
     """
     if scope.draft.revision == scope.revision:
-        return partial(_same, scope)
+        return lambda: scope
     return partial(_checked, scope.draft, scope.end_of_used, means)
-
-
-def _same(scope: Scope) -> Scope:
-    return scope
 
 
 def _checked(draft: Draft, formerly_used: int, means: Means) -> Scope:
