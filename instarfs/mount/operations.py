@@ -84,6 +84,9 @@ _SHOWN_UNSETTLED = 1000
 
 _DOTS = (".", "..")
 
+_NAME_MAX = 255
+"""Bytes of a name: limits.h(0P)."""
+
 _SOON_SECONDS = 0.2
 
 INTERRUPT_POLL_SECONDS = 0.1
@@ -367,7 +370,7 @@ class Operations(pyfuse3.Operations):
         directory = self._directory(parent_inode)
         child = await directory.child(os.fsdecode(name))
         if child is None:
-            raise FUSEError(errno.ENOENT)
+            raise FUSEError(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
         is_known = await _learn_size_soon(child)
         entry = self._attributes_of(child, ctx.pid, within=directory)
         if not is_known:
@@ -430,7 +433,7 @@ class Operations(pyfuse3.Operations):
         # As of a squashfs: as large as what it shows, and full.
         statistics.f_blocks = -(-self._facts().size // BLOCK_SIZE)
         statistics.f_files = _count(self._root)
-        statistics.f_namemax = 255
+        statistics.f_namemax = _NAME_MAX
         return statistics
 
     # ---- directories ----

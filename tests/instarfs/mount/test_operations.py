@@ -143,6 +143,9 @@ async def test_what_is_not_there_and_what_is_no_directory() -> None:
     operations = make_operations()
     assert await errno_of(operations.lookup(ROOT, b"nothing", caller())) == errno.ENOENT
     assert await errno_of(operations.lookup(ROOT, b"\xff", caller())) == errno.ENOENT
+    longest, longer = b"x" * 255, b"x" * 256
+    assert await errno_of(operations.lookup(ROOT, longest, caller())) == errno.ENOENT
+    assert await errno_of(operations.lookup(ROOT, longer, caller())) == errno.ENAMETOOLONG
     readme = (await walk(operations, "README.txt")).st_ino
     assert await errno_of(operations.lookup(readme, b"x", caller())) == errno.ENOTDIR
     assert await errno_of(operations.opendir(readme, caller())) == errno.ENOTDIR
