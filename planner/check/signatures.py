@@ -76,6 +76,8 @@ SIGNATURES = (
     Signature("Java class", 0, b"\xca\xfe\xba\xbe\0\0\0"),
 )
 
+_OFFSETS = frozenset(signature.offset for signature in SIGNATURES)
+
 _EXT, _MBR = "ext2/3/4 superblock", "MBR partition table"
 
 NAMES = ("", *dict.fromkeys(signature.name for signature in SIGNATURES), _EXT, _MBR, TEXT)
@@ -97,9 +99,18 @@ def recognise(rows: U8) -> U8:
         (_has_ext_superblock(rows), _EXT),
     ):
         found[is_it] = NAMES.index(name)
+    begins = {offset: _bytes_at(rows, offset) for offset in _OFFSETS}
     for signature in reversed(SIGNATURES):  # the first in the table is the last to say
-        found[_has_magic(rows, signature.offset, signature.magic)] = NAMES.index(signature.name)
+        if begins[signature.offset][signature.magic[0]]:
+            found[_has_magic(rows, signature.offset, signature.magic)] = NAMES.index(signature.name)
     return found
+
+
+def _bytes_at(rows: U8, offset: int) -> Mask:
+    """Which bytes there are at that offset in any of *rows*, (256,)."""
+    seen = np.zeros(256, dtype=np.bool_)
+    seen[rows[:, offset : offset + 1]] = True
+    return seen
 
 
 def _has_magic(rows: U8, offset: int, magic: bytes) -> Mask:
