@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, distinct
+from planner.arrays import I64, Counts, Mask, distinct
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind, join_findings
@@ -53,15 +53,29 @@ def references_past_end(source: Source, report: Report) -> int:
     end, most = layout.host_clusters, layout.geometry.guest_clusters
     known, count = _Known.of(report), 0
     for first, rows in stored.pieces_past(end, _blocks_of_the_file(report, stored.reftable)):
-        refcounts, per_piece = rows.reshape(-1), rows.shape[1]
-        for at in range(0, len(refcounts), CHUNK):
-            used = at + np.flatnonzero(refcounts[at : at + CHUNK])
-            cluster = first[used // per_piece] + used % per_piece
-            used, cluster = used[cluster >= end], cluster[cluster >= end]
-            references = np.minimum(refcounts[used].astype(np.uint64), most).astype(np.int64)
-            lost = references - known.times(cluster)
-            count += int(np.maximum(lost, 0).sum())
+        step = max(1, CHUNK // rows.shape[1])
+        for at in range(0, len(rows), step):
+            part = slice(at, at + step)
+            first_of, refcounts = first[part], rows[part]
+            alike = (first_of >= end) & known.are_steady(first_of, rows.shape[1])
+            count += _lost_of_pieces(refcounts[alike], known.times(first_of[alike]), most)
+            row, inside = np.nonzero(refcounts[~alike])
+            cluster = first_of[~alike][row] + inside
+            behind = cluster >= end
+            some = refcounts[~alike][row[behind], inside[behind]]
+            count += _lost_of_pieces(some[:, None], known.times(cluster[behind]), most)
     return count
+
+
+def _lost_of_pieces(refcounts: Counts, times: I64, most: int) -> int:
+    """How many references *refcounts*, (pieces, clusters), count more than are known: *times* to
+    each cluster of a piece. No cluster has more than *most*.
+    """
+    dtype = refcounts.dtype.type
+    top = min(most, int(np.iinfo(dtype).max))
+    lost = np.minimum(refcounts, dtype(top))
+    lost -= np.minimum(lost, np.minimum(times, top).astype(dtype)[:, None])
+    return int(lost.sum(dtype=np.int64))
 
 
 def _blocks_of_the_file(report: Report, table: Reftable) -> I64:
@@ -127,6 +141,14 @@ class _Known:
             end[by_end],
             np.append(0, np.cumsum(times[by_end])),
         )
+
+    def are_steady(self, first: I64, count: int) -> Mask:
+        """Whether as much leads to each of the *count* clusters from *first* on, of many such."""
+        steady: Mask = np.ones(len(first), dtype=np.bool_)
+        for at in (self.start, self.end):
+            low, high = np.searchsorted(at, (first, first + (count - 1)), side="right")
+            steady &= low == high
+        return steady
 
     def times(self, clusters: I64) -> I64:
         """How often something leads to each of *clusters*.
