@@ -39,9 +39,9 @@ _SIGNS = (
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """Overwritten parts of tables: row, first sector, how many sectors, and what is there."""
+    """Overwritten parts of tables: which, first sector, how many sectors, and what is there."""
 
-    row: I64
+    table: I64
     sector: I64
     count: I64
     content: I64
@@ -60,22 +60,12 @@ def find_overwritten(
     size, tables = layout.geometry.cluster_size, found.tables
     signs = [found.tables_with(kind) for kind in _SIGNS]
     offsets = distinct(np.concatenate([*signs, np.zeros(0, dtype=np.int64)]))
-    offsets = _with_gone_sectors(source, layout, offsets[offsets % size == 0])
-    for part, rows in read_tables(source, offsets, size):
-        runs = _overwritten_runs(rows, layout, looker)
-        at = np.searchsorted(tables.offset, offsets[part][runs.row])
+    parts = TableParts.of(source, offsets[offsets % size == 0], size)
+    for part, rows in parts.read(source):
+        runs = _overwritten_runs(parts, part, rows, layout, looker)
+        at = np.searchsorted(tables.offset, parts.offsets[runs.table])
         _report_runs(layout, tables, at, runs, findings)
         meter.advance(0)
-
-
-def _with_gone_sectors(source: Source, layout: Layout, offsets: I64) -> I64:
-    """Which of *offsets* are to be read whole: not those of which parts show that none is gone."""
-    parts = TableParts.of(source, offsets, layout.geometry.cluster_size)
-    if parts.size == layout.geometry.cluster_size:
-        return offsets
-    tables = GoneTables(layout.geometry, layout.file_size)
-    some = [parts.table[part][tables.counts(rows)[0] > 0] for part, rows in parts.read(source)]
-    return offsets[distinct(np.concatenate([*some, np.zeros(0, dtype=np.int64)]))]
 
 
 def find_overwritten_l1(
@@ -102,19 +92,25 @@ def find_overwritten_l1(
         )
 
 
-def _overwritten_runs(rows: U8, layout: Layout, looker: Looker) -> _Runs:
-    """The overwritten parts of tables, uint8 (tables, cluster size)."""
-    gone, whole = GoneTables(layout.geometry, layout.file_size).sectors(rows)
-    edge = np.diff(gone, axis=1, prepend=False, append=False)
-    row, bounds = np.nonzero(edge)
-    row, first, end = row[::2], bounds[::2], bounds[1::2]
-    content = np.zeros(len(row), dtype=np.int64)
-    is_whole = whole[row]
-    content[is_whole] = looker.contents(rows[row[is_whole]])
-    parts = np.flatnonzero(~is_whole)
-    sectors = rows.reshape(len(rows), -1, SECTOR)
-    content[parts] = looker.contents(sectors[row[parts], first[parts]])
-    return _Runs(row, first, end - first, content)
+def _overwritten_runs(
+    parts: TableParts, part: slice, rows: U8, layout: Layout, looker: Looker
+) -> _Runs:
+    """The overwritten parts of tables: *rows* are the bytes of the parts *part* of these."""
+    size, table = layout.geometry.cluster_size, parts.table[part]
+    gone, is_whole = GoneTables(layout.geometry, layout.file_size).sectors(rows, table)
+    row, inside = np.nonzero(gone & ~is_whole[:, None])
+    place = table[row] * (size // SECTOR) + parts.inside[part][row] // SECTOR + inside
+    goes_on = (np.diff(place, prepend=-2) == 1) & (place % (size // SECTOR) != 0)
+    first = np.flatnonzero(~goes_on)
+    content = looker.contents(rows.reshape(len(rows), -1, SECTOR)[row[first], inside[first]])
+    count = np.diff(first, append=len(place))
+    runs = np.stack((*np.divmod(place[first], size // SECTOR), count, content))
+    whole = distinct(table[is_whole])
+    looks = [looker.contents(some) for some in parts.whole(part, rows, whole, size)]
+    nothing, all_ = np.zeros_like(whole), np.full_like(whole, size // SECTOR)
+    wholes = np.stack((whole, nothing, all_, np.concatenate([content[:0], *looks])))
+    columns = np.append(runs, wholes, axis=1)
+    return _Runs(*columns[:, np.argsort(columns[0], kind="stable")])
 
 
 def _report_runs(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask
+from planner.arrays import I64, U8, U64, Mask, is_any_of
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.source import SECTOR
@@ -50,17 +50,20 @@ class GoneTables:
         top = self._limit.bit_length() - 1
         return entries.L2_OFFSET >> top << top
 
-    def sectors(self, rows: U8) -> tuple[Mask, Mask]:
+    def sectors(self, rows: U8, table: I64 | None = None) -> tuple[Mask, Mask]:
         """Which sectors of L2 tables are gone, and which tables as a whole.
 
-        *rows*: uint8 (tables, cluster size). Gives bool (tables, sectors) and (tables,).
+        *rows*: uint8 (n, bytes), whole tables; or parts of the tables numbered *table*, (n,)
+        ascending, of each all that hold more than zeros. Gives bool (n, sectors), and of each row
+        whether its table is gone as a whole, (n,).
         """
         count = len(rows)
         gone = np.zeros((count, rows.shape[1] // SECTOR), dtype=np.bool_)
         whole = np.zeros(count, dtype=np.bool_)
-        doubtful = np.flatnonzero(self._are_doubtful(rows))
+        table = np.arange(count) if table is None else table
+        doubtful = np.flatnonzero(is_any_of(table, table[self._are_doubtful(rows)]))
         if len(doubtful):
-            gone[doubtful], whole[doubtful] = self._sectors(rows[doubtful])
+            gone[doubtful], whole[doubtful] = self._sectors(rows[doubtful], table[doubtful])
         return gone, whole
 
     def counts(self, rows: U8) -> tuple[I64, I64]:
@@ -89,10 +92,11 @@ class GoneTables:
         bad = np.bincount(sector, minlength=filled.size).reshape(filled.shape)
         return little_is_left(bad, filled), filled
 
-    def _sectors(self, rows: U8) -> tuple[Mask, Mask]:
+    def _sectors(self, rows: U8, table: I64) -> tuple[Mask, Mask]:
         gone, filled = self._gone_and_filled(rows)
         # A table of which little else is left is gone as a whole: no zero in it means anything.
-        whole = np.count_nonzero(gone, axis=1) * 2 > np.count_nonzero(filled, axis=1)
+        lost, all_ = (np.bincount(table, np.count_nonzero(each, axis=1)) for each in (gone, filled))
+        whole: Mask = (lost * 2 > all_)[table]
         gone[whole] = True
         return gone, whole
 

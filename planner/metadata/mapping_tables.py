@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U64, Mask, distinct_columns, expand_ranges
+from planner.arrays import I32, I64, U8, U64, Mask, distinct_columns, expand_ranges, is_among
 from planner.findings.kinds import ACTIVE
 from planner.metadata.refcounts import PIECE_BYTES
 from planner.qcow2 import entries
@@ -174,6 +174,19 @@ class TableParts:
             batches.append(slice(start, end))
             start = end
         return read_parts(source, self.offsets[self.table] + self.inside, self.size, batches)
+
+    def whole(self, part: slice, rows: U8, which: I64, table_bytes: int) -> Iterator[U8]:
+        """The tables *which* of those that have *rows*, the bytes of the parts *part*: all of
+        each, with zeros for what is not there; uint8 (tables, table bytes), some at a time.
+        """
+        table, number = self.table[part], self.inside[part] // self.size
+        step = max(1, BATCH_BYTES // table_bytes)
+        for start in range(0, len(which), step):
+            some = which[start : start + step]
+            at = np.flatnonzero(is_among(table, some))
+            tables = np.zeros((len(some), table_bytes // self.size, self.size), dtype=np.uint8)
+            tables[np.searchsorted(some, table[at]), number[at]] = rows[at]
+            yield tables.reshape(len(some), -1)
 
     def positions(self, part: slice, flat: I64, geometry: Geometry) -> I64:
         """*flat* positions of entries in the parts *part*, as positions in the tables."""

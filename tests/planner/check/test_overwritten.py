@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 
 from planner.check.check import check_image
-from planner.check.classify import content_name
+from planner.check.classify import Looker, content_name
+from planner.check.overwritten import find_overwritten
 from planner.check.report import Report
+from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import NONE, Finding, FindingKind
+from planner.progress import Meter, tell_nobody
+from planner.qcow2.layout import Layout
 from planner.repair.overlay import Overlay
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import Bytes, read_bytes
 from planner.triage.impact import Harm, guest_impact
 from tests.images.builder import Image, ImageBuilder
+from tests.planner.sources import Sparse
 
 LOG = b'{"log":"request ok","t":1234567}\n'
 SHAPES = [
@@ -77,6 +82,33 @@ def test_a_refcount_block_over_a_table_vouches_for_nothing_behind_its_end(length
     if rows:
         lost = list(guest_impact(report).ranges[Harm.LOST].first(1))
         assert lost == [(0, image.geometry.l2_coverage)]
+
+
+@pytest.mark.parametrize("extended_l2", [False, True])
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_of_a_large_table_that_is_a_hole_only_what_is_there_is_read(
+    extended_l2: bool, is_whole: bool
+) -> None:
+    """And a part that was overwritten goes on from one piece of it to the next."""
+    image = disk(clusters=2, cluster_bits=18, extended_l2=extended_l2)
+    for index in (0, 1):
+        first = image.l2_table(index)
+        sound = bytes(image.data[first : first + image.geometry.l2_entry_size])
+        overwrite(image, first, sound * ((1 if is_whole else 16) * 512 // len(sound)))
+        overwrite(image, first + 3 * 4096 - 512, text(1024))
+        overwrite(image, first + 9 * 4096, text(4096))
+    source = Sparse.of(bytes(image.data), len(image.data), block=4096)
+    there, (report, rows) = check_image(source), found_in(image)
+    assert list(there.rows(FindingKind.TABLE_OVERWRITTEN)) == rows
+    assert len(rows) == (2 if is_whole else 4)
+    if not is_whole:
+        assert {content_name(row.found) for row in rows} == {"text"}
+    layout, signs, findings = Layout.read(source), report.entries, FindingsBuilder()
+    assert signs is not None
+    meter, source.bytes_read = Meter(tell_nobody, "census", 1), 0
+    find_overwritten(source, layout, Looker(layout, 0), signs, findings, meter=meter)
+    assert findings.build().counts() == {FindingKind.TABLE_OVERWRITTEN: len(rows)}
+    assert source.bytes_read <= 2 * 5 * 4096
 
 
 def test_a_sector_under_text_costs_what_it_mapped() -> None:
