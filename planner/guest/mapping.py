@@ -7,6 +7,7 @@ QEMU reads, and for what it refuses to. Nothing here reads the guest's bytes the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct, expand_ranges
+from planner.arrays import I64, U8, U64, Mask, distinct, expand_ranges, is_among
 from planner.metadata.gone_tables import GoneTables
+from planner.metadata.mapping_tables import TableParts
 from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType, L2Entries
 from planner.qcow2.geometry import SUBCLUSTERS_PER_CLUSTER, Geometry
@@ -38,6 +40,9 @@ _WALK_PIECE = 1 << 13
 """Entries of a table that are left out together where they are a hole: to ask is as much as to
 decode fewer.
 """
+
+_TABLES_WINDOW_EXTENDED = 1 << 13
+"""Entries of several tables that are decoded at a time; without subclusters `_WALK_WINDOW`."""
 
 MAX_LAID = 1 << 16
 """So many runs of tables are laid out at a time, and one table more."""
@@ -128,13 +133,18 @@ class Runs:
     @classmethod
     def unallocated(cls, offset: int, end: int) -> Runs:
         """One run, of which the image knows nothing."""
+        return cls.all_unallocated(np.array([offset]), np.array([end]))
+
+    @classmethod
+    def all_unallocated(cls, offset: I64, end: I64) -> Runs:
+        """Runs of that sort."""
         return cls(
-            np.array([offset], dtype=np.int64),
-            np.array([end - offset], dtype=np.int64),
-            np.array([RunKind.UNALLOCATED], dtype=np.uint8),
-            np.array([NO_HOST], dtype=np.int64),
-            np.zeros(1, dtype=np.int64),
-            np.zeros(1, dtype=np.uint8),
+            guest=offset,
+            length=end - offset,
+            kind=np.full(len(offset), RunKind.UNALLOCATED, dtype=np.uint8),
+            host=np.full(len(offset), NO_HOST, dtype=np.int64),
+            stored=np.zeros(len(offset), dtype=np.int64),
+            flaw=np.zeros(len(offset), dtype=np.uint8),
         )
 
     @classmethod
@@ -162,11 +172,12 @@ class Runs:
             flaw=self.flaw[which],
         )
 
-    def joined(self, *, packed: bool = False) -> Runs:
+    def joined(self, *, packed: bool = False, within: int = 0) -> Runs:
         """Neighbours that continue each other as one run.
 
         Each compressed cluster stays alone, unless *packed*: then ``host`` and ``stored`` are those
-        of the first one of a run.
+        of the first one of a run. *within*: so many bytes, if any, from a multiple of them on, no
+        run goes on behind.
         """
         if len(self) < 2:
             return self
@@ -179,6 +190,8 @@ class Runs:
             | (self.flaw[1:] != self.flaw[:-1])
             | (apart & ~compressed if packed else apart | compressed)
         )
+        if within:
+            breaks[1:] |= self.guest[1:] % within == 0
         first = np.flatnonzero(breaks)
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
 
@@ -244,14 +257,16 @@ def runs_of_entries(
     geometry: Geometry,
     table_flaw: U8,
     *,
-    nowhere: bool = False,
+    nowhere: bool | Mask = False,
+    clusters: I64 | int = 1,
 ) -> Runs:
-    """The runs of guest clusters, a run a cluster or subcluster.
+    """The runs of guest clusters, a run a cluster, or a subcluster where those of one differ.
 
     *guest*: their offsets. *words*, *bitmaps*: their L2 entries (uint64); *bitmaps* only with
     extended L2. *table_flaw*: `Flaw` of what leads to them, NONE where their words are what is in
-    the image. All of shape (clusters,). *nowhere*: with an external data file none of them is in
-    its place there, whatever *guest* is.
+    the image. All of shape (clusters,). *nowhere*: with an external data file none of them, or none
+    of those, is in its place there, whatever *guest* is. *clusters*: how many a run is of: more
+    than one only where their entries say nothing.
     """
     entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
     flaw = np.zeros(len(words), dtype=np.uint8)
@@ -263,7 +278,7 @@ def runs_of_entries(
     damaged = flaw != Flaw.NONE
     runs = Runs(
         guest=guest,
-        length=np.full(len(words), geometry.cluster_size, dtype=np.int64),
+        length=np.full(len(words), geometry.cluster_size, dtype=np.int64) * clusters,
         kind=np.where(damaged, RunKind.DAMAGED, _KIND_OF_TYPE[entry.types]).astype(np.uint8),
         host=np.where(damaged, NO_HOST, entry.offset),
         stored=np.where(damaged | ~entry.is_compressed, 0, entry.size),
@@ -272,60 +287,107 @@ def runs_of_entries(
     return runs if bitmaps is None else _subclusters(runs, bitmaps, geometry)
 
 
+def _are_alike(bitmaps: U64) -> Mask:
+    """Of which clusters all subclusters are the same."""
+    every = np.uint64(entries.SUBCLUSTERS_ALLOCATED)
+    zero, allocated = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER), bitmaps & every
+    alike: Mask = (zero == every) | ((zero == 0) & ((allocated == 0) | (allocated == every)))
+    return alike
+
+
 def _subclusters(runs: Runs, bitmaps: U64, geometry: Geometry) -> Runs:
     """Runs of whole clusters with extended L2 entries as runs of subclusters, where they differ."""
-    whole = (runs.kind == RunKind.COMPRESSED) | (runs.kind == RunKind.DAMAGED)
+    known = (runs.kind == RunKind.COMPRESSED) | (runs.kind == RunKind.DAMAGED)
+    whole = known | _are_alike(bitmaps)
     count = np.where(whole, 1, SUBCLUSTERS_PER_CLUSTER)
     of = np.repeat(np.arange(len(runs)), count)
     number = np.arange(len(of)) - np.repeat(np.cumsum(count) - count, count)
     size = geometry.cluster_size // SUBCLUSTERS_PER_CLUSTER
-    split = ~whole[of]
     allocated = bitmaps[of] >> number.astype(np.uint64) & np.uint64(1) != 0
     zero = bitmaps[of] >> (number + 32).astype(np.uint64) & np.uint64(1) != 0
     kind = np.where(zero, RunKind.ZERO, np.where(allocated, RunKind.DATA, RunKind.UNALLOCATED))
     host = runs.host[of]
     return Runs(
-        guest=runs.guest[of] + np.where(split, number * size, 0),
-        length=np.where(split, size, geometry.cluster_size),
-        kind=np.where(split, kind, runs.kind[of]).astype(np.uint8),
-        host=host + np.where(split & (host != NO_HOST), number * size, 0),
+        guest=runs.guest[of] + number * size,
+        length=np.where(whole, runs.length, size)[of],
+        kind=np.where(known[of], runs.kind[of], kind).astype(np.uint8),
+        host=host + np.where(host != NO_HOST, number * size, 0),
         stored=runs.stored[of],
         flaw=runs.flaw[of],
     )
 
 
-class _Kept:
-    """Tables that were decoded, by offset, and may come again: as many as `KEPT_RUNS` are."""
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where tables stand, a row each: ``number`` of the first L1 entry, ``times`` in a row, and
+    the offset of the ``table`` that is there.
+    """
 
-    def __init__(self) -> None:
-        self.tables: dict[int, Runs] = {}
-        self._runs = 0
+    number: I64
+    times: I64
+    table: I64
 
-    def keep(self, offset: int, runs: Runs) -> None:
-        self._runs += len(runs) + _OF_A_TABLE
-        if self._runs > KEPT_RUNS:
-            self.tables.clear()
-            self._runs = len(runs) + _OF_A_TABLE
-        self.tables[offset] = runs
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def select(self, which: I64 | slice) -> _Places:
+        """The rows *which*."""
+        return _Places(self.number[which], self.times[which], self.table[which])
+
+    def in_parts(self, rows: I64) -> Iterator[_Places]:
+        """All of them, up to `MAX_LAID` runs of theirs at a time and one table more.
+
+        *rows*: how many runs the table of each has; none has more than that.
+        """
+        most = MAX_LAID // rows
+        pieces = -(-self.times // most)
+        of = np.repeat(np.arange(len(self)), pieces)
+        before = (np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most[of]
+        times = np.minimum(most[of], self.times[of] - before)
+        every = _Places(self.number[of] + before, times, self.table[of])
+        rows = times * rows[of]
+        part = (np.cumsum(rows) - rows) // MAX_LAID
+        ends = np.flatnonzero(np.diff(part, append=-1)) + 1
+        for begin, end in itertools.pairwise([0, *ends.tolist()]):
+            yield every.select(slice(begin, end))
 
 
-def _laid(places: Sequence[tuple[int, int, Runs]], size: int, in_place: Runs | None) -> Runs:
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """What a walk is to give: guest bytes from ``offset`` to ``end``, ``packed`` as of
+    `Runs.joined`, ``reading`` as of `Mapping.walk`. ``again``: offsets of the tables that stand at
+    several L1 indices there, ascending.
+    """
+
+    offset: int
+    end: int
+    packed: bool
+    reading: Reading
+    again: I64
+
+    def repeats(self, tables: I64) -> Mask:
+        """Which of *tables* are such ones."""
+        return is_among(tables, self.again)
+
+
+def _laid(places: _Places, decoded: dict[int, Runs], size: int) -> Runs:
     """The runs of tables where they stand, ascending, with gaps where no table is.
 
-    *places*: L1 index, how many of them in a row, and the runs as if they stood at index 0. *size*:
-    guest bytes of a table. *in_place*: what is to be seen over them, in all of the disk.
+    *decoded*: those of each as if it stood at index 0. *size*: guest bytes of a table.
     """
-    tables = {id(runs): runs for _, _, runs in places}
-    which = {key: at for at, key in enumerate(tables)}
-    rows = np.array([len(runs) for runs in tables.values()])
-    number = np.array([number for number, _, _ in places])
-    times = np.array([times for _, times, _ in places])
-    table = np.repeat([which[id(runs)] for _, _, runs in places], times)
-    number = expand_ranges(number, number + times - 1)
+    offsets, which = np.unique(places.table, return_inverse=True)
+    tables = [decoded[offset] for offset in offsets.tolist()]
+    rows = np.array([len(runs) for runs in tables])
+    table = np.repeat(which, places.times)
+    number = expand_ranges(places.number, places.number + places.times - 1)
     last = np.cumsum(rows)[table]
     rows = rows[table]
-    runs = Runs.concatenate(list(tables.values())).select(expand_ranges(last - rows, last - 1))
-    runs = replace(runs, guest=runs.guest + np.repeat(number * size, rows))
+    runs = Runs.concatenate(tables).select(expand_ranges(last - rows, last - 1))
+    return replace(runs, guest=runs.guest + np.repeat(number * size, rows))
+
+
+def _over(in_place: Runs | None, runs: Runs) -> Runs:
+    """*runs*, ascending, over them what there is of *in_place* from the first to the last."""
     if in_place is None:
         return runs
     ends = [runs.guest[0], runs.guest[-1] + runs.length[-1]]
@@ -378,6 +440,8 @@ class Mapping:
         extended = geometry.extended_l2
         self._read_window = _READ_WINDOW_EXTENDED if extended else _READ_WINDOW
         self._walk_window = _WALK_WINDOW_EXTENDED if extended else _WALK_WINDOW
+        self._tables_window = _TABLES_WINDOW_EXTENDED if extended else _WALK_WINDOW
+        self._piece = min(geometry.l2_entries, _WALK_PIECE, self._walk_window)
         runs_a_window = self._read_window * (SUBCLUSTERS_PER_CLUSTER if extended else 1)
         self._windows_kept = max(1, KEPT_RUNS // runs_a_window)
         self._kept: dict[int, Runs] = {}
@@ -481,65 +545,149 @@ class Mapping:
 
     def _walk_tables(self, offset: int, end: int, packed: bool, reading: Reading) -> Iterator[Runs]:
         """The same table by table; one that repeats is decoded once, unless it has very many."""
-        size = self.geometry.l2_coverage
-        numbers = self._numbers_in_use(offset, end, size)
+        numbers = self._numbers_in_use(offset, end, self.geometry.l2_coverage)
         tables = self._offset[np.searchsorted(self._index, numbers)]
         offsets, times = np.unique(tables, return_counts=True)
-        again = frozenset(offsets[times > 1].tolist())
-        in_place = self._in_place(numbers, tables, again, reading)
+        walk = _Walk(offset, end, packed, reading, offsets[times > 1])
+        in_place = self._in_place(numbers, tables, walk)
         breaks = np.ones(len(numbers), dtype=np.bool_)
         breaks[1:] = (np.diff(numbers) != 1) | (np.diff(tables) != 0)
         first = np.flatnonzero(breaks)
-        laid, rows = list[tuple[int, int, Runs]](), 0
-        columns = numbers[first], np.diff(first, append=len(numbers)), tables[first]
-        for place in self._places(columns, again, (offset, end), packed, reading):
-            laid.append(place)
-            rows += place[1] * len(place[2])
+        places = _Places(numbers[first], np.diff(first, append=len(numbers)), tables[first])
+        laid, rows = list[Runs](), 0
+        for runs in self._lay(places, walk):
+            laid.append(runs)
+            rows += len(runs)
             if rows >= MAX_LAID:
-                yield _laid(laid, size, in_place)
+                yield _over(in_place, Runs.concatenate(laid))
                 laid, rows = [], 0
         if laid:
-            yield _laid(laid, size, in_place)
+            yield _over(in_place, Runs.concatenate(laid))
 
-    def _places(
-        self,
-        columns: tuple[I64, I64, I64],
-        again: frozenset[int],
-        wanted: tuple[int, int],
-        packed: bool,
-        reading: Reading,
-    ) -> Iterator[tuple[int, int, Runs]]:
-        """What `_laid` lays out, ascending; of a table with very many runs a part at a time.
-
-        *columns*: L1 indices, how many in a row, and the table that is there. *again*: tables that
-        stand at several. *wanted*: from which guest offset to which; of tables with very many runs
-        no part that is outside.
+    def _lay(self, places: _Places, walk: _Walk) -> Iterator[Runs]:
+        """The runs of the tables at *places*, ascending; of one with very many a part at a time,
+        and no part that is not wanted. Those that come again are kept, as many as `KEPT_RUNS` are.
         """
-        kept, size = _Kept(), self.geometry.l2_coverage
-        for start, length, table in zip(*(each.tolist() for each in columns), strict=True):
-            nowhere = table in again
-            runs = kept.tables.get(table)
-            if runs is None:
-                runs = self._whole_table(start, table, packed, reading, nowhere=nowhere)
-                if table in again:
-                    kept.keep(table, runs)
-            if not len(runs):
-                for number in range(start, start + length):
-                    low, high = (each - number * size for each in wanted)
-                    parts = self._parts(
-                        start, table, packed, reading, nowhere=nowhere, low=low, high=high
-                    )
-                    yield from ((number, 1, part) for part in parts)
-                continue
-            count = max(1, MAX_LAID // len(runs))
-            for number in range(start, start + length, count):
-                yield number, min(count, start + length - number), runs
+        end = 0
+        while end < len(places):
+            places, decoded, kept = places.select(slice(end, None)), dict[int, Runs](), 0
+            _, first = np.unique(places.table, return_index=True)
+            first, known, end = np.sort(first), 0, 0
+            for tables in self._decoded(places.select(first), walk):
+                decoded |= tables
+                repeats = walk.repeats(places.table[first[known : known + len(tables)]]).tolist()
+                known += len(tables)
+                start, end = end, int(first[known]) if known < len(first) else len(places)
+                some = places.select(slice(start, end))
+                yield from self._lay_decoded(some, decoded, walk)
+                for (table, runs), is_repeated in zip(tables.items(), repeats, strict=True):
+                    if is_repeated:  # a copy: the others of its batch are not kept with it
+                        decoded[table] = runs.select(np.arange(len(runs)))
+                        kept += len(runs) + _OF_A_TABLE
+                    else:
+                        del decoded[table]
+                if kept > KEPT_RUNS:
+                    break
 
-    def _in_place(
-        self, numbers: I64, tables: I64, again: frozenset[int], reading: Reading
-    ) -> Runs | None:
-        """The rows of entries that are in their place in the data file, of the tables *again* that
-        stand at several L1 indices: each can be at one of them. Ascending, with gaps.
+    def _decoded(self, places: _Places, walk: _Walk) -> Iterator[dict[int, Runs]]:
+        """The tables at *places*, each at one of them, some at a time, as `_whole_tables` does."""
+        most = self._tables_window // self._piece
+        for start in range(0, len(places), most):
+            some = places.select(slice(start, start + most))
+            held = self._are_held(some.table)
+            while len(some):
+                tables = self._whole_tables(some, held, walk)
+                yield tables
+                some, held = some.select(slice(len(tables), None)), held[len(tables) :]
+
+    def _lay_decoded(
+        self, places: _Places, decoded: dict[int, Runs], walk: _Walk
+    ) -> Iterator[Runs]:
+        """The same of tables that were *decoded*, each as `_whole_tables` gives it."""
+        offsets, which = np.unique(places.table, return_inverse=True)
+        rows = np.array([len(decoded[offset]) for offset in offsets.tolist()])[which]
+        turns = np.flatnonzero(np.diff(rows == 0)) + 1
+        for start, end in itertools.pairwise([0, *turns.tolist(), len(places)]):
+            some = places.select(slice(start, end))
+            if rows[start]:
+                for part in some.in_parts(rows[start:end]):
+                    yield _laid(part, decoded, self.geometry.l2_coverage)
+                continue
+            columns = some.number.tolist(), some.times.tolist(), self._are_held(some.table)
+            again = walk.repeats(some.table).tolist()
+            for number, times, held, nowhere in zip(*columns, again, strict=True):
+                for each in range(number, number + times):
+                    yield from self._parts(each, held, walk, nowhere=nowhere)
+
+    def _whole_tables(self, places: _Places, held: Mask, walk: _Walk) -> dict[int, Runs]:
+        """All runs of the first tables at *places*, as if they stood at index 0, by their offsets.
+
+        None of one that has more than `MAX_LAID`: to decode such a table anew each time takes no
+        longer than to do anything with its runs, and memory for a part of it. *held*: as
+        `_are_held` gives it of all of them.
+        """
+        size, at = self.geometry.l2_coverage, self._pieces
+        total = np.cumsum(np.count_nonzero(held, axis=1) * self._piece)
+        count = int(np.searchsorted(total, self._tables_window, side="right"))
+        if not count:
+            table = int(places.table[0])
+            return {table: self._whole_table(int(places.number[0]), table, held[0], walk)}
+        walk.reading(int(total[count - 1]))
+        places, held = places.select(slice(count)), held[:count]
+        home = places.number * size
+        row, column = np.nonzero(held)
+        guest = home[row] + (at[column] << self.geometry.cluster_bits)
+        parts = self._decode_pieces(guest, places.table[row], at[column], walk)
+        row, bounds = np.nonzero(np.diff(held, prepend=True, append=True, axis=1))
+        bounds = home[row] + (bounds * self._piece << self.geometry.cluster_bits)
+        runs = Runs.concatenate([*parts, Runs.all_unallocated(bounds[::2], bounds[1::2])])
+        runs = runs.select(np.argsort(runs.guest, kind="stable"))
+        runs = runs.joined(packed=walk.packed, within=size)
+        low, high = (np.searchsorted(runs.guest, each) for each in (home, home + size))
+        low = np.where(high - low > MAX_LAID, high, low)
+        runs = replace(runs, guest=runs.guest % size)
+        columns = places.table.tolist(), low.tolist(), high.tolist()
+        return {
+            table: runs.select(slice(start, stop))
+            for table, start, stop in zip(*columns, strict=True)
+        }
+
+    def _decode_pieces(self, guest: I64, table: I64, at: I64, walk: _Walk) -> Iterator[Runs]:
+        """The joined runs of pieces of tables: from guest offset *guest* on, of the *table* there
+        from entry *at* on.
+
+        Of extended entries no more than become `MAX_LAID` runs are taken apart at a time.
+        """
+        geometry, inside = self.geometry, np.arange(self._piece) << self.geometry.cluster_bits
+        words, flaws = self._read_pieces(table + at * geometry.l2_entry_size)
+        words, bitmaps = self._split(words)
+        guest = (guest[:, None] + inside).reshape(-1)
+        nowhere = np.repeat(walk.repeats(table), self._piece)
+        runs = np.ones(len(words), dtype=np.int64)
+        if bitmaps is not None:
+            runs[~_are_alike(bitmaps)] = SUBCLUSTERS_PER_CLUSTER
+        ends = np.flatnonzero(np.diff((np.cumsum(runs) - runs) // MAX_LAID, append=-1)) + 1
+        for start, end in itertools.pairwise([0, *ends.tolist()]):
+            part = slice(start, end)
+            some = None if bitmaps is None else bitmaps[part]
+            decoded = self._runs_of(
+                guest[part], words[part], some, flaws[part], nowhere=nowhere[part]
+            )
+            yield decoded.joined(packed=walk.packed, within=geometry.l2_coverage)
+
+    def _read_pieces(self, offset: I64) -> tuple[U64, U8]:
+        """The words of pieces of tables at *offset*, and the flaw of each entry."""
+        size = self._piece * self.geometry.l2_entry_size
+        words = np.zeros((len(offset), size // 8), dtype=np.uint64)
+        for part, rows in read_tables(self._source, offset, size):
+            words[part] = rows.view(">u8")
+        flaws = np.zeros((len(offset), self._piece), dtype=np.uint8)
+        self._mark(flaws, np.arange(len(offset)), offset)
+        return words.reshape(-1), flaws.reshape(-1)
+
+    def _in_place(self, numbers: I64, tables: I64, walk: _Walk) -> Runs | None:
+        """The rows of entries that are in their place in the data file, of the tables that stand at
+        several L1 indices: each can be at one of them. Ascending, with gaps.
 
         *tables*: where the tables of L1 indices *numbers* are. None: without such a file no entry
         has a place, nor has any if there are none. Wherever else such a table stands, what it maps
@@ -547,102 +695,80 @@ class Mapping:
         """
         if not self.geometry.external_data:
             return None
-        found = list[Runs]()
-        for offset in again:
-            found += self._homes(numbers, tables, offset, reading)
-        if not found:
-            return None
-        rows = Runs.concatenate(found)
-        return rows.select(np.argsort(rows.guest, kind="stable"))
+        found, most = list[Runs](), self._tables_window // self._piece
+        for start in range(0, len(walk.again), most):
+            offsets = walk.again[start : start + most]
+            row, column = np.nonzero(self._are_held(offsets))
+            for begin in range(0, len(row), most):
+                part = slice(begin, begin + most)
+                places = offsets[row[part]], self._pieces[column[part]]
+                walk.reading(len(places[0]) * self._piece)
+                found.append(self._homes(numbers, tables, *places))
+        rows = Runs.concatenate(found) if found else Runs.unallocated(0, 0)
+        return rows.select(np.argsort(rows.guest, kind="stable")) if len(rows) else None
 
-    def _homes(self, numbers: I64, tables: I64, offset: int, reading: Reading) -> Iterator[Runs]:
-        """The same of the table at *offset*."""
+    def _homes(self, numbers: I64, tables: I64, table: I64, at: I64) -> Runs:
+        """The same of the pieces of *table* from entry *at* on."""
         geometry = self.geometry
-        number = int(numbers[np.argmax(tables == offset)])
-        at, held, counts = self._parts_of(offset)
-        for first, count in zip(at[held].tolist(), counts[held].tolist(), strict=True):
-            reading(count)
-            words, flaws = self._read_words(
-                self._source, number * geometry.l2_entries + first, count
-            )
-            words, bitmaps = self._split(words)
-            entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
-            guest = np.arange(first, first + count, dtype=np.int64) << geometry.cluster_bits
-            homes, rest = np.divmod(entry.offset - guest, geometry.l2_coverage)
-            at = np.minimum(np.searchsorted(numbers, homes), len(numbers) - 1)
-            there = (numbers[at] == homes) & (tables[at] == offset) & (rest == 0)
-            there &= entry.has_cluster & (flaws == Flaw.NONE)
-            if there.any():
-                yield self._runs_of(
-                    (homes * geometry.l2_coverage + guest)[there],
-                    words[there],
-                    None if bitmaps is None else bitmaps[there],
-                    flaws[there],
-                )
+        words, flaws = self._read_pieces(table + at * geometry.l2_entry_size)
+        words, bitmaps = self._split(words)
+        entry = L2Entries(geometry, words, entries.bitmaps_of(words, bitmaps))
+        guest = (at[:, None] + np.arange(self._piece)).reshape(-1) << geometry.cluster_bits
+        homes, rest = np.divmod(entry.offset - guest, geometry.l2_coverage)
+        place = np.minimum(np.searchsorted(numbers, homes), len(numbers) - 1)
+        there = (numbers[place] == homes) & (tables[place] == np.repeat(table, self._piece))
+        there &= (rest == 0) & entry.has_cluster & (flaws == Flaw.NONE)
+        some = None if bitmaps is None else bitmaps[there]
+        guest = (homes * geometry.l2_coverage + guest)[there]
+        return self._runs_of(guest, words[there], some, flaws[there])
 
-    def _whole_table(
-        self, number: int, offset: int, packed: bool, reading: Reading, *, nowhere: bool
-    ) -> Runs:
-        """All runs of the table at *offset*, L1 index *number*, as if it stood at index 0.
-
-        An empty answer where there are more than `MAX_LAID`: to decode such a table anew each time
-        takes no longer than to do anything with its runs, and memory for a part of it.
-        *nowhere*: as of `runs_of_entries`.
-        """
+    def _whole_table(self, number: int, offset: int, held: Mask, walk: _Walk) -> Runs:
+        """As `_whole_tables`, of the one at *offset*, L1 index *number*."""
+        home, size = number * self.geometry.l2_coverage, self.geometry.l2_coverage
         parts, rows = list[Runs](), 0
-        for part in self._parts(number, offset, packed, reading, nowhere=nowhere):
+        whole = replace(walk, offset=home, end=home + size)
+        for part in self._parts(
+            number, held, whole, nowhere=bool(walk.repeats(np.array([offset]))[0])
+        ):
             parts.append(part)
             rows += len(part)
             if rows > MAX_LAID:
                 return part.select(slice(0, 0))
-        return Runs.concatenate(parts).joined(packed=packed)
+        runs = Runs.concatenate(parts).joined(packed=walk.packed)
+        return replace(runs, guest=runs.guest - home)
 
-    def _parts(
-        self,
-        number: int,
-        offset: int,
-        packed: bool,
-        reading: Reading,
-        *,
-        nowhere: bool,
-        low: int = 0,
-        high: int | None = None,
-    ) -> Iterator[Runs]:
-        """The same a part at a time, however many there are; of those that have anything of what
-        is from *low* to *high*."""
-        geometry = self.geometry
-        at, held, counts = self._parts_of(offset)
-        home = number * geometry.l2_coverage
-        inside = at + counts > low >> geometry.cluster_bits
-        if high is not None:
-            inside &= at << geometry.cluster_bits < high
-        at, held, counts = at[inside], held[inside], counts[inside]
-        at += number * geometry.l2_entries
-        columns = at.tolist(), held.tolist(), counts.tolist()
-        for first, is_held, count in zip(*columns, strict=True):
-            if is_held:
-                reading(count)
-                runs = self._decode(self._source, first, count, nowhere=nowhere)
-                runs = runs.joined(packed=packed)
-            else:
-                begin, end = (
-                    first << geometry.cluster_bits,
-                    (first + count) << geometry.cluster_bits,
-                )
-                runs = Runs.unallocated(begin, end)
-            yield replace(runs, guest=runs.guest - home)
+    def _parts(self, number: int, held: Mask, walk: _Walk, *, nowhere: bool) -> Iterator[Runs]:
+        """The runs of the table at L1 index *number* a part at a time, however many there are; of
+        those that have anything of what is wanted.
 
-    def _parts_of(self, offset: int) -> tuple[I64, Mask, I64]:
-        """The first entries of the parts in which the table at *offset* is gone through, which of
-        them may say anything, and how many entries each has."""
-        count = self.geometry.l2_entries
-        piece, longest = min(count, _WALK_PIECE, self._walk_window), min(count, self._walk_window)
-        at = np.arange(0, count, piece, dtype=np.int64)
-        held = self._parts_in_use(offset + at * self.geometry.l2_entry_size, piece)
-        begins = at % longest == 0
+        *held*: which of its pieces may say anything. *nowhere*: as of `runs_of_entries`.
+        """
+        bits, most, at = self.geometry.cluster_bits, self.geometry.l2_entries, self._pieces
+        # Neighbours that are there, and those that are not, together.
+        begins = at % min(most, self._walk_window) == 0
         begins[1:] |= held[1:] != held[:-1]
-        first = at[begins]
-        return first, held[begins], np.diff(first, append=count)
+        first = np.flatnonzero(begins)
+        start = number * most + at[first]
+        stop = start + np.diff(at[first], append=most)
+        inside = (stop << bits > walk.offset) & (start << bits < walk.end)
+        columns = start[inside].tolist(), stop[inside].tolist(), held[first][inside].tolist()
+        for begin, end, is_held in zip(*columns, strict=True):
+            if is_held:
+                walk.reading(end - begin)
+                runs = self._decode(self._source, begin, end - begin, nowhere=nowhere)
+                yield runs.joined(packed=walk.packed)
+            else:
+                yield Runs.unallocated(begin << bits, end << bits)
+
+    @property
+    def _pieces(self) -> I64:
+        """The first entries of the pieces in which a table is gone through."""
+        return np.arange(0, self.geometry.l2_entries, self._piece)
+
+    def _are_held(self, tables: I64) -> Mask:
+        """Which pieces of *tables* may say anything, (tables, pieces)."""
+        offset = (tables[:, None] + self._pieces * self.geometry.l2_entry_size).reshape(-1)
+        return self._parts_in_use(offset, self._piece).reshape(len(tables), -1)
 
     @cached_property
     def _in_use(self) -> Mask:
@@ -708,6 +834,12 @@ class Mapping:
         """Tables that were overwritten: their offsets, ascending, and which of their sectors."""
         is_wanted = (self._index >= self._marked.start) & (self._index < self._marked.stop)
         offsets, masks = distinct(self._offset[self._in_use & is_wanted]), []
+        parts = TableParts.of(self._source, offsets, self.geometry.cluster_size)
+        if parts.size < self.geometry.cluster_size:  # none is read whole of which no sector is gone
+            found = [parts.table[:0]]
+            for part, rows in parts.read(self._source):
+                found.append(parts.table[part][self._gone_tables.counts(rows)[0] > 0])
+            offsets = offsets[distinct(np.concatenate(found))]
         for part, rows in read_tables(self._source, offsets, self.geometry.cluster_size):
             sectors, _ = self._gone_tables.sectors(rows)
             some = np.flatnonzero(sectors.any(axis=1))
@@ -728,10 +860,10 @@ class Mapping:
         hit = np.flatnonzero(np.append(tables, -1)[at] == start)
         if not len(hit):
             return
-        # Where not all of a table is asked for, it is one.
-        first = int(offset[0] - start[0]) // self.geometry.l2_entry_size
-        each = np.repeat(sectors[at[hit]], SECTOR // self.geometry.l2_entry_size, axis=1)
-        each = each[:, first : first + flaws.shape[1]]
+        # Not all of a table may have been asked for.
+        of_sector = SECTOR // self.geometry.l2_entry_size
+        inside = (offset - start)[hit, None] // SECTOR + np.arange(flaws.shape[1] // of_sector)
+        each = np.repeat(sectors[at[hit, None], inside], of_sector, axis=1)
         flaws[rows[hit]] = np.where(each, np.uint8(Flaw.TABLE_GONE), flaws[rows[hit]])
 
     def _lifeless(self, low: int, high: int) -> Runs:
@@ -778,10 +910,36 @@ class Mapping:
         return (words[0::2], words[1::2]) if self.geometry.extended_l2 else (words, None)
 
     def _runs_of(
-        self, guest: I64, words: U64, bitmaps: U64 | None, flaws: U8, *, nowhere: bool = False
+        self,
+        guest: I64,
+        words: U64,
+        bitmaps: U64 | None,
+        flaws: U8,
+        *,
+        nowhere: bool | Mask = False,
     ) -> Runs:
-        """As `runs_of_entries`, but that what is past the end of the data file is lost."""
-        runs = runs_of_entries(guest, words, bitmaps, self.geometry, flaws, nowhere=nowhere)
+        """As `runs_of_entries`, but that what is past the end of the data file is lost.
+
+        Entries of a table that say nothing, one after the other, become one run: often most do.
+        """
+        says_nothing = words == 0
+        if bitmaps is not None:
+            says_nothing &= bitmaps == 0
+        at = np.flatnonzero(says_nothing | (flaws != Flaw.NONE))
+        goes_on = (np.diff(at) == 1) & (np.diff(guest[at]) == self.geometry.cluster_size)
+        goes_on &= (guest[at[1:]] % self.geometry.l2_coverage != 0) & (np.diff(flaws[at]) == 0)
+        is_first = np.ones(len(words), dtype=np.bool_)
+        is_first[at[1:][goes_on]] = False
+        first = np.flatnonzero(is_first)
+        runs = runs_of_entries(
+            guest[first],
+            words[first],
+            None if bitmaps is None else bitmaps[first],
+            self.geometry,
+            flaws[first],
+            nowhere=nowhere if isinstance(nowhere, bool) else nowhere[first],
+            clusters=np.diff(first, append=len(words)),
+        )
         return runs if self._data_end is None else runs.without_lost(self._data_end)
 
     def _read_words(self, source: Source, first: int, count: int) -> tuple[U64, U8]:
@@ -807,13 +965,19 @@ class Mapping:
             for part, rows in read_tables(source, offset, geometry.cluster_size):
                 words[index[part]] = rows.view(">u8")
         each = np.repeat(flaws, words.shape[1] // width)
-        if self._marked:
-            self._mark_gone(each.reshape(len(words), -1), index, offset)
-        if self._salvaged is not None:
-            self._mark_lost(self._salvaged, each.reshape(len(words), -1), index, offset)
+        self._mark(each.reshape(len(words), -1), index, offset)
         if self._is_gone:
             each[:] = Flaw.TABLE_GONE
         return words.reshape(-1), each
+
+    def _mark(self, flaws: U8, rows: I64, offset: I64) -> None:
+        """Mark the entries in *rows*, which stand at *offset* in the file, that are not there or
+        were overwritten.
+        """
+        if self._marked:
+            self._mark_gone(flaws, rows, offset)
+        if self._salvaged is not None:
+            self._mark_lost(self._salvaged, flaws, rows, offset)
 
     def _mark_lost(self, source: Salvaged, flaws: U8, rows: I64, offset: I64) -> None:
         """Mark the entries in *rows*, which stand at *offset* in the file, that are not there."""

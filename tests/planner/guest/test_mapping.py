@@ -5,15 +5,25 @@ import struct
 import tracemalloc
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
+from planner.arrays import I64
 from planner.errors import ReadFailed
-from planner.guest.mapping import FLAW_SENTENCES, MAX_LAID, Flaw, Mapping, RunKind, Runs
+from planner.guest.mapping import (
+    FLAW_SENTENCES,
+    MAX_LAID,
+    Flaw,
+    Mapping,
+    RunKind,
+    Runs,
+    runs_of_entries,
+)
 from planner.qcow2.entries import COMPRESSED, COPIED, NO_HOST
 from planner.qcow2.geometry import Geometry
-from planner.source import Bytes, Source
+from planner.source import Bytes
 from tests.planner.sources import Sparse
 
 L1_OFFSET = 1 << 16
@@ -421,7 +431,7 @@ def test_tables_that_take_turns_are_laid_out_many_at_a_time(
     # And what is behind the last.
     assert len(parts) <= 2
     # Of either table a part is there; with a data file that is read once more for homes.
-    assert len(told) == (1 + (between == 2 << 21)) * (1 + is_external)
+    assert sum(told) == (1 + (between == 2 << 21)) * (1 + is_external) << 13
     start = geometry.l2_coverage * 100
     low, high = start - geometry.cluster_size, start + 512 * geometry.cluster_size
     shown, read = parts[0].cut(low, high).joined(), mapping.runs(low, high).joined()
@@ -547,14 +557,9 @@ def test_an_l1_table_past_the_end_of_the_file_takes_little_memory_whatever_it_cl
 
 def walked(mapping: Mapping, size: int) -> tuple[Runs, int]:
     """All runs from 0 to *size*, in one; and how many entries were decoded for them."""
-    decoded, decode = [0], mapping._decode
-
-    def counting(source: Source, first: int, count: int, *, nowhere: bool = False) -> Runs:
-        decoded[0] += count
-        return decode(source, first, count, nowhere=nowhere)
-
-    mapping._decode = counting  # type: ignore[method-assign]
-    return Runs.concatenate(list(mapping.walk(0, size))).joined(), decoded[0]
+    told = list[int]()
+    runs = Runs.concatenate(list(mapping.walk(0, size, reading=told.append))).joined()
+    return runs, sum(told)
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["each alone", "many at one place"])
@@ -583,6 +588,37 @@ def test_of_a_table_that_is_a_hole_for_the_most_only_the_rest_is_gone_through(
     lost = int(runs.length[runs.flaw == Flaw.TABLE_LOST].sum())
     after = (middle // geometry.cluster_size - block // 8) * geometry.cluster_size
     assert lost == (after * (1 + alike) if data_end is not None else 0)
+
+
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_tables_that_are_holes_for_the_most_are_decoded_together(
+    is_extended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what says nothing in them, and clusters that are all alike, are a run each."""
+    geometry, count, block = Geometry(3, 21, 4, 0, extended_l2=is_extended), 64, 4096
+    tables = (np.arange(count, dtype=np.uint64) + np.uint64(1)) << 21
+    blocks = {0: tables.astype(">u8").tobytes().ljust(block, b"\0")}
+    for table in tables.tolist():
+        entry = (COPIED | table << 8).to_bytes(8, "big") + (is_extended * 0xFFFF_FFFF).to_bytes(
+            8, "big"
+        )
+        blocks[table // block] = bytes(64) + entry[: geometry.l2_entry_size] + bytes(block - 80)
+    decoded = list[tuple[int, int]]()
+
+    def noting(guest: I64, *arguments: Any, **options: Any) -> Runs:
+        runs = runs_of_entries(guest, *arguments, **options)
+        decoded.append((len(guest), len(runs)))
+        return runs
+
+    monkeypatch.setattr("planner.guest.mapping.runs_of_entries", noting)
+    mapping = Mapping(Sparse(blocks, 1 << 30, block), geometry, 0, count)
+    runs, _ = walked(mapping, count * geometry.l2_coverage)
+    place = 64 // geometry.l2_entry_size * geometry.cluster_size
+    data = runs.select(runs.kind == RunKind.DATA)
+    assert data.guest.tolist() == [at * geometry.l2_coverage + place for at in range(count)]
+    assert data.host.tolist() == (tables << 8).tolist()
+    assert len(decoded) <= count // 4
+    assert sum(entries for entries, _ in decoded) == sum(runs for _, runs in decoded) == 3 * count
 
 
 def test_of_tables_that_stand_alone_no_neighbours_are_gone_through() -> None:
