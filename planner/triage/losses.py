@@ -14,19 +14,20 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U8, U32, U64, Mask, distinct, expand_ranges
+from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges, is_among
 from planner.check.claims import refcounts_are_shared
 from planner.check.past_end import references_past_end
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.findings.wording import plural
-from planner.metadata.mapping_tables import data_and_compressed, read_l1_tables
+from planner.metadata.mapping_tables import clusters_of_entries, read_l1_tables
 from planner.metadata.regions import Regions
 from planner.qcow2 import entries
-from planner.source import Source, present_tables, read_tables
+from planner.source import Source, present_tables
 from planner.triage.astray import astray_data
 from planner.triage.l1_holes import Gaps
 from planner.triage.strays import Strays, count_owners
+from planner.triage.table_entries import TableEntries, read_entries
 from planner.triage.traces import Traces
 
 
@@ -530,22 +531,22 @@ class _Disk:
         doubtful, strays = [offsets[:0]], Strays(self._source, self._report)
         wanted, offsets = wanted[present], offsets[present]
         is_active = np.isin(offsets, self._l1.offset)
-        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
-            words, bitmaps = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
-            filled = self._are_filled(words, bitmaps)
-            wrong = strays.wrong(words, bitmaps, filled)
-            is_empty = (filled == wrong).all(axis=1)
+        is_named = np.zeros(len(offsets), dtype=np.bool_)
+        for part, found in read_entries(self._source, offsets, geometry):
+            is_named[part] = True
+            filled = self._are_filled(found.words, found.bitmaps)
+            wrong = strays.wrong(found.words, found.bitmaps, filled)
+            is_empty = found.count(filled & ~wrong) == 0
             empty.append(wanted[part][is_empty])
-            unsound.append(offsets[part][is_empty & filled.any(axis=1)])
-            parted.append(wanted[part][self.traces.lacking(offsets[part], words, filled)])
-            other = ~is_active[part]
-            mine = is_active[part] if other.any() else slice(None)  # of all nothing is copied
-            alone = strays.alone(words[mine], filled[mine], wrong[mine])
-            doubtful.append(offsets[part][mine][alone])
-            lone = wrong[mine] | (~filled[mine] & (words[mine] != 0))
-            bits.append(strays.single_bits(offsets[part][mine], words[mine], lone))
-            self._look_at(offsets[part][mine], rows[mine], filled[mine])
-            self._look_for_shared(tables.select(wanted[part][other]), words[other])
+            unsound.append(offsets[part][is_empty & (found.count(filled) > 0)])
+            parted.append(wanted[part][self.traces.lacking(found.select(filled))])
+            is_mine = is_active[part][found.row]
+            mine, filled, wrong = found.select(is_mine), filled[is_mine], wrong[is_mine]
+            doubtful.append(offsets[part][strays.alone(mine, filled, wrong)])
+            bits.append(strays.single_bits(mine, wrong | ~filled))
+            self._look_at(mine, filled)
+            self._look_for_shared(tables.select(wanted[part]), found.select(~is_mine))
+        empty.append(wanted[~is_named])
         self._unsound, self._doubtful = np.concatenate(unsound), np.concatenate(doubtful)
         self._strays, self._bits = strays, np.concatenate(bits, axis=1)
         zeros = distinct(np.concatenate(empty))
@@ -562,23 +563,19 @@ class _Disk:
         filled: Mask = (words & ~np.uint64(flag)) != 0
         return filled if bitmaps is None else filled | (bitmaps != 0)
 
-    def _filled(self, rows: U8) -> Mask:
-        """Which entries of whole tables say anything."""
-        words = entries.decode_words(rows)
-        return self._are_filled(*entries.split_entries(words, self._geometry.extended_l2))
-
-    def _look_at(self, offsets: I64, rows: U8, filled: Mask) -> None:
+    def _look_at(self, found: TableEntries, filled: Mask) -> None:
         """Count the entries of active tables that map nothing, and mark what the others map."""
-        used = filled.any(axis=1)
-        used &= ~np.isin(offsets >> self._geometry.cluster_bits, self._astray)
-        free, offsets = ~filled[used], offsets[used]
+        used = found.count(filled) > 0
+        used &= ~np.isin(found.offset >> self._geometry.cluster_bits, self._astray)
+        offsets, all_entries = found.offset[used], self._geometry.l2_entries
         # The last table goes on behind the end of the disk, and the L1 table may.
-        whole, rest = divmod(self._geometry.guest_clusters, free.shape[1])
-        for among, width in ((slice(0, whole), free.shape[1]), (slice(whole, whole + 1), rest)):
-            free_entries = np.count_nonzero(free[:, :width], axis=1)
+        whole, rest = divmod(self._geometry.guest_clusters, all_entries)
+        for among, width in ((slice(0, whole), all_entries), (slice(whole, whole + 1), rest)):
+            free_entries = width - found.count(filled & (found.at < width))[used]
             self._free += int((free_entries * self._led_to(offsets, among)).sum())
         if self._report.layout is not None and self._can_share:
-            data, _ = data_and_compressed(np.ascontiguousarray(rows), self._report.layout)
+            words = found.words[found.words != 0]
+            data, _ = clusters_of_entries(words, self._report.layout)
             self._is_mapped |= np.isin(self._in_use, data)
 
     def _led_to(self, offsets: I64, among: slice) -> I64:
@@ -588,16 +585,18 @@ class _Disk:
         low, high = (np.searchsorted(tables, offsets, side=side) for side in ("left", "right"))
         return high - low
 
-    def _look_for_shared(self, tables: Regions, words: U64) -> None:
-        """Note which clusters in use *tables* of snapshots lead to, and for which guest cluster."""
+    def _look_for_shared(self, tables: Regions, found: TableEntries) -> None:
+        """Note which clusters in use entries of snapshots' *tables* lead to, and for which guest
+        cluster.
+        """
         if not len(self._in_use):
             return
-        hosts = entries.l2_offsets(words) >> self._geometry.cluster_bits
-        hosts[(words & np.uint64(entries.COMPRESSED)) != 0] = 0
+        hosts = entries.l2_offsets(found.words) >> self._geometry.cluster_bits
+        hosts[(found.words & np.uint64(entries.COMPRESSED)) != 0] = 0
         # An entry without an offset has nothing in the header's cluster.
-        row, at = np.nonzero(np.isin(hosts, self._in_use) & (hosts > 0))
-        guest = tables.l1_index[row] * words.shape[1] + at
-        self._shared.append(np.stack((hosts[row, at], guest)))
+        at = np.flatnonzero(np.isin(hosts, self._in_use) & (hosts > 0))
+        guest = tables.l1_index[found.row[at]] * self._geometry.l2_entries + found.at[at]
+        self._shared.append(np.stack((hosts[at], guest)))
 
     def _shared_and_lost(self) -> _Shared:
         """What the disk has nothing in the place of: it may have lost an entry there."""
@@ -631,8 +630,9 @@ class _Disk:
         places, at = np.unique(offsets, return_inverse=True)
         count, size = np.zeros(len(places), dtype=np.int64), self._geometry.cluster_size
         there = np.flatnonzero(present_tables(self._source, places, size, anyway=0))
-        for part, rows in read_tables(self._source, places[there], size):
-            count[there[part]] = np.count_nonzero(self._filled(rows), axis=1)
+        for part, found in read_entries(self._source, places[there], self._geometry):
+            filled = self._are_filled(found.words, found.bitmaps)
+            count[there[part]] = found.count(filled)
         return count[at]
 
     def _are_empty(self, guest: I64) -> Mask:
@@ -651,10 +651,12 @@ class _Disk:
         order = order[present[np.searchsorted(places, mine[order])]]
         offsets, first = np.unique(mine[order], return_index=True)
         ends = np.append(first[1:], len(order))
-        for part, rows in read_tables(self._source, offsets, geometry.cluster_size):
-            chosen = order[first[part.start] : ends[part.stop - 1]]
-            row = np.searchsorted(offsets[part], mine[chosen])
-            empty[chosen] = ~self._filled(rows)[row, guest[chosen] % geometry.l2_entries]
+        for part, found in read_entries(self._source, offsets, geometry):
+            filled = found.select(self._are_filled(found.words, found.bitmaps))
+            chosen = order[expand_ranges(first[part], ends[part] - 1)]
+            row = np.searchsorted(filled.offset, mine[chosen])
+            place = row * geometry.l2_entries + guest[chosen] % geometry.l2_entries
+            empty[chosen] = ~is_among(place, filled.row * geometry.l2_entries + filled.at)
         return empty
 
     def has_room(self, gaps: Gaps) -> bool:
@@ -751,15 +753,14 @@ class _Disk:
         tables = tables.select(present_tables(self._source, tables.offset, size, anyway=0))
         has_lost = np.zeros(len(tables.offset), dtype=np.bool_)
         if len(self._in_use):
-            for part, rows in read_tables(self._source, tables.offset, size):
-                hosts = self._hosts(entries.decode_words(rows))
-                has_lost[part] = np.isin(hosts, self._in_use).any(axis=1)
+            for part, found in read_entries(self._source, tables.offset, self._geometry):
+                hosts = self._hosts(found.words)
+                has_lost[part] = found.count(np.isin(hosts, self._in_use) & (hosts > 0)) > 0
         beside = np.isin(index, tables.l1_index[has_lost])
         return number[beside], index[beside]
 
     def _hosts(self, words: U64) -> I64:
         """The clusters that L2 entries lead to, of compressed ones the first of each."""
-        words, _ = entries.split_entries(words, self._geometry.extended_l2)
         offsets, is_packed = entries.l2_offsets(words), (words & np.uint64(entries.COMPRESSED)) != 0
         offsets[is_packed], _ = entries.compressed_ranges(words[is_packed], self._geometry)
         return offsets >> self._geometry.cluster_bits

@@ -16,6 +16,7 @@ from planner.metadata.gone_tables import GoneTables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2 import entries
 from planner.source import READABLE_END, SECTOR, Source
+from planner.triage.table_entries import TableEntries
 
 
 class Strays:
@@ -58,42 +59,42 @@ class Strays:
     def _unaligned(self) -> int:
         return entries.L2_OFFSET & (self._geometry.cluster_size - 1)
 
-    def alone(self, words: U64, filled: Mask, wrong: Mask) -> Mask:
+    def alone(self, found: TableEntries, filled: Mask, wrong: Mask) -> Mask:
         """Which tables have entries, and none that leads to a cluster of its own beyond doubt.
 
         A bit says that a cluster reads as zeros, too. Where those that are *wrong* lead is
-        remembered. Both masks are of the shape of *words*, (tables, entries).
+        remembered. Both masks are of the entries *found*; the answer is of their tables.
         """
-        own = filled & ~wrong & ((words & ~np.uint64(entries.ZERO)) != 0)
-        first = words[np.arange(len(words)), np.argmax(own, axis=1)]
-        likely = ~own.any(axis=1) | self._are_contested(first)
-        rows = np.flatnonzero(likely & filled.any(axis=1))
-        own = own[rows] & ~self._are_contested(words[rows])
-        only = rows[~own.any(axis=1)]
-        first, last = self._ranges(words[only][wrong[only]])
+        own = np.flatnonzero(filled & ~wrong & ((found.words & ~np.uint64(entries.ZERO)) != 0))
+        sound: Mask = np.zeros(len(found.offset), dtype=np.bool_)
+        # Most tables show it by the first that they have.
+        is_first = np.diff(found.row[own], prepend=-1) != 0
+        for some in (own[is_first], own[~is_first]):
+            left = some[~sound[found.row[some]]]
+            sound[found.row[left][~self._are_contested(found.words[left])]] = True
+        alone: Mask = ~sound & (found.count(filled) > 0)
+        first, last = self._ranges(found.words[wrong & alone[found.row]])
         counts = last << self._geometry.cluster_bits < self._gone.file_size
         self._wrong.append(expand_ranges(first[counts], last[counts]))  # past the end none does
-        alone: Mask = np.zeros(len(words), dtype=np.bool_)
-        alone[only] = True
         return alone
 
     def _are_contested(self, words: U64) -> Mask:
-        first = self._ranges(words)[0]
-        return is_among(first.ravel(), self._contested).reshape(first.shape)
+        return is_among(self._ranges(words)[0], self._contested)
 
-    def single_bits(self, offsets: I64, words: U64, wrong: Mask) -> I64:
-        """Which *wrong* entries of the tables at *offsets* are one bit that leads into the file, or
-        the flag of a cluster that they do not name: QEMU never writes it alone.
+    def single_bits(self, found: TableEntries, wrong: Mask) -> I64:
+        """Which *wrong* entries of those *found* are one bit that leads into the file, or the flag
+        of a cluster that they do not name: QEMU never writes it alone.
 
         The offset of the table, and the number of the entry in it; (2, n).
         """
-        chosen = words[wrong]
-        single = (chosen & ~np.uint64(entries.L2_OFFSET) | chosen & (chosen - np.uint64(1))) == 0
-        single &= (chosen & np.uint64(self._unaligned)) == 0
-        single &= chosen < np.uint64(self._gone.file_size)
-        single |= chosen == np.uint64(entries.COPIED)
-        row, at = np.divmod(np.flatnonzero(wrong)[single], words.shape[1])
-        return np.stack((offsets[row], at))
+        found = found.select(wrong)
+        single = (
+            found.words & ~np.uint64(entries.L2_OFFSET) | found.words & (found.words - np.uint64(1))
+        ) == 0
+        single &= (found.words & np.uint64(self._unaligned)) == 0
+        single &= found.words < np.uint64(self._gone.file_size)
+        single |= found.words == np.uint64(entries.COPIED)
+        return np.stack((found.offset[found.row[single]], found.at[single]))
 
     def hidden_references(self) -> int:
         """How many references clusters have lost that stray entries make up for."""
@@ -154,10 +155,9 @@ class Strays:
         where it refers to none.
         """
         types = entries.cluster_types(words, self._geometry)
-        offset, size = entries.host_ranges(words.ravel(), types.ravel(), self._geometry)
+        offset, size = entries.host_ranges(words, types, self._geometry)
         first, last = offset >> self._geometry.cluster_bits, offset + size - 1
-        last = np.where(size > 0, last >> self._geometry.cluster_bits, first - 1)
-        return first.reshape(words.shape), last.reshape(words.shape)
+        return first, np.where(size > 0, last >> self._geometry.cluster_bits, first - 1)
 
 
 def count_owners(report: Report, clusters: I64) -> I64:

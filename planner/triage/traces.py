@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask
+from planner.arrays import I64, Mask
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.source import SECTOR
+from planner.triage.table_entries import TableEntries
 
 
 @dataclass(slots=True)
@@ -33,27 +34,30 @@ class Traces:
     def __post_init__(self) -> None:
         self.is_discarded = np.zeros(len(self.homeless), dtype=np.bool_)
 
-    def lacking(self, offsets: I64, words: U64, filled: Mask) -> Mask:
-        """Which of the tables at *offsets* lack entries that must have been there.
+    def lacking(self, filled: TableEntries) -> Mask:
+        """Which of the tables lack entries that must have been there.
 
-        *words*: uint64 (tables, entries), *filled*: which entries are not empty. What they say of
-        clusters elsewhere is remembered.
+        *filled*: all of theirs that are not empty. What they say of clusters elsewhere is
+        remembered.
         """
+        count = len(filled.offset)
         if not len(self.homeless):
-            return np.zeros(len(offsets), dtype=np.bool_)
-        bits = self.geometry.cluster_bits
+            return np.zeros(count, dtype=np.bool_)
+        bits, words = self.geometry.cluster_bits, filled.words
         is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
         packed, _ = entries.compressed_ranges(words, self.geometry)
         hosts = np.where(is_packed, packed, entries.l2_offsets(words)) >> bits
-        own = offsets >> bits
-        newest = hosts.max(axis=1, initial=0)
+        own = filled.offset >> bits
+        newest = np.zeros(count, dtype=np.int64)
+        np.maximum.at(newest, filled.row, hosts)
         self._tables.append(own[newest > own])
-        is_zero = filled & (hosts == 0)
-        lacking = self._are_parted(hosts, filled)
-        lacking |= self._are_bare(own, hosts) & ~is_zero.any(axis=1)
+        says_zeros = filled.count(hosts == 0) > 0
+        lacking = self._are_parted(filled, hosts)
+        # With entries, and not the first: that one led to the cluster behind the table.
+        lacking |= (newest > own + 1) & np.isin(own + 1, self.homeless) & ~says_zeros
         if self.geometry.version > 2:  # An older one discards without a trace.
-            lacking |= self._are_holed(hosts, filled)
-        self._mark_discarded(own, hosts, is_zero)
+            lacking |= self._are_holed(filled, hosts)
+        self._mark_discarded(filled, hosts, own[says_zeros])
         return lacking
 
     def older(self, used: I64) -> I64:
@@ -73,45 +77,51 @@ class Traces:
         older: I64 = self.homeless[is_older & ~self.is_discarded]
         return older
 
-    def _are_parted(self, hosts: I64, filled: Mask) -> Mask:
+    def _are_parted(self, filled: TableEntries, hosts: I64) -> Mask:
         """In which tables entries end at the border of a sector, and what would go on is homeless.
 
         Storage loses sectors and pages, a machine that dies does not stop at their borders.
         """
         per_sector = SECTOR // self.geometry.l2_entry_size
-        border = np.arange(per_sector, hosts.shape[1], per_sector)
-        parted: Mask = np.zeros(len(hosts), dtype=np.bool_)
-        for near, far, step in ((border - 1, border, 1), (border, border - 1, -1)):
-            is_end = (hosts[:, near] != 0) & ~filled[:, far]
-            parted |= (is_end & np.isin(hosts[:, near] + step, self.homeless)).any(axis=1)
+        before, behind = _have_neighbours(filled)
+        parted: Mask = np.zeros(len(filled.offset), dtype=np.bool_)
+        ends = (filled.at + 1) % per_sector == 0
+        ends &= (filled.at + 1 < self.geometry.l2_entries) & ~behind
+        begins = (filled.at % per_sector == 0) & (filled.at > 0) & ~before
+        for is_end, step in ((ends, 1), (begins, -1)):
+            at = np.flatnonzero(is_end & (hosts != 0))
+            parted[filled.row[at[np.isin(hosts[at] + step, self.homeless)]]] = True
         return parted
 
-    def _are_bare(self, own: I64, hosts: I64) -> Mask:
-        """Which tables have entries, and not their first: it led to the cluster behind them."""
-        has_some = (hosts > own[:, None] + 1).any(axis=1)
-        bare: Mask = has_some & np.isin(own + 1, self.homeless)
-        return bare
-
-    def _are_holed(self, hosts: I64, filled: Mask) -> Mask:
+    def _are_holed(self, filled: TableEntries, hosts: I64) -> Mask:
         """In which tables homeless clusters fit exactly between two entries."""
-        row, at = np.nonzero(filled)
-        host = hosts[row, at]
-        gap, step = np.diff(at) - 1, np.diff(host) - 1
-        fits = (np.diff(row) == 0) & (gap > 0) & (gap == step) & (host[:-1] != 0)
-        low = np.searchsorted(self.homeless, host[:-1][fits] + 1)
-        high = np.searchsorted(self.homeless, host[1:][fits])
+        gap, step = np.diff(filled.at) - 1, np.diff(hosts) - 1
+        fits = (np.diff(filled.row) == 0) & (gap > 0) & (gap == step) & (hosts[:-1] != 0)
+        low = np.searchsorted(self.homeless, hosts[:-1][fits] + 1)
+        high = np.searchsorted(self.homeless, hosts[1:][fits])
         fits[fits] = high - low == gap[fits]
-        holed: Mask = np.zeros(len(hosts), dtype=np.bool_)
-        holed[row[:-1][fits]] = True
+        holed: Mask = np.zeros(len(filled.offset), dtype=np.bool_)
+        holed[filled.row[:-1][fits]] = True
         return holed
 
-    def _mark_discarded(self, own: I64, hosts: I64, is_zero: Mask) -> None:
-        """Runs of homeless clusters beside an entry whose neighbour says zeros, and has none."""
+    def _mark_discarded(self, filled: TableEntries, hosts: I64, own: I64) -> None:
+        """Runs of homeless clusters beside an entry whose neighbour says zeros, and has none.
+
+        *own*: the clusters of the tables that have such.
+        """
         starts = np.flatnonzero(np.diff(self.homeless, prepend=-2) != 1)
         ends = np.append(starts[1:], len(self.homeless)) - 1
-        before = [own[is_zero.any(axis=1)], hosts[:, :-1][is_zero[:, 1:]]]
-        after = hosts[:, 1:][is_zero[:, :-1]]
-        known = np.isin(self.homeless[starts] - 1, np.concatenate(before))
+        is_zero, (has_before, has_behind) = hosts == 0, _have_neighbours(filled)
+        before = np.where(has_before, np.roll(hosts, 1), 0)[is_zero & (filled.at > 0)]
+        after = np.roll(hosts, -1)[is_zero & has_behind]
+        known = np.isin(self.homeless[starts] - 1, np.concatenate((own, before)))
         known |= np.isin(self.homeless[ends] + 1, after[after != 0])
         if known.any():
             self.is_discarded |= np.repeat(known, ends - starts + 1)
+
+
+def _have_neighbours(found: TableEntries) -> tuple[Mask, Mask]:
+    """Which entries follow the one before in its table, and which are followed by the next."""
+    follows = np.zeros(len(found.at) + 1, dtype=np.bool_)
+    follows[1:-1] = (np.diff(found.at) == 1) & (np.diff(found.row) == 0)
+    return follows[:-1], follows[1:]

@@ -1194,3 +1194,25 @@ def test_what_an_l1_table_has_nothing_for_costs_no_memory_however_long_it_is() -
     tracemalloc.stop()
     assert found.losses.missing == 2 << 21
     assert peak < 24 * MIB
+
+
+@pytest.mark.parametrize("extended_l2", [False, True])
+def test_of_tables_that_are_holes_for_the_most_what_is_there_is_read(extended_l2: bool) -> None:
+    builder = ImageBuilder(size=6 << 39, cluster_bits=21, extended_l2=extended_l2)
+    rng = random.Random(1)
+    tables = builder.geometry.l1_entries_needed
+    for number in range(tables):
+        place = number * builder.geometry.l2_entries + 1000 * number
+        builder.write(place, rng.randbytes(4096))
+    leaked = builder.place(rng.randbytes(4096)) >> 21
+    image = builder.build()
+    image.set_refcount(leaked, 1)
+    source = Sparse.of(bytes(image.data), len(image.data), 4096)
+    report = check_image(source)
+    before = source.bytes_read
+    found = triage_leaks(source, report)
+    # The leaked cluster, and refcounts two times.
+    assert source.bytes_read - before < 4 * builder.geometry.cluster_size
+    of_all = triage(image)
+    assert found.losses == of_all.losses
+    assert found.losses.missing == 1 << 21

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from planner.arrays import U64
 from planner.check.check import check_image
 from planner.qcow2 import entries
 from planner.triage.strays import Strays
+from planner.triage.table_entries import TableEntries
 from tests.images.builder import MIB, Image, ImageBuilder
 
 
@@ -37,19 +39,25 @@ def built(**options: object) -> Image:
 )
 def test_which_words_are_no_entries(word: int, is_wrong: bool, is_alone: bool) -> None:
     found = strays(built())
-    words = np.array([[0, word]], dtype=np.uint64)
+    words = np.array([0, word], dtype=np.uint64)
     filled = words != 0
     wrong = found.wrong(words, None, filled)
-    assert wrong.tolist() == [[False, is_wrong]]
-    assert found.alone(words, filled, wrong).tolist() == [is_alone]
+    assert wrong.tolist() == [False, is_wrong]
+    assert found.alone(of_one_table(words), filled, wrong).tolist() == [is_alone]
+
+
+def of_one_table(words: U64) -> TableEntries:
+    return TableEntries(
+        np.zeros(1, np.int64), np.zeros_like(words, np.int64), np.arange(len(words)), words, None
+    )
 
 
 def test_an_empty_table_has_no_stray_words() -> None:
-    found, words = strays(built()), np.zeros((1, 4), dtype=np.uint64)
-    assert not found.alone(words, words != 0, words != 0).any()
+    found, words = strays(built()), np.zeros(4, dtype=np.uint64)
+    assert not found.alone(of_one_table(words), words != 0, words != 0).any()
 
 
 def test_subclusters_that_read_as_zeros_are_no_stray_words() -> None:
     found = strays(built(extended_l2=True))
-    words, bitmaps = np.zeros((1, 2), dtype=np.uint64), np.array([[1 << 32, 1]], dtype=np.uint64)
-    assert found.wrong(words, bitmaps, bitmaps != 0).tolist() == [[False, True]]
+    words, bitmaps = np.zeros(2, dtype=np.uint64), np.array([1 << 32, 1], dtype=np.uint64)
+    assert found.wrong(words, bitmaps, bitmaps != 0).tolist() == [False, True]
