@@ -15,6 +15,7 @@ from planner.arrays import (
     I64,
     Mask,
     distinct,
+    distinct_columns,
     expand_ranges,
     is_among,
     is_any_of,
@@ -24,6 +25,7 @@ from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
 from planner.errors import ParseFailed
 from planner.findings.kinds import ACTIVE, FindingKind, Owners, Structure
+from planner.metadata.mapping_tables import TableParts
 from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -43,7 +45,8 @@ _AGREEING_OF = 8
 
 _REFCOUNTS_A_BATCH = 1 << 15
 
-_SLOTS_A_BATCH = 1 << 20
+_BYTES_WEIGHED = 1 << 30
+"""Of refcount blocks, holes among them, that it is asked of together what is there."""
 
 _BLOCKS_READ = 1 << 14
 """Refcount blocks with a wrong refcount that are looked into."""
@@ -216,45 +219,58 @@ class _Claims:
 
     def _are_blocks(self, offsets: I64, blocks: I64) -> Mask:
         """The same of each by itself."""
-        result: Mask = np.zeros(len(blocks), dtype=np.bool_)
-        index, per_block = self._mismatches.index, self._geometry.refblock_entries
-        size, order = self._geometry.cluster_size, self._geometry.refcount_order
+        size, per_block = self._geometry.cluster_size, self._geometry.refblock_entries
         first = blocks * per_block
-        low, high = index.count_before(first), index.count_before(first + per_block)
+        ends = self._mismatches.index.count_before(np.stack((first, first + per_block)))
+        in_use, agreeing = self._count_used(*ends), np.zeros(len(blocks), dtype=np.int64)
         in_file = np.argsort(offsets, kind="stable")
-        there = present_tables(self._source, offsets[in_file], size)
         # What is a hole says of no cluster that it is in use.
-        holes, at = in_file[~there], in_file[there]
-        result[holes] = self._count_used(low[holes], high[holes]) == 0
-        first, low, high = first[at], low[at], high[at]
+        in_file = in_file[present_tables(self._source, offsets[in_file], size)]
+        step = max(1, _BYTES_WEIGHED // size)
+        for start in range(0, len(in_file), step):
+            some = in_file[start : start + step]
+            agreeing[some], behind = self._weigh(offsets[some], first[some])
+            in_use[some] += behind
+        result: Mask = agreeing * _AGREEING_OF >= in_use
+        return result
+
+    def _weigh(self, offsets: I64, first: I64) -> tuple[I64, I64]:
+        """Of blocks at ascending *offsets*, for the clusters from *first* on: of how many that are
+        in use they say what the census counts, and how many they count behind a file that is whole.
+        """
+        index, order = self._mismatches.index, self._geometry.refcount_order
+        agreeing, counted_behind = np.zeros((2, len(offsets)), dtype=np.int64)
+        parts = TableParts.of(self._source, offsets, self._geometry.cluster_size)
+        place, per_part = parts.offsets[parts.table] + parts.inside, parts.size << 3 >> order
         # As many refcounts at a time as fit into a cache.
         batch = _REFCOUNTS_A_BATCH << order >> 3
-        for part, rows in read_tables(self._source, offsets[at], size, batch):
-            slots = expand_ranges(low[part], high[part] - 1)
-            row = np.repeat(np.arange(len(rows)), high[part] - low[part])
+        for part, rows in read_tables(self._source, place, parts.size, batch):
+            which = parts.table[part]
+            begin = first[which] + (parts.inside[part] << 3 >> order)
+            low, high = index.count_before(np.stack((begin, begin + per_part)))
+            slots = expand_ranges(low, high - 1)
+            row = np.repeat(np.arange(len(rows)), high - low)
             counted = self._mismatches.counted[slots]
             used = counted != 0
             slots, row, counted = slots[used], row[used], counted[used]
-            asked = row * per_block + index.clusters_of(slots) - first[part][row]
+            asked = row * per_part + index.clusters_of(slots) - begin[row]
             agree = read_refcount_in_block(rows.reshape(-1), asked, order) == counted
-            agreeing = np.bincount(row[agree], minlength=len(rows))
-            in_use = np.bincount(row, minlength=len(rows))
+            np.add.at(agreeing, which, np.bincount(row[agree], minlength=len(rows)))
             if not self._is_cut:
-                behind = np.maximum(0, self._layout.host_clusters + 1 - first[part])
-                for number in np.flatnonzero(behind < per_block).tolist():
-                    in_use[number] += count_from(rows[number], int(behind[number]), order)
-            result[at[part]] = agreeing * _AGREEING_OF >= in_use
-        return result
+                behind = np.maximum(0, self._layout.host_clusters + 1 - begin)
+                for at in np.flatnonzero(behind < per_part).tolist():
+                    counted_behind[which[at]] += count_from(rows[at], int(behind[at]), order)
+        return agreeing, counted_behind
 
     def _count_used(self, low: I64, high: I64) -> I64:
-        """How many of the slots low[i] to high[i] - 1 have a reference, of many such ranges."""
-        used = np.zeros(len(low), dtype=np.int64)
-        for start in range(int(low.min(initial=0)), int(high.max(initial=0)), _SLOTS_A_BATCH):
-            some = self._mismatches.counted[start : start + _SLOTS_A_BATCH] != 0
-            before = np.append(0, np.cumsum(some))
-            used += before[np.clip(high - start, 0, len(some))]
-            used -= before[np.clip(low - start, 0, len(some))]
-        return used
+        """How many of the slots low[i] to high[i] - 1 have a reference, of many such ranges.
+
+        They are of refcount blocks: two have all slots in common, or none.
+        """
+        ranges, which = distinct_columns(np.stack((low, high)))
+        counted = self._mismatches.counted
+        used = [np.count_nonzero(counted[start:end]) for start, end in ranges.T.tolist()]
+        return np.array(used, dtype=np.int64)[which]
 
     @cached_property
     def _is_cut(self) -> bool:

@@ -122,3 +122,23 @@ def test_a_block_that_many_entries_lead_to_is_read_once_for_what_the_file_has_no
     source.bytes_read = 0
     assert shared_refcounts(source, report).tolist() == [block // SIZE]
     assert source.bytes_read < 16 * SIZE
+
+
+@pytest.mark.parametrize("order", [0, 1, 4, 6])
+def test_of_a_large_block_that_is_a_hole_the_parts_are_read_that_are_there(order: int) -> None:
+    made = builder(cluster_bits=20, refcount_order=order, size=1 << 30)
+    made.write(0, b"content")
+    image = made.build()
+    image.set_word(image.l2_at(1), image.refblock(0) | COPIED)
+    whole, size = Bytes(bytes(image.data)), image.cluster_size
+    report = check_image(whole)
+    source = Sparse.of(whole.data, whole.size, block=4096)
+    assert shared_refcounts(source, report).tolist() == [image.refblock(0) // size]
+    assert shared_refcounts(whole, report).tolist() == [image.refblock(0) // size]
+    of_the_table = size
+    assert source.bytes_read < of_the_table + size // 4
+    image.data[image.refblock(0) + size - 8 : image.refblock(0) + size] = b"\xff" * 8
+    others = Bytes(bytes(image.data))
+    report = check_image(others)
+    source = Sparse.of(others.data, others.size, block=4096)
+    assert np.array_equal(shared_refcounts(source, report), shared_refcounts(others, report))
