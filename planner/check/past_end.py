@@ -134,7 +134,8 @@ class _Known:
             first, last = np.append(first, offset), np.append(last, offset)
             times = np.append(times, found.count)
         start, end = first >> bits, (last >> bits) + 1
-        by_start, by_end = np.argsort(start), np.argsort(end)
+        # Of table after table, which ascend each mostly.
+        by_start, by_end = (np.argsort(at, kind="stable") for at in (start, end))
         return cls(
             start[by_start],
             np.append(0, np.cumsum(times[by_start])),
