@@ -27,7 +27,8 @@ from planner.findings.kinds import (
     make_findings,
     no_findings,
 )
-from planner.metadata.mapping_tables import L2Tables
+from planner.metadata.mapping_tables import L2Tables, TableParts
+from planner.metadata.refcounts import PIECE_BYTES
 from planner.qcow2.geometry import Geometry
 
 CHUNK = 1 << 18
@@ -187,24 +188,47 @@ class EntryFindings:
         which = distinct(np.concatenate([*tables, np.zeros(0, dtype=np.int64)]))
         return self.tables.offset[which]
 
-    def marks(self, kind: FindingKind, offsets: I64) -> Mask:
-        """Which entries of the tables at *offsets* have findings of a kind; (tables, entries)."""
-        width = self.geometry.l2_entries
-        marks: Mask = np.zeros(len(offsets) * width, dtype=np.bool_)
+    def parts_with(self, kind: FindingKind) -> TableParts:
+        """The parts of tables in which there are findings of a kind: small tables are one."""
+        size, each = self.geometry.cluster_size, self.geometry.l2_entry_size
+        part = min(size, PIECE_BYTES)
+        found = [np.zeros(0, dtype=np.int64)]
+        for (other, _), held in self._held.items():
+            for at in range(0, len(held) if other is kind else 0, CHUNK):
+                some = held.select(slice(at, at + CHUNK))
+                first, last = (some.position, some.position + some.lengths() - 1)
+                found.append(distinct(expand_ranges(first * each // part, last * each // part)))
+        table, inside = np.divmod(distinct(np.concatenate(found)), size // part)
+        which = distinct(table)
+        number = np.searchsorted(which, table)
+        return TableParts(self.tables.offset[which], number, inside * part, part)
+
+    def marks(self, kind: FindingKind, parts: TableParts, some: slice) -> Mask:
+        """Which entries of *some* of the *parts* of tables have findings of a kind.
+
+        bool, (parts, entries of a part).
+        """
+        width, each = self.geometry.l2_entries, self.geometry.l2_entry_size
+        offsets, per_part = parts.offsets[parts.table[some]], parts.size // each
+        marks: Mask = np.zeros(len(offsets) * per_part, dtype=np.bool_)
         table = np.searchsorted(self.tables.offset, offsets)
         table[table == len(self.tables)] = 0
         known = self.tables.offset[table] == offsets if len(self.tables) else offsets < 0
         rows = np.flatnonzero(known)
-        for (each, _), held in self._held.items():
-            if each is not kind:
+        begin = table[rows] * width + parts.inside[some][rows] // each
+        for (other, _), held in self._held.items():
+            if other is not kind:
                 continue
-            low, high = np.searchsorted(held.position, (table[rows] + np.array([[0], [1]])) * width)
-            part = held.select(expand_ranges(low, high - 1))
-            first = np.repeat(rows, high - low) * width + part.position % width
-            if part.length is not None:
-                first = expand_ranges(first, first + part.lengths() - 1)
-            marks[first] = True
-        return marks.reshape(len(offsets), width)
+            low, high = np.searchsorted(held.position, (begin, begin + per_part))
+            if held.length is not None:
+                low = np.maximum(low - 1, 0)  # It may go on into this part.
+            found = held.select(expand_ranges(low, high - 1))
+            start, which = np.repeat(begin, high - low), np.repeat(rows, high - low) * per_part
+            first = np.maximum(found.position - start, 0)
+            last = np.minimum(found.position + found.lengths() - start, per_part) - 1
+            inside = first <= last
+            marks[expand_ranges((which + first)[inside], (which + last)[inside])] = True
+        return marks.reshape(len(offsets), per_part)
 
     def _tables_of(self, held: _Held) -> I64:
         """Numbers of the tables, some more than once."""

@@ -107,4 +107,4 @@ def _new_among(tables: MarkedTables, before: Report) -> MarkedTables:
     """Of the marked L2 entries those whose flag was not wrong *before*."""
     if before.entries is None:
         return tables
-    return tables.select(~before.entries.marks(tables.kind, tables.offset))
+    return tables.without(before.entries, tables.kind)

@@ -129,10 +129,10 @@ def _is_otherwise_right(tables: MarkedTables, others: I64) -> Mask:
     users as its refcount says, and none that contradicts this one. *others*: where there is
     anything but reserved bits, ascending.
     """
-    scope, right = tables.scope, tables.marks.copy()
+    scope, at = tables.scope, tables
     for kind in set(scope.entries.counts()) - {tables.kind, FindingKind.L2_COPIED}:
-        right &= ~scope.entries.marks(kind, tables.offset)
-    at = tables.select(right)
+        at = at.without(scope.entries, kind)
+    right = at.marks.copy()
     alone = ~is_among(at.host_offsets(), others)
     right[right] = alone & _leads_to_what_agrees(scope, at.words[right].astype(np.uint64))
     return right

@@ -1,39 +1,43 @@
 """L2 entries that findings are about, table by table, and what is drafted of them.
 
-Batches of whole tables, so that what a repair of millions of entries holds beside its draft is
-bounded. Which entries are wrong the report says; what they become, the caller.
+Batches of parts of tables: what a repair of millions of entries holds beside its draft is bounded,
+and a single entry takes no more than the part that it is in. Which entries are wrong the report
+says; what they become, the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.arrays import I64, U8, Mask
-from planner.findings.kinds import FindingKind, Findings, Structure
+from planner.check.entry_findings import EntryFindings
+from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.mapping_tables import TableParts
 from planner.repair.plan import StageKind
 from planner.repair.scope import Scope
-from planner.source import SECTOR, read_tables
+from planner.source import SECTOR
 
 
 @dataclass(frozen=True, slots=True)
 class MarkedTables:
-    """Some L2 tables. ``offset``: in the file, ascending. ``rows``: their bytes, uint8 (tables,
-    bytes). ``marks``: which entries findings of ``kind`` are about, (tables, entries).
+    """The parts *some* of L2 tables. ``rows``: their bytes, uint8 (parts, bytes). ``marks``: which
+    entries findings of ``kind`` are about, (parts, entries of a part).
     """
 
     scope: Scope
     kind: FindingKind
-    offset: I64
+    parts: TableParts
+    some: slice
     rows: U8
     marks: Mask
 
     @property
     def words(self) -> npt.NDArray[np.uint64]:
-        """The entries, big-endian, (tables, entries): a view of ``rows``."""
+        """The entries, big-endian, (parts, entries): a view of ``rows``."""
         return self.rows.view(">u8")[:, :: self.scope.geometry.l2_entry_size // 8]
 
     @property
@@ -41,31 +45,54 @@ class MarkedTables:
         """As ``words``, the subcluster bitmaps of extended entries."""
         return self.rows.view(">u8")[:, 1::2]
 
+    @property
+    def _offset(self) -> I64:
+        """Of the parts, in the file."""
+        offset: I64 = self.parts.offsets[self.parts.table[self.some]] + self.parts.inside[self.some]
+        return offset
+
     def host_offsets(self) -> I64:
         """Of the marked entries, in the file, (marked entries,)."""
         return self._host_offsets(np.flatnonzero(self.marks))
 
     def _host_offsets(self, at: I64) -> I64:
         """The same of entries at flat positions in ``marks``."""
-        table, inside = np.divmod(at, self.marks.shape[1])
-        host: I64 = self.offset[table] + inside * self.scope.geometry.l2_entry_size
+        row, inside = np.divmod(at, self.marks.shape[1])
+        host: I64 = self._offset[row] + inside * self.scope.geometry.l2_entry_size
         return host
 
     def without_contested(self) -> MarkedTables:
         """Without the marks in clusters with two owners that are no tables alike."""
         bits, size = self.scope.geometry.cluster_bits, self.scope.geometry.cluster_size
-        ends = np.stack((self.offset, self.offset + size - 1)) >> bits
+        offset = self._offset
+        ends = np.stack((offset, offset + self.rows.shape[1] - 1)) >> bits
         first, last = ~self.scope.is_writable(ends)
         if not first.any() and not last.any():
             return self
-        # A misaligned table goes on in a second cluster.
+        # A part of a misaligned table may go on in a second cluster.
         inside = np.arange(self.marks.shape[1]) * self.scope.geometry.l2_entry_size
-        is_second = (self.offset % size)[:, None] + inside >= size
+        is_second = (offset % size)[:, None] + inside >= size
         return self.select(~np.where(is_second, last[:, None], first[:, None]))
 
     def select(self, chosen: Mask) -> MarkedTables:
         """Those of the marked entries alone that are *chosen*."""
-        return MarkedTables(self.scope, self.kind, self.offset, self.rows, self.marks & chosen)
+        return replace(self, marks=self.marks & chosen)
+
+    def without(self, found: EntryFindings, kind: FindingKind) -> MarkedTables:
+        """Without the marks of entries about which there are findings of *kind* in *found*."""
+        return self.select(~found.marks(kind, self.parts, self.some))
+
+    def without_overwritten(self) -> MarkedTables:
+        """Without the marks where something else was written over a table."""
+        findings = self.scope.report.findings
+        gone = findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
+        if not len(gone):
+            return self
+        gone = gone.select(np.argsort(gone.host_offset, kind="stable"))
+        host, marks = self.host_offsets(), self.marks.copy()
+        at = np.searchsorted(gone.host_offset, host, side="right") - 1
+        marks[marks] = (at < 0) | (host >= gone.host_offset[at] + gone.length[at])
+        return self.select(marks)
 
     def draft(self) -> None:
         """Draft the marked entries as they are by now, and say why: an edit for a run of marks."""
@@ -74,44 +101,28 @@ class MarkedTables:
         touched = self.marks.reshape(*sectors.shape[:2], -1).any(axis=2)
         if not touched.any():
             return
-        table, inside = np.nonzero(touched)
+        row, inside = np.nonzero(touched)
         # A copy: the buffer beneath is used again.
-        changed = sectors[table, inside]
-        offset = self.offset[table] + inside * SECTOR
+        changed = sectors[row, inside]
+        offset = self._offset[row] + inside * SECTOR
         self.scope.draft.write_tables(StageKind.CORRECT, offset, changed)
-        width, step = self.marks.shape[1], self.scope.geometry.l2_entry_size
-        at = np.flatnonzero(self.marks)
-        start = np.flatnonzero((np.diff(at, prepend=-2) != 1) | (at % width == 0))
+        geometry, at = self.scope.geometry, np.flatnonzero(self.marks)
+        place = self.parts.positions(self.some, at, geometry)
+        is_first = (np.diff(place, prepend=-2) != 1) | (place % geometry.l2_entries == 0)
+        start = np.flatnonzero(is_first)
         count = np.diff(start, append=len(at))
-        places = self._host_offsets(at[start]), count * step, count
+        places = self._host_offsets(at[start]), count * geometry.l2_entry_size, count
         self.scope.explain_runs(StageKind.CORRECT, Structure.L2_TABLE, self.kind, places)
 
 
 def marked_tables(scope: Scope, kind: FindingKind) -> Iterator[MarkedTables]:
-    """The L2 tables with findings of a kind, some at a time; valid until the next.
+    """The parts of L2 tables with findings of a kind, those of some tables at a time; valid until
+    the next.
 
     Their bytes may be changed in place. What was written over a table is somebody's data, and has
     no marks.
     """
-    entries, size = scope.entries, scope.geometry.cluster_size
-    offsets = entries.tables_with(kind)
-    gone = scope.report.findings.of(FindingKind.TABLE_OVERWRITTEN, Structure.L2_TABLE)
-    for part, rows in read_tables(scope.drafted, offsets, size):
-        marks = entries.marks(kind, offsets[part])
-        _drop(marks, offsets[part], gone, scope.geometry.l2_entry_size)
-        yield MarkedTables(scope, kind, offsets[part], rows, marks)
-
-
-def _drop(marks: Mask, offsets: I64, gone: Findings, entry_size: int) -> None:
-    """Take away the marks in parts of tables that something else was written over."""
-    size = marks.shape[1] * entry_size
-    row = np.searchsorted(offsets, gone.host_offset, side="right") - 1
-    inside = np.flatnonzero((row >= 0) & (gone.host_offset < offsets[row] + size))
-    if not len(inside):
-        return
-    row, start = row[inside], (gone.host_offset[inside] - offsets[row[inside]]) // entry_size
-    change = np.zeros(marks.size + 1, dtype=np.int64)
-    first = row * marks.shape[1] + start
-    np.add.at(change, first, 1)
-    np.add.at(change, first + gone.length[inside] // entry_size, -1)
-    marks &= (np.cumsum(change[:-1]) == 0).reshape(marks.shape)
+    parts = scope.entries.parts_with(kind)
+    for some, rows in parts.read(scope.drafted):
+        marks = scope.entries.marks(kind, parts, some)
+        yield MarkedTables(scope, kind, parts, some, rows, marks).without_overwritten()

@@ -14,11 +14,14 @@ from planner.check.check import check_image
 from planner.check.entry_findings import EntryFindings, EntryFindingsBuilder
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Structure
+from planner.metadata.mapping_tables import TableParts
 from planner.repair.plan import RepairTier
 from planner.repair.tiers import propose
 from planner.source import read_bytes
+from tests.images.builder import ImageBuilder
 from tests.images.corpus import RULES
 
+EVERY = slice(None)
 CLUSTERS = 1 << 20
 MIB = 1 << 20
 
@@ -92,14 +95,39 @@ def test_each_way_to_ask_gives_the_same_findings(name: str) -> None:
         words = {
             at for row in rows for at in range(row.host_offset, row.host_offset + row.length, size)
         }
-        offsets = entries.tables_with(kind)
-        table, inside = np.nonzero(entries.marks(kind, offsets))
-        assert set((offsets[table] + inside * size).tolist()) == words
+        parts = entries.parts_with(kind)
+        assert np.array_equal(parts.offsets, entries.tables_with(kind))
+        part, inside = np.nonzero(entries.marks(kind, parts, EVERY))
+        place = parts.offsets[parts.table] + parts.inside
+        assert set((place[part] + inside * size).tolist()) == words
         for word in words:
             assert kind in {row.kind for row in entries.at(word).rows()}
     elsewhere = np.array([0, report.geometry.cluster_size * 1000])
-    assert not entries.marks(FindingKind.L2_COPIED, elsewhere).any()
+    parts = TableParts(elsewhere, np.arange(2), np.zeros(2, dtype=np.int64), 512)
+    assert not entries.marks(FindingKind.L2_COPIED, parts, EVERY).any()
     assert not len(entries.at(1))
+
+
+@pytest.mark.parametrize("extended_l2", [False, True])
+def test_of_a_large_table_the_parts_are_told_that_a_run_goes_through(extended_l2: bool) -> None:
+    builder = ImageBuilder(cluster_bits=16, size=1 << 32, extended_l2=extended_l2)
+    width, each = builder.geometry.l2_entries, builder.geometry.l2_entry_size
+    builder.write(0, b"content")
+    builder.write(width, b"content")
+    entries = entries_of(check_image(builder.build().source))
+    wrong = [range(7, 9), range(500, 1025), range(1100, 1101), range(width - 1, width + 1)]
+    found = EntryFindingsBuilder(builder.geometry, entries.tables, 0)
+    for run in wrong:
+        found.add(FindingKind.L2_COPIED, np.array(run), np.ones(len(run), dtype=np.bool_))
+    held, position = found.build(), [at for run in wrong for at in run]
+    parts = held.parts_with(FindingKind.L2_COPIED)
+    marked = np.flatnonzero(held.marks(FindingKind.L2_COPIED, parts, EVERY))
+    assert parts.positions(EVERY, marked, builder.geometry).tolist() == position
+    assert parts.size == 4096
+    assert len(parts.table) == len({at * each // 4096 for at in position})
+    last = slice(len(parts.table) - 2, len(parts.table))
+    marked = np.flatnonzero(held.marks(FindingKind.L2_COPIED, parts, last))
+    assert parts.positions(last, marked, builder.geometry).tolist() == list(wrong[-1])
 
 
 def test_tables_that_come_in_another_order_are_put_in_theirs_in_little_memory(monkeypatch) -> None:
