@@ -495,7 +495,8 @@ def _draft_l1(draft: Draft, found: Placed) -> None:
     # Of one that led nowhere and has a table now, the latter holds.
     words = dict(zip(np.concatenate(index).tolist(), np.concatenate(word).tolist(), strict=True))
     at = np.array(sorted(words), dtype=np.int64)
-    _write_words(draft, l1.offset, at, np.array([words[each] for each in at.tolist()]))
+    word = [np.array([words[each] for each in at.tolist()], dtype=np.uint64)]
+    _write_words(draft, l1.offset, at, word[0])
 
 
 def _write_words(draft: Draft, l1_offset: int, index: I64, word: U64) -> None:

@@ -33,6 +33,7 @@ from planner.rescue.placing.place import LISTED_CANDIDATES, Placed, Placement, w
 from planner.rescue.placing.tables import NO_WINDOW, L1Table, Tables
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, nonzero_words, read_bytes
+from tests.images.builder import ImageBuilder
 from tests.images.guest_files import make_disk, make_ext, make_tree
 from tests.images.guest_filled import make_fat, make_xfs, plain_tree
 
@@ -247,6 +248,30 @@ def test_what_a_table_maps_lies_within_the_disk_and_of_zeros_nothing_is_lost() -
     assert candidates(has_backing=False) == ([(0, 1, 2), (0, 1, 2, 3), ()], (0, 1, 2, 3))
     # Over a backing file zeros are something.
     assert candidates(has_backing=True)[0][2] == (0, 1, 2)
+
+
+def test_tables_of_the_disk_alone_and_those_in_common_with_a_snapshot_come_back_together() -> None:
+    builder, rng = ImageBuilder(cluster_bits=9, size=4000 << 9), random.Random(10)
+    for cluster in rng.sample(range(4000), 60):
+        builder.write(cluster, b"before")
+    builder.take_snapshot("one")
+    for cluster in rng.sample(range(4000), 30):
+        builder.write(cluster, b"after")
+    built = builder.build()
+    header, damaged = built.header, bytearray(built.data)
+    words = nonzero_words(Bytes(bytes(damaged)), header.refcount_table_offset, 64)[1]
+    block, l1 = int(words[0]), header.l1_table_offset
+    damaged[block + 100 : block + 512] = bytes(412)
+    damaged[l1 : l1 + 8 * header.l1_size] = bytes(8 * header.l1_size)
+    source = Bytes(bytes(damaged))
+    found = rescue(source)
+    own = [each for each in found.placements if each.placed]
+    index, after = nonzero_words(Overlay(source, found.plan), l1, header.l1_size)
+    leads = dict(zip(index.tolist(), entries.l1_offsets(after).tolist(), strict=True))
+    assert {each.l1_index: each.offset for each in own}.items() <= leads.items()
+    copied = (after & np.uint64(entries.COPIED)) != 0
+    assert copied.any()
+    assert not copied.all()
 
 
 def test_of_an_l1_table_that_is_a_hole_no_more_entries_are_written_to_than_there_may_be(
