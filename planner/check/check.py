@@ -116,7 +116,8 @@ class _Check:
                 contested[index.slots_of(some)] = True
         owners = self._find_owners(contested, index)
         found_entries = census.findings.build()
-        self._find_overwritten(found_entries)
+        if self._limits.overwritten:
+            self._find_overwritten(found_entries)
         return self._report(census, found_entries, mismatches, totals, owners)
 
     # -- counting ------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ class Limits:
     ``owners`` are kept; a report with more says that it does not list them all, and with 0 none
     is looked for, nor which clusters have two that cannot both be right. Unless ``past_end``, what
     is counted past the end of the file is not looked at, which is in none of the counters, and no
-    file is said to be cut off. Of tables with less than ``version_entries``, comparing costs more
-    than counting; versions of a table that differ in more than one of ``version_share`` entries are
-    counted one by one.
+    file is said to be cut off; unless ``overwritten``, nor is it told of tables that they hold
+    something else, which is in none either. Of tables with less than ``version_entries``, comparing
+    costs more than counting; versions of a table that differ in more than one of ``version_share``
+    entries are counted one by one.
 
     Of triage: ``triaged_bytes`` of leaked clusters are looked into; of more, every nth cluster, and
     of ``screened`` the first sector, to find those like tables. ``former_tables`` are described one
@@ -43,6 +44,7 @@ class Limits:
     owned_low_clusters: int = 1 << 12
     owners: int = 1 << 18
     past_end: bool = True
+    overwritten: bool = True
     version_entries: int = 1 << 11
     version_share: int = 8
     triaged_bytes: int = 1 << 30

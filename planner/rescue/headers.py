@@ -103,9 +103,9 @@ MAX_LUKS = 64
 MOST_BESIDE = 2
 """So many times what its tables take is in a file the data of which is in another."""
 
-_COUNTED = replace(LIMITS, owners=0, past_end=False)
-"""A score counts. Who owns what is in none of the counters, nor what is counted past the end of the
-file; and either may take most of the time.
+_COUNTED = replace(LIMITS, owners=0, past_end=False, overwritten=False)
+"""A score counts. Who owns what is in none of the counters, nor what a table holds that is none, or
+what is counted past the end of the file; and each may take most of the time.
 """
 
 _STATE = Incompatible.DIRTY | Incompatible.CORRUPT

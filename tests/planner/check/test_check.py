@@ -95,6 +95,16 @@ def test_what_is_counted_past_the_end_is_in_no_counter(name) -> None:
     }
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_table_holds_that_is_none_is_in_no_counter(name) -> None:
+    source = RULES[name]().image.source
+    without, whole = check_image(source, limits=Limits(overwritten=False)), check_image(source)
+    assert without.counters == whole.counters
+    expected = whole.counts()
+    expected.pop(FindingKind.TABLE_OVERWRITTEN, None)
+    assert without.counts() == expected
+
+
 def claiming(**fields: int) -> Image:
     image = plain()
     image.change_header(**fields)
