@@ -6,6 +6,7 @@ An L1 table tells it only to the coverage of a table, 512 MiB with clusters of 6
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from planner.guest.mapping import Mapping, RunKind
 from planner.guestfs.known import MARKS, recognise
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.partitions import read_table
+from planner.guestfs.work import Work, WorkSpent
 from planner.qcow2.header import SIGNED_MAX, Header
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
 from planner.source import SECTOR, Source, read_bytes
@@ -30,10 +32,13 @@ class DiskSize:
 
 
 class GuestBytes:
-    """The disk that *header* maps in *source*, as a source; what is compressed fails."""
+    """The disk that *header* maps in *source*, as a source; what is compressed fails.
 
-    def __init__(self, source: Source, header: Header, size: int) -> None:
-        self._source, self._size = source, size
+    *work*: what reading it is taken from; raises `WorkSpent` where that is done.
+    """
+
+    def __init__(self, source: Source, header: Header, size: int, work: Work | None = None) -> None:
+        self._source, self._size, self._work = source, size, work or Work()
         self._mapping = Mapping(source, header.geometry, header.l1_table_offset, header.l1_size)
 
     @property
@@ -42,6 +47,8 @@ class GuestBytes:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Raises `ReadFailed` for what is compressed or damaged."""
+        self._work.ask()  # the tables
+        self._work.read(len(buffer))
         buffer[:] = bytes(len(buffer))
         end = min(offset + len(buffer), self._size)
         if end <= offset:
@@ -89,12 +96,27 @@ _ZSTD_FRAME = b"\x28\xb5\x2f\xfd"
 _ZEROS = (RunKind.UNALLOCATED, RunKind.ZERO)
 
 
-def disk_size(source: Source, header: Header) -> DiskSize:
-    """Of the disk under *header*, whose L1 table is as long as its clusters allow."""
+def disk_size(source: Source, header: Header, work: Work | None = None) -> DiskSize:
+    """Of the disk under *header*, whose L1 table is as long as its clusters allow.
+
+    *work*: what reading the disk is taken from; where that is done, it tells no more.
+    """
     # Partitions may end behind all that was ever written.
     most = min(header.l1_size * header.geometry.l2_coverage, SIGNED_MAX // SECTOR * SECTOR)
-    guest = GuestBytes(source, header, most)
-    mapped, disk = guest.mapped_end(), Holes(guest)
+    guest = GuestBytes(source, header, most, work)
+    mapped = guest.mapped_end()
+    with suppress(WorkSpent):
+        told = _told(Holes(guest), mapped)
+        if told is not None:
+            return told
+    sizes = [size for each in _snapshots(source, header) if (size := each.disk_size) is not None]
+    if sizes and sizes[-1] >= mapped:
+        return DiskSize(sizes[-1], "its last snapshot says so of itself", False)
+    return DiskSize(max(mapped, SECTOR), "nothing is mapped behind it", False)
+
+
+def _told(disk: Holes, mapped: int) -> DiskSize | None:
+    """What *disk* says of itself, if anything; *mapped*: where the last byte of it ends."""
     table = read_table(disk)
     if table is not None:
         last = max((each.start + each.length for each in table.partitions), default=0)
@@ -105,12 +127,9 @@ def disk_size(source: Source, header: Header) -> DiskSize:
     # Copies of superblocks say no more, and to look for them takes long on a disk of mere holes.
     is_marked = any(read_bytes(disk, at, len(mark)) == mark for at, mark, _ in MARKS)
     found = recognise(disk) if is_marked else None
-    if found is not None and found.size >= mapped:
-        return DiskSize(-(-found.size // SECTOR) * SECTOR, f"the {found.kind} on it has that", True)
-    sizes = [size for each in _snapshots(source, header) if (size := each.disk_size) is not None]
-    if sizes and sizes[-1] >= mapped:
-        return DiskSize(sizes[-1], "its last snapshot says so of itself", False)
-    return DiskSize(max(mapped, SECTOR), "nothing is mapped behind it", False)
+    if found is None or found.size < mapped:
+        return None
+    return DiskSize(-(-found.size // SECTOR) * SECTOR, f"the {found.kind} on it has that", True)
 
 
 def _snapshots(source: Source, header: Header) -> Snapshots:

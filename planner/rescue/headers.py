@@ -19,6 +19,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind, Structure
+from planner.guestfs.work import Work
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.extensions import (
@@ -183,6 +184,7 @@ class _Search:
         self._source, self._assumed = source, assumed
         self.present = present_bytes(source)
         self._left = self._most = SMALL_CHECKS + self.present // BYTES_A_CHECK
+        self._work = Work(self.present)
         self.now = decode_header(read_bytes(source, 0, V3_LENGTH))
         self.size: DiskSize | None = None
         self.with_snapshots: WithSnapshots | None = None
@@ -403,7 +405,7 @@ class _Search:
         whole = mapping_all(header)
         if whole == header or self.attempt(whole) is None:
             return
-        size = disk_size(self._source, whole)
+        size = disk_size(self._source, whole, self._work)
         flipped = [header.size ^ 1 << bit for bit in range(64)]
         near = [each for each in flipped if size.size <= each <= whole.size and each % SECTOR == 0]
         if len(near) == 1 and not size.is_exact:
@@ -436,7 +438,7 @@ class _Search:
         if best is None or best.header not in self._made_up:
             return
         header = best.header
-        size = disk_size(self._source, header)
+        size = disk_size(self._source, header, self._work)
         index, _ = nonzero_words(self._source, header.l1_table_offset, header.l1_size)
         better = sized(header, size.size, int(index[-1]) + 1 if len(index) else 0)
         if is_zstd(self._source, header):

@@ -17,6 +17,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
 from planner.findings.kinds import FindingKind, Structure
+from planner.guestfs.work import Work
 from planner.progress import Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.header import Header
@@ -153,7 +154,8 @@ def _rescue(source: Source, before: Report, means: _Means) -> Rescue:
 def _larger(source: Source, report: Report) -> DiskSize | None:
     if report.layout is None or FindingKind.BEYOND_DISK_END not in report.counts():
         return None
-    return disk_size(source, mapping_all(report.layout.header))
+    work = Work(present_bytes(source))
+    return disk_size(source, mapping_all(report.layout.header), work)
 
 
 @dataclass(frozen=True, slots=True)
