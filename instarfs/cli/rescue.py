@@ -19,6 +19,7 @@ from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
 from instarfs.errors import RescueStopped
 from instarfs.image.directory import lasting_name
+from instarfs.image.memory import keep_freed_memory
 from instarfs.render.repair import outcome_human, outcome_json
 from instarfs.render.rescue import Asked, rescue_json, rescue_txt
 from instarfs.repair.interrupted import pending
@@ -105,6 +106,7 @@ def command(
         remark_interrupted(left_over)
         try:
             before = image.generation()
+            keep_freed_memory()
             found = find(image.source(), can_grow=not image.is_device, progress=tell)
         except Cancelled:
             raise

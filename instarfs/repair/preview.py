@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from instarfs.errors import RepairPending
 from instarfs.image.file import Image
+from instarfs.image.memory import keep_freed_memory
 from instarfs.image.preview import PreviewImage
 from instarfs.repair.interrupted import pending
 from instarfs.repair.known import Known
@@ -48,6 +49,7 @@ def preview_of(
     if interrupted is not None:
         raise RepairPending(image.path, interrupted.sentence)
     knows = knows or Known()
+    keep_freed_memory()
     found = rescue(
         image.source(),
         assumed=knows.fields,

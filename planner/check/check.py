@@ -239,7 +239,7 @@ class _Check:
             found=counts.values[over],
             expected=limit,
         )
-        counts.values[over] = limit
+        counts.clip(over, limit)
 
     # -- comparing -----------------------------------------------------------------------------
 

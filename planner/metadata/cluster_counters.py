@@ -230,6 +230,15 @@ class ClusterCounts:
             self._make_room(tally.slots, int(times.max()))
             self.values[tally.slots] += times.astype(self.values.dtype)
 
+    def clip(self, over: I64, limit: int) -> None:
+        """Set the slots *over*, which are all that are above *limit*, to that, once all is counted:
+        the numbers take no more room than it needs.
+        """
+        self.values[over] = limit
+        width = next(each for each in _WIDTHS if limit <= int(np.iinfo(each).max))
+        if width is not self.values.dtype.type:
+            self.values = _converted(self.values, width)
+
     def _make_room(self, slots: slice | npt.NDArray[np.integer[Any]], amount: int) -> None:
         """Widen where adding *amount* to one of *slots* could wrap.
 
@@ -242,23 +251,23 @@ class ClusterCounts:
         top = int(self.values[slots].max(initial=0)) + amount
         while top > self._limit:
             width = _WIDTHS[[np.dtype(w) for w in _WIDTHS].index(self.values.dtype) + 1]
-            self.values = _widened(self.values, width)
+            self.values = _converted(self.values, width)
             self._limit = int(np.iinfo(width).max)
         self._bound = max(self._bound, top)
 
 
-_WIDENED = 1 << 16
+_CONVERTED = 1 << 16
 """Numbers that are copied at a time."""
 
 
-def _widened(values: Counts, width: type[np.unsignedinteger]) -> Counts:
+def _converted(values: Counts, width: type[np.unsignedinteger]) -> Counts:
     """*values* in that dtype; of zeros, which most are in a file of holes, nothing is written."""
-    wide: Counts = np.zeros(len(values), dtype=width)
-    for start in range(0, len(values), _WIDENED):
-        part = slice(start, start + _WIDENED)
+    converted: Counts = np.zeros(len(values), dtype=width)
+    for start in range(0, len(values), _CONVERTED):
+        part = slice(start, start + _CONVERTED)
         if values[part].any():
-            wide[part] = values[part]
-    return wide
+            converted[part] = values[part]
+    return converted
 
 
 def fill_rows(values: Counts, rows: I64, part: Counts) -> Counts:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,3 +137,13 @@ def test_pages_have_slots_for_all_their_clusters_and_for_no_others() -> None:
     before = [np.count_nonzero(clusters < cluster) for cluster in some]
     assert index.count_before(some).tolist() == before
     assert [index.slots_before(cluster) for cluster in some.tolist()] == before
+
+
+@pytest.mark.parametrize(("limit", "width"), [(15, np.uint8), (255, np.uint8), (65_535, np.uint16)])
+def test_counts_that_are_clipped_take_no_more_room_than_their_limit(limit, width) -> None:
+    found = ClusterCounts(3)
+    found.add_run(Slot(0), 1, 7)
+    found.add_run(Slot(1), 1, 70_000)
+    found.clip(np.array([1]), limit)
+    assert found.values.dtype == width
+    assert found.values.tolist() == [7, limit, 0]
