@@ -125,7 +125,8 @@ def command(
         pending=left_over,
     )
     if output == "json":
-        click.echo(rescue_json(found, asked, out), nl=False)
+        for part in rescue_json(found, asked, out):
+            click.echo(part, nl=False)
     else:
         click.echo(rescue_txt(found, asked, out), nl=False)
     if _falls_short(found, is_wanted=out is not None):
@@ -137,7 +138,7 @@ def _falls_short(found: Rescue, *, is_wanted: bool) -> bool:
     wrong put right.
     """
     is_damaged = found.before.verdict != "clean"
-    return found.plan.changes_nothing and (bool(found.placements) or (is_wanted and is_damaged))
+    return found.plan.changes_nothing and (len(found.placements) > 0 or (is_wanted and is_damaged))
 
 
 def _state_of(name: ImageName, path: str) -> RescueState:

@@ -644,24 +644,26 @@ def _offset(name: str) -> int:
 
 
 def _rescue_files(inspector: Inspector, rescued: Rescued) -> list[_Entry]:
-    def file(content: bytes) -> File:
+    def file(content: Callable[[], bytes | Iterator[bytes]]) -> File:
         # It is of the image that was looked at, and of no other.
         seen = inspector.look(lambda _source: None, is_kept=True)
-        return GeneratedFile(seen, lambda _: content)
+        return GeneratedFile(seen, lambda _: content())
 
     return [
         _Entry(
             "rescue/report.txt",
             "what was lost, what is put back, and why that is believed",
-            file(rescued.report),
+            file(lambda: rescued.report),
         ),
         _Entry(
             "rescue/placements.tsv",
             "every L2 table that no entry leads to: where it belongs, and what says so",
-            file(rescued.placements),
+            file(lambda: render.rescue.placements_tsv(rescued.placements)),
         ),
         _Entry(
-            "rescue/plan.json", "the same as `instarfs rescue --output json`", file(rescued.plan)
+            "rescue/plan.json",
+            "the same as `instarfs rescue --output json`",
+            file(rescued.plan),
         ),
     ]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from instarfs.render.check import counters_phrase
 from instarfs.render.outcome import pending_value
 from instarfs.repair.known import Known
-from instarfs.text import json_bytes, shell_path, shell_word, text_lines
+from instarfs.text import json_parts, shell_path, shell_word, text_lines
 from planner.check.report import CheckCounters
 from planner.findings.kinds import NONE
 from planner.findings.wording import plural
@@ -19,9 +21,10 @@ from planner.triage.triage import snapshot_phrase
 
 if TYPE_CHECKING:  # what searches and places is large, and a mount shows what was found before
     from instarfs.repair.outcome import Pending
+    from planner.qcow2.snapshots import Snapshot
     from planner.rescue.hypotheses import Found, Hypothesis
     from planner.rescue.leftovers import Left
-    from planner.rescue.placing.place import Placement
+    from planner.rescue.placing.placements import Placement, Placements
     from planner.rescue.rescue import Rescue
 
 _NAMES = (
@@ -166,11 +169,13 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
     count, placed = len(rescue.placements), rescue.placed
     tables = plural(count, "L2 table")
     lines = [f"{filename}: nothing leads to {tables}; the place of {placed} is proven", ""]
-    for cells in (COLUMNS, *map(_cells, rescue.placements)):
+    for cells in (COLUMNS, *map(_cells, islice(rescue.placements, LISTED_TABLES))):
         offset, index, evidence, *votes, is_placed, candidates = cells
         shown = f"{offset:>16} {index:>8}  {evidence:24} {votes[0]:>9} {votes[1]:>13}"
         shown += f"  {is_placed:6}  {candidates}"
         lines.append(f"  {shown}")
+    if count > LISTED_TABLES:
+        lines.append("  ... all of them: --output json")
     if rescue.note:
         lines += ["", f"Not all was read that may say where they belong: {rescue.note}."]
     if rescue.holes:
@@ -187,14 +192,21 @@ def _of_tables(rescue: Rescue, filename: str) -> list[str]:
 LISTED_SNAPSHOTS = 20
 """Snapshots that a text names."""
 
+ROWS_A_PART = 1000
+
+LISTED_TABLES = 1000
+"""L2 tables that a text names."""
+
 COLUMNS = ("offset", "l1-index", "evidence", "votes-for", "votes-against", "placed", "candidates")
 
 
-def placements_tsv(placements: Sequence[Placement]) -> str:
+def placements_tsv(placements: Placements) -> Iterator[bytes]:
     """Every table that no entry leads to, one a line: where it belongs, and what says so."""
+    yield ("#" + "\t".join(COLUMNS) + "\n").encode()
     rows = map(_cells, placements)
-    # No cell holds anything but digits and words of ours.
-    return "".join(f"{line}\n" for line in ("#" + "\t".join(COLUMNS), *map("\t".join, rows)))
+    while part := list(islice(rows, ROWS_A_PART)):
+        # No cell holds anything but digits and words of ours.
+        yield "".join(f"{line}\n" for line in map("\t".join, part)).encode()
 
 
 def _cells(each: Placement) -> tuple[str, ...]:
@@ -256,60 +268,72 @@ _CIPHERTEXT = (
 
 @dataclass(frozen=True, slots=True)
 class Rescued:
-    """What a preview of a rescue says of it: ``report``, ``placements`` and ``plan``, as bytes."""
+    """What a preview of a rescue says of it: ``report``, as bytes, ``placements``, and the ``plan``
+    in parts, each time that it is asked for.
+    """
 
     report: bytes
-    placements: bytes
-    plan: bytes
+    placements: Placements
+    plan: Callable[[], Iterator[bytes]]
 
     @classmethod
     def of(cls, rescue: Rescue, asked: Asked) -> Rescued:
         """*asked*: with the path of the image, absolute."""
-        return cls(
-            rescue_txt(rescue, asked, None).encode(),
-            placements_tsv(rescue.placements).encode(),
-            rescue_json(rescue, asked, None),
-        )
+        # Not what it was found by, which is as large as the image's tables, many times.
+        plan = partial(_parts, _value(rescue, asked, None), rescue.placements, rescue.snapshots)
+        return cls(rescue_txt(rescue, asked, None).encode(), rescue.placements, plan)
 
 
-def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> bytes:
-    """The same as JSON."""
+def rescue_json(rescue: Rescue, asked: Asked, out: str | None) -> Iterator[bytes]:
+    """The same as JSON, in parts."""
+    return _parts(_value(rescue, asked, out), rescue.placements, rescue.snapshots)
+
+
+def _parts(
+    value: Mapping[str, object], placements: Placements, snapshots: Sequence[Snapshot]
+) -> Iterator[bytes]:
+    """*value* as JSON, with lists in it of which each may be very long."""
+    lists = {"placements": map(_placement, placements), "snapshots": map(_snapshot, snapshots)}
+    return json_parts({**value, **lists})
+
+
+def _value(rescue: Rescue, asked: Asked, out: str | None) -> dict[str, object]:
+    """What is told of it, but for the lists that `_parts` puts in their places."""
     found, plan = rescue.headers, rescue.plan
     header = rescue.after.layout.header if rescue.after.layout else found.now
     is_written = out is not None and not plan.changes_nothing
     unfinished = {"interrupted-repair": pending_value(asked.pending)} if asked.pending else {}
-    return json_bytes(
-        {
-            "filename": asked.filename,
-            "status": "nothing-to-do" if plan.changes_nothing else "planned",
-            "plan-id": plan.id,
-            "header": {
-                name: getattr(header, name) for name in Header.__slots__ if name != "additional"
-            },
-            "changed": list(found.best.changed) if found.best is not None else [],
-            "verdict": rescue.after.verdict,
-            **_counters(rescue.after.counters),
-            "next-best": _counters(found.rival.counters) if found.rival else None,
-            "size-evidence": found.size.evidence if found.size else None,
-            "size-is-exact": found.size.is_exact if found.size else True,
-            "placements": [_placement(each) for each in rescue.placements],
-            "unreadable": list(rescue.holes),
-            "note": rescue.note or None,
-            "snapshots": [
-                {
-                    "id": each.id_str.decode(errors="replace"),
-                    "name": each.name.decode(errors="replace"),
-                    "date-sec": each.date_sec,
-                    "l1-table-offset": each.l1_table_offset,
-                }
-                for each in rescue.snapshots
-            ],
-            "left-out": list(rescue.left_out),
-            "refused": rescue.refused,
-            "written-to": out if is_written else None,
-            **unfinished,
-        }
-    )
+    return {
+        "filename": asked.filename,
+        "status": "nothing-to-do" if plan.changes_nothing else "planned",
+        "plan-id": plan.id,
+        "header": {
+            name: getattr(header, name) for name in Header.__slots__ if name != "additional"
+        },
+        "changed": list(found.best.changed) if found.best is not None else [],
+        "verdict": rescue.after.verdict,
+        **_counters(rescue.after.counters),
+        "next-best": _counters(found.rival.counters) if found.rival else None,
+        "size-evidence": found.size.evidence if found.size else None,
+        "size-is-exact": found.size.is_exact if found.size else True,
+        "placements": [],
+        "unreadable": list(rescue.holes),
+        "note": rescue.note or None,
+        "snapshots": [],
+        "left-out": list(rescue.left_out),
+        "refused": rescue.refused,
+        "written-to": out if is_written else None,
+        **unfinished,
+    }
+
+
+def _snapshot(each: Snapshot) -> dict[str, object]:
+    return {
+        "id": each.id_str.decode(errors="replace"),
+        "name": each.name.decode(errors="replace"),
+        "date-sec": each.date_sec,
+        "l1-table-offset": each.l1_table_offset,
+    }
 
 
 def _placement(each: Placement) -> dict[str, object]:

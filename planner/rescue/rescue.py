@@ -8,11 +8,11 @@ leads to; then refcounts that are lost, too, by the census of what was put back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.arrays import I64, U64, distinct
+from planner.arrays import I64, U64, distinct, is_among
 from planner.check.check import check_image
 from planner.check.report import Report
 from planner.errors import AmbiguousCorruption, HeaderUnknown, RepairError
@@ -35,7 +35,8 @@ from planner.rescue.hypotheses import Found, Hypothesis
 from planner.rescue.leaked_l1 import may_have_lost_l1
 from planner.rescue.opening import has_no_table, leave_out, why_refused
 from planner.rescue.order import draft_header, in_order, then
-from planner.rescue.placing.place import Placed, Placement, find_placements, with_candidates
+from planner.rescue.placing.place import Placed, find_placements, with_candidates
+from planner.rescue.placing.placements import Placements
 from planner.rescue.scan import Scan, scan_once
 from planner.rescue.scanned import Scanned
 from planner.rescue.snapshots import lost_l1_tables, plan_snapshots
@@ -67,7 +68,7 @@ class Rescue:
     headers: Found
     before: Report
     after: Report
-    placements: tuple[Placement, ...] = ()
+    placements: Placements = field(default_factory=Placements.none)
     holes: tuple[int, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ class Rescue:
     @property
     def placed(self) -> int:
         """How many tables have a place now."""
-        return sum(each.placed for each in self.placements)
+        return int(np.count_nonzero(self.placements.placed))
 
     @property
     def count(self) -> int:
@@ -320,15 +321,14 @@ def _listed_again(
 def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
     """What is put back: *ground*, the tables whose place is proven, and nothing that stops QEMU."""
     tables, first = ground.tables, ground.report
-    candidates = np.zeros(0, dtype=np.int64)
+    placements, are_any = Placements.none(), np.zeros(0, dtype=np.bool_)
     if tables is not None:
-        tables, candidates = with_candidates(_without_contested(tables))
-    placements = tables.placements if tables is not None else ()
-    is_placed = tables is not None and any(each.placed for each in placements)
-    if not is_placed:
-        candidates = candidates[:0]
-    if tables is not None and is_placed:
-        _require_few(candidates, source)
+        tables, are_any = with_candidates(_without_contested(tables))
+        placements = tables.placements
+    candidates = np.zeros(0, dtype=np.int64)
+    if tables is not None and placements.placed.any():
+        _require_few(int(np.count_nonzero(are_any)), source)
+        candidates = np.flatnonzero(are_any)
         draft = Draft(ground.image, can_grow=means.can_grow)
         _draft_l1(draft, tables)
         ground = _settled(source, ground, draft.plan(RescueTier.RESCUE), means)
@@ -362,13 +362,13 @@ MAX_HOLES = 1 << 16
 BYTES_A_HOLE = 4096
 
 
-def _require_few(candidates: I64, source: Source) -> None:
+def _require_few(candidates: int, source: Source) -> None:
     """Raise where tables may belong to more entries than are written to: an L1 table claims to
     have millions and is a hole."""
     most = MAX_HOLES + present_bytes(source) // BYTES_A_HOLE
-    if len(candidates) > most:
+    if candidates > most:
         raise AmbiguousCorruption(
-            f"tables whose place is not proven may belong to {len(candidates)} L1 entries, and of"
+            f"tables whose place is not proven may belong to {candidates} L1 entries, and of"
             f" no more than {most} it is told that they cannot be read",
             "nothing was written: where the disk is not so large, name its size with --assume"
             " size=BYTES",
@@ -422,7 +422,7 @@ def _tables_under(source: Source, report: Report, means: _Means) -> Placed | Non
     if report.error is not None or report.mismatches is None:
         return None
     found = find_placements(source, report, means.progress, free=means.free, scanned=means.scanned)
-    return found if found is not None and found.placements else None
+    return found if found is not None and len(found.placements) else None
 
 
 # ---- the header ----
@@ -466,39 +466,31 @@ def _unknown(found: Found) -> HeaderUnknown:
 
 def _without_contested(found: Placed) -> Placed:
     """*found* without placements of tables that lead to what another leads to as its own."""
-    board = found.board
-    placed = np.array([each.placed for each in found.placements], dtype=np.bool_)
-    rows = np.searchsorted(board.tables.offset, [each.offset for each in found.placements])[placed]
+    board, known = found.board, found.placements
+    placed = np.flatnonzero(known.placed)
+    rows = np.searchsorted(board.tables.offset, known.offset[placed])
     own = board.tables.grid.filled(rows, own=True)
     used, count = np.unique(own.cluster, return_counts=True)
     twice = used[count > 1]
     referenced = used[found.mismatches.count_references(used) > 0]
     bad = np.isin(own.cluster, np.concatenate((twice, referenced)))
-    is_bad = np.zeros(len(placed), dtype=np.bool_)
-    is_bad[np.flatnonzero(placed)[own.table[bad]]] = True
-    placements = tuple(
-        replace(each, placed=False) if wrong else each
-        for each, wrong in zip(found.placements, is_bad.tolist(), strict=True)
-    )
-    return replace(found, placements=placements)
+    is_placed = known.placed.copy()
+    is_placed[placed[own.table[bad]]] = False
+    return replace(found, placements=replace(known, placed=is_placed))
 
 
 def _draft_l1(draft: Draft, found: Placed) -> None:
     """Draft the L1 table with what was placed, and without what leads nowhere."""
-    l1 = found.l1
-    index = [np.flatnonzero(l1.words)]
-    index[0] = index[0][~l1.leads[index[0]]]
-    word = [np.zeros(len(index[0]), dtype=np.uint64)]
-    for each in found.placements:
-        if each.placed:
-            copied = 0 if each.offset in found.shared else entries.COPIED
-            index.append(np.array([each.l1_index]))
-            word.append(np.array([each.offset | copied], dtype=np.uint64))
+    l1, placements = found.l1, found.placements
+    placed, unsound = placements.placed, np.flatnonzero(l1.words)
+    unsound = unsound[~l1.leads[unsound]]
+    offset = placements.offset[placed]
+    copied = np.where(is_among(offset, found.shared), 0, entries.COPIED).astype(np.uint64)
     # Of one that led nowhere and has a table now, the latter holds.
-    words = dict(zip(np.concatenate(index).tolist(), np.concatenate(word).tolist(), strict=True))
-    at = np.array(sorted(words), dtype=np.int64)
-    word = [np.array([words[each] for each in at.tolist()], dtype=np.uint64)]
-    _write_words(draft, l1.offset, at, word[0])
+    index = np.concatenate((placements.l1_index[placed], unsound))
+    word = np.concatenate((offset.astype(np.uint64) | copied, np.zeros_like(unsound, np.uint64)))
+    at, first = np.unique(index, return_index=True)
+    _write_words(draft, l1.offset, at, word[first])
 
 
 def _write_words(draft: Draft, l1_offset: int, index: I64, word: U64) -> None:

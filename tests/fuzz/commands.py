@@ -110,7 +110,15 @@ BESIDE_UNDO = ("undo", "check -r leaks", "trim")
 
 BRIEFLY = ("info --output=json", "check --data", "report", "files", "rescue", "map --output=json")
 
-STREAMED = ("files", "info --output=json", "map", "plan --output=json", "scan", "export")
+STREAMED = (
+    "files",
+    "info --output=json",
+    "map",
+    "plan --output=json",
+    "rescue --output=json",
+    "scan",
+    "export",
+)
 """What may print more than is read: nobody reads on then, and it is to end."""
 
 MOUNTS = (

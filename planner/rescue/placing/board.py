@@ -75,9 +75,9 @@ class Board:
         vacant[inside] = self._next_of[window[inside]] == 0
         return vacant
 
-    def place(self, table: int, window: int) -> None:
-        """Put *table* there, where nothing is."""
-        self.window[table], self._next_of[window] = window, table + 1
+    def place(self, tables: I64, windows: I64) -> None:
+        """Put each of *tables* there, where nothing is."""
+        self.window[tables], self._next_of[windows] = windows, tables + 1
 
     def holes(self) -> tuple[I64, I64]:
         """The ranges of the disk that nothing is known of, start and end, ascending."""

@@ -105,6 +105,20 @@ class Grid:
         result: Mask = self.of_each(tables, entry) > 0
         return result
 
+    def last(self, tables: I64, *, zeros: bool) -> I64:
+        """The last entry of each of *tables* that leads somewhere, -1 where none does. *zeros*:
+        whether one that says that there are zeros does."""
+        leads = self.clusters != NOWHERE
+        if not zeros:
+            leads &= self.clusters != ZEROS
+        page = np.flatnonzero(leads.any(axis=1))
+        width = self.clusters.shape[1]
+        column = width - 1 - leads[page, ::-1].argmax(axis=1)
+        row, number = np.divmod(self.key[page], self._pages)
+        last = np.full(int(self.row.max(initial=-1)) + 1, -1)
+        last[row] = number * width + column  # of several pages of a table the last holds
+        return last[self.row[tables]]
+
     def used(self, tables: I64) -> Mask:
         """Which entries say anything, (tables, entries)."""
         used = np.zeros((len(tables), self._pages, self.clusters.shape[1]), dtype=np.bool_)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from planner.arrays import I64, distinct, is_among
+from planner.arrays import I64, Mask, distinct, is_among
 from planner.check.check import check_image
 from planner.check.refcount_comparison import Mismatches
 from planner.check.report import Report
@@ -20,7 +18,8 @@ from planner.qcow2.layout import Layout
 from planner.rescue.placing.board import Board
 from planner.rescue.placing.claims import Claims, Collector
 from planner.rescue.placing.going_on import Pass
-from planner.rescue.placing.grid import NOWHERE, PACKED, read_grid
+from planner.rescue.placing.grid import read_grid
+from planner.rescue.placing.placements import LISTED_CANDIDATES, Placements
 from planner.rescue.placing.solve import SPOTTERS, Solver
 from planner.rescue.placing.tables import (
     A_SNAPSHOTS,
@@ -32,36 +31,14 @@ from planner.rescue.placing.tables import (
     snapshot_hints,
     unused_clusters,
 )
-from planner.rescue.placing.votes import Evidence
 from planner.rescue.scanned import Scanned
 from planner.source import Patched, Source, present_bytes
 
-LISTED_CANDIDATES = 16
-"""Of one table."""
+LOOKED_AT = 1 << 16
+"""L1 entries at a time."""
 
 FOR_ANY = 1_200_000.0
 """Of work: the disk is looked at round after round."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A lost table, and where it belongs.
-
-    ``offset``: of the table in the file, bytes. ``l1_index``: the entry that is to lead there, of
-    one that is not ``placed`` the likeliest, `NONE` where nothing speaks for any. ``evidence``:
-    what says so; ``votes_for``, ``votes_against``: how often, and how often otherwise.
-    ``candidates``: the entries that one which is not placed may belong to, the likeliest first,
-    `LISTED_CANDIDATES` at most of ``candidate_count``.
-    """
-
-    offset: int
-    l1_index: int
-    evidence: tuple[Evidence, ...]
-    votes_for: int
-    votes_against: int
-    placed: bool
-    candidates: tuple[int, ...] = ()
-    candidate_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,15 +46,15 @@ class Placed:
     """What was found of an image: its L1 table as it stands, its tables, their placements.
 
     ``mismatches``: of the check of it without entries that lead nowhere. ``shared``: offsets of the
-    tables without a place that snapshots lead to as well. ``note``: why not all that may say where
-    they belong was read; empty: it was.
+    tables without a place that snapshots lead to as well, ascending. ``note``: why not all that may
+    say where they belong was read; empty: it was.
     """
 
     l1: L1Table
     board: Board
-    placements: tuple[Placement, ...]
+    placements: Placements
     mismatches: Mismatches
-    shared: frozenset[int]
+    shared: I64
     note: str = ""
 
 
@@ -126,52 +103,52 @@ def find_placements(
     waits = np.flatnonzero(tables.window == NO_WINDOW)
     solver = Solver(board, collector.claims(tables.grid, waits))
     solver.solve()
-    shared = frozenset(lost[is_shared].tolist())
-    placements = tuple(_placements(solver))
-    return Placed(l1, board, placements, sound.mismatches, shared, solver.note)
+    placements = _placements(solver)
+    return Placed(l1, board, placements, sound.mismatches, lost[is_shared], solver.note)
 
 
-def with_candidates(found: Placed) -> tuple[Placed, I64]:
-    """*found* with the candidates of tables that are not placed; the L1 indices that are any's.
+def with_candidates(found: Placed) -> tuple[Placed, Mask]:
+    """*found* with the candidates of tables that are not placed; which L1 indices are any's, as far
+    as there are some.
 
     A table may belong to every entry that leads nowhere, unless what it maps would lie behind the
     end of the disk. One that maps nothing but zeros reads as if it were not there, and has none.
     """
-    board = found.board
+    board, known = found.board, found.placements
     is_open = ~found.l1.leads[: board.tables.windows]
-    is_open[[each.l1_index for each in found.placements if each.placed]] = False
-    vacant, most = np.flatnonzero(is_open), 0
-    placements = []
-    for each in found.placements:
-        if not each.placed:
-            count = int(np.searchsorted(vacant, _end(board, each)))
-            most = max(most, count)
-            each = replace(each, **_shown(each, vacant[:count]))  # noqa: PLW2901
-        placements.append(each)
-    return replace(found, placements=tuple(placements)), vacant[:most]
+    is_open[known.l1_index[known.placed]] = False
+    end = np.where(known.placed, 0, _ends(board, known.offset))
+    count = np.zeros_like(end)
+    for each in distinct(end).tolist():  # the disk ends in the last window, or in that before
+        count[end == each] = np.count_nonzero(is_open[:each])
+    is_likely = (known.votes_for > 0) & (known.l1_index >= 0) & (known.l1_index < end)
+    is_likely[is_likely] = is_open[known.l1_index[is_likely]]
+    listed = _first_of(is_open, LISTED_CANDIDATES + 1)
+    placements = replace(known, candidate_count=count, is_likely=is_likely, candidates=listed)
+    return replace(found, placements=placements), is_open[: end.max(initial=0)]
 
 
-def _end(board: Board, placement: Placement) -> int:
-    """The window behind the last in which what a table maps lies on the disk; 0: it maps zeros."""
-    table = int(np.searchsorted(board.tables.offset, placement.offset))
-    entries_of_it = board.geometry.l2_entries
-    row = board.tables.grid.cut(table, 0, entries_of_it)
-    counts = row != NOWHERE if board.has_backing else (row > 0) | (row == PACKED)
-    used = np.flatnonzero(counts)
+def _ends(board: Board, offset: I64) -> I64:
+    """The window behind the last in which what each table maps lies on the disk; 0: it maps zeros.
+
+    *offset*: of the tables in the file.
+    """
+    tables = np.searchsorted(board.tables.offset, offset)
+    last = board.tables.grid.last(tables, zeros=board.has_backing)
     clusters = -(-board.size >> board.geometry.cluster_bits)
-    return max(0, -(-(clusters - int(used[-1])) // entries_of_it)) if len(used) else 0
+    end = np.maximum(0, -(-(clusters - last) // board.geometry.l2_entries))
+    end[last < 0] = 0
+    return np.minimum(end, board.tables.windows)
 
 
-def _shown(placement: Placement, candidates: I64) -> dict[str, Any]:
-    """Those of *candidates*, ascending, that are listed: what most speaks for comes first."""
-    listed = candidates[: LISTED_CANDIDATES + 1].tolist()
-    if placement.votes_for and is_among(np.array([placement.l1_index]), candidates).all():
-        rest = [index for index in listed if index != placement.l1_index]
-        listed = [placement.l1_index, *rest]
-    return {
-        "candidates": tuple(listed[:LISTED_CANDIDATES]),
-        "candidate_count": len(candidates),
-    }
+def _first_of(are: Mask, most: int) -> I64:
+    """Which are, of many millions the first."""
+    found = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(are), LOOKED_AT):
+        found = np.append(found, start + np.flatnonzero(are[start : start + LOOKED_AT]))
+        if len(found) >= most:
+            break
+    return found[:most]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,9 +210,7 @@ def _look(
     windows = min(len(l1.words), geometry.l1_entries_needed)
     found = read_grid(source, lost, geometry)
     hints, late = snapshot_hints(source, report, lost, found, ~l1.leads[:windows])
-    known = np.array([table for table, _ in hints], dtype=np.int64)
-    lost = distinct(np.concatenate((lost, known)))
-    theirs = np.array([table for table, _ in late], dtype=np.int64)
+    lost, theirs = distinct(np.concatenate((lost, hints[0]))), late[0]
     offset = np.concatenate((lost, theirs, entries.l1_offsets(l1.words[index])))
     window = np.concatenate(
         (np.full(len(lost), NO_WINDOW), np.full(len(theirs), A_SNAPSHOTS), index)
@@ -248,10 +223,7 @@ def _look(
         read_grid(source, offset, geometry),
         window,
         windows,
-        *(
-            tuple((int(np.searchsorted(offset, table)), place) for table, place in shown)
-            for shown in (hints, late)
-        ),
+        *(np.stack((np.searchsorted(offset, shown[0]), shown[1])) for shown in (hints, late)),
     )
     # What a table has in common with a snapshot is in use, and says where it is all the same.
     rest = distinct(tables.grid.filled(tables.lost).cluster)
@@ -260,16 +232,24 @@ def _look(
     return tables, collector, has_l1
 
 
-def _placements(solver: Solver) -> Iterator[Placement]:
+def _placements(solver: Solver) -> Placements:
     board = solver.board
-    for table in board.tables.lost.tolist():
-        each = solver.tallies.get(table)
-        window = int(board.window[table])
-        if window == A_SNAPSHOTS:
-            continue
-        placed = window != NO_WINDOW
-        best = window if placed else each.best if each else NONE
-        evidence = tuple(sorted(each.by_window.get(best, {}))) if each else ()
-        count = each.count(best) if each else 0
-        against = sum(map(each.count, each.by_window)) - count if each else 0
-        yield Placement(int(board.tables.offset[table]), best, evidence, count, against, placed)
+    tables = board.tables.lost
+    tables = tables[board.window[tables] != A_SNAPSHOTS]
+    index = board.window[tables]
+    placed = index != NO_WINDOW
+    ballots = solver.tallied.ballots()
+    ballots = ballots.select(is_among(ballots.table, tables))
+    best = ballots.best()
+    at = np.searchsorted(tables, best.table)
+    index[at] = np.where(placed[at], index[at], best.window)
+    index[index == NO_WINDOW] = NONE
+    votes_for, votes = np.zeros_like(tables), np.zeros_like(tables)
+    at = np.searchsorted(tables, ballots.table)
+    np.add.at(votes, at, ballots.count)
+    mine = ballots.window == index[at]
+    votes_for[at[mine]] = ballots.count[mine]
+    evidence = np.zeros(len(tables), dtype=np.uint8)
+    evidence[at[mine]] = ballots.evidence[mine]
+    against = votes - votes_for
+    return Placements.of(board.tables.offset[tables], index, evidence, (votes_for, against), placed)

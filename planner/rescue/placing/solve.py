@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from planner.arrays import is_among, is_any_of
 from planner.guestfs.reading import Holes
 from planner.guestfs.volumes.find import find_volumes
 from planner.guestfs.volumes.partitions import read_table
@@ -35,21 +34,20 @@ WEAK: tuple[Weigher, ...] = (pattern.weigh,)
 
 @dataclass(slots=True)
 class Solver:
-    """One search. ``tallies``: of the tables, what was voted when they were last asked about.
+    """One search. ``tallied``: of each table, what was voted when it was last asked about.
 
     ``note``: why it ended before all was asked; empty: it did not.
     """
 
     board: Board
     claims: Claims
-    tallies: dict[int, Tally] = field(default_factory=dict)
+    tallied: Tally = field(default_factory=Tally.none)
     note: str = ""
 
     def solve(self) -> None:
         """Place what can be placed; by no round of which the votes against were not all heard."""
-        for table, window in self.board.tables.hints:
-            self._note(table, window, Evidence.SNAPSHOT, 1)
-        self._place(self.tallies)
+        self.tallied = Tally.of(Evidence.SNAPSHOT, *self.board.tables.hints)
+        self._place(self.tallied)
         try:
             for _ in range(MAX_ROUNDS):
                 if not len(self.board.waiting) or not (self._round(STRONG) or self._round(WEAK)):
@@ -65,26 +63,21 @@ class Solver:
         """
         if len(self.board.waiting):
             return
-        for table, window in self.board.tables.late:
-            if self.board.are_vacant(np.array([window])).all():
-                self._note(table, window, Evidence.SNAPSHOT, 1)
-                self.board.place(table, window)
-
-    def _waits(self, table: int) -> bool:
-        return bool(self.board.window[table] == NO_WINDOW)
-
-    def _note(self, table: int, window: int, evidence: Evidence, count: int) -> None:
-        mine = self.tallies.setdefault(table, Tally(table, {})).by_window.setdefault(window, {})
-        mine[evidence] = mine.get(evidence, 0) + count
+        table, window = self.board.tables.late
+        vacant = self.board.are_vacant(window)
+        table, window = table[vacant], window[vacant]
+        self.tallied = self.tallied.joined(Tally.of(Evidence.SNAPSHOT, table, window))
+        self.board.place(table, window)
 
     def _round(self, weighers: tuple[Weigher, ...]) -> bool:
         found = tally(self._votes(weighers))
         if weighers is WEAK:
             # What was voted otherwise is against it.
-            for table, each in found.items():
-                if table in self.tallies:
-                    each.by_window.update(self.tallies[table].by_window)
-        self.tallies |= {table: each for table, each in found.items() if self._waits(table)}
+            known = self.tallied.select(is_among(self.tallied.table, found.table))
+            found = found.besides(known).joined(known)
+        asked = found.select(self.board.window[found.table] == NO_WINDOW)
+        kept = ~is_any_of(self.tallied.table, asked.table)
+        self.tallied = self.tallied.select(kept).joined(asked)
         return self._place(found)
 
     def _votes(self, weighers: tuple[Weigher, ...]) -> Iterator[Votes]:
@@ -105,20 +98,10 @@ class Solver:
                 yield from weigh(site, self.claims)
         board.work.take(0)  # where volumes were left out, what they say is not heard
 
-    def _place(self, tallies: dict[int, Tally]) -> bool:
+    def _place(self, found: Tally) -> bool:
         """Place each table that one window alone was voted for, where none other was."""
-        board = self.board
-        wanted: dict[int, set[int]] = {}
-        for table, each in tallies.items():
-            if self._waits(table):
-                for window in each.by_window:
-                    wanted.setdefault(window, set()).add(table)
-        moved = False
-        for table, each in tallies.items():
-            window = each.best
-            if not self._waits(table) or each.against or wanted[window] != {table}:
-                continue
-            if board.are_vacant(np.array([window])).all():
-                board.place(table, window)
-                moved = True
-        return moved
+        board, ballots = self.board, found.ballots()
+        waiting = ballots.select(board.window[ballots.table] == NO_WINDOW).undisputed()
+        placed = waiting.select(board.are_vacant(waiting.window))
+        board.place(placed.table, placed.window)
+        return len(placed) > 0

@@ -7,7 +7,7 @@ leads to what is compressed: those of snapshots have none, nor have old refcount
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -34,14 +34,19 @@ MAX_TABLES = 1 << 16
 """That are looked at, of an image: 32 TiB of the usual ones."""
 
 
+def no_hints() -> I64:
+    """Of no table."""
+    return np.zeros((2, 0), dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tables:
     """L2 tables in columns, ascending by ``offset``, their place in the file.
 
     ``grid``: where their entries lead. ``window``: the L1 index that leads there; `NO_WINDOW` or
-    `A_SNAPSHOTS` for those that lost theirs. ``windows``: how many the disk has. ``hints``: (table,
-    window) of lost ones whose place a snapshot shows; ``late``: of those that are a snapshot's, and
-    the disk's too if nothing else belongs there.
+    `A_SNAPSHOTS` for those that lost theirs. ``windows``: how many the disk has. ``hints``: tables
+    and windows, (2, n), of lost ones whose place a snapshot shows; ``late``: of those that are a
+    snapshot's, and the disk's too if nothing else belongs there.
     """
 
     geometry: Geometry
@@ -49,8 +54,8 @@ class Tables:
     grid: Grid
     window: I64
     windows: int
-    hints: tuple[tuple[int, int], ...] = ()
-    late: tuple[tuple[int, int], ...] = ()
+    hints: I64 = field(default_factory=no_hints)
+    late: I64 = field(default_factory=no_hints)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -157,9 +162,9 @@ def read_pieces(source: Source, offsets: I64, geometry: Geometry) -> Iterator[tu
 
 def snapshot_hints(
     source: Source, report: Report, offset: I64, grid: Grid, is_vacant: Mask
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """What the L1 tables of snapshots show of vacant windows of the disk: (table, window), of the
-    table its offset. *is_vacant*: which of the windows are.
+) -> tuple[I64, I64]:
+    """What the L1 tables of snapshots show of vacant windows of the disk: tables, by their offsets,
+    and windows, (2, n). *is_vacant*: which of the windows are.
 
     Tables that the disk had in common with a snapshot, which are counted once too often, at the
     index that they have there. Of tables at *offset* that wait, those that lead to the same
@@ -168,7 +173,7 @@ def snapshot_hints(
     """
     mismatches, layout = report.mismatches, report.layout
     if mismatches is None or layout is None or not len(report.snapshots):
-        return [], []
+        return no_hints(), no_hints()
     geometry, regions = report.geometry, report.regions
     theirs = regions.select(
         (regions.structure == Structure.L2_TABLE) & (regions.snapshot != ACTIVE)
@@ -181,32 +186,35 @@ def snapshot_hints(
     cluster = table >> geometry.cluster_bits
     slots, known = mismatches.index.find(cluster)
     over = known & (mismatches.stored[slots] > mismatches.counted[slots])
-    hints = list(zip(table[over].tolist(), index[over].tolist(), strict=True))
-    hints += _with_common_clusters(source, geometry, (offset, grid), (table, index))
+    common = _with_common_clusters(source, geometry, (offset, grid), (table, index))
+    hints = np.concatenate((np.stack((table[over], index[over])), common), axis=1)
     unknown = ~known | (mismatches.stored[slots] == 0)
     # Of several snapshots the last is the nearest to the disk.
     order = np.argsort(theirs.snapshot[kept][unknown], kind="stable")
-    late = dict(zip(index[unknown][order].tolist(), table[unknown][order].tolist(), strict=True))
-    return hints, [(each, window) for window, each in late.items()]
+    table, index = table[unknown][order], index[unknown][order]
+    _, first = np.unique(index, return_index=True)
+    window, last = np.unique(index[::-1], return_index=True)
+    late = np.stack((table[::-1][last], window))
+    return hints, late[:, np.argsort(first)]
 
 
 def _with_common_clusters(
     source: Source, geometry: Geometry, mine: tuple[I64, Grid], theirs: tuple[I64, I64]
-) -> list[tuple[int, int]]:
+) -> I64:
     """Tables that lead to a cluster at the same entry as a snapshot's: no other place has it."""
     offset, grid = mine
     own = grid.filled(np.arange(len(offset)))
     order = np.argsort(own.cluster, kind="stable")
     leads = own.cluster[order]
     if not len(leads):
-        return []
+        return no_hints()
     other = read_grid(source, theirs[0], geometry).filled(np.arange(len(theirs[0])))
     place = np.minimum(np.searchsorted(leads, other.cluster), len(leads) - 1)
     hit = leads[place] == other.cluster
     at = order[place[hit]]
     same = own.entry[at] == other.entry[hit]
     pair = np.stack((offset[own.table[at[same]]], theirs[1][other.table[hit][same]]))
-    return sorted(zip(*distinct_columns(pair)[0].tolist(), strict=True))
+    return distinct_columns(pair)[0]
 
 
 class Finder:

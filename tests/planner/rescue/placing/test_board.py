@@ -62,8 +62,7 @@ def test_what_is_allocated_is_what_each_entry_says(geometry: Geometry, seed: int
     rng = np.random.default_rng(seed)
     board, _ = made_board(geometry, rng, has_backing=False)
     size = geometry.cluster_size
-    for window in rng.permutation(TABLES)[:6].tolist():
-        board.place(int(rng.integers(0, TABLES)), window)
+    board.place(rng.integers(0, TABLES, 6), rng.permutation(TABLES)[:6])
     end = TABLES * geometry.l2_coverage
     for _ in range(20):
         low, high = sorted(rng.integers(0, end, 2).tolist())

@@ -95,3 +95,20 @@ def test_tables_in_holes_take_what_is_there_of_them() -> None:
     assert np.array_equal(np.flatnonzero(grid.leads(np.arange(len(offsets)), 0)), there)
     assert source.bytes_read <= len(there) * PAGE_BYTES
     assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["small", "usual", "extended"])
+def test_the_last_entry_of_a_table_is_the_last_that_leads_somewhere(
+    geometry: Geometry, seed: int, *, zeros: bool
+) -> None:
+    data, offsets = made_tables(geometry, np.random.default_rng(seed))
+    grid = read_grid(Bytes(data), np.array(offsets), geometry)
+    nothing = (NOWHERE,) if zeros else (NOWHERE, ZEROS)
+    for tables in (np.arange(len(offsets)), np.array([4, 1, 4]), np.zeros(0, dtype=np.int64)):
+        expected = []
+        for table in tables.tolist():
+            words = read_by_word(data, offsets[table], geometry)
+            leads = [entry for entry, (place, _) in enumerate(words) if place not in nothing]
+            expected.append(leads[-1] if leads else -1)
+        assert grid.last(tables, zeros=zeros).tolist() == expected

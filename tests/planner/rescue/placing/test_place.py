@@ -10,6 +10,8 @@ import functools
 import random
 import subprocess
 import tempfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,12 @@ from planner.repair.tiers import propose
 from planner.rescue import rescue as rescue_module
 from planner.rescue.placing import place as place_module
 from planner.rescue.placing.board import Board
-from planner.rescue.placing.grid import ZEROS, Grid
-from planner.rescue.placing.place import LISTED_CANDIDATES, Placed, Placement, with_candidates
-from planner.rescue.placing.tables import NO_WINDOW, L1Table, Tables
+from planner.rescue.placing.claims import Collector
+from planner.rescue.placing.grid import ZEROS, Grid, read_grid
+from planner.rescue.placing.place import Placed, with_candidates
+from planner.rescue.placing.placements import LISTED_CANDIDATES, Placements
+from planner.rescue.placing.solve import Solver
+from planner.rescue.placing.tables import A_SNAPSHOTS, NO_WINDOW, L1Table, Tables
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import Bytes, nonzero_words, read_bytes
 from tests.images.builder import ImageBuilder
@@ -148,7 +153,7 @@ def test_tables_are_put_where_the_file_system_says_that_they_lie(kind: str, tabl
 def test_it_does_not_matter_what_lies_in_the_l1_table_instead(garbage: bytes) -> None:
     data = image("ext4", "gpt")
     found, same = (rescue(Bytes(without_l1(data, each))) for each in (garbage, b"\0"))
-    assert found.placements == same.placements
+    assert list(found.placements) == list(same.placements)
 
 
 def test_where_all_is_placed_the_outcome_is_what_it_was(tmp_path: Path) -> None:
@@ -236,18 +241,65 @@ def test_what_a_table_maps_lies_within_the_disk_and_of_zeros_nothing_is_lost() -
     rows = np.arange(3)
     tables = Tables(geometry, offset, Grid(512, rows, rows, clusters, clusters > 0), nowhere, 4)
     l1 = L1Table(0, np.zeros(4, dtype=np.uint64), np.zeros(4, dtype=np.bool_))
-    waiting = tuple(Placement(at, NONE, (), 0, 0, placed=False) for at in offset.tolist())
+    no = np.zeros(3, dtype=np.int64)
+    nowhere_yet = np.full(3, NONE), no.astype(np.uint8), (no, no), no > 0
+    waiting = Placements.of(offset, *nowhere_yet)
 
     def candidates(*, has_backing: bool) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
         board = Board(Bytes(b""), tables, geometry.virtual_size, has_backing=has_backing)
         mismatches = check_image(Bytes(image("ext4", "none"))).mismatches
         assert mismatches is not None
-        found, holes = with_candidates(Placed(l1, board, waiting, mismatches, frozenset()))
-        return [each.candidates for each in found.placements], tuple(holes.tolist())
+        found, are_any = with_candidates(Placed(l1, board, waiting, mismatches, no[:0]))
+        holes = tuple(np.flatnonzero(are_any).tolist())
+        return [each.candidates for each in found.placements], holes
 
     assert candidates(has_backing=False) == ([(0, 1, 2), (0, 1, 2, 3), ()], (0, 1, 2, 3))
     # Over a backing file zeros are something.
     assert candidates(has_backing=True)[0][2] == (0, 1, 2)
+
+
+def taken(work: Callable[[], object]) -> int:
+    """Bytes of memory that *work* takes at most."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_very_many_tables_columns_are_kept_and_no_objects() -> None:
+    count = 1 << 16
+    geometry = Geometry(3, 9, 4, count * 64 << 9)
+    offset, windows = (1 + np.arange(count)) << 9, np.arange(count)[::-1]
+    grid = read_grid(Bytes(b""), offset, geometry)
+    snapshots = np.full(count, A_SNAPSHOTS)
+    late = np.stack((np.arange(count), windows))
+    tables = Tables(geometry, offset, grid, snapshots, count, late=late)
+    board = Board(Bytes(b""), tables, geometry.virtual_size)
+    solver = Solver(board, Collector((), 9).claims(grid, np.zeros(0, dtype=np.int64)))
+    assert taken(solver.solve) < 300 * count
+    assert (board.window == windows).all()
+
+
+def test_of_an_l1_table_of_millions_of_entries_that_lead_nowhere_no_list_is_made() -> None:
+    entries_of_it = 1 << 22
+    geometry = Geometry(3, 9, 4, entries_of_it * 64 << 9)
+    clusters, row = np.ones((1, 64), dtype=np.int32), np.zeros(1, dtype=np.int64)
+    grid = Grid(64, row, row, clusters, clusters > 0)
+    tables = Tables(geometry, row + 512, grid, row + NO_WINDOW, entries_of_it)
+    board = Board(Bytes(b""), tables, geometry.virtual_size)
+    words, leads = np.zeros((2, entries_of_it), dtype=np.uint8)
+    l1 = L1Table(0, words.astype(np.uint64), leads.astype(np.bool_))
+    mismatches = check_image(Bytes(image("ext4", "none"))).mismatches
+    assert mismatches is not None
+    waiting = Placements.of(row + 512, row + NONE, row.astype(np.uint8), (row, row), row > 0)
+    found = Placed(l1, board, waiting, mismatches, row[:0])
+    assert taken(lambda: with_candidates(found)) < 2 * entries_of_it
+    placed, are_any = with_candidates(found)
+    (only,) = placed.placements
+    assert (only.candidates, only.candidate_count) == (tuple(range(16)), entries_of_it)
+    assert are_any.all()
 
 
 def test_tables_of_the_disk_alone_and_those_in_common_with_a_snapshot_come_back_together() -> None:

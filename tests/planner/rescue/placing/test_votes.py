@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.rescue.placing.votes import Evidence, Votes, fitting, tally, without_rivals
+from planner.rescue.placing.votes import (
+    Ballots,
+    Evidence,
+    Tally,
+    Votes,
+    classes_of,
+    fitting,
+    tally,
+    without_rivals,
+)
 
 WINDOW = 1 << 20
 
@@ -52,6 +61,28 @@ def test_a_block_lies_nowhere_before_the_disk() -> None:
 
 
 def test_votes_for_other_windows_than_the_best_are_against_it() -> None:
-    found = tally([votes((1, 5, 0), (1, 5, 512), (1, 6, 1024)), votes((2, 6, 0))])
-    assert (found[1].best, found[1].count(5), found[1].against) == (5, 2, 1)
-    assert (found[2].best, found[2].against) == (6, 0)
+    found = tally([votes((1, 5, 0), (1, 5, 512), (1, 6, 1024)), votes((2, 6, 0))]).ballots()
+    assert columns(found) == [(1, 5, 2), (1, 6, 1), (2, 6, 1)]
+    assert columns(found.best()) == [(1, 5, 2), (2, 6, 1)]
+    assert not len(found.undisputed())
+
+
+def columns(found: Ballots) -> list[tuple[int, int, int]]:
+    return list(zip(found.table.tolist(), found.window.tolist(), found.count.tolist(), strict=True))
+
+
+def test_votes_of_all_classes_are_counted_together_and_each_is_told() -> None:
+    found = tally([votes((1, 5, 0)), Votes(Evidence.DIRECTORY, *np.array([[1], [5], [0]]))])
+    assert columns(found.ballots()) == [(1, 5, 2)]
+    assert classes_of(int(found.ballots().evidence[0])) == (Evidence.CHECKSUM, Evidence.DIRECTORY)
+
+
+def test_a_table_that_one_window_alone_was_voted_for_where_none_other_was_is_undisputed() -> None:
+    found = tally([votes((1, 5, 0), (1, 5, 512), (2, 6, 0), (3, 6, 512), (4, 1 << 60, 0))])
+    assert columns(found.ballots().undisputed()) == [(1, 5, 2), (4, 1 << 60, 1)]
+
+
+def test_what_was_voted_for_a_window_before_is_left_out_of_what_is_new() -> None:
+    old, new = tally([votes((1, 5, 0))]), tally([votes((1, 5, 0), (1, 6, 0), (2, 5, 0))])
+    assert columns(new.besides(old).ballots()) == [(1, 6, 1), (2, 5, 1)]
+    assert columns(new.besides(Tally.none()).ballots()) == columns(new.ballots())
