@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, expand_ranges
+from planner.arrays import I64, U8, U64, Mask, distinct, expand_ranges
 from planner.errors import ReadFailed
 
 SECTOR = 512
@@ -44,6 +44,15 @@ READS_ANYWAY = 1 << 9
 
 MAX_EXTENTS = 1 << 10
 """Asked for at a time, where tables lie in most of them."""
+
+HOLE = 4096
+"""Of a file with holes a file system leaves out so many bytes at a time, or a multiple."""
+
+LARGE_TABLE = 1 << 16
+"""Tables that are longer are worth asking where in them there is anything."""
+
+FEW_BLOCKS = 8
+"""Tables of which there is no more than this are read together, so many blocks at a time."""
 
 READABLE_END = (1 << 63) - (1 << 30)
 """No file reaches further (QEMU's BDRV_MAX_LENGTH): a read there is an error, not zeros."""
@@ -420,6 +429,68 @@ def read_parts(
         yield part, rows
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Filled:
+    """Some of the tables that `read_filled` was asked for, without what of them is holes.
+
+    ``part``: which. ``blocks``: the numbers of the blocks that are held of each, ascending; the
+    others are zeros in all of them. ``rows``: uint8 (tables, bytes of these blocks).
+    """
+
+    part: slice
+    blocks: I64
+    rows: U8
+
+    def words(self) -> I64:
+        """Which words of a table are held, 8 bytes each."""
+        per_block = self.rows.shape[1] // len(self.blocks) // 8
+        words: I64 = (self.blocks[:, None] * per_block + np.arange(per_block)).reshape(-1)
+        return words
+
+
+def read_filled(
+    source: Source, offsets: I64, table_bytes: int, *, head: int = 0
+) -> Iterator[Filled]:
+    """As `read_tables`, of ascending *offsets*, each once; of large tables what is there of them.
+
+    Blocks are of `HOLE` bytes, or as long as a table that is shorter. *head*: so many bytes from
+    the beginning of each are held, whatever is there; the first block always is.
+    """
+    block = min(HOLE, table_bytes)
+    if table_bytes <= LARGE_TABLE:
+        whole = np.arange(table_bytes // block)
+        for part, rows in read_tables(source, offsets, table_bytes):
+            yield Filled(part, whole, rows)
+        return
+    places = present_pieces(source, offsets, table_bytes, block)
+    table = np.searchsorted(offsets, places, side="right") - 1
+    inside = (places - offsets[table]) // block
+    parts = _parts_to_fill(np.bincount(table, minlength=len(offsets)), table_bytes)
+    bounds = np.searchsorted(table, [part.start for part in parts] + [len(offsets)]).tolist()
+    pieces = [slice(low, high) for low, high in itertools.pairwise(bounds)]
+    kept = np.arange(max(1, -(-min(head, table_bytes) // block)))
+    for part, (some, rows) in zip(parts, read_parts(source, places, block, pieces), strict=True):
+        blocks = distinct(np.concatenate((kept, inside[some])))
+        filled = np.zeros((part.stop - part.start, len(blocks), block), dtype=np.uint8)
+        filled[table[some] - part.start, np.searchsorted(blocks, inside[some])] = rows
+        yield Filled(part, blocks, filled.reshape(len(filled), -1))
+
+
+def _parts_to_fill(count: I64, table_bytes: int) -> list[slice]:
+    """Which tables are read at a time; *count*: the blocks that there are of each.
+
+    Those of one part become rows of the blocks that any of them has: so it is few blocks
+    altogether, or few tables.
+    """
+    if not len(count):
+        return []
+    is_full = count > FEW_BLOCKS
+    share = np.where(is_full, 1 / max(1, BATCH_BYTES // table_bytes), count / FEW_BLOCKS)
+    number = np.cumsum(share).astype(np.int64)
+    breaks = np.flatnonzero((np.diff(number) != 0) | np.diff(is_full)) + 1
+    return [slice(*ends) for ends in itertools.pairwise([0, *breaks.tolist(), len(count)])]
+
+
 def _read_ahead(
     executor: Executor,
     source: Source,
@@ -459,6 +530,8 @@ def _read_ahead(
 
 def _fetch(source: Source, offsets: I64, rows: U8) -> None:
     """Fill rows[i] from offsets[i], neighbours in one request."""
+    if not len(offsets):
+        return
     table_bytes = rows.shape[1]
     steps = np.diff(offsets)
     breaks = (np.flatnonzero((steps < 0) | (steps > table_bytes + GAP_BYTES)) + 1).tolist()

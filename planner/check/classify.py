@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 
@@ -19,10 +20,7 @@ from planner.qcow2.header import MAX_REFCOUNT_ORDER
 from planner.qcow2.layout import MAX_L1_BYTES, Layout
 from planner.qcow2.refcounts import unpack_refcounts
 from planner.qcow2.snapshots import MAX_EXTRA_DATA
-from planner.source import SECTOR
-
-HOLE = 4096
-"""Of a file with holes a file system leaves out so many bytes at a time, or a multiple."""
+from planner.source import HOLE, SECTOR
 
 SAMPLED_WORDS = 64
 """Words of a cluster that show whether it is worth a closer look."""
@@ -185,16 +183,17 @@ class Looker:
         look, signature = self.look(np.ascontiguousarray(rows))
         return look.astype(np.int64) << _SIGNATURE_BITS | signature
 
-    def look(self, rows: U8) -> tuple[U8, U8]:
+    def look(self, rows: U8, positions: I64 | None = None) -> tuple[U8, U8]:
         """The `Look` of clusters, and which of `signatures.NAMES` their data begins with, uint8.
 
-        *rows*: whole clusters, uint8 (n, cluster size).
+        *rows*: whole clusters, uint8 (n, cluster size); or of each the words at these *positions*,
+        ascending, among them all up to `signatures.REACH`, where the others are zeros.
         """
         look = np.full(len(rows), Look.DATA, dtype=np.uint8)
         signature = np.zeros(len(rows), dtype=np.uint8)
         look[~rows.view(np.uint64).any(axis=1)] = Look.ZEROS
         for sort, is_one in (
-            (Look.L2_TABLE, self._are_tables),
+            (Look.L2_TABLE, partial(self._are_tables, positions=positions)),
             (Look.REFBLOCK, self._are_refblocks),
             (Look.SNAPSHOT_TABLE, self._are_snapshot_tables),
         ):
@@ -261,17 +260,21 @@ class Looker:
         offset[~plausible | (offset >= self._clusters)] = 0
         return offset
 
-    def _are_tables(self, rows: U8, at: I64) -> Mask:
+    def _are_tables(self, rows: U8, at: I64, positions: I64 | None) -> Mask:
         """Which of the rows *at* look like L2 tables."""
-        return self._parts(rows, at).are_tables()[at]
+        return self._parts(rows, at, positions).are_tables()[at]
 
-    def _parts(self, rows: U8, at: I64) -> Parts:
+    def _parts(self, rows: U8, at: I64, positions: I64 | None = None) -> Parts:
         """What speaks for the rows *at*; of the others it is as if they were zeros."""
         count, words = len(rows), rows.view(">u8")
         bad, filled = np.zeros((2, count), dtype=np.int64)
         points, zeros = np.zeros(count, dtype=np.bool_), np.ones(count, dtype=np.bool_)
-        step = max(1, words.shape[1] // SAMPLED_WORDS)
-        likely = self._mostly_plausible(words[at, ::step].astype(np.uint64))
+        if positions is None:
+            sample = words[:, :: max(1, words.shape[1] // SAMPLED_WORDS)]
+        else:  # the same words, but for those that are zeros
+            step = max(1, self._geometry.cluster_size // 8 // SAMPLED_WORDS)
+            sample = words[:, positions % step == 0]
+        likely = self._mostly_plausible(sample[at].astype(np.uint64))
         bad[at[~likely]] = filled[at[~likely]] = words.shape[1]
         zeros[at] = False
         at = at[likely]

@@ -83,6 +83,9 @@ _EXT, _MBR = "ext2/3/4 superblock", "MBR partition table"
 NAMES = ("", *dict.fromkeys(signature.name for signature in SIGNATURES), _EXT, _MBR, TEXT)
 """What `recognise` numbers; the first is for content that nothing here knows."""
 
+REACH = max(TEXT_BYTES, *(each.offset + len(each.magic) for each in SIGNATURES))
+"""What is recognised is recognised by no more than so many bytes from the beginning."""
+
 _PARTITIONS_AT = 446
 _TEXT_KIND = np.zeros(256, dtype=np.uint8)
 _TEXT_KIND[[0x09, 0x0A, 0x0D, *range(0x20, 0x7F)]] = 1

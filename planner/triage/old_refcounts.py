@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Mask, distinct, is_among
-from planner.check.classify import filled_blocks
+from planner.arrays import I64, U64, Mask, distinct, is_among
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.metadata.refcounts import PIECE_BYTES, Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import Source, present_pieces, read_tables
+from planner.source import Source, present_pieces, read_filled, read_tables
 
 MAX_OLD_TABLES = 256
 """Leaked clusters that are weighed."""
@@ -32,14 +31,6 @@ _REFCOUNTS, _TIMES = 1 << 24, 2
 """So many refcounts of old blocks are weighed, at most, and those of all clusters so often: when a
 table was left for a longer one, both of them counted what there was.
 """
-
-
-def _filled_words(row: U8) -> tuple[I64, U64]:
-    """Which words of a cluster, uint8 (1, bytes), are more than zeros, and these."""
-    filled, size = filled_blocks(row)
-    there = entries.decode_words(row.reshape(-1, size)[filled])
-    block, at = np.nonzero(there)
-    return filled[block] * (size // 8) + at, there[block, at]
 
 
 class OldRefcounts:
@@ -59,24 +50,26 @@ class OldRefcounts:
         chosen = candidates[:MAX_OLD_TABLES]
         tables, blocks = [candidates[:0]], [candidates[:0]]
         before, base = -2, 0
-        for part, rows in read_tables(self._source, chosen << bits, self._geometry.cluster_size):
-            for at, cluster in enumerate(chosen[part].tolist()):
-                first = base + per_cluster if cluster == before + 1 else 0
-                found = self._blocks_of(cluster, rows[at : at + 1], first)
+        for filled in read_filled(self._source, chosen << bits, self._geometry.cluster_size):
+            position = filled.words()
+            for words, cluster in zip(
+                entries.decode_words(filled.rows), chosen[filled.part].tolist(), strict=True
+            ):
+                first, is_word = base + per_cluster if cluster == before + 1 else 0, words != 0
+                found = self._blocks_of(cluster, position[is_word], words[is_word], first)
                 if found is not None:
                     tables.append(np.array([cluster], dtype=np.int64))
                     blocks.append(found)
                     before, base = cluster, first
         return np.concatenate(tables), np.unique(np.concatenate(blocks))
 
-    def _blocks_of(self, cluster: int, row: U8, first: int) -> I64 | None:
-        """The leaked blocks that the words of *row* lead to, entries from *first* on; None if it is
-        no table.
+    def _blocks_of(self, cluster: int, index: I64, words: U64, first: int) -> I64 | None:
+        """The leaked blocks that the *words* of a cluster lead to that are not zero, each with its
+        *index*, entries from *first* on; None if it is no table.
 
         One word that is that of the table in use proves nothing: a disk may hold an image. But a
         table that was left for a later one is in use nowhere else.
         """
-        index, words = _filled_words(row)
         misaligned = np.uint64(~entries.REFTABLE_OFFSET & (1 << 64) - 1)
         misaligned |= np.uint64(entries.REFTABLE_OFFSET & (self._geometry.cluster_size - 1))
         if not len(words) or (words & misaligned).any():

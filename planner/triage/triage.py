@@ -15,10 +15,10 @@ import numpy as np
 
 from planner.arrays import I32, I64, U8, U32, U64, Mask, distinct, is_among, is_any_of
 from planner.check.check import check_image
-from planner.check.classify import Look, Looker, filled_columns, without_holes
+from planner.check.classify import Look, Looker, filled_columns
 from planner.check.refcount_comparison import CHUNK, Mismatches
 from planner.check.report import Report
-from planner.check.signatures import NAMES
+from planner.check.signatures import NAMES, REACH
 from planner.errors import ImageError
 from planner.findings.kinds import NONE, UNLISTED, FindingKind, Structure
 from planner.findings.wording import plural
@@ -31,12 +31,13 @@ from planner.qcow2.layout import MAX_L1_BYTES
 from planner.qcow2.names import quoted
 from planner.qcow2.snapshots import ENTRY_BYTES, Snapshot, decode_snapshot
 from planner.source import (
-    BATCH_BYTES,
     SECTOR,
+    Filled,
     Patched,
     Source,
     nonzero_words,
     present_tables,
+    read_filled,
     read_tables,
 )
 from planner.triage.astray import astray_tables
@@ -328,13 +329,17 @@ class _Watched:
         self.source.read_into(offset, buffer)
         self._advance(buffer.nbytes)
 
-    def read_tables(
-        self, offsets: I64, size: int, batch_bytes: int = BATCH_BYTES
-    ) -> Iterator[tuple[slice, U8]]:
+    def read_sectors(self, offsets: I64) -> Iterator[tuple[slice, U8]]:
         """As of any source, ahead where that can be done; it is told of what has come."""
-        for part, rows in read_tables(self.source, offsets, size, batch_bytes):
+        for part, rows in read_tables(self.source, offsets, SECTOR, SCREENED_BYTES):
             self._advance(rows.nbytes)
             yield part, rows
+
+    def read_filled(self, offsets: I64, size: int) -> Iterator[Filled]:
+        """The same of clusters; what of them is a hole has come with the rest."""
+        for filled in read_filled(self.source, offsets, size, head=REACH):
+            self._advance(len(filled.rows) * size)
+            yield filled
 
     def _advance(self, count: int) -> None:
         self.done += count
@@ -370,9 +375,9 @@ def _look(
     at = np.concatenate(present)
     offsets = leaked[at] << geometry.cluster_bits
     chosen = _choose(source, offsets, size, looker, limits)
-    for part, rows in source.read_tables(offsets[chosen], size):
-        which = at[chosen[part]]
-        look[which], signature[which] = looker.look(rows)
+    for filled in source.read_filled(offsets[chosen], size):
+        which = at[chosen[filled.part]]
+        look[which], signature[which] = looker.look(filled.rows, filled.words())
     return look, signature
 
 
@@ -383,7 +388,7 @@ def _choose(source: _Watched, offsets: I64, size: int, looker: Looker, limits: L
     room = limits.triaged_bytes // size // 2
     screened = np.arange(len(offsets))[:: max(1, -(-len(offsets) // limits.screened))]
     likely = np.zeros(len(screened), dtype=np.bool_)
-    for part, sectors in source.read_tables(offsets[screened], SECTOR, SCREENED_BYTES):
+    for part, sectors in source.read_sectors(offsets[screened]):
         likely[part] = looker.may_be_tables(sectors)
     tables = screened[likely]
     tables = tables[:: max(1, -(-len(tables) // room))]
@@ -490,12 +495,12 @@ class _Describer:
             return
         at = np.flatnonzero(self._unused & (self._look == Look.L2_TABLE))
         offsets = self._leaked[at] << self._geometry.cluster_bits
-        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
-            words = entries.decode_words(rows)
+        for filled in read_filled(self._source, offsets, self._geometry.cluster_size):
+            words = entries.decode_words(filled.rows)
             wrong = (words & np.uint64(entries.BITMAP_RESERVED)) != 0
             sound = ~wrong.any(axis=1)
             targets = np.unique(words[sound] >> np.uint64(self._geometry.cluster_bits))
-            self._look[at[part][sound]] = Look.BITMAP
+            self._look[at[filled.part][sound]] = Look.BITMAP
             self._look[self._unused & is_among(self._leaked, targets.astype(np.int64))] = (
                 Look.BITMAP
             )
@@ -597,9 +602,10 @@ class _Describer:
         numbers = np.zeros((6, len(at)), dtype=np.int64)
         copied, led_alone = np.zeros((2, len(at)), dtype=np.bool_)
         offsets = self._leaked[at] << self._geometry.cluster_bits
-        for part, rows in read_tables(self._source, offsets, self._geometry.cluster_size):
+        for read in read_filled(self._source, offsets, self._geometry.cluster_size):
+            part = read.part
             # Columns of nothing but zeros count for nothing: most of tables that are mostly holes.
-            words = filled_columns(self._looker.table_words(without_holes(rows)))
+            words = filled_columns(self._looker.table_words(read.rows))
             filled, plausible = words != 0, self._looker.plausible(words)
             is_own = self._looker.are_own(words, plausible)
             copied[part] = is_own.any(axis=1)

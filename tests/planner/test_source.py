@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 
 from planner import source as source_module
 from planner.source import (
+    FEW_BLOCKS,
     GAP_BYTES,
+    HOLE,
+    LARGE_TABLE,
     MAX_SPAN_BYTES,
     READ_ANYWAY_BYTES,
     Bytes,
     nonzero_words,
     present_tables,
     read_bytes,
+    read_filled,
     read_parts,
     read_present,
     read_tables,
@@ -234,6 +238,50 @@ def test_of_a_million_tables_no_more_is_made_than_which_are_there() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2 * len(offsets)
+
+
+blocks_of_tables = st.one_of(
+    st.sets(st.integers(0, 400), max_size=60),
+    st.builds(
+        lambda full, some: (
+            {at for table in full for at in range(32 * table, 32 * table + 32)} | some
+        ),
+        st.sets(st.integers(0, 11), max_size=4),
+        st.sets(st.integers(0, 400), max_size=8),
+    ),
+)
+
+
+@given(
+    there=blocks_of_tables,
+    wanted=st.sets(st.integers(0, 12), max_size=12),
+    head=st.sampled_from([0, 1, HOLE, 3 * HOLE, 1 << 30]),
+    size=st.sampled_from([512, HOLE, 2 * LARGE_TABLE]),
+)
+def test_what_is_filled_of_tables_is_all_that_is_not_zero(there, wanted, head, size) -> None:
+    numbered = {at: at.to_bytes(2, "big") + bytes([7]) * (HOLE - 2) for at in there}
+    source = Sparse(numbered, size=1 << 30, block=HOLE)
+    offsets = np.array(sorted(wanted), dtype=np.int64) * size
+    whole = np.zeros((len(offsets), size // 8), dtype=np.uint64)
+    end = 0
+    for filled in read_filled(source, offsets, size, head=head):
+        assert filled.part.start == end
+        end = filled.part.stop
+        assert filled.words()[: min(head, size) // 8].tolist() == list(range(min(head, size) // 8))
+        whole[filled.part, filled.words()] = filled.rows.view(np.uint64)
+    assert end == len(offsets)
+    assert [row.tobytes() for row in whole] == [read_bytes(source, at, size) for at in offsets]
+
+
+def test_of_large_tables_in_a_hole_no_more_is_read_or_held_than_is_there() -> None:
+    # One block each, all at other places: to hold these of all would be a million bytes each.
+    size, count = 2 << 20, 256
+    there = {number * (size // HOLE) + number: b"x" * HOLE for number in range(count)}
+    source = Sparse(there, size=1 << 40, block=HOLE)
+    parts = list(read_filled(source, np.arange(count) * size, size))
+    assert source.bytes_read == count * HOLE
+    assert max(filled.rows.size for filled in parts) <= (2 * FEW_BLOCKS) ** 2 * HOLE
+    assert len(parts) <= 2 * count // FEW_BLOCKS
 
 
 @given(

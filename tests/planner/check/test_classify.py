@@ -8,9 +8,10 @@ import pytest
 from planner.arrays import U8, U64, Mask
 from planner.check.check import check_image
 from planner.check.classify import MAX_REFCOUNT, SAMPLED_WORDS, Look, Looker
-from planner.check.signatures import NAMES
+from planner.check.signatures import NAMES, REACH
 from planner.qcow2 import entries
 from planner.qcow2.refcounts import pack_refcounts
+from planner.source import HOLE, Filled
 from planner.triage.triage import looker_of
 from tests.images.builder import MIB, Image, ImageBuilder
 
@@ -123,6 +124,36 @@ def test_of_a_table_that_is_mostly_holes_what_is_there_is_decoded(monkeypatch) -
     rows = rows_of(image, table_with(image, *[inside | entries.COPIED] * 512))
     assert looker.look(rows)[0].tolist() == [Look.L2_TABLE]
     assert sum(decoded) <= 16 << 10
+
+
+@pytest.mark.parametrize("backing", [b"", b"below"])
+@pytest.mark.parametrize("seed", range(8))
+def test_clusters_look_the_same_without_their_holes(seed: int, backing: bytes) -> None:
+    image = build(cluster_bits=21, extended_l2=seed % 2, backing_file=backing)
+    rng, size = random.Random(seed), image.cluster_size
+    looker = looker_of(image.source, check_image(image.source))
+    inside = (image.host_clusters - 1) * size
+    contents = (
+        rng.randbytes(HOLE),
+        (inside | entries.COPIED).to_bytes(8, "big") * (HOLE // 8),
+        entries.ZERO.to_bytes(8, "big") * (HOLE // 8),
+        bytes(7) + b"\1" + bytes(HOLE - 8),
+        b"some text " * (HOLE // 10),
+        bytes(HOLE),
+    )
+    first = np.arange(-(-REACH // HOLE))
+    blocks = np.union1d(first, rng.sample(range(size // HOLE), rng.choice((1, 8, 100))))
+    rows = np.zeros((8, size // HOLE, HOLE), dtype=np.uint8)
+    for row in rows:
+        likely = [rng.choice(contents), rng.choice(contents), contents[-1], contents[-1]]
+        for at in blocks.tolist():
+            content = rng.choice(likely)
+            row[at, : len(content)] = np.frombuffer(content, dtype=np.uint8)
+    kept = np.ascontiguousarray(rows[:, blocks]).reshape(8, -1)
+    filled = Filled(slice(0, 8), blocks, kept)
+    whole = looker.look(rows.reshape(8, -1))
+    for found, wanted in zip(looker.look(kept, filled.words()), whole, strict=True):
+        assert found.tolist() == wanted.tolist()
 
 
 def test_a_table_may_be_overwritten_in_part() -> None:
