@@ -1,4 +1,5 @@
-"""Structures of whole numbers only, of which an image can hold very many: parsed by `struct`.
+"""Structures of whole numbers only, of which an image can hold very many: parsed and built by
+`struct`.
 
 Declared as every other, with construct; this reads that declaration, and is twenty times as fast.
 """
@@ -22,10 +23,16 @@ class Fixed:
         self.dtype = np.dtype([(field.name, f">u{field.sizeof()}") for field in fields])
         """As the fields of a structured array."""
 
-    def parse(self, raw: bytes, offset: int = 0) -> SimpleNamespace:
+    def parse(self, raw: bytes | bytearray, offset: int = 0) -> SimpleNamespace:
         """The fields of the structure at *offset* in *raw*, all of which must be there."""
         return SimpleNamespace(**dict(zip(self._names, self.values(raw, offset), strict=True)))
 
-    def values(self, raw: bytes, offset: int = 0) -> tuple[int, ...]:
+    def values(self, raw: bytes | bytearray, offset: int = 0) -> tuple[int, ...]:
         """The same, without their names, in the order in which they are declared."""
         return self._layout.unpack_from(raw, offset)
+
+    def build(self, **fields: int) -> bytes:
+        """The bytes of a structure of these *fields*: all that are declared, and no others."""
+        if fields.keys() != set(self._names):
+            raise TypeError(f"{sorted(fields)} are not {sorted(self._names)}")
+        return self._layout.pack(*(fields[name] for name in self._names))

@@ -169,18 +169,16 @@ class SnapshotTable:
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """One entry, padded to eight bytes: the inverse of decoding."""
-    raw: bytes = ENTRY.build(
-        {
-            "l1_table_offset": snapshot.l1_table_offset,
-            "l1_size": snapshot.l1_size,
-            "id_str_size": len(snapshot.id_str),
-            "name_size": len(snapshot.name),
-            "date_sec": snapshot.date_sec,
-            "date_nsec": snapshot.date_nsec,
-            "vm_clock_nsec": snapshot.vm_clock_nsec,
-            "vm_state_size": snapshot.vm_state_size_32,
-            "extra_data_size": len(snapshot.extra_data),
-        }
+    raw = _FIXED.build(
+        l1_table_offset=snapshot.l1_table_offset,
+        l1_size=snapshot.l1_size,
+        id_str_size=len(snapshot.id_str),
+        name_size=len(snapshot.name),
+        date_sec=snapshot.date_sec,
+        date_nsec=snapshot.date_nsec,
+        vm_clock_nsec=snapshot.vm_clock_nsec,
+        vm_state_size=snapshot.vm_state_size_32,
+        extra_data_size=len(snapshot.extra_data),
     )
     raw += snapshot.extra_data + snapshot.id_str + snapshot.name
     return raw.ljust(-(-len(raw) // 8) * 8, b"\0")
