@@ -6,7 +6,7 @@ the commands to go on with; the findings last, long lists by reference. All from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -359,7 +359,7 @@ def _are_only_bitmaps_cut(report: Report) -> bool:
     return corrupt == [FindingKind.PAST_END] and 0 < every == mine and not is_elsewhere
 
 
-def _unsaved(report: Report, filename: str, unsaved: tuple[Bitmap, ...]) -> list[str]:
+def _unsaved(report: Report, filename: str, unsaved: Sequence[Bitmap]) -> list[str]:
     """Bitmaps in use that nobody uses; QEMU drops them, where nothing else is wrong."""
     listed = unsaved[:LISTED_BITMAPS]
     lines = [f"  '{brief_name(each.name)}' (granularity {each.granularity})" for each in listed]

@@ -323,10 +323,7 @@ class _Surveyor:
             self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
             self._stop(error, **where)
             return
-        tables = [
-            (number, each.bitmap_table_offset, each.bitmap_table_size)
-            for number, each in enumerate(bitmaps)
-        ]
+        tables = bitmaps.tables()
         kept = followed_tables(tables, self._layout.file_size)
         self._locate_tables([tables[at] for at in np.flatnonzero(kept).tolist()])
         if not kept.all():

@@ -6,12 +6,12 @@ of them is kept beside the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from planner.errors import ImageError, as_value
-from planner.qcow2.bitmaps import Bitmap, read_bitmaps
+from planner.qcow2.bitmaps import Bitmap, BitmapEntries, read_bitmaps
 from planner.qcow2.layout import Layout
 from planner.qcow2.luks import LuksHeader, read_luks
 from planner.qcow2.snapshots import Snapshots, read_reachable_snapshots
@@ -29,7 +29,7 @@ class Contents:
 
     layout: Layout
     snapshots: Snapshots = field(default_factory=Snapshots)
-    bitmaps: tuple[Bitmap, ...] = ()
+    bitmaps: Sequence[Bitmap] = ()
     luks: LuksHeader | None = None
     errors: tuple[tuple[str, ImageError], ...] = ()
 
@@ -50,7 +50,7 @@ class Contents:
         table, error = read_reachable_snapshots(source, header, geometry)
         if error is not None:
             errors.append(("snapshots", error))
-        bitmaps: tuple[Bitmap, ...] | None = None
+        bitmaps: BitmapEntries | None = None
         if pointer := layout.extensions.bitmaps:
             bitmaps = attempt("bitmaps", lambda: read_bitmaps(source, pointer, geometry))
         luks: LuksHeader | None = None

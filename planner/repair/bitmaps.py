@@ -68,18 +68,15 @@ def _judge(scope: Scope) -> _Judged:
     if pointer is None:
         void = "the bitmaps are void: a program that does not know them has written to the image"
         return _Judged((), (), void)
-    listed, error = list_bitmaps(scope.source, pointer, scope.geometry)
-    refused = (wrong.of(bitmap) for bitmap, wrong in listed if wrong)
-    whole = _why_all(scope, error or next(refused, None))
+    listed = list_bitmaps(scope.source, pointer, scope.geometry)
+    whole = _why_all(scope, listed.error or listed.first_refusal())
     if whole:
         return _Judged((), (), whole)
     broken = _broken(scope)
-    reasons = [
-        broken.get(number, "QEMU finds it inconsistent" if bitmap.flags & IN_USE else "")
-        for number, (bitmap, _) in enumerate(listed)
+    pairs = [
+        (bitmap, broken.get(at, "QEMU finds it inconsistent" if bitmap.flags & IN_USE else ""))
+        for at, bitmap in enumerate(listed.entries)
     ]
-    bitmaps = [bitmap for bitmap, _ in listed]
-    pairs = list(zip(bitmaps, reasons, strict=True))
     return _Judged(
         tuple(bitmap for bitmap, reason in pairs if not reason),
         tuple((bitmap, reason) for bitmap, reason in pairs if reason),

@@ -4,6 +4,7 @@ in the image, and which bitmaps no backup can rely on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.guest.allocation import bytes_in_backing_file, bytes_in_data_file
@@ -26,7 +27,7 @@ class Beside:
     members: tuple[Member, ...] = ()
     in_backing_file: int = 0
     in_data_file: int = 0
-    unsaved: tuple[Bitmap, ...] = ()
+    unsaved: Sequence[Bitmap] = ()
 
 
 def look_beside(source: Source, layout: Layout, members: tuple[Member, ...]) -> Beside:

@@ -51,12 +51,8 @@ def bitmaps_of(source: Source, report: Report) -> Bitmaps:
         pointer = decode_bitmaps(raw[-1].data, layout.header)
     except ImageError:
         return Bitmaps(is_whole=False)
-    listed, broken = list_bitmaps(source, pointer, report.geometry)
-    places = [
-        (number, each.bitmap_table_offset, each.bitmap_table_size)
-        for number, (each, error) in enumerate(listed)
-        if error is None
-    ]
+    listed = list_bitmaps(source, pointer, report.geometry)
+    places = listed.entries.select(listed.is_sound).tables()
     spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
     spans += [(offset, size * 8) for _, offset, size in places]
     kept = followed_tables(places, source.size)
@@ -68,7 +64,7 @@ def bitmaps_of(source: Source, report: Report) -> Bitmaps:
     ))  # fmt: skip
     words = words_of_tables(source, some)
     tables = tuple(_Table(*place, *each) for place, each in zip(some, words, strict=True))
-    is_whole = broken is None and all(error is None for _, error in listed)
+    is_whole = listed.error is None and bool(listed.is_sound.all())
     return Bitmaps(tuple(spans), tables, is_whole)
 
 

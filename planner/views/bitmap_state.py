@@ -6,6 +6,7 @@ bitmap does not hide the others. Source: docs/interop/qcow2.txt, "Bitmaps"; load
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +69,13 @@ def read_bitmap_states(
     pointer = layout.extensions.bitmaps
     if pointer is None:
         return BitmapStates(stale=layout.extensions.stale_bitmaps)
-    listed, error = list_bitmaps(source, pointer, layout.geometry)
+    listed = list_bitmaps(source, pointer, layout.geometry)
     reader = _Reader(source, layout.geometry, Meter(progress), limits)
     states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
-    return BitmapStates(tuple(states), error)
+    return BitmapStates(tuple(states), listed.error)
 
 
-def unsaved_bitmaps(source: Source, layout: Layout) -> tuple[Bitmap, ...]:
+def unsaved_bitmaps(source: Source, layout: Layout) -> Sequence[Bitmap]:
     """Those that are marked as in use, as far as the directory can be read.
 
     Of an image that nobody writes to they were never saved: QEMU finds them inconsistent.
@@ -82,8 +83,9 @@ def unsaved_bitmaps(source: Source, layout: Layout) -> tuple[Bitmap, ...]:
     pointer = layout.extensions.bitmaps
     if pointer is None:
         return ()
-    listed, _ = list_bitmaps(source, pointer, layout.geometry)
-    return tuple(bitmap for bitmap, wrong in listed if wrong is None and bitmap.flags & IN_USE)
+    listed = list_bitmaps(source, pointer, layout.geometry)
+    in_use = listed.entries.fields()["flags"] & np.uint32(IN_USE) != 0
+    return listed.entries.select(listed.is_sound & in_use)
 
 
 class _Reader:

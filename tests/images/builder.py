@@ -469,7 +469,7 @@ class Image:
     @property
     def bitmaps(self) -> tuple[Bitmap, ...]:
         pointer = Layout.read(self.source).extensions.bitmaps
-        return read_bitmaps(self.source, pointer, self.geometry) if pointer else ()
+        return tuple(read_bitmaps(self.source, pointer, self.geometry)) if pointer else ()
 
     # Words: where they stand, what they are
 

@@ -98,7 +98,7 @@ def _dissect(source: Source) -> Anatomy:
     table = read_snapshots(source, header, geometry)
     snapshot_l1 = tuple(Table(snap.l1_table_offset, snap.l1_size) for snap in table.snapshots)
     pointer = layout.extensions.bitmaps
-    bitmaps = read_bitmaps(source, pointer, geometry) if pointer else ()
+    bitmaps = tuple(read_bitmaps(source, pointer, geometry)) if pointer else ()
     bitmap_tables = tuple(Table(bm.bitmap_table_offset, bm.bitmap_table_size) for bm in bitmaps)
     l2 = _targets(source, [l1], L1_OFFSET)
     snapshot_l2 = _targets(source, snapshot_l1, L1_OFFSET)

@@ -48,7 +48,7 @@ def read_bitmaps_of(path: Path) -> tuple[Bitmap, ...]:
     layout = Layout.read(source)
     pointer = layout.extensions.bitmaps
     assert pointer is not None
-    return read_bitmaps(source, pointer, layout.geometry)
+    return tuple(read_bitmaps(source, pointer, layout.geometry))
 
 
 def write(path: Path, *commands: str) -> None:

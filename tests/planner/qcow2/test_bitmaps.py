@@ -42,7 +42,7 @@ good_bitmaps = st.builds(
 
 def read(raw: bytes, count: int, *, size: int | None = None) -> tuple[Bitmap, ...]:
     pointer = BitmapsPointer(count, len(raw) if size is None else size, 0)
-    return read_bitmaps(Bytes(raw), pointer, GEOMETRY)
+    return tuple(read_bitmaps(Bytes(raw), pointer, GEOMETRY))
 
 
 def test_entry_is_24_bytes() -> None:
@@ -109,20 +109,79 @@ def test_a_directory_in_a_hole_takes_no_more_memory_than_its_entries(extra: int)
     source, pointer = Hole(raw), BitmapsPointer(3, Hole.size, 0)
     tracemalloc.start()
     try:
-        listed, error = list_bitmaps(source, pointer, GEOMETRY)
+        listed = list_bitmaps(source, pointer, GEOMETRY)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert [bitmap.extra_data_size for bitmap, _ in listed] == [0, extra, 0]
-    assert error is not None
-    assert "lists more" in str(error)
+    assert "lists more" in str(listed.error)
     assert peak < 2 << 20
+
+
+any_bitmaps = st.builds(
+    replace,
+    st.just(GOOD),
+    bitmap_table_offset=st.sampled_from([0x50000, 1, (1 << 64) - 1]),
+    flags=st.sampled_from([0, 0, IN_USE, 1 << 31]),
+    extra_data_size=st.sampled_from([0, 0, 0, 5, 4000]),
+    name=st.sampled_from([b"", b"a", b"b", b"n" * 1023, b"n" * 1024, b"n" * 9000]),
+)
+
+
+@given(found=st.lists(any_bitmaps, max_size=12), window=st.sampled_from([1, 1100, 1 << 18]))
+def test_every_entry_is_listed_whatever_it_says_and_wherever_windows_end(found, window) -> None:
+    raw = b""
+    wanted = []
+    for bitmap in found:
+        wanted.append(replace(bitmap, offset=len(raw)))
+        raw += encode_bitmap(bitmap)
+    before, bitmaps.WINDOW_BYTES = bitmaps.WINDOW_BYTES, window
+    try:
+        bitmaps._known.cache_clear()
+        listed = list_bitmaps(Bytes(raw), BitmapsPointer(len(found), len(raw), 0), GEOMETRY)
+    finally:
+        bitmaps.WINDOW_BYTES = before
+    assert [bitmap for bitmap, _ in listed] == wanted
+    assert (listed.error is None) == bool(found)
+    seen = set()
+    for number, (bitmap, wrong) in enumerate(listed):
+        alone = refusal(read, encode_bitmap(bitmap), 1)
+        is_again = bitmap.name in seen and not bitmap.flags & IN_USE
+        assert (wrong is not None) == (alone is not None or is_again)
+        assert listed.is_sound[number] == (wrong is None)
+        seen.add(bitmap.name)
+
+
+def test_what_is_listed_becomes_a_bitmap_when_it_is_asked_for(monkeypatch) -> None:
+    raw = b"".join(encode_bitmap(replace(GOOD, name=b"%d" % number)) for number in range(9))
+    made: list[bytes] = []
+
+    def bitmap(**fields):
+        made.append(fields["name"])
+        return GOOD
+
+    monkeypatch.setattr(bitmaps, "Bitmap", bitmap)
+    found = read_bitmaps(Bytes(raw), BitmapsPointer(9, len(raw), 0), GEOMETRY)
+    assert found.tables() == [(number, 0x50000, 1) for number in range(9)]
+    assert not made
+    assert found[8] is GOOD
+    assert made == [b"8"]
+
+
+def test_a_refusal_that_is_kept_holds_none_who_raised_it() -> None:
+    raw = encode_bitmap(GOOD)
+    pointer = BitmapsPointer(2, len(raw), 0)
+    first, again = (refusal(read_bitmaps, Bytes(raw), pointer, GEOMETRY) for _ in range(2))
+    assert str(first) == str(again)
+    kept = list_bitmaps(Bytes(raw), pointer, GEOMETRY).error
+    assert kept is not None
+    assert kept.__traceback__ is None
 
 
 def test_a_directory_that_was_edited_is_listed_anew() -> None:
     one, other = (encode_bitmap(replace(GOOD, name=name)) for name in (b"one", b"other"))
     for raw, name in ((one, b"one"), (other, b"other"), (one, b"one")):
-        listed, _ = list_bitmaps(Bytes(raw), BitmapsPointer(1, len(raw), 0), GEOMETRY)
+        listed = list_bitmaps(Bytes(raw), BitmapsPointer(1, len(raw), 0), GEOMETRY)
         assert [bitmap.name for bitmap, _ in listed] == [name]
 
 
