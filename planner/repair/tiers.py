@@ -480,9 +480,11 @@ def _settle_all(begun: _Begun, before: Report, stay: I64) -> Scope:
     return replace(scope, refcounts_alone=is_alone)
 
 
-def _follow_all(scope: Scope, _before: Report, means: Means) -> Scope:
+def _follow_all(scope: Scope, before: Report, means: Means) -> Scope:
     update_copied_flags_for_l1(scope)
     clear_reserved_bits(scope)
+    # Of refcounts that are right already nothing was drafted, and so nothing foreseen.
+    foresee_flags(scope, before, _MENDED)
     return checked_anew(scope, means)
 
 
