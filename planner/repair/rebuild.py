@@ -188,10 +188,12 @@ def _draft_blocks(
     for low in range(0, len(blocks), batch):
         part = blocks[low : low + batch]
         values = np.zeros(len(part) * per_block, dtype=refcounts.dtype)
-        bounds = index.count_before(np.stack((part, part + 1)) * per_block)
-        slots = expand_ranges(bounds[0], bounds[1] - 1)
-        values[_places(index.clusters_of(slots), part, per_block)] = refcounts[slots]
         first, end = int(part[0]) * per_block, (int(part[-1]) + 1) * per_block
+        start, stop = index.count_before(np.array([first, end])).tolist()
+        # Whatever has a refcount has a block among these: none lies between them.
+        for at in range(start, stop, CHUNK):
+            slots = at + np.flatnonzero(refcounts[at : min(at + CHUNK, stop)])
+            values[_places(index.clusters_of(slots), part, per_block)] = refcounts[slots]
         own = np.arange(max(new.start, first), min(new.stop, end))
         # There is a block for each of them.
         for ones in (kept[slice(*np.searchsorted(kept, (first, end)))], own):

@@ -1,6 +1,7 @@
 """Damage where one correction stands in the way of another: what is mended, what stays."""
 
 import gc
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -199,6 +200,29 @@ def test_new_refcounts_are_filled_many_blocks_at_a_time(monkeypatch) -> None:
     expected[clusters] = wanted
     expected[[*kept, *new]] = 1
     assert drafted == expected.tobytes()
+
+
+def test_a_new_block_of_very_many_refcounts_is_filled_some_at_a_time(monkeypatch) -> None:
+    image = ImageBuilder(size=1 << 21, cluster_bits=21, refcount_order=0).build()
+    source = image.source
+    first = Scope(Draft(source), source, check_image(source))
+    wanted = np.ones(1 << 22, dtype=np.uint8)
+    index = ClusterIndex(len(wanted))
+    monkeypatch.setattr(Scope, "mismatches", SimpleNamespace(index=index))
+    size, end = image.cluster_size, image.host_clusters * image.cluster_size
+    first.make_room(end + size)
+    nothing, block = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    tracemalloc.start()
+    try:
+        new = range(len(wanted), len(wanted) + 1)
+        rebuild._draft_blocks(first, wanted, nothing, block, np.array([end]), new=new)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    drafted = read_bytes(first.draft.overlay(), end, size)
+    assert drafted == (b"\xff" * (len(wanted) // 8) + b"\x01").ljust(size, b"\0")
+    # A byte for each of sixteen million, twice.
+    assert peak < 5 * first.geometry.refblock_entries // 2
 
 
 def with_bitmap() -> Image:
