@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from construct import Int16ub, Int32ub, Int64ub, Struct
 
-from planner.arrays import I64, U8
+from planner.arrays import I64, U8, U64
 from planner.errors import ImageError, as_value
 from planner.qcow2.fixed import Fixed
 from planner.qcow2.geometry import Geometry
@@ -143,9 +143,32 @@ class Snapshots(Sequence[Snapshot]):
         rows = np.lib.stride_tricks.sliding_window_view(raw, ENTRY_BYTES)[self.start]
         return rows.view(_FIXED.dtype).reshape(-1)
 
+    def vm_state_sizes(self) -> U64:
+        """`Snapshot.vm_state_size` of each."""
+        fields = self.fields()
+        sizes = fields["vm_state_size"].astype(np.uint64)
+        at = np.flatnonzero(fields["extra_data_size"] >= 8)
+        if len(at):
+            raw = np.frombuffer(self.raw, dtype=np.uint8)
+            words = np.lib.stride_tricks.sliding_window_view(raw, 8)[self.start[at] + ENTRY_BYTES]
+            sizes[at] = words.view(">u8").reshape(-1)
+        return sizes
+
+    def names(self) -> list[bytes]:
+        """ID and name of each, one behind the other."""
+        fields = self.fields()
+        start = self.start + ENTRY_BYTES + fields["extra_data_size"]
+        end = start + fields["id_str_size"] + fields["name_size"]
+        return [self.raw[low:high] for low, high in zip(start.tolist(), end.tolist(), strict=True)]
+
+    def without_zeros(self) -> Snapshots:
+        """Without those of zeros: what QEMU reads past the end of the file, or of the table."""
+        at = self._there_at()
+        return Snapshots(self.raw, self.start[at], self.offset[at])
+
     def there(self) -> list[Snapshot]:
-        """Those that are not zeros: what QEMU reads past the end of the file, or of the table."""
-        return [self[at] for at in self._there_at().tolist()]
+        """Those that are not zeros."""
+        return list(self.without_zeros())
 
     @property
     def used(self) -> int:

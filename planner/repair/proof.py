@@ -184,10 +184,13 @@ def _require_same_snapshots(plan: Plan, before: Report, after: Report) -> None:
     was, would_be = _snapshots(before), _snapshots(after)
     if was == would_be:
         return
-    told = [_told(snapshots, moved=plan.tier is RepairTier.SPLIT) for snapshots in (was, would_be)]
+    is_moved = plan.tier is RepairTier.SPLIT
+    (columns, names), (new_columns, new_names) = (
+        _told(snapshots.without_zeros(), moved=is_moved) for snapshots in (was, would_be)
+    )
     # What the header had left out may come back: behind what it had not.
-    more = len(told[0]) if plan.tier is RepairTier.SNAPSHOTS else None
-    if told[0] != told[1][:more]:
+    more = len(names) if plan.tier is RepairTier.SNAPSHOTS else None
+    if names != new_names[:more] or not np.array_equal(columns, new_columns[:more]):
         raise _Unproven("the list of snapshots would change")
 
 
@@ -197,23 +200,15 @@ def _snapshots(report: Report) -> Snapshots:
     return report.snapshots if has_table else Snapshots()
 
 
-def _told(snapshots: Snapshots, *, moved: bool) -> list[tuple[object, ...]]:
-    """What the snapshot table says of each snapshot, but for its extra data; zeros are none.
+def _told(snapshots: Snapshots, *, moved: bool) -> tuple[U64, list[bytes]]:
+    """What the snapshot table says of each snapshot, but for its extra data: numbers, and names.
 
-    *moved*: nor where its L1 table is.
+    *moved*: nor where its L1 table is. There may be 65,536, and no object is made of any.
     """
-    return [
-        (
-            0 if moved else s.l1_table_offset,
-            s.l1_size,
-            s.id_str,
-            s.name,
-            s.date_sec,
-            s.date_nsec,
-            s.vm_state_size,
-        )
-        for s in snapshots.there()
-    ]
+    fields = snapshots.fields()
+    names = ("l1_table_offset", "l1_size", "id_str_size", "date_sec", "date_nsec")
+    columns = [fields[name].astype(np.uint64) for name in names[moved:]]
+    return np.stack((*columns, snapshots.vm_state_sizes()), axis=1), snapshots.names()
 
 
 def _require_metadata(cluster: I64, before: Report, after: Report, plan: Plan) -> None:

@@ -4,6 +4,7 @@ import random
 import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +66,17 @@ def test_entry_comes_back_the_same(snapshot, before) -> None:
     assert len(raw) % 8 == 0
     source = Bytes(bytes(before) + raw)
     assert decode_snapshot(source, before) == replace(snapshot, offset=before)
+
+
+@given(listed=st.lists(snapshots | st.just(EMPTY), max_size=6))
+def test_columns_say_what_each_snapshot_says(listed) -> None:
+    raw = [encode_snapshot(snapshot) for snapshot in listed]
+    start = np.cumsum([0, *map(len, raw)])[:-1]
+    table = Snapshots(b"".join(raw), start, start)
+    assert table.vm_state_sizes().tolist() == [each.vm_state_size for each in listed]
+    assert table.names() == [each.id_str + each.name for each in listed]
+    there = [each for each in table if each != replace(EMPTY, offset=each.offset)]
+    assert list(table.without_zeros()) == table.there() == there
 
 
 @given(raw=st.binary(max_size=80))

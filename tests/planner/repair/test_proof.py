@@ -110,8 +110,10 @@ def test_with_bitmaps_only_the_bit_that_vouches_for_them_may_change() -> None:
 def test_the_snapshots_stay() -> None:
     image = with_snapshot()
     snapshot = image.snapshots[0]
-    name_at = snapshot.offset + 40 + len(snapshot.extra_data) + len(snapshot.id_str)
-    assert "list of snapshots" in refused(image, plan_of(image, (name_at, b"X")))
+    date_at, vm_state_at = snapshot.offset + 16, snapshot.offset + 40
+    id_at = vm_state_at + len(snapshot.extra_data)
+    for at in (date_at, date_at + 4, vm_state_at, id_at, id_at + len(snapshot.id_str)):
+        assert "list of snapshots" in refused(image, plan_of(image, (at, b"X")))
 
 
 def test_nothing_is_written_where_a_guest_has_its_data() -> None:
