@@ -115,10 +115,10 @@ class Found:
 
     @property
     def rival(self) -> Hypothesis | None:
-        """The best of those that lead to other tables than the best."""
-        first = self.hypotheses[0].header
-        others = (each for each in self.hypotheses if tables_of(each.header) != tables_of(first))
-        return next(others, None)
+        """The best of those that lead to other tables than the best; None where none does."""
+        tables = [tables_of(each.header) for each in self.hypotheses]
+        pairs = zip(self.hypotheses, tables, strict=True)
+        return next((each for each, own in pairs if own != tables[0]), None)
 
 
 def explains_less(one: Hypothesis, stands: Hypothesis) -> bool:

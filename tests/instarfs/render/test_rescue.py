@@ -58,3 +58,11 @@ def test_the_plan_of_a_preview_is_told_each_time_that_it_is_asked_for() -> None:
     shown = Rescued.of(few, ASKED)
     assert b"".join(shown.plan()) == b"".join(shown.plan())
     assert b"".join(shown.plan()) == b"".join(rescue_json(few, ASKED, None))
+
+
+def test_where_no_header_is_believed_and_other_things_are_put_right_there_is_no_next_best() -> None:
+    some = found(1)
+    none = replace(some, headers=replace(some.headers, hypotheses=[]))
+    told = json.loads(b"".join(rescue_json(none, ASKED, None)))
+    assert (told["next-best"], told["changed"]) == (None, [])
+    assert rescue_txt(none, ASKED, None)
