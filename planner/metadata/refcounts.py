@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from planner.arrays import I64, U8, U64, Counts, Mask, distinct
+from planner.arrays import I64, U8, U64, Counts, Mask, distinct, is_among
 from planner.metadata.cluster_counters import (
     PAGE_BITS,
     ClusterIndex,
@@ -253,7 +253,7 @@ class StoredRefcounts:
         """Which lookups fail; None where none does."""
         if not len(self._unreadable_blocks):
             return None
-        return np.isin(clusters // self.entries_per_block, self._unreadable_blocks)
+        return is_among(clusters // self.entries_per_block, self._unreadable_blocks)
 
     def unreadable_slots(self, slots: I64) -> Mask | None:
         """The same, of clusters with these slots."""
