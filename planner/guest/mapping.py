@@ -445,6 +445,7 @@ class Mapping:
         runs_a_window = self._read_window * (SUBCLUSTERS_PER_CLUSTER if extended else 1)
         self._windows_kept = max(1, KEPT_RUNS // runs_a_window)
         self._kept: dict[int, Runs] = {}
+        self._last_marked: tuple[range, Mapping] | None = None
 
     def _note_lost(self, source: Salvaged, l1_offset: int, l1_size: int) -> None:
         """Give a flaw to L2 tables past the end of the file; note which L1 entries are lost.
@@ -461,12 +462,16 @@ class Mapping:
 
     def marked(self, offset: int, end: int) -> Mapping:
         """The same, but that what a table maps which was overwritten is DAMAGED, for who walks from
-        guest offset *offset* to *end*.
+        guest offset *offset* to *end*. The last one is kept: who shows a map walks three times.
         """
-        coverage, other = self.geometry.l2_coverage, copy(self)
+        coverage = self.geometry.l2_coverage
         span = range(offset // coverage, -(-end // coverage))
-        vars(other).update(_marked=span, _kept={})
-        return other
+        known = self._last_marked
+        if known is None or known[0] != span:
+            other = copy(self)
+            vars(other).update(_marked=span, _kept={}, _last_marked=None)
+            known = self._last_marked = span, other
+        return known[1]
 
     @property
     def _is_gone(self) -> bool:
@@ -925,12 +930,11 @@ class Mapping:
         says_nothing = words == 0
         if bitmaps is not None:
             says_nothing &= bitmaps == 0
-        at = np.flatnonzero(says_nothing | (flaws != Flaw.NONE))
-        goes_on = (np.diff(at) == 1) & (np.diff(guest[at]) == self.geometry.cluster_size)
-        goes_on &= (guest[at[1:]] % self.geometry.l2_coverage != 0) & (np.diff(flaws[at]) == 0)
-        is_first = np.ones(len(words), dtype=np.bool_)
-        is_first[at[1:][goes_on]] = False
-        first = np.flatnonzero(is_first)
+        says_nothing |= flaws != Flaw.NONE
+        goes_on = says_nothing[1:] & says_nothing[:-1] & (flaws[1:] == flaws[:-1])
+        goes_on &= guest[1:] - guest[:-1] == self.geometry.cluster_size
+        goes_on &= guest[1:] & (self.geometry.l2_coverage - 1) != 0
+        first = np.flatnonzero(np.append(True, ~goes_on))[: len(words)]
         runs = runs_of_entries(
             guest[first],
             words[first],

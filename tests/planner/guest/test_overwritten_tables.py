@@ -1,12 +1,16 @@
 """What a check calls lost is read by nobody who vouches for what was read."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
+from planner.arrays import I64
 from planner.check.check import check_image
-from planner.guest.mapping import Flaw, Mapping, RunKind, Runs
+from planner.guest.mapping import Flaw, Mapping, RunKind, Runs, runs_of_entries
+from planner.qcow2.geometry import Geometry
+from planner.source import Bytes
 from planner.triage.impact import Harm, Impact, Ranges, guest_impact
 from tests.images.builder import Image
 from tests.images.corpus import RULES
@@ -105,3 +109,28 @@ def test_no_byte_of_an_overwritten_table_is_read(
     assert flawed(runs, step, Flaw.TABLE_GONE) == gone <= lost
     # What lies beside it is read as before.
     assert image.geometry.l2_entries not in flawed(runs, step, *ANY_FLAW)
+
+
+def test_a_table_that_is_gone_is_decoded_as_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, decoded = Geometry(3, 16, 4, 0), list[int]()
+
+    def noting(guest: I64, *arguments: Any, **options: Any) -> Runs:
+        decoded.append(len(guest))
+        return runs_of_entries(guest, *arguments, **options)
+
+    monkeypatch.setattr("planner.guest.mapping.runs_of_entries", noting)
+    table, l1 = random.Random(1).randbytes(1 << 16), (1 << 16).to_bytes(8, "big")
+    source = Bytes(bytes(1 << 16) + table + l1)
+    mapping = Mapping(source, geometry, 2 << 16, 1, data_end=source.size)
+    runs = Runs.concatenate(list(mapping.walk(0, geometry.l2_coverage)))
+    assert runs.flaw.tolist() == [Flaw.TABLE_GONE]
+    assert decoded == [1]
+
+
+def test_what_was_overwritten_is_looked_for_once_however_often_it_is_shown() -> None:
+    image = builder().build()
+    geometry, header = image.geometry, image.header
+    mapping = Mapping(image.source, geometry, header.l1_table_offset, header.l1_size)
+    whole = mapping.marked(0, geometry.virtual_size)
+    assert mapping.marked(0, geometry.virtual_size) is whole
+    assert mapping.marked(geometry.l2_coverage, geometry.virtual_size) is not whole
