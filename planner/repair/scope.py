@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,30 @@ _LONG_TABLES = (
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What follows from an image and its report, each once, when somebody asks."""
+
+    source: Source
+    report: Report
+
+    @cached_property
+    def shared_refcounts(self) -> I64:
+        """See `Scope.shared_refcounts`."""
+        return shared_refcounts(self.source, self.report)
+
+    @cached_property
+    def with_two_owners(self) -> I64:
+        """The clusters that have, ascending."""
+        found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
+        return found.host_offset >> self.report.geometry.cluster_bits
+
+    @cached_property
+    def of_tables_alike(self) -> I64:
+        """See `Owners.of_tables_alike`."""
+        return self.report.owners.of_tables_alike()
+
+
+@dataclass(frozen=True)
 class Scope:
     """One step of planning: *source* is the image after all steps before, *report* its check.
 
@@ -52,6 +76,17 @@ class Scope:
     revision: int = 0
     formerly_used: int = 0
     refcounts_alone: bool = False
+    _facts: _Known | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        facts = self._facts
+        if facts is None or facts.source is not self.source or facts.report is not self.report:
+            # What is asked of a scope that another was made of is known to both.
+            object.__setattr__(self, "_facts", _Known(self.source, self.report))
+
+    @property
+    def _known(self) -> _Known:
+        return self._facts or _Known(self.source, self.report)
 
     def forked(self) -> Scope:
         """The same, with a draft to go on with on its own."""
@@ -212,10 +247,10 @@ class Scope:
             return refcounts_are_shared(self.source, self.report)
         return len(self.shared_refcounts) > 0
 
-    @cached_property
+    @property
     def shared_refcounts(self) -> I64:
         """The clusters in which something else lies, or may, where refcounts are; ascending."""
-        return shared_refcounts(self.source, self.report)
+        return self._known.shared_refcounts
 
     @property
     def refcounts_must_stay(self) -> bool:
@@ -229,14 +264,8 @@ class Scope:
         A table that reaches past the end of the file is not counted where it lies: what else is
         there does not count as shared, and may well be.
         """
-        shared = is_among(clusters.reshape(-1), self._with_two_owners).reshape(clusters.shape)
+        shared = is_among(clusters.reshape(-1), self._known.with_two_owners).reshape(clusters.shape)
         return shared | self._is_in_lost_table(clusters)
-
-    @cached_property
-    def _with_two_owners(self) -> I64:
-        """The clusters that have, ascending."""
-        found = self.report.findings.of(FindingKind.MULTIPLE_OWNERS)
-        return found.host_offset >> self.geometry.cluster_bits
 
     def is_writable(self, clusters: I64) -> Mask:
         """In which clusters entries may be corrected: of one owner, or of tables of one kind.
@@ -244,12 +273,8 @@ class Scope:
         What is the right word for one of these is it for all; which of them has its place there
         stays open.
         """
-        alike = is_among(clusters.reshape(-1), self._of_tables_alike).reshape(clusters.shape)
+        alike = is_among(clusters.reshape(-1), self._known.of_tables_alike).reshape(clusters.shape)
         return ~self._is_in_lost_table(clusters) & (alike | ~self.contested(clusters))
-
-    @cached_property
-    def _of_tables_alike(self) -> I64:
-        return self.report.owners.of_tables_alike()
 
     def _is_in_lost_table(self, clusters: I64) -> Mask:
         """Which clusters a table claims that reaches past the end of the file."""

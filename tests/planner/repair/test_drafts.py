@@ -2,6 +2,7 @@
 
 import gc
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,6 +172,25 @@ def test_a_split_holds_no_report_that_its_last_check_replaces(monkeypatch) -> No
     others = sum(isinstance(each, Report) for each in gc.get_objects()) - 1
     propose(image.source, report, RepairTier.SPLIT)
     assert alive[-1] == 2
+
+
+def test_what_is_asked_of_a_scope_is_known_to_all_of_the_same_image_and_report(monkeypatch) -> None:
+    image, asked = plain(), []
+
+    def shared(source, report):
+        asked.append(report)
+        return np.zeros(0, dtype=np.int64)
+
+    monkeypatch.setattr(scope, "shared_refcounts", shared)
+    source, report = image.source, check_image(image.source)
+    first = Scope(Draft(source), source, report)
+    twin = first.forked()
+    for each in (replace(twin, refcounts_alone=True), twin, first):
+        assert not each.refcounts_are_shared
+    assert asked == [report]
+    other = replace(report)
+    assert not replace(first, report=other).refcounts_are_shared
+    assert asked[1] is other
 
 
 def test_new_refcounts_are_filled_many_blocks_at_a_time(monkeypatch) -> None:
