@@ -41,11 +41,13 @@ class Census:
     guest: GuestCounters = field(default_factory=GuestCounters)
 
     @classmethod
-    def begin(cls, layout: Layout, tables: L2Tables, index: ClusterIndex) -> Census:
+    def begin(
+        cls, layout: Layout, tables: L2Tables, index: ClusterIndex, *, keeps_findings: bool = True
+    ) -> Census:
         """Nothing is counted yet, of clusters that have a slot in *index*."""
         references = ClusterCounts(index.slots)
         cut_at = layout.file_size % layout.geometry.cluster_size
-        findings = EntryFindingsBuilder(layout.geometry, tables, cut_at)
+        findings = EntryFindingsBuilder(layout.geometry, tables, cut_at, keeps=keeps_findings)
         return cls(layout, tables, index, references, references, findings)
 
     def targets(self, batch: Batch) -> list[tuple[ClusterCounts, int]]:

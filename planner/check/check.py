@@ -154,7 +154,9 @@ class _Check:
 
     def _take_census(self, index: ClusterIndex) -> Census:
         tables, present = self._survey.tables, self._survey.present
-        census = Census.begin(self._layout, tables, index)
+        census = Census.begin(
+            self._layout, tables, index, keeps_findings=self._limits.entry_findings
+        )
         if tables.sibling[present].any() or (tables.weight[present] != 1).any():
             census.separate_mapped()
         size = self._geometry.cluster_size

@@ -277,10 +277,16 @@ class _Parts:
 
 
 class EntryFindingsBuilder:
-    """Collects findings about the entries of *tables*, and puts them in order once."""
+    """Collects findings about the entries of *tables*, and puts them in order once.
 
-    def __init__(self, geometry: Geometry, tables: L2Tables, cut_at: int) -> None:
+    *keeps*: whether anybody wants them; of millions they take more than all that is counted.
+    """
+
+    def __init__(
+        self, geometry: Geometry, tables: L2Tables, cut_at: int, *, keeps: bool = True
+    ) -> None:
         self._geometry, self._tables, self._cut_at = geometry, tables, cut_at
+        self._keeps = keeps
         self._parts: dict[tuple[FindingKind, Structure], _Parts] = {}
 
     def add(
@@ -295,7 +301,7 @@ class EntryFindingsBuilder:
         Of COPIED flags *found* is bool, and the same wrong one in neighbours in a table, where they
         are given one after the other, is one finding.
         """
-        if not len(position):
+        if not len(position) or not self._keeps:
             return
         parts = self._parts.setdefault((kind, structure), _Parts())
         if kind is FindingKind.L2_COPIED:

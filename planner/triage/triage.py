@@ -255,7 +255,7 @@ def adjacent(clusters: I64) -> tuple[I64, I64]:
     return first, count
 
 
-_REFERENCES = replace(LIMITS, owners=0, past_end=False)
+_REFERENCES = replace(LIMITS, owners=0, past_end=False, overwritten=False, entry_findings=False)
 """Of a check that is asked for nothing but what is referred to."""
 
 

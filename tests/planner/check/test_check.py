@@ -4,6 +4,7 @@ import tracemalloc
 from functools import partial
 from itertools import chain, repeat
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +104,22 @@ def test_what_a_table_holds_that_is_none_is_in_no_counter(name) -> None:
     expected = whole.counts()
     expected.pop(FindingKind.TABLE_OVERWRITTEN, None)
     assert without.counts() == expected
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_where_nobody_asks_what_is_wrong_with_entries_references_are_the_same(name) -> None:
+    source = RULES[name]().image.source
+    without, whole = check_image(source, limits=Limits(entry_findings=False)), check_image(source)
+    assert without.entries is not None
+    assert not without.entries.counts()
+    assert without.mismatches is not None
+    assert whole.mismatches is not None
+    clusters = np.arange(whole.layout.host_clusters if whole.layout else 0)
+    references = [
+        report.count_references(clusters).tolist()
+        for report in (without.mismatches, whole.mismatches)
+    ]
+    assert references[0] == references[1]
 
 
 def claiming(**fields: int) -> Image:
