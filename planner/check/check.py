@@ -38,13 +38,13 @@ from planner.findings.kinds import (
 from planner.guest.allocation import allocation
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex
 from planner.metadata.locate import Survey, take_survey
-from planner.metadata.mapping_tables import referenced_clusters
+from planner.metadata.mapping_tables import TableParts, referenced_clusters
 from planner.metadata.refcounts import PIECE_BYTES, StoredRefcounts
 from planner.metadata.regions import count_regions, overlapping_clusters
 from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.layout import Layout
-from planner.source import Source, present_pieces, read_tables
+from planner.source import Source, present_pieces
 
 SIZE_AT = 24
 """Where the header says how large the disk is."""
@@ -136,7 +136,8 @@ class _Check:
         bits = self._geometry.cluster_bits + PAGE_BITS
         spans, _ = distinct_columns(np.stack((regions.first(bits), regions.last(bits))))
         known = [page, expand_ranges(*spans)]
-        for _, rows in read_tables(self._source, survey.tables.offset[survey.present], size):
+        parts = TableParts.of(self._source, survey.tables.offset[survey.present], size)
+        for _, rows in parts.read(self._source):
             known.append(distinct(referenced_clusters(rows, self._layout) >> PAGE_BITS))
             self._meter.advance(0)
         pages = distinct(np.concatenate(known))

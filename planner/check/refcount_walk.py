@@ -72,8 +72,11 @@ class _Walk:
             return
         is_sibling = self._tables.sibling[which]
         alone, siblings = which[~is_sibling], which[is_sibling]
-        versions = VersionCounter(self._census, self._plain, self._single, self._limits)
-        siblings = versions.count(self._source, siblings, self._meter)
+        size = self._geometry.cluster_size
+        # Of those that are holes for the most part all are counted by what is there of them.
+        if TableParts.of(self._source, self._tables.offset[siblings], size).size == size:
+            versions = VersionCounter(self._census, self._plain, self._single, self._limits)
+            siblings = np.sort(versions.count(self._source, siblings, self._meter))
         self._count_tables(np.sort(np.concatenate((alone, siblings))))
         self._map_siblings(siblings)
 
@@ -121,22 +124,27 @@ class _Walk:
     def _map_siblings(self, which: I64) -> None:
         """Count into ``mapped`` what tables at the same L1 index map, once for what they share."""
         census, tables = self._census, self._tables
-        which = which[np.lexsort((tables.offset[which], tables.l1_index[which]))]
         size = self._geometry.cluster_size
-        for part, rows in read_tables(self._source, tables.offset[which], size):
+        parts = TableParts.of(self._source, tables.offset[which], size)
+        offset = parts.offsets[parts.table] + parts.inside
+        # The same parts of tables at one index, one after the other.
+        place = (tables.l1_index[which[parts.table]] * size + parts.inside) // parts.size
+        order = np.lexsort((offset, place))
+        for part, rows in read_tables(self._source, offset[order], parts.size):
             words = entries.decode_words(rows)
             words, _ = entries.split_entries(words, self._geometry.extended_l2)
-            _drop_shared(words, tables.l1_index[which[part]])
+            _drop_shared(words, place[order[part]])
             clusters, _ = clusters_of_entries(words[words != 0], census.layout)
             census.mapped.add(census.index.slots_of(clusters), 1)
             self._meter.advance(rows.size)
 
 
-def _drop_shared(words: U64, l1_index: I64) -> None:
-    """Set to 0 what a table shares, entry by entry, with one before it at the same L1 index."""
+def _drop_shared(words: U64, place: I64) -> None:
+    """Set to 0 what a table, or a part of one, shares, entry by entry, with one before it at the
+    same place of the disk."""
     copied = np.uint64(entries.COPIED)
-    for lag in range(1, min(len(l1_index), MAX_SIBLING_LAG + 1)):
-        same = np.flatnonzero(l1_index[lag:] == l1_index[:-lag])
+    for lag in range(1, min(len(place), MAX_SIBLING_LAG + 1)):
+        same = np.flatnonzero(place[lag:] == place[:-lag])
         if not len(same):
             return
         later = words[same + lag]

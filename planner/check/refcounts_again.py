@@ -17,11 +17,12 @@ from planner.check.report import Report
 from planner.findings.grouped import FindingsBuilder, GroupedFindings
 from planner.findings.kinds import FindingKind
 from planner.metadata.locate import Survey, take_survey
+from planner.metadata.mapping_tables import TableParts
 from planner.metadata.refcounts import StoredRefcounts
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
-from planner.source import Source, read_tables
+from planner.source import Source
 
 
 def check_refcounts_again(
@@ -79,7 +80,8 @@ def _flags_of_l2(
     present = survey.present[tables.copied[survey.present] != 0]
     meter.begin("census", len(present) * geometry.cluster_size)
     for group in tables.classes(present):
-        for part, rows in read_tables(source, tables.offset[group.ids], geometry.cluster_size):
+        parts = TableParts.of(source, tables.offset[group.ids], geometry.cluster_size)
+        for part, rows in parts.read(source):
             words, _ = entries.split_entries(entries.decode_words(rows), geometry.extended_l2)
             flat = words.reshape(-1)
             positions = np.flatnonzero(
@@ -92,8 +94,8 @@ def _flags_of_l2(
             wrong = contradicts_refcount(
                 copied, stored.is_one(clusters), stored.unreadable(clusters)
             )
-            batch = replace(group, ids=group.ids[part])
-            where = batch.positions(positions[wrong], geometry.l2_entries)
+            at = parts.positions(part, positions[wrong], geometry)
+            where = group.positions(at, geometry.l2_entries)
             found.add(FindingKind.L2_COPIED, where, copied[wrong])
             meter.advance(rows.size)
     return found.build()
