@@ -82,12 +82,21 @@ class GuestBytes:
 
     def mapped_end(self) -> int:
         """Where the last byte ends that is more than unallocated."""
-        end = 0
-        for runs in self._mapping.walk(0, self._size):
-            used = np.flatnonzero(runs.kind != RunKind.UNALLOCATED)
-            if len(used):
-                end = int(runs.guest[used[-1]] + runs.length[used[-1]])
-        return end
+        # From the end, in ever larger steps: before that most of a disk need not be looked at.
+        step = end = 0
+        coverage = self._mapping.geometry.l2_coverage
+        start = -(-self._size // coverage) * coverage
+        while start > 0:
+            step = max(coverage, 2 * step)
+            start, end = max(0, start - step), min(start, self._size)
+            last = 0
+            for runs in self._mapping.walk(start, end):
+                used = np.flatnonzero(runs.kind != RunKind.UNALLOCATED)
+                if len(used):
+                    last = int(runs.guest[used[-1]] + runs.length[used[-1]])
+            if last:
+                return last
+        return 0
 
 
 _LOOKED_AT = 16
