@@ -107,7 +107,8 @@ class _Check:
         self._clip(census)
         mismatches = self._compare(census, clusters)
         judge_l1_tables(self._survey, self._stored, self._findings)
-        self._look_beyond_disk()
+        if self._limits.beyond_disk:
+            self._look_beyond_disk()
         judge_cut_regions(self._regions, self._layout, self._findings)
         totals = mismatches.totals()
         for kind in (FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING):

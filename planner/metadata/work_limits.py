@@ -28,10 +28,11 @@ class Limits:
     is looked for, nor which clusters have two that cannot both be right. Unless ``past_end``, what
     is counted past the end of the file is not looked at, which is in none of the counters, and no
     file is said to be cut off; unless ``overwritten``, nor is it told of tables that they hold
-    something else, which is in none either. Unless ``entry_findings``, what is wrong with L2
-    entries is not kept, and in no counter; what they refer to is counted all the same. Of tables
-    with less than ``version_entries``, comparing costs more than counting; versions of a table that
-    differ in more than one of ``version_share`` entries are counted one by one.
+    something else, and unless ``beyond_disk``, nor what is mapped behind the end of the disk, which
+    are in none either. Unless ``entry_findings``, what is wrong with L2 entries is not kept, and in
+    no counter; what they refer to is counted all the same. Of tables with less than
+    ``version_entries``, comparing costs more than counting; versions of a table that differ in more
+    than one of ``version_share`` entries are counted one by one.
 
     Of triage: ``triaged_bytes`` of leaked clusters are looked into; of more, every nth cluster, and
     of ``screened`` the first sector, to find those like tables. ``former_tables`` are described one
@@ -47,6 +48,7 @@ class Limits:
     past_end: bool = True
     overwritten: bool = True
     entry_findings: bool = True
+    beyond_disk: bool = True
     version_entries: int = 1 << 11
     version_share: int = 8
     triaged_bytes: int = 1 << 30

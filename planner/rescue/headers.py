@@ -20,7 +20,7 @@ from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind, Structure
 from planner.guestfs.work import Work
-from planner.metadata.work_limits import LIMITS
+from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Progress, tell_nobody
 from planner.qcow2.extensions import (
     CRYPTO_HEADER,
@@ -104,10 +104,14 @@ MAX_LUKS = 64
 MOST_BESIDE = 2
 """So many times what its tables take is in a file the data of which is in another."""
 
-_COUNTED = replace(LIMITS, owners=0, past_end=False, overwritten=False)
-"""A score counts. Who owns what is in none of the counters, nor what a table holds that is none, or
-what is counted past the end of the file; and each may take most of the time.
+_COUNTED = replace(LIMITS, owners=0, past_end=False, overwritten=False, beyond_disk=False)
+"""A score counts. Who owns what is in none of the counters, nor what a table holds that is none,
+what is mapped behind the end of the disk, or counted past that of the file; and each may take most
+of the time.
 """
+
+_BEYOND_DISK = replace(_COUNTED, beyond_disk=True)
+"""Where it is to be known whether the disk was larger."""
 
 _STATE = Incompatible.DIRTY | Incompatible.CORRUPT
 
@@ -238,7 +242,8 @@ class _Search:
             more = max(0, min(header.header_length, 1 << header.cluster_bits) - len(fields))
             fields += read_bytes(self._source, len(fields), more) + extensions
         for end, content in self._contents(header, fields):
-            report = self._check(Patched(self._source, 0, content))
+            limits = _COUNTED if header.size else _BEYOND_DISK
+            report = self._check(Patched(self._source, 0, content), limits)
             if report.error is None:
                 if self._makes_sense(header, report):
                     others = ("extensions",) if end is not None or extensions else ()
@@ -299,8 +304,8 @@ class _Search:
         """Whether as many were tried as may be."""
         return self._left <= 0 or len(self._tried) >= MAX_CHECKS
 
-    def _check(self, source: Source) -> Report:
-        report = check_image(source, limits=_COUNTED)
+    def _check(self, source: Source, limits: Limits = _COUNTED) -> Report:
+        report = check_image(source, limits=limits)
         self._left -= 1 + len(report.regions.structure) // REGIONS_A_CHECK
         self._left -= report.counters.corruptions // CORRUPTIONS_A_CHECK
         self._left -= len(report.snapshots) // SNAPSHOTS_A_CHECK
@@ -358,7 +363,7 @@ class _Search:
 
     def _try_given_sizes(self, given: Hypothesis) -> None:
         """The same for a larger disk, where more is mapped than that of the other image has."""
-        counts = self._check(given.laid_over(self._source)).counts()
+        counts = self._check(given.laid_over(self._source), _BEYOND_DISK).counts()
         if FindingKind.BEYOND_DISK_END not in counts:
             return
         self._try_sizes(given.header)
