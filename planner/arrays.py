@@ -117,7 +117,8 @@ def distinct_columns(columns: I64) -> tuple[I64, I64]:
     order, new = rows_in_order(*columns)
     which = np.empty(columns.shape[1], dtype=np.int64)
     which[order] = np.cumsum(new) - 1
-    return columns[:, order][:, new], which
+    first = np.flatnonzero(new) if isinstance(order, slice) else order[new]
+    return columns[:, first], which
 
 
 def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:

@@ -79,11 +79,14 @@ class Shares:
         """All of them, each owner once: where it is in the end."""
         names = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
         every = (self, *later)
-        columns = [
-            np.concatenate([getattr(each.owners, name).astype(np.int64) for each in every])
-            for name in names
-        ]
-        keys, which = distinct_columns(np.stack(columns))
+        # Of a million owners a column takes megabytes: none stays beside what they become.
+        columns = np.stack(
+            [
+                np.concatenate([getattr(each.owners, name).astype(np.int64) for each in every])
+                for name in names
+            ]
+        )
+        keys, which = distinct_columns(columns)
         new = np.full(keys.shape[1], NONE)
         np.maximum.at(new, which, np.concatenate([each.new for each in every]))
         cluster, structure, *rest = keys

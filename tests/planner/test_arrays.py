@@ -1,6 +1,7 @@
 """planner.arrays: ranges, held against the numbers in them."""
 
 import random
+import tracemalloc
 
 import numpy as np
 
@@ -59,6 +60,17 @@ def test_columns_without_repeats_are_those_of_numpy(seed: int, cases: int) -> No
         expected, inverse = np.unique(columns, axis=1, return_inverse=True)
         assert np.array_equal(found, expected)
         assert np.array_equal(which, inverse.reshape(-1))
+
+
+def test_columns_without_repeats_are_copied_once() -> None:
+    columns = np.random.default_rng(1).integers(0, 1 << 40, (6, 1 << 16))
+    tracemalloc.start()
+    try:
+        distinct_columns(columns)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.7 * columns.nbytes
 
 
 def test_merged_columns_are_a_union() -> None:
