@@ -107,14 +107,18 @@ def begin_split(scope: Scope, means: Means) -> Settle:
     room = room_for_copies(scope.source)
     moved = []
     for structure in (Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA):
-        size = scope.draft.size
-        moved.append(part_owners(scope, structure, room))
+        size, revision = scope.draft.size, scope.draft.revision
+        parted = part_owners(scope, structure, room)
+        if scope.report is not before or scope.draft.revision != revision:
+            moved.append(parted)  # or else they are all in *shares*, and where they were
+        del parted
         room -= max(0, scope.draft.size - size)
         scope = checked_anew(scope, means)
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
-    parted = Drafted(scope, triage, shares.joined(*moved))
-    return partial(_settle_split, before, parted, means)
+    shares = shares.joined(*moved)
+    del moved
+    return partial(_settle_split, before, Drafted(scope, triage, shares), means)
 
 
 def _settle_split(before: Report, parted: Drafted, means: Means, stay: I64) -> Drafted:

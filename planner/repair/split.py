@@ -79,14 +79,12 @@ class Shares:
         """All of them, each owner once: where it is in the end."""
         names = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
         every = (self, *later)
-        # Of a million owners a column takes megabytes: none stays beside what they become.
-        columns = np.stack(
-            [
-                np.concatenate([getattr(each.owners, name).astype(np.int64) for each in every])
-                for name in names
-            ]
-        )
+        # There may be hundreds of thousands: their columns are there once.
+        columns = np.empty((len(names), sum(len(each.new) for each in every)), dtype=np.int64)
+        for column, name in zip(columns, names, strict=True):
+            np.concatenate([getattr(each.owners, name) for each in every], out=column)
         keys, which = distinct_columns(columns)
+        del columns
         new = np.full(keys.shape[1], NONE)
         np.maximum.at(new, which, np.concatenate([each.new for each in every]))
         cluster, structure, *rest = keys

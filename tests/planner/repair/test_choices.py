@@ -161,6 +161,22 @@ def test_refcounts_that_share_a_cluster_are_made_anew_elsewhere() -> None:
     assert proposal.shares.new[at].tolist() == [GONE]
 
 
+@pytest.mark.parametrize(("inflict", "number"), [(data_on_a_refcount_block, 0), (data_on_data, 1)])
+def test_owners_that_keep_their_places_are_listed_once(inflict, number: int, monkeypatch) -> None:
+    """There may be hundreds of thousands, of which nothing is moved."""
+    image, joined, join = plain(), [], split.Shares.joined
+
+    def joining(self, *later):
+        joined.append(len(later))
+        return join(self, *later)
+
+    monkeypatch.setattr(split.Shares, "joined", joining)
+    inflict(image)
+    proposal = propose(image.source, check_image(image.source), SPLIT)
+    assert joined == [number]
+    assert len(proposal.shares.clusters) == 1
+
+
 def test_a_snapshot_that_has_the_same_guest_cluster_goes_with_it() -> None:
     image = with_snapshot()
     image.set_word(image.l2_at(1), image.host_offset(5) | COPIED)
