@@ -15,6 +15,7 @@ import numpy as np
 from planner.arrays import I64, Mask, distinct, is_among, is_any_of, join_bounds, without_ranges
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
+from planner.qcow2.header import SIGNED_MAX
 from planner.triage.losses import Losses
 
 
@@ -122,8 +123,9 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None =
     losses = losses or Losses()
     size = report.geometry.virtual_size
     if snapshot != ACTIVE and report.snapshots[snapshot].disk_size is not None:
-        size = report.snapshots[snapshot].disk_size or 0
-    worse = _merged(np.zeros((2, 0), dtype=np.int64), size)
+        size = min(report.snapshots[snapshot].disk_size or 0, SIGNED_MAX)
+    none = np.zeros((2, 0), dtype=np.int64)
+    worse = _merged(none, size)
     ranges, low = {}, _low(report)
     for harm in Harm:
         upto = _merged(
@@ -131,7 +133,7 @@ def guest_impact(report: Report, snapshot: int = ACTIVE, losses: Losses | None =
                 [
                     *_of_findings(report, harm, snapshot),
                     _of_owners(report, harm, snapshot, losses.astray, low),
-                    _of_strays(report, harm, snapshot, losses.strays),
+                    losses.strays if harm is Harm.SUSPECT and snapshot == ACTIVE else none,
                     _of_l1_table(report, harm, snapshot, size),
                     _of_whole_disk(report, harm, size, misread=losses.misread),
                     np.stack((worse.start, worse.end)),
@@ -208,12 +210,6 @@ def _of_owners(report: Report, harm: Harm, snapshot: int, astray: I64, low: I64)
     start = np.concatenate((position * size, owners.l1_index[tables] * geometry.l2_coverage))
     length = np.repeat((size, geometry.l2_coverage), (len(position), int(tables.sum())))
     return np.stack((start, start + length))
-
-
-def _of_strays(report: Report, harm: Harm, snapshot: int, strays: I64) -> I64:
-    """What a bit that was set leads to, which is not the disk's."""
-    start = strays if harm is Harm.SUSPECT and snapshot == ACTIVE else strays[:0]
-    return np.stack((start, start + report.geometry.cluster_size))
 
 
 def _low(report: Report) -> I64:

@@ -141,8 +141,8 @@ class Losses:
     are gone, ascending; what they share with the disk is told of that. ``astray``: clusters that an
     entry leads to which may have led to what leaks; whoever has one may read what is not its own.
     ``behind``: clusters that the refcounts count behind the end of the file, where a table is lost
-    that may have led to them. ``strays``: guest offsets of the disk's clusters whose entry is one
-    bit that leads into the file, ascending.
+    that may have led to them. ``strays``: guest ranges of the disk's clusters whose entry is one
+    bit that leads into the file, starts and ends (exclusive), (2, n); they may overlap.
     """
 
     data: int = 0
@@ -151,7 +151,7 @@ class Losses:
     snapshots: tuple[int, ...] = ()
     astray: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
     behind: int = 0
-    strays: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64), compare=False)
+    strays: I64 = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64), compare=False)
 
     @property
     def misread(self) -> bool:
@@ -691,14 +691,30 @@ class _Disk:
         return self._strays.hidden_references() if self.lost_windows else 0
 
     def strays(self) -> I64:
-        """Guest offsets of the clusters whose entry is one bit that leads into the file."""
+        """Guest ranges of the clusters whose entry is one bit that leads into the file: starts and
+        ends, (2, n).
+
+        Of a table that several L1 entries lead to all that it maps, at each: whose it is is in
+        doubt, and there may be millions of such clusters.
+        """
+        geometry, l1 = self._geometry, self._l1
         table, entry = self._bits
-        order = np.argsort(self._l1.offset, kind="stable")
-        offset, index = self._l1.offset[order], self._l1.l1_index[order]
-        low, high = (np.searchsorted(offset, table, side=side) for side in ("left", "right"))
-        l1_index = index[expand_ranges(low, high - 1)]
-        guest = l1_index * self._geometry.l2_entries + np.repeat(entry, high - low)
-        return np.sort(guest) << self._geometry.cluster_bits
+        order = np.argsort(l1.offset, kind="stable")
+        low, high = (
+            np.searchsorted(l1.offset, table, side=side, sorter=order) for side in ("left", "right")
+        )
+        once = high - low == 1
+        start = l1.l1_index[order[low[once]]] * geometry.l2_coverage
+        start += entry[once] << geometry.cluster_bits
+        shared = is_among(l1.offset, distinct(table[high - low > 1]))
+        whole = l1.l1_index[shared] * geometry.l2_coverage
+        return np.concatenate(
+            (
+                np.stack((start, start + geometry.cluster_size)),
+                np.stack((whole, whole + geometry.l2_coverage)),
+            ),
+            axis=1,
+        )
 
     @property
     def empty(self) -> tuple[I64, I64]:

@@ -41,6 +41,18 @@ def ranges(found: Impact) -> dict[Harm, list[tuple[int, int]]]:
     return {harm: list(some.first(9)) for harm, some in found.ranges.items() if len(some)}
 
 
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1])
+def test_the_disk_of_a_snapshot_that_is_larger_than_any_is_no_less_lost(size: int) -> None:
+    builder = ImageBuilder(size=SIZE, cluster_bits=12)
+    builder.write(0, b"data")
+    builder.take_snapshot("one", extra_data=bytes(8) + size.to_bytes(8, "big"))
+    image = builder.build()
+    DAMAGES["snapshot-l1-misaligned"](image, random.Random(1))
+    found = impact(image, 0)
+    assert found.size == (1 << 63) - 1
+    assert ranges(found)[Harm.LOST] == [(0, found.size)]
+
+
 def test_a_clean_image_is_safe() -> None:
     found = impact(build())
     assert ranges(found) == {}

@@ -1031,6 +1031,20 @@ def test_what_one_bit_that_was_set_leads_to_is_suspect() -> None:
     assert 1 << free < len(image.data)
 
 
+def test_flags_alone_in_a_table_of_many_l1_entries_are_told_a_table_not_a_cluster() -> None:
+    """There may be millions of them; and of such a table everything is in doubt."""
+    image = wiped_table()
+    for cluster in range(200, 300, 2):
+        image.set_word(image.l2_at(cluster), entries.COPIED)
+    assert triage(image).losses.strays.shape == (2, 50)
+    image.set_word(image.l1_at(3), image.word(image.l1_at(0)))
+    start, end = triage(image).losses.strays
+    covered = image.geometry.l2_coverage
+    assert sorted(start.tolist()) == [0, 3 * covered]
+    assert (end - start == covered).all()
+    assert {(0, covered), (3 * covered, covered)} <= set(suspect_ranges(image))
+
+
 def test_one_bit_is_an_entry_where_a_snapshot_has_the_cluster_too() -> None:
     builder = disk()
     builder.take_snapshot("one")
@@ -1072,7 +1086,7 @@ def test_a_flag_alone_says_nothing_where_data_lies_in_another_file() -> None:
     image.set_word(image.l2_at(0), entries.COPIED)
     wipe(image, image.refblock(0))
     assert FindingKind.REFCOUNT_MISSING in check_image(image.source).counts()
-    assert len(triage(image).losses.strays) == 0
+    assert triage(image).losses.strays.size == 0
 
 
 def test_a_flag_alone_says_nothing_where_every_reference_is_counted() -> None:
