@@ -648,7 +648,8 @@ class _Describer:
     def _count_targets(self, targets: I64, first: int, tables: I64) -> I64:
         """Of each table: its targets, those that are leaked, and those that are *tables*; (3, n).
 
-        Puts the leaked ones into the group of their table, which is number *first* and up.
+        Puts the leaked ones into the group of their table, which is number *first* and up: of
+        several tables the first one's, whichever are read together.
         """
         if not (targets[:, 1:] > targets[:, :-1]).all():
             targets.sort(axis=1)
@@ -658,7 +659,7 @@ class _Describer:
         rank = self._ranks(targets[new])
         hit = rank != NONE
         free = hit & (self._group[rank] == NONE)
-        self._group[rank[free]] = first + row[free]
+        self._group[rank[free][::-1]] = first + row[free][::-1]
         rows = (row, row[hit], row[np.isin(targets[new], tables)])
         return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
 

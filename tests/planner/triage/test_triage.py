@@ -90,6 +90,21 @@ def test_a_damaged_l1_entry_is_named_before_the_empty_ones() -> None:
     ]
 
 
+def test_what_two_lost_tables_mapped_belongs_to_the_first_of_them() -> None:
+    """Whichever are read together: that depends on where there are holes."""
+    image = full().build()
+    first, second = sorted(image.l2_table(l1_index) for l1_index in (1, 2))
+    image.data[second : second + image.cluster_size] = image.data[
+        first : first + image.cluster_size
+    ]
+    for l1_index in (1, 2):
+        image.set_word(image.l1_at(l1_index), 0)
+    one, other = suspects(image)
+    assert (one.offset, other.offset) == (first, second)
+    assert one.mapped == Counter({Look.DATA: 5})
+    assert not other.mapped
+
+
 def test_what_a_lost_table_mapped_belongs_to_it() -> None:
     image = sample().build()
     DAMAGES["leaked-clusters"](image, random.Random(1))
