@@ -35,12 +35,15 @@ class Mismatches:
 
     def totals(self) -> dict[FindingKind, int]:
         """How many clusters there are of each kind."""
-        totals = dict.fromkeys(
-            (FindingKind.LEAK, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING), 0
+        return self._totals(
+            FindingKind.LEAK, FindingKind.REFCOUNT_LOW, FindingKind.REFCOUNT_MISSING
         )
+
+    def _totals(self, *kinds: FindingKind) -> dict[FindingKind, int]:
+        totals = dict.fromkeys(kinds, 0)
         for _, stored, counted in self._chunks():
             if not np.array_equal(stored, counted):
-                for kind in totals:
+                for kind in kinds:
                     totals[kind] += int(np.count_nonzero(_is_of(kind, stored, counted)))
         return totals
 
@@ -96,7 +99,7 @@ class Mismatches:
 
     def clusters(self, kind: FindingKind, limit: int) -> I64:
         """The first clusters of a kind, at most *limit*."""
-        found = np.zeros(min(limit, self.totals()[kind]), dtype=np.int64)
+        found = np.zeros(min(limit, self._totals(kind)[kind]), dtype=np.int64)
         filled = 0
         for first, stored, counted in self._chunks():
             if filled == len(found):

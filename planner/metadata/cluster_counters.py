@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.arrays import I64, Counts, Mask, Slot
+from planner.arrays import I64, Counts, Mask, Slot, count_each
 
 _WIDTHS: tuple[type[np.unsignedinteger], ...] = (np.uint8, np.uint16, np.uint32, np.uint64)
 
@@ -64,6 +64,9 @@ class ClusterIndex:
 PAGE_BITS = 6
 """A page of clusters: 64. Of stored refcounts of one bit it is 8 bytes, whatever is set in them."""
 
+_TABLED = 1 << 14
+"""So many numbers of pages are looked up in a table, however few of them there are."""
+
 
 class PagedIndex(ClusterIndex):
     """Slots for all clusters of some pages, and no others.
@@ -77,26 +80,38 @@ class PagedIndex(ClusterIndex):
         super().__init__(size, pages)
         self._pages = pages
         self.slots = len(pages) << PAGE_BITS
+        # To look up what is there takes a fraction of the time of a search.
+        end = int(pages[-1]) + 1 if len(pages) else 0
+        is_table = end <= max(_TABLED, 4 * len(pages))
+        self._before = np.searchsorted(pages, np.arange(end + 1)) if is_table else None
 
     def slots_of(self, clusters: I64) -> I64:
-        pages = clusters >> PAGE_BITS
         inside = clusters & ((1 << PAGE_BITS) - 1)
-        return (np.searchsorted(self._pages, pages) << PAGE_BITS) + inside
+        return (self._pages_before(clusters >> PAGE_BITS) << PAGE_BITS) + inside
 
     def find(self, clusters: I64) -> tuple[I64, Mask]:
-        pages = clusters >> PAGE_BITS
-        at = np.searchsorted(self._pages, pages)
-        known: Mask = (at < len(self._pages)) & (clusters < self.clusters)
-        known[known] = self._pages[at[known]] == pages[known]
+        at, known = self._find_pages(clusters >> PAGE_BITS)
+        known &= clusters < self.clusters
         inside = clusters & ((1 << PAGE_BITS) - 1)
-        return np.where(known, (at << PAGE_BITS) + inside, 0), known
+        return ((at << PAGE_BITS) + inside) * known, known
 
     def count_before(self, clusters: I64) -> I64:
-        pages = clusters >> PAGE_BITS
-        at = np.searchsorted(self._pages, pages)
+        at, there = self._find_pages(clusters >> PAGE_BITS)
+        return (at << PAGE_BITS) + np.where(there, clusters & ((1 << PAGE_BITS) - 1), 0)
+
+    def _find_pages(self, pages: I64) -> tuple[I64, Mask]:
+        """How many of its pages are before each of these, and which of these are among them."""
+        at = self._pages_before(pages)
+        if self._before is not None:
+            return at, self._pages_before(pages + 1) != at
         there = at < len(self._pages)
         there[there] = self._pages[at[there]] == pages[there]
-        return (at << PAGE_BITS) + np.where(there, clusters & ((1 << PAGE_BITS) - 1), 0)
+        return at, there
+
+    def _pages_before(self, pages: I64) -> I64:
+        if self._before is None:
+            return np.searchsorted(self._pages, pages)
+        return self._before.take(pages, mode="clip")
 
     def clusters_of(self, slots: I64) -> I64:
         first: I64 = self._pages[slots >> PAGE_BITS] << PAGE_BITS
@@ -130,13 +145,7 @@ class Tally:
         if number.sum() * 2 > len(slots) and (first[1:] >= first[:-1] + number[:-1]).all():
             goes_on = np.repeat(is_run, length)
             single, slots = slots[goes_on], slots[~goes_on]
-        # Half the width sorts in half the time.
-        narrow = slots.astype(np.uint32) if int(slots.max(initial=0)) < 1 << 32 else slots
-        ordered: npt.NDArray[np.integer[Any]] = np.sort(narrow)
-        first = np.ones(len(ordered), dtype=np.bool_)
-        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
-        starts = np.flatnonzero(first)
-        return cls(single, ordered[starts], np.diff(starts, append=len(ordered)))
+        return cls(single, *count_each(slots))
 
 
 class NearOne:

@@ -232,7 +232,7 @@ def _require_metadata(cluster: I64, before: Report, after: Report, plan: Plan) -
 
 def _in_regions(cluster: I64, regions: Regions, bits: int) -> Mask:
     """Which clusters a structure touches."""
-    order = np.argsort(regions.first(bits))
+    order = np.argsort(regions.first(bits), kind="stable")
     first, last = regions.first(bits)[order], np.maximum.accumulate(regions.last(bits)[order])
     at = np.searchsorted(first, cluster, side="right") - 1
     inside: Mask = at >= 0

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among, rows_in_order
+from planner.arrays import (
+    I64,
+    U64,
+    Mask,
+    count_each,
+    distinct,
+    expand_ranges,
+    is_among,
+    rows_in_order,
+)
 from planner.check.report import Report
 from planner.findings.kinds import FindingKind, Structure
 from planner.metadata.gone_tables import GoneTables
@@ -100,9 +109,10 @@ class Strays:
         """How many references clusters have lost that stray entries make up for."""
         mismatches = self._report.mismatches
         contested = self._contested
-        wrong = np.concatenate([*self._wrong, contested[:0]])
-        wrong = wrong[~is_among(wrong, contested)]
-        alone, times = np.unique(wrong, return_counts=True)
+        values, times = count_each(np.concatenate([*self._wrong, contested[:0]]))
+        alone = values.astype(np.int64)
+        is_other = ~is_among(alone, contested)
+        alone, times = alone[is_other], times[is_other]
         clusters = np.concatenate((contested, alone))
         if mismatches is None or not len(clusters):
             return 0

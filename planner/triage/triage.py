@@ -13,7 +13,7 @@ from itertools import chain, islice, pairwise
 
 import numpy as np
 
-from planner.arrays import I32, I64, U8, U32, U64, Mask, distinct, is_among, is_any_of
+from planner.arrays import I32, I64, U8, U32, U64, Mask, distinct, is_among, is_any_of, merged
 from planner.check.check import check_image
 from planner.check.classify import Look, Looker, filled_columns
 from planner.check.refcount_comparison import CHUNK, Mismatches
@@ -279,7 +279,7 @@ def triage_leaks(
     if ignored is not None and len(ignored):
         counted = counted[~is_among(counted, ignored)]
     uncounted = uncounted_clusters(_Watched(source, progress, 0), report)
-    leaked = np.sort(np.concatenate((counted, uncounted))) if len(uncounted) else counted
+    leaked = merged(counted, uncounted) if len(uncounted) else counted
     if not len(leaked):
         return Triage(losses=find_shared(source, report))
     most = min(len(leaked) * report.geometry.cluster_size, limits.triaged_bytes)

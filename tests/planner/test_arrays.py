@@ -4,8 +4,10 @@ import random
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from planner.arrays import (
+    count_each,
     distinct_columns,
     is_among,
     is_any_of,
@@ -50,6 +52,19 @@ def test_what_is_among_others_is_told_as_numpy_does(seed: int, cases: int) -> No
         assert np.array_equal(is_among(values, ascending), np.isin(values, ascending))
         others = rng.integers(0, 50, int(rng.integers(0, most)))
         assert np.array_equal(is_any_of(values, others), np.isin(values, others))
+
+
+@pytest.mark.parametrize("most", [1, 30, 1 << 20, 1 << 40])
+def test_values_are_counted_as_numpy_does(most: int, seed: int, cases: int) -> None:
+    """Whether there are more of them than lie between them, or fewer."""
+    rng = np.random.default_rng(seed)
+    for _ in range(cases // 10):
+        least = int(rng.integers(0, 1 << 40))
+        for low in (0, least):
+            values = rng.integers(low, low + most, int(rng.integers(0, 60)))
+            found = count_each(values)
+            expected = np.unique(values, return_counts=True)
+            assert [column.tolist() for column in found] == [each.tolist() for each in expected]
 
 
 def test_columns_without_repeats_are_those_of_numpy(seed: int, cases: int) -> None:

@@ -120,9 +120,11 @@ def test_distinct_values_are_those_of_a_set(values) -> None:
     assert without_repeats(np.sort(array)).tolist() == sorted(set(values))
 
 
-def test_pages_have_slots_for_all_their_clusters_and_for_no_others() -> None:
-    pages = np.array([0, 3, 4, 1 << 30])
-    index = PagedIndex((1 << 36) + 10, pages)
+@pytest.mark.parametrize("last", [9, 1 << 30])
+def test_pages_have_slots_for_all_their_clusters_and_for_no_others(last) -> None:
+    """Whether they are near one another, or one is far away."""
+    pages, size = np.array([0, 3, 4, last]), (last << PAGE_BITS) + 10
+    index = PagedIndex(size, pages)
     assert index.slots == 4 << PAGE_BITS
     slots = np.arange(index.slots)
     clusters = index.clusters_of(slots)
@@ -130,13 +132,21 @@ def test_pages_have_slots_for_all_their_clusters_and_for_no_others() -> None:
     assert set((clusters >> PAGE_BITS).tolist()) == set(pages.tolist())
     assert (index.slots_of(clusters) == slots).all()
     found, known = index.find(clusters)
-    assert (known == (clusters < (1 << 36) + 10)).all()
+    assert (known == (clusters < size)).all()
     assert (found[known] == slots[known]).all()
-    assert not index.find(np.array([64, 191, 320, (1 << 36) + 10, 1 << 40]))[1].any()
-    some = np.array([0, 1, 63, 64, 191, 192, 319, 320, 1 << 36, (1 << 36) + 9, 1 << 40])
+    assert not found[~known].any()
+    assert not index.find(np.array([-64, -1, 64, 191, 320, size, size + 64, 1 << 40]))[1].any()
+    some = np.array([0, 1, 63, 64, 191, 192, 319, 320, size - 10, size - 1, 1 << 40])
     before = [np.count_nonzero(clusters < cluster) for cluster in some]
     assert index.count_before(some).tolist() == before
     assert [index.slots_before(cluster) for cluster in some.tolist()] == before
+
+
+def test_no_page_has_a_cluster_where_there_are_none() -> None:
+    index = PagedIndex(100, np.zeros(0, dtype=np.int64))
+    found, known = index.find(np.array([0, 99]))
+    assert not found.any()
+    assert not known.any()
 
 
 @pytest.mark.parametrize(("limit", "width"), [(15, np.uint8), (255, np.uint8), (65_535, np.uint16)])
