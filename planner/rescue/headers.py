@@ -197,6 +197,9 @@ class _Search:
         # Headers that are made up: those that somebody had are believed first.
         self._made_up: set[Header] = set()
         self._tried: dict[Header, Hypothesis | None] = {}
+        # The report of the last that was tried, while it is asked for what leaks under each.
+        self._asks_for_leaks = False
+        self._latest: tuple[Hypothesis, Report] | None = None
 
     @property
     def is_settled(self) -> bool:
@@ -250,6 +253,8 @@ class _Search:
                     changed = self._changes(header) + others
                     found = Hypothesis(header, content, report.counters, changed, end)
                     self._tried[header] = found
+                    if self._asks_for_leaks and limits is _COUNTED:
+                        self._latest = found, report
                 break
         return self._tried[header]
 
@@ -305,14 +310,19 @@ class _Search:
         return self._left <= 0 or len(self._tried) >= MAX_CHECKS
 
     def _check(self, source: Source, limits: Limits = _COUNTED) -> Report:
+        self._latest = None  # two of them would be twice the memory
         report = check_image(source, limits=limits)
+        self._charge(source, report)
+        return report
+
+    def _charge(self, source: Source, report: Report) -> None:
+        """As many checks fewer are left as that one took."""
         self._left -= 1 + len(report.regions.structure) // REGIONS_A_CHECK
         self._left -= report.counters.corruptions // CORRUPTIONS_A_CHECK
         self._left -= len(report.snapshots) // SNAPSHOTS_A_CHECK
         if report.mismatches is not None:
             self._left -= report.mismatches.index.slots // CLUSTERS_A_CHECK
         self._left -= _table_bytes(source, report) // TABLE_BYTES_A_CHECK
-        return report
 
     def _changes(self, header: Header) -> tuple[str, ...]:
         names = header.__slots__
@@ -430,7 +440,9 @@ class _Search:
         rest = [bits for bits in reversed(CLUSTER_BITS) if bits != likely]
         for bits in [likely, *rest] if likely is not None else rest:
             for tables in agreeing_tables(self._source, sectors, bits):
+                self._asks_for_leaks = True
                 self._try(tables)
+                self._asks_for_leaks, self._latest = False, None
                 if self.is_tired:
                     return
             # Of what its own tables are multiples, nothing contradicts that.
@@ -559,8 +571,16 @@ class _Search:
         return longer_tables(self._source, tables, self._leaked(hypothesis))
 
     def _leaked(self, hypothesis: Hypothesis) -> I64:
-        """Leaked clusters under it, ascending: of hundreds not all their reports are kept."""
-        report = self._check(hypothesis.laid_over(self._source))
+        """Leaked clusters under it, ascending: of hundreds not all their reports are kept.
+
+        It leaves as many checks whether it was the last and its report is there, or not.
+        """
+        image = hypothesis.laid_over(self._source)
+        if self._latest is not None and self._latest[0] is hypothesis:
+            report, self._latest = self._latest[1], None
+            self._charge(image, report)
+        else:
+            report = self._check(image)
         if report.mismatches is None:
             return np.zeros(0, dtype=np.int64)
         return report.mismatches.clusters(FindingKind.LEAK, report.totals[FindingKind.LEAK])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from planner.check.check import check_image
+from planner.check.report import Report
+from planner.metadata.work_limits import Limits
 from planner.qcow2.extensions import (
     BACKING_FORMAT,
     BITMAPS,
@@ -17,8 +21,9 @@ from planner.qcow2.extensions import (
     refusable,
 )
 from planner.qcow2.header import Header, Incompatible, decode_header, encode_header
+from planner.rescue import headers
 from planner.rescue.headers import find_headers, with_fields
-from planner.source import Bytes, Patched, nonzero_words
+from planner.source import Bytes, Patched, Source, nonzero_words, read_bytes
 from tests.images.builder import MIB, ImageBuilder
 from tests.instarfs.repair.test_run import healthy
 
@@ -409,6 +414,21 @@ def test_no_table_of_data_is_tried_as_one_that_leads_to_tables() -> None:
     assert found.best is not None
     assert found.best.header.l1_table_offset == header_of(data).l1_table_offset
     assert max(each.counters.corruptions for each in found.hypotheses) < 50_000
+
+
+def test_what_leaks_under_a_header_is_known_of_the_check_that_tried_it(monkeypatch) -> None:
+    checked: list[bytes] = []
+
+    def noting(source: Source, *, limits: Limits) -> Report:
+        checked.append(read_bytes(source, 0, 1 << 16))
+        return check_image(source, limits=limits)
+
+    monkeypatch.setattr(headers, "check_image", noting)
+    best = find_headers(Bytes(without_header(image()))).best
+    assert best is not None
+    assert best.counters.leaks
+    assert len(checked) > 2
+    assert not [one for one, other in pairwise(checked) if one == other]
 
 
 def test_an_empty_disk_has_a_header_too() -> None:
