@@ -44,14 +44,15 @@ from planner.repair.split import (
     shared_by,
 )
 from planner.repair.steps import (
+    Basis,
     Drafted,
     Means,
     checked_anew,
-    checked_for_flags,
     draft_refcounts,
     leaked_clusters,
     require_writable_header,
     to_check_anew,
+    to_check_for_flags,
     uncounted_to_keep,
 )
 from planner.triage.triage import Triage
@@ -113,19 +114,25 @@ def begin_split(scope: Scope, means: Means) -> Settle:
             moved.append(parted)  # or else they are all in *shares*, and where they were
         del parted
         room -= max(0, scope.draft.size - size)
-        scope = checked_anew(scope, means)
+        check = to_check_anew(scope, means)
+        del scope
+        scope = check()
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
     shares = shares.joined(*moved)
     del moved
-    return partial(_settle_split, before, Drafted(scope, triage, shares), means)
+    return partial(_settle_split, before, Basis(scope, means), triage, shares)
 
 
-def _settle_split(before: Report, parted: Drafted, means: Means, stay: I64) -> Drafted:
-    scope, triage = parted.scope.forked(), parted.triage
+def _settle_split(
+    before: Report, parted: Basis, triage: Triage, shares: Shares, stay: I64
+) -> Drafted:
+    scope, means = parted.forked(), parted.means
     kept = uncounted_to_keep(scope.report, triage)
     _draft_parted_refcounts(scope, union(stay, leaked_clusters(before)), kept)
-    scope = checked_for_flags(replace(scope, refcounts_alone=True), means)
+    check = to_check_for_flags(replace(scope, refcounts_alone=True), means)
+    del scope
+    scope = check()
     if not scope.draft.is_empty:
         revision = scope.draft.revision
         update_copied_flags_for_l1(scope)
@@ -134,7 +141,7 @@ def _settle_split(before: Report, parted: Drafted, means: Means, stay: I64) -> D
         check = to_check_anew(scope, means)
         del scope
         scope = check()
-    shares = parted.shares.without(shared_by(scope.report).clusters).with_refcounts_anew()
+    shares = shares.without(shared_by(scope.report).clusters).with_refcounts_anew()
     return Drafted(scope, triage, shares, _of_split(shares, triage))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -33,7 +34,9 @@ class Draft:
         self.can_grow = can_grow
         self._writes: dict[StageKind, list[_Write]] = {}
         # As far as they still hold.
-        self._layers: dict[StageKind, Layer] = {}
+        self._layers: dict[StageKind, list[Layer]] = {}
+        # Stages whose first write is another draft's too, all that it had: not joined to others.
+        self._forked: set[StageKind] = set()
         self._stages: dict[StageKind, Stage] = {}
         self._reasons: list[tuple[Callable[[], Iterable[Edit]], int]] = []
         self._listed = self._edit_count = 0
@@ -46,6 +49,8 @@ class Draft:
         twin = Draft(self._source, can_grow=self.can_grow)
         twin._writes = {kind: list(writes) for kind, writes in self._writes.items()}
         twin._layers, twin._stages = dict(self._layers), dict(self._stages)
+        joined = {kind for kind in self._layers if _is_joined(self._writes[kind])}
+        twin._forked = self._forked | joined
         twin._reasons = list(self._reasons)
         twin._listed, twin._edit_count = self._listed, self._edit_count
         twin._size, twin.revision = self._size, self.revision
@@ -100,6 +105,7 @@ class Draft:
 
     def withdraw(self, kind: StageKind) -> None:
         """Take back what was drafted for a stage."""
+        self._forked.discard(kind)
         for write in self._writes.pop(kind, []):
             self._forget_stages(kind, write.sectors)
 
@@ -141,7 +147,7 @@ class Draft:
 
     def overlay(self) -> Layered:
         """The source as it would be after everything drafted so far."""
-        return Layered(self._source, self._size, self._all_layers())
+        return Layered(self._source, self._size, list(chain(*self._all_layers())))
 
     def plan(self, tier: PlanTier) -> Plan:
         """What was drafted, as a plan; sectors that would stay as they are are dropped."""
@@ -152,7 +158,7 @@ class Draft:
 
     def _all_differences(self) -> Iterator[bool]:
         """Of each stage whether it changes anything; one after the other."""
-        layers = self._all_layers()
+        layers = self._joined_layers()
         for number, (sectors, content) in enumerate(layers):
             base = Layered(self._source, self._size, layers[:number])
             for part, rows in read_tables(base, sectors * SECTOR, SECTOR):
@@ -160,25 +166,44 @@ class Draft:
 
     def _all_stages(self) -> list[Stage]:
         """What each stage changes, in their order; some of them may change nothing."""
-        layers = self._all_layers()
+        layers = self._joined_layers()
         for number, kind in enumerate(sorted(self._writes)):
             if kind not in self._stages:
                 base = Layered(self._source, self._size, layers[:number])
                 self._stages[kind] = _stage(kind, base, layers[number])
         return [self._stages[kind] for kind in sorted(self._writes)]
 
-    def _all_layers(self) -> list[Layer]:
-        """What each stage leaves in the sectors that it writes to, in the order of stages.
+    def _joined_layers(self) -> list[Layer]:
+        """As `_all_layers`, one of each stage."""
+        for kind in self._forked:
+            if len(self._layers.get(kind, ())) > 1:
+                del self._layers[kind]
+        self._forked.clear()
+        return list(chain(*self._all_layers()))
+
+    def _all_layers(self) -> list[list[Layer]]:
+        """What each stage leaves in the sectors that it writes to, in the order of stages: one
+        layer, or another draft's and one over it.
 
         For an overlay that will do: what is there now, of as many bytes, only a plan tells.
         """
-        layers: list[Layer] = []
+        layers: list[list[Layer]] = []
         for kind in sorted(self._writes):
             if kind not in self._layers:
-                base = Layered(self._source, self._size, layers)
-                self._layers[kind] = _layer(base, self._writes[kind])
+                base = Layered(self._source, self._size, list(chain(*layers)))
+                self._layers[kind] = self._layers_of(kind, base)
             layers.append(self._layers[kind])
         return layers
+
+    def _layers_of(self, kind: StageKind, base: Source) -> list[Layer]:
+        writes = self._writes[kind]
+        if kind not in self._forked or len(writes) == 1:
+            return [_layer(base, writes)]
+        first, own = writes[:1], writes[1:]
+        beneath = _layer(base, first)
+        over = _layer(Layered(base, self._size, [beneath]), own)
+        self._writes[kind] = first + own  # which may be joined by now
+        return [beneath, over]
 
 
 def _layer(base: Source, writes: list[_Write]) -> Layer:
@@ -224,6 +249,11 @@ class _Write:
     sectors: I64
     data: U8 | bytes
     skip: int = 0
+
+
+def _is_joined(writes: list[_Write]) -> bool:
+    """Whether a stage takes what was written as it is."""
+    return len(writes) == 1 and isinstance(writes[0].data, np.ndarray)
 
 
 def _join(writes: list[_Write]) -> None:

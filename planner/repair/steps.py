@@ -77,20 +77,44 @@ def _checked(draft: Draft, formerly_used: int, means: Means) -> Scope:
     return Scope(draft, image, means.check(image, None), draft.revision, formerly_used)
 
 
+class Basis:
+    """A scope that drafts go on from, mostly a single one.
+
+    Its report is as large as that of the last check: the first has it, for a further one the image
+    is checked again.
+    """
+
+    def __init__(self, scope: Scope, means: Means) -> None:
+        self.means = means
+        self._draft, self._formerly_used = scope.draft, scope.formerly_used
+        self._scope: Scope | None = scope
+
+    def forked(self) -> Scope:
+        """The scope, with a draft to go on with on its own."""
+        scope, self._scope = self._scope, None
+        return (scope or _checked(self._draft, self._formerly_used, self.means)).forked()
+
+
 def checked_for_flags(scope: Scope, means: Means) -> Scope:
-    """As `checked_anew` for who corrects the flags that follow refcounts, and then checks anew.
+    """What `to_check_for_flags` gives."""
+    return to_check_for_flags(scope, means)()
+
+
+def to_check_for_flags(scope: Scope, means: Means) -> Callable[[], Scope]:
+    """As `to_check_anew` for who corrects the flags that follow refcounts, and then checks anew.
 
     Where it is refcounts alone that were drafted, and a flag most likely follows, the check is one
     of these. As no other it proves nothing: to `checked_anew` nothing was checked.
     """
     is_enough = scope.refcounts_alone and not scope.draft.has(StageKind.SWITCH)
     if scope.draft.revision == scope.revision or not is_enough or not _flags_follow(scope.report):
-        return checked_anew(scope, means)
+        return to_check_anew(scope, means)
     image = scope.draft.overlay()
     report = means.again(image, scope.report)
     if report is None:
-        return checked_anew(scope, means)
-    return replace(scope, source=image, report=report, refcounts_alone=False)
+        return to_check_anew(scope, means)
+    judged = replace(scope, source=image, report=report, refcounts_alone=False)
+    return lambda: judged
 
 
 def _flags_follow(report: Report) -> bool:

@@ -50,6 +50,7 @@ from planner.repair.steps import (
     checked_for_flags,
     draft_refcounts,
     leaked_clusters,
+    to_check_anew,
     uncounted_to_keep,
 )
 from planner.source import Source
@@ -238,8 +239,12 @@ def propose(
     if tier is RepairTier.ALL or (tier.is_chosen and not scope.draft.is_empty):
         settle_flags(scope, report)
     clear_unknown_autoclear(scope)
-    plan, after = scope.draft.plan(tier), checked_anew(scope, means).report
-    spared = union(drafted.kept, triage.uncounted)
+    plan, proof = scope.draft.plan(tier), to_check_anew(scope, means)
+    spared, shares = union(drafted.kept, triage.uncounted), drafted.shares
+    notes, gives_up = drafted.notes, drafted.gives_up
+    del scope, drafted  # The draft is as large as the plan that it has become.
+    after = proof().report
+    del proof
     kept = int(is_among(leaked_clusters(after), spared).sum())
     left = _left(tier, after, triage)
     proposal = Proposal(
@@ -250,11 +255,10 @@ def propose(
         triage,
         left,
         kept,
-        shares=drafted.shares,
-        notes=drafted.notes,
-        gives_up=drafted.gives_up,
+        shares=shares,
+        notes=notes,
+        gives_up=gives_up,
     )
-    del scope, drafted  # The draft is as large as the plan that it has become.
     require_proof(source, plan, report, after, kept=kept)
     return proposal
 
