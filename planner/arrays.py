@@ -41,7 +41,8 @@ def expand_ranges(first: I64, last: I64) -> I64:
     if (lengths == 1).all():
         return first
     starts = np.repeat(first - np.cumsum(lengths) + lengths, lengths)
-    return starts + np.arange(int(lengths.sum()))
+    starts += np.arange(len(starts))
+    return starts
 
 
 def join_ranges(start: I64, end: I64) -> tuple[I64, I64]:
@@ -105,8 +106,14 @@ def distinct(values: I64) -> I64:
     As np.unique gives them, which loads all of numpy.ma to ask whether they are masked: that takes
     longer than to check a small image. Most columns are in order by then.
     """
-    is_ascending = (values[1:] >= values[:-1]).all()
-    return without_repeats(values if is_ascending else np.sort(values, kind="stable"))
+    if (values[1:] >= values[:-1]).all():
+        return without_repeats(values)
+    low, high = int(values.min()), int(values.max())
+    if high - low >= len(values):
+        return without_repeats(np.sort(values, kind="stable"))
+    is_there = np.zeros(high - low + 1, dtype=np.bool_)
+    is_there[values - low] = True
+    return (np.flatnonzero(is_there) + low).astype(values.dtype, copy=False)
 
 
 def count_each(values: I64) -> tuple[npt.NDArray[np.integer[Any]], I64]:
