@@ -141,12 +141,10 @@ def rescue(
 
 def _rescue(source: Source, before: Report, means: _Means) -> Rescue:
     """What *source*, whose check is *before*, lost."""
-    ground = _ground(source, before, means)
-    result = _with_tables(source, ground, means)
-    if ground.is_bare and not result.placed:
+    result, is_bare = _with_tables(source, before, means)
+    if is_bare and not result.placed:
         # The L1 table that was made stays empty: the old one is there to be found, or nothing is.
-        ground = _ground(source, before, replace(means, may_be_bare=False))
-        return _with_tables(source, ground, means)
+        return _with_tables(source, before, replace(means, may_be_bare=False))[0]
     if result.changes_header or result.snapshots:
         return result
     return replace(result, larger=_larger(source, before))
@@ -318,27 +316,23 @@ def _listed_again(
     return None if more else _Listed(plan, after, snapshots)
 
 
-def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
-    """What is put back: *ground*, the tables whose place is proven, and nothing that stops QEMU."""
-    tables, first = ground.tables, ground.report
-    placements, are_any = Placements.none(), np.zeros(0, dtype=np.bool_)
-    if tables is not None:
-        tables, are_any = with_candidates(_without_contested(tables))
-        placements = tables.placements
-    candidates = np.zeros(0, dtype=np.int64)
-    if tables is not None and placements.placed.any():
-        _require_few(int(np.count_nonzero(are_any)), source)
-        candidates = np.flatnonzero(are_any)
-        draft = Draft(ground.image, can_grow=means.can_grow)
-        _draft_l1(draft, tables)
-        ground = _settled(source, ground, draft.plan(RescueTier.RESCUE), means)
+def _with_tables(source: Source, before: Report, means: _Means) -> tuple[Rescue, bool]:
+    """What is put back of *source*, whose check is *before*: what tables are placed on, those whose
+    place is proven, and nothing that stops QEMU. And whether the L1 table was a new one.
+    """
+    ground = _ground(source, before, means)
+    found, first, is_bare = _proven_tables(source, ground, means), ground.report, ground.is_bare
+    # All windows of a disk of millions, and its L1 table: the checks that follow do without.
+    ground = replace(ground, tables=None)
+    if found.plan is not None:
+        ground = _settled(source, ground, found.plan, means)
         if has_no_table(ground.report):
             # Its garbage may have stood in the way of listing them.
             ground = _with_snapshots(source, ground, means)
     ground, left_out = _without_stops(source, ground, means)
-    if tables is not None and len(candidates):
+    if len(found.candidates):
         # What one of several tables may map is not known to be zeros.
-        plan = _unreadable(ground.image, tables.l1.offset, candidates)
+        plan = _unreadable(ground.image, found.l1_offset, found.candidates)
         ground = _followed(source, ground, plan, ground.report)
         ground = replace(ground, report=check_image(ground.image, progress=means.progress))
     result = Rescue(
@@ -346,14 +340,42 @@ def _with_tables(source: Source, ground: _Ground, means: _Means) -> Rescue:
         ground.headers,
         ground.before,
         ground.report,
-        placements,
-        holes=tuple(candidates.tolist()),
+        found.placements,
+        holes=tuple(found.candidates.tolist()),
         snapshots=ground.snapshots,
         left_out=left_out,
-        note=tables.note if tables is not None else "",
+        note=found.note,
     )
     _require_proof(result, first)
-    return result
+    return result, is_bare
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Proven:
+    """What is kept of tables without a place: their ``placements``, the ``plan`` that puts those
+    whose place is proven into the L1 table at ``l1_offset``, if there are any, and then its entries
+    that others may belong to, ``candidates``.
+    """
+
+    placements: Placements = field(default_factory=Placements.none)
+    plan: Plan | None = None
+    l1_offset: int = 0
+    candidates: I64 = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    note: str = ""
+
+
+def _proven_tables(source: Source, ground: _Ground, means: _Means) -> _Proven:
+    if ground.tables is None:
+        return _Proven()
+    tables, are_any = with_candidates(_without_contested(ground.tables))
+    placements, note = tables.placements, tables.note
+    if not placements.placed.any():
+        return _Proven(placements, note=note)
+    _require_few(int(np.count_nonzero(are_any)), source)
+    draft = Draft(ground.image, can_grow=means.can_grow)
+    _draft_l1(draft, tables)
+    plan, candidates = draft.plan(RescueTier.RESCUE), np.flatnonzero(are_any)
+    return _Proven(placements, plan, tables.l1.offset, candidates, note)
 
 
 MAX_HOLES = 1 << 16

@@ -639,11 +639,14 @@ class _Disk:
         """Which guest clusters the active disk has no entry for."""
         geometry = self._geometry
         empty = np.ones(len(guest), dtype=np.bool_)
-        tables = np.full(self._needed, NONE, dtype=np.int64)
-        is_needed = self._l1.l1_index < self._needed
-        tables[self._l1.l1_index[is_needed]] = self._l1.offset[is_needed]
-        mine = tables[guest // geometry.l2_entries]
-        is_there = (mine != NONE) & (mine % geometry.cluster_size == 0)
+        # A table of millions may be a hole: what is there is in order.
+        index = self._l1.l1_index[self._l1.l1_index < self._needed]
+        if not len(index):
+            return empty
+        window = guest // geometry.l2_entries
+        at = np.minimum(np.searchsorted(index, window), len(index) - 1)
+        mine = self._l1.offset[at]
+        is_there = (index[at] == window) & (mine % geometry.cluster_size == 0)
         order = np.flatnonzero(is_there & ~np.isin(mine, self._gone))
         order = order[np.argsort(mine[order], kind="stable")]
         places = distinct(mine[order])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +17,8 @@ from planner.repair.overlay import Overlay
 from planner.repair.plan import RescueTier, StageKind
 from planner.rescue.hypotheses import Hypothesis
 from planner.rescue.order import draft_header
+from planner.rescue.placing.board import Board
+from planner.rescue.placing.place import Placed, find_placements
 from planner.rescue.rescue import Rescue, rescue
 from planner.source import SECTOR, Bytes, present_bytes, read_bytes
 from tests.images.builder import Image, ImageBuilder
@@ -59,6 +63,33 @@ def test_without_a_header_the_file_is_scanned_once() -> None:
 
     assert rescue(Bytes(data), progress=tell).changes_header
     assert scanned == 1
+
+
+def test_the_disk_that_tables_were_placed_on_is_let_go_of_before_what_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builder = ImageBuilder(size=1 << 20)
+    builder.write(0, b"lost")
+    image = builder.build()
+    header = read_header(image.source)
+    image.data[header.l1_table_offset : header.l1_table_offset + 8] = bytes(8)
+    boards: list[weakref.ref[Board]] = []
+    kept: list[bool] = []
+
+    def placing(*arguments: object, **means: object) -> Placed | None:
+        found = find_placements(*arguments, **means)  # type: ignore[arg-type]
+        assert found is not None
+        boards.append(weakref.ref(found.board))
+        return found
+
+    def leaving(*_arguments: object, **_means: object) -> None:
+        gc.collect()
+        kept.extend(board() is not None for board in boards)
+
+    monkeypatch.setattr("planner.rescue.rescue.find_placements", placing)
+    monkeypatch.setattr("planner.rescue.rescue.leave_out", leaving)
+    assert len(rescue(image.source).placements) == 1
+    assert kept == [False]
 
 
 def test_of_garbage_nothing_is_planned() -> None:

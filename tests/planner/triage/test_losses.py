@@ -1207,7 +1207,7 @@ def test_what_an_l1_table_has_nothing_for_costs_no_memory_however_long_it_is() -
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found.losses.missing == 2 << 21
-    assert peak < 24 * MIB
+    assert peak < 12 * MIB
 
 
 @pytest.mark.parametrize("extended_l2", [False, True])
