@@ -664,22 +664,26 @@ class _Describer:
         return np.stack([np.bincount(some, minlength=len(targets)) for some in rows])
 
     def _count_uncounted(self, words: U64, targets: I64, is_own: Mask) -> I64:
-        """Of each table: how many entries lead to a cluster that nothing refers to, and that counts
-        fewer references than the table has to it. It was lowered: for those nothing leaks.
+        """Of each table: how many entries lead to a cluster that nothing refers to, or that is
+        counted as free, and that counts fewer references than the table has to it. It was lowered:
+        for those nothing leaks.
 
-        Entries of the active disk, as far as that is known: *is_own*, and all that are compressed.
-        What is a hole holds nothing.
+        Entries of the active disk, as far as that is known: *is_own*, and all that are compressed;
+        in a table that has such ones, others that lead to what a snapshot has. What is a hole holds
+        nothing.
         """
         result = np.zeros(len(targets), dtype=np.int64)
         is_packed = (words & np.uint64(entries.COMPRESSED)) != 0
-        row, at = np.nonzero((is_own | is_packed) & (targets != 0))
+        has_own = is_own.any(axis=1, keepdims=True)
+        row, at = np.nonzero((has_own | is_packed) & (targets != 0))
         if self._geometry.external_data or not len(row):
             return result
         slots, known = self._mismatches.index.find(targets[row, at])
         row, at, slots = row[known], at[known], slots[known]
         # Several compressed clusters may lie in one, and of data there is one.
-        likely = is_packed[row, at] | (self._mismatches.stored[slots] == 0)
-        likely &= self._mismatches.counted[slots] == 0
+        is_unused = self._mismatches.counted[slots] == 0
+        likely = is_packed[row, at] & is_unused
+        likely |= (self._mismatches.stored[slots] == 0) & (is_own[row, at] | ~is_unused)
         row, at, slots = row[likely], at[likely], slots[likely]
         order = np.lexsort((row, slots))
         row, slots, cluster = row[order], slots[order], targets[row, at][order]

@@ -965,6 +965,21 @@ def test_a_block_that_the_table_leads_to_twice_counts_nothing_behind_the_end() -
     assert triage(image).losses.missing == alone == PER_TABLE * CLUSTER
 
 
+def test_a_lost_table_has_lost_what_a_snapshot_has_too_where_that_is_counted_no_more() -> None:
+    """Of a cluster without a refcount nothing leaks; the entry that led to it is there."""
+    builder = disk()
+    builder.take_snapshot("one")
+    for cluster in (5, 600):
+        builder.write(cluster, b"of its own")
+    image = builder.build()
+    shared = image.host_offset(0) // CLUSTER
+    image.set_word(image.l1_at(0), 0)
+    before = triage(image).losses.missing
+    assert image.refcount(shared) == 2
+    image.set_refcount(shared, 0)
+    assert triage(image).losses.missing == before == (PER_TABLE + 1) * CLUSTER
+
+
 # ---- what stray entries make up for ----
 
 
