@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from instarfs.render.lengths import decimals
 from instarfs.text import json_bytes, json_text, printable
 from planner.arrays import I32, I64
 from planner.findings.wording import plural
@@ -78,7 +77,12 @@ def map_json_length(batches: Iterable[Extents], members: tuple[Member, ...]) -> 
 
 def _digits(numbers: I64 | I32) -> int:
     """How many decimal digits all of *numbers*, none below 0, have together."""
-    return int(decimals(numbers).sum())
+    if not len(numbers):
+        return 0
+    # Those of a batch are of much the same size: few powers of ten lie between them.
+    least, most = (len(str(number)) for number in (numbers.min(), numbers.max()))
+    more = (int(np.count_nonzero(numbers >= 10**digits)) for digits in range(least, most))
+    return least * len(numbers) + sum(more)
 
 
 def _objects(rows: Extents, reasons: dict[int, str]) -> Iterator[str]:

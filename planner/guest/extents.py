@@ -127,6 +127,8 @@ class Extents:
             self.depth, self.present, self.zero, self.data, self.compressed, self.flaw
         ):  # fmt: skip
             breaks[1:] |= column[1:] != column[:-1]
+        if breaks.all():
+            return self
         first = np.flatnonzero(breaks)
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
 

@@ -192,6 +192,8 @@ class Runs:
         )
         if within:
             breaks[1:] |= self.guest[1:] % within == 0
+        if breaks.all():
+            return self
         first = np.flatnonzero(breaks)
         return replace(self.select(first), length=np.add.reduceat(self.length, first))
 
