@@ -339,7 +339,11 @@ def _move_l1_tables(scope: Scope, units: _Units, room: int) -> Shares:
     lengths = np.append(snapshots.fields()["l1_size"].astype(np.int64), [0] * -ACTIVE)
     lengths[ACTIVE] = scope.layout.header.l1_size
     new = np.full(len(owners.cluster), NONE)
-    for snapshot in distinct(owners.snapshot[rows]).tolist():
+    rows = rows[np.argsort(owners.snapshot[rows], kind="stable")]
+    numbers = distinct(owners.snapshot[rows])
+    parts = np.split(rows, np.searchsorted(owners.snapshot[rows], numbers[1:]))
+    moved, words = list[int](), list[int]()
+    for snapshot, mine in zip(numbers.tolist(), parts, strict=False):
         length, offset = int(lengths[snapshot]) * WORD, int(units.l1_offsets[snapshot])
         clusters = -(-length // size)
         if room < clusters * size:
@@ -354,10 +358,12 @@ def _move_l1_tables(scope: Scope, units: _Units, room: int) -> Shares:
             scope.draft.write(StageKind.SWITCH, L1_OFFSET_AT, pointer)
             scope.explain(StageKind.SWITCH, Structure.HEADER, _KIND, [(L1_OFFSET_AT, WORD, 1)])
         else:
-            place, word = snapshots.offset[[snapshot]], np.array([first * size], dtype=np.uint64)
-            _repoint(scope, Structure.SNAPSHOT_TABLE, place, word)
-        mine = rows[owners.snapshot[rows] == snapshot]
+            moved.append(snapshot)
+            words.append(first * size)
         new[mine] = first + owners.cluster[mine] - (offset >> units.bits)
+    # All at once: what each of them reads is the overlay of what was drafted before.
+    place = snapshots.offset[np.array(moved, dtype=np.int64)]
+    _repoint(scope, Structure.SNAPSHOT_TABLE, place, np.array(words, dtype=np.uint64))
     return Shares(owners, new)
 
 
