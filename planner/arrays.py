@@ -143,11 +143,18 @@ def distinct_columns(columns: I64) -> tuple[I64, I64]:
 
     As np.unique gives them along an axis, which takes three times as long to sort whole columns.
     """
-    order, new = rows_in_order(*columns)
-    which = np.empty(columns.shape[1], dtype=np.int64)
-    which[order] = np.cumsum(new) - 1
-    first = np.flatnonzero(new) if isinstance(order, slice) else order[new]
+    first, which = distinct_rows(*columns)
     return columns[:, first], which
+
+
+def distinct_rows(*columns: npt.NDArray[Any]) -> tuple[I64, I64]:
+    """Of the rows of *columns*, equally long, without repeats and ascending: where the first of
+    each is, and which of them each row is.
+    """
+    order, new = rows_in_order(*columns)
+    which = np.empty(len(new), dtype=np.int64)
+    which[order] = np.cumsum(new) - 1
+    return np.flatnonzero(new) if isinstance(order, slice) else order[new], which
 
 
 def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:

@@ -183,7 +183,10 @@ def _previewed(image: Image, word: str, knows: Known) -> tuple[PreviewImage, Res
     if preview.rescue is None:
         return preview.image, None
     # Not what it was found by, which is as large as the image's tables, many times.
-    return preview.image, Rescued.of(preview.rescue, Asked(image.path, knows))
+    previewed, rescued = preview.image, Rescued.of(preview.rescue, Asked(image.path, knows))
+    del preview
+    memory.give_back()
+    return previewed, rescued
 
 
 def _require_qcow2(image: Image) -> None:

@@ -22,7 +22,7 @@ FOR_ANY = 2 << 30
 FOR_A_BYTE = 8
 """A check takes a few bytes, a repair some dozens, for each 8-byte entry of an image's tables."""
 
-_KEPT_BYTES, _KEPT_TOGETHER = 4 << 20, 64 << 20
+_KEPT_BYTES, _KEPT_TOGETHER = 4 << 20, 32 << 20
 """Twice as large as the arrays of a batch are (`planner.source.BATCH_BYTES`), and some of them."""
 
 _SIZES = Path("/proc/self/statm")

@@ -99,19 +99,18 @@ def is_promise_kept(tier: RepairTier, after: Report) -> bool:
 
 def begin_split(scope: Scope, means: Means) -> Settle:
     """A cluster of its own for each owner; then refcounts and flags that say so."""
-    before, shares = scope.report, shared_by(scope.report)
+    before, shares = scope.report, shared_by(scope.report).joined()
     if not len(shares.clusters):
         drafted = Drafted(scope, means.triage(scope, np.zeros(0, dtype=np.int64)))
         return lambda _: drafted
     _require_all_owners(before)
     _require_header_without_refcounts(before)
     room = room_for_copies(scope.source)
-    moved = []
     for structure in (Structure.L1_TABLE, Structure.L2_TABLE, Structure.DATA):
         size, revision = scope.draft.size, scope.draft.revision
         parted = part_owners(scope, structure, room)
         if scope.report is not before or scope.draft.revision != revision:
-            moved.append(parted)  # or else they are all in *shares*, and where they were
+            shares = shares.joined(parted)  # or else they are all there, and where they were
         del parted
         room -= max(0, scope.draft.size - size)
         check = to_check_anew(scope, means)
@@ -119,8 +118,6 @@ def begin_split(scope: Scope, means: Means) -> Settle:
         scope = check()
     was, leaked = leaked_clusters(before), leaked_clusters(scope.report)
     triage = means.triage(scope, leaked[~is_among(leaked, was)])
-    shares = shares.joined(*moved)
-    del moved
     return partial(_settle_split, before, Basis(scope, means), triage, shares)
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, distinct_columns, is_any_of
+from planner.arrays import I64, U8, U64, Mask, distinct, distinct_rows, is_any_of
 from planner.check.owners import contested_clusters
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
@@ -79,16 +79,15 @@ class Shares:
         """All of them, each owner once: where it is in the end."""
         names = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
         every = (self, *later)
-        # There may be hundreds of thousands: their columns are there once.
-        columns = np.empty((len(names), sum(len(each.new) for each in every)), dtype=np.int64)
-        for column, name in zip(columns, names, strict=True):
-            np.concatenate([getattr(each.owners, name) for each in every], out=column)
-        keys, which = distinct_columns(columns)
-        del columns
-        new = np.full(keys.shape[1], NONE)
+        columns = [np.concatenate([getattr(each.owners, name) for each in every]) for name in names]
+        first, which = distinct_rows(*columns)
+        # There may be hundreds of thousands: each column goes as soon as it is not needed.
+        cluster, structure, snapshot, l1_index, l2_index, index = (
+            columns.pop(0)[first] for _ in names
+        )
+        new = np.full(len(first), NONE)
         np.maximum.at(new, which, np.concatenate([each.new for each in every]))
-        cluster, structure, *rest = keys
-        return Shares(Owners(cluster, structure.astype(np.uint8), *rest), new)
+        return Shares(Owners(cluster, structure, snapshot, l1_index, l2_index, index), new)
 
     def without(self, clusters: I64) -> Shares:
         """Those of other clusters."""
@@ -172,8 +171,8 @@ class _Units:
         self._scope, self._step = scope, structure
         self.bits = scope.geometry.cluster_bits
         self.owners = shared_by(scope.report).owners
-        keys, self.unit = distinct_columns(self._identities())
-        self.cluster, self.structure = keys[0], keys[1]
+        first, self.unit = distinct_rows(*self._identities())
+        self.cluster, self.structure = self.owners.cluster[first], self.owners.structure[first]
         fixed = self.of_units(self._fixed_rows())
         keeper, is_parted = self._keepers(fixed)
         self.moves: Mask = ~fixed & is_parted & (self.structure == structure)
@@ -204,17 +203,17 @@ class _Units:
 
     # ---- who they are ----
 
-    def _identities(self) -> I64:
-        """A column a row, alike for those that are one: as `contested_clusters` has them."""
+    def _identities(self) -> tuple[I64 | U8, ...]:
+        """Columns of which the rows are alike for those that are one: as `contested_clusters` has
+        them.
+        """
         owners = self.owners
         is_l1 = owners.structure == Structure.L1_TABLE
         position = np.where(owners.l2_index == NONE, owners.l1_index, self._positions())
         # Any number of compressed clusters may lie in one.
         position = np.where(owners.structure == Structure.COMPRESSED, 0, position)
         snapshot = np.where(is_l1, owners.snapshot, 0)
-        return np.stack(
-            (owners.cluster, owners.structure.astype(np.int64), position, snapshot, owners.index)
-        )
+        return owners.cluster, owners.structure, position, snapshot, owners.index
 
     def _positions(self) -> I64:
         """Of each row its guest cluster, where it is one."""
@@ -228,9 +227,9 @@ class _Units:
         rank[fixed] = -1
         order = np.lexsort((rank, self.cluster))
         _, first = np.unique(self.cluster[order], return_index=True)
-        number = np.searchsorted(distinct(self.cluster), self.cluster)
-        immovable = np.bincount(number[fixed], minlength=len(first))
-        return order[first], immovable[number] <= 1
+        at = np.searchsorted(distinct(self.cluster), self.cluster)
+        immovable = np.bincount(at[fixed], minlength=len(first))
+        return order[first], immovable[at] <= 1
 
     # ---- which of them cannot be moved ----
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption, UnsupportedRepair
-from planner.findings.kinds import NONE, Structure
+from planner.findings.kinds import NONE, Owners, Structure
 from planner.findings.kinds import FindingKind as Kind
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import ENTRY_BYTES, IN_USE
@@ -174,8 +176,27 @@ def test_owners_that_keep_their_places_are_listed_once(inflict, number: int, mon
     monkeypatch.setattr(split.Shares, "joined", joining)
     inflict(image)
     proposal = propose(image.source, check_image(image.source), SPLIT)
-    assert joined == [number]
+    assert sum(joined) == number
     assert len(proposal.shares.clusters) == 1
+
+
+def test_to_join_owners_takes_no_more_than_twice_what_they_are() -> None:
+    number, rng = 50_000, np.random.default_rng(1)
+
+    def some() -> split.Shares:
+        cluster, *rest = rng.integers(0, number, (5, number))
+        owners = Owners(np.sort(cluster), np.zeros(number, dtype=np.uint8), *rest)
+        return split.Shares(owners, np.arange(number))
+
+    one, other = some(), some()
+    tracemalloc.start()
+    try:
+        joined = one.joined(other)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(joined.new) == 2 * number
+    assert peak / len(joined.new) < 90, "49 bytes are one"
 
 
 def test_a_snapshot_that_has_the_same_guest_cluster_goes_with_it() -> None:
