@@ -180,11 +180,10 @@ def _previewed(image: Image, word: str, knows: Known) -> tuple[PreviewImage, Res
 
     with memory.limited(image), locks.held(image.fileno(), image.path):
         preview = preview_of(image, word, knows=knows)
-    if preview.rescue is None:
-        return preview.image, None
     # Not what it was found by, which is as large as the image's tables, many times.
-    previewed, rescued = preview.image, Rescued.of(preview.rescue, Asked(image.path, knows))
-    del preview
+    found, previewed = preview.rescue, preview.image
+    rescued = None if found is None else Rescued.of(found, Asked(image.path, knows))
+    del preview, found
     memory.give_back()
     return previewed, rescued
 

@@ -33,7 +33,7 @@ from instarfs.guest.guest import Guest, disk_extents
 from instarfs.guest.outfile import Origin, OutFile
 from instarfs.guest.place import Part, Place
 from instarfs.image.file import Generation, Image
-from planner.arrays import U8
+from planner.arrays import I64, U8
 from planner.errors import Cancelled, ReadFailed
 from planner.guest.extents import UNKNOWN, Extents
 from planner.guest.mapfile import BAD, READ, UNTRIED
@@ -51,6 +51,9 @@ HOLE_BYTES = 4096
 
 PAGE = 4096
 """What is given up together where a disk cannot be read: the kernel reads no less."""
+
+NOTED_TOGETHER = 1 << 14
+"""Blocks of the list that are held one by one: as columns they take a tenth of the memory."""
 
 SAVE_SECONDS = 2.0
 FLUSH_SECONDS = 20.0
@@ -164,7 +167,9 @@ class _Run:
         self._progress = progress
         self._reader = _Reader(disk)
         self._base = out.mapfile
+        # What became of which: the last of them, and those before, (start, end, status) a row.
         self._blocks: list[tuple[int, int, int]] = []
+        self._noted: list[I64] = []
         self._elsewhere, self._tried = 0, 0
         self._flushing: tuple[Future[None], int] | None = None
         self._saved_at = self._flushed_at = time.monotonic()
@@ -268,6 +273,13 @@ class _Run:
         if self._blocks and self._blocks[-1][1:] == (start, status):
             start = self._blocks.pop()[0]
         self._blocks.append((start, end, status))
+        if len(self._blocks) >= NOTED_TOGETHER:
+            self._put_away()
+
+    def _put_away(self) -> None:
+        """Hold the blocks that were noted in columns: there may be millions."""
+        self._noted.append(np.array(self._blocks, dtype=np.int64).reshape(-1, 3))
+        self._blocks.clear()
 
     def _keep(self, flusher: ThreadPoolExecutor) -> None:
         """Write the list, and have the copy flushed, when it is time."""
@@ -287,7 +299,9 @@ class _Run:
             self._saved_at = time.monotonic() + 20 * (time.monotonic() - now)
 
     def _save(self, flushed: int | None = None) -> None:
-        self._out.save(self._base.overlaid(self._blocks), self._tried, flushed)
+        self._put_away()
+        self._noted = [np.concatenate(self._noted)]
+        self._out.save(self._base.overlaid(self._noted[0]), self._tried, flushed)
 
     def _torn(self) -> ExportTorn:
         return ExportTorn(self._export.origin().image, self._out.path, self._out.map_path)

@@ -62,11 +62,11 @@ class Mapfile:
         """How many have that status."""
         return int(self.length[self.status == status].sum())
 
-    def overlaid(self, blocks: Sequence[tuple[int, int, int]]) -> Mapfile:
+    def overlaid(self, blocks: Sequence[tuple[int, int, int]] | I64) -> Mapfile:
         """The same where (start, end, status) of *blocks*, ascending and apart, do not say more."""
-        if not blocks:
+        if not len(blocks):
             return self
-        start, end, status = np.array(blocks, dtype=np.int64).T
+        start, end, status = np.asarray(blocks, dtype=np.int64).T
         points = distinct(np.concatenate((self.start, start, end[end < self.size])))
         over = np.searchsorted(start, points, side="right") - 1
         covered = (over >= 0) & (points < end[over])

@@ -146,8 +146,14 @@ def test_no_byte_of_a_table_that_was_overwritten_is_vouched_for(
         assert os.lseek(file.fileno(), coverage, os.SEEK_DATA) == 2 * coverage
 
 
-def test_what_cannot_be_read_is_a_hole_that_is_listed(export: Command, tmp_path: Path) -> None:
-    """Broken entries of all kinds, each beside a cluster that reads."""
+@pytest.mark.parametrize("together", [1, 2, 1 << 14])
+def test_what_cannot_be_read_is_a_hole_that_is_listed(
+    together: int, export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken entries of all kinds, each beside a cluster that reads; of millions most are put away
+    in columns.
+    """
+    monkeypatch.setattr("instarfs.guest.export.NOTED_TOGETHER", together)
     path, out = tmp_path / "image", tmp_path / "out"
     builder = ImageBuilder(size=80 * CLUSTER)
     builder.write(0, content(40))
