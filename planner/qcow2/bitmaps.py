@@ -132,11 +132,7 @@ class BitmapEntries(Sequence[Bitmap]):
 
     def fields(self) -> npt.NDArray[np.void]:
         """The fixed part of each entry: a structured array with the fields of `ENTRY`."""
-        if not len(self):
-            return np.zeros(0, dtype=_FIXED.dtype)
-        raw = np.frombuffer(self.raw, dtype=np.uint8)
-        rows = np.lib.stride_tricks.sliding_window_view(raw, ENTRY_BYTES)[self.start]
-        return rows.view(_FIXED.dtype).reshape(-1)
+        return _FIXED.rows(self.raw, self.start)
 
     def tables(self) -> list[tuple[int, int, int]]:
         """Of each its number, the offset of its table, and how many entries that has."""

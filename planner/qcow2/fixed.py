@@ -10,7 +10,10 @@ import struct
 from types import SimpleNamespace
 
 import numpy as np
+import numpy.typing as npt
 from construct import Struct
+
+from planner.arrays import I64
 
 
 class Fixed:
@@ -30,6 +33,15 @@ class Fixed:
     def values(self, raw: bytes | bytearray, offset: int = 0) -> tuple[int, ...]:
         """The same, without their names, in the order in which they are declared."""
         return self._layout.unpack_from(raw, offset)
+
+    def rows(self, raw: bytes | bytearray, start: I64) -> npt.NDArray[np.void]:
+        """The structures at each *start* in *raw*: a structured array of `dtype`, a row each."""
+        if not len(start):
+            return np.zeros(0, dtype=self.dtype)
+        at_each = np.lib.stride_tricks.sliding_window_view(
+            np.frombuffer(raw, dtype=np.uint8), self.dtype.itemsize
+        )
+        return at_each[start].view(self.dtype).reshape(-1)
 
     def build(self, **fields: int) -> bytes:
         """The bytes of a structure of these *fields*: all that are declared, and no others."""

@@ -137,11 +137,7 @@ class Snapshots(Sequence[Snapshot]):
 
     def fields(self) -> npt.NDArray[np.void]:
         """The fixed part of each entry: a structured array with the fields of `ENTRY`."""
-        if not len(self):
-            return np.zeros(0, dtype=_FIXED.dtype)
-        raw = np.frombuffer(self.raw, dtype=np.uint8)
-        rows = np.lib.stride_tricks.sliding_window_view(raw, ENTRY_BYTES)[self.start]
-        return rows.view(_FIXED.dtype).reshape(-1)
+        return _FIXED.rows(self.raw, self.start)
 
     def vm_state_sizes(self) -> U64:
         """`Snapshot.vm_state_size` of each."""
