@@ -35,6 +35,9 @@ Cluster = NewType("Cluster", int)
 Slot = NewType("Slot", int)
 
 
+_KEY_BITS = 63
+
+
 def expand_ranges(first: I64, last: I64) -> I64:
     """All numbers of the ranges first[i]..last[i], inclusive, in order."""
     lengths = last - first + 1
@@ -167,7 +170,7 @@ def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:
     equal: Mask = np.ones(max(0, len(columns[0]) - 1), dtype=np.bool_)
     for column in columns:
         if (equal & (column[1:] < column[:-1])).any():
-            order = np.lexsort(columns[::-1])
+            order = np.lexsort(_in_few(columns)[::-1])
             break
         equal &= column[1:] == column[:-1]
     new = np.zeros(len(columns[0]), dtype=np.bool_)
@@ -176,6 +179,31 @@ def rows_in_order(*columns: npt.NDArray[Any]) -> tuple[I64 | slice, Mask]:
         ordered = column[order]
         new[1:] |= ordered[1:] != ordered[:-1]
     return order, new
+
+
+def _in_few(columns: tuple[npt.NDArray[Any], ...]) -> list[npt.NDArray[Any]]:
+    """As few columns as can be, of which rows come in the same order: each takes a sort.
+
+    One behind the other they go into 63 bits, where each has as many as its values need.
+    """
+    few: list[npt.NDArray[Any]] = []
+    left = 0
+    for column in columns:
+        low = int(column.min())
+        width = (int(column.max()) - low).bit_length()
+        if width > _KEY_BITS:
+            few.append(column)
+            left = 0
+        elif width:
+            wide = column if column.dtype == np.uint64 else column.astype(np.int64)
+            key: I64 = (wide - low).astype(np.int64)
+            if width > left:
+                few.append(key)
+                left = _KEY_BITS
+            else:
+                few[-1] = few[-1] << width | key
+            left -= width
+    return few
 
 
 def union(one: I64, other: I64) -> I64:

@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from planner.arrays import (
     is_any_of,
     join_ranges,
     merged,
+    rows_in_order,
     without_ranges,
 )
 
@@ -91,3 +93,24 @@ def test_columns_without_repeats_are_copied_once() -> None:
 def test_merged_columns_are_a_union() -> None:
     parts = [np.array(part, dtype=np.int64) for part in ([1, 4, 4], [], [0, 4, 9])]
     assert merged(*parts).tolist() == [0, 1, 4, 9]
+
+
+WIDE = [(0, 0), (-5, 5), (0, 1 << 40), (-(1 << 63), (1 << 63) - 1)]
+
+
+def test_rows_come_in_the_order_of_numpy_whatever_is_in_them(seed: int, cases: int) -> None:
+    for case in range(cases):
+        rng = np.random.default_rng((seed, case))
+        count, dtypes = (
+            int(rng.integers(1, 40)),
+            [np.int64, np.int32, np.uint8, np.uint64, np.bool_],
+        )
+        columns = []
+        for dtype in rng.choice(len(dtypes), rng.integers(1, 7)).tolist():
+            low, high = WIDE[rng.integers(len(WIDE))]
+            some = rng.integers(low, high, min(count, 4), dtype=np.int64, endpoint=True)
+            columns.append(rng.choice(some, count).astype(dtypes[dtype]))
+        order, new = rows_in_order(*columns)
+        assert np.arange(count)[order].tolist() == np.lexsort(columns[::-1]).tolist()
+        rows = list(zip(*(column[order].tolist() for column in columns), strict=True))
+        assert new.tolist() == [True, *(one != other for one, other in pairwise(rows))]
