@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from construct import Bytes, GreedyRange, Int8ub, Int32ub, Int64ub, Padded, Struct
 
@@ -116,6 +117,7 @@ def encode_extensions(extensions: list[tuple[int, bytes]]) -> bytes:
     return b"".join(parts)
 
 
+@lru_cache(maxsize=1)  # Of a quarter of a million, each check of an image would hold its own.
 def decode_extensions(raw: bytes, start: int, room: int) -> tuple[Extension, ...]:
     """The extensions in the area that begins at file offset *start* and is *room* bytes long.
 

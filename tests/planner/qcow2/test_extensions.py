@@ -58,6 +58,11 @@ def test_length_that_claims_more_than_the_area_allocates_nothing() -> None:
         decode_extensions(raw, 104, 1 << 21)
 
 
+def test_however_often_a_header_is_read_its_extensions_are_held_once() -> None:
+    image = ImageBuilder(size=1 << 20, more_extensions=((0xABCD_0123, b"vendor data"),)).build()
+    assert extensions_of(image).all is extensions_of(image).all
+
+
 def test_area_without_an_end_marker_ends_with_the_area() -> None:
     raw = encode_extensions([(7, b"12345678")])[:-8]
     found = decode_extensions(raw, 0, len(raw))
