@@ -26,7 +26,7 @@ from instarfs.render.check import (
 )
 from instarfs.render.columns import Cells, T
 from instarfs.text import json_text
-from planner.arrays import I64, GuestOffset, HostOffset, Mask
+from planner.arrays import I32, I64, GuestOffset, HostOffset, Mask
 from planner.check.report import Report
 from planner.findings.kinds import (
     NONE,
@@ -77,7 +77,7 @@ _SNAPSHOT = _MARK + len(_NUMBERS)
 _OWNER = _SNAPSHOT + 1
 
 
-def _state(snapshot: I64) -> I64:
+def _state(snapshot: I32 | I64) -> I64:
     """Of a column of snapshots what makes a shape: none, the active disk, or any."""
     return np.minimum(snapshot, 0) - NOWHERE
 
@@ -226,7 +226,7 @@ class _Lines(Generic[T]):
                 made[piece] = fillings[piece]() if is_mark else self._cells.same(piece.encode())
         return self._cells.beside(*(made[piece] for piece in pattern))
 
-    def _of_snapshots(self, numbers: I64) -> dict[str, Callable[[], T]]:
+    def _of_snapshots(self, numbers: I32 | I64) -> dict[str, Callable[[], T]]:
         """Fillings for a snapshot's number, and for what it is called in a sentence."""
 
         def names() -> T:
@@ -260,7 +260,8 @@ class _Lines(Generic[T]):
 
     def _owners_alike(self, shape: int, owners: Owners, written: _Written) -> T:
         example, geometry = _owner_example(shape), self._report.geometry
-        guest = owners.l1_index * geometry.l2_coverage + owners.l2_index * geometry.cluster_size
+        guest = owners.l1_index * geometry.l2_entries + owners.l2_index
+        guest *= geometry.cluster_size
         cells = self._cells
         fillings = {
             **self._of_snapshots(owners.snapshot),

@@ -149,7 +149,7 @@ class _Claims:
         owners, bits = self._report.owners, self._geometry.cluster_bits
         if not len(rows):
             return np.zeros(0, dtype=np.bool_)
-        cluster, index = owners.cluster[rows], owners.index[rows]
+        cluster, index = owners.cluster[rows], owners.index[rows].astype(np.int64)
         may: Mask = cluster < self._end_of_table
         blocks = np.flatnonzero(owners.structure[rows] != Structure.REFTABLE)
         entry = self._layout.header.refcount_table_offset + 8 * index[blocks]

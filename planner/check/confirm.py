@@ -202,7 +202,7 @@ class _Suspects:
         parts += [lost[0].host_offset] if lost else []
         owners, tables = report.owners, found.tables
         guest = np.isin(owners.structure, (Structure.DATA, Structure.COMPRESSED))
-        through = np.stack((owners.snapshot, owners.l1_index))[:, guest]
+        through = np.stack((owners.snapshot.astype(np.int64), owners.l1_index))[:, guest]
         leading = np.stack((tables.snapshot.astype(np.int64), tables.l1_index))
         parts.append(tables.offset[np.isin(_rows(leading), _rows(through))])
         return distinct(np.concatenate(parts))

@@ -8,21 +8,16 @@ from __future__ import annotations
 import numpy as np
 
 from planner.arrays import I64, U64, Mask, expand_ranges, rows_in_order
-from planner.findings.kinds import NONE, Owners, Structure
+from planner.findings.kinds import NONE, OWNER_DTYPES, Owners, Structure
 from planner.metadata.cluster_counters import ClusterIndex
-from planner.metadata.mapping_tables import L1Entries, L2Tables
+from planner.metadata.mapping_tables import L1Entries, L2Tables, TableParts
 from planner.metadata.regions import Regions
 from planner.metadata.work_limits import LIMITS
 from planner.progress import Meter
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
-from planner.source import Source, pieces_of_tables, read_tables
-
-PIECE_BYTES = 64 << 10
-"""Of large tables what is there is read in such pieces."""
-
-_COLUMNS = ("cluster", "structure", "snapshot", "l1_index", "l2_index", "index")
+from planner.source import Source
 
 
 class OwnersFinder:
@@ -46,7 +41,7 @@ class OwnersFinder:
         self._referrer_start = np.searchsorted(
             tables.l1_position[order], np.arange(len(tables) + 1)
         )
-        self._rows: list[tuple[I64, ...]] = []
+        self._rows: list[tuple[np.ndarray, ...]] = []
         self._found = 0
         self.truncated = False
 
@@ -81,16 +76,13 @@ class OwnersFinder:
 
     def add_entries(self, source: Source, which: I64, meter: Meter) -> None:
         """Owners that are guest clusters, from the L2 tables at positions *which*."""
-        size, offsets = self._geometry.cluster_size, self._tables.offset[which]
-        piece, table, inside = min(PIECE_BYTES, size), np.arange(len(which)), np.zeros_like(offsets)
-        if piece < size and len(offsets):
-            table, inside = pieces_of_tables(source, offsets, size, piece)
-        first = inside // self._geometry.l2_entry_size
-        for part, rows in read_tables(source, offsets[table] + inside, piece):
+        parts = TableParts.of(source, self._tables.offset[which], self._geometry.cluster_size)
+        first = parts.inside // self._geometry.l2_entry_size
+        for part, rows in parts.read(source):
             if self.truncated:
                 return
             words, _ = entries.split_entries(entries.decode_words(rows), self._geometry.extended_l2)
-            self._add_batch(which[table[part]], first[part], words)
+            self._add_batch(which[parts.table[part]], first[part], words)
             meter.advance(rows.size)
 
     def _add_batch(self, ids: I64, first_entry: I64, rows: U64) -> None:
@@ -152,7 +144,9 @@ class OwnersFinder:
         room = self._most - self._found
         if len(columns[0]) > room:
             self.truncated = True
-        self._rows.append(tuple(column[:room].astype(np.int64) for column in columns))
+        self._rows.append(tuple(
+            column[:room].astype(dtype) for column, dtype in zip(columns, OWNER_DTYPES, strict=True)
+        ))  # fmt: skip
         self._found += len(self._rows[-1][0])
 
     def result(self) -> Owners:
@@ -162,21 +156,13 @@ class OwnersFinder:
         self._rows = []
         columns = [np.concatenate(parts.pop(0)) for _ in range(len(parts))]
         # Those of one structure mostly came one after the other.
-        order = np.lexsort((columns[1].astype(np.uint8), columns[0]))
+        order = np.lexsort((columns[1], columns[0]))
         columns = [columns.pop(0)[order] for _ in range(len(columns))]
         within, _ = rows_in_order(*columns[:5])
         cluster, structure, snapshot, l1_index, l2_index, index = (
             columns.pop(0)[within] for _ in range(len(columns))
         )
-        return Owners(
-            cluster,
-            structure.astype(np.uint8),
-            snapshot,
-            l1_index,
-            l2_index,
-            index,
-            self.truncated,
-        )
+        return Owners(cluster, structure, snapshot, l1_index, l2_index, index, self.truncated)
 
 
 def contested_clusters(owners: Owners, width: int) -> tuple[I64, I64]:

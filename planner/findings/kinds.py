@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from planner.arrays import I64, U8, U64, GuestOffset, HostOffset, Mask
+from planner.arrays import I32, I64, U8, U64, GuestOffset, HostOffset, Mask
 
 NONE = -1
 """In a column: does not apply."""
@@ -615,16 +615,20 @@ class Owner:
     index: int
 
 
+OWNER_DTYPES = (np.int64, np.uint8, np.int32, np.int64, np.int32, np.int32)
+"""Of the columns of `Owners`: of a quarter of a million rows there may be several copies."""
+
+
 @dataclass(frozen=True, slots=True)
 class Owners:
     """Who uses the clusters that findings are about; columns, sorted by ``cluster``."""
 
     cluster: I64
     structure: U8
-    snapshot: I64
+    snapshot: I32
     l1_index: I64
-    l2_index: I64
-    index: I64
+    l2_index: I32
+    index: I32
     truncated: bool = False
 
     def of(self, first: int, count: int = 1, limit: int = OWNERS_LIMIT) -> list[Owner]:
@@ -661,5 +665,5 @@ class Owners:
 
 def no_owners() -> Owners:
     """Columns without rows."""
-    empty = np.zeros(0, dtype=np.int64)
-    return Owners(empty, empty.astype(np.uint8), empty, empty, empty, empty)
+    some, few = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+    return Owners(some, few.astype(np.uint8), few, some, few, few)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from planner.arrays import I64, U8, U64, Mask, distinct, distinct_rows, is_any_of
+from planner.arrays import I64, U64, Mask, distinct, distinct_rows, is_any_of
 from planner.check.owners import contested_clusters
 from planner.check.report import Report
 from planner.errors import UnsupportedRepair
@@ -132,7 +134,7 @@ def part_owners(scope: Scope, structure: Structure, room: int) -> Shares:
     shares = shared_by(scope.report)
     if structure not in shares.owners.structure:
         return shares
-    units = _Units(scope, structure)
+    units = _Units(scope, structure, shares.owners)
     if not units.moves.any():
         return shares
     if not scope.may_grow:
@@ -167,10 +169,9 @@ class _Units:
     ``owners``: rows. ``unit``: of each row. ``moves``: which units are moved in this step.
     """
 
-    def __init__(self, scope: Scope, structure: Structure) -> None:
-        self._scope, self._step = scope, structure
+    def __init__(self, scope: Scope, structure: Structure, owners: Owners) -> None:
+        self._scope, self._step, self.owners = scope, structure, owners
         self.bits = scope.geometry.cluster_bits
-        self.owners = shared_by(scope.report).owners
         first, self.unit = distinct_rows(*self._identities())
         self.cluster, self.structure = self.owners.cluster[first], self.owners.structure[first]
         fixed = self.of_units(self._fixed_rows())
@@ -203,7 +204,7 @@ class _Units:
 
     # ---- who they are ----
 
-    def _identities(self) -> tuple[I64 | U8, ...]:
+    def _identities(self) -> tuple[npt.NDArray[Any], ...]:
         """Columns of which the rows are alike for those that are one: as `contested_clusters` has
         them.
         """
@@ -339,7 +340,7 @@ def _move_l1_tables(scope: Scope, units: _Units, room: int) -> Shares:
     lengths[ACTIVE] = scope.layout.header.l1_size
     new = np.full(len(owners.cluster), NONE)
     rows = rows[np.argsort(owners.snapshot[rows], kind="stable")]
-    numbers = distinct(owners.snapshot[rows])
+    numbers = np.unique(owners.snapshot[rows])
     parts = np.split(rows, np.searchsorted(owners.snapshot[rows], numbers[1:]))
     moved, words = list[int](), list[int]()
     for snapshot, mine in zip(numbers.tolist(), parts, strict=False):
