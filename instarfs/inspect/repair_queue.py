@@ -144,6 +144,7 @@ class Repairs:
         self._progress = "waiting for a check to end"
         repairer = self._make_repairer(image, progress=while_wanted(self._set_progress))
         with self._sharing.writing(while_wanted()):
+            give_back_memory()  # It needs as much as others have just let go of.
             before = image.generation()
             outcome = job(repairer)
             after = image.generation()

@@ -13,6 +13,7 @@ from instarfs.guest.guest import Guest
 from instarfs.guest.place import Place
 from instarfs.image import locks
 from instarfs.image.file import Image
+from instarfs.image.linux import give_back_freed_pages
 from instarfs.image.rwlock import Sharing
 from instarfs.image.surroundings import Surroundings
 from instarfs.inspect.shared_value import while_wanted
@@ -77,6 +78,7 @@ class Work:
             self._stages.tell(f"plan {tier} {stage}", done, total)
 
         with self._sharing.reading(image):
+            give_back_freed_pages()  # One tier after the other is planned, and each needs as much.
             found = propose_for(image, report, tier, triage=triage, progress=while_wanted(tell))
             return found if isinstance(found, RepairError) else found.in_brief()
 
