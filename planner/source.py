@@ -269,18 +269,17 @@ def nonzero_words(source: Source, offset: int, count: int) -> tuple[I64, U64]:
     return np.concatenate(indices), np.concatenate(values)
 
 
-def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[tuple[I64, U64]]:
-    """`nonzero_words` of each of *tables* (offset, count), in that order.
+def words_of_tables(source: Source, offset: I64, count: I64) -> tuple[I64, I64, U64]:
+    """`nonzero_words` of the tables at each *offset*, of so many words: (table, index, word).
 
-    Thousands may lie in one hole: about that it is not asked for each of them. Thousands may lie
-    next to each other, or over each other: what is there of such is read once.
+    Of which table each word is, a position in *offset*; its index in there; and itself; ascending
+    by the first two. Thousands may lie in one hole: about that it is not asked for each of them.
+    Thousands may lie next to each other, or over each other: what is there of such is read once.
     """
-    found = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64))] * len(tables)
-    inside = [at for at, (offset, count) in enumerate(tables) if count and offset < source.size]
-    inside.sort(key=lambda at: tables[at][0])
-    start = np.array([tables[at][0] for at in inside], dtype=np.int64)
-    ends = (min(tables[at][0] + tables[at][1] * 8, source.size) for at in inside)
-    end = np.fromiter(ends, dtype=np.int64, count=len(inside))
+    inside = np.flatnonzero((count > 0) & (offset < source.size))
+    inside = inside[np.argsort(offset[inside], kind="stable")]
+    start = offset[inside]
+    end = start + np.minimum(count[inside] * 8, source.size - start)
     reach = np.maximum.accumulate(end)
     may_hold = _may_hold_data(
         source,
@@ -288,17 +287,21 @@ def words_of_tables(source: Source, tables: Sequence[tuple[int, int]]) -> list[t
         int(end.max(initial=0)),
         lambda at: np.searchsorted(reach, at, side="right"),
     )
-    present = np.flatnonzero(may_hold)
-    for some in _neighbours(start, end, present):
+    tables, indices = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    words = [np.zeros(0, dtype=np.uint64)]
+    for some in _neighbours(start, end, np.flatnonzero(may_hold)):
         base = int(start[some[0]])
-        index, words = nonzero_words(source, base, -((base - int(end[some].max())) // 8))
+        index, word = nonzero_words(source, base, -((base - int(end[some].max())) // 8))
         first = (start[some] - base) // 8
-        low = index.searchsorted(first).tolist()
-        high = index.searchsorted((end[some] - base + 7) // 8).tolist()
-        for number, at in enumerate(some.tolist()):
-            rows = slice(low[number], high[number])
-            found[inside[at]] = index[rows] - first[number], words[rows]
-    return found
+        low = index.searchsorted(first)
+        high = index.searchsorted((end[some] - base + 7) // 8)
+        rows = expand_ranges(low, high - 1)
+        tables.append(np.repeat(inside[some], high - low))
+        indices.append(index[rows] - np.repeat(first, high - low))
+        words.append(word[rows])
+    table = np.concatenate(tables)
+    order = np.argsort(table, kind="stable")
+    return table[order], np.concatenate(indices)[order], np.concatenate(words)[order]
 
 
 def _neighbours(start: I64, end: I64, which: I64) -> list[I64]:

@@ -39,12 +39,12 @@ from planner.guest.allocation import allocation
 from planner.metadata.cluster_counters import PAGE_BITS, ClusterIndex, PagedIndex
 from planner.metadata.locate import Survey, take_survey
 from planner.metadata.mapping_tables import TableParts, referenced_clusters
-from planner.metadata.refcounts import PIECE_BYTES, StoredRefcounts
+from planner.metadata.refcounts import StoredRefcounts
 from planner.metadata.regions import count_regions, overlapping_clusters
 from planner.metadata.work_limits import LIMITS, Limits
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2.layout import Layout
-from planner.source import Source, present_pieces
+from planner.source import HOLE, Source, present_pieces
 
 SIZE_AT = 24
 """Where the header says how large the disk is."""
@@ -150,7 +150,7 @@ class _Check:
         """How many entries of L2 tables and refcount blocks there are, holes not counted."""
         survey, size = self._survey, self._geometry.cluster_size
         offset = survey.tables.offset[survey.present]
-        piece = min(size, PIECE_BYTES)
+        piece = min(size, HOLE)
         pieces = present_pieces(self._source, offset, size, piece)
         return len(pieces) * (piece // 8) + self._stored.metadata_present()
 

@@ -28,8 +28,8 @@ from planner.findings.kinds import (
     no_findings,
 )
 from planner.metadata.mapping_tables import L2Tables, TableParts
-from planner.metadata.refcounts import PIECE_BYTES
 from planner.qcow2.geometry import Geometry
+from planner.source import HOLE
 
 CHUNK = 1 << 18
 """Findings that are gone through at a time where all of them are."""
@@ -191,7 +191,7 @@ class EntryFindings:
     def parts_with(self, kind: FindingKind) -> TableParts:
         """The parts of tables in which there are findings of a kind: small tables are one."""
         size, each = self.geometry.cluster_size, self.geometry.l2_entry_size
-        part = min(size, PIECE_BYTES)
+        part = min(size, HOLE)
         found = [np.zeros(0, dtype=np.int64)]
         for (other, _), held in self._held.items():
             for at in range(0, len(held) if other is kind else 0, CHUNK):

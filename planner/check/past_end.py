@@ -10,8 +10,8 @@ import numpy as np
 from planner.arrays import I64, Counts, Mask, distinct
 from planner.check.refcount_comparison import CHUNK
 from planner.check.report import Report
-from planner.findings.kinds import ACTIVE, FindingKind, join_findings
-from planner.metadata.mapping_tables import read_l1_tables
+from planner.findings.kinds import FindingKind, join_findings
+from planner.metadata.mapping_tables import L1Tables, read_l1_tables
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
@@ -25,7 +25,8 @@ def lost_past_end(source: Source, report: Report) -> int:
         return 0
     geometry, header = layout.geometry, layout.header
     needed = min(header.l1_size, geometry.l1_entries_needed)
-    offset = distinct(read_l1_tables(source, [(ACTIVE, header.l1_table_offset, needed)]).offset)
+    tables = L1Tables.of_disk(header.l1_table_offset, needed)
+    offset = distinct(read_l1_tables(source, tables).offset)
     offset = offset[(offset % geometry.cluster_size == 0) & (offset < layout.file_size)]
     present = present_tables(source, offset, geometry.cluster_size)
     if present.all() and not any(_are_empty(source, offset, layout)):

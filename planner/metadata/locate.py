@@ -8,17 +8,22 @@ and the rest goes on: one broken structure hides only what it leads to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Unpack
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask
+from planner.arrays import I64, U64, Mask, is_any_of
 from planner.errors import ImageError, as_value
 from planner.findings.grouped import FindingsBuilder
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure, Where
-from planner.metadata.mapping_tables import L1Entries, L2Tables, distinct_l2_tables, read_l1_tables
+from planner.metadata.mapping_tables import (
+    L1Entries,
+    L1Tables,
+    L2Tables,
+    distinct_l2_tables,
+    read_l1_tables,
+)
 from planner.metadata.refcounts import Reftable, StoredRefcounts
 from planner.metadata.regions import Regions, RegionsBuilder, join_regions, make_regions
 from planner.metadata.work_limits import MAX_LUKS_BYTES, followed, followed_tables
@@ -30,7 +35,6 @@ from planner.qcow2.layout import MAX_L1_BYTES, Layout, sector_end
 from planner.qcow2.luks import gone_key_slots, luks_error, luks_length
 from planner.qcow2.snapshots import (
     REQUIRED_EXTRA_DATA,
-    Snapshot,
     Snapshots,
     SnapshotTable,
     read_reachable_snapshots,
@@ -165,13 +169,18 @@ class _Surveyor:
     ) -> tuple[L1Entries, L2Tables, I64]:
         """L1 entries, their L2 tables, and the positions of those of these that are to be read."""
         header = self._layout.header
-        active = (ACTIVE, header.l1_table_offset, header.l1_size)
-        l1_tables = self._without_aliases(
-            [active, *self._readable_l1(snapshots.snapshots)], snapshots
+        active = L1Tables.of_disk(header.l1_table_offset, header.l1_size)
+        l1_tables = active.joined(self._readable_l1(snapshots.snapshots))
+        l1_tables = self._without_aliases(l1_tables, snapshots.snapshots)
+        l1_tables = l1_tables.select(l1_tables.size > 0)
+        number = l1_tables.snapshot
+        self.regions.add_many(
+            Structure.L1_TABLE,
+            l1_tables.offset,
+            l1_tables.size * 8,
+            snapshot=number,
+            index=np.where(number == ACTIVE, NONE, number),
         )
-        for number, offset, size in l1_tables:
-            index = NONE if number == ACTIVE else number
-            self.regions.add(Structure.L1_TABLE, offset, size * 8, snapshot=number, index=index)
         l1 = read_l1_tables(self._source, l1_tables)
         copied = l1.active & (l1.offset != 0)
         stored = StoredRefcounts(self._source, self._layout, reftable)
@@ -182,24 +191,22 @@ class _Surveyor:
         present = present_tables(self._source, tables.offset, self._geometry.cluster_size)
         return l1, tables, np.flatnonzero(present & self._l2_without_aliases(tables))
 
-    def _without_aliases(
-        self, l1_tables: list[tuple[int, int, int]], snapshots: SnapshotTable
-    ) -> list[tuple[int, int, int]]:
-        """The L1 tables (snapshot, offset, entries) that are read: not too many in one place."""
-        kept = followed_tables(l1_tables, self._layout.file_size)
+    def _without_aliases(self, l1_tables: L1Tables, snapshots: Snapshots) -> L1Tables:
+        """The L1 tables that are read: not too many in one place."""
+        kept = followed_tables(l1_tables.offset, l1_tables.size, self._layout.file_size)
         kept[0] = True  # the active one, whatever lies over it
         if not kept.all():
-            number, offset, _ = l1_tables[int(np.argmin(kept))]
-            count = np.count_nonzero(~kept)
+            first, count = np.argmin(kept), np.count_nonzero(~kept)
+            number, offset = int(l1_tables.snapshot[first]), int(l1_tables.offset[first])
             problem = f"the L1 tables of {count} more snapshots lie over others, or fill over 1 GiB"
             self._stop(
                 ImageError(f"l1_table_offset of snapshot {number}", offset, problem),
                 structure=Structure.SNAPSHOT_TABLE,
-                host_offset=int(snapshots.snapshots.offset[number]),
+                host_offset=int(snapshots.offset[number]),
                 length=40,
                 index=number,
             )
-        return [table for table, is_kept in zip(l1_tables, kept, strict=True) if is_kept]
+        return l1_tables.select(kept)
 
     def _l2_without_aliases(self, tables: L2Tables) -> Mask:
         """Which L2 tables are walked: not too many misaligned ones in one place."""
@@ -211,38 +218,30 @@ class _Surveyor:
             self._stop(ImageError("L2 table offset", first, problem), structure=Structure.L2_TABLE)
         return kept
 
-    def _readable_l1(self, snapshots: Snapshots) -> Iterator[tuple[int, int, int]]:
-        """The L1 tables (snapshot, offset, entries) of the snapshots that have one to be read."""
-        fields, cluster_size = snapshots.fields(), self._geometry.cluster_size
-        offsets, sizes = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
-        for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-            is_too_large = size > MAX_L1_BYTES // 8
-            is_past_end = size and offset + size * 8 > READABLE_END
-            if offset % cluster_size or is_too_large or is_past_end:
-                self._refuse_l1(number, snapshots[number])
-            elif size:
-                yield number, offset, size
-
-    def _refuse_l1(self, number: int, snapshot: Snapshot) -> None:
-        """Why the L1 table of a snapshot is not read."""
-        offset, size = snapshot.l1_table_offset, snapshot.l1_size
-        where: Where = {
-            "structure": Structure.SNAPSHOT_TABLE,
-            "host_offset": snapshot.offset,
-            "length": 40,
-            "index": number,
-        }
-        if offset % self._geometry.cluster_size:
-            self._findings.add(FindingKind.SNAPSHOT_L1_MISALIGNED, found=np.uint64(offset), **where)
-        elif size > MAX_L1_BYTES // 8:
+    def _readable_l1(self, snapshots: Snapshots) -> L1Tables:
+        """The L1 tables of the snapshots that have one to be read; why others are not."""
+        fields = snapshots.fields()
+        offset = fields["l1_table_offset"].astype(np.uint64)
+        size = fields["l1_size"].astype(np.int64)
+        is_misaligned = (offset & np.uint64(self._geometry.cluster_size - 1)) != 0
+        is_too_large = ~is_misaligned & (size > MAX_L1_BYTES // 8)
+        is_refused = is_misaligned | is_too_large
+        is_too_far = ~is_refused & (size > 0) & ~_can_be_read(offset, size)
+        for kind, refused, found, expected in (
+            (FindingKind.SNAPSHOT_L1_MISALIGNED, is_misaligned, offset, 0),
+            (FindingKind.SNAPSHOT_L1_TOO_LARGE, is_too_large, size, MAX_L1_BYTES // 8),
+        ):
+            at = np.flatnonzero(refused)
             self._findings.add(
-                FindingKind.SNAPSHOT_L1_TOO_LARGE, found=size, expected=MAX_L1_BYTES // 8, **where
+                kind, found=found[at], expected=expected, **_snapshot_entries(snapshots, at)
             )
-        else:
-            problem = "past the end of any file"
+        for number in np.flatnonzero(is_too_far).tolist():
+            field, problem = f"l1_table_offset of snapshot {number}", "past the end of any file"
             self._stop(
-                ImageError(f"l1_table_offset of snapshot {number}", offset, problem), **where
+                ImageError(field, int(offset[number]), problem),
+                **_snapshot_entries(snapshots, number),
             )
+        return L1Tables.of_snapshots(snapshots, (size > 0) & ~is_refused & ~is_too_far)
 
     def locate(self, snapshots: SnapshotTable, tables: L2Tables) -> None:
         """Where all structures lie, but for the L1 tables."""
@@ -323,12 +322,12 @@ class _Surveyor:
             self._findings.add(FindingKind.BITMAP_DIRECTORY_INVALID, **where)
             self._stop(error, **where)
             return
-        tables = bitmaps.tables()
-        kept = followed_tables(tables, self._layout.file_size)
-        self._locate_tables([tables[at] for at in np.flatnonzero(kept).tolist()])
+        tables, sizes = bitmaps.tables()
+        kept = followed_tables(tables, sizes, self._layout.file_size)
+        self._locate_tables(np.flatnonzero(kept), tables[kept], sizes[kept])
         if not kept.all():
-            number, table_at, _ = tables[int(np.argmin(kept))]
-            count = np.count_nonzero(~kept)
+            number, count = int(np.argmin(kept)), np.count_nonzero(~kept)
+            table_at = int(tables[number])
             problem = f"the tables of {count} more bitmaps lie over others, or fill over 1 GiB"
             self._stop(
                 ImageError(f"table of bitmap {number}", table_at, problem),
@@ -337,17 +336,21 @@ class _Surveyor:
                 index=number,
             )
 
-    def _locate_tables(self, tables: list[tuple[int, int, int]]) -> None:
-        """Locate the tables of bitmaps (number, offset, entries) and the clusters with their bits.
+    def _locate_tables(self, number: I64, offset: U64, size: I64) -> None:
+        """Locate the tables of bitmaps, so many entries of each, and the clusters with their bits.
 
         There may be 65,535, all of them one: each place is read once.
         """
-        for number, at, size in tables:
-            self.regions.add(Structure.BITMAP_TABLE, at, size * 8, index=number)
-        read = [each for each in tables if each[1] + each[2] * 8 <= READABLE_END]
-        position, word, which = self._words_of_all([each[1:] for each in read])
-        owner = np.array([each[0] for each in read], dtype=np.int64)[which]
-        place = np.array([each[1] for each in read], dtype=np.int64)[which] + position * 8
+        can_be_read = _can_be_read(offset, size)
+        for at in np.flatnonzero(~can_be_read).tolist():
+            self.regions.add(
+                Structure.BITMAP_TABLE, int(offset[at]), int(size[at]) * 8, index=int(number[at])
+            )
+        there = can_be_read & (size > 0)
+        which, start, count = number[there], offset[there].astype(np.int64), size[there]
+        self.regions.add_many(Structure.BITMAP_TABLE, start, count * 8, index=which)
+        table, position, word = words_of_tables(self._source, start, count)
+        owner, place = which[table], start[table] + position * 8
         bad = entries.bad_bitmap_entries(word, self._geometry)
         self._findings.add(
             FindingKind.BITMAP_ENTRY_INVALID,
@@ -359,34 +362,21 @@ class _Surveyor:
         # Of each table that has one the first.
         pairs = zip(owner[bad][::-1].tolist(), word[bad][::-1].tolist(), strict=True)
         invalid = dict(pairs)
-        for number, at, size in tables:
-            field = f"table of bitmap {number}"
-            if at + size * 8 > READABLE_END:
-                error = ImageError(field, at, "past the end of any file")
-                self._stop(error, structure=Structure.BITMAP_TABLE, index=number)
-            elif number in invalid:
-                error = ImageError(field, f"{invalid[number]:#x}", "an invalid entry")
-                self._stop(error, structure=Structure.BITMAP_TABLE, host_offset=at, index=number)
+        for at in np.flatnonzero(~can_be_read | is_any_of(number, owner[bad])).tolist():
+            bitmap, table_at = int(number[at]), int(offset[at])
+            where: Where = {"structure": Structure.BITMAP_TABLE, "index": bitmap}
+            field = f"table of bitmap {bitmap}"
+            if can_be_read[at]:
+                error = ImageError(field, f"{invalid[bitmap]:#x}", "an invalid entry")
+                where["host_offset"] = table_at
+            else:
+                error = ImageError(field, table_at, "past the end of any file")
+            self._stop(error, **where)
         data = (word & np.uint64(entries.BITMAP_OFFSET)).astype(np.int64)
         some = ~bad & (data != 0)
         if some.any():
-            size = self._geometry.cluster_size
-            self.regions.add_many(Structure.BITMAP_DATA, data[some], size, index=owner[some])
-
-    def _words_of_all(self, tables: list[tuple[int, int]]) -> tuple[I64, U64, I64]:
-        """The words that are not zero of *tables* (offset, entries), one after the other: their
-        positions, themselves, and which of the tables each is of.
-        """
-        which = {table: at for at, table in enumerate(dict.fromkeys(tables))}
-        found = words_of_tables(self._source, list(which))
-        parts = [found[which[table]] for table in tables]
-        nothing = np.zeros(0, dtype=np.int64)
-        lengths = np.array([len(word) for _, word in parts], dtype=np.int64)
-        return (
-            np.concatenate([nothing, *(position for position, _ in parts)]),
-            np.concatenate([nothing.astype(np.uint64), *(word for _, word in parts)]),
-            np.repeat(np.arange(len(parts)), lengths),
-        )
+            length = self._geometry.cluster_size
+            self.regions.add_many(Structure.BITMAP_DATA, data[some], length, index=owner[some])
 
     def judge_reftable(self, reftable: Reftable) -> None:
         """What is wrong with refcount table entries in themselves."""
@@ -414,3 +404,18 @@ class _Surveyor:
         return make_regions(
             Structure.REFBLOCK, reftable.offset[at], 1 << bits, index=reftable.index[at]
         )
+
+
+def _can_be_read(offset: U64, entries: I64) -> Mask:
+    """Which tables of so many *entries* of 8 bytes end where a file can."""
+    return offset <= np.uint64(READABLE_END) - (entries * 8).astype(np.uint64)
+
+
+def _snapshot_entries(snapshots: Snapshots, at: I64 | int) -> Where:
+    """Where the entries of these numbers stand."""
+    return {
+        "structure": Structure.SNAPSHOT_TABLE,
+        "host_offset": snapshots.offset[at],
+        "length": 40,
+        "index": at,
+    }

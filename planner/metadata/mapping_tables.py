@@ -13,15 +13,60 @@ import numpy as np
 
 from planner.arrays import I32, I64, U8, U64, Mask, distinct_columns, expand_ranges, is_among
 from planner.findings.kinds import ACTIVE
-from planner.metadata.refcounts import PIECE_BYTES
 from planner.qcow2 import entries
 from planner.qcow2.entries import ClusterType
 from planner.qcow2.geometry import Geometry
 from planner.qcow2.layout import Layout
-from planner.source import BATCH_BYTES, Source, pieces_of_tables, read_parts, words_of_tables
+from planner.qcow2.snapshots import Snapshots
+from planner.source import (
+    BATCH_BYTES,
+    HOLE,
+    Source,
+    pieces_of_tables,
+    read_parts,
+    words_of_tables,
+)
 
 LARGE_TABLE = 1 << 18
 """Of a table of so many bytes it is asked what is there of it, before it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class L1Tables:
+    """Where L1 tables lie. ``snapshot``: `ACTIVE` or a snapshot's index. ``offset``: bytes.
+    ``size``: entries.
+    """
+
+    snapshot: I32
+    offset: I64
+    size: I64
+
+    @classmethod
+    def of_disk(cls, offset: int, size: int) -> L1Tables:
+        """The active one alone."""
+        return cls(
+            np.array([ACTIVE], dtype=np.int32),
+            np.array([offset], dtype=np.int64),
+            np.array([size], dtype=np.int64),
+        )
+
+    @classmethod
+    def of_snapshots(cls, snapshots: Snapshots, which: Mask) -> L1Tables:
+        """Of those of *snapshots* in *which*, none of which has it further than any file goes."""
+        fields, number = snapshots.fields(), np.flatnonzero(which)
+        return cls(
+            number.astype(np.int32),
+            fields["l1_table_offset"][number].astype(np.int64),
+            fields["l1_size"][number].astype(np.int64),
+        )
+
+    def select(self, which: Mask) -> L1Tables:
+        return L1Tables(self.snapshot[which], self.offset[which], self.size[which])
+
+    def joined(self, others: L1Tables) -> L1Tables:
+        """These, and then *others*."""
+        pairs = ((getattr(self, name), getattr(others, name)) for name in self.__slots__)
+        return L1Tables(*map(np.concatenate, pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +93,10 @@ class L1Entries:
         return np.equal(self.snapshot, ACTIVE)
 
 
-def read_l1_tables(source: Source, tables: list[tuple[int, int, int]]) -> L1Entries:
-    """Read the L1 tables given as (snapshot, offset, number of entries)."""
-    snapshots, indices, words, positions = [], [], [], []
-    read = words_of_tables(source, [(offset, size) for _, offset, size in tables])
-    for (snapshot, offset, _), (index, word) in zip(tables, read, strict=True):
-        if not len(index):
-            continue
-        snapshots.append(np.full(len(index), snapshot, dtype=np.int32))
-        indices.append(index)
-        words.append(word)
-        positions.append(offset + index * 8)
-    return L1Entries(
-        np.concatenate(snapshots) if snapshots else np.zeros(0, dtype=np.int32),
-        np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64),
-        np.concatenate(words) if words else np.zeros(0, dtype=np.uint64),
-        np.concatenate(positions) if positions else np.zeros(0, dtype=np.int64),
-    )
+def read_l1_tables(source: Source, tables: L1Tables) -> L1Entries:
+    """The entries of *tables*, which may be of one disk or of many."""
+    table, index, word = words_of_tables(source, tables.offset, tables.size)
+    return L1Entries(tables.snapshot[table], index, word, tables.offset[table] + index * 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +190,9 @@ class TableParts:
     def of(cls, source: Source, offsets: I64, table_bytes: int) -> TableParts:
         """Of the tables at ascending *offsets*, of *table_bytes* each."""
         if table_bytes >= LARGE_TABLE and len(offsets):
-            table, inside = pieces_of_tables(source, offsets, table_bytes, PIECE_BYTES)
-            if 2 * len(table) * PIECE_BYTES <= len(offsets) * table_bytes:
-                return cls(offsets, table, inside, PIECE_BYTES)
+            table, inside = pieces_of_tables(source, offsets, table_bytes, HOLE)
+            if 2 * len(table) * HOLE <= len(offsets) * table_bytes:
+                return cls(offsets, table, inside, HOLE)
         return cls(offsets, np.arange(len(offsets)), np.zeros_like(offsets), table_bytes)
 
     def read(self, source: Source) -> Iterator[tuple[slice, U8]]:

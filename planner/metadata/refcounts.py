@@ -24,6 +24,7 @@ from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import pack_refcounts, read_refcount_in_block, unpack_refcounts
 from planner.source import (
+    HOLE,
     READABLE_END,
     Source,
     nonzero_words,
@@ -31,9 +32,6 @@ from planner.source import (
     present_tables,
     read_tables,
 )
-
-PIECE_BYTES = 4096
-"""Of a block that is a hole to the greater part only what is there is looked at."""
 
 _PAGE = 1 << PAGE_BITS
 
@@ -137,7 +135,7 @@ class StoredRefcounts:
 
     @property
     def _piece_bytes(self) -> int:
-        return min(self._layout.geometry.cluster_size, PIECE_BYTES)
+        return min(self._layout.geometry.cluster_size, HOLE)
 
     @property
     def _piece_entries(self) -> int:

@@ -120,14 +120,14 @@ class RegionsBuilder:
         self,
         structure: Structure,
         offset: I64,
-        size: int,
+        size: I64 | int,
         *,
         weight: I64 | int = 1,
         snapshot: I32 | int = NOWHERE,
         l1_index: I64 | int = NONE,
         index: I64 | int = NONE,
     ) -> None:
-        """Structures of one kind and *size*; other columns broadcast."""
+        """Structures of one kind, none further than any file goes; other columns broadcast."""
         self._gather()
         added = make_regions(
             structure,

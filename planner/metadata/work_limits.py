@@ -9,12 +9,11 @@ What else bounds the work on one image, or chooses the way that costs less, is i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, Mask
+from planner.arrays import I64, U64, Mask
 from planner.source import READABLE_END
 
 
@@ -91,13 +90,12 @@ def followed(start: I64, end: I64) -> Mask:
     return chosen
 
 
-def followed_tables(tables: Sequence[tuple[int, int, int]], file_size: int) -> Mask:
-    """The same of tables (number, offset, entries of 8 bytes), which may lie anywhere at all.
+def followed_tables(offset: I64 | U64, entries: I64, file_size: int) -> Mask:
+    """The same of tables of so many *entries* of 8 bytes, which may lie anywhere at all.
 
     As their lengths are only claimed, at most `MAX_TABLE_BYTES` of them are followed.
     """
     # What lies past the end of any file shares nothing.
-    start = np.array([min(offset, READABLE_END) for _, offset, _ in tables], dtype=np.int64)
-    size = np.array([entries * 8 for _, _, entries in tables], dtype=np.int64)
-    end = np.minimum(start + size, file_size)
+    start = np.minimum(offset, READABLE_END).astype(np.int64)
+    end = np.minimum(start + entries * 8, file_size)
     return followed(start, end) & (np.cumsum(np.maximum(end - start, 0)) <= MAX_TABLE_BYTES)

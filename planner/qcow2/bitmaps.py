@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
-from planner.arrays import I64, U8, Mask
+from planner.arrays import I64, U8, U64, Mask
 from planner.errors import ImageError, as_value
 from planner.qcow2.extensions import BitmapsPointer
 from planner.qcow2.fixed import Fixed
@@ -134,11 +134,11 @@ class BitmapEntries(Sequence[Bitmap]):
         """The fixed part of each entry: a structured array with the fields of `ENTRY`."""
         return _FIXED.rows(self.raw, self.start)
 
-    def tables(self) -> list[tuple[int, int, int]]:
-        """Of each its number, the offset of its table, and how many entries that has."""
+    def tables(self) -> tuple[U64, I64]:
+        """The offset of each one's table, and how many entries that has."""
         fields = self.fields()
-        columns = (fields["bitmap_table_offset"].tolist(), fields["bitmap_table_size"].tolist())
-        return list(zip(range(len(self)), *columns, strict=True))
+        offset = fields["bitmap_table_offset"].astype(np.uint64)
+        return offset, fields["bitmap_table_size"].astype(np.int64)
 
     def names(self) -> Iterator[bytes]:
         """The name of each."""

@@ -13,7 +13,7 @@ import numpy as np
 from planner.arrays import I64, U64, Mask, distinct_columns
 from planner.check.report import Report
 from planner.findings.kinds import Structure
-from planner.metadata.mapping_tables import L1Entries, read_l1_tables
+from planner.metadata.mapping_tables import L1Entries, L1Tables, read_l1_tables
 from planner.qcow2 import entries
 from planner.qcow2.geometry import Geometry
 from planner.source import Source, present_tables, read_tables
@@ -54,7 +54,7 @@ def _l1_entries(source: Source, report: Report) -> L1Entries:
     tables = regions.select(regions.structure == Structure.L1_TABLE)
     order = np.argsort(tables.snapshot, kind="stable")
     columns = (tables.snapshot[order], tables.offset[order], tables.size[order] // 8)
-    return read_l1_tables(source, list(zip(*(each.tolist() for each in columns), strict=True)))
+    return read_l1_tables(source, L1Tables(*columns))
 
 
 def _differences(sources: tuple[Source, Source], pairs: I64, geometry: Geometry) -> Iterator[str]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.arrays import I64, U64, Mask, distinct, expand_ranges, is_among
+from planner.arrays import (
+    I64,
+    U64,
+    Mask,
+    distinct,
+    distinct_columns,
+    expand_ranges,
+    is_among,
+)
 from planner.check.report import Report
 from planner.errors import ImageError
 from planner.findings.kinds import FindingKind
@@ -52,18 +60,18 @@ def bitmaps_of(source: Source, report: Report) -> Bitmaps:
     except ImageError:
         return Bitmaps(is_whole=False)
     listed = list_bitmaps(source, pointer, report.geometry)
-    places = listed.entries.select(listed.is_sound).tables()
+    offset, size = listed.entries.select(listed.is_sound).tables()
     spans = [(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)]
-    spans += [(offset, size * 8) for _, offset, size in places]
-    kept = followed_tables(places, source.size)
+    spans += zip(offset.tolist(), (size * 8).tolist(), strict=True)
+    some = followed_tables(offset, size, source.size) & (offset < source.size)
     # Tables of several bitmaps may be one.
-    some = list(dict.fromkeys(
-        (offset, size)
-        for (_, offset, size), is_kept in zip(places, kept, strict=True)
-        if is_kept and offset < source.size
-    ))  # fmt: skip
-    words = words_of_tables(source, some)
-    tables = tuple(_Table(*place, *each) for place, each in zip(some, words, strict=True))
+    places, _ = distinct_columns(np.stack((offset[some].astype(np.int64), size[some])))
+    table, index, word = words_of_tables(source, *places)
+    bounds = np.searchsorted(table, np.arange(places.shape[1] + 1)).tolist()
+    tables = tuple(
+        _Table(at, count, index[low:high], word[low:high])
+        for (at, count), low, high in zip(places.T.tolist(), bounds, bounds[1:], strict=False)
+    )
     is_whole = listed.error is None and bool(listed.is_sound.all())
     return Bitmaps(tuple(spans), tables, is_whole)
 

@@ -13,7 +13,7 @@ import numpy as np
 from planner.arrays import I64, GuestOffset, Mask, is_any_of
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, FindingKind
-from planner.metadata.mapping_tables import L1Entries, read_l1_tables
+from planner.metadata.mapping_tables import L1Entries, L1Tables, read_l1_tables
 from planner.metadata.work_limits import followed_tables
 from planner.qcow2.layout import MAX_L1_BYTES
 from planner.source import Source
@@ -120,21 +120,15 @@ def read_gaps(source: Source, report: Report, astray: I64) -> Gaps:
     *astray*: clusters of tables that have more users than their refcount says.
     """
     header, geometry = report.layout.header if report.layout else None, report.geometry
-    tables: list[tuple[int, int, int]] = []
+    fields = report.snapshots.fields()
+    offset, size = fields["l1_table_offset"].astype(np.uint64), fields["l1_size"].astype(np.int64)
+    is_there = (size > 0) & (size <= MAX_L1_BYTES // 8) & (offset < source.size)
+    is_there &= (offset & np.uint64(geometry.cluster_size - 1)) == 0
+    tables = L1Tables.of_snapshots(report.snapshots, is_there)
     if header is not None:
         needed = min(header.l1_size, geometry.l1_entries_needed)
-        tables.append((ACTIVE, header.l1_table_offset, needed))
-    fields = report.snapshots.fields()
-    columns = fields["l1_table_offset"].tolist(), fields["l1_size"].tolist()
-    tables += [
-        (number, offset, size)
-        for number, (offset, size) in enumerate(zip(*columns, strict=True))
-        if 0 < size * 8 <= MAX_L1_BYTES
-        and offset % geometry.cluster_size == 0
-        and offset < source.size
-    ]
-    kept = followed_tables(tables, source.size)
-    tables = [table for table, is_kept in zip(tables, kept.tolist(), strict=True) if is_kept]
+        tables = L1Tables.of_disk(header.l1_table_offset, needed).joined(tables)
+    tables = tables.select(followed_tables(tables.offset, tables.size, source.size))
     l1 = read_l1_tables(source, tables)
     damaged = _damaged(l1, report, astray)
     number, index, count = _between(l1, tables)
@@ -163,12 +157,11 @@ def _damaged(l1: L1Entries, report: Report, astray: I64) -> Mask:
     return damaged
 
 
-def _between(l1: L1Entries, tables: list[tuple[int, int, int]]) -> tuple[I64, I64, I64]:
+def _between(l1: L1Entries, tables: L1Tables) -> tuple[I64, I64, I64]:
     """The runs of zero entries: (snapshot, first L1 index, how many)."""
-    numbers = np.array([number for number, _, _ in tables], dtype=np.int64)
-    sizes = np.array([size for _, _, size in tables], dtype=np.int64)
+    numbers = tables.snapshot.astype(np.int64)
     snapshot = np.concatenate((l1.snapshot.astype(np.int64), numbers, numbers))
-    index = np.concatenate((l1.l1_index, np.full(len(numbers), -1), sizes))
+    index = np.concatenate((l1.l1_index, np.full(len(numbers), -1), tables.size))
     order = np.lexsort((index, snapshot))
     snapshot, index = snapshot[order], index[order]
     count = np.diff(index) - 1

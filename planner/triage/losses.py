@@ -20,7 +20,7 @@ from planner.check.past_end import references_past_end
 from planner.check.report import Report
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Structure
 from planner.findings.wording import plural
-from planner.metadata.mapping_tables import clusters_of_entries, read_l1_tables
+from planner.metadata.mapping_tables import L1Tables, clusters_of_entries, read_l1_tables
 from planner.metadata.regions import Regions
 from planner.qcow2 import entries
 from planner.source import Source, present_tables
@@ -504,7 +504,7 @@ class _Disk:
         start = header.l1_table_offset if header else 0
         # Also behind the end of the disk: it may have been larger.
         size = header.l1_size if header else 0
-        self._l1 = read_l1_tables(source, [(ACTIVE, start, size)])
+        self._l1 = read_l1_tables(source, L1Tables.of_disk(start, size))
         self._astray = astray
         self._free = 0
         self._is_mapped: Mask = np.zeros(len(in_use), dtype=np.bool_)

@@ -11,11 +11,11 @@ import numpy as np
 
 from planner.arrays import I64, U64, Mask, distinct, is_among
 from planner.check.refcount_comparison import CHUNK, Mismatches
-from planner.metadata.refcounts import PIECE_BYTES, Reftable
+from planner.metadata.refcounts import Reftable
 from planner.qcow2 import entries
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import unpack_refcounts
-from planner.source import Source, present_pieces, read_filled, read_tables
+from planner.source import HOLE, Source, present_pieces, read_filled, read_tables
 
 MAX_OLD_TABLES = 256
 """Leaked clusters that are weighed."""
@@ -106,7 +106,7 @@ class OldRefcounts:
         if not np.diff(places).all():
             return False
         size = self._geometry.cluster_size
-        piece = min(size, PIECE_BYTES)
+        piece = min(size, HOLE)
         offset = present_pieces(self._source, places, size, piece)
         which = np.searchsorted(places, offset, side="right") - 1
         self._left -= len(offset) * (piece << 3 >> self._geometry.refcount_order)
@@ -121,7 +121,7 @@ class OldRefcounts:
         """
         order, mismatches = self._geometry.refcount_order, self._mismatches
         count, unknown, both = (np.zeros(len(first), dtype=np.int64) for _ in range(3))
-        piece = min(self._geometry.cluster_size, PIECE_BYTES)
+        piece = min(self._geometry.cluster_size, HOLE)
         for part, rows in read_tables(self._source, offset, piece, CHUNK << order >> 3):
             row, at = np.nonzero(unpack_refcounts(rows, order))
             block = which[part][row]

@@ -36,7 +36,7 @@ def test_parts_and_whole_tables_count_alike(name, data):
     content = read_bytes(source, 0, source.size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapping_tables, "LARGE_TABLE", 0)
-        patch.setattr(mapping_tables, "PIECE_BYTES", 512)
+        patch.setattr(mapping_tables, "HOLE", 512)
         found = answers(check_image(Sparse.of(content, len(content))))
     assert found == answers(check_naively(source))
 

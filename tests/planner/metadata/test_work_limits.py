@@ -62,8 +62,8 @@ def test_what_shares_nothing_is_followed_beside_what_does() -> None:
 
 def test_what_lies_in_holes_is_followed_up_to_a_limit() -> None:
     step = MAX_TABLE_BYTES // 4
-    tables = [(n, n * step, step // 8) for n in range(6)]
-    assert followed_tables(tables, 1 << 60).tolist() == [True] * 4 + [False] * 2
+    offset, entries = np.arange(6) * step, np.full(6, step // 8)
+    assert followed_tables(offset, entries, 1 << 60).tolist() == [True] * 4 + [False] * 2
 
 
 def test_the_l2_tables_of_a_large_disk_are_all_followed() -> None:
