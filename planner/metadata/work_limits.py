@@ -41,7 +41,7 @@ class Limits:
     least.
     """
 
-    dense_clusters: int = 1 << 24
+    dense_clusters: int = 1 << 22
     owned_low_clusters: int = 1 << 12
     owners: int = 1 << 18
     past_end: bool = True
