@@ -39,7 +39,7 @@ from planner.source import Source, read_bytes, read_tables
 MAX_COPIED = 64 << 20
 """Bytes that one repair copies: a plan is held in memory. The next one goes on."""
 
-SMALL_COPIED = 16 << 20
+SMALL_COPIED = 4 << 20
 """What may be copied of an image of which there is less than that: all of it, and so much more."""
 
 L1_OFFSET_AT = 40
