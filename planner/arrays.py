@@ -36,6 +36,7 @@ Slot = NewType("Slot", int)
 
 
 _KEY_BITS = 63
+"""Of a number that stands for several columns in their order: an int64 without its sign."""
 
 
 def expand_ranges(first: I64, last: I64) -> I64:

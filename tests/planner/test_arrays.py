@@ -95,21 +95,18 @@ def test_merged_columns_are_a_union() -> None:
     assert merged(*parts).tolist() == [0, 1, 4, 9]
 
 
+DTYPES = [np.int64, np.int32, np.uint8, np.uint64, np.bool_]
 WIDE = [(0, 0), (-5, 5), (0, 1 << 40), (-(1 << 63), (1 << 63) - 1)]
 
 
 def test_rows_come_in_the_order_of_numpy_whatever_is_in_them(seed: int, cases: int) -> None:
     for case in range(cases):
         rng = np.random.default_rng((seed, case))
-        count, dtypes = (
-            int(rng.integers(1, 40)),
-            [np.int64, np.int32, np.uint8, np.uint64, np.bool_],
-        )
-        columns = []
-        for dtype in rng.choice(len(dtypes), rng.integers(1, 7)).tolist():
+        count, columns = int(rng.integers(1, 40)), []
+        for dtype in rng.choice(len(DTYPES), rng.integers(1, 7)).tolist():
             low, high = WIDE[rng.integers(len(WIDE))]
             some = rng.integers(low, high, min(count, 4), dtype=np.int64, endpoint=True)
-            columns.append(rng.choice(some, count).astype(dtypes[dtype]))
+            columns.append(rng.choice(some, count).astype(DTYPES[dtype]))
         order, new = rows_in_order(*columns)
         assert np.arange(count)[order].tolist() == np.lexsort(columns[::-1]).tolist()
         rows = list(zip(*(column[order].tolist() for column in columns), strict=True))

@@ -165,10 +165,10 @@ def test_every_finding_has_its_owners_whoever_they_are(most: int) -> None:
     owners = Owners(
         cluster=clusters,
         structure=of_owners,
-        snapshot=rng.choice([NOWHERE, ACTIVE, *range(7)], count),
+        snapshot=rng.choice([NOWHERE, ACTIVE, *range(7)], count).astype(np.int32),
         l1_index=l1,
-        l2_index=np.where(l1 == NONE, NONE, l2),
-        index=rng.choice([NONE, 0, 123_456], count),
+        l2_index=np.where(l1 == NONE, NONE, l2).astype(np.int32),
+        index=rng.choice([NONE, 0, 123_456], count).astype(np.int32),
     )
     assert_listed(
         replace(report, findings=builder.build(), totals={}, owners=owners, snapshots=snapshots)
