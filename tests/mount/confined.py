@@ -18,7 +18,6 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from instarfs.daemon import broker, process
@@ -36,6 +35,7 @@ from planner.check.check import check_image
 from planner.check.report import Report
 from planner.progress import Progress
 from planner.source import Source
+from tests.mount.own_descriptors import a_descriptor_of
 
 IMAGE, DIRECTORY, UID = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 NEIGHBOUR = IMAGE.with_name("neighbour.qcow2")
@@ -134,14 +134,6 @@ def read_a_pipe_that_it_writes_to() -> None:
     """As stderr may be one."""
     fd = a_descriptor_of("pipe:")
     open_and_close(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
-
-
-def a_descriptor_of(beginning: str) -> int:
-    for fd in range(64):
-        with suppress(OSError):
-            if str(Path(f"/proc/self/fd/{fd}").readlink()).startswith(beginning):
-                return fd
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 
 def find_out_how_full_a_disk_is() -> None:

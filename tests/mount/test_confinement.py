@@ -223,6 +223,12 @@ def test_no_link_and_no_program_that_a_daemon_shows_means_anything(
     assert target.read_text() == "precious\n"
 
 
+def states_of_threads(pid: int) -> Iterator[str]:
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            yield state_of(int(path.name))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root cuts off the mounts of others")
 @pytest.mark.parametrize("how", ["umount -f", "abort"])
 def test_a_daemon_that_cannot_be_killed_is_cut_off(image: Path, tmp_path: Path, how: str) -> None:
@@ -233,11 +239,7 @@ def test_a_daemon_that_cannot_be_killed_is_cut_off(image: Path, tmp_path: Path, 
         number, pid = number_of(directory), it.process.pid
         with subprocess.Popen(["stat", it / "slow"], stderr=subprocess.DEVNULL) as reader:
             try:
-                threads = Path(f"/proc/{pid}/task")
-                until(
-                    lambda: any(state_of(int(each.name)) == "D" for each in threads.iterdir()),
-                    "a thread waited in the kernel",
-                )
+                until(lambda: "D" in states_of_threads(pid), "a thread waited in the kernel")
                 reader.kill()
                 it.process.kill()
                 until(lambda: state_of(pid) == "Z", "the others had ended")

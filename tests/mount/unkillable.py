@@ -8,7 +8,6 @@ import os
 import struct
 import sys
 import threading
-from pathlib import Path
 
 import pyfuse3
 import trio
@@ -21,6 +20,7 @@ from instarfs.daemon.logs import log_to_stderr
 from instarfs.image.file import Image
 from instarfs.mount import operations
 from instarfs.mount.options import MountOptions
+from tests.mount.own_descriptors import a_descriptor_of
 
 IMAGE, DIRECTORY = sys.argv[1:]
 
@@ -29,10 +29,7 @@ FUSE_NOTIFY_INVAL_ENTRY = 3
 
 def forget_a_name() -> None:
     # Not by pyfuse3, which may have a thread of its own for it.
-    links = ((fd, Path(f"/proc/self/fd/{fd}")) for fd in range(64))
-    (device,) = (
-        fd for fd, link in links if link.is_symlink() and str(link.readlink()) == "/dev/fuse"
-    )
+    device = a_descriptor_of("/dev/fuse")
     told = struct.pack("=QII", pyfuse3.ROOT_INODE, 1, 0) + b"x\0"
     os.write(device, struct.pack("=IiQ", 16 + len(told), FUSE_NOTIFY_INVAL_ENTRY, 0) + told)
 
