@@ -8,6 +8,7 @@ foreseen: it is refused, either way.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -119,16 +120,26 @@ def _tables_of(before: Report, after: Report) -> Regions:
     return join_regions(before.regions, after.regions)
 
 
+_HIDDEN = {
+    FindingKind.REFCOUNT_UNREADABLE: (
+        "behind refcounts that cannot be looked up lies more damage, in clusters with two"
+        " owners or tables that were overwritten, which are not written to: with the refcounts"
+        " mended,"
+    ),
+    FindingKind.CHECK_STOPPED: (
+        "the check stopped before it had seen all of the image, and gets further once it is"
+        " repaired:"
+    ),
+}
+"""Of each kind of finding that may hide others: where these come from."""
+
+
 class _MoreComesToLight(AmbiguousCorruption):
     """The plan is as it should be, and shows damage that it may not mend."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, hiding: FindingKind, what: str) -> None:
         super().__init__(
-            "behind refcounts that cannot be looked up lies more damage, in clusters with two"
-            " owners or tables that were overwritten, which are not written to: with the refcounts"
-            f" mended, {what}",
-            "nothing was written; export the disk",
-            FindingKind.REFCOUNT_UNREADABLE.label,
+            f"{_HIDDEN[hiding]} {what}", "nothing was written; export the disk", hiding.label
         )
 
 
@@ -145,12 +156,8 @@ class _Unproven(AmbiguousCorruption):
 def _require_nothing_worse(before: Report, after: Report, kept: int) -> None:
     if after.error is not None:
         raise _Unproven(f"the image could not be opened afterwards: {after.error}")
-    counts = before.counts()
-    # What is wrong with a cluster, and the flags about it, is found only where its refcount is
-    # known; in a cluster with two owners, or a table that is somebody's data, it stays.
-    stays = {FindingKind.MULTIPLE_OWNERS, FindingKind.TABLE_OVERWRITTEN} & counts.keys()
-    hides = FindingKind.REFCOUNT_UNREADABLE in counts
-    error = _MoreComesToLight if hides and stays else _Unproven
+    counts, hiding = before.counts(), _hiding(before, after)
+    error = _Unproven if hiding is None else partial(_MoreComesToLight, hiding)
     for name in ("check_errors", "corruptions", "leaks"):
         was, would_be = getattr(before.counters, name), getattr(after.counters, name)
         if would_be > was + (kept if name == "leaks" else 0):
@@ -160,6 +167,18 @@ def _require_nothing_worse(before: Report, after: Report, kept: int) -> None:
             continue  # Refcounts alone tell of it, and only those that can be looked up.
         if number > counts.get(kind, 0) + (kept if kind is FindingKind.LEAK else 0):
             raise error(f"{kind.label} would go from {counts.get(kind, 0)} to {number}")
+
+
+def _hiding(before: Report, after: Report) -> FindingKind | None:
+    """What was in the way of seeing all damage that there was before."""
+    if {error.args for error in before.stopped} - {error.args for error in after.stopped}:
+        return FindingKind.CHECK_STOPPED
+    # What is wrong with a cluster, and the flags about it, is found only where its refcount is
+    # known; in a cluster with two owners, or a table that is somebody's data, it stays.
+    kinds = before.counts().keys()
+    stays = {FindingKind.MULTIPLE_OWNERS, FindingKind.TABLE_OVERWRITTEN} & kinds
+    hides = FindingKind.REFCOUNT_UNREADABLE in kinds
+    return FindingKind.REFCOUNT_UNREADABLE if hides and stays else None
 
 
 def _require_same_header(source: Source, plan: Plan) -> None:

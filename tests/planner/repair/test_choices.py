@@ -12,6 +12,7 @@ from planner.check.check import check_image
 from planner.errors import AmbiguousCorruption, UnsupportedRepair
 from planner.findings.kinds import NONE, OWNER_DTYPES, Owners, Structure
 from planner.findings.kinds import FindingKind as Kind
+from planner.metadata import work_limits
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import ENTRY_BYTES, IN_USE
 from planner.qcow2.header import CRYPT_LUKS, Autoclear, read_header
@@ -224,10 +225,7 @@ def test_a_snapshot_table_on_the_active_one_gets_its_own() -> None:
     assert disks(repaired.data) == disks(bytes(image.data))
 
 
-def test_snapshots_that_have_one_table_get_their_own_and_are_told_so_all_at_once(
-    monkeypatch,
-) -> None:
-    """To draft a word reads what was drafted before: of hundreds, one by one, that took seconds."""
+def snapshots_of_one_table() -> Image:
     made = builder()
     made.write(0, b"a" * SIZE)
     for name in ("one", "two", "three", "four"):
@@ -235,6 +233,14 @@ def test_snapshots_that_have_one_table_get_their_own_and_are_told_so_all_at_once
     image = made.build()
     for snapshot in image.snapshots[1:]:
         image.set_word(snapshot.offset, image.snapshots[0].l1_table_offset)
+    return image
+
+
+def test_snapshots_that_have_one_table_get_their_own_and_are_told_so_all_at_once(
+    monkeypatch,
+) -> None:
+    """To draft a word reads what was drafted before: of hundreds, one by one, that took seconds."""
+    image = snapshots_of_one_table()
     drafted = []
 
     def drafting(scope, kind, offset, words, **options):
@@ -247,6 +253,17 @@ def test_snapshots_that_have_one_table_get_their_own_and_are_told_so_all_at_once
     after = Image(bytearray(repaired.data))
     assert len({each.l1_table_offset for each in after.snapshots}) == 4
     assert disks(repaired.data) == disks(bytes(image.data))
+
+
+def test_where_a_check_gets_further_once_tables_have_parted_that_is_said(monkeypatch) -> None:
+    """It follows only so much of tables that lie over each other, and what it finds there."""
+    monkeypatch.setattr(work_limits, "MAX_SHARED_BYTES", 1)
+    image = snapshots_of_one_table()
+    image.set_bits(image.l1_at(0, 0), 1 << 60)
+    before = check_image(image.source)
+    assert before.counts()[Kind.CHECK_STOPPED] == 1
+    with pytest.raises(AmbiguousCorruption, match="stopped before it had seen all of the image"):
+        propose(image.source, before, SPLIT)
 
 
 def test_compressed_clusters_keep_the_place_that_they_have_in_common() -> None:
