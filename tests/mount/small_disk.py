@@ -34,7 +34,9 @@ class SmallDisk:
         """The same folder, as others reach it."""
         return Path(f"/proc/{self.pid}/root{self.path}")
 
-    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str | Path, timeout: float = DEADLINE
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program in the namespace to its end."""
         enter = ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt"]
         if os.geteuid() != 0:
@@ -46,7 +48,7 @@ class SmallDisk:
             text=True,
             env=environment(),
             cwd=self.path.parent,
-            timeout=DEADLINE,
+            timeout=timeout,
         )
 
     def instarfs(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from tests.advice import Block, blocks_of, may_fail
 from tests.images.builder import MIB
 from tests.images.damage import DAMAGES
 from tests.images.sample import sample
-from tests.mount.mounts import INSTARFS
+from tests.mount.mounts import DEADLINE, INSTARFS
 from tests.mount.small_disk import SmallDisk, small_disk
 
 NAME = "an image"
@@ -35,7 +35,8 @@ def follow(disk: SmallDisk) -> list[Block]:
     program = f'instarfs() {{ {shlex.join(INSTARFS)} "$@"; }}\nset -e\n'
     script = program + "\n".join(map(_script, blocks))
     elsewhere = disk.path.parent  # entering the namespace has led to its root
-    done = disk.run("bash", "-c", f'cd "$1"\n{script}', "bash", elsewhere)
+    shell = ("bash", "-c", f'cd "$1"\n{script}', "bash", elsewhere)
+    done = disk.run(*shell, timeout=len(blocks) * DEADLINE)
     assert (done.returncode, done.stderr) == (0, "")
     assert (elsewhere / f"{NAME}.copy").stat().st_size > MIB
     assert (elsewhere / f"{NAME}.lost/triage.json").exists()
