@@ -240,6 +240,15 @@ class ImageInUse(InstarfsError):
     errno: ClassVar[int] = _errno.EBUSY
 
 
+class ImageNotLocked(InstarfsError):
+    """{path}: whether another process has the image open is not known, since locks fail: {reason};
+    look at the file system that it is on
+    """
+
+    path: str
+    reason: str
+
+
 class ReadCancelled(InstarfsError):
     """cancelled before it was done; read again to start over"""
 

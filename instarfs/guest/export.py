@@ -26,6 +26,7 @@ from instarfs.errors import (
     GuestElsewhere,
     GuestEncrypted,
     ImageReadFailed,
+    OutFailed,
 )
 from instarfs.guest.disk import Disk, Missing, Qcow2Layer, RawLayer
 from instarfs.guest.follow import Follow
@@ -285,7 +286,11 @@ class _Run:
         """Write the list, and have the copy flushed, when it is time."""
         now = time.monotonic()
         if self._flushing is not None and self._flushing[0].done():
-            self._flushing[0].result()
+            try:
+                self._flushing[0].result()
+            except OutFailed:
+                self._out.forget_unflushed()
+                raise
             self._save(self._flushing[1])
             self._flushing = None
         elif self._flushing is None and now > self._flushed_at + FLUSH_SECONDS:

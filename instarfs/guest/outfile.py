@@ -29,6 +29,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.image.directory import MODE, kept_readable
+from instarfs.image.file import close_all
 from instarfs.text import json_text
 from planner.errors import NotAMapfile
 from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
@@ -106,6 +107,12 @@ class OutFile:
         except OSError as error:
             raise self.failed("writing", error) from error
 
+    def forget_unflushed(self) -> None:
+        """Not all that was written is on the disk, and nobody knows what of it: list none of it."""
+        mapfile = _without(self.mapfile, self._flushed)
+        with contextlib.suppress(OutFailed):
+            self.save(mapfile, mapfile.position)
+
     def save(self, mapfile: Mapfile, position: int, flushed: int | None = None) -> None:
         """Make *mapfile* the list, up to *position* of what was tried by now.
 
@@ -143,8 +150,17 @@ class OutFile:
         return OutFailed(self.path, what, reason_of(error))
 
     def close(self) -> None:
-        """Let go of it, and of its lock."""
-        os.close(self._fd)
+        """Let go of it, and of its lock.
+
+        Raises `OutFailed` where a server says only now that it has not all that was written.
+        """
+        try:
+            os.close(os.dup(self._fd))
+        except OSError as error:
+            self.forget_unflushed()
+            raise self.failed("writing", error) from error
+        finally:
+            close_all(self._fd)
 
 
 def map_path(path: str) -> str:
@@ -245,10 +261,16 @@ def _checked(path: str, fd: int, origin: Origin, known: _Known) -> tuple[Mapfile
         os.close(fd)
         raise OutOfSomethingElse(path, what, map_path(path))
     if head.get("boot") != _boot() or not head.get("boot"):
-        unsure = [
+        mapfile = _without(mapfile, flushed)
+    return mapfile, flushed
+
+
+def _without(mapfile: Mapfile, flushed: int) -> Mapfile:
+    """*mapfile* where only what was *flushed* counts as read."""
+    return mapfile.overlaid(
+        [
             (max(start, flushed), end, UNTRIED)
             for start, end in mapfile.blocks(READ)
             if end > flushed
         ]
-        mapfile = mapfile.overlaid(unsure)
-    return mapfile, flushed
+    )

@@ -252,7 +252,7 @@ class Image:
         self._directory = directory
         self._is_device = is_device
         also = [each.directory for each in (spot, undo) if each]
-        close = _close_aside if closes_aside else _close_all
+        close = _close_aside if closes_aside else close_all
         self._close = weakref.finalize(self, close, fd, directory, *also)
         self._close.atexit = not closes_aside  # then there are no threads any more
 
@@ -270,15 +270,15 @@ class Image:
         except OSError as error:
             raise _open_error(path, error) from error
         with contextlib.ExitStack() as opened:
-            opened.callback(os.close, fd)
+            opened.callback(close_all, fd)
             try:
+                status = os.fstat(fd)
                 directory = os.open(absolute.parent, os.O_PATH | os.O_CLOEXEC)
             except OSError as error:
                 raise _open_error(path, error) from error
             opened.callback(os.close, directory)
             spot = _real_spot(directory, absolute.name)
             opened.pop_all()
-        status = os.fstat(fd)
         origin = Origin.of(status, is_mount=_is_mounted_on(fd, spot.directory))
         return cls(
             str(absolute),
@@ -353,8 +353,8 @@ class Image:
 
     def generation(self) -> Generation:
         """What it is now; to be compared with what it was. Raises `ImageReadFailed`."""
+        status = self._status()
         try:
-            status = os.fstat(self._fd)
             size = os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else status.st_size
         except OSError as error:
             raise ImageReadFailed(self.path, 0, _reason(error)) from error
@@ -367,9 +367,18 @@ class Image:
             written=_sectors_written(status.st_rdev) if self._is_device else 0,
         )
 
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self._fd)
+        except OSError as error:  # of a file system that somebody else serves
+            raise ImageReadFailed(self.path, 0, _reason(error)) from error
+
     def allocated_size(self) -> int:
-        """Bytes that the file system has set aside for it; holes take none."""
-        return os.fstat(self._fd).st_blocks * 512
+        """Bytes that the file system has set aside for it; holes take none.
+
+        Raises `ImageReadFailed`.
+        """
+        return self._status().st_blocks * 512
 
     def is_replaced(self) -> bool:
         """Whether something else stands in its place by now; where there is nothing it does not.
@@ -486,14 +495,15 @@ def missing(image: Image) -> InstarfsError:
     return ImageDeleted(image.path) if gone.is_deleted else ImageMoved(image.path)
 
 
-def _close_all(*descriptors: int) -> None:
+def close_all(*descriptors: int) -> None:
+    """Close them. What is to be kept of what was written through them has been flushed."""
     for fd in descriptors:
         with contextlib.suppress(OSError):  # of a file that nobody serves any more: it is closed
             os.close(fd)
 
 
 def _close_aside(*descriptors: int) -> None:
-    threading.Thread(target=_close_all, args=descriptors, daemon=True).start()
+    threading.Thread(target=close_all, args=descriptors, daemon=True).start()
 
 
 def _open_file(path: str) -> int:

@@ -12,11 +12,11 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from instarfs.errors import ImageInUse
+from instarfs.errors import ImageInUse, ImageNotLocked, reason_of
 
 _USED = 100
 _DENIED = 200
@@ -79,20 +79,36 @@ FORCE_SHARE = Access((Permission.CONSISTENT_READ,), ())
 def held(fd: int, path: str, access: Access = READ_ONLY) -> Iterator[None]:
     """Hold QEMU's locks for *access* on the open image; *path* is for the message.
 
-    Raises `ImageInUse`, with nothing held, where another process excludes it. Does nothing on a
-    file that cannot be locked.
+    Raises `ImageInUse`, with nothing held, where another process excludes it, and `ImageNotLocked`
+    where that cannot be known. Does nothing on a file that cannot be locked.
     """
     try:
-        _acquire(fd, path, access)
+        with _explained(path):
+            _acquire(fd, path, access)
         yield
     finally:
         for byte in access.bytes:
-            _set(fd, fcntl.F_UNLCK, byte)
+            # A server that fails by then changes nothing of what was done, and closing lets go too.
+            with suppress(OSError):
+                _set(fd, fcntl.F_UNLCK, byte)
 
 
-def is_written(fd: int) -> bool:
-    """Whether another process has the image open for writing, by its locks."""
-    return any(_is_held(fd, _USED + p) for p in (Permission.WRITE, Permission.RESIZE))
+def is_written(fd: int, path: str) -> bool:
+    """Whether another process has the image open for writing, by its locks.
+
+    *path* is for the message of `ImageNotLocked`, where that cannot be known.
+    """
+    with _explained(path):
+        return any(_is_held(fd, _USED + p) for p in (Permission.WRITE, Permission.RESIZE))
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Raise what a server of locks fails by as an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise ImageNotLocked(path, reason_of(error)) from error
 
 
 def _acquire(fd: int, path: str, access: Access) -> None:

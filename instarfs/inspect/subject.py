@@ -120,7 +120,9 @@ class Subject:
 
     def is_written(self) -> bool:
         """Whether somebody, here or elsewhere, writes to it, or may."""
-        return self.sharing.has_writer or self.ask(partial(locks.is_written, self.image.fileno()))
+        return self.sharing.has_writer or self.ask(
+            partial(locks.is_written, self.image.fileno(), self.path)
+        )
 
     def gone(self) -> Gone | None:
         """As `Image.gone`."""

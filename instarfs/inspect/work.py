@@ -129,4 +129,4 @@ class Work:
             states = read_bitmap_states(image.source(), while_wanted())
         except ImageError as error:
             states = as_value(error)
-        return Bitmaps(states, locks.is_written(image.fileno()))
+        return Bitmaps(states, locks.is_written(image.fileno(), image.path))

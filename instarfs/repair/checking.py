@@ -82,7 +82,7 @@ def run_check(
     """
 
     def by_others() -> bool:
-        return locks.is_written(image.fileno())
+        return locks.is_written(image.fileno(), image.path)
 
     keep_freed_memory()
     is_written = is_written or by_others

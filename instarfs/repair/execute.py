@@ -80,13 +80,16 @@ class FileDevice:
 
     def __init__(self, fd: int, name: str) -> None:
         self._fd = fd
-        self._is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
         self._resized = False
         self.name = name
 
     @property
     def size(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END)
+
+    @property
+    def _is_block(self) -> bool:
+        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
 
     def pread(self, offset: int, length: int) -> bytes:
         parts = []
@@ -129,7 +132,10 @@ class DeviceSource:
 
     @property
     def size(self) -> int:
-        return self._device.size
+        try:
+            return self._device.size
+        except OSError as error:
+            raise ImageReadFailed(self._device.name, 0, reason_of(error)) from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         view = buffer.cast("B")
@@ -180,9 +186,9 @@ def execute(
 
 def require_start(device: Device, plan: Plan) -> None:
     """Raise `ImageChanged` unless the device holds what *plan* starts from, and is as long."""
-    if device.size != plan.size_before:
-        raise ImageChanged(device.name, f"it has {device.size} bytes, not {plan.size_before}")
     source = DeviceSource(device)
+    if (size := source.size) != plan.size_before:
+        raise ImageChanged(device.name, f"it has {size} bytes, not {plan.size_before}")
     changed = [sectors[~_hold(source, sectors, before)] for sectors, before in _starts(plan)]
     if any(map(len, changed)):
         raise ImageChanged(device.name, _not_expected(np.concatenate(changed)))
@@ -219,14 +225,13 @@ def take_back(device: Device, plan: Plan) -> None:
 
 def require_remnant(device: Device, plan: Plan) -> None:
     """Raise `ImageChanged` unless the device is what a crash at some moment of *plan* leaves."""
-    if device.size not in (plan.size_before, plan.size_after):
+    source = DeviceSource(device)
+    if (size := source.size) not in (plan.size_before, plan.size_after):
         raise ImageChanged(
-            device.name,
-            f"it has {device.size} bytes, neither {plan.size_before} nor {plan.size_after}",
+            device.name, f"it has {size} bytes, neither {plan.size_before} nor {plan.size_after}"
         )
     sectors = distinct(np.concatenate([_NO_SECTORS, *(stage.sectors for stage in plan.stages)]))
     known = np.zeros(len(sectors), dtype=np.bool_)
-    source = DeviceSource(device)
     for mine, before in _starts(plan):
         known[np.searchsorted(sectors, mine)] = _hold(source, mine, before)
     for stage in plan.stages:

@@ -23,11 +23,11 @@ def pending(image: Image) -> Pending | None:
     None while somebody writes to the image: then a repair may be under way, of which the undo file
     says the same as of one that was interrupted.
     """
-    if locks.is_written(image.fileno()):
+    if locks.is_written(image.fileno(), image.path):
         return None
     found = _look(image)
     # One may have begun since, or have begun and ended.
-    is_over = found is None or locks.is_written(image.fileno()) or _look(image) != found
+    is_over = found is None or locks.is_written(image.fileno(), image.path) or _look(image) != found
     return None if is_over else found
 
 

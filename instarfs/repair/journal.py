@@ -39,6 +39,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.image.directory import Opening
+from instarfs.image.file import close_all
 from instarfs.repair.undo_place import Identity, UndoPlace
 from planner.check.report import CheckCounters
 from planner.repair.plan import (
@@ -427,7 +428,7 @@ class Journal:
                 status = decode_word(_read_all(fd, 0, BODY_AT), size, place.file)
             journal = cls(place, fd, status)
         except BaseException:
-            os.close(fd)
+            close_all(fd)
             raise
         if size > status.end:
             journal._cut_off()
@@ -443,7 +444,7 @@ class Journal:
                 os.fsync(fd)
                 place.sync()
             except BaseException:
-                os.close(fd)
+                close_all(fd)
                 with suppress(OSError):
                     place.remove()
                 raise
@@ -577,7 +578,7 @@ class Journal:
 
     def close(self) -> None:
         """One that holds nothing is removed."""
-        os.close(self._fd)
+        close_all(self._fd)
         if self._status.state is State.EMPTY:
             with suppress(OSError):
                 self._place.remove()
@@ -604,8 +605,15 @@ class Journal:
         status = replace(status, sequence=self._status.sequence + 1)
         slots = [SLOTS_AT + (status.sequence + each) % SLOTS * SECTOR for each in range(SLOTS)]
         slot = encode_slot(status)
-        _write(self._fd, slot, slots[0])
-        os.fsync(self._fd)
+        try:
+            _write(self._fd, slot, slots[0])
+            os.fsync(self._fd)
+        except BaseException:
+            # Whoever reads it before the disk is asked again finds what was not entered.
+            with suppress(OSError):
+                _write(self._fd, encode_slot(self._status), slots[0])
+                os.fsync(self._fd)
+            raise
         self._status = status
         with suppress(OSError):
             _write(self._fd, slot, slots[1])
@@ -631,7 +639,7 @@ def read_summary(place: UndoPlace) -> Summary | None:
                 lambda offset, length: _read_all(fd, offset, length), size, place.file
             )
     finally:
-        os.close(fd)
+        close_all(fd)
     if found is None:
         return None
     summary, identity = found

@@ -20,7 +20,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.image.directory import MODE, kept_readable
-from instarfs.image.file import FileSource, Generation, Image
+from instarfs.image.file import FileSource, Generation, Image, close_all
 from instarfs.repair.execute import FileDevice, execute
 from planner.progress import Meter, Progress, tell_nobody
 from planner.repair.plan import Plan
@@ -62,7 +62,7 @@ def write_copy(
             raise RescueNotWritten(path, _CHANGED) from error
         raise
     finally:
-        os.close(fd)
+        close_all(fd)
 
 
 def _require_unchanged(image: Image, before: Generation, path: str) -> None:

@@ -376,11 +376,17 @@ class _Pass:
         else:
             self._undo_applied(session)
         self.outcome = replace(self.outcome, status=Status.UNDONE)
-        with suppress(Cancelled):  # it is undone, whether somebody still waits for the check or not
+        # It is undone, whether somebody still waits for the check or not, and if that fails.
+        try:
             self._tell_what_is_left(session)
             after = self.check(session.source)
-            number = total(after)
-            self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
+        except Cancelled:
+            return
+        except ImageReadFailed as error:
+            self._add_reason(f"it could not be checked after that: {error}")
+            return
+        number = total(after)
+        self.outcome = replace(self.outcome, after=after, found=number, left_count=number)
 
     def _tell_what_is_left(self, session: Session) -> None:
         """How many repairs more can be taken back; or why those that are kept cannot."""
@@ -459,7 +465,7 @@ class _Pass:
         if report.verdict != "clean" or not report.complete:
             raise TrimRefused(image.path, report.verdict)
         is_undoable, kept = self._needed_by_undo(session)
-        offset, length = free_runs(report, session.device.size, kept)
+        offset, length = free_runs(report, session.source.size, kept)
         before = image.allocated_size()
         if not len(offset):
             status = Status.NOTHING_TO_DO
@@ -467,7 +473,9 @@ class _Pass:
             return
         self._require_no_tables(session, report, (offset, length), quote)
         held = self._punch(session, offset, length)
-        given = max(0, before - image.allocated_size())
+        given = 0
+        with suppress(ImageReadFailed):
+            given = max(0, before - image.allocated_size())
         if not held and not given:  # what is preallocated holds nothing, and takes up space
             status, reason = Status.NOTHING_TO_DO, "the free clusters took up no disk space"
             self.outcome = replace(self.outcome, status=status, reason=reason)

@@ -23,7 +23,7 @@ from instarfs.errors import (
     reason_of,
 )
 from instarfs.image.directory import NO_FILE, SUFFIX, Change, HandsGone, Opening, Spot, exists
-from instarfs.image.file import Image, mount_id
+from instarfs.image.file import Image, close_all, mount_id
 from instarfs.text import shell_path
 
 _NO_UNDO_FILE = "this is no undo file"
@@ -125,14 +125,12 @@ class UndoPlace:
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return None
-            problem = f"the undo file cannot be opened: {reason_of(error)}"
-            if error.errno == NO_FILE:
-                problem = _NO_UNDO_FILE
+            problem = _NO_UNDO_FILE if error.errno == NO_FILE else _unopened(error)
             raise UndoFileDamaged(self.file, problem) from error
         try:
-            self._require_trust(os.fstat(fd))
+            self._require_trust(fd)
         except BaseException:
-            os.close(fd)
+            close_all(fd)
             raise
         return fd
 
@@ -208,10 +206,18 @@ class UndoPlace:
     def _place(self) -> tuple[int, str]:
         return self._spot.directory, self._spot.name
 
-    def _require_trust(self, status: os.stat_result) -> None:
+    def _require_trust(self, fd: int) -> None:
         """Refuse what somebody made who may not write to the image: its bytes go in there."""
+        try:
+            status = os.fstat(fd)
+        except OSError as error:
+            raise UndoFileDamaged(self.file, _unopened(error)) from error
         if not stat.S_ISREG(status.st_mode):
             raise UndoFileDamaged(self.file, _NO_UNDO_FILE)
         writers = status.st_mode & ~self._status.st_mode & _OF_OTHERS
         if status.st_uid not in self._owners or writers:
             raise UndoFileDamaged(self.file, "others than the image's owner may write to it")
+
+
+def _unopened(error: OSError) -> str:
+    return f"the undo file cannot be opened: {reason_of(error)}"

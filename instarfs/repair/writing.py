@@ -32,7 +32,7 @@ from instarfs.errors import (
 )
 from instarfs.image import locks
 from instarfs.image.directory import SUFFIX
-from instarfs.image.file import Image, missing
+from instarfs.image.file import Image, close_all, missing
 from instarfs.repair.execute import Device, holds_start, require_remnant, require_start, take_back
 from instarfs.repair.journal import Journal, Record, State, digest_of
 from instarfs.repair.undo_place import UndoPlace
@@ -77,7 +77,7 @@ class Session:
         """
         with ExitStack() as stack:
             fd = _open_for_writing(image)
-            stack.callback(os.close, fd)
+            stack.callback(close_all, fd)
             stack.enter_context(locks.held(fd, image.path, locks.READ_WRITE))
             place = _place_of(image)
             if place is not None:
@@ -332,8 +332,10 @@ class Session:
         return left is None or self._check(left).counters == record.counters
 
     def _mtime_ns(self) -> int:
-        """Of the image as it is; 0 for a device, of which it says nothing."""
-        return 0 if self.image.is_device else os.fstat(self.image.fileno()).st_mtime_ns
+        """Of the image as it is; 0 where that says nothing, as of a device, or is not told."""
+        with suppress(ImageReadFailed):
+            return 0 if self.image.is_device else self.image.generation().mtime_ns
+        return 0
 
     def _was_written_to(self) -> bool:
         known = self.journal.status.mtime_ns if self.journal else 0
@@ -356,9 +358,13 @@ def _open_for_writing(image: Image) -> int:
             raise ImageReplaced(image.path) from error
         kind = ImageOpenFailed if error.errno == errno.EIO else ImageReadOnly
         raise kind(image.path, reason_of(error)) from error
-    ours, its = os.fstat(fd), os.fstat(image.fileno())
-    if (ours.st_dev, ours.st_ino) != (its.st_dev, its.st_ino):
-        os.close(fd)
+    try:
+        is_it = os.path.sameopenfile(fd, image.fileno())
+    except OSError as error:
+        close_all(fd)
+        raise ImageOpenFailed(image.path, reason_of(error)) from error
+    if not is_it:
+        close_all(fd)
         raise ImageReplaced(image.path)
     return fd
 

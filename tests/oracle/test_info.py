@@ -342,7 +342,7 @@ def written_by_qemu(image: str) -> Iterator[None]:
         try:
             deadline = monotonic() + 30
             with Path(image).open("rb") as file:
-                while not locks.is_written(file.fileno()):
+                while not locks.is_written(file.fileno(), image):
                     assert monotonic() < deadline, "qemu-io did not open the image"
                     sleep(0.01)
             yield

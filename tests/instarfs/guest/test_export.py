@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -404,6 +405,34 @@ def test_a_copy_is_flushed_before_that_is_said(
     grown = [at for at, each in enumerate(events) if each not in ("flush", "said 0")]
     assert grown
     assert "flush" in events[: grown[0]]
+
+
+@pytest.mark.parametrize("call", ["close", "fdatasync"])
+def test_what_a_server_did_not_keep_is_copied_again(
+    call: str, export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a network what was written may be refused only when it is flushed, or closed."""
+    monkeypatch.setattr("instarfs.guest.export.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("instarfs.guest.export.PART_BYTES", CLUSTER)
+    image, out = tmp_path / "image", tmp_path / "out"
+    make(image, 200)
+    real = getattr(os, call)
+
+    def fail(fd: int) -> None:
+        is_out = out.exists() and os.path.samestat(os.fstat(fd), out.stat())
+        real(fd)
+        if is_out:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        refused(export(image, out), out, "Disk quota exceeded", "make space")
+    flushed = int(str(head_of(out)["flushed"]))
+    with out.open("r+b") as file:
+        file.seek(flushed)
+        file.write(bytes(200 * CLUSTER - flushed))
+    assert export(image, out).code == 0
+    assert out.read_bytes() == content(200) + bytes(200 * CLUSTER)
 
 
 # ---- refusals ----

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from instarfs.errors import ImageInUse
+from instarfs.errors import ImageInUse, ImageNotLocked
 from instarfs.image import locks
 from instarfs.image.locks import FORCE_SHARE, READ_ONLY, READ_WRITE, Access, Permission
 
@@ -92,13 +92,13 @@ def test_a_conflict_names_the_permission_and_holds_nothing(
 
 def test_force_share_stands_beside_a_writer(fd: int, other: int) -> None:
     with locks.held(other, "image", WRITER), locks.held(fd, "image", FORCE_SHARE):
-        assert locks.is_written(fd)
-    assert not locks.is_written(fd)
+        assert locks.is_written(fd, "image")
+    assert not locks.is_written(fd, "image")
 
 
 def test_a_readers_denial_is_no_writer(fd: int, other: int) -> None:
     with locks.held(other, "image", READ_ONLY):
-        assert not locks.is_written(fd)
+        assert not locks.is_written(fd, "image")
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP])
@@ -110,7 +110,39 @@ def test_a_file_system_without_locks_is_no_obstacle(
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with locks.held(fd, "image"):
-        assert not locks.is_written(fd)
+        assert not locks.is_written(fd, "image")
+
+
+@pytest.mark.parametrize("command", [fcntl.F_OFD_SETLK, fcntl.F_OFD_GETLK])
+def test_a_server_whose_locks_fail_is_named(
+    fd: int, other: int, monkeypatch: pytest.MonkeyPatch, command: int
+) -> None:
+    """As over NFS: nobody knows then who else has the image, and nothing is said of it."""
+    real = fcntl.fcntl
+
+    def fail(fd: int, asked: int, argument: bytes) -> bytes:
+        if asked == command and locks._FLOCK.unpack(argument)[0] != fcntl.F_UNLCK:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(fd, asked, argument)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", fail)
+        with pytest.raises(ImageNotLocked, match=r"image: .*Stale"), locks.held(fd, "image"):
+            pytest.fail("held in spite of the failure")
+        if command == fcntl.F_OFD_GETLK:
+            with pytest.raises(ImageNotLocked, match=r"image: .*Stale"):
+                locks.is_written(fd, "image")
+    assert held_bytes(other) == set()
+
+
+def test_a_server_that_fails_afterwards_takes_nothing_of_the_work_back(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int, command: int, argument: bytes) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with locks.held(fd, "image"):
+        monkeypatch.setattr(fcntl, "fcntl", fail)
 
 
 def test_a_lock_of_another_kind_is_a_conflict(fd: int, path: Path) -> None:
@@ -143,11 +175,11 @@ def test_we_keep_our_hands_off_what_qemu_writes(fd: int, path: Path) -> None:
         writer.stdin.write("length\n")
         writer.stdin.flush()
         assert "1 MiB" in writer.stdout.readline()
-        assert locks.is_written(fd)
+        assert locks.is_written(fd, "image")
         with (
             pytest.raises(ImageInUse, match='Failed to get shared "write" lock'),
             locks.held(fd, "image"),
         ):
             pytest.fail("held in spite of the conflict")
         writer.communicate("quit\n")
-    assert not locks.is_written(fd)
+    assert not locks.is_written(fd, "image")

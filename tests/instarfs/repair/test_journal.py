@@ -401,6 +401,7 @@ def test_a_state_that_cannot_be_written_is_an_error_and_the_old_one_holds(
             patch.setattr(os, "fsync", fail)
             with pytest.raises(kind, match=os.strerror(code)) as caught:
                 journal.advance(State.APPLIED)
+        assert state_at(place) == (State.APPLYING, journal.plan.id)
         assert caught.value.errno == code
         assert ("make space" in str(caught.value)) == (code == errno.ENOSPC)
         assert journal.status.state is State.APPLYING

@@ -5,6 +5,8 @@ Images are small and made here; every test looks at the bytes.
 """
 
 import errno
+import fcntl
+import itertools
 import os
 import random
 import shutil
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,8 +23,10 @@ from instarfs.errors import (
     ImageDeleted,
     ImageInUse,
     ImageNameless,
+    ImageReadFailed,
     ImageReadOnly,
     ImageReplaced,
+    InstarfsError,
     NotEnoughMemory,
     PlanStale,
     PutBackFailed,
@@ -924,6 +929,60 @@ def test_whatever_write_or_flush_fails_the_image_is_put_back(
         assert box.names() == {box.path.name}
 
 
+def fail_at(
+    number: int, module: ModuleType, name: str, folder: Path, patch: pytest.MonkeyPatch
+) -> list[int]:
+    """Have the nth such call fail that is about an open file in *folder*, as over a network.
+
+    Returns what has an element for each call that was made.
+    """
+    real, calls = getattr(module, name), []
+
+    def call(fd: int, *arguments: object) -> object:
+        is_asked = Path(f"/proc/self/fd/{fd}").readlink().parent == folder
+        done = real(fd, *arguments)
+        if is_asked:
+            calls.append(fd)
+            if len(calls) == number:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return done
+
+    patch.setattr(module, name, call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(os, "fstat"), (os, "lseek"), (os, "close"), (fcntl, "fcntl")]
+)
+@pytest.mark.parametrize("work", ["repair", "undo"])
+def test_whichever_question_to_the_file_system_fails_it_is_said_what_became_of_the_image(
+    box: Sandbox, monkeypatch: pytest.MonkeyPatch, work: str, module: ModuleType, name: str
+) -> None:
+    content = damaged("leaked-clusters")
+    mended = repaired(LEAKS, content)
+    for number in itertools.count(1):
+        box.undo_path.unlink(missing_ok=True)
+        box.put(content)
+        if work == "undo":
+            box.repair(LEAKS)
+        with monkeypatch.context() as patch:
+            calls = fail_at(number, module, name, box.path.parent, patch)
+            try:
+                outcome = box.repair(LEAKS) if work == "repair" else box.undo()
+            except InstarfsError as error:  # there is no image to open
+                outcome = RepairOutcome(error=error)
+        is_done = outcome.status in (Status.REPAIRED, Status.UNDONE)
+        assert (outcome.error is None) == is_done
+        assert box.read() == (mended if is_done == (work == "repair") else content)
+        if box.read() == mended:
+            assert box.undo().status is Status.UNDONE
+        assert box.read() == content
+        if len(calls) < number:
+            break
+    assert is_done
+    assert number > 3
+
+
 @pytest.mark.parametrize(("tier", "name"), [(LEAKS, "leaked-clusters"), (ALL, "lost-refblock")])
 @pytest.mark.parametrize("finish", [Sandbox.repair, Sandbox.undo])
 def test_where_putting_back_fails_the_undo_file_stays_and_the_next_one_finishes(
@@ -1021,6 +1080,22 @@ def test_an_undo_that_fails_leaves_the_repair_and_one_that_dies_is_finished(box:
     assert outcome.status is Status.UNDONE
     assert outcome.recovered
     assert box.read() == content
+
+
+def test_what_was_undone_is_said_to_be_also_where_it_cannot_be_checked_then(box: Sandbox) -> None:
+    content = box.put(damaged("leaked-clusters"))
+    assert box.repair(LEAKS).status is Status.REPAIRED
+
+    def check(source: Source, **options: object) -> Report:
+        if isinstance(source, Overlay):
+            return cached_check(source, **options)  # type: ignore[arg-type]
+        raise ImageReadFailed(str(box.path), 0, "Input/output error")
+
+    outcome = box.undo(check=check)
+    assert (outcome.status, outcome.error) == (Status.UNDONE, None)
+    assert "reading at offset 0 failed: Input/output error" in outcome.reason
+    assert box.read() == content
+    assert box.names() == {box.path.name}
 
 
 def test_an_image_that_is_not_what_was_proven_is_put_back(box: Sandbox) -> None:
@@ -1181,7 +1256,7 @@ def test_a_repair_that_begins_as_its_undo_file_is_looked_at_is_no_interrupted_on
 ) -> None:
     begun(box)
     is_written = iter((False, True))
-    monkeypatch.setattr(locks, "is_written", lambda _: next(is_written))
+    monkeypatch.setattr(locks, "is_written", lambda *_: next(is_written))
     with box.open() as image:
         assert pending(image) is None
 
@@ -1190,7 +1265,7 @@ def test_nor_is_one_that_has_ended_by_then(box: Sandbox, monkeypatch: pytest.Mon
     begun(box)
     asked: list[int] = []
 
-    def is_written(fd: int) -> bool:
+    def is_written(fd: int, _path: str) -> bool:
         asked.append(fd)
         if len(asked) == 2:
             with monkeypatch.context() as real:
