@@ -81,15 +81,22 @@ class OutFile:
             os.close(fd)
             raise OutBusy(path) from error
         try:
-            if os.fstat(fd).st_size < origin.size:
-                os.ftruncate(fd, origin.size)
-        except OSError as error:
-            if known is None:
-                Path(path).unlink()
-            os.close(fd)
-            raise made.failed("making it as large as the disk", error) from error
-        made.save(made.mapfile, made.mapfile.position)
+            made._enlarge()
+            made.save(made.mapfile, made.mapfile.position)
+        except OutFailed:
+            if known is None:  # or it would be nobody's: there is no list of it
+                with contextlib.suppress(OSError):
+                    Path(path).unlink()
+            close_all(fd)
+            raise
         return made
+
+    def _enlarge(self) -> None:
+        try:
+            if os.fstat(self._fd).st_size < self._origin.size:
+                os.ftruncate(self._fd, self._origin.size)
+        except OSError as error:
+            raise self.failed("making it as large as the disk", error) from error
 
     def write(self, offset: int, content: memoryview) -> None:
         """Write all of *content*. Raises `OutFailed`."""

@@ -557,6 +557,19 @@ def test_no_room(tmp_path: Path) -> None:
         assert (disk.outside / "out").read_bytes() == content(100) + bytes(100 * CLUSTER)
 
 
+def test_a_copy_of_which_no_list_could_be_begun_can_be_begun_again(
+    export: Command, tmp_path: Path
+) -> None:
+    image, out, taken = (tmp_path / name for name in ("image", "out", "out.map.instarfs-new"))
+    make(image)
+    taken.mkdir()
+    refused(export(image, out), out, "Is a directory", "start the same command again")
+    assert not out.exists()
+    taken.rmdir()
+    assert export(image, out).code == 0
+    assert out.read_bytes() == content(40) + bytes(40 * CLUSTER)
+
+
 def test_what_is_no_image(export: Command, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     said = export(tmp_path / "text", tmp_path / "out")
