@@ -11,6 +11,7 @@ read as long as the machine runs in which they were written; up to ``flushed`` t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -30,6 +31,7 @@ from instarfs.errors import (
 )
 from instarfs.image.directory import MODE, kept_readable
 from instarfs.image.file import close_all
+from instarfs.image.locks import UNSUPPORTED
 from instarfs.text import json_text
 from planner.errors import NotAMapfile
 from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
@@ -76,20 +78,27 @@ class OutFile:
             fd = _reopen(path)
             made = cls(path, fd, origin, *_checked(path, fd, origin, known))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
-            raise OutBusy(path) from error
-        try:
+            made._lock()
             made._enlarge()
             made.save(made.mapfile, made.mapfile.position)
-        except OutFailed:
-            if known is None:  # or it would be nobody's: there is no list of it
+        except (OutBusy, OutFailed) as error:
+            # Without a list of it, it would be nobody's.
+            if known is None and isinstance(error, OutFailed):
                 with contextlib.suppress(OSError):
                     Path(path).unlink()
             close_all(fd)
             raise
         return made
+
+    def _lock(self) -> None:
+        """Where files cannot be locked, nobody is kept out."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OutBusy(self.path) from error
+            if error.errno not in UNSUPPORTED:
+                raise self.failed("locking it", error) from error
 
     def _enlarge(self) -> None:
         try:
@@ -129,17 +138,17 @@ class OutFile:
         """
         if flushed is not None:
             self._flushed = flushed
-        head = {
-            "image": self._origin.image,
-            "disk": self._origin.disk,
-            "files": dict(self._origin.files),
-            "out": os.fstat(self._fd).st_ino,
-            "boot": self._boot,
-            "flushed": self._flushed,
-        }
-        listed = replace(mapfile, position=position, remarks=(_TITLE, _MARK + json_text(head)))
         new = self.map_path + _NEW
         try:
+            head = {
+                "image": self._origin.image,
+                "disk": self._origin.disk,
+                "files": dict(self._origin.files),
+                "out": os.fstat(self._fd).st_ino,
+                "boot": self._boot,
+                "flushed": self._flushed,
+            }
+            listed = replace(mapfile, position=position, remarks=(_TITLE, _MARK + json_text(head)))
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(kept_readable(os.open(new, flags, MODE)), "wb") as file:
                 file.writelines(listed.render())

@@ -25,7 +25,7 @@ _DENIED = 200
 _FLOCK = struct.Struct("@hhqqi0q")
 
 # Seen where a file system, or what it stands on, has no such locks: there is nothing to respect.
-_UNSUPPORTED = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+UNSUPPORTED = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 _HELD_BY_OTHERS = frozenset({errno.EAGAIN, errno.EACCES})
 
 
@@ -141,7 +141,7 @@ def _is_held(fd: int, byte: int) -> bool:
     try:
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
     except OSError as error:
-        if error.errno in _UNSUPPORTED:
+        if error.errno in UNSUPPORTED:
             return False
         raise
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -151,7 +151,7 @@ def _set(fd: int, kind: int, byte: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
     except OSError as error:
-        if error.errno not in _UNSUPPORTED:
+        if error.errno not in UNSUPPORTED:
             raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -505,6 +506,34 @@ def test_two_exports_do_not_share_a_copy(export: Command, tmp_path: Path) -> Non
         refused(export(image, out), out, "another export is writing to it")
         program.kill()
     assert export(image, out).code == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_where_files_cannot_be_locked_nobody_is_kept_out(
+    code: int, export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "image")
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert export(tmp_path / "image", tmp_path / "out").code == 0
+    assert (tmp_path / "out").read_bytes() == content(40) + bytes(40 * CLUSTER)
+
+
+def test_what_cannot_be_locked_is_not_said_to_be_in_use(
+    export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "image")
+
+    def fail(fd: int, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", fail)
+        refused(export(tmp_path / "image", tmp_path / "out"), "locking it failed", "output error")
+    assert export(tmp_path / "image", tmp_path / "out").code == 0
 
 
 def test_an_image_that_is_written_to_meanwhile(
