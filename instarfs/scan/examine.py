@@ -96,7 +96,7 @@ def _row(candidate: Candidate, start: bytes, checked: Checked, as_of: float, now
     return Row(
         candidate.path,
         candidate.device,
-        Stamp(candidate.stamp.inode, before.size, before.mtime_ns, before.ctime_ns),
+        Stamp.of(candidate.stamp.inode, before.size, before.mtime_ns, before.ctime_ns),
         hashlib.sha256(start).digest(),
         verdict,
         report.exit_code,

@@ -71,7 +71,7 @@ def look(path: bytes, directory: int | None = None) -> Entry:
         return Folder(path)
     # A device that is named is taken for what it holds; one that lies about is not opened.
     if stat.S_ISREG(mode) or (directory is None and stat.S_ISBLK(mode)):
-        stamp = Stamp(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        stamp = Stamp.of(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         stored = status.st_blocks * 512
         return Named(Candidate(path, status.st_dev, stamp, stored), status.st_nlink)
     what = "a link" if stat.S_ISLNK(mode) else "no file"

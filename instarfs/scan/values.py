@@ -9,6 +9,7 @@ import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from planner.check.report import CheckCounters
 
@@ -48,6 +49,19 @@ class Stamp:
     size: int
     mtime_ns: int
     ctime_ns: int
+
+    @classmethod
+    def of(cls, inode: int, size: int, mtime_ns: int, ctime_ns: int) -> Self:
+        """Of a file, whatever times somebody gave it.
+
+        Most file systems keep some before 1677 or after 2262, of which the nanoseconds since 1970
+        take more than 64 bits: no state has room for those, and the nearest that there are do.
+        """
+        return cls(inode, size, _within_64_bits(mtime_ns), _within_64_bits(ctime_ns))
+
+
+def _within_64_bits(number: int) -> int:
+    return max(-(1 << 63), min(number, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import instarfs
 from instarfs.image.directory import SUFFIX
 from instarfs.scan.pool import Pool
 from instarfs.scan.state import State
-from instarfs.scan.values import GONE, NOT_QCOW2, Shard
+from instarfs.scan.values import GONE, NOT_QCOW2, Shard, Stamp
 from instarfs.scan.workers import Nursery
 from tests.images.corpus import RULES
 from tests.instarfs.repair.test_run import damaged, healthy
@@ -186,6 +186,25 @@ def test_what_was_written_is_read_again_whatever_its_time_says(
     assert again.verdicts()["disk"] == "leaks"
     assert [(change.before, change.verdict) for change in state.changes()] == [("clean", "leaks")]
     assert [verdict for _, verdict in state.history(os.fsencode(disk))] == ["clean", "leaks"]
+
+
+@pytest.mark.parametrize("seconds", [-(10**11), 10**10])
+def test_a_file_of_any_time_is_scanned(
+    folder: Path, nursery: Nursery, state: State, seconds: int
+) -> None:
+    """Of the years that file systems keep some are beyond 64 bits of nanoseconds."""
+    os.utime(folder / "disk", (seconds, seconds))
+    for _ in range(2):
+        assert scan(nursery, [folder], state).verdicts() == VERDICTS
+    (stamp,) = (row.stamp for row in state.rows("clean") if row.path.endswith(b"/disk"))
+    assert (stamp.mtime_ns < 0) == (seconds < 0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_times_beyond_64_bits_the_nearest_is_taken(sign: int) -> None:
+    furthest = (1 << 63) - 1
+    assert Stamp.of(1, 2, sign * furthest, sign * furthest * 10).mtime_ns == sign * furthest
+    assert abs(Stamp.of(1, 2, 3, sign * furthest * 10).ctime_ns - sign * furthest) <= 1
 
 
 def test_a_row_of_the_moment_is_asked_again(folder: Path, nursery: Nursery, state: State) -> None:
