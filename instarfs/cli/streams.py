@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from instarfs.daemon.descriptors import is_open
 from instarfs.errors import OutputFailed, reason_of
 
 _STANDARD = range(3)
@@ -36,12 +37,17 @@ def standard_streams() -> Iterator[None]:
 
 def _fill_gaps() -> set[int]:
     """Where the caller closed one of 0, 1, 2, the next file opened would be taken for it."""
-    missing = set()
-    while (fd := os.open(os.devnull, os.O_RDWR)) in _STANDARD:
-        os.set_inheritable(fd, True)
-        missing.add(fd)
-    os.close(fd)
+    missing = {fd for fd in _STANDARD if not is_open(fd)}
+    for _ in missing:  # each gets the lowest number that is free
+        os.set_inheritable(_open_nothing(), True)
     return missing
+
+
+def _open_nothing() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except FileNotFoundError:  # as where /dev is not mounted: nothing can be read or written there
+        return os.open("/", os.O_PATH)
 
 
 def _text(stream: io.RawIOBase) -> io.TextIOWrapper:

@@ -20,7 +20,7 @@ def open_now() -> frozenset[int]:
     with contextlib.suppress(OSError):
         listed = [int(it.name) for it in _OPEN.iterdir()]
     # One of them was what they were listed with, and its number will be given to another.
-    return frozenset(filter(_is_open, listed)).difference(_STANDARD)
+    return frozenset(filter(is_open, listed)).difference(_STANDARD)
 
 
 def let_go_of(inherited: Iterable[int]) -> None:
@@ -33,7 +33,8 @@ def let_go_of(inherited: Iterable[int]) -> None:
     os.close(null)
 
 
-def _is_open(fd: int) -> bool:
+def is_open(fd: int) -> bool:
+    """Whether there is a descriptor of that number."""
     try:
         os.fstat(fd)
     except OSError:

@@ -126,6 +126,26 @@ def test_without_proc(command: tuple[str, ...], image: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# ---- without /dev ----
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide /dev")
+@pytest.mark.parametrize("closed", ["", "<&-"])
+@pytest.mark.parametrize("command", [*ALL, ("--help",)], ids=" ".join)
+def test_without_dev(command: tuple[str, ...], closed: str, image: Path) -> None:
+    """As in a system that is looked after from another: there is no /dev/null to stand in."""
+    hidden = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs none /dev && exec "$@" {closed}', "sh")
+    done = subprocess.run(
+        [*hidden, *INSTARFS, *command, image],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- too little of something ----
 
 
