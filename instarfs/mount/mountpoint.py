@@ -57,18 +57,28 @@ _READ_AHEAD_KIB = 1024
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
 
 # Once told where and what that is, it unmounts nothing else, whoever tells it to and however late.
-# Two empty lines, for want of a mount table: it cannot compare.
-_UNMOUNT_WHEN_TOLD = """\
+# Two empty lines, for want of a mount table: it cannot compare. Where a folder above it has another
+# name by now, what the table says of the place is unescaped: as a format, which takes octal digits.
+_UNMOUNT_WHEN_TOLD = r"""
 read -r there && read -r ours && read -r told || exit 0
+path=$1
 if [ -n "$ours" ]; then
-    topmost=
+    place=
     while read -r id parent device root where rest; do
         what=${rest#* - }
-        [ "$where" != "$there" ] || topmost="$id $parent $device $root ${what% *}"
+        if [ "$id $parent $device $root ${what% *}" = "$ours" ]; then
+            place=$where topmost=1
+        elif [ "$where" = "$place" ]; then
+            topmost=
+        fi
     done </proc/self/mountinfo
-    [ "$topmost" = "$ours" ] || exit 0
+    [ -n "$place" ] && [ -n "$topmost" ] || exit 0
+    if [ "$place" != "$there" ]; then
+        path=$(printf "$(printf %s "$place" | sed 's/%/%%/g')/")
+        path=${path%/}
+    fi
 fi
-fusermount3 -u -z -- "$1" || umount -l -- "$1"
+fusermount3 -u -z -- "$path" || umount -l -- "$path"
 """
 
 # Readers close their files within milliseconds of an error; the process unmounts and ends as fast.
@@ -320,13 +330,17 @@ class Unmounter:
     def unmount(self) -> bool:
         """Whether it is unmounted, by us or by somebody before."""
         with contextlib.suppress(MountTableMissing):  # then it is taken to be there still
-            if self._mount is None or _mount_at(self._target) != self._mount:
+            if self._mount is None or not self._is_mounted(self._mount.entry):
                 return True
         try:
             self._program.communicate(b"\n", _END_SECONDS)
         except subprocess.TimeoutExpired:
             return False
         return self._program.returncode == 0
+
+    def _is_mounted(self, entry: bytes) -> bool:
+        """Wherever that is by now: a folder above it may have been renamed."""
+        return any(mount.entry == entry for mount in mounts_in(_mount_table(self._target)))
 
     def __enter__(self) -> Self:
         return self
@@ -417,11 +431,7 @@ def _real_path(directory: str) -> str:
 def _mount_at(path: str) -> _Mount | None:
     """The same of a real path, which is not looked up: it may lead to the caller's own mount."""
     target, found = os.fsencode(path), None
-    try:
-        table = MOUNT_TABLE.read_bytes()
-    except OSError as error:
-        raise MountTableMissing(path, f"{MOUNT_TABLE}: {reason_of(error)}") from error
-    for mount in mounts_in(table):
+    for mount in mounts_in(_mount_table(path)):
         if mount.point == target:
             user = re.search(rb"\buser_id=(\d+)", mount.options)
             found = _Mount(
@@ -432,3 +442,11 @@ def _mount_at(path: str) -> _Mount | None:
                 int(user[1]) if user else None,
             )
     return found
+
+
+def _mount_table(path: str) -> bytes:
+    """The kernel's, for whoever asks of *path*. Raises `MountTableMissing`."""
+    try:
+        return MOUNT_TABLE.read_bytes()
+    except OSError as error:
+        raise MountTableMissing(path, f"{MOUNT_TABLE}: {reason_of(error)}") from error

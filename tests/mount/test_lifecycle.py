@@ -173,6 +173,20 @@ def test_every_way_to_the_end(image: Path, directory: Path, stop: Callable[[Path
     assert mounted_type(directory) is None
 
 
+def test_a_mount_below_a_folder_that_was_renamed_is_taken_off(image: Path, tmp_path: Path) -> None:
+    folder, renamed = tmp_path / "folder", tmp_path / "renamed 1"
+    (folder / "mnt").mkdir(parents=True)
+    assert instarfs("mount", image, folder / "mnt").returncode == 0
+    folder.rename(renamed)
+    try:
+        pid = daemon_of(renamed / "mnt")
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: has_ended(pid), "the daemon had ended")
+        assert mounted_type(renamed / "mnt") is None
+    finally:
+        subprocess.run(["umount", "-l", renamed / "mnt"], check=False, stderr=subprocess.DEVNULL)
+
+
 def test_in_the_foreground(mount: MakeMount, image: Path) -> None:
     it = mount(image)
     until(lambda: it.log == "instarfs: mounted\n", "it said so")

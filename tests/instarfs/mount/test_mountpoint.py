@@ -273,3 +273,25 @@ def test_what_unmounts_when_it_is_told_unmounts_nothing_else(tmp_path: Path) -> 
     finally:
         while os.path.ismount(directory):
             subprocess.run(["umount", directory], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
+@pytest.mark.parametrize("name", ["moved", "100% 7 \\n moved %s\n", os.fsdecode(b"\xff\t\\"), "-o"])
+def test_what_was_mounted_is_unmounted_where_it_is_by_now(tmp_path: Path, name: str) -> None:
+    """A folder above it was renamed, and something else is mounted where it was."""
+    folder, moved = tmp_path / "folder", tmp_path / name
+    directory = folder / f"mnt{name}"
+    directory.mkdir(parents=True)
+    with mountpoint.Unmounter(str(directory)) as unmounter:
+        subprocess.run(["mount", "-t", "tmpfs", "ours", directory], check=True)
+        unmounter.remember()
+        folder.rename(moved)
+        directory.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "theirs", directory], check=True)
+        try:
+            assert unmounter.unmount()
+            assert not os.path.ismount(moved / directory.name)
+            assert os.path.ismount(directory)
+        finally:
+            for left in (moved / directory.name, directory):
+                subprocess.run(["umount", left], check=False, stderr=subprocess.DEVNULL)
