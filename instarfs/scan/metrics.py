@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from itertools import islice
 from pathlib import Path
 
@@ -25,13 +26,18 @@ LISTED = 1000
 
 
 def write_metrics(path: str, state: State) -> None:
-    """Put what *state* knows into the file *path*: all at once. Raises `MetricsFailed`."""
+    """Put what *state* knows into the file *path*: all at once. Raises `MetricsFailed`.
+
+    What stands there and is no file stays: the name of a device, or of the link /dev/stdout, is not
+    taken from those who use it.
+    """
     registry = CollectorRegistry()
     _of_images(registry, state)
     _of_the_scan(registry, state)
     # Not by `write_to_textfile`: what that leaves behind where it is killed has another name each
     # time, and nobody removes it.
     new = path + _NEW
+    _require_file(path)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(new, flags, 0o666), "wb") as file:
@@ -41,6 +47,13 @@ def write_metrics(path: str, state: State) -> None:
         with contextlib.suppress(OSError):
             Path(new).unlink()
         raise MetricsFailed(path, reason_of(error)) from error
+
+
+def _require_file(path: str) -> None:
+    """Unless nothing is there; what cannot be looked at fails as it is written."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(Path(path).lstat().st_mode):
+            raise MetricsFailed(path, "something is there that is no file")
 
 
 def image_label(path: bytes) -> str:

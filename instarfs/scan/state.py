@@ -506,6 +506,9 @@ def _storable(text: str) -> str:
 def _locked(path: str) -> Iterator[None]:
     """Held by the one scan that writes to it. The file is made if there is none, for its owner."""
     try:
+        # SQLite makes files beside whatever it opens, a device too, and to open some has effects.
+        if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113
+            raise StateFailed(path, "it is no file")
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         fd = kept_readable(os.open(path, flags, MODE))
     except OSError as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,31 @@ def written(path: Path, state: State) -> dict[tuple[str, ...], float]:
         for family in parse(path.read_text())
         for sample in family.samples
     }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Path.mkdir,
+        os.mkfifo,
+        lambda path: path.symlink_to("/dev/null"),
+        lambda path: path.symlink_to("another"),
+        lambda path: path.symlink_to("nothing"),
+    ],
+    ids=["folder", "FIFO", "link to a device", "link to a file", "link to nothing"],
+)
+def test_what_is_no_file_is_not_replaced(
+    tmp_path: Path, state: State, make: Callable[[Path], None]
+) -> None:
+    """/dev/null is a name that others use, and /dev/stdout a link."""
+    (tmp_path / "another").touch()
+    make(path := tmp_path / "x.prom")
+    before = path.lstat()
+    with pytest.raises(MetricsFailed, match="something is there that is no file"):
+        metrics.write_metrics(str(path), state)
+    assert path.lstat() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"another", "x.prom"}
+    assert not (tmp_path / "another").read_bytes()
 
 
 def test_what_a_scan_that_was_killed_left_is_cleared_away(tmp_path: Path, state: State) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import sqlite3
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,14 @@ ROW = Row(
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "state")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda it: it.symlink_to("/dev/null")])
+def test_what_is_no_file_is_no_state(path: str, make: Callable[[Path], None]) -> None:
+    make(Path(path))
+    with pytest.raises(StateFailed, match="it is no file"):
+        State.open(path)
+    assert list(Path(path).parent.iterdir()) == [Path(path)]
 
 
 def test_a_row_comes_back_as_it_was(path: str) -> None:
