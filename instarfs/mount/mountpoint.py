@@ -25,6 +25,7 @@ from instarfs.errors import (
     FuseForbidden,
     FuseMissing,
     FusermountMissing,
+    MountFailed,
     MountpointBusy,
     MountpointDead,
     MountpointForbidden,
@@ -112,7 +113,7 @@ def check_mountpoint(directory: str) -> None:
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise MountpointDead(directory) from error
-        raise
+        raise MountFailed(directory, reason_of(error)) from error
     if not os.access(directory, os.W_OK):
         raise MountpointForbidden(directory)
 
@@ -236,6 +237,8 @@ def unmount(directory: str) -> None:
         mount = _find_mount(directory)
     except FileNotFoundError as error:  # the caller's own directory is gone
         raise NotMounted(directory) from error
+    except OSError as error:  # a folder on its way cannot be entered
+        raise UnmountFailed(directory, reason_of(error)) from error
     if mount is None or mount.filesystem != FILESYSTEM_TYPE:
         raise NotMounted(directory)
     target = _real_path(directory)

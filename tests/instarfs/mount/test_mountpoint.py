@@ -60,6 +60,9 @@ def test_takes_an_empty_directory(tmp_path: Path) -> None:
     [
         (errno.EACCES, errors.MountpointForbidden),
         (errno.ENOTCONN, errors.MountpointDead),
+        (errno.ELOOP, errors.MountFailed),
+        (errno.ENAMETOOLONG, errors.MountFailed),
+        (errno.EIO, errors.MountFailed),
     ],
 )
 def test_what_the_kernel_says_of_a_directory(
@@ -71,6 +74,19 @@ def test_what_the_kernel_says_of_a_directory(
     monkeypatch.setattr(Path, "stat", fail)
     with pytest.raises(kind):
         mountpoint.check_mountpoint(str(tmp_path))
+
+
+def test_what_cannot_be_looked_up_is_not_unmounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As below /proc/1/root of somebody else."""
+
+    def fail(path: str) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os.path, "realpath", fail)
+    with pytest.raises(errors.UnmountFailed, match="Permission denied"):
+        mountpoint.unmount(f"{tmp_path}/x")
 
 
 def test_a_directory_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
