@@ -19,7 +19,14 @@ from planner.qcow2 import entries
 from planner.qcow2.bitmaps import IN_USE, Bitmap, Refusal, list_bitmaps
 from planner.qcow2.geometry import SECTOR, Geometry
 from planner.qcow2.layout import Layout
-from planner.source import READABLE_END, Source, nonzero_words, read_tables
+from planner.source import (
+    HOLE,
+    READABLE_END,
+    Source,
+    nonzero_words,
+    present_pieces,
+    read_tables,
+)
 
 _ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 
@@ -146,16 +153,24 @@ class _Reader:
         return errors
 
     def _count(self, granules: _Granules, index: I64, data: I64) -> int:
-        """Dirty bytes in data clusters: *index* of their table entries, *data* host offsets."""
-        order = np.argsort(data, kind="stable")
-        index, data = index[order], data[order]
-        dirty, size = 0, self._geometry.cluster_size
-        self._meter.begin("bitmap", len(data) * size)
-        for part, rows in read_tables(self._source, data, size):
-            whole = granules.are_whole(index[part])
-            dirty += int(_ONES[rows[whole]].sum(dtype=np.int64)) * granules.size
-            for at in np.flatnonzero(~whole).tolist():
-                dirty += granules.dirty_in_last(int(index[part][at]), rows[at])
+        """Dirty bytes in data clusters: *index* of their table entries, *data* host offsets.
+
+        Where there is nothing nothing is read, and what several entries lead to is read once.
+        """
+        size = self._geometry.cluster_size
+        place, times = np.unique(data[index < granules.whole], return_counts=True)
+        piece = min(HOLE, size)
+        pieces = present_pieces(self._source, place, size, piece)
+        last = data[index == granules.whole]
+        dirty = 0
+        self._meter.begin("bitmap", len(pieces) * piece + len(last) * size)
+        for part, rows in read_tables(self._source, pieces, piece):
+            owners = times[np.searchsorted(place, pieces[part], side="right") - 1]
+            ones = _ONES[rows].sum(axis=1, dtype=np.int64)
+            dirty += int((ones * owners).sum()) * granules.size
+            self._meter.advance(rows.size)
+        for _, rows in read_tables(self._source, last, size):
+            dirty += granules.dirty_in_last(rows[0])
             self._meter.advance(rows.size)
         return dirty
 
@@ -176,19 +191,18 @@ class _Granules:
         needed = index[index <= self._disk // span]
         return np.minimum(span, self._disk - needed * span)
 
-    def are_whole(self, index: I64) -> np.ndarray:
-        """Of which table entries every granule lies wholly on the disk."""
-        return index < self._disk // self.size // self._bits
+    @property
+    def whole(self) -> int:
+        """Of so many table entries, the first, every granule lies wholly on the disk."""
+        return self._disk // self.size // self._bits
 
-    def dirty_in_last(self, index: int, row: U8) -> int:
-        """Dirty bytes of an entry in which the disk ends, or which lies behind it."""
-        first = index * self._bits
+    def dirty_in_last(self, row: U8) -> int:
+        """Dirty bytes of the entry behind these, in which the disk ends."""
+        first = self.whole * self._bits
         granules = -(-self._disk // self.size) - first
-        if granules <= 0:
-            return 0
         bits = np.unpackbits(row, bitorder="little")[:granules]
         dirty = int(np.count_nonzero(bits)) * self.size
-        if granules <= self._bits and bits[-1]:
+        if granules and bits[-1]:
             dirty -= (first + granules) * self.size - self._disk
         return dirty
 

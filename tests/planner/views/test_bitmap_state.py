@@ -17,6 +17,7 @@ from planner.views.bitmap_state import BitmapState, BitmapStates, read_bitmap_st
 from tests.images.builder import Image
 from tests.images.corpus import RULES
 from tests.images.corpus.rule import SIZE, builder, fill, plain
+from tests.planner.sources import Sparse
 
 
 def states(source: Source) -> BitmapStates:
@@ -153,6 +154,25 @@ def test_what_all_of_them_take_to_read_is_bounded() -> None:
     assert "not counted" in str(found[1].errors[0])
     found = read_bitmap_states(image.source, limits=replace(limits, bitmap_cost=SIZE)).bitmaps
     assert [state.dirty for state in found] == [512, None, None]
+
+
+def test_what_several_entries_lead_to_is_read_once_and_of_holes_nothing() -> None:
+    image = with_bitmaps({1, 3})
+    table, entries = image.bitmaps[0].bitmap_table_offset, image.bitmaps[0].bitmap_table_size
+    hole = -(-len(image.data) // SIZE) * SIZE
+
+    def looked_at() -> tuple[BitmapState, int]:
+        source = Sparse.of(bytes(image.data), hole + SIZE)
+        return only(source), source.bytes_read
+
+    state, length = looked_at()
+    assert (state.dirty, state.data_clusters) == (1024, 1)
+    for index in range(1, entries - 1):
+        image.set_word(table + 8 * index, image.word(table))
+    image.set_word(table + 8 * (entries - 1), hole)
+    state, again = looked_at()
+    assert (state.dirty, state.data_clusters, state.errors) == (1024 * (entries - 1), entries, ())
+    assert again == length
 
 
 @pytest.mark.parametrize("name", RULES)
