@@ -17,7 +17,7 @@ from instarfs.cli.known import known, known_options
 from instarfs.cli.options import progress_option, share_option, undo_file_option
 from instarfs.cli.progress import progress_bar
 from instarfs.cli.stopping import stoppable
-from instarfs.errors import RescueStopped
+from instarfs.errors import RescueStateFailed, RescueStopped
 from instarfs.image.directory import lasting_name
 from instarfs.image.memory import keep_freed_memory
 from instarfs.render.repair import outcome_human, outcome_json
@@ -115,6 +115,7 @@ def command(
         if out is not None and not found.plan.changes_nothing:
             write_copy(image, before, found.plan, out, tell)
         is_written = image.generation() != before
+        unsaved = None if state is None else _unsaved(state)
     asked = Asked(
         path,
         knows,
@@ -129,6 +130,8 @@ def command(
             click.echo(part, nl=False)
     else:
         click.echo(rescue_txt(found, asked, out), nl=False)
+    if unsaved is not None:  # what was asked for beside that is done, and was told
+        raise unsaved
     if _falls_short(found, is_wanted=out is not None):
         sys.exit(1)
 
@@ -148,17 +151,27 @@ def _state_of(name: ImageName, path: str) -> RescueState:
 
 @contextmanager
 def kept(state: RescueState | None, path: str) -> Iterator[Callable[[], bool]]:
-    """Whether somebody asked to stop; the *state*, if there is one, is saved at the end of it."""
+    """Whether somebody asked to stop; the *state*, if there is one, is saved if it ends early."""
     if state is None:
         yield lambda: False
         return
     with stoppable() as stopped:
         try:
             yield stopped
-        except Cancelled as error:
-            raise RescueStopped(path, state.path) from error
-        finally:
+        except BaseException as error:
             state.save()
+            if isinstance(error, Cancelled):
+                raise RescueStopped(path, state.path) from error
+            raise
+
+
+def _unsaved(state: RescueState) -> RescueStateFailed | None:
+    """Save it; or why that cannot be done."""
+    try:
+        state.save()
+    except RescueStateFailed as error:
+        return error
+    return None
 
 
 def _require_one_way(

@@ -206,6 +206,19 @@ def test_what_is_found_is_not_written_where_the_state_is(lost: Path) -> None:
     assert not path.exists()
 
 
+def test_where_it_cannot_be_written_what_was_brought_back_is_told_all_the_same(lost: Path) -> None:
+    out, folder = lost.with_name("out"), lost.with_name("below")
+    rescue: list[str | Path] = ["rescue", "--state", folder / "state", "-o", out, lost]
+    ended = run_here(rescue, lost.parent)
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert str(folder) in ended.err
+    told, kept_there = ended.out, out.read_bytes()
+    out.unlink()
+    folder.mkdir()
+    assert run_here(rescue, lost.parent).out == told
+    assert out.read_bytes() == kept_there
+
+
 def test_where_it_cannot_be_written_what_is_there_stays(lost: Path) -> None:
     path = made(lost)
     before, state = path.read_bytes(), state_of(lost, path)
