@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from instarfs.errors import (
+    ImageReadFailed,
     InstarfsError,
     RepairCancelled,
     RepairIncomplete,
@@ -68,8 +69,8 @@ class Repairs:
         self._make_repairer = make_repairer
         self._scope: trio.CancelScope | None = None
         self._progress = IDLE
-        self._failed: tuple[_Asked, Generation, RepairOutcome] | None = None
-        self._standing: tuple[Generation, RepairOutcome] | None = None
+        self._failed: tuple[_Asked, Generation | None, RepairOutcome] | None = None
+        self._standing: tuple[Generation | None, RepairOutcome] | None = None
         self.outcome: RepairOutcome | None = None
         self.applied: PlanTier | None = None
 
@@ -147,14 +148,16 @@ class Repairs:
             give_back_memory()  # It needs as much as others have just let go of.
             before = image.generation()
             outcome = job(repairer)
-            after = image.generation()
+            after = _generation(image)
             self._remember(before, after, outcome)
             is_final = isinstance(outcome.error, RepairError | RepairIncomplete)
             self._failed = (asked, after, outcome) if asked and is_final else None
         give_back_memory()
         return outcome
 
-    def _remember(self, before: Generation, after: Generation, outcome: RepairOutcome) -> None:
+    def _remember(
+        self, before: Generation, after: Generation | None, outcome: RepairOutcome
+    ) -> None:
         self.outcome = outcome
         if outcome.status in _APPLIED:
             self.applied = outcome.tier
@@ -167,6 +170,14 @@ class Repairs:
 
     def _set_progress(self, stage: str, done: int, total: int) -> None:
         self._progress = percentage(stage, done, total)
+
+
+def _generation(image: Image) -> Generation | None:
+    """What it is after what was done; where that is not told None, which it never is again."""
+    try:
+        return image.generation()
+    except ImageReadFailed:
+        return None
 
 
 def last_repair(image: Image) -> Summary | UndoFileDamaged | None:

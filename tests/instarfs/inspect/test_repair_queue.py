@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from instarfs.errors import (
+    ImageReadFailed,
     ImageReplaced,
     NoSuchCommand,
     RepairCancelled,
@@ -145,6 +146,20 @@ async def test_an_outcome_stays_with_the_state_that_it_led_to(
     os.utime(path, ns=(OLD + 5, OLD + 5))
     assert (await checkup(inspector)).repaired is None
     assert repairs.outcome is repairer.outcome
+
+
+async def test_what_was_done_is_told_also_where_the_file_system_fails_then(
+    inspector: Inspector, repairer: FakeRepairer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(image: Image) -> None:
+        raise ImageReadFailed(image.path, 0, "Stale file handle")
+
+    await checkup(inspector)
+    with monkeypatch.context() as patch:
+        repairer.hook = lambda: patch.setattr(Image, "generation", fail)
+        assert await inspector.repairs.repair(LEAKS) is repairer.outcome
+    assert inspector.repairs.outcome is repairer.outcome
+    assert inspector.repairs.applied is LEAKS
 
 
 async def test_beside_a_repair_nothing_is_held_that_follows_from_the_check_before(
