@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from prometheus_client import Metric, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from instarfs.errors import MetricsFailed, reason_of
 from instarfs.scan.state import State
@@ -31,9 +34,6 @@ def write_metrics(path: str, state: State) -> None:
     What stands there and is no file stays: the name of a device, or of the link /dev/stdout, is not
     taken from those who use it.
     """
-    registry = CollectorRegistry()
-    _of_images(registry, state)
-    _of_the_scan(registry, state)
     # Not by `write_to_textfile`: what that leaves behind where it is killed has another name each
     # time, and nobody removes it.
     new = path + _NEW
@@ -41,7 +41,7 @@ def write_metrics(path: str, state: State) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(new, flags, 0o666), "wb") as file:
-            file.write(generate_latest(registry))
+            file.write(generate_latest(_OfState(state)))
         Path(new).replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -61,38 +61,52 @@ def image_label(path: bytes) -> str:
     return printable(path_text(path).replace("\\", "\\\\"))
 
 
-def _of_images(registry: CollectorRegistry, state: State) -> None:
+class _OfState(Collector):
+    """Families of values that are made when they are told.
+
+    Not the client's gauges: where the environment says so (PROMETHEUS_MULTIPROC_DIR, of servers in
+    many processes) it keeps the values of those in files.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def collect(self) -> Iterable[Metric]:
+        yield from _of_images(self._state)
+        yield from _of_the_scan(self._state)
+
+
+def _of_images(state: State) -> Iterator[Metric]:
     counts = state.counts()
-    images = Gauge("instarfs_scan_images", "Images by verdict.", ["verdict"], registry=registry)
+    images = _family("images", "Images by verdict.", ["verdict"])
     for verdict in VERDICTS:
-        images.labels(verdict).set(counts.get(verdict, 0))
-    exit_code = Gauge(
-        "instarfs_scan_image_exit_code",
+        images.add_metric([verdict], counts.get(verdict, 0))
+    yield images
+    exit_code = _family(
+        "image_exit_code",
         "What a check of this image ends with, where it is not clean.",
         ["image", "verdict"],
-        registry=registry,
     )
     bad = [verdict for verdict in counts if verdict != "clean"]
     rows = (row for verdict in bad for row in state.rows(verdict))
     for row in islice(rows, LISTED):
-        exit_code.labels(image_label(row.path), row.verdict).set(row.exit_code)
-    _gauge(
-        registry,
+        exit_code.add_metric([image_label(row.path), row.verdict], row.exit_code)
+    yield exit_code
+    yield _gauge(
         "unlisted_images",
         "Images that are not clean and have no series of their own.",
         max(0, sum(counts[verdict] for verdict in bad) - LISTED),
     )
     oldest = state.oldest()
     if oldest is not None:
-        _gauge(
-            registry,
+        yield _gauge(
             "oldest_check_timestamp_seconds",
             "When the image was checked that was checked longest ago.",
             oldest,
         )
 
 
-def _of_the_scan(registry: CollectorRegistry, state: State) -> None:
+def _of_the_scan(state: State) -> Iterator[Metric]:
     run = state.last_run()
     if run is None or run.ended is None:
         return
@@ -109,8 +123,14 @@ def _of_the_scan(registry: CollectorRegistry, state: State) -> None:
             sum(1 for _ in state.unseen()),
         ),
     ):
-        _gauge(registry, name, text, value)
+        yield _gauge(name, text, value)
 
 
-def _gauge(registry: CollectorRegistry, name: str, text: str, value: float) -> None:
-    Gauge(f"instarfs_scan_{name}", text, registry=registry).set(value)
+def _gauge(name: str, text: str, value: float) -> Metric:
+    family = _family(name, text, [])
+    family.add_metric([], value)
+    return family
+
+
+def _family(name: str, text: str, labels: list[str]) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"instarfs_scan_{name}", text, labels=labels)

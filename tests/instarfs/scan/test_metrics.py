@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
+from prometheus_client.values import MultiProcessValue
 
 from instarfs.errors import MetricsFailed
 from instarfs.scan import metrics
@@ -78,6 +79,17 @@ def test_what_is_no_file_is_not_replaced(
     assert path.lstat() == before
     assert {each.name for each in tmp_path.iterdir()} == {"another", "x.prom"}
     assert not (tmp_path / "another").read_bytes()
+
+
+def test_it_is_the_only_file_that_is_written(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where servers in many processes keep their values, and when the client looks for that."""
+    (shared := tmp_path / "shared").mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(shared))
+    monkeypatch.setattr("prometheus_client.metrics.values.ValueClass", MultiProcessValue())
+    assert written(tmp_path / "x.prom", state)
+    assert not list(shared.iterdir())
 
 
 def test_what_a_scan_that_was_killed_left_is_cleared_away(tmp_path: Path, state: State) -> None:
