@@ -256,8 +256,13 @@ def unmount(directory: str) -> None:
             raise UnmountBusy(directory, _loop_devices(target))
         if complaint:
             raise UnmountFailed(directory, complaint)
+        if daemon is not None and (copy := _place_of(mount.device, target)):
+            raise UnmountFailed(directory, f"it is unmounted, but is mounted on {copy} too")
         if daemon is not None and not _has_ended(daemon, _END_SECONDS):
-            reason = "it is unmounted, but its process waits until what the image is on answers"
+            reason = (
+                "it is unmounted, but its process waits until what the image is on answers,"
+                " or until it is unmounted in other namespaces, too"
+            )
             raise UnmountFailed(directory, reason)
 
 
@@ -445,6 +450,12 @@ def _mount_at(path: str) -> _Mount | None:
                 int(user[1]) if user else None,
             )
     return found
+
+
+def _place_of(device: str, path: str) -> str:
+    """Where what was mounted on *path* is mounted too, as by mount --bind; empty: nowhere here."""
+    places = (it.point for it in mounts_in(_mount_table(path)) if it.device == device)
+    return os.fsdecode(next(places, b""))
 
 
 def _mount_table(path: str) -> bytes:

@@ -242,6 +242,27 @@ def test_a_busy_mount_stays(image: Path, directory: Path) -> None:
     assert instarfs("umount", directory).returncode == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
+def test_a_mount_that_is_mounted_elsewhere_too_is_named(
+    mount: MakeMount, image: Path, tmp_path: Path
+) -> None:
+    """Its process goes on there, and is not waited for."""
+    it, copy = mount(image), tmp_path / "a copy"
+    copy.mkdir()
+    run("mount", "--bind", it.path, copy)
+    try:
+        done = instarfs("umount", it.path)
+        assert done.returncode == 1
+        assert f"{it.path}: cannot be unmounted: it is unmounted, but is mounted on" in done.stderr
+        assert str(copy) in done.stderr
+        assert not it.is_mounted()
+        assert (copy / "README.txt").read_text()
+        assert instarfs("umount", copy).returncode == 0
+        assert it.wait_for_end() == 0
+    finally:
+        subprocess.run(["umount", "-l", copy], check=False, stderr=subprocess.DEVNULL)
+
+
 def test_a_loop_device_that_holds_a_mount_is_named_and_released(
     image: Path, directory: Path
 ) -> None:
