@@ -13,7 +13,7 @@ import numpy as np
 
 from planner.arrays import I64, U8, U64
 from planner.errors import ImageError
-from planner.metadata.work_limits import LIMITS, Limits
+from planner.metadata.work_limits import LIMITS, Limits, followed_tables
 from planner.progress import Meter, Progress, tell_nobody
 from planner.qcow2 import entries
 from planner.qcow2.bitmaps import IN_USE, Bitmap, Refusal, list_bitmaps
@@ -27,8 +27,6 @@ from planner.source import (
     present_pieces,
     read_tables,
 )
-
-_ONES: U8 = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,13 @@ def read_bitmap_states(
         return BitmapStates(stale=layout.extensions.stale_bitmaps)
     listed = list_bitmaps(source, pointer, layout.geometry)
     reader = _Reader(source, layout.geometry, Meter(progress), limits)
-    states = [reader.look_at(bitmap, wrong) for bitmap, wrong in listed]
+    followed = np.zeros(len(listed), dtype=np.bool_)
+    offset, size = listed.entries.select(listed.is_sound).tables()
+    followed[listed.is_sound] = followed_tables(offset, size, source.size)
+    states = [
+        reader.look_at(bitmap, wrong, is_followed=each)
+        for (bitmap, wrong), each in zip(listed, followed.tolist(), strict=True)
+    ]
     return BitmapStates(tuple(states), listed.error)
 
 
@@ -102,14 +106,19 @@ class _Reader:
         self._source, self._geometry, self._meter = source, geometry, meter
         self._room, self._cost = limits.bitmap_bytes, limits.bitmap_cost
 
-    def look_at(self, bitmap: Bitmap, wrong: Refusal | None) -> BitmapState:
-        """*wrong*: with its directory entry; then there is no table to believe."""
+    def look_at(self, bitmap: Bitmap, wrong: Refusal | None, *, is_followed: bool) -> BitmapState:
+        """*wrong*: with its directory entry; then there is no table to believe. *is_followed*:
+        whether its table is looked at, which may lie over others.
+        """
         if wrong is not None:
             return BitmapState(bitmap, None, 0, (wrong,))
         offset, size = bitmap.bitmap_table_offset, bitmap.bitmap_table_size
         field = f"table of the bitmap at {bitmap.offset}"
         if offset + size * 8 > READABLE_END:
             error = ImageError(field, offset, "past the end of any file")
+            return BitmapState(bitmap, None, 0, (error,))
+        if not is_followed:
+            error = ImageError(field, offset, "not counted: it lies over others, as more do")
             return BitmapState(bitmap, None, 0, (error,))
         table_bytes = min(size * 8, max(0, self._source.size - offset))
         if not self._spend(max(self._cost, table_bytes)):
@@ -166,8 +175,7 @@ class _Reader:
         self._meter.begin("bitmap", len(pieces) * piece + len(last) * size)
         for part, rows in read_tables(self._source, pieces, piece):
             owners = times[np.searchsorted(place, pieces[part], side="right") - 1]
-            ones = _ONES[rows].sum(axis=1, dtype=np.int64)
-            dirty += int((ones * owners).sum()) * granules.size
+            dirty += int((_ones(rows) * owners).sum()) * granules.size
             self._meter.advance(rows.size)
         for _, rows in read_tables(self._source, last, size):
             dirty += granules.dirty_in_last(rows[0])
@@ -205,6 +213,26 @@ class _Granules:
         if granules and bits[-1]:
             dirty -= (first + granules) * self.size - self._disk
         return dirty
+
+
+def _ones(rows: U8) -> I64:
+    """How many bits are set in each row, of 8 bytes or several times that.
+
+    Sums of 2, 4 and 8 bits side by side: Warren, Hacker's Delight, 5-1.
+    """
+    words = rows.view(np.uint64)
+    sums = words >> np.uint64(1) & np.uint64(0x5555555555555555)
+    np.subtract(words, sums, out=sums)
+    more = sums >> np.uint64(2) & np.uint64(0x3333333333333333)
+    sums &= np.uint64(0x3333333333333333)
+    sums += more
+    np.right_shift(sums, np.uint64(4), out=more)
+    sums += more
+    sums &= np.uint64(0x0F0F0F0F0F0F0F0F)
+    sums *= np.uint64(0x0101010101010101)
+    sums >>= np.uint64(56)
+    ones: I64 = sums.sum(axis=1).astype(np.int64)
+    return ones
 
 
 def _too_much(field: str, value: int) -> ImageError:
