@@ -127,6 +127,14 @@ class StateFailed(InstarfsError):
     reason: str
 
 
+class StateFull(StateFailed):
+    """{path}: the state of the scan cannot be written: {reason}; make space (df): the next scan
+    goes on with it
+    """
+
+    errno: ClassVar[int] = _errno.ENOSPC
+
+
 class MetricsFailed(InstarfsError):
     """{path}: the metrics cannot be written there: {reason}"""
 

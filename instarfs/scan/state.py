@@ -23,6 +23,7 @@ from urllib.parse import quote_from_bytes
 from instarfs.errors import (
     WORST_FIRST,
     StateFailed,
+    StateFull,
     StateInUse,
     StateMissing,
     StateTooNew,
@@ -599,9 +600,16 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        number = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        code = getattr(error, "sqlite_errorcode", 0)
+        number = code & 0xFF
+        if code in _NO_SPACE:
+            raise StateFull(path, os.strerror(errno.ENOSPC)) from error
         if number in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StateInUse(path) from error
         if number in (sqlite3.SQLITE_INTERRUPT, sqlite3.SQLITE_TOOBIG):
             raise StateFailed(path, _DAMAGED) from error
         raise StateFailed(path, str(error)) from error
+
+
+# The latter: no room for what SQLite keeps beside its log, which it calls an I/O error.
+_NO_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from mmap import PAGESIZE
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from instarfs.scan.values import ERROR, NOT_QCOW2, VERDICTS
 from planner.check.report import EXIT_CODES
 from tests.instarfs.repair.test_run import damaged, healthy
 from tests.mount.mounts import INSTARFS
+from tests.mount.small_disk import small_disk
 from tests.schemas import require_valid_output
 
 Done = subprocess.CompletedProcess[str]
@@ -197,3 +199,20 @@ def test_there_is_a_place_for_every_verdict_worst_first() -> None:
     assert set(VERDICTS) == set(codes)
     places = [WORST_FIRST.index(codes[verdict]) for verdict in VERDICTS]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("pages", [1, 8, 12])
+def test_where_there_is_no_space_for_a_state_none_is_to_be_put_aside(
+    pages: int, folder: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "small"
+    with small_disk(here, pages * PAGESIZE) as disk:
+        done = disk.instarfs("scan", "--state", here / "state", folder / "clean")
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"instarfs: {here}/state: the state of the scan cannot be written: No space left on"
+            " device; make space (df): the next scan goes on with it\n"
+        )
+        assert disk.run("mount", "-o", "remount,size=4M", here).returncode == 0
+        done = disk.instarfs("scan", "--state", here / "state", folder / "clean")
+        assert (done.returncode, done.stderr) == (0, "")
