@@ -57,6 +57,7 @@ _READ_AHEAD = Path("/sys/class/bdi")
 _READ_AHEAD_KIB = 1024
 _PROGRAMS = (("fusermount3", "-u"), ("fusermount", "-u"), ("umount",))
 
+_SHELL = "/bin/sh"
 # Once told where and what that is, it unmounts nothing else, whoever tells it to and however late.
 # Two empty lines, for want of a mount table: it cannot compare. Where a folder above it has another
 # name by now, what the table says of the place is unescaped: as a format, which takes octal digits.
@@ -314,16 +315,20 @@ class Unmounter:
     """
 
     def __init__(self, directory: str) -> None:
+        """Raises `MountFailed` where there is no shell."""
         self._target = os.path.realpath(directory)
         self._mount: _Mount | None = None
-        self._program = subprocess.Popen(  # noqa: S603 - the user's own directory, as an argument
-            ["/bin/sh", "-c", _UNMOUNT_WHEN_TOLD, "sh", self._target],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,  # a ^C on the terminal is not for it
-        )
+        try:
+            self._program = subprocess.Popen(  # noqa: S603 - the user's own directory
+                [_SHELL, "-c", _UNMOUNT_WHEN_TOLD, "sh", self._target],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,  # a ^C on the terminal is not for it
+            )
+        except FileNotFoundError as error:  # as in a container without one
+            raise MountFailed(directory, f"{_SHELL}: {reason_of(error)}") from error
 
     def remember(self) -> None:
         """What is mounted now is what is to be unmounted."""

@@ -253,6 +253,14 @@ def test_what_stands_in_the_place_of_its_claim_is_not_followed_or_waited_for(
 # ---- unmounting for a process that may not ----
 
 
+def test_without_a_shell_nothing_is_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mountpoint, "_SHELL", str(tmp_path / "sh"))
+    with pytest.raises(errors.MountFailed, match=r"cannot be mounted: .*/sh: No such file"):
+        mountpoint.Unmounter(str(tmp_path))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
 def test_what_unmounts_when_it_is_told_unmounts_nothing_else(tmp_path: Path) -> None:
     """Whoever tells it may have been taken over, and something else be mounted there by then."""
