@@ -92,8 +92,14 @@ async def _serve(
 ) -> int:
     async with make_service() as service:
         # From before the mount on: a signal in between must not leave a dead mount behind.
-        with trio.open_signal_receiver(*_STOP, STOP_COMPUTING) as signals:
+        with trio.open_signal_receiver(*_stopping(), STOP_COMPUTING) as signals:
             return await _mount(service, signals, directory, options, ready)
+
+
+def _stopping() -> tuple[signal.Signals, ...]:
+    """What ends the mount: not a terminal that is closed, where `nohup` was to see to that."""
+    is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _STOP if not (is_kept and number is signal.SIGHUP))
 
 
 async def _mount(

@@ -194,6 +194,20 @@ def test_in_the_foreground(mount: MakeMount, image: Path) -> None:
     assert it.wait_for_end() == 0
 
 
+def test_a_mount_outlives_the_terminal_that_nohup_was_to_keep_it_from(
+    image: Path, tmp_path: Path
+) -> None:
+    command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *INSTARFS, "mount", "-f"]
+    with mounted([*command, image, tmp_path / "mnt"], image, tmp_path / "mnt") as it:
+        assert (it / "README.txt").read_text()  # it answers: by then its signals are its own
+        it.process.send_signal(signal.SIGHUP)
+        assert '"clean"' in it.read("check/result.json")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.wait_for_end() == 0
+        assert "SIGTERM: unmounting" in it.log
+        assert "SIGHUP" not in it.log
+
+
 def test_a_pyfuse3_whose_inside_is_not_known_serves_in_its_own_way(
     image: Path, directory: Path
 ) -> None:
