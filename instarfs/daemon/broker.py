@@ -38,7 +38,7 @@ from instarfs.image.directory import (
     OwnHands,
     Spot,
 )
-from instarfs.image.file import Image
+from instarfs.image.file import Image, close_all
 from instarfs.image.linux import name_process
 
 log = logging.getLogger(__name__)
@@ -250,8 +250,7 @@ def _answer(channel: socket.socket, code: int, fds: Sequence[int]) -> None:
             raise
         channel.sendmsg([ANSWER.pack(error.errno or errno.EIO)])
     finally:
-        for fd in fds:
-            os.close(fd)
+        close_all(*fds)
 
 
 def _become_broker(image: Image, channels: Sequence[socket.socket], *, read_only: bool) -> None:

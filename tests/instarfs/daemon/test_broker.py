@@ -295,6 +295,27 @@ def test_where_no_descriptor_can_be_sent_the_reason_is(
         assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
 
 
+def test_a_server_of_files_that_fails_at_a_closing_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, close = fill(tmp_path / "folder", NAMES), os.close
+    its_thread = []
+
+    def fail(fd: int) -> None:
+        is_open = not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+        is_image = Path(f"/proc/self/fd/{fd}").readlink().name == IMAGE
+        close(fd)
+        if is_open and is_image and threading.current_thread() is not threading.main_thread():
+            its_thread.append(fd)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with attended(folder) as it:
+        monkeypatch.setattr(os, "close", fail)
+        for _ in range(3):
+            assert outcome(it.hands, Opening.IMAGE, folder) == (os.O_RDONLY, IMAGE)
+    assert len(its_thread) == 3
+
+
 def test_where_nothing_can_be_sent_nobody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
