@@ -257,11 +257,12 @@ def unmount(directory: str) -> None:
             raise UnmountBusy(directory, _loop_devices(target))
         if complaint:
             raise UnmountFailed(directory, complaint)
-        if daemon is not None and (copy := _place_of(mount.device, target)):
-            raise UnmountFailed(directory, f"it is unmounted, but is mounted on {copy} too")
         if daemon is not None and not _has_ended(daemon, _END_SECONDS):
+            copy = _place_of(mount.device, target)
             reason = (
-                "it is unmounted, but its process waits until what the image is on answers,"
+                f"it is unmounted, but its process serves {copy} too"
+                if copy
+                else "it is unmounted, but its process waits until what the image is on answers,"
                 " or until it is unmounted in other namespaces, too"
             )
             raise UnmountFailed(directory, reason)
