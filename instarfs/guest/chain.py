@@ -166,5 +166,5 @@ def _shown(named: Named) -> str:
 
 
 def _identity(image: Image) -> tuple[int, int]:
-    status = os.fstat(image.fileno())
+    status = image.status()
     return status.st_dev, status.st_ino

@@ -353,7 +353,7 @@ class Image:
 
     def generation(self) -> Generation:
         """What it is now; to be compared with what it was. Raises `ImageReadFailed`."""
-        status = self._status()
+        status = self.status()
         try:
             size = os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else status.st_size
         except OSError as error:
@@ -367,7 +367,8 @@ class Image:
             written=_sectors_written(status.st_rdev) if self._is_device else 0,
         )
 
-    def _status(self) -> os.stat_result:
+    def status(self) -> os.stat_result:
+        """What fstat(2) says of it. Raises `ImageReadFailed`."""
         try:
             return os.fstat(self._fd)
         except OSError as error:  # of a file system that somebody else serves
@@ -378,7 +379,7 @@ class Image:
 
         Raises `ImageReadFailed`.
         """
-        return self._status().st_blocks * 512
+        return self.status().st_blocks * 512
 
     def is_replaced(self) -> bool:
         """Whether something else stands in its place by now; where there is nothing it does not.

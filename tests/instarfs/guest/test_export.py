@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -597,6 +598,36 @@ def test_a_copy_of_which_no_list_could_be_begun_can_be_begun_again(
     taken.rmdir()
     assert export(image, out).code == 0
     assert out.read_bytes() == content(40) + bytes(40 * CLUSTER)
+
+
+def test_whichever_look_at_the_image_fails_the_same_command_goes_on(
+    export: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, out, real = tmp_path / "image", tmp_path / "out", os.fstat
+    make(image)
+    for number in itertools.count(1):
+        calls: list[int] = []
+
+        def fail(fd: int, number: int = number, calls: list[int] = calls) -> os.stat_result:
+            status = real(fd)
+            if os.path.samestat(status, image.stat()):
+                calls.append(fd)
+                if len(calls) == number:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return status
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", fail)
+            said = export(image, out)
+        if len(calls) < number:
+            break
+        if said.code:
+            refused(said, "Stale file handle")
+        assert export(image, out).code == 0
+        assert out.read_bytes() == content(40) + bytes(40 * CLUSTER)
+        out.unlink()
+        out.with_name("out.map").unlink()
+    assert number > 3
 
 
 def test_what_is_no_image(export: Command, tmp_path: Path) -> None:
