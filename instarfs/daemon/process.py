@@ -111,14 +111,14 @@ async def _mount(
 ) -> int:
     target = os.path.realpath(directory)
     is_over = trio.Event()
-    with _mounted(service.operations, directory, options) as unmount:
+    with _mounted(service.operations, directory, options) as unmounter:
 
         async def leave() -> None:
             with trio.move_on_after(_LEAVING_SECONDS):
                 await is_over.wait()
                 return
             log.warning("%s: unmounted; what has begun is waited for", directory)
-            await trio.to_thread.run_sync(unmount)
+            await trio.to_thread.run_sync(unmounter.unmount)
 
         read_ahead = ReadAhead(target)
         follow_no_links(target)
@@ -135,6 +135,7 @@ async def _mount(
                 try:
                     await pyfuse3.main(max_tasks=_MAX_TASKS)
                 finally:
+                    unmounter.forget_what_is_gone()
                     is_over.set()
                 stop()
         except Exception:
@@ -179,9 +180,7 @@ async def _announce(
 
 
 @contextlib.contextmanager
-def _mounted(
-    operations: Operations, directory: str, options: set[str]
-) -> Iterator[Callable[[], bool]]:
+def _mounted(operations: Operations, directory: str, options: set[str]) -> Iterator[Unmounter]:
     """Yields what unmounts it early, in any thread."""
     with Unmounter(directory) as unmounter, _file_in_memory() as kept:
         with _captured_stderr(kept) as said:
@@ -194,7 +193,7 @@ def _mounted(
         if warning:
             log.warning("%s", warning)
         try:
-            yield unmounter.unmount
+            yield unmounter
         finally:
             if not unmounter.unmount():
                 log.warning("%s: could not be unmounted: see instarfs umount", directory)

@@ -341,6 +341,16 @@ class Unmounter:
                 program.write(b"%b\n%b\n" % ((mount.place, mount.entry) if mount else (b"", b"")))
                 program.flush()
 
+    def forget_what_is_gone(self) -> None:
+        """To be called as soon as nothing is asked of the mount any more.
+
+        If it was unmounted, what is mounted from then on is another's, though it be the same image
+        on the same place: the kernel gives the numbers of a mount again at once.
+        """
+        with contextlib.suppress(MountTableMissing):
+            if self._mount is not None and not self._is_mounted(self._mount.entry):
+                self._mount = None
+
     def unmount(self) -> bool:
         """Whether it is unmounted, by us or by somebody before."""
         with contextlib.suppress(MountTableMissing):  # then it is taken to be there still

@@ -174,6 +174,17 @@ def test_every_way_to_the_end(image: Path, directory: Path, stop: Callable[[Path
     assert mounted_type(directory) is None
 
 
+def test_a_mount_in_the_place_of_one_before_stays(image: Path, directory: Path) -> None:
+    """The process of that one may end later, and its mount have had the same numbers."""
+    assert instarfs("mount", image, directory).returncode == 0
+    first = daemon_of(directory)
+    run("fusermount3", "-u", directory)
+    assert instarfs("mount", image, directory).returncode == 0
+    until(lambda: has_ended(first), "the first had ended")
+    assert mounted_type(directory) == "fuse.instarfs"
+    assert instarfs("umount", directory).returncode == 0
+
+
 def test_a_mount_below_a_folder_that_was_renamed_is_taken_off(image: Path, tmp_path: Path) -> None:
     folder, renamed = tmp_path / "folder", tmp_path / "renamed 1"
     (folder / "mnt").mkdir(parents=True)

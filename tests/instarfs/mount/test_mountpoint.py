@@ -300,6 +300,24 @@ def test_what_unmounts_when_it_is_told_unmounts_nothing_else(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
+def test_what_is_mounted_after_ours_was_unmounted_stays(tmp_path: Path) -> None:
+    """The same source on the same place: mostly it has the same numbers, too."""
+    mount = ["mount", "-t", "tmpfs", "ours", str(tmp_path)]
+    with mountpoint.Unmounter(str(tmp_path)) as unmounter:
+        subprocess.run(mount, check=True)
+        try:
+            unmounter.remember()
+            unmounter.forget_what_is_gone()
+            subprocess.run(["umount", tmp_path], check=True)
+            unmounter.forget_what_is_gone()
+            subprocess.run(mount, check=True)
+            assert unmounter.unmount()
+            assert os.path.ismount(tmp_path)
+        finally:
+            subprocess.run(["umount", tmp_path], check=False, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts what is no FUSE")
 @pytest.mark.parametrize("name", ["moved", "100% 7 \\n moved %s\n", os.fsdecode(b"\xff\t\\"), "-o"])
 def test_what_was_mounted_is_unmounted_where_it_is_by_now(tmp_path: Path, name: str) -> None:
     """A folder above it was renamed, and something else is mounted where it was."""
