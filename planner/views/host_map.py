@@ -7,13 +7,25 @@ and a list cannot disagree. A cluster with two users has both.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-from planner.arrays import I64, U16, U32, U64, Mask, distinct, expand_ranges, join_ranges
+from planner.arrays import (
+    I64,
+    U16,
+    U32,
+    U64,
+    Mask,
+    distinct,
+    expand_ranges,
+    join_bounds,
+    join_ranges,
+    merged,
+)
 from planner.check.refcount_comparison import NO_KIND, Mismatches, kinds_of
 from planner.check.report import Report
 from planner.errors import ImageError
@@ -166,9 +178,10 @@ class Atlas:
     """The uses of every cluster that a check has counted, beside its ``mismatches``.
 
     ``uses``: bits of `Use` below `Use.FREE`, one number a slot of their index.
-    ``damaged``, ``damage``: clusters that findings are about, ascending, and the bits of their
-    kinds; refcounts that are merely wrong are not among them. ``torn``: it changed, or a program
-    wrote to it, while it was looked at.
+    ``damaged``: the clusters, ascending from -1 on, at which it changes what findings are about;
+    ``damage``: the bits of their kinds from each of them up to the next. Refcounts that are merely
+    wrong are not among them. ``torn``: it changed, or a program wrote to it, while it was looked
+    at.
     """
 
     layout: Layout
@@ -227,9 +240,10 @@ class Atlas:
         unreadable = ~mismatches.readable(low, high) & (cluster < self.layout.host_clusters)
         refcount[unreadable] = 0
         findings = _refcount_findings(refcount, references, unreadable)
-        at = slice(*np.searchsorted(self.damaged, [cluster[0], cluster[-1] + 1]))
-        places, known = mismatches.index.find(self.damaged[at])
-        findings[places[known] - low] |= self.damage[at][known]
+        first, last = np.searchsorted(self.damaged, cluster[[0, -1]], side="right")
+        change = np.searchsorted(cluster, self.damaged[first:last])
+        lengths = np.diff(change, prepend=0, append=len(cluster))
+        findings |= np.repeat(self.damage[first - 1 : last], lengths)
         uses = self.uses[low:high].astype(np.uint32)
         nobody = uses == 0
         uses[nobody & (refcount == 0)] = Use.FREE.bit
@@ -338,31 +352,41 @@ class _Painter:
 
 
 def _damaged_clusters(report: Report, survey: Survey) -> tuple[I64, U64]:
-    """The clusters that findings are about, ascending, and the bits of their kinds."""
+    """Where it begins and ends what findings are about, and the bits of their kinds up to there.
+
+    As `Atlas` has them: one finding may be about millions of clusters.
+    """
     bits, end = survey.layout.geometry.cluster_bits, survey.layout.host_clusters
-    clusters, kinds = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.uint64)]
+    ranges = defaultdict[FindingKind, list[tuple[I64, I64]]](list)
     for (kind, _), group in report.findings.groups.items():
         first = group.host_offset >> bits
         inside = np.flatnonzero(first < end)
         # A length is whatever a header claims: no sum of it and an offset is one.
         offset = group.host_offset[inside]
         length = np.clip(group.length[inside], 1, (end << bits) - offset + 1)
-        start, stop = join_ranges(first[inside], ((offset + length - 1) >> bits) + 1)
-        about = expand_ranges(start, stop - 1)
+        ranges[kind].append(join_ranges(first[inside], ((offset + length - 1) >> bits) + 1))
         # What lies past the end is shown where it is pointed at.
-        pointers = _pointers_to(group.select(np.flatnonzero(first >= end)), survey) >> bits
-        clusters.append(distinct(np.concatenate((about, pointers))))
-        kinds.append(np.full(len(clusters[-1]), kind, dtype=np.uint64))
+        lost = group.select(np.flatnonzero(first >= end))
+        ranges[kind].append(_each(_pointers_to(lost, survey) >> bits))
     for batch in report.entries.batches() if report.entries else ():
         ends = np.stack((batch.host_offset, batch.host_offset + batch.length - 1)) >> bits
-        clusters.append(distinct(np.minimum(ends, end).reshape(-1)))
-        kinds.append(np.full(len(clusters[-1]), batch.kind[0], dtype=np.uint64))
-    cluster, bit = np.concatenate(clusters), np.uint64(1) << np.concatenate(kinds)
-    if not len(cluster):
-        return cluster, bit
-    order = np.argsort(cluster, kind="stable")
-    damaged, start = np.unique(cluster[order], return_index=True)
-    return damaged, np.bitwise_or.reduceat(bit[order], start)
+        ranges[FindingKind(batch.kind[0])].append(_each(np.minimum(ends, end).reshape(-1)))
+    bounds = {
+        kind: join_ranges(*map(np.concatenate, zip(*some, strict=True)))
+        for kind, some in ranges.items()
+    }
+    damaged = merged(np.array([-1]), *(bound for both in bounds.values() for bound in both))
+    change = np.zeros(len(damaged), dtype=np.uint64)
+    for kind, both in bounds.items():
+        for bound in both:
+            change[np.searchsorted(damaged, bound)] ^= np.uint64(1 << kind)
+    return damaged, np.bitwise_xor.accumulate(change)
+
+
+def _each(clusters: I64) -> tuple[I64, I64]:
+    """The ranges of these clusters, as `join_ranges` gives them."""
+    each = distinct(clusters)
+    return join_bounds(each, each + 1)
 
 
 def _pointers_to(lost: Findings, survey: Survey) -> I64:

@@ -219,3 +219,4 @@ def test_a_length_that_reaches_over_every_number_covers_the_file():
     marked = draw(image.source, replace(report, findings=found.build()))
     leaks = [row[0] for row in clusters(marked) if FindingKind.LEAK in kinds_in(row[2])]
     assert leaks == list(range(1, image.host_clusters))
+    assert len(marked.damaged) < 5, "one finding may be about millions of clusters"
