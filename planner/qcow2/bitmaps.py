@@ -193,11 +193,10 @@ class Listed:
 
     def __iter__(self) -> Iterator[tuple[Bitmap, Refusal | None]]:
         """Bitmaps, each with what QEMU refuses about its entry."""
-        return ((self.entries[at], self.refusal(at)) for at in range(len(self)))
+        for bitmap, broken in zip(self.entries, self.broken.tolist(), strict=True):
+            yield bitmap, self._refusal(bitmap, broken)
 
-    def refusal(self, at: int) -> Refusal | None:
-        """What QEMU refuses about entry number *at*."""
-        broken, bitmap = int(self.broken[at]), self.entries[at]
+    def _refusal(self, bitmap: Bitmap, broken: int) -> Refusal | None:
         if broken == _SOUND:
             return None
         if broken == _NOT_UNIQUE:
@@ -212,8 +211,9 @@ class Listed:
     def first_refusal(self) -> ImageError | None:
         """The first thing that QEMU refuses."""
         for at in np.flatnonzero(~self.is_sound)[:1].tolist():
-            refusal = self.refusal(at)
-            return refusal.of(self.entries[at]) if refusal else None
+            bitmap = self.entries[at]
+            refusal = self._refusal(bitmap, int(self.broken[at]))
+            return refusal.of(bitmap) if refusal else None
         error = self.error
         # Another each time, so that who raises it leaves no frames in what is kept.
         return ImageError(error.field, error.value, error.problem) if error else None
