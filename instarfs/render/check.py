@@ -6,7 +6,8 @@ Numbers are decimal, offsets and lengths in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,9 @@ from planner.qcow2.snapshots import Snapshot
 if TYPE_CHECKING:  # a check alone loads nothing of repairs
     from instarfs.repair.outcome import Pending, RepairOutcome
     from planner.repair.plan import Plan
+
+_Snapshots = Sequence[Snapshot] | Mapping[int, Snapshot]
+"""All of an image, or by their numbers those that are asked for."""
 
 REFCOUNT_KINDS = (FindingKind.REFCOUNT_MISSING, FindingKind.REFCOUNT_LOW, FindingKind.LEAK)
 HEX_COLUMNS = {"entry", "subcluster bitmap", "refcount table entry"}
@@ -444,12 +448,14 @@ def snapshot_name(report: Report, number: int) -> str:
     return _snapshot_name(report.snapshots, number)
 
 
-def _snapshot_name(snapshots: Sequence[Snapshot], number: int) -> str:
-    name = snapshots[number].name if number < len(snapshots) else b""
+def _snapshot_name(snapshots: _Snapshots, number: int) -> str:
+    name = b""
+    with contextlib.suppress(LookupError):  # behind what could be read of the table
+        name = snapshots[number].name
     return f"snapshot {number} ({printable(brief_name(name))})" if name else f"snapshot {number}"
 
 
-def owner_phrase(owner: Owner, geometry: Geometry, snapshots: Sequence[Snapshot]) -> str:
+def owner_phrase(owner: Owner, geometry: Geometry, snapshots: _Snapshots) -> str:
     """Who uses a cluster, in a few words."""
     label = owner.structure.label
     if owner.structure.is_guest:

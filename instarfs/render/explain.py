@@ -155,12 +155,12 @@ def _cluster_lines(cluster: HostCluster, it: HostExplanation | None = None) -> I
         yield _unused(cluster)
     else:
         yield f"Used {_times(cluster)}:"
-        for number, owner in enumerate(cluster.owners[:LISTED]):
+        for number, owner in enumerate(cluster.owners):
             phrase = owner_phrase(owner, cluster.layout.geometry, cluster.snapshots)
             detail = _place_in(it, owner, it.guest[number]) if it else ""
             yield f"  - {phrase}{detail}"
-        if cluster.references > LISTED:
-            yield f"  ... and {cluster.references - LISTED} more"
+        if more := cluster.references - len(cluster.owners):
+            yield f"  ... and {more} more"
     yield from _refcount_lines(cluster)
     yield from _contradictions(cluster)
     if cluster.stopped:
@@ -227,7 +227,7 @@ def _place_in(it: HostExplanation, owner: Owner, guest: int | None) -> str:
         case Structure.DATA if guest is not None:
             return f": this byte is guest offset {guest}"
         case Structure.L1_TABLE:
-            entry = (it.offset - cluster.l1_tables[owner.snapshot]) // 8
+            entry = (it.offset - cluster.l1_table(owner.snapshot)) // 8
             return f": entry {entry}, for guest offset {entry * geometry.l2_coverage} on"
         case Structure.L2_TABLE:
             table = cluster.l2_tables.get((owner.snapshot, owner.l1_index), cluster.offset)

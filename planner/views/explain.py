@@ -24,11 +24,11 @@ from planner.qcow2 import entries
 from planner.qcow2.entries import NO_HOST, ClusterType
 from planner.qcow2.layout import Layout
 from planner.qcow2.refcounts import read_refcount_in_block
-from planner.qcow2.snapshots import Snapshots
+from planner.qcow2.snapshots import Snapshot
 from planner.source import READABLE_END, SECTOR, Source, nonzero_words, read_bytes
 from planner.views.table_view import read_l2_page
 
-LISTED_OWNERS = 1000
+LISTED_OWNERS = 20
 """Users of a cluster that are named; of more only the number is known."""
 
 
@@ -57,8 +57,8 @@ class HostCluster:
 
     ``owners``: the first `LISTED_OWNERS` of ``references``; ``is_all``: there are no more of these
     than were counted. ``contested``: how many of them cannot all be right; 0 where they can.
-    ``l1_tables``: where they are, by snapshot; ``l2_tables``: those that the owners are or are in,
-    by snapshot and L1 index. ``stopped``: tables that could not be read, and might refer to it too.
+    ``snapshots``, by number, and ``l2_tables``, by snapshot and L1 index: those that the owners are
+    or are in. ``stopped``: tables that could not be read, and might refer to it too.
     """
 
     layout: Layout
@@ -68,14 +68,19 @@ class HostCluster:
     references: int
     is_all: bool
     contested: int
-    snapshots: Snapshots
-    l1_tables: dict[int, int]
+    snapshots: dict[int, Snapshot]
     l2_tables: dict[tuple[int, int], int]
     stopped: tuple[ImageError, ...]
 
     @property
     def offset(self) -> HostOffset:
         return HostOffset(self.number << self.layout.geometry.cluster_bits)
+
+    def l1_table(self, snapshot: int) -> HostOffset:
+        """Where the L1 table is of a *snapshot* of an owner, or of the active disk."""
+        if snapshot == ACTIVE:
+            return HostOffset(self.layout.header.l1_table_offset)
+        return HostOffset(self.snapshots[snapshot].l1_table_offset)
 
     @property
     def is_leaked(self) -> bool:
@@ -249,10 +254,7 @@ def _clusters(
             strict=True,
         )
     )
-    active_l1 = {ACTIVE: layout.header.l1_table_offset}
-    of_snapshots = survey.snapshots.snapshots.fields()["l1_table_offset"].tolist()
-    l1_tables = active_l1 | dict(enumerate(of_snapshots))
-    found = []
+    snapshots, found = survey.snapshots.snapshots, []
     for number in map(Cluster, numbers):
         low, high = np.searchsorted(owners.cluster, [number, number + 1])
         listed = tuple(owners.of(number, limit=LISTED_OWNERS))
@@ -265,13 +267,16 @@ def _clusters(
                 references=int(high - low),
                 is_all=not owners.truncated,
                 contested=contested.get(number, 0),
-                snapshots=survey.snapshots.snapshots,
-                l1_tables=l1_tables,
+                snapshots={it: snapshots[it] for it in _snapshots_of(listed)},
                 l2_tables=_l2_tables(survey, listed),
                 stopped=survey.stopped,
             )
         )
     return tuple(found)
+
+
+def _snapshots_of(owners: tuple[Owner, ...]) -> set[int]:
+    return {owner.snapshot for owner in owners if owner.snapshot >= 0}
 
 
 def _l2_tables(survey: Survey, owners: tuple[Owner, ...]) -> dict[tuple[int, int], int]:

@@ -11,13 +11,13 @@ from planner.errors import Cancelled, ImageError
 from planner.findings.kinds import ACTIVE, NONE, FindingKind, Owner, Structure
 from planner.guest.mapping import Flaw, Mapping, RunKind
 from planner.progress import unless
-from planner.qcow2.entries import COPIED, NO_HOST, ClusterType
+from planner.qcow2.entries import COPIED, L2_OFFSET, NO_HOST, ClusterType
 from planner.source import Bytes
 from planner.views.explain import GuestExplanation, HostExplanation, explain_guest, explain_host
 from planner.views.host_map import kinds_in
 from tests.images.builder import Image
 from tests.images.corpus import RULES
-from tests.images.corpus.rule import SIZE, extended, fill, plain, with_snapshot
+from tests.images.corpus.rule import SIZE, builder, extended, fill, plain, with_snapshot
 
 
 def host(image: Image, offset: int) -> HostExplanation:
@@ -102,6 +102,20 @@ def test_users_are_named_with_their_snapshots() -> None:
     )
     assert cluster.references == 2
     assert not cluster.contested
+    assert {number: it.name for number, it in cluster.snapshots.items()} == {0: b"before"}
+    assert cluster.l1_table(0) == image.snapshots[0].l1_table_offset
+    assert cluster.l1_table(ACTIVE) == image.header.l1_table_offset
+
+
+def test_an_explanation_holds_no_more_snapshots_than_it_names() -> None:
+    """There may be tens of thousands, and some explanations are kept."""
+    made = fill(builder())
+    made.take_snapshot("one")
+    made.write(0, b"z" * SIZE)
+    made.take_snapshot("two")
+    image = made.build()
+    cluster = host(image, image.word(image.l2_at(0, 0)) & L2_OFFSET).cluster
+    assert {number: it.name for number, it in cluster.snapshots.items()} == {0: b"one"}
 
 
 def test_the_guest_byte_of_a_host_byte() -> None:
