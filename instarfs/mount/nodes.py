@@ -15,7 +15,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import trio
@@ -91,6 +91,8 @@ class File(ABC):
 class Directory(ABC):
     """Names and what they stand for."""
 
+    __slots__ = ()
+
     subdirectories = 0
     """How many of the names are directories, as far as that is known without looking."""
 
@@ -141,6 +143,9 @@ class DeferredDirectory(Directory):
     is brief stands for one file after another. *name_seconds*: as of any directory.
     """
 
+    # Of these there may be tens of thousands, most of which nobody looks into.
+    __slots__ = ("__weakref__", "_find_makers", "_made", "_makers", "name_seconds")
+
     is_fixed = True
 
     def __init__(
@@ -151,23 +156,27 @@ class DeferredDirectory(Directory):
     ) -> None:
         self._find_makers = makers
         self.name_seconds = name_seconds
-        self._made: dict[str, File | Brief] = {}
-
-    @cached_property
-    def _makers(self) -> Mapping[str, Callable[[], File | Brief]]:
-        return self._find_makers()
+        self._makers: Mapping[str, Callable[[], File | Brief]] | None = None
+        self._made: dict[str, File | Brief] | None = None
 
     async def names(self) -> Sequence[str]:
-        return list(self._makers)
+        return list(self._look_into())
 
     async def child(self, name: str) -> Node | None:
-        make = self._makers.get(name)
+        make = self._look_into().get(name)
         if make is None:
             return None
+        if self._made is None:
+            self._made = {}
         if name not in self._made:
             self._made[name] = make()
         made = self._made[name]
         return made if isinstance(made, File) else await made.file()
+
+    def _look_into(self) -> Mapping[str, Callable[[], File | Brief]]:
+        if self._makers is None:
+            self._makers = self._find_makers()
+        return self._makers
 
 
 class MadeDirectory(Directory):

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges, is_among
+from planner.arrays import I64, U32, U64, Mask, distinct, expand_ranges, is_among, merged
 from planner.check.claims import refcounts_are_shared
 from planner.check.past_end import references_past_end
 from planner.check.report import Report
@@ -420,8 +420,12 @@ def _used_clusters(report: Report, homeless: I64) -> I64:
     mismatches = report.mismatches
     if mismatches is None:
         return homeless
-    used = np.flatnonzero((mismatches.stored[:] != 0) | (mismatches.counted != 0))
-    return distinct(np.concatenate((mismatches.index.clusters_of(used), homeless)))
+    is_used = (mismatches.stored[:] != 0) | (mismatches.counted != 0)
+    slots, known = mismatches.index.find(homeless)
+    is_used[slots[known]] = True
+    del slots  # there may be millions
+    used = mismatches.index.clusters_of(np.flatnonzero(is_used))
+    return used if known.all() else merged(used, homeless[~known])
 
 
 def _of_gaps_in_snapshots(gaps: Gaps) -> Iterator[Cause]:

@@ -323,6 +323,7 @@ async def test_a_deferred_directory_makes_a_file_when_it_is_looked_at() -> None:
         return {"a": make, "b": make}
 
     directory = DeferredDirectory(makers)
+    assert not hasattr(directory, "__dict__")  # of these there may be tens of thousands
     assert not asked
     assert await directory.names() == ["a", "b"]
     assert not made
