@@ -136,25 +136,27 @@ class FixedDirectory(Directory):
         return self.children.get(name) or self._unlisted.get(name)
 
 
-class DeferredDirectory(Directory):
+class DeferredDirectory(Directory, Generic[T]):
     """The same children always, files all of them, each made when somebody looks at it.
 
-    *makers*: what makes each, by name; asked for when somebody first looks into the directory. What
-    is brief stands for one file after another. *name_seconds*: as of any directory.
+    *makers*: what makes each, by name, of *what* the directory is of; asked for when somebody first
+    looks into it. What is brief stands for one file after another. *name_seconds*: as of any
+    directory.
     """
 
     # Of these there may be tens of thousands, most of which nobody looks into.
-    __slots__ = ("__weakref__", "_find_makers", "_made", "_makers", "name_seconds")
+    __slots__ = ("__weakref__", "_find_makers", "_made", "_makers", "_what", "name_seconds")
 
     is_fixed = True
 
     def __init__(
         self,
-        makers: Callable[[], Mapping[str, Callable[[], File | Brief]]],
+        makers: Callable[[T], Mapping[str, Callable[[], File | Brief]]],
+        what: T,
         *,
         name_seconds: float = 0.0,
     ) -> None:
-        self._find_makers = makers
+        self._find_makers, self._what = makers, what
         self.name_seconds = name_seconds
         self._makers: Mapping[str, Callable[[], File | Brief]] | None = None
         self._made: dict[str, File | Brief] | None = None
@@ -175,7 +177,7 @@ class DeferredDirectory(Directory):
 
     def _look_into(self) -> Mapping[str, Callable[[], File | Brief]]:
         if self._makers is None:
-            self._makers = self._find_makers()
+            self._makers = self._find_makers(self._what)
         return self._makers
 
 

@@ -179,6 +179,8 @@ is: for a listing of very many the kernel need not ask of each, again and again.
 
 
 def _guest_files(inspector: Inspector) -> list[_Entry]:
+    # Listing them makes a node of each snapshot, which is to be a small one.
+    files = partial(_snapshot_files, inspector)
     return [
         _Entry(
             "disk.raw",
@@ -195,9 +197,9 @@ def _guest_files(inspector: Inspector) -> list[_Entry]:
             "for each internal snapshot info.json, disk.raw, vmstate.raw if there is any, and"
             " files.tsv, as in check/",
             MadeDirectory(
-                partial(_snapshot, inspector),
+                partial(_snapshot, inspector, files),
                 partial(_snapshot_names, inspector),
-                make_listed=partial(_known_snapshot, inspector),
+                make_listed=partial(_known_snapshot, inspector, files),
                 name_seconds=_SNAPSHOT_NAME_SECONDS,
             ),
             shown="snapshots/N/",
@@ -229,21 +231,21 @@ async def _snapshot_names(inspector: Inspector) -> list[str]:
     return [str(index) for index in range(len(inspector.snapshots()))]
 
 
-async def _snapshot(inspector: Inspector, name: str) -> Directory | None:
+_FilesOfSnapshot = Callable[[int], dict[str, Callable[[], File | Brief]]]
+
+
+async def _snapshot(inspector: Inspector, files: _FilesOfSnapshot, name: str) -> Directory | None:
     await inspector.description.get()
-    return _known_snapshot(inspector, name)
+    return _known_snapshot(inspector, files, name)
 
 
-def _known_snapshot(inspector: Inspector, name: str) -> Directory | None:
+def _known_snapshot(inspector: Inspector, files: _FilesOfSnapshot, name: str) -> Directory | None:
     """The same as the image was when it was last described."""
     index = _number(name)
     # As it is listed, and no other way. There may be 65,536 of them, each of which is asked for.
     if index is None or str(index) != name or index >= len(inspector.snapshots()):
         return None
-
-    # Listing them makes a node of each, which is to be a small one.
-    makers = partial(_snapshot_files, inspector, index)
-    return DeferredDirectory(makers, name_seconds=_SNAPSHOT_NAME_SECONDS)
+    return DeferredDirectory(files, index, name_seconds=_SNAPSHOT_NAME_SECONDS)
 
 
 def _snapshot_files(inspector: Inspector, index: int) -> dict[str, Callable[[], File | Brief]]:

@@ -318,11 +318,11 @@ async def test_a_deferred_directory_makes_a_file_when_it_is_looked_at() -> None:
         made.append(LiveFile(lambda: b"1"))
         return made[-1]
 
-    def makers() -> dict[str, Callable[[], File]]:
-        asked.append(1)
+    def makers(what: int) -> dict[str, Callable[[], File]]:
+        asked.append(what)
         return {"a": make, "b": make}
 
-    directory = DeferredDirectory(makers)
+    directory = DeferredDirectory(makers, 1)
     assert not hasattr(directory, "__dict__")  # of these there may be tens of thousands
     assert not asked
     assert await directory.names() == ["a", "b"]
@@ -410,7 +410,7 @@ async def test_no_brief_file_holds_the_value_that_it_was_made_of(value: FakeValu
 
 async def test_a_directory_shows_what_is_brief_as_it_is_now(value: FakeValue) -> None:
     brief = BriefContent(value, str.encode)
-    directory = DeferredDirectory(lambda: {"info": lambda: brief})
+    directory = DeferredDirectory(lambda _: {"info": lambda: brief}, 1)
     early = await directory.child("info")
     assert early is await directory.child("info") is await brief.file()
     value.replace("other")

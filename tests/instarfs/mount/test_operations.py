@@ -557,7 +557,7 @@ async def test_of_a_fixed_file_the_kernel_keeps_what_it_was_told_and_has_read() 
     value.peek = lambda: value.edition  # type: ignore[method-assign]
     content = BriefContent(value, bytes)
     operations = Operations(
-        DeferredDirectory(lambda: {"info": lambda: content}, name_seconds=1.5),
+        DeferredDirectory(lambda _: {"info": lambda: content}, 1, name_seconds=1.5),
         lambda: Facts(size=1, mtime_ns=1),
         Ownership(uid=1000, gid=100),
     )
