@@ -111,18 +111,25 @@ def test_what_a_scan_does_not_find_there_is_named(gone: str) -> None:
 # ---- without /proc ----
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide /proc")
-@pytest.mark.parametrize("command", [*ALL, ("scan",)], ids=" ".join)
-def test_without_proc(command: tuple[str, ...], image: Path) -> None:
-    hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
-    done = subprocess.run(
-        [*hidden, *INSTARFS, *command, image],
+def without(
+    folder: str, *command: str | Path, redirected: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of instarfs where *folder* is empty."""
+    shell = f'mount -t tmpfs none {folder} && exec "$@" {redirected}'
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", shell, "sh", *INSTARFS, *command],
         check=False,
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
         timeout=60,
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide /proc")
+@pytest.mark.parametrize("command", [*ALL, ("scan",)], ids=" ".join)
+def test_without_proc(command: tuple[str, ...], image: Path) -> None:
+    done = without("/proc", *command, image)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -134,15 +141,7 @@ def test_without_proc(command: tuple[str, ...], image: Path) -> None:
 @pytest.mark.parametrize("command", [*ALL, ("--help",)], ids=" ".join)
 def test_without_dev(command: tuple[str, ...], closed: str, image: Path) -> None:
     """As in a system that is looked after from another: there is no /dev/null to stand in."""
-    hidden = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs none /dev && exec "$@" {closed}', "sh")
-    done = subprocess.run(
-        [*hidden, *INSTARFS, *command, image],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=60,
-    )
+    done = without("/dev", *command, image, redirected=closed)
     assert (done.returncode, done.stderr) == (0, "")
 
 
