@@ -11,7 +11,6 @@ read as long as the machine runs in which they were written; up to ``flushed`` t
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -31,7 +30,7 @@ from instarfs.errors import (
 )
 from instarfs.image.directory import MODE, kept_readable
 from instarfs.image.file import close_all
-from instarfs.image.locks import UNSUPPORTED
+from instarfs.image.locks import HELD_BY_OTHERS, UNSUPPORTED
 from instarfs.text import json_text
 from planner.errors import NotAMapfile
 from planner.guest.mapfile import BAD, READ, UNTRIED, Mapfile, parse_mapfile
@@ -95,7 +94,7 @@ class OutFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno in HELD_BY_OTHERS:
                 raise OutBusy(self.path) from error
             if error.errno not in UNSUPPORTED:
                 raise self.failed("locking it", error) from error

@@ -26,7 +26,7 @@ _FLOCK = struct.Struct("@hhqqi0q")
 
 # Seen where a file system, or what it stands on, has no such locks: there is nothing to respect.
 UNSUPPORTED = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-_HELD_BY_OTHERS = frozenset({errno.EAGAIN, errno.EACCES})
+HELD_BY_OTHERS = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 class Permission(IntEnum):
@@ -117,7 +117,7 @@ def _acquire(fd: int, path: str, access: Access) -> None:
         try:
             _set(fd, fcntl.F_RDLCK, byte)
         except OSError as error:
-            if error.errno in _HELD_BY_OTHERS:
+            if error.errno in HELD_BY_OTHERS:
                 raise _in_use(path, access, f"byte {byte}") from error
             raise
     _refuse_conflict(fd, path, access)
